@@ -1,0 +1,29 @@
+"""ldm3d: latent diffusion for 3-D and 2-D medical images in pure PyTorch."""
+
+from .config import InputError
+from .data import DataConfig, VolumeDataset
+from .denoiser import Denoiser
+from .diffusion_kernel import DiffusionKernel, KernelConfig
+from .latent_diffusion import LatentDiffusion
+from .unet import UNet, UNetConfig
+from .vae import AutoencoderKL, VAEConfig
+from .volumes import Volume, read, write
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "DataConfig",
+    "Denoiser",
+    "DiffusionKernel",
+    "InputError",
+    "KernelConfig",
+    "LatentDiffusion",
+    "UNet",
+    "UNetConfig",
+    "VAEConfig",
+    "Volume",
+    "VolumeDataset",
+    "read",
+    "write",
+]

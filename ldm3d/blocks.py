@@ -1,0 +1,627 @@
+"""Building blocks of all networks, in 2-D and 3-D: convolution, norm, residual and attention blocks, re-sampling, trunks.
+
+Legend, used in shape comments everywhere: B batch, C channels, *S spatial axes (H, W) or (D, H, W), N tokens (the
+flattened *S), M context tokens, E embedding width, T timesteps, K codebook entries or classes.
+
+    residual block   h = conv1(silu(norm1(x))) + W silu(emb);   y = conv2(silu(norm2(h))) + skip(x)       [1], [2]
+    attention        y = x + W_o softmax(q k^T / sqrt(d)) v     with q, k, v from norm(x) or from a context       [3]
+    transformer      tokens: + self-attention, + cross-attention(context), + GEGLU feed-forward; zero 1x1 out     [2]
+
+[1] He et al. 2016, arXiv 1603.05027 (pre-activation). [2] Rombach et al. 2022, arXiv 2112.10752, appendix.
+[3] Vaswani et al. 2017, arXiv 1706.03762, eq. 1. GroupNorm: Wu & He 2018, arXiv 1803.08494. GEGLU: Shazeer 2020,
+arXiv 2002.05202.
+
+Weights are always those of the plain formula, so checkpoints know nothing of the tricks; the arithmetic is sometimes
+another one that gives the same numbers. Every such place says why, and tests/test_blocks.py compares it with the plain
+formula. `Encoder` and `Decoder` are one flat list, `layers`: forward, streaming and the weight converters all walk it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import InputError
+
+UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3"]
+
+# --- levels -------------------------------------------------------------------------------------------------------
+
+
+def per_level(value: Sequence, levels: int) -> tuple:
+    """One value for every level: a single one serves all."""
+    return tuple(value) * levels if len(value) == 1 else tuple(value)
+
+
+def level_strides(config: Any) -> tuple[tuple[int, ...], ...]:
+    """Strides of every down-sampling of a VAEConfig or UNetConfig; none means 2 everywhere."""
+    if config.strides is None:
+        return ((2,) * config.dims,) * (len(config.channels) - 1)
+    return config.strides
+
+
+def check_levels(config: Any) -> None:
+    """Check the fields that autoencoder and U-Net share; InputError names the field."""
+    levels = len(config.channels)
+    if not levels or min(config.channels) < 1:
+        raise InputError(f"channels: expected one positive width per level, got {config.channels}")
+    for name in ("num_res_blocks", "attention_levels"):
+        value = getattr(config, name)
+        if len(value) not in (1, levels):
+            raise InputError(
+                f"{name}: expected 1 or {levels} values (one per level of channels), got {value}"
+            )
+    if len(level_strides(config)) != levels - 1:
+        raise InputError(
+            f"strides: expected {levels - 1} tuples (one per down-sampling), got {config.strides}"
+        )
+    for strides in level_strides(config):
+        if len(strides) != config.dims or not set(strides) <= {1, 2}:
+            raise InputError(f"strides: expected 1 or 2 for each of {config.dims} axes, got {strides}")
+
+
+# --- sizes --------------------------------------------------------------------------------------------------------
+
+
+def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
+    """(B, C, *S) -> the edge repeated at the end of every axis until its length is a multiple.
+
+    Concatenation and not F.pad, whose backward is not deterministic on GPUs.
+    """
+    for axis, m in enumerate(multiple, start=2):
+        missing = -x.shape[axis] % m
+        if missing:
+            edge = x.narrow(axis, x.shape[axis] - 1, 1)
+            x = torch.cat([x, edge.expand(*x.shape[:axis], missing, *x.shape[axis + 1 :])], dim=axis)
+    return x
+
+
+def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The inverse of `pad_to_multiple`: (B, C, *larger) -> (B, C, *size), from the start of every axis."""
+    for axis, length in enumerate(size, start=2):
+        if x.shape[axis] != length:
+            x = x.narrow(axis, 0, length)
+    return x
+
+
+# --- convolution and norm -----------------------------------------------------------------------------------------
+
+
+def takes_slow_path(x: Tensor, weight: Tensor) -> bool:
+    """Whether eager PyTorch would run this fp32 CPU convolution by its slow native kernel instead of oneDNN.
+
+    ATen does so for one small sample with kernels up to 3. Compiled, traced, meta and fake tensors, and autocast, must
+    not see `torch.mkldnn_convolution`: it has no kernel for them.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and type(x) is Tensor
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and x.shape[0] == 1
+        and math.prod(x.shape[:4]) <= 20480
+        and min(weight.shape[-2:]) <= 3
+    )
+
+
+class Conv(nn.Module):
+    """Convolution over the last `dims` axes; `padding` defaults to half the kernel ("same" for stride 1)."""
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        plain = (nn.Conv2d if dims == 2 else nn.Conv3d)(in_channels, out_channels, kernel)
+        self.weight, self.bias = plain.weight, plain.bias  # (C_out, C_in, k, k[, k]), (C_out,)
+        self.stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
+        padding = kernel // 2 if padding is None else padding
+        self.padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
+        self.convolve = F.conv2d if dims == 2 else F.conv3d
+        if zero_init:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if takes_slow_path(x, self.weight):
+            one = (1,) * len(self.stride)
+            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, one, 1)
+        return self.convolve(x, self.weight, self.bias, self.stride, self.padding)
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, *kernel = self.weight.shape
+        return f"{in_channels}, {out_channels}, kernel={tuple(kernel)}, stride={self.stride}"
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm whose number of groups is the largest one up to `num_groups` that divides the channels."""
+
+    def __init__(self, channels: int, num_groups: int = 32, eps: float = 1e-6):
+        super().__init__(
+            max(g for g in range(1, min(num_groups, channels) + 1) if channels % g == 0), channels, eps
+        )
+
+
+def norm_silu(norm: GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)); in place where no gradient is wanted, because a fresh allocation costs more than the arithmetic."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))). In training only `x` is kept: norm and SiLU are cheap, so backward computes them again.
+
+    The checkpoint stops as soon as all saved tensors exist again, which is before the convolution. Two of the six
+    tensors that a residual block would keep remain.
+    """
+    if (
+        torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    ):  # compile has a partitioner of its own for this
+        return checkpoint(
+            lambda y: conv(norm_silu(norm, y)), x, use_reentrant=False, preserve_rng_state=False
+        )
+    return conv(norm_silu(norm, x))
+
+
+def run_layer(layer: Callable[..., Tensor], *args: Tensor | None, checkpointing: bool) -> Tensor:
+    """layer(*args), its activations computed again in backward if `checkpointing`: memory of one layer at a time."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
+
+
+# --- residual block -----------------------------------------------------------------------------------------------
+
+
+class ResBlock(nn.Module):
+    """(B, C_in, *S) -> (B, C_out, *S). With `emb_dim`, forward wants emb (B, emb_dim) and adds its projection to h."""
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int | None = None,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = GroupNorm(in_channels, num_groups, eps)
+        self.conv1 = Conv(dims, in_channels, out_channels)
+        self.emb_proj = nn.Linear(emb_dim, out_channels) if emb_dim else None
+        self.norm2 = GroupNorm(out_channels, num_groups, eps)
+        self.dropout = dropout
+        self.conv2 = Conv(dims, out_channels, out_channels, zero_init=zero_init)
+        self.skip = None if in_channels == out_channels else Conv(dims, in_channels, out_channels, kernel=1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        if self.emb_proj is not None:
+            shift = self.emb_proj(F.silu(emb))  # (B, C_out)
+            h = h + shift.reshape(*shift.shape, *(1,) * (x.ndim - 2))
+        if self.dropout and self.training:
+            h = self.conv2(F.dropout(norm_silu(self.norm2, h), self.dropout))
+        else:
+            h = norm_silu_conv(self.norm2, self.conv2, h)
+        return h + (x if self.skip is None else self.skip(x))
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, heads * d) -> (B, heads, N, d), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, N, d) -> (B, N, heads * d)."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, N, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, N, C) -> (B, C, *size)."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(size))
+
+
+class SelfAttention(nn.Module):
+    """tokens (B, N, C) -> (B, N, C), no residual. One matrix makes q, k, v (rows in that order); never an N x N matrix."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        qkv_bias: bool = True,
+        out_proj: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
+        self.out_proj = nn.Linear(channels, channels) if out_proj else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = (
+            split_heads(part, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1)
+        )  # (B, heads, N, d)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        out = merge_heads(out)  # (B, N, C)
+        return out if self.out_proj is None else self.out_proj(out)
+
+
+class CrossAttention(nn.Module):
+    """tokens (B, N, C), context (B, M, E), context_mask (B, M) bool, True = use -> (B, N, C), no residual.
+
+    A sample whose mask is False everywhere gets zeros. `gate` multiplies the result by one learned number that starts at
+    zero, so that a pretrained network is unchanged. With `return_map` the result is (out, map (B, heads, N, M)); the map
+    is computed by an explicit softmax and is differentiable, for small M.
+    """
+
+    def __init__(
+        self, channels: int, context_dim: int, num_heads: int = 1, gate: bool = False, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.q = nn.Linear(channels, channels, bias=False)
+        self.kv = nn.Linear(context_dim, 2 * channels, bias=False)
+        self.out_proj = nn.Linear(channels, channels)
+        self.gate = nn.Parameter(torch.zeros(())) if gate else None
+
+    def forward(
+        self, tokens: Tensor, context: Tensor, context_mask: Tensor | None = None, return_map: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        q = split_heads(self.q(tokens), self.num_heads)  # (B, heads, N, d)
+        k, v = (
+            split_heads(part, self.num_heads) for part in self.kv(context).chunk(2, dim=-1)
+        )  # (B, heads, M, d)
+        mask = None if context_mask is None else context_mask[:, None, None, :]  # (B, 1, 1, M)
+        dropout = self.dropout if self.training else 0.0
+        if return_map:
+            out, weights = explicit_attention(q, k, v, mask, dropout)
+        else:
+            out, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
+        out = merge_heads(out)  # (B, N, C)
+        if mask is not None:  # the fused kernels differ in what they give for a row without any key
+            out = out * mask.any(dim=-1).flatten(1)[:, :, None]
+        out = self.out_proj(out)
+        out = out if self.gate is None else self.gate * out
+        return (out, weights) if return_map else out
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """(softmax(q k^T / sqrt(d)) v, the softmax itself), in fp32; rows without any key are zero."""
+    scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, heads, N, M)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)
+    if mask is not None:
+        weights = weights * mask
+    return (F.dropout(weights, dropout) if dropout else weights).to(v.dtype) @ v, weights
+
+
+class AttentionBlock(nn.Module):
+    """(B, C, *S) -> x + self-attention(norm(x)) over all positions."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        out_proj: bool = True,
+    ):
+        super().__init__()
+        self.norm = GroupNorm(channels, num_groups, eps)
+        self.attn = SelfAttention(channels, num_heads, out_proj=out_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + to_map(self.attn(to_tokens(self.norm(x))), x.shape[2:])
+
+
+class GEGLU(nn.Module):
+    """tokens (B, N, C) -> W_2 (a * gelu(b)) with (a, b) = W_1 tokens of width 4 C each."""
+
+    def __init__(self, channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.linear1 = nn.Linear(channels, 8 * channels)
+        self.linear2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        value, gate = self.linear1(tokens).chunk(2, dim=-1)
+        return F.dropout(self.linear2(value * F.gelu(gate)), self.dropout, self.training)
+
+
+class TransformerBlock(nn.Module):
+    """(B, C, *S), context (B, M, E) -> (B, C, *S): the identity at first, because the last 1x1 convolution is zero."""
+
+    def __init__(
+        self,
+        dims: int,
+        channels: int,
+        context_dim: int,
+        num_heads: int = 1,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.norm = GroupNorm(channels, num_groups, eps)
+        self.proj_in = Conv(dims, channels, channels, kernel=1)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn = SelfAttention(channels, num_heads, qkv_bias=False, dropout=dropout)
+        self.cross_attn = CrossAttention(channels, context_dim, num_heads, dropout=dropout)
+        self.ff = GEGLU(channels, dropout)
+        self.proj_out = Conv(dims, channels, channels, kernel=1, zero_init=True)
+
+    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
+        tokens = to_tokens(self.proj_in(self.norm(x)))  # (B, N, C)
+        tokens = tokens + self.attn(self.norm1(tokens))
+        tokens = tokens + self.cross_attn(self.norm2(tokens), context, context_mask)
+        tokens = tokens + self.ff(self.norm3(tokens))
+        return x + self.proj_out(to_map(tokens, x.shape[2:]))
+
+
+# --- re-sampling --------------------------------------------------------------------------------------------------
+
+
+class Downsample(nn.Module):
+    """conv3 with stride 1 or 2 per axis; the axes of stride 2 must be even.
+
+    `pad="asym"` pads one zero at the end of every axis of stride 2 (as published autoencoders do), `"sym"` one on both
+    sides.
+    """
+
+    def __init__(
+        self, dims: int, channels: int, strides: Sequence[int], pad: Literal["asym", "sym"] = "asym"
+    ):
+        super().__init__()
+        ends = [int(pad == "asym" and s == 2) for s in strides]
+        self.end_padding = [p for e in reversed(ends) for p in (0, e)] if any(ends) else None  # F.pad's order
+        self.conv = Conv(dims, channels, channels, stride=strides, padding=[1 - e for e in ends])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.end_padding is None else F.pad(x, self.end_padding))
+
+
+def folding_matrix(strides: Sequence[int]) -> Tensor:
+    """(3^dims, prod(3 or 4)): kernel of a conv3 after nearest up-sampling -> kernel of one transposed convolution.
+
+    Per axis of stride 2 (w0, w1, w2) -> (w2, w1 + w2, w0 + w1, w0): output 2i sees input i - 1 through w0 and input i
+    through w1 + w2; output 2i + 1 sees input i through w0 + w1 and input i + 1 through w2. Stride 1: flipped.
+    """
+    double = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+    single = torch.eye(3).flip(0)
+    return reduce(torch.kron, (double if s == 2 else single for s in strides))
+
+
+class Upsample(nn.Module):
+    """(B, C, *S) -> (B, C, *(stride * S)), strides 1 or 2 per axis.
+
+    "nearest" and "trilinear" (linear in every axis) repeat or interpolate, then conv3; "deconv2" and "deconv3" are
+    transposed convolutions of kernel 2 and 3. Nearest + conv3 is computed as ONE transposed convolution with the folded
+    kernel (`folding_matrix`): exact, boundaries too, 8 instead of 27 products per output voxel in 3-D and no tensor of
+    repeated voxels.
+    """
+
+    def __init__(self, dims: int, channels: int, strides: Sequence[int], kind: UpsampleKind = "nearest"):
+        super().__init__()
+        self.dims, self.strides, self.kind = dims, tuple(strides), kind
+        if kind in ("nearest", "trilinear"):
+            self.conv = Conv(dims, channels, channels)
+            self.register_buffer("folding", folding_matrix(strides), persistent=False)
+        else:
+            kernel, padding = (3, 1) if kind == "deconv3" else (self.strides, 0)
+            cls = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
+            extra = [s - 1 if kind == "deconv3" else 0 for s in strides]
+            self.deconv = cls(channels, channels, kernel, self.strides, padding, output_padding=extra)
+
+    def folded_weight(self) -> Tensor:
+        """(C_in, C_out, *(3 or 4)). Made anew at every call: a stored one would be stale after an optimizer or EMA step."""
+        weight = self.conv.weight
+        with torch.autocast(
+            weight.device.type, enabled=False
+        ):  # sums of weights in full precision, rounding after
+            folded = weight.flatten(2).float() @ self.folding.float()  # (C_out, C_in, prod)
+        folded = folded.unflatten(2, [2 + s for s in self.strides])
+        return folded.transpose(0, 1).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind.startswith("deconv"):
+            return self.deconv(x)
+        if self.kind == "trilinear":
+            mode = "bilinear" if self.dims == 2 else "trilinear"
+            return self.conv(F.interpolate(x, scale_factor=[float(s) for s in self.strides], mode=mode))
+        # Folding costs as much as some 2000 voxels: a small tensor that needs gradients is repeated instead
+        if torch.is_grad_enabled() and x.shape[0] * math.prod(x.shape[2:]) * math.prod(self.strides) < 2048:
+            return self.conv(F.interpolate(x, scale_factor=[float(s) for s in self.strides], mode="nearest"))
+        transposed = F.conv_transpose2d if self.dims == 2 else F.conv_transpose3d
+        return transposed(x, self.folded_weight(), self.conv.bias, self.strides, padding=1)
+
+
+class SpaceToDepth(nn.Module):
+    """(B, C, *(f S)) -> (B, C prod(f), *S): voxels become channels; exact, inverted by `DepthToSpace`."""
+
+    def __init__(self, factor: Sequence[int]):
+        super().__init__()
+        self.factor = tuple(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = len(self.factor)
+        split = [n for size, f in zip(x.shape[2:], self.factor, strict=True) for n in (size // f, f)]
+        x = x.reshape(*x.shape[:2], *split)  # (B, C, S_1, f_1, S_2, f_2, ...)
+        x = x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))  # (B, C, f_1.., S_1..)
+        return x.flatten(1, 1 + dims)
+
+
+class DepthToSpace(nn.Module):
+    """(B, C prod(f), *S) -> (B, C, *(f S)), the inverse of `SpaceToDepth`."""
+
+    def __init__(self, factor: Sequence[int]):
+        super().__init__()
+        self.factor = tuple(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = len(self.factor)
+        x = x.unflatten(1, (-1, *self.factor))  # (B, C, f_1.., S_1..)
+        x = x.permute(0, 1, *(a for i in range(dims) for a in (2 + dims + i, 2 + i)))  # (B, C, S_1, f_1, ...)
+        for axis in range(2, 2 + dims):
+            x = x.flatten(axis, axis + 1)
+        return x
+
+
+# --- trunks of the autoencoders -----------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """(B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)); S must be divisible.
+
+    Order of `layers`: [space-to-depth], conv; per level num_res_blocks x (ResBlock, [attention]) and, except for the
+    last, Downsample; [ResBlock, attention, ResBlock]; norm, [SiLU], conv.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        num_res_blocks: Sequence[int],
+        attention_levels: Sequence[bool],
+        strides: Sequence[Sequence[int]],
+        stem: Sequence[int],
+        mid_attention: bool = False,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        attn_out_proj: bool = True,
+        down_pad: Literal["asym", "sym"] = "asym",
+        final_silu: bool = False,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.checkpointing = checkpointing
+        norm = {"num_groups": num_groups, "eps": eps}
+        layers: list[nn.Module] = [SpaceToDepth(stem)] if max(stem) > 1 else []
+        layers.append(Conv(dims, in_channels * math.prod(stem), channels[0]))
+        width = channels[0]
+        for level, level_width in enumerate(channels):
+            for _ in range(num_res_blocks[level]):
+                layers.append(ResBlock(dims, width, level_width, **norm))
+                width = level_width
+                if attention_levels[level]:
+                    layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
+            if level < len(channels) - 1:
+                layers.append(Downsample(dims, width, strides[level], down_pad))
+        if mid_attention:
+            layers.append(ResBlock(dims, width, width, **norm))
+            layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
+            layers.append(ResBlock(dims, width, width, **norm))
+        layers.append(GroupNorm(width, **norm))
+        if final_silu:
+            layers.append(nn.SiLU())
+        layers.append(Conv(dims, width, out_channels))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = run_layer(layer, x, checkpointing=self.checkpointing)
+        return x
+
+
+class Decoder(nn.Module):
+    """(B, in_channels, *S) -> (B, out_channels, *(S * strides * stem)); arguments in the encoder's order of levels.
+
+    Order of `layers`: conv; [ResBlock, attention, ResBlock]; per level from the deepest (num_res_blocks + extra) x
+    (ResBlock, [attention]) and, except for the last, Upsample; norm, [SiLU], conv, [depth-to-space].
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        num_res_blocks: Sequence[int],
+        attention_levels: Sequence[bool],
+        strides: Sequence[Sequence[int]],
+        stem: Sequence[int],
+        mid_attention: bool = False,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        attn_out_proj: bool = True,
+        upsample: UpsampleKind = "nearest",
+        extra_up_block: bool = False,
+        final_silu: bool = False,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.checkpointing = checkpointing
+        norm = {"num_groups": num_groups, "eps": eps}
+        width = channels[-1]
+        layers: list[nn.Module] = [Conv(dims, in_channels, width)]
+        if mid_attention:
+            layers.append(ResBlock(dims, width, width, **norm))
+            layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
+            layers.append(ResBlock(dims, width, width, **norm))
+        for level in reversed(range(len(channels))):
+            for _ in range(num_res_blocks[level] + extra_up_block):
+                layers.append(ResBlock(dims, width, channels[level], **norm))
+                width = channels[level]
+                if attention_levels[level]:
+                    layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
+            if level > 0:
+                layers.append(Upsample(dims, width, strides[level - 1], upsample))
+        layers.append(GroupNorm(width, **norm))
+        if final_silu:
+            layers.append(nn.SiLU())
+        layers.append(Conv(dims, width, out_channels * math.prod(stem)))
+        if max(stem) > 1:
+            layers.append(DepthToSpace(stem))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        for layer in self.layers:
+            z = run_layer(layer, z, checkpointing=self.checkpointing)
+        return z
+
+
+# --- time ---------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, dim: int, cos_first: bool = True, max_period: float = 10000.0) -> Tensor:
+    """t (B,) on the 0..T scale, any dtype -> (B, dim) fp32: cos and sin of t * max_period^(-i / half), i < half.
+
+    Ho et al. 2020 (arXiv 2006.11239), after Vaswani et al. 2017 section 3.5. `cos_first`: cosines, then sines.
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(max_period) / half)
+    )
+    angles = t.float()[:, None] * frequencies  # (B, half)
+    parts = [angles.cos(), angles.sin()] if cos_first else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))

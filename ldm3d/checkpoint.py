@@ -1,0 +1,149 @@
+"""Checkpoints: anything with a state_dict, written so that nothing is ever lost and read so that nothing can
+run.
+
+A checkpoint is a dict ``{format, kind, config, state, model, ema, optimizers, scaler, step, best, ...}`` of
+tensors and plain values. It is written to a temporary file, flushed and renamed, so that a file that has its
+name is whole; it is read with ``weights_only=True``, so that a file from a stranger cannot execute code.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import InputError
+
+FORMAT = 1  # raised when older code could no longer read what we write
+STEP_FILE = re.compile(r"checkpoint_(\d{7,})\.pt$")
+
+
+def save(path: str | Path, content: dict[str, Any]) -> None:
+    """Write atomically. A full disk or read-only folder is an InputError, and what was there stays."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a failed write of its zip archive as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise InputError(
+            f"{path}: could not be saved ({reason}); the checkpoints before it are intact: make room, then "
+            "run the same command again"
+        ) from None
+
+
+def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; `kind` ("vae", "ldm", ...) is checked if given. InputError names what
+    is wrong."""
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path}: refused: not a checkpoint of plain tensors and values (it may run code)"
+        ) from None
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        reason = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
+        raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise InputError(f"{path}: not a checkpoint of ldm3d")
+    if content["format"] > FORMAT:
+        raise InputError(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
+    if kind is not None and content["kind"] != kind:
+        raise InputError(f"{path}: a {content['kind']!r} checkpoint where {kind!r} is expected")
+    return content
+
+
+def step_files(run_dir: str | Path) -> list[Path]:
+    """The numbered checkpoints of a run, newest first."""
+    found = [p for p in Path(run_dir).glob("checkpoint_*.pt") if STEP_FILE.match(p.name)]
+    return sorted(found, key=lambda p: int(STEP_FILE.match(p.name)[1]), reverse=True)
+
+
+def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
+    """The newest readable checkpoint, or None; a damaged newest one is passed over, saying so."""
+    files = step_files(run_dir)
+    for path in files:
+        try:
+            return load(path, kind)
+        except InputError as e:
+            if path is files[-1]:
+                raise
+            print(f"{e}; falling back to the checkpoint before it", flush=True)
+    return None
+
+
+def load_run(run: str | Path, kind: str) -> dict[str, Any]:
+    """What a user means by a run: a checkpoint file, or a folder, of which best.pt, else the newest, is
+    taken."""
+    run = Path(run)
+    if run.is_file():
+        return load(run, kind)
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run folder or checkpoint")
+    content = load(run / "best.pt", kind) if (run / "best.pt").exists() else load_latest(run, kind)
+    if content is None:
+        raise InputError(f"{run}: no checkpoint in this folder")
+    return content
+
+
+def prune(run_dir: str | Path, keep: int) -> None:
+    """Delete all but the newest `keep` numbered checkpoints; best.pt is not touched."""
+    for path in step_files(run_dir)[max(keep, 1) :]:
+        path.unlink(missing_ok=True)
+
+
+def sweep(run_dir: str | Path) -> None:
+    """Delete temporaries that a killed process left behind."""
+    for path in Path(run_dir).glob("*.tmp[0-9]*"):
+        path.unlink(missing_ok=True)
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    """The state_dict without the prefixes that DDP and torch.compile put in front."""
+    return {
+        re.sub(r"(^|\.)(module|_orig_mod)\.", r"\1", key): value for key, value in net.state_dict().items()
+    }
+
+
+def load_weights(
+    net: nn.Module,
+    state: dict[str, Tensor],
+    where: str,
+    may_miss: Iterable[str] = (),
+    may_have: Iterable[str] = (),
+) -> list[str]:
+    """Copy `state` into `net`, strictly: missing and left-over keys must match the shell patterns of the
+    allow-lists.
+
+    Returns the keys that were allowed to be missing or left over, for the caller to tell.
+    """
+    own = net.state_dict()
+    missing = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    bad = [f"{k} is missing" for k in missing if not any(fnmatch.fnmatch(k, p) for p in may_miss)]
+    bad += [f"{k} is left over" for k in extra if not any(fnmatch.fnmatch(k, p) for p in may_have)]
+    bad += [
+        f"{k} is {tuple(state[k].shape)}, the network wants {tuple(own[k].shape)}"
+        for k in own
+        if k in state and own[k].shape != state[k].shape
+    ]
+    if bad:
+        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
+        raise InputError(f"{where}: the weights do not fit: {'; '.join(bad[:3])}{more}")
+    net.load_state_dict(state, strict=False)
+    return missing + extra

@@ -1,0 +1,305 @@
+"""Configuration: frozen dataclasses <-> JSON <-> command line.
+
+A configuration is a frozen dataclass of scalars, tuples, Literals, ``X | None`` and other configurations,
+defined right above the class that it configures. The trailing comment of a field is its help line, so that
+there is one place to read. Each source overrides the one before: defaults < preset name or JSON file <
+``--dotted.key value``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+C = TypeVar("C")
+
+
+class InputError(ValueError):
+    """A mistake of the user's: one line that names the file or key. Scripts print it and exit with code 2."""
+
+
+# --- dataclass <-> plain values -----------------------------------------------------------------------------
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The resolved type of every field of a configuration class, in order."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf, nested configurations opened."""
+    flat = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dict of plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
+    """The inverse of `to_dict`. Missing keys take their defaults; unknown keys and wrong types raise
+    InputError."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where or cls.__name__}: expected an object of keys, got {values!r}")
+    known = field_types(cls)
+    kwargs = {}
+    for name, value in values.items():
+        key = f"{where}.{name}" if where else name
+        if name not in known:
+            raise InputError(unknown_key(key, [f"{where}.{k}" if where else k for k in known]))
+        kwargs[name] = convert(value, known[name], key)
+    try:
+        return cls(**kwargs)
+    except InputError as e:  # raised by __post_init__ with the bare field name
+        raise InputError(f"{where}.{e}" if where and not str(e).startswith(where) else str(e)) from None
+
+
+def replace(config: C, changes: dict[str, Any]) -> C:
+    """A copy with ``{"dotted.key": value}`` applied; values are checked against the types of the fields."""
+    nested = to_dict(config)
+    known = flatten(config)
+    for key, value in changes.items():
+        if key not in known:
+            raise InputError(unknown_key(key, list(known)))
+        node = nested
+        *path, last = key.split(".")
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return from_dict(type(config), nested)
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """One line that names the key and the nearest one that exists."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def convert(value: Any, kind: Any, key: str) -> Any:
+    """`value` (from JSON, Python or the command line's text) as type `kind`; InputError naming `key` if it is
+    not one."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else from_dict(kind, value, key)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if type(None) in args:
+                return None
+            raise wrong(value, kind, key)
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return convert(value, option, key)
+            except InputError:
+                continue
+        raise wrong(value, kind, key)
+    if origin is Literal:
+        for option in args:
+            if str(value) == str(option):
+                return option
+        raise wrong(value, kind, key)
+    if origin is tuple:
+        return convert_tuple(value, args, kind, key)
+    return convert_scalar(value, kind, key)
+
+
+def convert_tuple(given: Any, args: tuple, kind: Any, key: str) -> tuple:
+    """Text is JSON ("[[1,2,2],[2,2,2]]") or a list with commas, spaces or x ("48,64,48", "48x64x48")."""
+    value = given
+    if isinstance(given, str):
+        text = given.strip()
+        if text[:1] in "[(":
+            try:
+                value = json.loads(text.replace("(", "[").replace(")", "]"))
+            except json.JSONDecodeError:
+                raise wrong(given, kind, key) from None
+        else:
+            value = [v for v in re.split(r"(?<=\d)x(?=\d)|[,\s]+", text) if v]
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(convert(v, args[0], key) for v in value)
+    if len(value) != len(args):
+        raise wrong(given, kind, key)
+    return tuple(convert(v, a, key) for v, a in zip(value, args, strict=True))
+
+
+def convert_scalar(value: Any, kind: Any, key: str) -> Any:
+    if kind is bool:
+        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+    elif kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except (TypeError, ValueError):
+            raise wrong(value, kind, key) from None
+        if isinstance(value, str) or number == value:
+            return number
+    raise wrong(value, kind, key)
+
+
+def wrong(value: Any, kind: Any, key: str) -> InputError:
+    return InputError(f"{key}: expected {type_name(kind)}, got {value!r}")
+
+
+def type_name(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_name(a) for a in args)
+    if origin is Literal:
+        return " | ".join(str(a) for a in args)
+    if origin is tuple:
+        return f"({', '.join('...' if a is Ellipsis else type_name(a) for a in args)})"
+    return "none" if kind is type(None) else kind.__name__
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def field_comments(cls: type) -> dict[str, str]:
+    """Field name -> the trailing comment of its line in the source."""
+    lines = inspect.getsource(cls).splitlines()
+    found = (re.match(r"    (\w+)\s*:.*?#\s*(.+)$", line) for line in lines)
+    return {m[1]: m[2] for m in found if m}
+
+
+def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, prefix: str = "") -> None:
+    """One option for every leaf of `cls`, one help group for every nested configuration."""
+    group = group_parent.add_argument_group(prefix.rstrip(".") or "settings")
+    comments = field_comments(cls)
+    for name, kind in field_types(cls).items():
+        key, value = prefix + name, getattr(default, name)
+        if dataclasses.is_dataclass(kind):
+            add_options(group_parent, kind, value, key + ".")
+            continue
+        text = f"{comments.get(name, '')} ({type_name(kind)}; default {show(value)})".strip().replace(
+            "%", "%%"
+        )
+        flag = {"nargs": "?", "const": "true"} if kind is bool else {}
+        group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **flag)
+
+
+def show(value: Any) -> str:
+    """A value as it can be typed on the command line."""
+    if isinstance(value, tuple):
+        return (
+            json.dumps(value).replace(" ", "")
+            if any(isinstance(v, tuple) for v in value)
+            else ",".join(map(str, value))
+        )
+    return (
+        {None: "none", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, str)
+        else value
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but mistakes are InputErrors that name the nearest flag, and abbreviations are refused."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(message)
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        args, rest = self.parse_known_args(argv)
+        for word in rest:
+            if word.startswith("-"):
+                flags = [option for action in self._actions for option in action.option_strings]
+                raise InputError(unknown_key(word.split("=")[0], flags))
+            raise InputError(f"{word}: not expected here")
+        return args
+
+
+def parse(
+    cls: type[C],
+    argv: list[str] | None,
+    presets: dict[str, dict[str, Any]],
+    doc: str | None = None,
+    base: Callable[[C], C] | None = None,
+) -> tuple[C, dict[str, Any]]:
+    """Read ``[preset | file.json] --dotted.key value ...``; returns (config, the flags given: dotted key ->
+    value).
+
+    A preset is ``{"dotted.key": value}``; `cls` has a field `preset` that records which one was taken. The
+    JSON file may be a run's config.json or a part of one. `base` gives defaults that depend on what was asked
+    for (stage two takes its data settings from the autoencoder): it gets the merged configuration, and
+    presets, file and flags are merged once more over what it returns.
+    """
+    parser = Parser(description=doc)
+    parser.add_argument("preset", nargs="?", help=f"one of: {', '.join(presets)}; or a JSON file")
+    add_options(parser, cls, cls())
+    args = vars(parser.parse(argv))
+    name = args.pop("preset")
+    choices = f"one of: {', '.join(presets)}; or a JSON file"
+    if name is None:
+        raise InputError(f"which preset? {choices} (--help lists every setting)")
+    if name in presets:
+        chosen = {**presets[name], "preset": name}
+    elif name.endswith(".json"):
+        chosen = leaves(read_json(name))
+        chosen.pop("kind", None)  # a run's config.json records whose it is
+    else:
+        near = difflib.get_close_matches(name, presets, n=1)
+        raise InputError(f"{name}: no such preset; " + (f"did you mean {near[0]}?" if near else choices))
+    types_of = leaf_types(cls)
+    given = {key: convert(value, types_of[key], key) for key, value in args.items()}
+    config = replace(cls(), chosen | given)
+    if base is not None:
+        config = replace(base(config), chosen | given)
+    return config, given
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> {"dotted.key": value}."""
+    flat = {}
+    for name, value in values.items():
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type of every leaf."""
+    leaves = {}
+    for name, kind in field_types(cls).items():
+        leaves |= (
+            leaf_types(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+        )
+    return leaves
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; InputError naming the file if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except ValueError as e:
+        raise InputError(f"{path}: not JSON ({e})") from None

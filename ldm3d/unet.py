@@ -1,0 +1,210 @@
+"""The diffusion U-Net: noisy latent x_t and time t -> prediction of the same shape (eps, x_start, v or flow).
+
+    emb = W_2 silu(W_1 sinusoid(t)) + extra embedding                    time, Ho et al. 2020 (arXiv 2006.11239)
+    h   = conv(x_t)
+    down: per level num_res_blocks x [ResBlock(h, emb), (attention)], stride-2 conv;  every result is kept as a skip
+    mid:  ResBlock, attention, ResBlock
+    up:   per level (num_res_blocks + 1) x [ResBlock(h ++ skip, emb), (attention)], nearest x2 + conv
+    out = conv(silu(norm(h))), zero at first
+
+Attention is self-attention over all positions, or, with `context_dim`, the transformer block of Rombach et al. 2022
+(arXiv 2112.10752) that also reads context tokens. The structure is that of MONAI's DiffusionModelUNet, so that its weights
+can be copied. Any input size works (edges repeated at the end inside, cropped back); strides are per axis.
+What is not here: conditions (the conditioner makes `emb`, `context` and extra input channels), schedules, guidance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import (
+    AttentionBlock,
+    Conv,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    TransformerBlock,
+    Upsample,
+    check_levels,
+    crop_to,
+    level_strides,
+    norm_silu_conv,
+    pad_to_multiple,
+    per_level,
+    run_layer,
+    timestep_embedding,
+)
+from .config import InputError
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    dims: Literal[2, 3] = 3  # spatial axes
+    in_channels: int = 4  # channels of x_t, concatenated conditions included
+    out_channels: int = 4  # channels of the prediction
+    channels: tuple[int, ...] = (64, 128, 128)  # width of each level, finest first
+    num_res_blocks: tuple[int, ...] = (2,)  # residual blocks of each level, or one number for all
+    attention_levels: tuple[bool, ...] = (False, False, True)  # attention at each level, or one value for all
+    head_channels: int = 32  # width of one attention head
+    strides: tuple[tuple[int, ...], ...] | None = (
+        None  # 1 or 2 per axis, for each down-sampling; none = 2 everywhere
+    )
+    context_dim: int | None = None  # width of the context tokens; none = self-attention only
+    num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
+    gn_eps: float = 1e-6  # epsilon of the norms
+    time_embed_order: Literal["cos_sin", "sin_cos"] = "cos_sin"  # order of the halves of the sinusoid
+    attn_out_proj: bool = True  # linear layer after self-attention (without context)
+    dropout: float = 0.0  # in residual and transformer blocks, training only
+    checkpointing: bool = False  # recompute each block in backward: less memory, more time
+
+    def __post_init__(self):
+        check_levels(self)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: expected a number in [0, 1), got {self.dropout}")
+        for width in self.attention_channels:
+            if width % self.head_channels:
+                raise InputError(
+                    f"head_channels: {self.head_channels} does not divide the width {width} of a level"
+                )
+
+    @property
+    def emb_dim(self) -> int:
+        """Width of the time embedding, hence of the extra embedding `emb` of UNet.forward."""
+        return 4 * self.channels[0]
+
+    @property
+    def attention_channels(self) -> tuple[int, ...]:
+        """Width of h at each attention layer, in the order of the forward pass: down, middle, up."""
+        levels = len(self.channels)
+        blocks, wanted = per_level(self.num_res_blocks, levels), per_level(self.attention_levels, levels)
+        down = [w for w, n, a in zip(self.channels, blocks, wanted, strict=True) for _ in range(n * a)]
+        up = [w for w, n, a in zip(self.channels, blocks, wanted, strict=True) for _ in range((n + 1) * a)]
+        return (*down, self.channels[-1], *reversed(up))
+
+    @property
+    def downsampling(self) -> tuple[int, ...]:
+        """Total factor per axis between the finest and the coarsest level."""
+        return tuple(math.prod(f) for f in zip((1,) * self.dims, *level_strides(self), strict=True))
+
+
+class Stage(nn.Module):
+    """A residual block and, if `attend`, attention: self-attention, or a transformer block that reads the context."""
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attend: bool):
+        super().__init__()
+        c, norm = config, {"num_groups": config.num_groups, "eps": config.gn_eps}
+        self.res = ResBlock(
+            c.dims, in_channels, out_channels, c.emb_dim, **norm, dropout=c.dropout, zero_init=True
+        )
+        self.attention: nn.Module | None = None
+        if attend:
+            heads = out_channels // c.head_channels
+            if c.context_dim is None:
+                self.attention = AttentionBlock(out_channels, heads, **norm, out_proj=c.attn_out_proj)
+            else:
+                self.attention = TransformerBlock(
+                    c.dims, out_channels, c.context_dim, heads, **norm, dropout=c.dropout
+                )
+
+    def forward(
+        self, h: Tensor, emb: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        h = self.res(h, emb)
+        if isinstance(self.attention, TransformerBlock):
+            return self.attention(h, context, context_mask)
+        return h if self.attention is None else self.attention(h)
+
+
+class UNet(nn.Module):
+    """forward(x_t (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim)) -> (B, C_out, *S).
+
+    `registers`, if given, is a module called as `h = registers(h, emb, place)` after every attention layer, h being
+    (B, config.attention_channels[place], *s) and `place` counting those layers in the order of the forward pass.
+    """
+
+    def __init__(self, config: UNetConfig, registers: nn.Module | None = None):
+        super().__init__()
+        self.config = c = config
+        self.registers = registers
+        levels, strides = len(c.channels), level_strides(c)
+        blocks, attend = per_level(c.num_res_blocks, levels), per_level(c.attention_levels, levels)
+        self.time_embed = nn.Sequential(
+            nn.Linear(c.channels[0], c.emb_dim), nn.SiLU(), nn.Linear(c.emb_dim, c.emb_dim)
+        )
+        self.conv_in = Conv(c.dims, c.in_channels, c.channels[0])
+        width, skips = c.channels[0], [c.channels[0]]  # channels of h; of every skip
+        self.down = nn.ModuleList()
+        for level in range(levels):
+            for _ in range(blocks[level]):
+                self.down.append(Stage(c, width, c.channels[level], attend[level]))
+                width = c.channels[level]
+                skips.append(width)
+            if level < levels - 1:
+                self.down.append(Downsample(c.dims, width, strides[level], pad="sym"))
+                skips.append(width)
+        self.mid = nn.ModuleList([Stage(c, width, width, attend=True), Stage(c, width, width, attend=False)])
+        self.up = nn.ModuleList()
+        for level in reversed(range(levels)):
+            for _ in range(blocks[level] + 1):
+                self.up.append(Stage(c, width + skips.pop(), c.channels[level], attend[level]))
+                width = c.channels[level]
+            if level > 0:
+                self.up.append(Upsample(c.dims, width, strides[level - 1]))
+        self.norm_out = GroupNorm(width, c.num_groups, c.gn_eps)
+        self.conv_out = Conv(c.dims, width, c.out_channels, zero_init=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        emb: Tensor | None = None,
+    ) -> Tensor:
+        self._check(x, context)
+        size = x.shape[2:]
+        emb = self.embed(t, emb)
+        place = 0  # attention layers so far
+
+        def walk(layer: nn.Module, h: Tensor) -> Tensor:
+            nonlocal place
+            if not isinstance(layer, Stage):
+                return run_layer(layer, h, checkpointing=self.config.checkpointing)
+            h = run_layer(layer, h, emb, context, context_mask, checkpointing=self.config.checkpointing)
+            if layer.attention is not None:
+                if self.registers is not None:
+                    h = self.registers(h, emb, place)
+                place += 1
+            return h
+
+        h = self.conv_in(pad_to_multiple(x, self.config.downsampling))
+        skips = [h]
+        for layer in self.down:
+            h = walk(layer, h)
+            skips.append(h)
+        for layer in self.mid:
+            h = walk(layer, h)
+        for layer in self.up:
+            h = walk(layer, h if isinstance(layer, Upsample) else torch.cat([h, skips.pop()], dim=1))
+        return crop_to(norm_silu_conv(self.norm_out, self.conv_out, h), size)
+
+    def embed(self, t: Tensor, emb: Tensor | None = None) -> Tensor:
+        """t (B,) on the 0..T scale, and the extra embedding (B, emb_dim) -> (B, emb_dim)."""
+        sinusoid = timestep_embedding(t, self.config.channels[0], self.config.time_embed_order == "cos_sin")
+        time = self.time_embed(sinusoid.to(self.time_embed[0].weight.dtype))
+        return time if emb is None else time + emb
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        c = self.config
+        if x.ndim != c.dims + 2 or x.shape[1] != c.in_channels:
+            raise InputError(f"x: expected (B, {c.in_channels}, {c.dims} axes), got shape {tuple(x.shape)}")
+        if (context is None) != (c.context_dim is None):
+            wanted = "no context" if c.context_dim is None else f"context (B, M, {c.context_dim})"
+            raise InputError(f"context: this U-Net wants {wanted} (context_dim = {c.context_dim})")

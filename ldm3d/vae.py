@@ -1,0 +1,158 @@
+"""KL autoencoder: a volume becomes a small latent with a Gaussian posterior, and back.
+
+    q(z given x) = N(mean(x), diag(exp(logvar(x))))       encoder, Kingma & Welling 2014 (arXiv 1312.6114) eq. 9
+    z = mean + exp(logvar / 2) * noise                    re-parametrisation, ibid. section 2.4
+    recon = decode(z);  loss = reconstruction + kl_weight * KL(q || N(0, 1))          ibid. eq. 10, lives in losses.py
+
+Architecture: the first stage of Rombach et al. 2022 (arXiv 2112.10752), with MONAI's choices as defaults: no SiLU before
+the last convolutions, down-sampling padded at the end. Any input size works: `encode` repeats the edge at the end of
+each axis up to a multiple of `downsampling`, `decode` crops back. What is not here: losses, training, and decoding
+in slabs (both trunks are flat lists that such code can walk).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Conv, Decoder, Encoder, check_levels, crop_to, level_strides, pad_to_multiple, per_level
+from .config import InputError
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    dims: Literal[2, 3] = 3  # spatial axes of the images
+    in_channels: int = 1  # channels of the images
+    latent_channels: int = 4  # channels of the latent z
+    channels: tuple[int, ...] = (32, 64, 64)  # width of each level, finest first
+    num_res_blocks: tuple[int, ...] = (2,)  # residual blocks of each level, or one number for all
+    attention_levels: tuple[bool, ...] = (False,)  # self-attention at each level, or one value for all
+    strides: tuple[tuple[int, ...], ...] | None = (
+        None  # 1 or 2 per axis, for each down-sampling; none = 2 everywhere
+    )
+    stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all; exact and cheap
+    mid_attention: bool = False  # ResBlock, attention, ResBlock at the coarsest level
+    num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
+    gn_eps: float = 1e-6  # epsilon of the norms
+    final_silu: bool = False  # SiLU between the last norm and the last convolution
+    attn_out_proj: bool = True  # linear layer after attention
+    upsample: Literal["nearest", "trilinear", "deconv2", "deconv3"] = "nearest"  # up-sampling of the decoder
+    down_pad: Literal["asym", "sym"] = "asym"  # zeros at the end only, or on both sides, of each strided axis
+    double_z: bool = (
+        False  # the encoder ends in 2 * latent_channels already (CompVis) and not in latent_channels
+    )
+    extra_up_block: bool = False  # one residual block more per level in the decoder
+    checkpointing: bool = False  # recompute each block in backward: less memory, more time
+
+    def __post_init__(self):
+        check_levels(self)
+        if len(self.stem) not in (1, self.dims) or not set(self.stem) <= {1, 2}:
+            raise InputError(f"stem: expected 1 or 2 for each of {self.dims} axes, got {self.stem}")
+
+    @property
+    def downsampling(self) -> tuple[int, ...]:
+        """Total factor per axis between image and latent."""
+        return tuple(
+            math.prod(f) for f in zip(per_level(self.stem, self.dims), *level_strides(self), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The diagonal Gaussian q(z given x): mean and logvar, both (B, C_z, *s); logvar is clamped to [-30, 20]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> Posterior:
+        """moments (B, 2 C_z, *s), mean first. The clamp is straight-through: it limits the value, never the gradient,
+        so that the KL can bring back a log-variance that has left the range."""
+        mean, raw = moments.float().chunk(2, dim=1)
+        return cls(mean, raw + (raw.clamp(-30.0, 20.0) - raw).detach())
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z from Gaussian noise of the latent's shape."""
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder, 1x1 `quant_conv` to (mean, logvar), 1x1 `post_quant_conv`, decoder. The posterior is always fp32."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = c = config
+        levels = len(c.channels)
+        shared = {
+            "channels": c.channels,
+            "num_res_blocks": per_level(c.num_res_blocks, levels),
+            "attention_levels": per_level(c.attention_levels, levels),
+            "strides": level_strides(c),
+            "stem": per_level(c.stem, c.dims),
+            "mid_attention": c.mid_attention,
+            "num_groups": c.num_groups,
+            "eps": c.gn_eps,
+            "attn_out_proj": c.attn_out_proj,
+            "final_silu": c.final_silu,
+            "checkpointing": c.checkpointing,
+        }
+        width = c.latent_channels * (1 + c.double_z)
+        self.encoder = Encoder(c.dims, c.in_channels, width, **shared, down_pad=c.down_pad)
+        self.quant_conv = Conv(c.dims, width, 2 * c.latent_channels, kernel=1)
+        self.post_quant_conv = Conv(c.dims, c.latent_channels, c.latent_channels, kernel=1)
+        self.decoder = Decoder(
+            c.dims,
+            c.latent_channels,
+            c.in_channels,
+            **shared,
+            upsample=c.upsample,
+            extra_up_block=c.extra_up_block,
+        )
+
+    @property
+    def downsampling(self) -> tuple[int, ...]:
+        """Total factor per axis between image and latent."""
+        return self.config.downsampling
+
+    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """(C_z, *s) of images of `size` voxels."""
+        return (
+            self.config.latent_channels,
+            *(-(-n // f) for n, f in zip(size, self.downsampling, strict=True)),
+        )
+
+    def encode(self, x: Tensor) -> Posterior:
+        """x (B, C, *S), any size -> posterior of z (B, C_z, *latent_shape(S)[1:])."""
+        self._check(x, self.config.in_channels, "image")
+        x = pad_to_multiple(x, self.downsampling)
+        return Posterior.from_moments(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """z (B, C_z, *s) -> (B, C, *(s * downsampling)), cropped to `size` if given."""
+        self._check(z, self.config.latent_channels, "latent")
+        x = self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        return x if size is None else crop_to(x, size)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
+        """(recon, posterior) with recon = decode(mean + std * noise); without noise, decode(mean)."""
+        posterior = self.encode(x)
+        z = posterior.mode() if noise is None else posterior.sample(noise)
+        return self.decode(z, x.shape[2:]), posterior
+
+    def _check(self, x: Tensor, channels: int, what: str) -> None:
+        if x.ndim != self.config.dims + 2 or x.shape[1] != channels:
+            raise InputError(
+                f"{what}: expected (B, {channels}, {self.config.dims} axes), got shape {tuple(x.shape)}"
+            )

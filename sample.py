@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Make new volumes with a trained run, or send volumes through its autoencoder and back.
+
+new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
+several GPUs      torchrun --nproc_per_node 4 sample.py runs/ldm-hippocampus --num 64
+there and back    python sample.py runs/vae-hippocampus --reconstruct FOLDER
+
+Volumes are written as NIfTI (2-D: TIFF) with the training data's spacing and orientation and its median
+intensity range, beside a preview sheet, a table of scores and a JSON file that tells how they were made.
+Nothing is overwritten. Sample i depends on (seed, i) alone: not on the batch size, the number of ranks, or
+the device (to rounding).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from ldm3d.metrics import psnr, ssim
+from torch import Tensor
+
+from ldm3d.checkpoint import load_run
+from ldm3d.config import InputError, Parser, add_options, convert, leaf_types, replace, to_dict
+from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, share, world_size
+from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
+from ldm3d.logger import progress, save_sheet
+from ldm3d.training import autocast
+from ldm3d.volumes import write
+
+# --- Config -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    num: int = 16  # volumes to make
+    steps: int = 30  # intervals of the sampling grid; network calls are printed
+    sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
+    eta: float = 0.0  # share of fresh noise of ddim
+    seed: int = 0  # sample i depends on (seed, i) alone
+    batch_size: int = 4  # volumes made at once, on each rank
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
+    out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
+    format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
+    reconstruct: str | None = None  # folder or file to send through the autoencoder and back instead
+
+
+def new_folder(config: Config, run: Path, what: str) -> Path:
+    """The folder to write to, made by rank 0; one that holds something is never taken."""
+    base = run if run.is_dir() else run.parent
+    error, folder = None, None
+    if is_main():
+        number = 1
+        while config.out is None and (base / f"{what}-{number:03d}").exists():
+            number += 1
+        folder = Path(config.out) if config.out else base / f"{what}-{number:03d}"
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            error = f"out: {folder} exists and is not empty; nothing is overwritten"
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+    error, folder = share((error, folder))
+    if error:
+        raise InputError(error)
+    return folder
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Aligned text, one row an entry."""
+    names = list(next(iter(rows.values())))
+    width = max(len(r) for r in rows)
+    lines = [" " * width + "".join(f"{n:>14}" for n in names)]
+    lines += [f"{r:<{width}}" + "".join(f"{v[n]:>14.4g}" for n in names) for r, v in rows.items()]
+    return "\n".join(lines)
+
+
+# --- new volumes --------------------------------------------------------------------------------------------
+
+
+def describe(x: Tensor) -> dict[str, float]:
+    """Scores of a set of volumes (N, C, *S) in scaled intensities, to compare generated with real ones.
+
+    mean and std of the intensities; sharpness: mean absolute difference of neighbouring voxels; pair_ssim:
+    mean SSIM of neighbouring pairs in the set, where higher means less varied.
+    """
+    axes = [d for d in range(2, x.ndim) if x.shape[d] > 1]
+    edges = torch.stack([x.diff(dim=d).abs().mean() for d in axes]).mean()
+    pairs = ssim(x, x.roll(1, 0), data_range=2.0).mean() if len(x) > 1 else torch.tensor(float("nan"))
+    return {
+        "mean": float(x.mean()),
+        "std": float(x.std()),
+        "sharpness": float(edges),
+        "pair_ssim": float(pairs),
+    }
+
+
+def generate(config: Config, run: Path, device: torch.device) -> None:
+    model = LatentDiffusion.load(run, device)
+    sampler = model.default_sampler if config.sampler == "auto" else config.sampler
+    calls = model.kernel.num_network_calls(sampler, config.steps)
+    folder = new_folder(config, run, "samples")
+    size = "x".join(map(str, model.state.size))
+    print0(f"{config.num} volumes of {size}, {sampler}, {config.steps} steps = {calls} network calls each")
+
+    indices = list(range(config.num))[rank() :: world_size()]
+    suffix = config.format if config.format != "auto" else ("nii.gz" if len(model.state.size) == 3 else "tif")
+    start, mine, done = time.perf_counter(), {}, 0
+    stream = model.stream(
+        indices, config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp
+    )
+    batches = -(-len(indices) // config.batch_size)
+    for x in progress(stream, "sampling", batches):
+        for i, volume in zip(indices[done:], x, strict=False):
+            write(folder / f"sample_{i:04d}.{suffix}", model.state.to_volume(volume))
+            mine[i] = volume
+        done += len(x)
+    seconds = time.perf_counter() - start
+    samples = {i: v for part in gather(mine) for i, v in part.items()}
+    if is_main():
+        report(config, run, model, folder, samples, sampler, calls, seconds)
+    barrier()
+
+
+def report(
+    config: Config,
+    run: Path,
+    model: LatentDiffusion,
+    folder: Path,
+    samples: dict[int, Tensor],
+    sampler: str,
+    calls: int,
+    seconds: float,
+) -> None:
+    """Preview sheet, table of scores, and the JSON that tells how the volumes were made."""
+    x = torch.stack([samples[i] for i in sorted(samples)])
+    scores = {"generated": describe(x)}
+    if (real := model.state.reference) is not None:
+        scores["real (validation)"] = real
+    picture = save_sheet(
+        folder / "preview.png",
+        {
+            f"samples {i} to {min(i + 3, len(x) - 1)}": list(x[i : i + 4, 0].numpy())
+            for i in range(0, min(16, len(x)), 4)
+        },
+        limits=(-1, 1),
+    )
+    content = load_run(run, "ldm")
+    how = {
+        **to_dict(config),
+        "run": str(run),
+        "step": content["step"],
+        "sampler": sampler,
+        "network_calls": calls,
+        "seconds": round(seconds, 2),
+        "seconds_per_volume": round(seconds / max(1, config.num), 3),
+        "size": list(model.state.size),
+        "spacing": list(model.state.spacing),
+        "scores": scores,
+    }
+    (folder / "samples.json").write_text(json.dumps(how, indent=1) + "\n")
+    print(table(scores))
+    print(f"{len(x)} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
+
+
+# --- there and back -----------------------------------------------------------------------------------------
+
+
+def reconstruct(config: Config, run: Path, device: torch.device) -> None:
+    """Every volume through encoder (mean) and decoder; written with its own geometry and intensities, and
+    scored."""
+    from ldm3d.data import open_folder
+
+    own = run / "autoencoder.pt" if (run / "autoencoder.pt").exists() else run
+    autoencoder, content = load_autoencoder(own)
+    autoencoder.to(device)
+    dataset = open_folder(config.reconstruct, content)
+    folder = new_folder(config, run, "reconstructions")
+    rows, pictures = {}, {"original": [], "reconstruction": []}
+    for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
+        x = dataset[i, i]["image"][None].to(device)
+        with torch.inference_mode(), autocast(config.amp, device):
+            recon = autoencoder.decode(autoencoder.encode(x).mode(), x.shape[2:])
+        recon = recon.float()
+        case = dataset.cases[i]
+        rows[case.id] = {
+            "psnr": float(psnr(recon, x, data_range=2.0)),
+            "ssim": float(ssim(recon, x, data_range=2.0)),
+        }
+        suffix = config.format if config.format != "auto" else ("nii.gz" if x.ndim == 5 else "tif")
+        write(folder / f"{case.id}.{suffix}", dataset.restore(i, recon[0].cpu()))
+        if len(pictures["original"]) < 4:
+            pictures["original"].append(x[0, 0].cpu().numpy())
+            pictures["reconstruction"].append(recon[0, 0].cpu().numpy())
+    rows = {k: v for part in gather(rows) for k, v in part.items()}
+    if is_main():
+        save_sheet(folder / "preview.png", pictures, limits=(-1, 1))
+        mean = {k: sum(r[k] for r in rows.values()) / len(rows) for k in ("psnr", "ssim")}
+        how = {**to_dict(config), "run": str(run), "step": content["step"], "mean": mean, "cases": rows}
+        (folder / "reconstructions.json").write_text(json.dumps(how, indent=1) + "\n")
+        print(table({"mean of " + str(len(rows)): mean}))
+        print(f"{len(rows)} volumes: {folder}")
+    barrier()
+
+
+# --- main ---------------------------------------------------------------------------------------------------
+
+
+def read_flags(argv: list[str] | None) -> tuple[Path, Config]:
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "run", nargs="?", help="run folder of train_ldm.py (or train_vae.py), or a checkpoint in one"
+    )
+    add_options(parser, Config, Config())
+    args: dict[str, Any] = vars(parser.parse(argv))
+    run = args.pop("run")
+    if run is None:
+        raise InputError("which run? give the run folder, such as runs/ldm-phantom")
+    types = leaf_types(Config)
+    config = replace(Config(), {k: convert(v, types[k], k) for k, v in args.items()})
+    for name in ("num", "steps", "batch_size"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: expected at least 1, got {getattr(config, name)}")
+    return Path(run), config
+
+
+def main(argv: list[str] | None = None) -> None:
+    run, config = read_flags(argv)
+    device = setup(config.device)
+    if config.reconstruct:
+        reconstruct(config, run, device)
+    else:
+        generate(config, run, device)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,123 @@
+"""A configuration survives JSON and the command line, and every mistake in one is a line that names the key."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from ldm3d.config import InputError, flatten, from_dict, parse, replace, to_dict
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5  # a rate (1/s)
+    kind: Literal["one", "two"] = "one"  # a kind
+
+    def __post_init__(self):
+        if self.rate < 0:
+            raise InputError(f"rate: expected >= 0, got {self.rate}")
+
+
+@dataclass(frozen=True)
+class Outer:
+    preset: str = ""  # which
+    steps: int = 3  # 100 % of the steps
+    flag: bool = False  # on or off
+    name: str | None = None  # a name
+    size: tuple[int, ...] | None = None  # voxels
+    strides: tuple[tuple[int, ...], ...] = ()  # per level
+    pair: tuple[float, float] = (0.0, 1.0)  # low, high
+    inner: Inner = field(default_factory=Inner)
+
+
+PRESETS = {"small": {"steps": 5, "inner.kind": "two"}}
+
+
+def read(*argv):
+    return parse(Outer, list(argv), PRESETS)
+
+
+def test_a_config_survives_json():
+    config = Outer(steps=7, size=(4, 5), strides=((1, 2), (2, 2)), inner=Inner(0.25, "two"))
+    assert from_dict(Outer, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_each_source_overrides_the_one_before(tmp_path):
+    assert read("small")[0] == Outer(preset="small", steps=5, inner=Inner(kind="two"))
+    config, given = read("small", "--steps", "9", "--inner.rate=0.1")
+    assert (config.steps, config.inner) == (9, Inner(0.1, "two"))
+    assert given == {"steps": 9, "inner.rate": 0.1}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"kind": "vae", **to_dict(config)}))
+    assert read(str(path), "--steps", "1")[0] == replace(config, {"steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("48,64,48", (48, 64, 48)),
+        ("48x64x48", (48, 64, 48)),
+        ("[48, 64]", (48, 64)),
+        ("7", (7,)),
+        ("none", None),
+    ],
+)
+def test_tuples_are_typed_in_any_common_way(text, value):
+    assert read("small", "--size", text)[0].size == value
+
+
+def test_nested_tuples_and_flags_and_none_are_read():
+    config = read("small", "--strides", "[[1,2],[2,2]]", "--flag", "--name", "none")[0]
+    assert (config.strides, config.flag, config.name) == (((1, 2), (2, 2)), True, None)
+    assert read("small", "--flag", "false")[0].flag is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["smal"], ["smal", "small"]),
+        ([], ["small"]),
+        (["small", "--step", "3"], ["--step", "--steps"]),
+        (["small", "--inner.rat", "3"], ["--inner.rat", "--inner.rate"]),
+        (["small", "--steps", "many"], ["steps", "int", "many"]),
+        (["small", "--steps", "1.5"], ["steps", "int", "1.5"]),
+        (["small", "--inner.kind", "three"], ["inner.kind", "one | two", "three"]),
+        (["small", "--inner.rate", "-1"], ["inner.rate", "-1"]),
+        (["small", "--pair", "1,2,3"], ["pair", "1,2,3"]),
+        (["small", "extra"], ["extra"]),
+        (["missing.json"], ["missing.json"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key_and_what_was_expected(argv, words):
+    with pytest.raises(InputError) as e:
+        read(*argv)
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest_one(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"inner": {"rte": 1}}')
+    with pytest.raises(InputError, match=r"inner\.rte.*inner\.rate"):
+        read(str(path))
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"c\.json.*not JSON"):
+        read(str(path))
+
+
+def test_help_lists_every_field_with_type_default_and_comment(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{key}" in text for key in flatten(Outer()))
+    assert "100 % of the steps (int; default 3)" in text
+    assert "a kind (one | two; default one)" in text
+
+
+def test_defaults_may_follow_from_other_settings_and_flags_still_win():
+    def base(config):
+        return Outer(name=f"steps {config.steps}", size=(1, 2))
+
+    config, _ = parse(Outer, ["small", "--size", "3,4"], PRESETS, base=base)
+    assert (config.name, config.size, config.steps) == ("steps 5", (3, 4), 5)

@@ -1,0 +1,262 @@
+#!/usr/bin/env python3
+"""Train a denoiser on the latents of an autoencoder: stage two of latent diffusion.
+
+CPU or one GPU    python train_ldm.py hippocampus
+one node          torchrun --nproc_per_node 4 train_ldm.py hippocampus
+several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
+                      train_ldm.py hippocampus
+your own data     python train_ldm.py hippocampus --vae runs/vae-mine --run.dir runs/ldm-mine
+
+    z    = (mean + exp(logvar / 2) * noise' - latent_mean) / latent_std
+    loss = |denoiser(z_t, t) - target|^2,   z_t and target as in diffusion_kernel.py
+
+Data settings and split are the autoencoder's; flags override them. To resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ldm3d.data import DataConfig, DataState, batches, evaluation_batches, open_data
+from torch import Tensor
+
+from ldm3d.config import from_dict, parse, replace, to_dict
+from ldm3d.denoiser import Denoiser
+from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
+from ldm3d.distributed import is_main, print0, run_script, setup, wrap
+from ldm3d.latent_diffusion import (
+    LatentDataset,
+    LatentDiffusion,
+    cache_key,
+    cache_latents,
+    copy_autoencoder,
+    latent_statistics,
+    load_autoencoder,
+)
+from ldm3d.logger import progress, save_sheet
+from ldm3d.training import (
+    EMA,
+    Mean,
+    OptimConfig,
+    Run,
+    RunConfig,
+    Speed,
+    Stepper,
+    autocast,
+    keyed_normal,
+    keyed_uniform,
+    micro_batches,
+    ranks_share,
+    reseed,
+    to_device,
+)
+from ldm3d.unet import UNetConfig
+
+# --- Config and presets -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""  # set by the first argument
+    vae: str | None = None  # run folder or checkpoint of the autoencoder; none = runs/vae-<preset>
+    batch_size: int = 16  # samples per optimizer step, over all ranks
+    micro_batch_size: int | None = None  # samples per rank and forward; none = as many as the rank's share
+    sample_steps: int = 20  # steps of the preview samples
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "phantom": {
+        "batch_size": 16,
+        "run.steps": 600,
+        "run.eval_every": 300,
+        "run.save_every": 300,
+        "run.ema_decay": 0.99,
+        "unet.channels": (48, 96),
+        "unet.num_res_blocks": (1,),
+        "unet.attention_levels": (False, True),
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 30,
+        "optim.schedule": "cosine",
+    },
+    "hippocampus": {
+        "batch_size": 16,
+        "run.steps": 4000,
+        "run.ema_decay": 0.999,
+        "unet.channels": (64, 128),
+        "unet.num_res_blocks": (2,),
+        "unet.attention_levels": (False, True),
+        "optim.lr": 5e-4,
+        "optim.warmup_steps": 100,
+        "optim.schedule": "cosine",
+    },
+}
+
+
+def autoencoder_of(config: Config) -> Path:
+    """Where the autoencoder is: the run folder's own copy once there is one, else --vae."""
+    own = Path(config.run.dir or f"runs/ldm-{config.preset}") / "autoencoder.pt"
+    return own if own.exists() and not config.run.fresh else Path(config.vae or f"runs/vae-{config.preset}")
+
+
+def with_autoencoder(config: Config) -> Config:
+    """The defaults that follow from the autoencoder: its data settings (unscaled, whole, unaugmented), its
+    latent."""
+    _, content = load_autoencoder(autoencoder_of(config))
+    vae = content["config"]["vae"]
+    data = from_dict(DataConfig, content["config"]["data"], "data")
+    return replace(
+        Config(data=data),
+        {
+            "unet.dims": vae["dims"],
+            "unet.in_channels": vae["latent_channels"],
+            "unet.out_channels": vae["latent_channels"],
+        },
+    )
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # fixed u, and so fixed noise levels, of the validation loss
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LatentDiffusion, net: Denoiser, dataset: LatentDataset, config: Config, device: torch.device
+) -> dict[str, float]:
+    """Diffusion loss on validation cases, at fixed noise and fixed noise levels: the mean and each level's."""
+    means = Mean()
+    for batch in progress(evaluation_batches(dataset, config.batch_size), "validation"):
+        batch = to_device(batch, device)
+        z_noise, noise = (
+            keyed_normal(0, batch["index"], batch["mean"].shape[1:], f"validation {what}").to(device)
+            for what in ("z", "noise")
+        )
+        for level in EVAL_LEVELS:
+            u = torch.full((len(z_noise),), level)
+            with autocast(config.run.amp, device):
+                loss = model.loss(net, batch["mean"], batch["logvar"], z_noise, u, noise)
+            means.add(loss=loss, **{f"loss_u{level}": loss})
+    return means.take(device)
+
+
+def preview(model: LatentDiffusion, real: list[Tensor], config: Config, path: Path) -> Path | None:
+    """A picture of four validation cases and four samples."""
+    samples = model.sample(4, config.sample_steps, seed=config.run.seed, batch_size=4)
+    rows = {"real (validation)": real, "generated": list(samples)}
+    return save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))
+
+
+# --- train --------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, given: dict[str, Any] | None = None) -> Run:
+    device = setup(config.run.device)
+    run = Run("ldm", config, given)
+    config = run.config
+    run.say()
+    if run.finished:
+        return run
+    micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
+
+    source = autoencoder_of(config)
+    autoencoder, stage_one = load_autoencoder(source)
+    autoencoder.to(device)
+    reseed(config.run.seed, 0)
+    net = Denoiser(config.unet).to(device)
+    kernel = DiffusionKernel(config.kernel)
+    stored = DataState.from_dict(stage_one["state"]["data"])
+    split = run.split() or stage_one["state"]["split"]
+    data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
+    data = dataclasses.replace(data, state=dataclasses.replace(stored, size=config.data.size or stored.size))
+    logger = run.start(data.split, device)
+    copy_autoencoder(source, run.dir)
+
+    sets = {}
+    for part, variants in (("train", config.data.num_variants), ("val", 1)):
+        dataset = data.dataset(part, augment=part == "train" and variants > 1)
+        key = cache_key(autoencoder, config.data, data.state, data.files(part))
+        table = cache_latents(
+            autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", variants, device, config.run.amp
+        )
+        sets[part] = LatentDataset(table, config.run.seed, data.split[part])
+        real = [dataset[i, i]["image"] for i in range(min(4, len(dataset)))]
+    latent_mean, latent_std = latent_statistics(sets["train"].table)
+    state = {
+        "data": data.state.to_dict(),
+        "unet": to_dict(config.unet),
+        "latent_mean": latent_mean,
+        "latent_std": latent_std,
+    }
+
+    ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device)
+    stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
+    run.restore(net, ema, {"denoiser": stepper}, mean=mean)
+    sampled = LatentDiffusion(
+        autoencoder, ema.net, kernel, latent_mean.to(device), latent_std.to(device), data.state
+    )
+    if config.run.compile:
+        net.compile()
+    model = wrap(net, device)
+    seed = config.run.seed
+
+    def save() -> None:
+        run.save(state, net, ema, {"denoiser": stepper}, mean=mean)
+
+    stream = batches(
+        sets["train"],
+        config.batch_size,
+        micro_batch_size,
+        seed,
+        run.step,
+        config.run.steps,
+        config.run.workers,
+    )
+    for group in progress(speed.watch(stream), "ldm", config.run.steps, run.step):
+        for batch, share in micro_batches(group, model, device):
+            shape, positions = batch["mean"].shape[1:], batch["position"]
+            z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
+            noise = keyed_normal(seed, positions, shape, "noise").to(device)
+            u = keyed_uniform(seed, positions, "t")
+            with autocast(config.run.amp, device):
+                loss = sampled.loss(model, batch["mean"], batch["logvar"], z_noise, u, noise)
+            stepper.backward(loss.mean() * share)
+            mean.add(loss=loss)
+        if stepper.step(run.step):
+            ema.update(net, run.step)
+        run.step += 1
+
+        if run.due("log_every"):
+            logger.log(run.step, "train", mean.take(device) | stepper.report() | speed.take())
+        if run.due("eval_every"):
+            scores = evaluate(sampled, ema.net, sets["val"], config, device)
+            logger.log(run.step, "val", scores)
+            if is_main():
+                picture = preview(sampled, real, config, run.dir / "previews" / f"step_{run.step:07d}.png")
+                logger.picture(run.step, "samples", picture)
+            run.keep_best("loss", scores["loss"], state, ema)
+        if run.due("save_every") or run.out_of_patience:
+            save()
+        run.check_sigterm(save)
+        if run.finished:
+            break
+    logger.close()
+    print0(f"{run.dir}: done, best validation loss {run.best['value']:.4f} at step {run.best['step']}")
+    return run
+
+
+def main(argv: list[str] | None = None) -> None:
+    train(*parse(Config, argv, PRESETS, __doc__, base=with_autoencoder))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
