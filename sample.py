@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from ldm3d.metrics import psnr, ssim
 from torch import Tensor
 
 from ldm3d.checkpoint import load_run
 from ldm3d.config import InputError, Parser, add_options, convert, leaf_types, replace, to_dict
+from ldm3d.data import DataState, open_folder
 from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, share, world_size
 from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
 from ldm3d.logger import progress, save_sheet
+from ldm3d.metrics import psnr, set_statistics, ssim
 from ldm3d.training import autocast
 from ldm3d.volumes import write
 
@@ -69,6 +70,10 @@ def new_folder(config: Config, run: Path, what: str) -> Path:
     return folder
 
 
+def suffix_of(config: Config, state: DataState) -> str:
+    return config.format if config.format != "auto" else {2: "tif", 3: "nii.gz"}[state.dims]
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Aligned text, one row an entry."""
     names = list(next(iter(rows.values())))
@@ -81,23 +86,6 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 # --- new volumes --------------------------------------------------------------------------------------------
 
 
-def describe(x: Tensor) -> dict[str, float]:
-    """Scores of a set of volumes (N, C, *S) in scaled intensities, to compare generated with real ones.
-
-    mean and std of the intensities; sharpness: mean absolute difference of neighbouring voxels; pair_ssim:
-    mean SSIM of neighbouring pairs in the set, where higher means less varied.
-    """
-    axes = [d for d in range(2, x.ndim) if x.shape[d] > 1]
-    edges = torch.stack([x.diff(dim=d).abs().mean() for d in axes]).mean()
-    pairs = ssim(x, x.roll(1, 0), data_range=2.0).mean() if len(x) > 1 else torch.tensor(float("nan"))
-    return {
-        "mean": float(x.mean()),
-        "std": float(x.std()),
-        "sharpness": float(edges),
-        "pair_ssim": float(pairs),
-    }
-
-
 def generate(config: Config, run: Path, device: torch.device) -> None:
     model = LatentDiffusion.load(run, device)
     sampler = model.default_sampler if config.sampler == "auto" else config.sampler
@@ -107,7 +95,7 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     print0(f"{config.num} volumes of {size}, {sampler}, {config.steps} steps = {calls} network calls each")
 
     indices = list(range(config.num))[rank() :: world_size()]
-    suffix = config.format if config.format != "auto" else ("nii.gz" if len(model.state.size) == 3 else "tif")
+    suffix = suffix_of(config, model.state)
     start, mine, done = time.perf_counter(), {}, 0
     stream = model.stream(
         indices, config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp
@@ -137,9 +125,7 @@ def report(
 ) -> None:
     """Preview sheet, table of scores, and the JSON that tells how the volumes were made."""
     x = torch.stack([samples[i] for i in sorted(samples)])
-    scores = {"generated": describe(x)}
-    if (real := model.state.reference) is not None:
-        scores["real (validation)"] = real
+    scores = {"generated": set_statistics(x), "real (validation)": model.state.reference}
     picture = save_sheet(
         folder / "preview.png",
         {
@@ -170,38 +156,33 @@ def report(
 
 
 def reconstruct(config: Config, run: Path, device: torch.device) -> None:
-    """Every volume through encoder (mean) and decoder; written with its own geometry and intensities, and
-    scored."""
-    from ldm3d.data import open_folder
-
-    own = run / "autoencoder.pt" if (run / "autoencoder.pt").exists() else run
-    autoencoder, content = load_autoencoder(own)
+    """Every volume, whole, through encoder (mean) and decoder; written with its own geometry and intensities."""
+    autoencoder, content = load_autoencoder(
+        run / "autoencoder.pt" if (run / "autoencoder.pt").exists() else run
+    )
     autoencoder.to(device)
     dataset = open_folder(config.reconstruct, content)
     folder = new_folder(config, run, "reconstructions")
-    rows, pictures = {}, {"original": [], "reconstruction": []}
+    rows, sheet = {}, {"original": [], "reconstruction": []}
     for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
         x = dataset[i, i]["image"][None].to(device)
         with torch.inference_mode(), autocast(config.amp, device):
             recon = autoencoder.decode(autoencoder.encode(x).mode(), x.shape[2:])
         recon = recon.float()
-        case = dataset.cases[i]
-        rows[case.id] = {
-            "psnr": float(psnr(recon, x, data_range=2.0)),
-            "ssim": float(ssim(recon, x, data_range=2.0)),
-        }
-        suffix = config.format if config.format != "auto" else ("nii.gz" if x.ndim == 5 else "tif")
-        write(folder / f"{case.id}.{suffix}", dataset.restore(i, recon[0].cpu()))
-        if len(pictures["original"]) < 4:
-            pictures["original"].append(x[0, 0].cpu().numpy())
-            pictures["reconstruction"].append(recon[0, 0].cpu().numpy())
+        name = dataset.cases[i].id
+        scores = {"psnr": psnr(recon, x, data_range=2.0), "ssim": ssim(recon, x, data_range=2.0)}
+        rows[name] = {k: float(v) for k, v in scores.items()}
+        write(folder / f"{name}.{suffix_of(config, dataset.state)}", dataset.restore(i, recon[0].cpu()))
+        if len(sheet["original"]) < 4:
+            sheet["original"].append(x[0, 0].cpu().numpy())
+            sheet["reconstruction"].append(recon[0, 0].cpu().numpy())
     rows = {k: v for part in gather(rows) for k, v in part.items()}
     if is_main():
-        save_sheet(folder / "preview.png", pictures, limits=(-1, 1))
+        save_sheet(folder / "preview.png", sheet, limits=(-1, 1))
         mean = {k: sum(r[k] for r in rows.values()) / len(rows) for k in ("psnr", "ssim")}
         how = {**to_dict(config), "run": str(run), "step": content["step"], "mean": mean, "cases": rows}
         (folder / "reconstructions.json").write_text(json.dumps(how, indent=1) + "\n")
-        print(table({"mean of " + str(len(rows)): mean}))
+        print(table({f"mean of {len(rows)}": mean}))
         print(f"{len(rows)} volumes: {folder}")
     barrier()
 

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ldm3d.data import DataConfig, DataState, batches, evaluation_batches, open_data
 from torch import Tensor
 
-from ldm3d.config import from_dict, parse, replace, to_dict
+from ldm3d.cases import AugmentConfig
+from ldm3d.config import from_dict, parse, replace
+from ldm3d.data import DataConfig, DataState, batches, evaluation_batches, open_data
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.distributed import is_main, print0, run_script, setup, wrap
@@ -39,6 +40,7 @@ from ldm3d.latent_diffusion import (
     load_autoencoder,
 )
 from ldm3d.logger import progress, save_sheet
+from ldm3d.metrics import set_statistics
 from ldm3d.training import (
     EMA,
     Mean,
@@ -114,6 +116,7 @@ def with_autoencoder(config: Config) -> Config:
     _, content = load_autoencoder(autoencoder_of(config))
     vae = content["config"]["vae"]
     data = from_dict(DataConfig, content["config"]["data"], "data")
+    data = dataclasses.replace(data, patch=None, crop="centre", augment=AugmentConfig())
     return replace(
         Config(data=data),
         {
@@ -149,10 +152,10 @@ def evaluate(
     return means.take(device)
 
 
-def preview(model: LatentDiffusion, real: list[Tensor], config: Config, path: Path) -> Path | None:
+def preview(model: LatentDiffusion, real: Tensor, config: Config, path: Path) -> Path | None:
     """A picture of four validation cases and four samples."""
     samples = model.sample(4, config.sample_steps, seed=config.run.seed, batch_size=4)
-    rows = {"real (validation)": real, "generated": list(samples)}
+    rows = {"real (validation)": real[:4], "generated": samples}
     return save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))
 
 
@@ -174,10 +177,10 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     reseed(config.run.seed, 0)
     net = Denoiser(config.unet).to(device)
     kernel = DiffusionKernel(config.kernel)
-    stored = DataState.from_dict(stage_one["state"]["data"])
     split = run.split() or stage_one["state"]["split"]
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
-    data = dataclasses.replace(data, state=dataclasses.replace(stored, size=config.data.size or stored.size))
+    known = DataState.from_dict(stage_one["state"]["data"])  # scaled as the autoencoder was trained
+    data = dataclasses.replace(data, state=dataclasses.replace(known, size=config.data.size or known.size))
     logger = run.start(data.split, device)
     copy_autoencoder(source, run.dir)
 
@@ -189,11 +192,12 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
             autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", variants, device, config.run.amp
         )
         sets[part] = LatentDataset(table, config.run.seed, data.split[part])
-        real = [dataset[i, i]["image"] for i in range(min(4, len(dataset)))]
+    val_set = data.dataset("val")
+    real = torch.stack([val_set[i, i]["image"] for i in range(min(16, len(val_set)))])
+    reference = dataclasses.replace(data.state, reference=set_statistics(real))
     latent_mean, latent_std = latent_statistics(sets["train"].table)
     state = {
-        "data": data.state.to_dict(),
-        "unet": to_dict(config.unet),
+        "data": reference.to_dict(),
         "latent_mean": latent_mean,
         "latent_std": latent_std,
     }

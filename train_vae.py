@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from ldm3d.data import DataConfig, VolumeDataset, batches, evaluation_batches, open_data
-from ldm3d.metrics import psnr, ssim
-from ldm3d.phantoms import write_phantoms
 
 from ldm3d.config import parse
+from ldm3d.data import DataConfig, VolumeDataset, batches, evaluation_batches, open_data
 from ldm3d.distributed import is_main, main_first, print0, run_script, setup, wrap
 from ldm3d.logger import progress, save_sheet
 from ldm3d.losses import gradient_loss, kl_per_element, reconstruction_loss
+from ldm3d.metrics import psnr, ssim
+from ldm3d.phantoms import write_phantoms
 from ldm3d.training import (
     EMA,
     Mean,

@@ -57,21 +57,15 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     root: str | None = None  # folder of the data; none = $LDM3D_DATA/<preset>, else data/<preset>
-    image: str | None = (
-        None  # glob below the root, "images/*.nii.gz"; the first * (or each {id}) is the case id
-    )
+    image: str | None = None  # glob, "images/*.nii.gz": the first * (or each {id}) is the case id
     mask: str | None = None  # glob of the label maps, paired with the images by case id
     source: str | None = None  # glob of the volumes to translate from, paired by case id
-    table: str | None = (
-        None  # instead of globs: a CSV or dataset.json; none = cases.csv or dataset.json if there
-    )
+    table: str | None = None  # instead of globs; none = cases.csv or dataset.json, where there is one
     subject: str | None = None  # regular expression with one group on the case id, or a CSV (name, subject)
     split: str | None = None  # expression on the image's path giving train, val, test, or a CSV (name, split)
     val_fraction: float = 0.1  # of the subjects, for validation
     test_fraction: float = 0.0  # of the subjects, never looked at in training
-    fold: tuple[int, int] | None = (
-        None  # (k, n): validate on part k = 0 ... n - 1 of n equal parts of the subjects
-    )
+    fold: tuple[int, int] | None = None  # (k, n): validate on part k = 0 ... n - 1 of n parts of the subjects
     subset: int | None = None  # take only this many cases, to try things out
     allow_missing_mask: bool = False  # cases without a mask take part, their mask is -1 everywhere
     check_affine: bool = True  # mask and source must lie where their image lies, within one voxel
@@ -80,28 +74,20 @@ class DataConfig:
     source_channel: tuple[int, ...] = ()  # channels taken of the sources; empty = all
     file_spacing: tuple[float, ...] | None = None  # mm, of files that do not tell (npy, npz, PNG, most TIFF)
     spacing: tuple[float, ...] | None = None  # mm, resample every case to it; none = keep the voxels
-    size: tuple[int, ...] | None = (
-        None  # voxels of whole cases and samples; none = largest in training, rounded up
-    )
+    size: tuple[int, ...] | None = None  # voxels of cases and samples; none = largest in training, rounded up
     resize: bool = False  # stretch every case to data.size instead of padding and cropping it
     patch: tuple[int, ...] | None = None  # voxels of the training patches; none = data.size
     crop: Literal["random", "centre"] = "random"  # where training patches are taken from larger cases
-    scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] = (
-        "percentile"  # of intensities
-    )
+    scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] = "percentile"  # kind
     percentiles: tuple[float, float] = (0.5, 99.5)  # of a volume that become -1 and 1, clipped (percentile)
     window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1, clipped (window)
-    paired_scaling: Literal["separate", "shared"] = (
-        "separate"  # shared = sources by the numbers of their image
-    )
+    paired_scaling: Literal["separate", "shared"] = "separate"  # shared = source by its image's numbers
     num_labels: int | None = None  # of the masks, background included; none = found in the data
     label_values: tuple[int, ...] = ()  # values in mask files that stand for 0, 1, 2 ...; empty = the labels
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_variants: int = 1  # encodings cached per case for stage two; above 1 they are augmented
-    cache: Literal["ram", "disk", "none"] = (
-        "ram"  # decoded volumes: in memory, memory-mapped, or read each time
-    )
-    cache_gb: float = 8.0  # GiB of volumes that cache "ram" may hold per process; the rest is read each time
+    cache: Literal["ram", "disk", "none"] = "ram"  # decoded volumes: in memory, memory-mapped, not kept
+    cache_gb: float = 8.0  # GiB in memory, of training and of validation cases; the rest is read each time
     cache_dir: str = "runs/cache"  # where the findings of the scan and the files of cache "disk" lie
 
     def __post_init__(self) -> None:
@@ -237,11 +223,11 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
     without the file's suffix. Names that begin with a dot are passed over: some archives carry such twins of
     every file.
     """
-    mark = "{id}" if "{id}" in pattern else "*"
-    if mark not in pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+    marked = pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
+    if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise InputError(f"{key}: expected a pattern below the root with * for the case id, got {pattern!r}")
     meaning = {"{id}": "([^/]+)", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\{id\}|\*\*/|\*|\?)", pattern if mark == "{id}" else pattern.replace("*", "{id}", 1))
+    parts = re.split(r"(\{id\}|\*\*/|\*|\?)", marked)
     expression = re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
     files: dict[str, Path] = {}
     for path in sorted(root.glob(pattern.replace("[", "[[]").replace("{id}", "*"))):
@@ -249,7 +235,7 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
         if not match or path.name.startswith(".") or not path.is_file():
             continue
         name = "_".join(match.groups())
-        name = strip_suffix(name) if pattern.endswith(("*", "{id}")) else name
+        name = _stem(name) if pattern.endswith(("*", "{id}")) else name
         if name in files:
             raise InputError(
                 f"{key}: case {name} has two files, {files[name]} and {path}; make the pattern {pattern!r} "
@@ -261,7 +247,7 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
     return files
 
 
-def strip_suffix(name: str) -> str:
+def _stem(name: str) -> str:
     """ "a.nii.gz" -> "a", "a.b.tif" -> "a.b"."""
     return re.sub(r"(\.nii)?\.\w+$", "", name)
 
@@ -282,9 +268,9 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
     listed = _read_msd(table) if table.suffix == ".json" else read_csv(table, ["image"])
     if not listed:
         raise InputError(f"{table}: lists no case")
-    stems = [strip_suffix(Path(row["image"]).name) for row in listed]
+    stems = [_stem(Path(row["image"]).name) for row in listed]
     if len(set(stems)) < len(stems):
-        stems = ["_".join(Path(strip_suffix(row["image"])).parts) for row in listed]
+        stems = ["_".join(Path(_stem(row["image"])).parts) for row in listed]
     rows: dict[str, dict] = {}
     for stem, row in zip(stems, listed, strict=True):
         case = row.get("id") or stem
@@ -367,8 +353,8 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
     """{"train": ids, "val": ids, "test": ids}: as the table says, else drawn by subject with `seed`.
 
     A drawn split keeps all cases of a subject together. val, then test, gets at least one subject if its
-    fraction is not 0 and training is left with one. data.fold (k, n) validates on the k-th of n equal parts
-    and tests on none.
+    fraction is not 0 and training is left with one; val_fraction 0 validates on the training cases. data.fold
+    (k, n) validates on the k-th of n equal parts and tests on none.
     """
     if cases and cases[0].split is not None:
         part_of = {case.id: case.split for case in cases}
@@ -390,8 +376,14 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
         of_subject = {subjects[i]: part for i, part in zip(order, parts, strict=True)}
         part_of = {case.id: of_subject[case.subject] for case in cases}
     split = {part: [case.id for case in cases if part_of[case.id] == part] for part in SPLITS}
-    if not split["train"]:
-        raise InputError("the split leaves no case to train on")
+    if not config.val_fraction and not config.fold and not split["val"]:
+        split["val"] = split["train"]
+        print0("note: data.val_fraction is 0, so validation is on the training cases")
+    for part, what in (("train", "train"), ("val", "validate")):
+        if not split[part]:
+            raise InputError(
+                f"the split of {len(cases)} cases leaves none to {what} on (one subject? --data.subject)"
+            )
     return split
 
 

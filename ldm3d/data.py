@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .cases import Case, DataConfig, find_cases, resolve_root, split_cases
-from .config import InputError
-from .distributed import is_main, keyed_generator, main_first, print0, rank, world_size
-from .phantoms import write_phantoms
+from .config import InputError, from_dict
+from .distributed import is_main, keyed_generator, print0, rank, world_size
 from .scan import CaseInfo, load_role, scan_cases
 from .transforms import augment, centred, cut, scale, unscale
-from .volumes import Volume
-
-NUM_PHANTOMS = 64  # of the built-in data set
+from .volumes import SUFFIXES, Volume
 
 
 @dataclass(frozen=True)
 class DataState:
-    """What a checkpoint keeps of the training data, so that samples get its size, spacing, units and
-    orientation."""
+    """What a checkpoint keeps of the training data: size, spacing, units and orientation of samples."""
 
     dims: int
     channels: int
@@ -58,6 +54,7 @@ class DataState:
     source_high: tuple[float, ...]
     num_labels: int | None  # of the masks, background included; None: no such role
     num_classes: int | None  # of the class column; None: no such column
+    reference: dict[str, float] | None = None  # scores of real cases, to compare samples with
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -66,12 +63,22 @@ class DataState:
     def from_dict(cls, values: dict[str, Any]) -> DataState:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-    def numbers(
-        self, info: CaseInfo | None, role: str = "image"
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    @property
+    def clipped(self) -> bool:
+        """Do scaled intensities stay within [-1, 1]?"""
+        return self.scaling in ("percentile", "window")
+
+    def numbers(self, info: CaseInfo | None, role: str = "image") -> tuple[tuple[float, ...], ...]:
         """(low, high) of a case, or of the training set if `info` is None or the scaling is by data set."""
         owner = self if info is None or self.scaling == "dataset" else info
         return (owner.low, owner.high) if role == "image" else (owner.source_low, owner.source_high)
+
+    def to_volume(self, x: Tensor) -> Volume:
+        """A sample x (C, *S), scaled, as a volume in the units of the training data, around the origin."""
+        affine = np.diag([*self.spacing, 1.0])
+        affine[:-1, -1] = [-(n - 1) / 2 * mm for n, mm in zip(x.shape[1:], self.spacing, strict=True)]
+        array = unscale(x.detach().float().cpu().numpy(), *self.numbers(None))
+        return Volume(array, affine, self.orientation)
 
 
 def make_state(
@@ -81,8 +88,7 @@ def make_state(
     config: DataConfig,
     multiple: tuple[int, ...] | None = None,
 ) -> DataState:
-    """Sizes, medians and counts. The default size is the largest training shape, rounded up to `multiple` per
-    axis."""
+    """Sizes, medians and counts. The default size is the largest training shape, rounded up to `multiple`."""
     train = [infos[name] for name in split["train"]]
     largest = [max(info.shape[axis] for info in train) for axis in range(config.dims)]
     rounded = tuple(-(-n // m) * m for n, m in zip(largest, multiple or (1,) * config.dims, strict=True))
@@ -110,8 +116,7 @@ def make_state(
 
 
 def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Medians of the cases' numbers; for scaling "dataset" mean -+ std of all voxels, every case counting
-    alike."""
+    """Medians of the cases' numbers; or mean -+ std of all their voxels, each case with the same weight."""
     a, b = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)  # (cases, C)
     if scaling == "dataset":
         means, stds = (a + b) / 2, (b - a) / 2
@@ -122,34 +127,22 @@ def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tu
 
 
 def restore(
-    x: Tensor,
-    state: DataState,
-    info: CaseInfo | None = None,
-    start: tuple[int, ...] | None = None,
-    role: str = "image",
+    x: Tensor, state: DataState, info: CaseInfo, start: tuple[int, ...] | None = None, role: str = "image"
 ) -> Volume:
-    """x (C, *S) in scaled intensities -> a volume in the file's units, with affine and orientation.
+    """A window x (C, *S) of a case -> a volume in the file's units, with the case's affine and orientation.
 
-    With `info`, x is a window of that case that begins at its voxel `start` (the item's "start"; default
-    centred): its own numbers un-scale it, and what lies outside the case, the padding, is cropped. Without, x
-    is a sample: the training medians un-scale it, its affine is the median spacing around the origin. Integer
-    x (labels) is not un-scaled.
+    The window begins at the case's voxel `start` (an item's "start"; default: it is centred). What lies
+    outside the case is padding and is cropped. Intensities are un-scaled by the case's own numbers; integer x
+    is left as it is.
     """
     array = x.detach().cpu().numpy()
-    shape = array.shape[1:]
     if x.is_floating_point():
         array = unscale(array.astype(np.float32), *state.numbers(info, role))
-    if info is None:
-        affine = np.diag([*state.spacing, 1.0])
-        affine[:-1, -1] = [-(n - 1) / 2 * d for n, d in zip(shape, state.spacing, strict=True)]
-        return Volume(array, affine, state.orientation)
-    start = tuple(map(int, centred(info.shape, shape) if start is None else start))
-    first = [max(0, -s) for s in start]
-    last = [min(m, n - s) for m, n, s in zip(shape, info.shape, start, strict=True)]
-    array = array[(slice(None), *(slice(a, b) for a, b in zip(first, last, strict=True)))]
+    start = tuple(map(int, centred(info.shape, array.shape[1:]) if start is None else start))
+    inside = [slice(max(0, -s), n - s) for n, s in zip(info.shape, start, strict=True)]
     affine = np.array(info.affine)
     affine[:-1, -1] += affine[:-1, :-1] @ np.maximum(start, 0)
-    return Volume(np.ascontiguousarray(array), affine, info.orientation)
+    return Volume(np.ascontiguousarray(array[(slice(None), *inside)]), affine, info.orientation)
 
 
 class VolumeDataset(Dataset):
@@ -160,8 +153,8 @@ class VolumeDataset(Dataset):
     spacing (dims,) mm; start (dims,): the window's first voxel in the case, negative = padding;
     label: the class, -1 = none; position, index; id, text: str.
 
-    training: patches at random places and augmentation, drawn from (seed, position); else the whole case,
-    centred.
+    training: patches at random places and augmentation, by (seed, position); else windows of state.size,
+    centred. own_size: every case as large as it is, neither padded nor cropped.
     """
 
     def __init__(
@@ -172,13 +165,13 @@ class VolumeDataset(Dataset):
         config: DataConfig,
         training: bool = False,
         seed: int = 0,
+        own_size: bool = False,
     ):
         self.cases, self.infos, self.state, self.config = cases, infos, state, config
-        self.training, self.seed = training, seed
+        self.training, self.seed, self.own_size = training, seed, own_size
         self.size = config.patch if training and config.patch else state.size
-        self.roles = (
-            ["image"] + ["source"] * (state.source_channels > 0) + ["mask"] * (state.num_labels is not None)
-        )
+        present = {"image": True, "source": state.source_channels > 0, "mask": state.num_labels is not None}
+        self.roles = [role for role, there in present.items() if there]
         self._ram: dict[tuple[int, str], np.ndarray] = {}
         if config.cache == "ram":
             self._fill()
@@ -186,8 +179,8 @@ class VolumeDataset(Dataset):
         if training and small and (config.patch or config.size):
             shape = infos[small[0].id].shape
             print0(
-                f"note: {len(small)} of {len(cases)} cases are smaller than the patch {self.size} and are padded "
-                f"by repeating the edge (case {small[0].id}: {shape})"
+                f"note: {len(small)} of {len(cases)} cases are smaller than the patch {self.size} and are "
+                f"padded by repeating the edge (case {small[0].id}: {shape})"
             )
 
     def __len__(self) -> int:
@@ -198,19 +191,18 @@ class VolumeDataset(Dataset):
         case, config = self.cases[index], self.config
         info = self.infos[case.id]
         draw = keyed_generator(self.seed, position, "augment")
-        start = self._start(info, draw)
-        images = [
-            torch.from_numpy(
-                scale(self._window(index, role, start), *self.state.numbers(info, role), self.state.clipped)
+        size = info.shape if self.own_size else self.size
+        start = self._start(info.shape, size, draw)
+        images, mask, spacing = [], None, torch.tensor(info.spacing)
+        for role in (role for role in self.roles if role != "mask"):
+            window = cut(self._volume(index, role), start, size)
+            images.append(
+                torch.from_numpy(scale(window, *self.state.numbers(info, role), self.state.clipped))
             )
-            for role in self.roles
-            if role != "mask"
-        ]
-        mask, spacing = None, torch.tensor(info.spacing)
         if "mask" in self.roles and case.mask is None:
-            mask = torch.full(self.size, -1)
+            mask = torch.full(size, -1)
         elif "mask" in self.roles:
-            mask = torch.from_numpy(self._window(index, "mask", start)[0].astype(np.int64))
+            mask = torch.from_numpy(cut(self._volume(index, "mask"), start, size)[0].astype(np.int64))
         if self.training and config.augment.is_on:
             images, mask, spacing = augment(images, mask, spacing, config.augment, draw)
             images = [x.clamp(-1, 1) for x in images] if self.state.clipped else images
@@ -226,25 +218,27 @@ class VolumeDataset(Dataset):
             "text": case.text,
         }
 
-    def _start(self, info: CaseInfo, draw: torch.Generator) -> tuple[int, ...]:
+    def restore(self, index: int, x: Tensor, start: tuple[int, ...] | None = None) -> Volume:
+        """A window of the image of the case at `index` as a volume: the function of this name."""
+        return restore(x, self.state, self.infos[self.cases[index].id], start)
+
+    def _start(self, shape: tuple[int, ...], size: tuple[int, ...], draw: torch.Generator) -> tuple[int, ...]:
         """First voxel of the window: in the middle, or in training anywhere along the axes that have room."""
-        start = centred(info.shape, self.size)
+        start = centred(shape, size)
         if not self.training or self.config.crop == "centre":
             return start
         u = torch.rand(len(start), generator=draw).tolist()
-        room = [n - m for n, m in zip(info.shape, self.size, strict=True)]
-        return tuple(int(v * (r + 1)) if r > 0 else s for v, r, s in zip(u, room, start, strict=True))
+        return tuple(
+            int(v * (n - m + 1)) if n > m else s for v, n, m, s in zip(u, shape, size, start, strict=True)
+        )
 
-    def _window(self, index: int, role: str, start: tuple[int, ...]) -> np.ndarray:
-        """(C, *size) in the file's units, from the cache or the file."""
+    def _volume(self, index: int, role: str) -> np.ndarray:
+        """(C, *S): the whole case on the training grid in the file's units, from the cache or the file."""
         if (index, role) in self._ram:
-            array = self._ram[index, role]
-        else:
-            array = self._mapped(index, role) if self.config.cache == "disk" else self._load(index, role)
-        return cut(array, start, self.size)
+            return self._ram[index, role]
+        return self._mapped(index, role) if self.config.cache == "disk" else self._load(index, role)
 
     def _load(self, index: int, role: str) -> np.ndarray:
-        """(C, *S): the whole case on the training grid."""
         case = self.cases[index]
         array = load_role(getattr(case, role), role, self.config).array
         if array.shape[1:] != self.infos[case.id].shape:
@@ -265,24 +259,23 @@ class VolumeDataset(Dataset):
             self._ram = dict(zip(jobs, bar, strict=True))
         if room < 0:
             print0(
-                f"note: {len(jobs)} volumes fill data.cache_gb {self.config.cache_gb:g}, the others are read from "
-                "their files each time; --data.cache disk would keep them decoded"
+                f"note: {len(jobs)} volumes fill data.cache_gb {self.config.cache_gb:g}, the others are read "
+                "from their files each time; --data.cache disk would keep them decoded"
             )
 
     def _mapped(self, index: int, role: str) -> np.ndarray:
         """`_load` as a memory map. Its file is written at first use, by whichever process comes first."""
         case, c = self.cases[index], self.config
         path = getattr(case, role).resolve()
-        what = (
-            str(path),
-            path.stat().st_size,
-            path.stat().st_mtime_ns,
-            role,
-            c.channel,
-            c.source_channel,
+        what = (str(path), path.stat().st_size, path.stat().st_mtime_ns, role, c.channel, c.source_channel)
+        how = (
             c.dims,
+            c.file_spacing,
+            c.spacing,
+            self.infos[case.id].shape,
+            c.label_values,
+            self.state.num_labels,
         )
-        how = (c.file_spacing, c.spacing, self.infos[case.id].shape, c.label_values, self.state.num_labels)
         target = Path(c.cache_dir) / f"{hashlib.sha256(repr((what, how)).encode()).hexdigest()[:24]}.npy"
         if not target.exists():
             temporary = target.with_name(f"{target.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -297,12 +290,11 @@ class VolumeDataset(Dataset):
         return np.load(target, mmap_mode="r")
 
 
-# --- batches ----------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 class _Order:
-    """The micro-batches of this rank, step after step, as lists of (position, index): a DataLoader's batch
-    sampler."""
+    """The micro-batches of this rank, step after step, as lists of (position, index): a batch sampler."""
 
     def __init__(self, num: int, batch_size: int, micro_batch_size: int, seed: int, steps: range):
         self.num, self.batch_size, self.micro_batch_size = num, batch_size, micro_batch_size
@@ -317,21 +309,14 @@ class _Order:
             for position in range(first, first + self.share):
                 if position // self.num != epoch:
                     epoch = position // self.num
-                    order = torch.randperm(
-                        self.num, generator=keyed_generator(self.seed, epoch, "order")
-                    ).tolist()
+                    draw = keyed_generator(self.seed, epoch, "order")
+                    order = torch.randperm(self.num, generator=draw).tolist()
                 items.append((position, order[position % self.num]))
-            yield from (
-                items[i : i + self.micro_batch_size] for i in range(0, self.share, self.micro_batch_size)
-            )
-
-    @property
-    def num_micro_batches(self) -> int:
-        """of a step."""
-        return -(-self.share // self.micro_batch_size)
+            for i in range(0, self.share, self.micro_batch_size):
+                yield items[i : i + self.micro_batch_size]
 
     def __len__(self) -> int:
-        return self.num_micro_batches * len(self.steps)
+        return len(self.steps) * -(-self.share // self.micro_batch_size)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -374,24 +359,22 @@ def batches(
     )
     stream = iter(loader)
     for _ in range(first_step, last_step):
-        yield [next(stream) for _ in range(order.num_micro_batches)]
+        yield [next(stream) for _ in range(len(order) // len(order.steps))]
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Every case once, spread over the ranks; none twice and none left out, so ranks may have unequal numbers
-    of batches."""
+    """Every case once, spread over the ranks: none twice, none left out. Ranks may differ in number."""
     mine = range(rank(), len(dataset), world_size())
     for i in range(0, len(mine), batch_size):
         yield collate([dataset[index, index] for index in mine[i : i + batch_size]])
 
 
-# --- all of it --------------------------------------------------------------------------------------------------
+# --- all of it ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Data:
-    """An opened and checked data set: cases and what the scan found, by id; the split; the state a checkpoint
-    keeps."""
+    """An opened and checked data set. `cases` and what the scan found, `infos`, are by case id."""
 
     config: DataConfig
     seed: int
@@ -419,17 +402,12 @@ def open_data(
     split: dict[str, list[str]] | None = None,
     multiple: tuple[int, ...] | None = None,
 ) -> Data:
-    """Find, split and check the data of a run; every fault of the files is an InputError here, before
-    training.
+    """Find, split and check the data of a run; any fault of the files is an InputError here, before training.
 
     `split`: as stored by the run that is resumed, or by the autoencoder's run; cases it does not list are
-    left out. The preset "phantom" writes its data itself, if they are nowhere.
+    left out.
     """
-    if preset == "phantom" and config.root is None:
-        with main_first():
-            root = _phantom_root(config)
-    else:
-        root = resolve_root(config, preset)
+    root = resolve_root(config, preset)
     cases = find_cases(config, root)
     if split is None:
         split = split_cases(cases, config, seed)
@@ -440,7 +418,7 @@ def open_data(
             raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")
         if len(cases) > len(listed):
             print0(
-                f"note: {len(cases) - len(listed)} cases of {root} are not in the stored split and are left out"
+                f"note: {len(cases) - len(listed)} cases of {root} are left out, the stored split lacks them"
             )
         cases = [case for case in cases if case.id in listed]
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
@@ -449,11 +427,33 @@ def open_data(
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, state)
 
 
-def _phantom_root(config: DataConfig) -> Path:
-    """The folder of the built-in data set, made at first use."""
-    preset = "phantom" if config.dims == 3 else "phantom-2d"
-    try:
-        return resolve_root(config, preset)
-    except InputError:
-        print0(f"making {NUM_PHANTOMS} synthetic cases in {Path('data') / preset}")
-        return write_phantoms(Path("data") / preset, NUM_PHANTOMS, config.dims)
+def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
+    """Other images for the autoencoder whose checkpoint is `content`: read and scaled as in training.
+
+    Every case keeps its own size. `folder` holds image files; where it holds none itself, it is laid out like
+    the training data.
+    """
+    folder = Path(folder)
+    files = [p for p in folder.glob("*") if not p.name.startswith(".")]
+    suffix = next((end for end in SUFFIXES if any(p.name.lower().endswith(end) for p in files)), None)
+    config = from_dict(DataConfig, content["config"]["data"], "data")
+    changes = {
+        "mask": None,
+        "source": None,
+        "subject": None,
+        "split": None,
+        "subset": None,
+        "allow_missing_mask": True,
+    }
+    layout = {"image": f"*{suffix}", "table": None} if suffix else {}
+    config = replace(config, root=str(folder), cache="none", **changes, **layout)
+    cases = [replace(case, mask=None, source=None) for case in find_cases(config, folder)]
+    state = DataState.from_dict(content["state"]["data"])
+    infos = scan_cases(cases, config)
+    channels = infos[cases[0].id].channels
+    if channels != state.channels:
+        raise InputError(
+            f"{cases[0].image}: has {channels} channels, the model was trained on {state.channels}"
+        )
+    state = replace(state, source_channels=0, num_labels=None)
+    return VolumeDataset(cases, infos, state, config, own_size=True)

@@ -12,7 +12,6 @@ the measured per-channel scale replaces their single 1 / std of the first batch 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checkpoint import load, load_run, load_weights
-from .config import InputError, from_dict
+from .checkpoint import load_run, load_weights, save
+from .config import from_dict
 from .data import DataConfig, DataState, VolumeDataset
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
@@ -168,7 +167,7 @@ class LatentDiffusion:
         content = load_run(run, "ldm")
         folder = run if run.is_dir() else run.parent
         autoencoder, _ = load_autoencoder(folder / "autoencoder.pt")
-        denoiser = Denoiser(from_dict(UNetConfig, content["state"]["unet"], "unet"))
+        denoiser = Denoiser(from_dict(UNetConfig, content["config"]["unet"], "unet"))
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, content["config"]["kernel"], "kernel"))
         state = content["state"]
@@ -270,9 +269,4 @@ def copy_autoencoder(source: str | Path, run_dir: Path) -> None:
         return
     content = load_run(source, "vae")
     keep = ("kind", "config", "state", "ema", "step", "best")
-    from .checkpoint import save
-
     save(target, {k: content[k] for k in keep})
-
-
-_ = (json, load, InputError)

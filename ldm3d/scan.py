@@ -121,13 +121,25 @@ def scan_cases(cases: list[Case], config: DataConfig, cache: Path | None = None)
             affine=tuple(tuple(map(float, row)) for row in affine),
             orientation=header.orientation,
             low=tuple(image["low"]),
-            high=tuple(image["high"]),
+            high=_above(image),
             source_low=tuple(source["low"]),
-            source_high=tuple(source["high"]),
+            source_high=_above(source),
             labels=_labels(case.mask, found, config, problems) if case.mask else (),
         )
+    blank = [
+        job[0] for job, numbers in found.items() if job[1] != "mask" and numbers["low"] == numbers["high"]
+    ]
+    if config.dims == 3:  # slices of a volume may well be empty
+        problems += [f"{path}: all voxels have the same value" for path in blank]
+    elif blank:
+        print0(f"note: {len(blank)} images have the same value everywhere, such as {blank[0]}")
     raise_all(problems)
     return infos
+
+
+def _above(numbers: dict[str, list]) -> tuple[float, ...]:
+    """The upper scaling numbers; a channel with one value everywhere is scaled to -1."""
+    return tuple(high if high > low else low + 1.0 for low, high in zip(*numbers.values(), strict=True))
 
 
 def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) -> tuple[int, ...]:
@@ -252,9 +264,7 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
             raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
         return {"labels": np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()}
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
-    if all(low == high for low, high in pairs):
-        raise InputError(f"{path}: every voxel is {pairs[0][0]:g}, an empty image")
-    return {"low": [low for low, _ in pairs], "high": [b if b > a else a + 1.0 for a, b in pairs]}
+    return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs]}
 
 
 def scaling_numbers(

@@ -16,12 +16,10 @@ What is not here: conditions (the conditioner makes `emb`, `context` and extra i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import (

@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["config", "distributed"],
-    ["blocks", "diffusion_kernel", "losses", "metrics", "volumes", "phantoms", "checkpoint", "logger"],
-    ["vae", "unet", "cases"],
+    ["config"],
+    ["distributed"],
+    ["blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "metrics", "phantoms", "volumes"],
+    ["scan", "transforms", "unet", "vae"],
     ["data", "denoiser", "training"],
     ["latent_diffusion"],
     ["__init__"],
