@@ -19,13 +19,14 @@ formula. `Encoder` and `Decoder` are one flat list, `layers`: forward, streaming
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .config import InputError
@@ -134,6 +135,7 @@ class Conv(nn.Module):
         self.stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
         padding = kernel // 2 if padding is None else padding
         self.padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
+        self.pointwise = kernel == 1 and max(self.stride) == 1
         self.convolve = F.conv2d if dims == 2 else F.conv3d
         if zero_init:
             nn.init.zeros_(self.weight)
@@ -143,6 +145,8 @@ class Conv(nn.Module):
         if takes_slow_path(x, self.weight):
             one = (1,) * len(self.stride)
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, one, 1)
+        if self.pointwise and is_channels_last(x):  # a matrix product of rows, without any copy
+            return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
         return self.convolve(x, self.weight, self.bias, self.stride, self.padding)
 
     def extra_repr(self) -> str:
@@ -150,18 +154,116 @@ class Conv(nn.Module):
         return f"{in_channels}, {out_channels}, kernel={tuple(kernel)}, stride={self.stride}"
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same (B, C, *S) with the memory layout (B, *S, C), on the CPU only; a view if there is one channel.
+
+    oneDNN convolutions re-order every other layout at each call; on large maps that is a third of their time. The norms
+    of such tensors have to be ours (`RowNorm`): PyTorch's are slow and inexact in this layout.
+    """
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x
+    if x.shape[1] == 1 and x.is_contiguous():  # PyTorch would not see that this is channels-last already
+        return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:]))
+    return x.contiguous(memory_format=last_format(x))
+
+
+def last_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+
+
+def is_channels_last(x: Tensor) -> bool:
+    plain = x.device.type != "cpu" or torch.compiler.is_compiling() or x.is_contiguous()
+    return not plain and x.is_contiguous(memory_format=last_format(x))
+
+
+def row_slices(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Channels-last tensors (B, C, *S) -> (b, a slice of rows (n, C) of sample b of each), small enough for the cache."""
+    views = [x.movedim(1, -1).flatten(1, -2) for x in tensors]  # (B, N, C)
+    step = max(1, 2**17 // views[0].shape[2])
+    for b in range(views[0].shape[0]):
+        for start in range(0, views[0].shape[1], step):
+            yield b, *(view[b, start : start + step] for view in views)
+
+
+def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / std) of every group, repeated for each of its channels: (B, C), fp32 (fp64 of fp64).
+
+    Sums of slices, shifted by the first voxel, are added in float64, so that a large mean costs no precision.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    origin = x.flatten(2)[:, :, 0].to(dtype)  # (B, C)
+    first, second = origin.new_zeros(2, *origin.shape, dtype=torch.float64)  # sums of d and d^2
+    for b, rows in row_slices(x):
+        d = rows - origin[b]
+        first[b] += d.sum(0)
+        second[b] += d.square_().sum(0)
+    first, second = first * x.shape[1] / x[0].numel(), second * x.shape[1] / x[0].numel()
+    mean = origin + first  # of every channel
+    group_mean = mean.unflatten(1, (groups, -1)).mean(-1, keepdim=True).expand(-1, -1, x.shape[1] // groups).flatten(1)
+    spread = second - first**2 + (mean - group_mean) ** 2
+    variance = spread.unflatten(1, (groups, -1)).mean(-1, keepdim=True).expand(-1, -1, x.shape[1] // groups).flatten(1)
+    return group_mean.to(dtype), (variance + eps).rsqrt().to(dtype)
+
+
+class RowNorm(torch.autograd.Function):
+    """Group norm, then SiLU if `silu`, of a channels-last CPU tensor, slice by slice of its rows (voxels, C).
+
+    With x^ = (x - mean) / std, p = w x^ + b, y = silu(p) and g = dL/dp the gradients are dL/dw = sum g x^, dL/db = sum g,
+    dL/dx = (w g - <w g> - x^ <w g x^>) / std, where < > is the mean over the group (as for batch norm, Ioffe & Szegedy
+    2015, arXiv 1502.03167, section 3).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        mean, rstd = row_statistics(x, groups, eps)
+        scale, shift = weight * rstd, bias - mean * rstd * weight  # (B, C)
+        out = torch.empty_like(x)
+        for b, rows, target in row_slices(x, out):
+            torch.addcmul(shift[b], rows, scale[b], out=target)
+            if silu:
+                F.silu(target, inplace=True)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.groups, ctx.silu = groups, silu
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=last_format(grad))
+        dx = torch.empty_like(x)
+        sums = mean.new_zeros(2, *mean.shape, dtype=torch.float64)  # of g and of g x^
+        for b, rows, g, target in row_slices(x, grad, dx):
+            x_hat = torch.addcmul(-mean[b] * rstd[b], rows, rstd[b])
+            if ctx.silu:
+                g = torch.ops.aten.silu_backward(g.to(x_hat.dtype), torch.addcmul(bias, x_hat, weight))
+            target.copy_(g)
+            sums[0, b] += g.sum(0)
+            sums[1, b] += x_hat.mul_(g).sum(0)
+        means = (sums * weight).unflatten(2, (ctx.groups, -1)).sum(-1, keepdim=True) * ctx.groups / x[0].numel()
+        means = means.expand(-1, -1, -1, x.shape[1] // ctx.groups).flatten(2).to(mean.dtype)  # <w g>, <w g x^>
+        for_g, for_x = weight * rstd, -rstd.square() * means[1]  # dx = for_g g + for_x x + rest, all (B, C)
+        rest = -rstd * means[0] - for_x * mean
+        for b, rows, target in row_slices(x, dx):
+            target.mul_(for_g[b]).addcmul_(rows, for_x[b]).add_(rest[b])
+        return dx, sums[1].sum(0).to(weight.dtype), sums[0].sum(0).to(bias.dtype), None, None, None
+
+
 class GroupNorm(nn.GroupNorm):
-    """Group norm whose number of groups is the largest one up to `num_groups` that divides the channels."""
+    """Group norm, then SiLU if asked. The number of groups is the largest one up to `num_groups` that divides the channels.
+
+    Statistics are fp32 for every input type.
+    """
 
     def __init__(self, channels: int, num_groups: int = 32, eps: float = 1e-6):
-        super().__init__(
-            max(g for g in range(1, min(num_groups, channels) + 1) if channels % g == 0), channels, eps
-        )
+        super().__init__(max(g for g in range(1, min(num_groups, channels) + 1) if channels % g == 0), channels, eps)
 
-
-def norm_silu(norm: GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)); in place where no gradient is wanted, because a fresh allocation costs more than the arithmetic."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        if is_channels_last(x):
+            return RowNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
+        y = super().forward(x)
+        # In place where no gradient is wanted: a fresh allocation costs more than the arithmetic
+        return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
 
 def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
@@ -174,9 +276,9 @@ def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
         torch.is_grad_enabled() and not torch.compiler.is_compiling()
     ):  # compile has a partitioner of its own for this
         return checkpoint(
-            lambda y: conv(norm_silu(norm, y)), x, use_reentrant=False, preserve_rng_state=False
+            lambda y: conv(norm(y, silu=True)), x, use_reentrant=False, preserve_rng_state=False
         )
-    return conv(norm_silu(norm, x))
+    return conv(norm(x, silu=True))
 
 
 def run_layer(layer: Callable[..., Tensor], *args: Tensor | None, checkpointing: bool) -> Tensor:
@@ -216,12 +318,12 @@ class ResBlock(nn.Module):
         h = norm_silu_conv(self.norm1, self.conv1, x)
         if self.emb_proj is not None:
             shift = self.emb_proj(F.silu(emb))  # (B, C_out)
-            h = h + shift.reshape(*shift.shape, *(1,) * (x.ndim - 2))
+            h = h.add_(shift.reshape(*shift.shape, *(1,) * (x.ndim - 2)))
         if self.dropout and self.training:
-            h = self.conv2(F.dropout(norm_silu(self.norm2, h), self.dropout))
+            h = self.conv2(F.dropout(self.norm2(h, silu=True), self.dropout))
         else:
             h = norm_silu_conv(self.norm2, self.conv2, h)
-        return h + (x if self.skip is None else self.skip(x))
+        return h.add_(x if self.skip is None else self.skip(x))  # in place: backward does not need h
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -548,9 +650,10 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x)
         for layer in self.layers:
             x = run_layer(layer, x, checkpointing=self.checkpointing)
-        return x
+        return x.contiguous()
 
 
 class Decoder(nn.Module):
@@ -605,9 +708,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, z: Tensor) -> Tensor:
+        z = channels_last(z)
         for layer in self.layers:
             z = run_layer(layer, z, checkpointing=self.checkpointing)
-        return z
+        return z.contiguous()
 
 
 # --- time ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""Two ranks are one process on the joined batch: the same gradients, the same cases, the same sums, the same samples."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from ldm3d import AutoencoderKL, VAEConfig
+from ldm3d.checkpoint import load, step_files
+from ldm3d.data import batches, evaluation_batches
+from ldm3d.distributed import all_reduce_sum, any_rank, gather, main_first, rank, setup, share, wrap
+from ldm3d.losses import kl_per_element, reconstruction_loss
+from ldm3d.phantoms import write_phantoms
+from ldm3d.training import Mean, OptimConfig, RunConfig, Stepper, keyed_normal, micro_batches
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Item (position, index): a small volume that depends on the index."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, item):
+        position, index = item
+        x = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(index))
+        return {"image": x, "position": position, "index": index}
+
+
+def train_two_steps() -> list[torch.Tensor]:
+    """The trainer's step on a small autoencoder: gradients of the first step, weights after the second."""
+    torch.manual_seed(0)
+    net = AutoencoderKL(VAEConfig(dims=2, channels=(4, 8), num_groups=2, num_res_blocks=(1,), latent_channels=2))
+    stepper = Stepper(net, OptimConfig(grad_clip=0.1), RunConfig(), 4, CPU)
+    model, grads = wrap(net, CPU), []
+    stepper.optimizer.register_step_pre_hook(lambda *_: grads.append([p.grad.clone() for p in net.parameters()]))
+    for step, group in enumerate(batches(Numbers(), 4, 1, 0, 0, 2)):
+        for batch, part in micro_batches(group, model, CPU):
+            x = batch["image"]
+            recon, posterior = model(x, keyed_normal(0, batch["position"], net.latent_shape((8, 8)), "z"))
+            loss = reconstruction_loss(recon, x) + 0.1 * kl_per_element(posterior.mean, posterior.logvar)
+            stepper.backward(loss.mean() * part)
+        assert stepper.step(step)
+    return [*grads[0], *(p.detach() for p in net.parameters())]
+
+
+def on_each_rank(number: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    setup("cpu")
+    result = {"step": train_two_steps()}
+    mean = Mean()
+    for batch in evaluation_batches(Numbers(), 2):  # 7 cases: 4 on rank 0, 3 on rank 1
+        mean.add(index=batch["index"].double())
+    result["mean"] = mean.take()["index"]
+    result["cases"] = gather([b["index"].tolist() for b in evaluation_batches(Numbers(), 2)])
+    result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
+    result["any"] = (any_rank(rank() == 1), any_rank(False))
+    result["share"] = share({"from": rank()})
+    with main_first():
+        path = Path(folder) / "made_by"
+        result["made"] = path.read_text() if path.exists() else path.write_text(str(rank()))
+    net = nn.Linear(2, 1)
+    stepper = Stepper(net, OptimConfig(), RunConfig(), 4, CPU)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    stepper.backward(net(torch.full((1, 2), float("nan") if rank() else 1.0)).mean())
+    result["bad step taken"] = stepper.step(0)
+    torch.save(result, f"{folder}/{number}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(on_each_rank, (29000 + os.getpid() % 2000, str(folder)), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
+
+
+def test_gradients_of_two_ranks_are_those_of_one_process_on_the_joined_batch(ranks):
+    alone = train_two_steps()
+    for mine, theirs in zip(alone, ranks[0]["step"], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ranks_stay_bit_equal(ranks):
+    assert all(torch.equal(a, b) for a, b in zip(ranks[0]["step"], ranks[1]["step"], strict=True))
+
+
+def test_unequal_shards_in_validation_give_the_exact_mean_and_see_each_case_once(ranks):
+    assert ranks[0]["mean"] == ranks[1]["mean"] == pytest.approx(3.0)
+    seen = [i for shard in ranks[0]["cases"] for batch in shard for i in batch]
+    assert sorted(seen) == list(range(7))
+
+
+def test_sums_decisions_and_rank_0_values_reach_all_ranks(ranks):
+    for result in ranks:
+        assert result["sum"] == [2.0, 1.0]
+        assert result["any"] == (True, False)
+        assert result["share"] == {"from": 0}
+    assert ranks[1]["made"] == "0"
+
+
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks):
+    assert [r["bad step taken"] for r in ranks] == [False, False]
+
+
+# --- scripts under torchrun -------------------------------------------------------------------------------------
+
+
+def torchrun(script: str, *flags) -> subprocess.Popen:
+    arguments = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    arguments += [str(31000 + os.getpid() % 2000), str(ROOT / f"{script}.py"), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+FLAGS = """--data.val_fraction 0.4 --batch_size 4 --run.steps 6 --run.save_every 3 --run.eval_every 3
+ --run.log_every 1 --vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1""".split()
+
+
+def test_a_script_under_torchrun_trains_like_one_process_and_ranks_share_the_samples(tmp_path):
+    write_phantoms(tmp_path / "heads", 7, size=(8, 8, 8), spacing=(24.0, 28.0, 24.0))
+    flags = ["phantom", "--data.root", tmp_path / "heads", "--data.cache_dir", tmp_path, *FLAGS]
+    two = torchrun("train_vae", *flags, "--run.dir", tmp_path / "two")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, str(ROOT / "train_vae.py"), *map(str, flags), "--run.dir", str(tmp_path / "one")]
+    subprocess.run(one, check=True, env=env, capture_output=True)
+    out, err = two.communicate(timeout=120)
+    assert two.returncode == 0, err
+    a, b = (load(step_files(tmp_path / name)[0]) for name in ("one", "two"))
+    for key, value in a["model"].items():
+        assert torch.allclose(value, b["model"][key], atol=2e-3), key  # Adam amplifies rounding
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for x, y in zip(*logs, strict=True):
+        assert (x["step"], x["split"]) == (y["step"], y["split"])
+        for key in x.keys() & {"loss", "psnr", "ssim", "kl"}:
+            assert x[key] == pytest.approx(y[key], rel=2e-3)
+
+
+def test_an_error_on_one_rank_ends_all_within_seconds_with_its_message(tmp_path):
+    start = time.time()
+    process = torchrun("train_vae", "phantom", "--data.root", tmp_path / "gone")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "gone" in err
+    assert time.time() - start < 40

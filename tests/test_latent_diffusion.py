@@ -1,0 +1,119 @@
+"""Latents are encoded once, normalised by the statistics of the set, and sampling undoes exactly what encoding did."""
+
+import numpy as np
+import pytest
+import torch
+
+from ldm3d import AutoencoderKL, Denoiser, DiffusionKernel, KernelConfig, LatentDiffusion, UNetConfig, VAEConfig
+from ldm3d.data import DataConfig, open_data
+from ldm3d.latent_diffusion import LatentDataset, cache_key, cache_latents, latent_statistics
+from ldm3d.phantoms import write_phantoms
+
+CPU = torch.device("cpu")
+
+
+def make_vae(seed=0):
+    torch.manual_seed(seed)
+    config = VAEConfig(channels=(4, 8), num_groups=2, num_res_blocks=(1,), latent_channels=3)
+    return AutoencoderKL(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    place = tmp_path_factory.mktemp("latents")
+    write_phantoms(place / "heads", 5, size=(8, 12, 8), spacing=(24.0, 20.0, 24.0))
+    config = DataConfig(root=str(place / "heads"), cache_dir=str(place), val_fraction=0.2)
+    return open_data(config, "phantom", 0, multiple=(2, 2, 2))
+
+
+@pytest.fixture
+def model(data):
+    torch.manual_seed(1)
+    config = {"channels": (4, 8), "num_groups": 2, "num_res_blocks": (1,), "attention_levels": (False, True)}
+    unet = UNetConfig(in_channels=3, out_channels=3, head_channels=(4,), **config)
+    denoiser = Denoiser(unet).eval()
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    mean, std = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 0.5, 1.0])
+    return LatentDiffusion(make_vae(), denoiser, DiffusionKernel(KernelConfig()), mean, std, data.state)
+
+
+def test_the_cache_holds_what_the_encoder_says_and_is_made_once(data, tmp_path):
+    vae, dataset = make_vae(), data.dataset("train")
+    table = cache_latents(vae, dataset, tmp_path / "a", 1, CPU)
+    posterior = vae.encode(dataset[2, 2]["image"][None])
+    assert torch.allclose(torch.from_numpy(table[2, 0, 0].copy()), posterior.mean[0], atol=1e-6)
+    assert torch.allclose(torch.from_numpy(table[2, 0, 1].copy()), posterior.logvar[0], atol=1e-6)
+    again = cache_latents(make_vae(seed=5), dataset, tmp_path / "a", 1, CPU)  # would differ if it were made anew
+    assert np.array_equal(again, table)
+    assert not list((tmp_path / "a").glob("*.partial"))
+
+
+def test_the_key_changes_with_weights_settings_and_files(data):
+    def key(seed=0, num_variants=1, files=data.files("train")):
+        config = DataConfig(root=data.config.root, num_variants=num_variants)
+        return cache_key(make_vae(seed), config, data.state, files)
+
+    assert key() == key()
+    assert len({key(), key(seed=1), key(num_variants=2), key(files=data.files("val"))}) == 4
+
+
+def test_variants_are_chosen_by_the_position_alone(tmp_path):
+    table = np.random.default_rng(0).normal(size=(2, 4, 2, 1, 2, 2, 2)).astype(np.float32)
+    dataset = LatentDataset(table, 7, ["a", "b"])
+    item = dataset[11, 1]
+    assert torch.equal(item["mean"], dataset[11, 1]["mean"])
+    assert any(np.array_equal(item["mean"].numpy(), table[1, v, 0]) for v in range(4))
+    assert len({float(dataset[p, 1]["mean"].sum()) for p in range(40)}) == 4
+
+
+def test_the_statistics_are_those_of_drawn_latents_per_channel():
+    draw = np.random.default_rng(0)
+    mean = draw.normal([[[[1.0]], [[-3.0]]]], [[[[2.0]], [[0.5]]]], size=(6, 2, 40, 50))
+    logvar = draw.normal(-1.0, 0.5, size=mean.shape)
+    z = mean + np.exp(0.5 * logvar) * draw.normal(size=(50, *mean.shape))
+    table = np.stack([mean, logvar], 1)[:, None].astype(np.float32)
+    got_mean, got_std = latent_statistics(table)
+    assert np.allclose(got_mean, z.mean((0, 1, 3, 4)), atol=0.01)
+    assert np.allclose(got_std, z.std((0, 1, 3, 4)), rtol=0.01)
+
+
+def test_decode_undoes_the_normalisation_of_encode(model, data):
+    x = data.dataset("val")[0, 0]["image"][None]
+    z = model.autoencoder.encode(x).mean
+    assert torch.allclose(model.encode(x)[0, 1], (z[0, 1] + 2.0) / 0.5, atol=1e-5)
+    assert torch.allclose(model.decode(model.encode(x)), model.autoencoder.decode(z, data.state.size), atol=1e-4)
+
+
+def test_the_loss_is_that_of_the_formula(model):
+    torch.manual_seed(2)
+    mean, z_noise, noise = torch.randn(3, 2, *model.latent_shape)
+    logvar = torch.full_like(mean, -2.0)
+    u = torch.tensor([0.3, 0.8])
+    z = (mean + np.exp(-1.0) * z_noise - model.latent_mean) / model.latent_std
+    t = u.view(-1, 1, 1, 1, 1)
+    pred = model.denoiser((1 - t) * z + t * noise, u * 1000)
+    expected = (pred - (noise - z)).square().flatten(1).mean(1)
+    got = model.loss(model.denoiser, mean, logvar, z_noise, u, noise)
+    assert torch.allclose(got, expected, rtol=1e-5)
+
+
+def test_samples_are_numbered_and_independent_of_the_batch(model):
+    all_four = model.sample(4, steps=3, seed=5, batch_size=4)
+    assert all_four.shape == (4, 1, *model.state.size)
+    assert torch.allclose(model.sample(2, steps=3, seed=5, batch_size=1, first=2), all_four[2:], atol=1e-4)
+    stochastic = LatentDiffusion(
+        model.autoencoder,
+        model.denoiser,
+        DiffusionKernel(KernelConfig(prediction="eps")),
+        model.latent_mean.flatten(),
+        model.latent_std.flatten(),
+        model.state,
+    )
+    one = stochastic.sample(3, steps=4, sampler="ddpm", batch_size=3)
+    assert torch.allclose(stochastic.sample(1, steps=4, sampler="ddpm", first=2), one[2:], atol=1e-3)
+
+
+def test_a_sampler_of_the_other_process_is_refused_before_any_work(model):
+    with pytest.raises(ValueError, match="heun"):
+        model.sample(1, sampler="ddim")

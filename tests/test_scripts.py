@@ -1,0 +1,270 @@
+"""The scripts do the whole job: train, be killed and go on bit-exactly, sample what opens in a viewer, refuse bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train_ldm
+import train_vae
+from ldm3d import InputError, LatentDiffusion, read
+from ldm3d.checkpoint import load, step_files
+from ldm3d.distributed import run_script
+from ldm3d.phantoms import write_phantoms
+
+ROOT = Path(__file__).parents[1]
+VAE = """--vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3
+ --batch_size 4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --data.val_fraction 0.2
+ --run.ema_decay 0.9 --optim.lr 4e-3 --optim.warmup_steps 0""".split()
+LDM = """--unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1 --unet.head_channels 8
+ --batch_size 4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --run.ema_decay 0.9
+ --optim.lr 4e-3 --optim.warmup_steps 0 --sample_steps 2""".split()
+
+
+def vae_flags(heads, run, steps=40):
+    return ["phantom", "--data.root", str(heads), "--run.dir", str(run), "--run.steps", str(steps), *VAE]
+
+
+def ldm_flags(vae, run, steps=120):
+    return ["phantom", "--vae", str(vae), "--run.dir", str(run), "--run.steps", str(steps), *LDM]
+
+
+@pytest.fixture(scope="module", params=[3, 2])
+def dims(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, dims):
+    """A folder with tiny heads, an autoencoder and a denoiser trained on them."""
+    place = tmp_path_factory.mktemp(f"scripts{dims}d")
+    write_phantoms(place / "heads", 12, dims=dims, size=(16, 20, 16)[:dims], spacing=(12.0, 11.0, 12.0)[:dims])
+    extra = ["--data.dims", str(dims), "--vae.dims", str(dims), "--data.cache_dir", str(place / "cache")]
+    train_vae.main(vae_flags(place / "heads", place / "vae") + extra)
+    train_ldm.main(ldm_flags(place / "vae", place / "ldm"))
+    return place
+
+
+def losses(run: Path, split="train"):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == split and "loss" in line}
+
+
+def command(script, *flags, **more):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    arguments = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **more)
+
+
+# --- the job ----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_in_both_stages(place):
+    vae, ldm = losses(place / "vae"), losses(place / "ldm")
+    assert vae[40] < 0.6 * vae[5]
+    assert np.mean([ldm[s] for s in (105, 110, 115, 120)]) < 0.9 * ldm[5]
+
+
+def test_a_run_folder_holds_what_it_should(place):
+    for run, last in (("vae", 40), ("ldm", 120)):
+        names = {p.name for p in (place / run).iterdir()}
+        assert {"config.json", "split.json", "log.jsonl", "best.pt", "previews"} <= names
+        assert {f"checkpoint_{step:07d}.pt" for step in (last - 10, last)} <= names
+        assert not any(".tmp" in n for n in names)
+    assert (place / "ldm" / "autoencoder.pt").exists()
+    assert json.loads((place / "vae/split.json").read_text()) == json.loads((place / "ldm/split.json").read_text())
+
+
+def test_samples_open_with_the_shape_spacing_and_orientation_of_the_training_data(place, dims, capsys):
+    sample.main([str(place / "ldm"), "--num", "3", "--steps", "3", "--batch_size", "2"])
+    folder = place / "ldm" / "samples-001"
+    real = read(next((place / "heads" / "images").iterdir()))
+    files = sorted(p for p in folder.iterdir() if p.name.startswith("sample_"))
+    assert [p.name.split(".")[0] for p in files] == ["sample_0000", "sample_0001", "sample_0002"]
+    for path in files:
+        volume = read(path)
+        assert volume.shape == real.shape
+        assert volume.spacing == pytest.approx(real.spacing, rel=1e-4)
+        assert np.isfinite(volume.array).all()
+    if dims == 3:
+        assert nib.aff2axcodes(nib.load(files[0]).affine) == ("R", "A", "S")
+    how = json.loads((folder / "samples.json").read_text())
+    assert (how["seed"], how["sampler"], how["steps"], how["network_calls"]) == (0, "heun", 3, 6)
+    assert (folder / "preview.png").stat().st_size > 1000
+    assert "real (validation)" in capsys.readouterr().out
+    sample.main([str(place / "ldm"), "--num", "1", "--steps", "2"])
+    assert (place / "ldm" / "samples-002").is_dir()  # nothing is overwritten
+    with pytest.raises(InputError, match="nothing is overwritten"):
+        sample.main([str(place / "ldm"), "--out", str(folder)])
+
+
+def test_a_sample_depends_on_its_seed_and_number_alone(place):
+    model = LatentDiffusion.load(place / "ldm")
+    together = model.sample(3, steps=3, seed=1, batch_size=3)
+    apart = model.sample(2, steps=3, seed=1, batch_size=1, first=1)
+    assert torch.allclose(together[1:], apart, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    other = model.sample(1, steps=3, seed=2)
+    assert not torch.allclose(together[0], other[0], atol=1e-2)
+
+
+def test_reconstructions_keep_geometry_and_units_of_each_case(place, capsys):
+    sample.main([str(place / "vae"), "--reconstruct", str(place / "heads" / "images")])
+    folder = place / "vae" / "reconstructions-001"
+    assert "psnr" in capsys.readouterr().out
+    for path in sorted((place / "heads" / "images").iterdir())[:3]:
+        real, made = read(path), read(folder / path.name)
+        assert made.shape == real.shape
+        assert np.allclose(made.affine, real.affine, atol=1e-4)
+        inside = np.percentile(real.array, [5, 95])
+        assert abs(made.array.mean() - real.array.mean()) < 0.5 * (inside[1] - inside[0])
+    scores = json.loads((folder / "reconstructions.json").read_text())
+    assert len(scores["cases"]) == 12
+
+
+def test_the_run_of_another_init_starts_from_its_weights(place, tmp_path, dims):
+    flags = vae_flags(place / "heads", tmp_path / "vae", steps=1)
+    extra = ["--data.dims", str(dims), "--vae.dims", str(dims), "--data.cache_dir", str(tmp_path)]
+    train_vae.main([*flags, *extra, "--run.init", str(place / "vae"), "--optim.lr", "1e-12"])
+    start = load(place / "vae" / "checkpoint_0000040.pt")["ema"]
+    end = load(tmp_path / "vae" / "checkpoint_0000001.pt")["model"]
+    assert all(torch.allclose(start[k], end[k], atol=1e-6) for k in start)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------
+
+
+def assert_same_end(one: Path, other: Path):
+    a, b = (load(step_files(run)[0]) for run in (one, other))
+    assert a["step"] == b["step"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    for name, state in a["optimizers"].items():
+        theirs = b["optimizers"][name]["optimizer"]["state"]
+        for k, slots in state["optimizer"]["state"].items():
+            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(theirs[k][s])) for s, v in slots.items())
+    assert losses(one) == losses(other)
+    assert losses(one, "val") == losses(other, "val")
+
+
+def kill_when(process, run: Path, step: int, sig):
+    """Send `sig` once the log has reached `step`."""
+    for _ in range(3000):
+        if (run / "log.jsonl").exists() and any(s >= step for s in losses(run)):
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(sig)
+    return process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    place = tmp_path_factory.mktemp("resume")
+    write_phantoms(place / "heads", 10, size=(16, 16, 16), spacing=(12.0, 14.0, 12.0))
+    return place / "heads"
+
+
+def test_a_run_killed_at_any_moment_and_restarted_ends_bit_identical(heads, tmp_path):
+    flags = [*vae_flags(heads, tmp_path / "whole"), "--data.cache_dir", str(tmp_path)]
+    whole = command("train_vae", *flags)
+    flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
+    killed = command("train_vae", *flags)
+    kill_when(killed, tmp_path / "killed", 15, signal.SIGKILL)
+    again = command("train_vae", *flags)
+    for process in (whole, again):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert "going on from step" in out
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_sigterm_saves_and_exits_143_and_the_same_command_goes_on(heads, tmp_path):
+    flags = [*vae_flags(heads, tmp_path / "run", steps=100_000), "--data.cache_dir", str(tmp_path)]
+    out, err = kill_when(process := command("train_vae", *flags), tmp_path / "run", 5, signal.SIGTERM)
+    assert process.returncode == 143, err
+    assert "saved step" in out
+    assert list((tmp_path / "run").glob("checkpoint_*.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+def test_five_kills_at_random_moments_change_nothing(heads, tmp_path, script, workers):
+    vae = [*vae_flags(heads, tmp_path / "vae"), "--data.cache_dir", str(tmp_path)]
+    if script == "train_ldm":
+        assert command("train_vae", *vae).wait(120) == 0
+        flags = ldm_flags(tmp_path / "vae", tmp_path / "whole")
+    else:
+        flags = [*vae_flags(heads, tmp_path / "whole"), "--data.cache_dir", str(tmp_path)]
+    assert command(script, *flags).wait(180) == 0
+    flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
+    flags += ["--run.workers", str(workers)]
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        process = command(script, *flags)
+        try:
+            process.wait(3 + 6 * draw.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    assert command(script, *flags).wait(180) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "words"),
+    [
+        (train_vae.main, ["phantm"], ["phantm", "phantom"]),
+        (train_vae.main, ["phantom", "--run.stepz", "3"], ["--run.stepz", "--run.steps"]),
+        (train_vae.main, ["phantom", "--data.root", "/nowhere"], ["/nowhere"]),
+        (train_vae.main, ["phantom", "--vae.channels", "none"], ["vae.channels"]),
+        (train_vae.main, ["phantom", "--run.device", "abacus"], ["device", "abacus"]),
+        (train_ldm.main, ["phantom", "--vae", "/nowhere"], ["/nowhere"]),
+        (sample.main, ["/nowhere"], ["/nowhere"]),
+        (sample.main, ["/nowhere", "--num", "0"], ["num"]),
+        (sample.main, [], ["run"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(main, flags, words, capsys):
+    assert run_script(main, flags) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert all(w in err for w in words), err
+
+
+def test_resume_with_another_architecture_is_refused(place, dims, capsys):
+    flags = [*vae_flags(place / "heads", place / "vae"), "--data.dims", str(dims), "--vae.dims", str(dims)]
+    flags[flags.index("8,16")] = "8,24"
+    assert run_script(train_vae.main, flags) == 2
+    assert "vae.channels was (8, 16), now (8, 24)" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_so_and_exits_0(place, dims, capsys):
+    extra = ["--data.dims", str(dims), "--vae.dims", str(dims), "--data.cache_dir", str(place / "cache")]
+    assert run_script(train_vae.main, vae_flags(place / "heads", place / "vae") + extra) == 0
+    assert "finished at step 40" in capsys.readouterr().out
+
+
+def test_a_run_folder_of_another_kind_is_refused(place, capsys):
+    assert run_script(train_ldm.main, ldm_flags(place / "vae", place / "vae")) == 2
+    assert "'vae'" in capsys.readouterr().err
+    assert run_script(sample.main, [str(place / "vae")]) == 2
+    assert "'vae'" in capsys.readouterr().err
+
+
+def test_a_sampler_of_the_other_process_is_refused_with_the_right_ones(place, capsys):
+    assert run_script(sample.main, [str(place / "ldm"), "--sampler", "ddim"]) == 2
+    assert "heun" in capsys.readouterr().err
