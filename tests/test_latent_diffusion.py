@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 def model(data):
     torch.manual_seed(1)
     config = {"channels": (4, 8), "num_groups": 2, "num_res_blocks": (1,), "attention_levels": (False, True)}
-    unet = UNetConfig(in_channels=3, out_channels=3, head_channels=(4,), **config)
+    unet = UNetConfig(in_channels=3, out_channels=3, head_channels=4, **config)
     denoiser = Denoiser(unet).eval()
     for p in denoiser.parameters():
         torch.nn.init.normal_(p, std=0.05)
