@@ -76,6 +76,21 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+BRATS: dict[str, Any] = {
+    "run.steps": 200_000,
+    "run.eval_every": 5000,
+    "run.save_every": 2000,
+    "run.log_every": 100,
+    "run.ema_decay": 0.9999,
+    "unet.channels": (256, 256, 512),
+    "unet.num_res_blocks": (2,),
+    "unet.attention_levels": (False, True, True),
+    "unet.head_channels": 64,
+    "optim.lr": 1e-4,
+    "optim.warmup_steps": 1000,
+    "optim.schedule": "cosine",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "phantom": {
         "batch_size": 16,
@@ -91,16 +106,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.schedule": "cosine",
     },
     "hippocampus": {
-        "batch_size": 16,
+        "batch_size": 8,
         "run.steps": 4000,
+        "run.eval_every": 500,
+        "run.log_every": 50,
         "run.ema_decay": 0.999,
         "unet.channels": (64, 128),
-        "unet.num_res_blocks": (2,),
+        "unet.num_res_blocks": (1,),
         "unet.attention_levels": (False, True),
-        "optim.lr": 5e-4,
+        "optim.lr": 1e-3,
         "optim.warmup_steps": 100,
         "optim.schedule": "cosine",
     },
+    "brats-32g": BRATS | {"batch_size": 4},
+    "brats-16g": BRATS | {"batch_size": 4, "micro_batch_size": 1, "unet.checkpointing": True},
 }
 
 

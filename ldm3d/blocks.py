@@ -600,6 +600,24 @@ class DepthToSpace(nn.Module):
 # --- trunks of the autoencoders -----------------------------------------------------------------------------------
 
 
+def trunk_options(config: Any) -> dict[str, Any]:
+    """What the encoder and the decoder of one VAEConfig have in common."""
+    levels = len(config.channels)
+    return {
+        "channels": config.channels,
+        "num_res_blocks": per_level(config.num_res_blocks, levels),
+        "attention_levels": per_level(config.attention_levels, levels),
+        "strides": level_strides(config),
+        "stem": per_level(config.stem, config.dims),
+        "mid_attention": config.mid_attention,
+        "num_groups": config.num_groups,
+        "eps": config.gn_eps,
+        "attn_out_proj": config.attn_out_proj,
+        "final_silu": config.final_silu,
+        "checkpointing": config.checkpointing,
+    }
+
+
 class Encoder(nn.Module):
     """(B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)); S must be divisible.
 

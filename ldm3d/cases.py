@@ -56,7 +56,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    root: str | None = None  # folder of the data; none = $LDM3D_DATA/<preset>, else data/<preset>
+    root: str | None = None  # folder of the data; none = $LDM3D_DATA/<name>, else data/<name>
+    name: str | None = None  # folder to look for where no root is given; none = the preset
     image: str | None = None  # glob, "images/*.nii.gz": the first * (or each {id}) is the case id
     mask: str | None = None  # glob of the label maps, paired with the images by case id
     source: str | None = None  # glob of the volumes to translate from, paired by case id
@@ -133,10 +134,11 @@ class Case:
 
 
 def resolve_root(config: DataConfig, preset: str) -> Path:
-    """The folder of the data: data.root, else $LDM3D_DATA/<preset>, else data/<preset>."""
-    base = os.environ.get("LDM3D_DATA")
-    places = [Path(base).expanduser() / preset] if base else []
-    places = [Path(config.root).expanduser()] if config.root is not None else [*places, Path("data") / preset]
+    """The folder of the data: data.root, else $LDM3D_DATA/<name>, else data/<name>; the name is by default
+    the preset's."""
+    name, base = config.name or preset, os.environ.get("LDM3D_DATA")
+    places = [Path(base).expanduser() / name] if base else []
+    places = [Path(config.root).expanduser()] if config.root is not None else [*places, Path("data") / name]
     for place in places:
         if place.is_dir():
             return place

@@ -20,7 +20,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .blocks import Conv, Decoder, Encoder, check_levels, crop_to, level_strides, pad_to_multiple, per_level
+from .blocks import (
+    Conv,
+    Decoder,
+    Encoder,
+    check_levels,
+    crop_to,
+    level_strides,
+    pad_to_multiple,
+    per_level,
+    trunk_options,
+)
 from .config import InputError
 
 
@@ -94,20 +104,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = c = config
-        levels = len(c.channels)
-        shared = {
-            "channels": c.channels,
-            "num_res_blocks": per_level(c.num_res_blocks, levels),
-            "attention_levels": per_level(c.attention_levels, levels),
-            "strides": level_strides(c),
-            "stem": per_level(c.stem, c.dims),
-            "mid_attention": c.mid_attention,
-            "num_groups": c.num_groups,
-            "eps": c.gn_eps,
-            "attn_out_proj": c.attn_out_proj,
-            "final_silu": c.final_silu,
-            "checkpointing": c.checkpointing,
-        }
+        shared = trunk_options(c)
         width = c.latent_channels * (1 + c.double_z)
         self.encoder = Encoder(c.dims, c.in_channels, width, **shared, down_pad=c.down_pad)
         self.quant_conv = Conv(c.dims, width, 2 * c.latent_channels, kernel=1)
