@@ -29,6 +29,7 @@ from ldm3d.data import DataState, open_folder
 from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, share, world_size
 from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
 from ldm3d.logger import progress, save_sheet
+from ldm3d.memory import Plan, decode, weight_bytes
 from ldm3d.metrics import psnr, set_statistics, ssim
 from ldm3d.training import autocast
 from ldm3d.volumes import write
@@ -46,8 +47,10 @@ class Config:
     batch_size: int = 4  # volumes made at once, on each rank
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
+    compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
+    plan: float | None = None  # GiB of a GPU: only tell how much memory sampling needs, and what would fit
     reconstruct: str | None = None  # folder or file to send through the autoencoder and back instead
 
 
@@ -63,7 +66,10 @@ def new_folder(config: Config, run: Path, what: str) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             error = f"out: {folder} exists and is not empty; nothing is overwritten"
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                error = f"out: {folder} cannot be made ({e.strerror})"
     error, folder = share((error, folder))
     if error:
         raise InputError(error)
@@ -85,9 +91,13 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 # --- new volumes --------------------------------------------------------------------------------------------
 
+SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
+
 
 def generate(config: Config, run: Path, device: torch.device) -> None:
     model = LatentDiffusion.load(run, device)
+    if config.compile:
+        model.denoiser.compile()
     sampler = model.default_sampler if config.sampler == "auto" else config.sampler
     calls = model.kernel.num_network_calls(sampler, config.steps)
     folder = new_folder(config, run, "samples")
@@ -96,18 +106,20 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
 
     indices = list(range(config.num))[rank() :: world_size()]
     suffix = suffix_of(config, model.state)
-    start, mine, done = time.perf_counter(), {}, 0
+    start, shown, done = time.perf_counter(), {}, 0
     stream = model.stream(
         indices, config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp
     )
     batches = -(-len(indices) // config.batch_size)
-    for x in progress(stream, "sampling", batches):
+    for x, _ in progress(stream, "sampling", batches):
         for i, volume in zip(indices[done:], x, strict=False):
             write(folder / f"sample_{i:04d}.{suffix}", model.state.to_volume(volume))
-            mine[i] = volume
+            if i < SHOWN:
+                shown[i] = volume
         done += len(x)
+    barrier()
     seconds = time.perf_counter() - start
-    samples = {i: v for part in gather(mine) for i, v in part.items()}
+    samples = {i: v for part in gather(shown) for i, v in part.items()}
     if is_main():
         report(config, run, model, folder, samples, sampler, calls, seconds)
     barrier()
@@ -123,14 +135,14 @@ def report(
     calls: int,
     seconds: float,
 ) -> None:
-    """Preview sheet, table of scores, and the JSON that tells how the volumes were made."""
+    """Preview sheet and scores of the first volumes, and the JSON that tells how all were made."""
     x = torch.stack([samples[i] for i in sorted(samples)])
     scores = {"generated": set_statistics(x), "real (validation)": model.state.reference}
     picture = save_sheet(
         folder / "preview.png",
         {
             f"samples {i} to {min(i + 3, len(x) - 1)}": list(x[i : i + 4, 0].numpy())
-            for i in range(0, min(16, len(x)), 4)
+            for i in range(0, len(x), 4)
         },
         limits=(-1, 1),
     )
@@ -149,14 +161,38 @@ def report(
     }
     (folder / "samples.json").write_text(json.dumps(how, indent=1) + "\n")
     print(table(scores))
-    print(f"{len(x)} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
+    print(f"{config.num} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
+
+
+def plan(config: Config, run: Path) -> None:
+    """--plan: what denoising and decoding need, in memory, and the largest batch and cube that would fit."""
+    model = LatentDiffusion.load(run)
+    both = weight_bytes(model.denoiser) + weight_bytes(model.autoencoder)
+
+    def denoise(net: torch.nn.Module, batch: int, size: tuple[int, ...]) -> None:
+        z = torch.zeros(batch, model.latent_shape[0], *size)
+        slope, half = z + 0, z + 0  # what a sampler keeps between two calls
+        net(z, torch.zeros(batch)).to(z.dtype) + slope + half
+
+    def make_denoiser() -> torch.nn.Module:
+        return type(model.denoiser)(model.denoiser.unet.config)
+
+    def make_autoencoder() -> torch.nn.Module:
+        return type(model.autoencoder)(model.autoencoder.config)
+
+    plan = Plan(config.plan, config.amp, config.device)
+    steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)
+    latent = model.latent_shape[1:]
+    plan.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
+    plan.inference("decoding", make_autoencoder, decode, 1, model.state.size, steps[1], both)
+    plan.tell()
 
 
 # --- there and back -----------------------------------------------------------------------------------------
 
 
 def reconstruct(config: Config, run: Path, device: torch.device) -> None:
-    """Every volume, whole, through encoder (mean) and decoder; written with its own geometry and intensities."""
+    """Every volume, whole, through encoder (mean) and decoder; written with its own geometry and units."""
     autoencoder, content = load_autoencoder(
         run / "autoencoder.pt" if (run / "autoencoder.pt").exists() else run
     )
@@ -210,6 +246,8 @@ def read_flags(argv: list[str] | None) -> tuple[Path, Config]:
 
 def main(argv: list[str] | None = None) -> None:
     run, config = read_flags(argv)
+    if config.plan is not None:
+        return plan(config, run)
     device = setup(config.device)
     if config.reconstruct:
         reconstruct(config, run, device)

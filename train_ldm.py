@@ -29,7 +29,7 @@ from ldm3d.config import from_dict, parse, replace
 from ldm3d.data import DataConfig, DataState, batches, evaluation_batches, open_data
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.distributed import is_main, print0, run_script, setup, wrap
+from ldm3d.distributed import is_main, run_script, setup, wrap
 from ldm3d.latent_diffusion import (
     LatentDataset,
     LatentDiffusion,
@@ -40,6 +40,7 @@ from ldm3d.latent_diffusion import (
     load_autoencoder,
 )
 from ldm3d.logger import progress, save_sheet
+from ldm3d.memory import Plan, decode, encode, weight_bytes
 from ldm3d.metrics import set_statistics
 from ldm3d.training import (
     EMA,
@@ -58,6 +59,7 @@ from ldm3d.training import (
     to_device,
 )
 from ldm3d.unet import UNetConfig
+from ldm3d.vae import AutoencoderKL
 
 # --- Config and presets -------------------------------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class Config:
     batch_size: int = 16  # samples per optimizer step, over all ranks
     micro_batch_size: int | None = None  # samples per rank and forward; none = as many as the rank's share
     sample_steps: int = 20  # steps of the preview samples
+    plan: float | None = None  # GiB of a GPU: only tell how much memory the run needs, and what would fit
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -93,10 +96,11 @@ BRATS: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "phantom": {
-        "batch_size": 16,
-        "run.steps": 600,
-        "run.eval_every": 300,
-        "run.save_every": 300,
+        "batch_size": 8,
+        "run.steps": 500,
+        "run.eval_every": 250,
+        "run.save_every": 250,
+        "run.log_every": 50,
         "run.ema_decay": 0.99,
         "unet.channels": (48, 96),
         "unet.num_res_blocks": (1,),
@@ -155,7 +159,7 @@ EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # fixed u, and so fixed noise le
 def evaluate(
     model: LatentDiffusion, net: Denoiser, dataset: LatentDataset, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """Diffusion loss on validation cases, at fixed noise and fixed noise levels: the mean and each level's."""
+    """Diffusion loss on validation cases at fixed noise and noise levels: the mean and each level's."""
     means = Mean()
     for batch in progress(evaluation_batches(dataset, config.batch_size), "validation"):
         batch = to_device(batch, device)
@@ -168,17 +172,50 @@ def evaluate(
             with autocast(config.run.amp, device):
                 loss = model.loss(net, batch["mean"], batch["logvar"], z_noise, u, noise)
             means.add(loss=loss, **{f"loss_u{level}": loss})
-    return means.take(device)
+    return means.take()
 
 
-def preview(model: LatentDiffusion, real: Tensor, config: Config, path: Path) -> Path | None:
-    """A picture of four validation cases and four samples."""
-    samples = model.sample(4, config.sample_steps, seed=config.run.seed, batch_size=4)
-    rows = {"real (validation)": real[:4], "generated": samples}
-    return save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))
+def preview(model: LatentDiffusion, real: Tensor, config: Config, path: Path) -> tuple[Path | None, Tensor]:
+    """A picture of four validation cases and four samples, and the samples' latents (4, C_z, *s)."""
+    rows, latents = {"real (validation)": list(real[:4]), "generated": []}, []
+    draws = model.stream(range(4), config.sample_steps, seed=config.run.seed, amp=config.run.amp)
+    for x, z in draws:
+        rows["generated"] += list(x)
+        latents.append(z)
+    picture = save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))
+    return picture, torch.cat(latents)
 
 
 # --- train --------------------------------------------------------------------------------------------------
+
+
+def plan(config: Config) -> None:
+    """--plan: what training, encoding and decoding need, in memory, and the largest batch and cube to fit."""
+    autoencoder, content = load_autoencoder(autoencoder_of(config))
+    kernel = DiffusionKernel(config.kernel)
+    whole = config.data.size or DataState.from_dict(content["state"]["data"]).size
+    latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
+    micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
+
+    def make() -> Denoiser:
+        return Denoiser(config.unet)
+
+    def loss(net: Denoiser, batch: int, size: tuple[int, ...]) -> Tensor:
+        z, noise = torch.zeros(2, batch, config.unet.in_channels, *size)
+        t = kernel.t_from_uniform(torch.full((batch,), 0.5), size)
+        return kernel.losses(net, z, t, noise).mean()
+
+    def make_autoencoder() -> AutoencoderKL:
+        return type(autoencoder)(autoencoder.config)
+
+    plan = Plan(config.plan, config.run.amp, config.run.device)
+    rounds, beside = -(-config.batch_size // micro), weight_bytes(autoencoder)
+    plan.training(
+        "training, latents", make, loss, micro, latent, max(config.unet.downsampling), rounds, beside
+    )
+    plan.inference("encoding", make_autoencoder, encode, 1, whole, step)
+    plan.inference("decoding", make_autoencoder, decode, 1, whole, step, beside=4 * weight_bytes(make()))
+    plan.tell()
 
 
 def train(config: Config, given: dict[str, Any] | None = None) -> Run:
@@ -200,7 +237,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
     known = DataState.from_dict(stage_one["state"]["data"])  # scaled as the autoencoder was trained
     data = dataclasses.replace(data, state=dataclasses.replace(known, size=config.data.size or known.size))
-    logger = run.start(data.split, device)
+    run.check_data(data.state.to_dict())
+    logger = run.start(data.split)
     copy_autoencoder(source, run.dir)
 
     sets = {}
@@ -215,17 +253,20 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     real = torch.stack([val_set[i, i]["image"] for i in range(min(16, len(val_set)))])
     reference = dataclasses.replace(data.state, reference=set_statistics(real))
     latent_mean, latent_std = latent_statistics(sets["train"].table)
-    state = {
-        "data": reference.to_dict(),
-        "latent_mean": latent_mean,
-        "latent_std": latent_std,
-    }
+    state = {"data": reference.to_dict(), "latent_mean": latent_mean, "latent_std": latent_std}
+    if run.resumed:  # its own statistics: those of another number of ranks differ in the last digit
+        state = run.resumed["state"]
 
-    ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device)
+    ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     run.restore(net, ema, {"denoiser": stepper}, mean=mean)
     sampled = LatentDiffusion(
-        autoencoder, ema.net, kernel, latent_mean.to(device), latent_std.to(device), data.state
+        autoencoder,
+        ema.net,
+        kernel,
+        state["latent_mean"].to(device),
+        state["latent_std"].to(device),
+        data.state,
     )
     if config.run.compile:
         net.compile()
@@ -244,8 +285,9 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         config.run.steps,
         config.run.workers,
     )
-    for group in progress(speed.watch(stream), "ldm", config.run.steps, run.step):
-        for batch, share in micro_batches(group, model, device):
+    bar = progress(speed.watch(stream), "ldm", config.run.steps, run.step)
+    for group in bar:
+        for batch, share in micro_batches(group, model, device, seed, run.step):
             shape, positions = batch["mean"].shape[1:], batch["position"]
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
@@ -257,28 +299,36 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         if stepper.step(run.step):
             ema.update(net, run.step)
         run.step += 1
+        speed.stop()
 
         if run.due("log_every"):
-            logger.log(run.step, "train", mean.take(device) | stepper.report() | speed.take())
+            means = mean.take()
+            logger.log(run.step, "train", means | stepper.report() | speed.take())
+            bar.set_postfix(loss=f"{means['loss']:.4g}")
         if run.due("eval_every"):
             scores = evaluate(sampled, ema.net, sets["val"], config, device)
             logger.log(run.step, "val", scores)
             if is_main():
-                picture = preview(sampled, real, config, run.dir / "previews" / f"step_{run.step:07d}.png")
+                path = run.dir / "previews" / f"step_{run.step:07d}.png"
+                picture, z = preview(sampled, real, config, path)
                 logger.picture(run.step, "samples", picture)
+                logger.histogram(run.step, "generated latent", z)
             run.keep_best("loss", scores["loss"], state, ema)
         if run.due("save_every") or run.out_of_patience:
             save()
         run.check_sigterm(save)
         if run.finished:
             break
-    logger.close()
-    print0(f"{run.dir}: done, best validation loss {run.best['value']:.4f} at step {run.best['step']}")
+    run.finish(logger)
     return run
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(*parse(Config, argv, PRESETS, __doc__, base=with_autoencoder))
+    config, given = parse(Config, argv, PRESETS, __doc__, base=with_autoencoder)
+    if config.plan is None:
+        train(config, given)
+    else:
+        plan(config)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ from .config import InputError
 from .data import DataConfig, VolumeDataset
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
+from .discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from .latent_diffusion import LatentDiffusion
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 from .volumes import Volume, read, write
+from .vqvae import VQVAE, QuantizerConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "VQVAE",
     "AutoencoderKL",
     "DataConfig",
     "Denoiser",
@@ -19,6 +22,9 @@ __all__ = [
     "InputError",
     "KernelConfig",
     "LatentDiffusion",
+    "PatchDiscriminator",
+    "PatchDiscriminatorConfig",
+    "QuantizerConfig",
     "UNet",
     "UNetConfig",
     "VAEConfig",

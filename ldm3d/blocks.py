@@ -141,13 +141,15 @@ class Conv(nn.Module):
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if takes_slow_path(x, self.weight):
-            one = (1,) * len(self.stride)
-            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, one, 1)
+    def forward(self, x: Tensor, padding: Sequence[int] | None = None) -> Tensor:
+        """`padding` replaces the layer's own, for a slab whose neighbours are given."""
+        padding = self.padding if padding is None else padding
         if self.pointwise and is_channels_last(x):  # a matrix product of rows, without any copy
             return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        return self.convolve(x, self.weight, self.bias, self.stride, self.padding)
+        if takes_slow_path(x, self.weight):
+            one = (1,) * len(self.stride)
+            return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, one, 1)
+        return self.convolve(x, self.weight, self.bias, self.stride, padding)
 
     def extra_repr(self) -> str:
         out_channels, in_channels, *kernel = self.weight.shape
@@ -176,52 +178,65 @@ def is_channels_last(x: Tensor) -> bool:
     return not plain and x.is_contiguous(memory_format=last_format(x))
 
 
-def row_slices(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Channels-last tensors (B, C, *S) -> (b, a slice of rows (n, C) of sample b of each), small enough for the cache."""
-    views = [x.movedim(1, -1).flatten(1, -2) for x in tensors]  # (B, N, C)
-    step = max(1, 2**17 // views[0].shape[2])
-    for b in range(views[0].shape[0]):
-        for start in range(0, views[0].shape[1], step):
-            yield b, *(view[b, start : start + step] for view in views)
+def rows_of(x: Tensor) -> Tensor:
+    """Channels-last (B, C, S_1, ...) -> (B, S_1, n, C), a view: n voxels in each of the S_1 planes."""
+    return x.movedim(1, -1).flatten(2, -2)
+
+
+def plane_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Channels-last (B, C, S_1, ...) -> views (B, planes, voxels of a plane, C) of some 2^20 elements: temporary results of
+    that size stay in the cache, and few enough for the threads to meet rarely."""
+    views = [rows_of(x) for x in tensors]
+    step = max(1, 2**20 // views[0][:, 0].numel())
+    for start in range(0, views[0].shape[1], step):
+        yield tuple(view[:, start : start + step] for view in views)
+
+
+def sum_rows(rows: Tensor) -> Tensor:
+    """(B, planes, n, C) fp32 -> (B, C) float64: sums of planes in fp32, added in float64."""
+    return rows.sum(2).double().sum(1)
+
+
+def group_mean(values: Tensor, groups: int) -> Tensor:
+    """(B, C) -> (B, C): the mean over each group, at each of its channels."""
+    grouped = values.unflatten(1, (groups, -1))
+    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
 def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / std) of every group, repeated for each of its channels: (B, C), fp32 (fp64 of fp64).
+    """Channels-last (B, C, *S) -> (mean, 1 / std) of every group at each of its channels, (B, 1, 1, C), at least fp32.
 
-    Sums of slices, shifted by the first voxel, are added in float64, so that a large mean costs no precision.
+    Sums of differences to one voxel, added in float64, so that a large mean costs no precision.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    origin = x.flatten(2)[:, :, 0].to(dtype)  # (B, C)
-    first, second = origin.new_zeros(2, *origin.shape, dtype=torch.float64)  # sums of d and d^2
-    for b, rows in row_slices(x):
-        d = rows - origin[b]
-        first[b] += d.sum(0)
-        second[b] += d.square_().sum(0)
-    first, second = first * x.shape[1] / x[0].numel(), second * x.shape[1] / x[0].numel()
-    mean = origin + first  # of every channel
-    group_mean = mean.unflatten(1, (groups, -1)).mean(-1, keepdim=True).expand(-1, -1, x.shape[1] // groups).flatten(1)
-    spread = second - first**2 + (mean - group_mean) ** 2
-    variance = spread.unflatten(1, (groups, -1)).mean(-1, keepdim=True).expand(-1, -1, x.shape[1] // groups).flatten(1)
-    return group_mean.to(dtype), (variance + eps).rsqrt().to(dtype)
+    dtype, n = torch.promote_types(x.dtype, torch.float32), x[0, 0].numel()
+    origin = x.flatten(2)[:, None, None, :, 0].to(dtype)  # (B, 1, 1, C)
+    first, second = 0.0, 0.0
+    for (rows,) in plane_slices(x):
+        d = rows.to(dtype) - origin
+        first = first + sum_rows(d)
+        second = second + sum_rows(d.square_())
+    mean = origin[:, 0, 0].double() + first / n  # (B, C) of every channel
+    of_group = group_mean(mean, groups)
+    variance = group_mean(second / n - (first / n).square() + (mean - of_group).square(), groups)
+    return of_group.to(dtype)[:, None, None], (variance + eps).rsqrt().to(dtype)[:, None, None]
 
 
 class RowNorm(torch.autograd.Function):
-    """Group norm, then SiLU if `silu`, of a channels-last CPU tensor, slice by slice of its rows (voxels, C).
+    """Group norm, then SiLU if `silu`, of a channels-last CPU tensor; fp32 inside, slice by slice.
 
-    With x^ = (x - mean) / std, p = w x^ + b, y = silu(p) and g = dL/dp the gradients are dL/dw = sum g x^, dL/db = sum g,
-    dL/dx = (w g - <w g> - x^ <w g x^>) / std, where < > is the mean over the group (as for batch norm, Ioffe & Szegedy
+    With x^ = (x - mean) rstd, p = w x^ + b, y = silu(p) and g = dL/dp the gradients are dL/dw = sum g x^, dL/db = sum g,
+    dL/dx = (w g - <w g> - x^ <w g x^>) rstd, where < > is the mean over the group (as for batch norm, Ioffe & Szegedy
     2015, arXiv 1502.03167, section 3).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         mean, rstd = row_statistics(x, groups, eps)
-        scale, shift = weight * rstd, bias - mean * rstd * weight  # (B, C)
+        scale, shift = weight * rstd, bias - weight * mean * rstd  # (B, 1, 1, C)
         out = torch.empty_like(x)
-        for b, rows, target in row_slices(x, out):
-            torch.addcmul(shift[b], rows, scale[b], out=target)
-            if silu:
-                F.silu(target, inplace=True)
+        for rows, target in plane_slices(x, out):
+            y = torch.addcmul(shift, rows.to(scale.dtype), scale)
+            target.copy_(F.silu(y, inplace=True) if silu else y)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
         return out
@@ -230,23 +245,24 @@ class RowNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=last_format(grad))
-        dx = torch.empty_like(x)
-        sums = mean.new_zeros(2, *mean.shape, dtype=torch.float64)  # of g and of g x^
-        for b, rows, g, target in row_slices(x, grad, dx):
-            x_hat = torch.addcmul(-mean[b] * rstd[b], rows, rstd[b])
+        dx, n = torch.empty_like(x), x[0, 0].numel()
+        sum_g, sum_gx = 0.0, 0.0  # (B, C)
+        for rows, g, target in plane_slices(x, grad.contiguous(memory_format=last_format(x)), dx):
+            x_hat, g = (rows.to(mean.dtype) - mean).mul_(rstd), g.to(mean.dtype)
             if ctx.silu:
-                g = torch.ops.aten.silu_backward(g.to(x_hat.dtype), torch.addcmul(bias, x_hat, weight))
+                p = torch.addcmul(bias, x_hat, weight)
+                g = torch.ops.aten.silu_backward.grad_input(g, p, grad_input=p)
             target.copy_(g)
-            sums[0, b] += g.sum(0)
-            sums[1, b] += x_hat.mul_(g).sum(0)
-        means = (sums * weight).unflatten(2, (ctx.groups, -1)).sum(-1, keepdim=True) * ctx.groups / x[0].numel()
-        means = means.expand(-1, -1, -1, x.shape[1] // ctx.groups).flatten(2).to(mean.dtype)  # <w g>, <w g x^>
-        for_g, for_x = weight * rstd, -rstd.square() * means[1]  # dx = for_g g + for_x x + rest, all (B, C)
-        rest = -rstd * means[0] - for_x * mean
-        for b, rows, target in row_slices(x, dx):
-            target.mul_(for_g[b]).addcmul_(rows, for_x[b]).add_(rest[b])
-        return dx, sums[1].sum(0).to(weight.dtype), sums[0].sum(0).to(bias.dtype), None, None, None
+            sum_g = sum_g + sum_rows(g)
+            sum_gx = sum_gx + sum_rows(x_hat.mul_(g))
+        mean_g, mean_gx = (
+            (group_mean(weight * total, ctx.groups) / n).to(mean.dtype)[:, None, None] for total in (sum_g, sum_gx)
+        )
+        for_g, for_x = weight * rstd, -rstd.square() * mean_gx  # dx = for_g g + for_x x + rest
+        rest = -rstd * mean_g - for_x * mean
+        for rows, target in plane_slices(x, dx):
+            target.copy_(torch.addcmul(rest, rows.to(mean.dtype), for_x).addcmul_(target.to(mean.dtype), for_g))
+        return dx, sum_gx.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype), None, None, None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -258,6 +274,11 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int, num_groups: int = 32, eps: float = 1e-6):
         super().__init__(max(g for g in range(1, min(num_groups, channels) + 1) if channels % g == 0), channels, eps)
 
+    def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x) = scale x + shift for a channels-last x; both (B, 1, 1, C)."""
+        mean, rstd = row_statistics(x, self.num_groups, self.eps)
+        return self.weight * rstd, self.bias - self.weight * mean * rstd
+
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         if is_channels_last(x):
             return RowNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
@@ -266,19 +287,41 @@ class GroupNorm(nn.GroupNorm):
         return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
 
-def norm_silu_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
-    """conv(silu(norm(x))). In training only `x` is kept: norm and SiLU are cheap, so backward computes them again.
+def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tensor:
+    """conv([silu](norm(x))) for a conv of kernel 3, by whatever way costs the least time and memory.
 
-    The checkpoint stops as soon as all saved tensors exist again, which is before the convolution. Two of the six
-    tensors that a residual block would keep remain.
+    In training only a large `x` is kept: norm and SiLU are cheap, so backward computes them again. The checkpoint stops
+    as soon as all saved tensors exist again, which is before the convolution. Compile has a partitioner for that.
     """
-    if (
-        torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    ):  # compile has a partitioner of its own for this
-        return checkpoint(
-            lambda y: conv(norm(y, silu=True)), x, use_reentrant=False, preserve_rng_state=False
-        )
-    return conv(norm(x, silu=True))
+    if torch.is_grad_enabled():
+        if x.numel() < 2**20 or torch.compiler.is_compiling():
+            return conv(norm(x, silu))
+        return checkpoint(lambda y: conv(norm(y, silu)), x, use_reentrant=False, preserve_rng_state=False)
+    if x.numel() > 2**22 and is_channels_last(x):
+        return norm_conv_in_slabs(norm, conv, x, silu)
+    return conv(norm(x, silu))
+
+
+def norm_conv_in_slabs(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool) -> Tensor:
+    """`norm_conv` of a channels-last tensor without gradient, a few planes at a time with the statistics of the whole.
+
+    Exact: the normalised planes, one more on either side, never leave the cache, and memory is that of the result.
+    """
+    scale, shift = norm.scale_and_shift(x)  # (B, 1, 1, C)
+    rows, depth = rows_of(x), x.shape[2]  # (B, S_1, n, C)
+    step = max(1, 2**21 // rows[:, 0].numel())
+    out: Tensor | None = None
+    for start in range(0, depth, step):
+        stop = min(start + step, depth)
+        y = torch.addcmul(shift, rows[:, max(start - 1, 0) : stop + 1].to(scale.dtype), scale)
+        y = (F.silu(y, inplace=True) if silu else y).to(x.dtype)
+        ends = (int(start == 0), int(stop == depth))  # the zero padding of the convolution, where the slab has an end
+        y = F.pad(y, (0, 0, 0, 0, *ends)) if any(ends) else y
+        part = conv(y.unflatten(2, x.shape[3:]).movedim(-1, 1), padding=(0, *conv.padding[1:]))
+        if out is None:
+            out = torch.empty_like(part[:, :, :1].expand(*part.shape[:2], *x.shape[2:]), memory_format=last_format(x))
+        out[:, :, start:stop] = part
+    return out
 
 
 def run_layer(layer: Callable[..., Tensor], *args: Tensor | None, checkpointing: bool) -> Tensor:
@@ -315,15 +358,30 @@ class ResBlock(nn.Module):
         self.skip = None if in_channels == out_channels else Conv(dims, in_channels, out_channels, kernel=1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_conv(self.norm1, self.conv1, x)
         if self.emb_proj is not None:
             shift = self.emb_proj(F.silu(emb))  # (B, C_out)
             h = h.add_(shift.reshape(*shift.shape, *(1,) * (x.ndim - 2)))
         if self.dropout and self.training:
             h = self.conv2(F.dropout(self.norm2(h, silu=True), self.dropout))
         else:
-            h = norm_silu_conv(self.norm2, self.conv2, h)
+            h = norm_conv(self.norm2, self.conv2, h)
         return h.add_(x if self.skip is None else self.skip(x))  # in place: backward does not need h
+
+
+class Head(nn.Module):
+    """conv([silu](norm(x))), the end of a trunk."""
+
+    def __init__(
+        self, dims: int, in_channels: int, out_channels: int, num_groups: int = 32, eps: float = 1e-6, silu: bool = True
+    ):
+        super().__init__()
+        self.norm = GroupNorm(in_channels, num_groups, eps)
+        self.conv = Conv(dims, in_channels, out_channels)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_conv(self.norm, self.conv, x, self.silu)
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -622,7 +680,7 @@ class Encoder(nn.Module):
     """(B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)); S must be divisible.
 
     Order of `layers`: [space-to-depth], conv; per level num_res_blocks x (ResBlock, [attention]) and, except for the
-    last, Downsample; [ResBlock, attention, ResBlock]; norm, [SiLU], conv.
+    last, Downsample; [ResBlock, attention, ResBlock]; Head.
     """
 
     def __init__(
@@ -661,10 +719,7 @@ class Encoder(nn.Module):
             layers.append(ResBlock(dims, width, width, **norm))
             layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
             layers.append(ResBlock(dims, width, width, **norm))
-        layers.append(GroupNorm(width, **norm))
-        if final_silu:
-            layers.append(nn.SiLU())
-        layers.append(Conv(dims, width, out_channels))
+        layers.append(Head(dims, width, out_channels, **norm, silu=final_silu))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -678,7 +733,7 @@ class Decoder(nn.Module):
     """(B, in_channels, *S) -> (B, out_channels, *(S * strides * stem)); arguments in the encoder's order of levels.
 
     Order of `layers`: conv; [ResBlock, attention, ResBlock]; per level from the deepest (num_res_blocks + extra) x
-    (ResBlock, [attention]) and, except for the last, Upsample; norm, [SiLU], conv, [depth-to-space].
+    (ResBlock, [attention]) and, except for the last, Upsample; Head, [depth-to-space].
     """
 
     def __init__(
@@ -717,10 +772,7 @@ class Decoder(nn.Module):
                     layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
             if level > 0:
                 layers.append(Upsample(dims, width, strides[level - 1], upsample))
-        layers.append(GroupNorm(width, **norm))
-        if final_silu:
-            layers.append(nn.SiLU())
-        layers.append(Conv(dims, width, out_channels * math.prod(stem)))
+        layers.append(Head(dims, width, out_channels * math.prod(stem), **norm, silu=final_silu))
         if max(stem) > 1:
             layers.append(DepthToSpace(stem))
         self.layers = nn.ModuleList(layers)

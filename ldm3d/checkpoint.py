@@ -8,18 +8,20 @@ name is whole; it is read with ``weights_only=True``, so that a file from a stra
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import InputError
+from .distributed import print0
 
 FORMAT = 1  # raised when older code could no longer read what we write
 STEP_FILE = re.compile(r"checkpoint_(\d{7,})\.pt$")
@@ -27,21 +29,34 @@ STEP_FILE = re.compile(r"checkpoint_(\d{7,})\.pt$")
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
     """Write atomically. A full disk or read-only folder is an InputError, and what was there stays."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(Path(path), lambda file: torch.save({"format": FORMAT, **content}, file))
     except (OSError, RuntimeError) as e:  # torch reports a failed write of its zip archive as a RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise InputError(
             f"{path}: could not be saved ({reason}); the checkpoints before it are intact: make room, then "
             "run the same command again"
         ) from None
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """write(file) to a temporary file, which takes the name when all of it is on the disk."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -83,7 +98,7 @@ def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
         except InputError as e:
             if path is files[-1]:
                 raise
-            print(f"{e}; falling back to the checkpoint before it", flush=True)
+            print0(f"{e}; falling back to the checkpoint before it")
     return None
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import statistics
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -236,7 +238,16 @@ class VolumeDataset(Dataset):
         """(C, *S): the whole case on the training grid in the file's units, from the cache or the file."""
         if (index, role) in self._ram:
             return self._ram[index, role]
-        return self._mapped(index, role) if self.config.cache == "disk" else self._load(index, role)
+        try:
+            return self._mapped(index, role) if self.config.cache == "disk" else self._load(index, role)
+        except (OSError, InputError):
+            path = getattr(self.cases[index], role)
+            if path.exists():
+                raise
+            raise InputError(
+                f"{path}: is gone, it was there when the data were checked; put it back, then the same "
+                "command goes on from the last checkpoint"
+            ) from None
 
     def _load(self, index: int, role: str) -> np.ndarray:
         case = self.cases[index]
@@ -355,11 +366,34 @@ def batches(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_sigterm,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares the cache
         generator=torch.Generator(),  # its own, so that the loop's random state stays untouched
     )
     stream = iter(loader)
     for _ in range(first_step, last_step):
-        yield [next(stream) for _ in range(len(order) // len(order.steps))]
+        yield [_next(stream) for _ in range(len(order) // len(order.steps))]
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A scheduler sends SIGTERM to all processes of a job: workers must live until the loop has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _next(stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The next micro-batch; one line for a file that is gone and for a worker that is."""
+    try:
+        return next(stream)
+    except InputError as e:  # a worker's brings its traceback along
+        raise InputError(str(e).strip().splitlines()[-1].removeprefix("ldm3d.config.InputError: ")) from None
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        reason = " ".join(str(e).split())
+        raise InputError(
+            f"run.workers: a data-loading process died ({reason}). Often memory, or shared memory, ran out: "
+            "the same command with fewer --run.workers goes on from the last checkpoint"
+        ) from None
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, Any]]:

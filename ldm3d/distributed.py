@@ -9,6 +9,7 @@ depend on how it is spread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from .config import InputError
 
 EXIT_USER, EXIT_OURS, EXIT_TERMINATED = 2, 1, 143
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Terminated(Exception):
@@ -53,40 +55,62 @@ def print0(*words: Any) -> None:
 def setup(device: str = "auto") -> torch.device:
     """Join the process group if torchrun started us, and choose this rank's device ("auto": CUDA where there
     is one)."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if launched() and not dist.is_initialized():
+        # gloo beside NCCL: decisions and counts are CPU tensors, and cost the GPU no synchronisation. The
+        # timeout is for rank 0 alone with the data (a first scan); a rank that fails ends all at once.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return chosen
+
+
+def launched() -> bool:
+    """Did torchrun (or something like it) start this process as one rank?"""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of the flag, the rank's own under torchrun; InputError if there is none such."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device: expected auto, cpu or cuda, got {device!r}") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if chosen.type == "cpu":
+        return chosen
+    if not torch.cuda.is_available():
         raise InputError(f"device: {device!r} asked for, but torch sees no CUDA device")
-    if chosen.type == "cuda":
-        chosen = torch.device(
-            "cuda", chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+    if chosen.index is not None and local:
+        raise InputError(f"device: {device!r} is one device, but every rank needs its own; say cuda")
+    chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+    if chosen.index >= torch.cuda.device_count():
+        raise InputError(
+            f"device: {chosen} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
         )
-        torch.cuda.set_device(chosen)
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return chosen
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over ranks, in place; the tensor itself without a process group."""
+    """Sum over ranks, in place; the tensor itself without a process group. CPU and GPU tensors both work."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+def any_rank(flag: bool) -> bool:
     """True on every rank if it is True on one: how ranks take decisions together."""
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0)
+    return bool(all_reduce_sum(torch.tensor(float(flag))).item() > 0)
 
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait for all ranks."""
+    all_reduce_sum(torch.zeros(()))
 
 
 @contextlib.contextmanager
@@ -121,15 +145,17 @@ def gather(value: Any) -> list[Any]:
 
 
 def wrap(net: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around `net` if there are several ranks, else `net` itself.
+    """DDP around `net` if there is a process group, else `net` itself.
 
     Our networks have no buffers that training changes and no unused parameters, so DDP needs neither of its
-    searches.
+    searches. The gradients live in its buckets, so that it costs no second copy of them.
     """
-    if world_size() == 1:
+    if not dist.is_initialized():
         return net
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(
+        net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -154,11 +180,14 @@ class SigtermFlag:
     """Remembers that SIGTERM arrived; the loop looks at it between steps, where everything can be saved."""
 
     def __init__(self) -> None:
-        self.raised = False
-        with contextlib.suppress(
-            ValueError
-        ):  # not in the main thread: somebody imports us; leave signals alone
-            signal.signal(signal.SIGTERM, self._handle)
+        self.raised, self.before = False, None
+        with contextlib.suppress(ValueError):  # not in the main thread: somebody imports us
+            self.before = signal.signal(signal.SIGTERM, self._handle)
+
+    def release(self) -> None:
+        """SIGTERM ends the process again, or whatever it did before."""
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.raised = True
@@ -168,8 +197,8 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     """Run a script's main and turn how it ended into an exit code: 0 done, 2 the user's mistake, 1 ours, 143
     SIGTERM.
 
-    An error on one rank ends the others as well: the process exits without waiting for them, and torchrun
-    stops the rest.
+    An error on one rank ends the others as well: the process exits without waiting for them, they lose the
+    connection, and torchrun stops what is left.
     """
     try:
         main(argv)
@@ -177,18 +206,33 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     except Terminated as e:
         print0(e)
         code = EXIT_TERMINATED
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        code = EXIT_USER
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print0("interrupted; the same command goes on from the last checkpoint")
         code = 130
-    except Exception:
-        where = f"rank {rank()}: " if world_size() > 1 else ""
-        print(f"{where}{traceback.format_exc()}", file=sys.stderr, flush=True)
-        code = EXIT_OURS
-    if code in (0, EXIT_TERMINATED) and dist.is_initialized():
+    except Exception as e:
+        who = f"rank {rank()}: " if world_size() > 1 else ""
+        message, code = explain(e)
+        print(f"{who}{message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if code:  # an orderly exit would wait for the other ranks, which wait for us in a collective
+            sys.stdout.flush()
+            os._exit(code)
         dist.destroy_process_group()
-    if code not in (0, EXIT_TERMINATED) and dist.is_initialized():
-        os._exit(code)  # a rank that waits in a collective would never be reached by an orderly exit
     return code
+
+
+def explain(e: Exception) -> tuple[str, int]:
+    """(message, exit code) of an exception: one line where the user can do something, else the traceback."""
+    first = (str(e).splitlines() or [""])[0]
+    if isinstance(e, InputError):
+        return f"error: {e}", EXIT_USER
+    if isinstance(e, torch.OutOfMemoryError):
+        return (
+            f"error: the GPU's memory is full ({first}); try a lower micro_batch_size, a smaller data.patch, "
+            "or checkpointing of the network; --plan GIB tells beforehand what fits"
+        ), EXIT_USER
+    if isinstance(e, OSError) and e.errno in NO_ROOM and e.filename:
+        return f"error: {e.filename}: {e.strerror}", EXIT_USER
+    if isinstance(e, dist.DistError) or "gloo/transport" in first:
+        return f"stopped, because the connection to another rank was lost ({first})", EXIT_OURS
+    return traceback.format_exc(), EXIT_OURS

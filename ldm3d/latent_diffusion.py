@@ -6,14 +6,17 @@
 
 Stage two trains from a cache of (mean, logvar), so that the encoder runs once a case and not once a step; the
 variance of the posterior is not lost, since z is drawn from it. Rombach et al. 2022 (2112.10752), section 3;
-the measured per-channel scale replaces their single 1 / std of the first batch (section G).
+the measured per-channel scale replaces their single 1 / std of the first batch (section G). With a VQ
+autoencoder z is the latent before quantisation, whose posterior has no width, and `decode` quantises it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .checkpoint import load_run, load_weights, save
-from .config import from_dict
+from .config import InputError, from_dict
 from .data import DataConfig, DataState, VolumeDataset
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
@@ -32,13 +35,26 @@ from .logger import progress
 from .training import autocast
 from .unet import UNetConfig
 from .vae import AutoencoderKL, VAEConfig
+from .vqvae import VQVAE, QuantizerConfig
+
+Autoencoder = AutoencoderKL | VQVAE
 
 
-def load_autoencoder(run: str | Path) -> tuple[AutoencoderKL, dict[str, Any]]:
+def make_autoencoder(kind: str, vae: VAEConfig, quantizer: QuantizerConfig) -> Autoencoder:
+    """A new autoencoder: "kl", or "vq" with the same trunks and a codebook."""
+    return VQVAE(vae, quantizer) if kind == "vq" else AutoencoderKL(vae)
+
+
+def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
     """The autoencoder (EMA weights, frozen, eval mode, on the CPU) of a run or checkpoint, and the
     checkpoint's content."""
     content = load_run(run, "vae")
-    autoencoder = AutoencoderKL(from_dict(VAEConfig, content["config"]["vae"], "vae"))
+    config = content["config"]
+    autoencoder = make_autoencoder(
+        config.get("autoencoder", "kl"),
+        from_dict(VAEConfig, config["vae"], "vae"),
+        from_dict(QuantizerConfig, config.get("quantizer", {}), "quantizer"),
+    )
     load_weights(autoencoder, content["ema"], str(run))
     return autoencoder.eval().requires_grad_(False), content
 
@@ -46,21 +62,24 @@ def load_autoencoder(run: str | Path) -> tuple[AutoencoderKL, dict[str, Any]]:
 # --- cached latents -----------------------------------------------------------------------------------------
 
 
-def cache_key(autoencoder: AutoencoderKL, data: DataConfig, state: DataState, files: list[str]) -> str:
+def cache_key(autoencoder: Autoencoder, data: DataConfig, state: DataState, files: list[str]) -> str:
     """A hash of all that a cached latent depends on: encoder weights, data settings, and the files' paths,
     sizes, times."""
     digest = hashlib.sha256()
     for name, value in autoencoder.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    try:
+        stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    except OSError as e:
+        raise InputError(f"{e.filename}: is gone, it was there when the data were checked") from None
     digest.update(repr((data, state.to_dict(), stats)).encode())
     return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()
 def cache_latents(
-    autoencoder: AutoencoderKL,
+    autoencoder: Autoencoder,
     dataset: VolumeDataset,
     folder: Path,
     num_variants: int,
@@ -76,8 +95,7 @@ def cache_latents(
     if not path.exists():
         temporary = folder / "latents.npy.partial"
         if is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(temporary, "w+", np.float32, shape).flush()
+            reserve(temporary, shape)
         barrier()
         table = np.lib.format.open_memmap(temporary, "r+")
         jobs = [(v, i) for v in range(num_variants) for i in range(len(dataset))][rank() :: world_size()]
@@ -94,6 +112,22 @@ def cache_latents(
     table = np.load(path, mmap_mode="r")
     assert table.shape == shape, (table.shape, shape)
     return table
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Make an empty float32 .npy file whose room on the disk is certain: a memory map that runs out of it
+    later would kill the process without a word."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as e:
+        with suppress(OSError):
+            path.unlink()
+        gib = 4 * math.prod(shape) / 2**30
+        raise InputError(f"{path}: no room for {gib:.2g} GiB of latents ({e.strerror or e})") from None
 
 
 class LatentDataset(Dataset):
@@ -149,7 +183,7 @@ class LatentDiffusion:
 
     def __init__(
         self,
-        autoencoder: AutoencoderKL,
+        autoencoder: Autoencoder,
         denoiser: Denoiser,
         kernel: DiffusionKernel,
         latent_mean: Tensor,
@@ -229,7 +263,8 @@ class LatentDiffusion:
         Sample i has its own CPU generator keyed by (seed, i), so that it does not depend on batch size, rank
         or device (to rounding). `first` numbers the first one: sample(2, first=4) gives samples 4 and 5.
         """
-        batches = list(self.stream(range(first, first + num), steps, sampler, seed, batch_size, eta, amp))
+        indices = range(first, first + num)
+        batches = [x for x, _ in self.stream(indices, steps, sampler, seed, batch_size, eta, amp)]
         return torch.cat(batches) if batches else torch.empty(0, self.state.channels, *self.state.size)
 
     def stream(
@@ -241,8 +276,9 @@ class LatentDiffusion:
         batch_size: int = 4,
         eta: float = 0.0,
         amp: str = "fp32",
-    ) -> Iterator[Tensor]:
-        """`sample` batch by batch, for the samples with these indices."""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`sample` batch by batch, for the samples with these indices: (volumes on the CPU, their normalised
+        latents)."""
         sampler = sampler or self.default_sampler
         self.kernel.check_sampler(sampler)
         for start in range(0, len(indices), batch_size):
@@ -254,8 +290,8 @@ class LatentDiffusion:
 
                 noise = draw((len(generators), *self.latent_shape)).to(self.device)
                 z = self.kernel.sample(self.denoiser, noise, steps, sampler, eta=eta, draw=draw)
-                x = self.decode(z).float().cpu()
-            yield x
+                x = torch.cat([self.decode(one).float().cpu() for one in z.split(1)])  # least memory
+            yield x, z
 
     @property
     def default_sampler(self) -> str:

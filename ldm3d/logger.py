@@ -6,14 +6,19 @@ The JSON lines are the record: every other view (console, TensorBoard, a later r
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .config import InputError
@@ -25,13 +30,12 @@ class Logger:
     step."""
 
     def __init__(self, run_dir: str | Path, step: int, tensorboard: bool = False):
-        self.file = self.board = None
+        self.path, self.file, self.board = Path(run_dir) / "log.jsonl", None, None
         if not is_main():
             return
-        path = Path(run_dir) / "log.jsonl"
-        cut_back(path, step)
-        self.file = open(path, "a")  # noqa: SIM115 (closed by close)
-        self.start = time.perf_counter()
+        with self._writing():
+            self.start = time.perf_counter() - cut_back(self.path, step)
+            self.file = open(self.path, "a")  # noqa: SIM115 (closed by close)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -39,50 +43,121 @@ class Logger:
                 raise InputError('run.tensorboard: needs the extra "viz": pip install "ldm3d[viz]"') from None
             self.board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=step + 1)
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A log that cannot be written ends the run: what it trained on would leave no record."""
+        try:
+            yield
+        except OSError as e:
+            raise InputError(
+                f"{self.path.parent}: the log cannot be written ({e.strerror or e}); the checkpoints are "
+                "intact: make room, then run the same command again"
+            ) from None
+
     def log(self, step: int, split: str, scalars: dict[str, Any], echo: bool = True) -> None:
-        """One line: ``{"step": ..., "split": "train" | "val", "seconds": since the start, **scalars}``."""
+        """One line: ``{"step": ..., "split": "train" | "val", "seconds": of training, **scalars}``.
+
+        What is not finite becomes null, since JSON has no word for it.
+        """
         if self.file is None:
             return
-        seconds = round(time.perf_counter() - self.start, 2)
-        self.file.write(json.dumps({"step": step, "split": split, "seconds": seconds, **scalars}) + "\n")
-        self.file.flush()
+        line = {"step": step, "split": split, "seconds": round(time.perf_counter() - self.start, 2)}
+        line |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
+        with self._writing():
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+            self.file.flush()
         if echo:
             words = "  ".join(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars.items()
             )
             tqdm.write(f"step {step:>7}  {split:<5}  {words}")
         if self.board is not None:
-            for name, value in scalars.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{split}/{name}", value, step)
-            self.board.flush()
+            with self._writing():
+                for name, value in scalars.items():
+                    if isinstance(value, (int, float)):
+                        self.board.add_scalar(f"{split}/{name}", value, step)
+                self.board.flush()
 
     def picture(self, step: int, name: str, path: Path | None) -> None:
         """Show a preview that was saved as a PNG in TensorBoard too."""
         if self.board is not None and path is not None:
             import matplotlib.image
 
-            self.board.add_image(name, matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
+            with self._writing():
+                self.board.add_image(name, matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Show the distribution of latents (B, C_z, *s) in TensorBoard, channel by channel."""
+        if self.board is not None:
+            with self._writing():
+                for c, channel in enumerate(values.float().cpu().unbind(1)):
+                    self.board.add_histogram(f"{name}/channel {c}", channel.numpy(), step)
 
     def close(self) -> None:
         for target in (self.file, self.board):
             if target is not None:
-                target.close()
+                with self._writing():
+                    target.close()
 
 
-def cut_back(path: Path, step: int) -> None:
+def cut_back(path: Path, step: int) -> float:
     """Drop the lines after `step`, which a killed run wrote before it could save, and a last line that is
-    torn."""
+    torn.
+
+    Returns the seconds of training that the last line tells of. Atomic: another kill must not cost the log.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0.0
+    kept, seconds = [], 0.0
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+                seconds = record["seconds"]
+        except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept))
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+    return seconds
+
+
+class Profile:
+    """torch.profiler over three steps, after three that warm up: a trace for chrome://tracing or Perfetto in
+    `folder`, and the ten operators that took most time on the console."""
+
+    SKIP, STEPS = 3, 3
+
+    def __init__(self, folder: Path):
+        self.path, self.count = folder / "profile.json", 0
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+
+    def step(self) -> None:
+        """To be called after every step."""
+        self.count += 1
+        if self.count == self.SKIP:
+            self.profiler.start()
+        elif self.count == self.SKIP + self.STEPS:
+            self._tell()
+
+    def close(self) -> None:
+        """There are no more steps: tell of those that there were."""
+        if self.SKIP <= self.count < self.SKIP + self.STEPS:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.profiler.stop()
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = self.profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40)
+        try:
+            self.profiler.export_chrome_trace(str(self.path))
+            tqdm.write(f"{table}\nprofile of {self.count - self.SKIP} steps: {self.path}")
+        except (OSError, RuntimeError) as e:
+            tqdm.write(f"{table}\nnote: {self.path} could not be written ({e})")
 
 
 def progress(items: Iterable, what: str, total: int | None = None, initial: int = 0) -> tqdm:
@@ -117,8 +192,8 @@ def save_sheet(
 ) -> Path | None:
     """A picture with one titled row per entry, every volume (*S) shown by its middle slices.
 
-    `limits` is the grey range; None takes the 1st to 99.5th percentile of each row. Without matplotlib
-    nothing is written and None is returned: pictures are a convenience and never stop a run.
+    `limits` is the grey range; None takes the 1st to 99.5th percentile of each row. Without matplotlib, or
+    room on the disk, nothing is written and None is returned: pictures never stop a run.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -143,5 +218,9 @@ def save_sheet(
     figure.subplots_adjust(
         left=0.005, right=0.995, bottom=0.005, top=1 - 0.25 / figure.get_figheight(), hspace=0.15
     )
-    FigureCanvasAgg(figure).print_png(str(path))
+    try:
+        FigureCanvasAgg(figure).print_png(str(path))
+    except OSError as e:
+        tqdm.write(f"note: {path} could not be written ({e.strerror or e})")
+        return None
     return Path(path)

@@ -1,20 +1,49 @@
-"""Losses of the autoencoders: reconstruction, Kullback-Leibler, and a structural term that needs no download.
+"""Losses of the autoencoders: reconstruction, Kullback-Leibler, structure, adversarial and perceptual terms.
 
     reconstruction   mean |recon - x|  or  mean (recon - x)^2
     KL               KL(N(mean, exp(logvar)) || N(0, 1)) = (mean^2 + exp(logvar) - 1 - logvar) / 2
-                     in nats per latent element, never clamped (Kingma & Welling 2014, appendix B)
+                     in nats per latent element, never clamped [1]; free bits: no channel below a floor [2]
     gradient         mean |D recon - D x|, D the difference of neighbours along an axis, at several scales: it
                      prices the edges that a mean error lets blur (compare Mathieu 2016, section 3.2)
 
+    adversarial      r, f: logits of real and made images (discriminators.py); means over patches and scales
+      hinge          d = relu(1 - r) + relu(1 + f),            g = -f                        [3] eq. 16, 17
+      lsgan          d = (r - 1)^2 / 2 + f^2 / 2,              g = (f - 1)^2 / 2             [4] eq. 9
+      non_saturating d = softplus(-r) + softplus(f),           g = softplus(-f)              [5] eq. 1, sec. 3
+    adaptive weight  min(cap, |dL/dW| / (|dg/dW| + 1e-4)), W the decoder's last weights      [6] eq. 7
+    R1               |d sum_p r_p / dx|^2 / P at real images x, of the P patches of a scale: where patches do
+                     not overlap, the mean of |d r_p / dx|^2, whatever the size              [7] eq. 9
+    feature matching mean |F(x) - F(recon)| over the critic's hidden maps F                  [8] eq. 3
+    perceptual       sum_l mean_hw sum_c w_lc (F_lc(x) - F_lc(recon))^2, |F_l| = 1 over c    [9] eq. 1
+
 Each is (B,), a mean over elements, so that a weight means the same for every size; the caller takes the mean
-over the batch. Arithmetic is float32 whatever the precision of the networks (float64 for float64 inputs).
+over the batch. Arithmetic is float32 whatever the precision of the networks (float64 for float64 inputs). The
+structural term 1 - MS-SSIM is in metrics.py.
+
+[1] Kingma & Welling 2014, appendix B. [2] Kingma et al. 2016 (1606.04934), appendix C.8. [3] Miyato et al.
+2018 (1802.05957). [4] Mao et al. 2017 (1611.04076). [5] Goodfellow et al. 2014 (1406.2661). [6] Esser et al.
+2021 (2012.09841). [7] Mescheder et al. 2018 (1801.04406). [8] Wang et al. 2018 (1711.11585). [9] Zhang et al.
+2018 (1801.03924), with the features of VGG-16, Simonyan & Zisserman 2015 (1409.1556), configuration D.
 """
 
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .config import InputError
+from .distributed import all_reduce_sum, world_size
+
+AdversarialKind = Literal["hinge", "lsgan", "non_saturating"]
+
+# --- reconstruction and latent ------------------------------------------------------------------------------
 
 
 def reconstruction_loss(recon: Tensor, x: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
@@ -23,10 +52,15 @@ def reconstruction_loss(recon: Tensor, x: Tensor, kind: Literal["l1", "l2"] = "l
     return (error.abs() if kind == "l1" else error.square()).flatten(1).mean(1)
 
 
-def kl_per_element(mean: Tensor, logvar: Tensor) -> Tensor:
-    """(B,) KL of the posterior to the standard normal, in nats per latent element; inputs (B, C_z, *S)."""
+def kl_per_element(mean: Tensor, logvar: Tensor, free_bits: float = 0.0) -> Tensor:
+    """(B,) KL of the posterior to the standard normal, in nats per latent element; inputs (B, C_z, *S).
+
+    free_bits: nats per element that every channel of every sample has for nothing. A channel below them is
+    counted as having them and has no gradient, so that the weight of the KL cannot switch it off.
+    """
     mean, logvar = _full_precision(mean), _full_precision(logvar)
-    return (mean.square() + torch.expm1(logvar) - logvar).flatten(1).mean(1) / 2
+    per_channel = (mean.square() + torch.expm1(logvar) - logvar).flatten(2).mean(2) / 2  # (B, C_z)
+    return (per_channel.clamp(min=free_bits) if free_bits else per_channel).mean(1)
 
 
 def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
@@ -48,5 +82,210 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
     return torch.stack(terms).mean(0)
 
 
+def ramp(step: int, start: int, length: int) -> float:
+    """A weight that is 0 before step `start` and rises in a line to 1 over the `length` steps from there."""
+    return min(1.0, (step - start + 1) / max(1, length)) if step >= start else 0.0
+
+
 def _full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+# --- adversarial --------------------------------------------------------------------------------------------
+
+
+def discriminator_loss(
+    logits_real: Sequence[Tensor], logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge"
+) -> Tensor:
+    """(B,) what the critic lowers; logits (B, 1, *patches), one tensor per scale."""
+    if kind == "hinge":
+        real = _patch_mean(logits_real, lambda r: F.relu(1 - r))
+        return real + _patch_mean(logits_fake, lambda f: F.relu(1 + f))
+    if kind == "lsgan":
+        real = _patch_mean(logits_real, lambda r: (r - 1).square())
+        return (real + _patch_mean(logits_fake, torch.square)) / 2
+    return _patch_mean(logits_real, lambda r: F.softplus(-r)) + _patch_mean(logits_fake, F.softplus)
+
+
+def generator_loss(logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge") -> Tensor:
+    """(B,) what the autoencoder lowers; logits of its reconstructions, one tensor per scale."""
+    if kind == "hinge":
+        return -_patch_mean(logits_fake, lambda f: f)
+    if kind == "lsgan":
+        return _patch_mean(logits_fake, lambda f: (f - 1).square()) / 2
+    return _patch_mean(logits_fake, lambda f: F.softplus(-f))
+
+
+def critic_accuracy(
+    logits_real: Sequence[Tensor], logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge"
+) -> Tensor:
+    """(B,) share of patches that are put on the right side: 1/2 by chance, 1 when the critic has won."""
+    middle = 0.5 if kind == "lsgan" else 0.0
+    real = _patch_mean(logits_real, lambda r: (r > middle).float())
+    return (real + _patch_mean(logits_fake, lambda f: (f <= middle).float())) / 2
+
+
+def r1_penalty(logits_real: Sequence[Tensor], x: Tensor) -> Tensor:
+    """(B,) R1 at the real images x, which must require a gradient and have been the critic's input.
+
+    The result can be differentiated again.
+    """
+    penalties = []
+    for logits in logits_real:
+        (gradient,) = torch.autograd.grad(logits.float().sum(), x, create_graph=True)
+        penalties.append(gradient.float().square().flatten(1).sum(1) / logits[0].numel())
+    return torch.stack(penalties).mean(0)
+
+
+def feature_matching_loss(features_fake: Sequence[Tensor], features_real: Sequence[Tensor]) -> Tensor:
+    """(B,) mean absolute difference of hidden maps of a critic; no gradient reaches the real ones."""
+    pairs = zip(features_fake, features_real, strict=True)
+    return _map_mean([(_full_precision(a) - _full_precision(b.detach())).abs() for a, b in pairs])
+
+
+def adaptive_weight(
+    loss: Tensor, g_loss: Tensor, last_weight: Tensor, cap: float = 1e4, scale: float = 1.0
+) -> Tensor:
+    """Scalar: how much larger the gradient of `loss` at the decoder's last weights is than that of `g_loss`.
+
+    Both losses are scalars, means over this rank's batch. Their gradients are averaged over ranks first, as
+    those of the step will be, so that every rank has the weight of the joined batch. `scale` lifts both
+    losses for the backward pass, where float16 would lose their small gradients.
+    """
+    gradients = [torch.autograd.grad(v * scale, last_weight, retain_graph=True)[0] for v in (loss, g_loss)]
+    norms = all_reduce_sum(torch.stack(gradients).float() / (scale * world_size())).flatten(1).norm(dim=1)
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=cap)
+
+
+def _patch_mean(logits: Sequence[Tensor], of: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B,) mean over scales of the mean over patches of of(logits)."""
+    return _map_mean([of(_full_precision(v)) for v in logits])
+
+
+def _map_mean(maps: Sequence[Tensor]) -> Tensor:
+    return torch.stack([v.flatten(1).mean(1) for v in maps]).mean(0)
+
+
+# --- perceptual ---------------------------------------------------------------------------------------------
+
+VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # the convolutions of each stage, by index
+WHERE_FROM = (
+    "perceptual.weights: a perceptual loss needs a local file of VGG-16 weights. Where there is internet, "
+    "`pip install lpips`, then `python -c \"import lpips, torch; torch.save(lpips.LPIPS(net='vgg')"
+    ".state_dict(), 'lpips_vgg.pth')\"` makes one for --perceptual.weights lpips_vgg.pth (or torchvision's "
+    "vgg16-397923af.pth, alone or with the heads of lpips: --perceptual.weights vgg16-397923af.pth,vgg.pth)"
+)
+
+
+def read_vgg(files: Sequence[str | Path]) -> tuple[dict[int, tuple[Tensor, Tensor]], list[Tensor | None]]:
+    """({index: (weight, bias)} of the 13 convolutions, weights (C,) of the 5 heads, None: in no file).
+
+    Layouts: torchvision's vgg16 (features.0.weight), a whole LPIPS (net.slice1.0.weight, lin0.model.1.weight)
+    and the heads of LPIPS alone; several files are joined. Nothing in a file is executed.
+    """
+    if not files:
+        raise InputError(WHERE_FROM)
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f"perceptual.weights: {file}: no such file") from None
+        except Exception as e:  # torch.load raises many kinds for a damaged file
+            reason = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
+            raise InputError(f"perceptual.weights: {file}: not a file of weights ({reason})") from None
+        content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        for name, value in content.items():
+            if match := re.search(r"(?:^|\.)(?:features|net\.slice\d)\.(\d+\.(?:weight|bias))$", name):
+                found[match[1]] = value.float()
+            elif match := re.search(r"(?:^|\.)lins?\.?(\d)\.(?:model\.)?\d+\.weight$", name):
+                found[f"head{match[1]}"] = value.float().flatten()
+    convolutions = {}
+    for index in sum(VGG16, ()):
+        if f"{index}.weight" not in found or f"{index}.bias" not in found:
+            names = " and ".join(map(str, files))
+            missing = f"no VGG-16 here (features.{index}.weight is missing)"
+            raise InputError(f"perceptual.weights: {names}: {missing}")
+        convolutions[index] = (found[f"{index}.weight"], found[f"{index}.bias"])
+    return convolutions, [found.get(f"head{stage}") for stage in range(len(VGG16))]
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    weights: tuple[str, ...] = ()  # local files: a whole lpips (vgg), or torchvision's vgg16 [, lpips' heads]
+    fraction: float = 0.2  # part of the slices of a volume, in each of its three planes, that are compared
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction: expected 0 < fraction <= 1, got {self.fraction}")
+
+
+def _take(x: Tensor, axis: int, rows: Sequence[Tensor]) -> Tensor:
+    """(B, C, *S) -> (B num, C, *other axes): of every sample its own `rows` (num,) across one axis of S."""
+    slices = [v.index_select(axis + 1, row).movedim(axis + 1, 0) for v, row in zip(x, rows, strict=True)]
+    return torch.cat(slices)
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of VGG-16 features with the weights of LPIPS; frozen. Without its heads all channels weigh 1.
+
+    Volumes are compared slice by slice (2.5-D): random slices of each plane, the mean over slices, then over
+    planes. Channels are grey images, except the three of a 2-D image, which are colours. Slices too small for
+    the deeper stages are compared by the others.
+    """
+
+    def __init__(self, config: PerceptualConfig):
+        super().__init__()
+        self.config = config
+        convolutions, heads = read_vgg(config.weights)
+        for index, (weight, bias) in convolutions.items():
+            self.register_buffer(f"weight{index}", weight, persistent=False)
+            self.register_buffer(f"bias{index}", bias, persistent=False)
+        for stage, head in enumerate(heads):
+            ones = torch.ones(len(convolutions[VGG16[stage][-1]][1]))
+            self.register_buffer(f"head{stage}", ones if head is None else head, persistent=False)
+        # From [-1, 1] to the scale of ImageNet's mean and standard deviation, as LPIPS has it
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, recon: Tensor, x: Tensor, draws: Sequence[torch.Generator] = ()) -> Tensor:
+        """(B,) of (B, C, *S) in [-1, 1]; draws, one CPU generator a sample, choose the slices of volumes."""
+        if x.ndim == 4:
+            return self.distance(recon, x, x.shape[1] == 3)
+        if len(draws) != len(x):
+            raise ValueError(f"draws: expected one generator for each of {len(x)} volumes, got {len(draws)}")
+        planes = []
+        for axis, size in enumerate(x.shape[2:]):
+            num = max(1, round(self.config.fraction * size))
+            rows = [torch.randperm(size, generator=draw)[:num].to(x.device) for draw in draws]
+            pair = (_take(y, axis, rows) for y in (recon, x))  # (B num, C, h, w) each
+            planes.append(self.distance(*pair, colours=False).view(len(x), num).mean(1))
+        return torch.stack(planes).mean(0)
+
+    def distance(self, recon: Tensor, x: Tensor, colours: bool) -> Tensor:
+        """(B,) of images (B, C, H, W)."""
+        num = len(x)
+        if not colours:
+            recon, x = (y.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) for y in (recon, x))
+        with torch.no_grad():
+            targets = self.features(x)
+        total = 0.0
+        for stage, (a, b) in enumerate(zip(self.features(recon), targets, strict=True)):
+            weighted = (a - b).square() * getattr(self, f"head{stage}").view(1, -1, 1, 1)
+            total = total + weighted.sum(1).flatten(1).mean(1)
+        return total.view(num, -1).mean(1)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Of images (B, 3, H, W): the last map (B, C, h, w) of every stage, vectors over C of length 1."""
+        h, maps = (x - self.shift) / self.scale, []
+        for stage in VGG16:
+            if maps and min(h.shape[2:]) < 2:
+                break
+            h = F.max_pool2d(h, 2) if maps else h
+            for i in stage:
+                h = F.relu(F.conv2d(h, getattr(self, f"weight{i}"), getattr(self, f"bias{i}"), padding=1))
+            # The constant is inside the root: the gradient of a vector of zeros is then 0 and not NaN
+            full = _full_precision(h)
+            maps.append(full * torch.rsqrt(full.square().sum(1, keepdim=True) + 1e-10))
+        return maps

@@ -1,13 +1,24 @@
 """How near a volume is to another, and a label map to another; one number a sample, computed in float64.
 
-PSNR = 10 log10(data_range^2 / mean((x - y)^2))                                               in dB
-SSIM = mean over windows of (2 m_x m_y + c1) (2 s_xy + c2) / ((m_x^2 + m_y^2 + c1) (s_x^2 + s_y^2 + c2))
-       m, s: means and sample (co)variances in a window, c1 = (0.01 data_range)^2, c2 = (0.03 data_range)^2
-       (Wang et al. 2004, eq. 13; uniform windows as scikit-image's default, windows inside the volume only)
-Dice = 2 |P and T| / (|P| + |T|)        IoU = |P and T| / |P or T|                            for each label
+PSNR    = 10 log10(data_range^2 / mean((x - y)^2))                                                   in dB
+SSIM    = mean over windows of l s       Wang et al. 2004 (IEEE Trans. Image Process. 13), eq. 13, with
+            l = (2 m_x m_y + c1) / (m_x^2 + m_y^2 + c1)    c1 = (0.01 data_range)^2                ibid. eq. 6
+            s = (2 v_xy + c2) / (v_xx + v_yy + c2)         c2 = (0.03 data_range)^2            ibid. eq. 9, 10
+          m, v: means and sample (co)variances in the window
+MS-SSIM = mean(l s at the coarsest scale)^w_M  prod_j mean(s at scale j)^w_j        Wang et al. 2003, eq. 7
+Dice    = 2 |P and T| / (|P| + |T|)        IoU = |P and T| / |P or T|                        for each label
+
+Windows are uniform, as scikit-image's default, and inside the volume only. Published MS-SSIM mostly has
+Gaussian windows of 11 voxels: its figures compare within this library only, and are told with their weights.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,27 +34,79 @@ def psnr(x: Tensor, y: Tensor, data_range: float) -> Tensor:
     return 10 * torch.log10(data_range**2 / mse)
 
 
+def _local_mean(x: Tensor, windows: Sequence[int]) -> Tensor:
+    """Mean in the box of `windows` voxels around each voxel of (B, C, *S) where it fits, axis by axis."""
+    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
+    for axis, width in enumerate(windows):
+        if width > 1:
+            x = pool(x, [width if a == axis else 1 for a in range(len(windows))], stride=1)
+    return x
+
+
+def _ssim_terms(x: Tensor, y: Tensor, data_range: float, window: int) -> tuple[Tensor, Tensor]:
+    """(luminance, contrast and structure) of every window; SSIM is the mean of their product."""
+    windows = [min(window, size - 1 + size % 2) for size in x.shape[2:]]
+    num = max(2, math.prod(windows))
+    origin = x.flatten(2).mean(2).view(*x.shape[:2], *(1,) * (x.ndim - 2))
+    mean_x, mean_y = _local_mean(x - origin, windows), _local_mean(y - origin, windows)
+    unbiased = num / (num - 1)
+    # The origin is taken away first: squares of large intensities would leave no digits for the variances
+    var_x = unbiased * (_local_mean((x - origin).square(), windows) - mean_x**2)
+    var_y = unbiased * (_local_mean((y - origin).square(), windows) - mean_y**2)
+    cov = unbiased * (_local_mean((x - origin) * (y - origin), windows) - mean_x * mean_y)
+    mean_x, mean_y = mean_x + origin, mean_y + origin
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance, (2 * cov + c2) / (var_x + var_y + c2)
+
+
 def ssim(x: Tensor, y: Tensor, data_range: float, window: int = 7) -> Tensor:
     """(B,) structural similarity of (B, C, *S), mean over channels; the odd window shrinks on short axes."""
     _check(x, y)
-    windows = [min(window, size - 1 + size % 2) for size in x.shape[2:]]
-    num = max(2, int(torch.tensor(windows).prod()))
+    luminance, structure = _ssim_terms(x.double(), y.double(), data_range, window)
+    return (luminance * structure).flatten(1).mean(1)
 
-    def local_mean(v: Tensor) -> Tensor:
-        for axis, width in enumerate(windows, start=2):
-            v = v.unfold(axis, width, 1).mean(-1)
-        return v
 
-    x, y = x.double(), y.double()
-    mean_x, mean_y = local_mean(x), local_mean(y)
-    unbiased = num / (num - 1)
-    var_x = unbiased * (local_mean(x * x) - mean_x**2)
-    var_y = unbiased * (local_mean(y * y) - mean_y**2)
-    cov = unbiased * (local_mean(x * y) - mean_x * mean_y)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
-    similarity /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
-    return similarity.flatten(1).mean(1)
+MS_SSIM_WEIGHTS = (
+    0.0448,
+    0.2856,
+    0.3001,
+    0.2363,
+    0.1333,
+)  # finest scale first, Wang et al. 2003, section 3.2
+
+
+def ms_ssim_weights(size: Sequence[int], window: int = 7) -> tuple[float, ...]:
+    """The weights of as many scales, finest first, as leave a whole window along the shortest axis of `size`.
+
+    At least one, five at most; they add up to 1.
+    """
+    scales = 1
+    while scales < len(MS_SSIM_WEIGHTS) and min(size) // 2**scales >= window:
+        scales += 1
+    return tuple(w / sum(MS_SSIM_WEIGHTS[:scales]) for w in MS_SSIM_WEIGHTS[:scales])
+
+
+def ms_ssim(
+    x: Tensor, y: Tensor, data_range: float, window: int = 7, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """(B,) multi-scale structural similarity of (B, C, *S), mean over channels; `dtype` of the arithmetic.
+
+    1 - ms_ssim(recon, x, 2.0, dtype=torch.float32) is a loss: it has gradients, those of a scale without any
+    likeness apart. Every scale averages 2 voxels along each axis of the one before.
+    """
+    _check(x, y)
+    x, y = x.to(dtype), y.to(dtype)
+    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
+    weights, value = ms_ssim_weights(x.shape[2:], window), 1.0
+    for scale, weight in enumerate(weights):
+        if scale > 0:
+            x, y = pool(x, 2), pool(y, 2)
+        luminance, structure = _ssim_terms(x, y, data_range, window)
+        similarity = luminance * structure if scale == len(weights) - 1 else structure
+        # A power of something negative is not a number, and at 0 its gradient is not finite
+        value = value * similarity.flatten(2).mean(2).clamp(min=1e-6) ** weight  # (B, C)
+    return value.mean(1)
 
 
 def _overlap(pred: Tensor, target: Tensor, num_labels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,8 +18,9 @@ import json
 import math
 import os
 import resource
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load, load_latest, load_weights, prune, save, step_files, sweep, weights
+from .checkpoint import (
+    load_latest,
+    load_run,
+    load_weights,
+    prune,
+    save,
+    step_files,
+    sweep,
+    weights,
+    write_text,
+)
 from .config import InputError, flatten, from_dict, read_json, replace, to_dict
 from .distributed import (
     SigtermFlag,
@@ -35,13 +46,15 @@ from .distributed import (
     all_reduce_sum,
     any_rank,
     barrier,
+    gather,
     is_main,
     keyed_generator,
     no_sync,
     print0,
+    rank,
     world_size,
 )
-from .logger import Logger
+from .logger import Logger, Profile
 
 # --- configuration ------------------------------------------------------------------------------------------
 
@@ -66,6 +79,7 @@ class RunConfig:
     ema_decay: float = 0.999  # of the weights that are evaluated, kept as best and sampled from
     max_bad_steps: int = 20  # non-finite steps in a row after which the run stops
     tensorboard: bool = False  # write TensorBoard files too (extra "viz")
+    profile: bool = False  # write a torch.profiler trace of three steps and print the ten dearest operators
 
     def __post_init__(self) -> None:
         for name in ("steps", "keep", "save_every", "log_every", "eval_every", "max_bad_steps"):
@@ -85,6 +99,8 @@ MAY_CHANGE = (  # on resume; anything else stops with the difference shown
         "run.device",
         "run.dir",
         "run.fresh",
+        "run.tensorboard",
+        "run.profile",
     ),
     *("run.save_every", "run.log_every", "run.eval_every"),
 )
@@ -138,7 +154,7 @@ def keyed_uniform(seed: int, positions: Tensor, purpose: str) -> Tensor:
 
 
 def reseed(*key: int) -> None:
-    """Seed the global generators (module dropout) from (seed, step, rank, micro-batch)."""
+    """Seed the global generators, which draw initial weights and module dropout, from any numbers."""
     seed, position, *rest = key
     torch.manual_seed(keyed_generator(seed, position, f"modules{rest}").initial_seed())
 
@@ -149,7 +165,8 @@ def reseed(*key: int) -> None:
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type of the flag, or None for fp32."""
     if amp == "auto":
-        amp = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "fp32" if device.type == "cpu" else "bf16" if native else "fp16"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -197,27 +214,36 @@ class Stepper:
         clip = self.config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, clip, error_if_nonfinite=False)
         self.grad_norm = float(norm)
-        fine = not any_rank(not (math.isfinite(self.grad_norm) and bool(self.loss_is_finite)), self.device)
+        fine = not any_rank(not (math.isfinite(self.grad_norm) and bool(self.loss_is_finite)))
         if fine:
             self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.bad_in_a_row = 0
-        else:
+        else:  # on all ranks, whether or not they saw the overflow: their scales must stay equal
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
             self._count_bad(step)
-        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_is_finite = torch.ones_like(self.loss_is_finite)
         return fine
 
     def _count_bad(self, step: int) -> None:
+        """Tell what was not finite (a loss, else the first gradient); stop if that is so too often."""
         self.bad_in_a_row += 1
         self.skipped += 1
         named = ((n, p.grad) for n, p in self.net.named_parameters() if p.grad is not None)
-        culprit = next((f"the gradient of {n}" for n, g in named if not torch.isfinite(g).all()), "the loss")
-        print0(f"step {step}: {culprit} is not finite; the step is skipped ({self.bad_in_a_row} in a row)")
+        first = next((f"the gradient of {n}" for n, g in named if not torch.isfinite(g).all()), None)
+        everyone = gather(first if self.loss_is_finite else "the loss")
+        found = [(what != "the loss", number, what) for number, what in enumerate(everyone) if what]
+        _, number, culprit = min(found, default=(True, 0, "the norm of the gradient"))
+        culprit += f" on rank {number}" if world_size() > 1 else ""
+        scale = f", the loss scale is now {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
+        row = f"{self.bad_in_a_row} in a row"
+        print0(f"step {step}: {culprit} is not finite; the step is skipped ({row}{scale})")
         if self.bad_in_a_row >= self.run.max_bad_steps:
             raise InputError(
-                f"stopped: {self.bad_in_a_row} steps in a row were not finite ({culprit}); the last checkpoint "
-                "is good: try a lower optim.lr, run.amp bf16 or fp32, or look at the data of these steps"
+                f"stopped: {self.bad_in_a_row} steps in a row were not finite, lastly {culprit} at step "
+                f"{step}; the last checkpoint is good. Look at the data of these steps, or go on from it in "
+                "a new run (--run.init FOLDER --run.dir NEW) with a lower optim.lr or another run.amp"
             )
 
     def report(self) -> dict[str, float]:
@@ -256,81 +282,96 @@ class EMA:
 
 
 class Mean:
-    """Running means of scalars over samples, exact over ranks and micro-batches; part of the checkpoint."""
+    """Running means of scalars over samples, exact over ranks and micro-batches; part of the checkpoint.
+
+    Sums and counts stay on the device until they are taken, so that adding never waits for a GPU.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, float] = {}
+        self.table: dict[str, Tensor] = {}  # name -> (sum, count), float64
 
     def add(self, **values: Tensor) -> None:
         """Add per-sample values (B,) or a scalar, which counts as one sample. NaN entries are left out."""
         for name, value in values.items():
             flat = value.detach().double().reshape(-1)
-            good = flat[~flat.isnan()]
-            self.sums[name] = self.sums.get(name, 0.0) + float(good.sum())
-            self.counts[name] = self.counts.get(name, 0.0) + good.numel()
+            there = ~flat.isnan()
+            pair = torch.stack([torch.where(there, flat, 0.0).sum(), there.sum().double()])
+            self.table[name] = self.table[name].to(pair.device) + pair if name in self.table else pair
 
-    def take(self, device: torch.device | str = "cpu") -> dict[str, float]:
-        """The means over all ranks since the last call; starts anew. Every rank must have added the same
-        names."""
-        names = sorted(self.sums)
-        table = torch.tensor(
-            [[self.sums[n], self.counts[n]] for n in names], dtype=torch.float64, device=device
-        )
-        table = all_reduce_sum(table).tolist() if names else []
-        self.sums, self.counts = {}, {}
-        return {n: (s / c if c else math.nan) for n, (s, c) in zip(names, table, strict=True)}
+    def take(self) -> dict[str, float]:
+        """The means over all ranks since the last call; starts anew. A rank may have added nothing."""
+        names = sorted(set().union(*gather(list(self.table))))
+        nothing = torch.zeros(2, dtype=torch.float64)
+        rows = [self.table.get(name, nothing).cpu() for name in names]
+        sums = all_reduce_sum(torch.stack(rows)).tolist() if names else []
+        self.table = {}
+        return {name: total / n if n else math.nan for name, (total, n) in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+        return {name: pair.tolist() for name, pair in self.table.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        self.table = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in state.items()}
 
 
 class Speed:
-    """Samples per second, share of the time spent waiting for data, peak memory, between two log lines."""
+    """What a step costs, between two log lines: samples per second over all ranks; of this rank, the share of
+    time spent waiting for data and the peak memory of the process so far (GPU: of its tensors).
 
-    def __init__(self, batch_size: int, device: torch.device):
-        self.batch_size, self.device = batch_size, device
-        self._start()
+    A step lasts from the request of its data to `stop`; evaluation, saving and logging are not counted.
+    """
 
-    def _start(self) -> None:
-        self.since, self.waited, self.steps = time.perf_counter(), 0.0, 0
+    def __init__(self, batch_size: int, device: torch.device, profile: Profile | None = None):
+        self.batch_size, self.device, self.profile = batch_size, device, profile
+        self.began = self.seconds = self.waited = 0.0
+        self.steps = 0
 
     def watch(self, stream: Iterable) -> Iterator:
         """The items of `stream`; the time that each took to come is counted as waiting."""
         items = iter(stream)
         while True:
-            before = time.perf_counter()
+            self.began = time.perf_counter()
             item = next(items, None)
             if item is None:
-                return
-            self.waited += time.perf_counter() - before
-            self.steps += 1
+                break
+            self.waited += time.perf_counter() - self.began
             yield item
+        if self.profile is not None:
+            self.profile.close()
+
+    def stop(self) -> None:
+        """The optimizer step is done."""
+        self.seconds += time.perf_counter() - self.began
+        self.steps += 1
+        if self.profile is not None:
+            self.profile.step()
 
     def take(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.since
+        seconds = max(self.seconds, 1e-9)
         report = {"samples_per_s": self.steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
-        if self.device.type == "cuda":
-            report["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        else:
-            report["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        self._start()
-        return {k: round(v, 4) for k, v in report.items()}
+        self.seconds, self.waited, self.steps = 0.0, 0.0, 0
+        return {k: round(v, 4) for k, v in {**report, "peak_gib": peak_bytes(self.device) / 2**30}.items()}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: of the tensors on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def micro_batches(
-    batches: list[dict[str, Any]], model: nn.Module, device: torch.device
+    batches: list[dict[str, Any]], model: nn.Module, device: torch.device, seed: int, step: int
 ) -> Iterator[tuple[dict[str, Any], float]]:
     """This rank's micro-batches of one step, on `device`, with each one's share of the step's loss.
 
     Gradients are reduced over ranks in the last one only. With DDP's mean over ranks, the sum of share *
-    loss.mean() is the mean over the global batch.
+    loss.mean() is the mean over the global batch. Module dropout is keyed by (seed, step, rank, micro-batch).
     """
     total = sum(len(b["position"]) for b in batches)
     for i, batch in enumerate(batches):
+        reseed(seed, step, rank(), i)
         with no_sync(model, last=i == len(batches) - 1):
             yield to_device(batch, device), len(batch["position"]) / total
 
@@ -354,11 +395,10 @@ class Run:
         self.kind, self.config = kind, config
         self.dir = Path(config.run.dir or f"runs/{kind}-{config.preset}")
         self.resumed: dict[str, Any] | None = None
-        self.sigterm = SigtermFlag()
-        if config.run.fresh and self.dir.exists() and is_main():
-            aside = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-            self.dir.rename(aside)
-            print(f"moved {self.dir} to {aside}", flush=True)
+        self.sigterm: SigtermFlag | None = None
+        if config.run.fresh:
+            self._move_aside()
+            self.config = replace(config, {"run.fresh": False})  # done; what is stored says so
         barrier()
         if (self.dir / "config.json").exists():
             self._resume(given if given is not None else flatten(config))
@@ -366,7 +406,20 @@ class Run:
             raise InputError(f"{self.dir}: holds checkpoints but no config.json; is this a run folder?")
         self.step = self.resumed["step"] if self.resumed else 0
         self.best: dict[str, Any] | None = self.resumed["best"] if self.resumed else None
-        self.started = time.perf_counter()
+        steps = gather(self.step)
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"{self.dir}: ranks see other checkpoints (steps {steps}); all nodes must share it"
+            )
+
+    def _move_aside(self) -> None:
+        if self.dir.exists() and is_main():
+            aside = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            try:
+                self.dir.rename(aside)
+            except OSError as e:
+                raise InputError(f"run.fresh: {self.dir} cannot be moved to {aside} ({e.strerror})") from None
+            print(f"moved {self.dir} to {aside}", flush=True)
 
     def _resume(self, given: dict[str, Any]) -> None:
         stored = read_json(self.dir / "config.json")
@@ -400,7 +453,8 @@ class Run:
     def say(self) -> None:
         """Tell on the console what this command is going to do."""
         if self.finished:
-            print0(f"{self.dir}: finished at step {self.step}; nothing to do (more steps: --run.steps)")
+            more = "more --run.patience" if self.out_of_patience else "more steps: --run.steps"
+            print0(f"{self.dir}: finished at step {self.step}; nothing to do ({more})")
         elif self.resumed:
             print0(f"{self.dir}: going on from step {self.step} of {self.config.run.steps}")
         else:
@@ -411,51 +465,72 @@ class Run:
         path = self.dir / "split.json"
         return read_json(path) if self.resumed and path.exists() else None
 
-    def start(self, split: dict[str, list[str]], device: torch.device) -> Logger:
+    def start(self, split: dict[str, list[str]]) -> Logger:
         """Create the folder (or take it up again) and open the log; the data have been checked before."""
         if is_main():
             try:
                 (self.dir / "previews").mkdir(parents=True, exist_ok=True)
                 sweep(self.dir)
-                write_text(self.dir / "config.json", {"kind": self.kind, **to_dict(self.config)})
-                write_text(self.dir / "split.json", split)
+                config = {"kind": self.kind, **to_dict(self.config)}
+                write_text(self.dir / "config.json", json.dumps(config, indent=1) + "\n")
+                write_text(self.dir / "split.json", json.dumps(split, indent=1) + "\n")
             except OSError as e:
                 raise InputError(f"{self.dir}: cannot be written ({e.strerror})") from None
         barrier()
         if self.config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        elif device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
+        torch.use_deterministic_algorithms(self.config.run.deterministic)
+        torch.backends.cudnn.benchmark = not self.config.run.deterministic
         return Logger(self.dir, self.step, self.config.run.tensorboard)
 
-    def restore(self, net: nn.Module, ema: EMA, optimizers: dict[str, Stepper], **others: Any) -> None:
+    def profile(self) -> Profile | None:
+        """What --run.profile asks for, on rank 0."""
+        return Profile(self.dir) if self.config.run.profile and is_main() else None
+
+    def check_data(self, now: dict[str, Any]) -> None:
+        """Refuse to go on with data that are not those of the checkpoint, by what its state says of them."""
+        before = self.resumed["state"]["data"] if self.resumed else {}
+        for key in (key for key in before if key in now and key != "reference"):
+            if before[key] != now[key]:
+                raise InputError(
+                    f"{self.dir}: the data have changed since this run was started: {key} was {before[key]}, "
+                    f"now {now[key]}. Put the files back, or start anew with --run.fresh"
+                )
+
+    def restore(
+        self,
+        net: nn.Module,
+        ema: EMA,
+        optimizers: dict[str, Stepper],
+        may_miss: Iterable[str] = (),
+        may_have: Iterable[str] = (),
+        **others: Any,
+    ) -> None:
         """Put the checkpoint's state back (resume), or start from the weights of run.init, or leave all as it
-        is."""
+        is.
+
+        may_miss, may_have: patterns of the weights that run.init's checkpoint may lack or have beside ours.
+        """
+        self.sigterm = SigtermFlag()  # until here SIGTERM just ended the process: there was nothing to save
         if self.resumed:
             where = f"{self.dir} step {self.step}"
             load_weights(net, self.resumed["model"], where)
             load_weights(ema.net, self.resumed["ema"], where)
             for name, thing in {**optimizers, **others}.items():
                 thing.load_state_dict(self.resumed["optimizers" if name in optimizers else "others"][name])
+            for part in ("model", "ema", "optimizers", "others"):  # they are as large as the run itself
+                del self.resumed[part]
         elif self.config.run.init:
-            self._init(net, ema)
-
-    def _init(self, net: nn.Module, ema: EMA) -> None:
-        path = Path(self.config.run.init)
-        content = (
-            load(path, self.kind)
-            if path.is_file()
-            else load_latest(path, self.kind)
-            if path.is_dir()
-            else None
-        )
-        if content is None:
-            raise InputError(f"run.init: {path}: no such checkpoint or run folder")
-        load_weights(net, content["ema"], f"run.init {path}")
-        load_weights(ema.net, content["ema"], f"run.init {path}")
-        print0(f"weights of {path} (step {content['step']}) taken as the start")
+            path = self.config.run.init
+            try:
+                content = load_run(path, self.kind)
+            except InputError as e:
+                raise InputError(f"run.init: {e}") from None
+            other = load_weights(net, content["ema"], f"run.init {path}", may_miss, may_have)
+            ema.net.load_state_dict(net.state_dict())
+            print0(f"weights of {path} (step {content['step']}) taken as the start")
+            if other:
+                print0(f"note: {len(other)} weights are not in both networks: {', '.join(other)}")
 
     def due(self, every: str) -> bool:
         """Is `run.<every>` due after the step that was just counted? The last step is due for everything."""
@@ -486,27 +561,33 @@ class Run:
             "best": self.best,
         }
 
-    def keep_best(self, name: str, value: float, state: dict[str, Any], ema: EMA) -> bool:
-        """Write best.pt (the EMA weights) if `value` of `name`, lower is better, is the lowest so far."""
-        if self.best is not None and not value < self.best["value"]:
+    def keep_best(
+        self, name: str, value: float, state: dict[str, Any], ema: EMA, highest: bool = False
+    ) -> bool:
+        """Write best.pt (the EMA weights) if `value` of `name` is the lowest (or highest) so far."""
+        sign = -1 if highest else 1
+        if not sign * value < (sign * self.best["value"] if self.best else math.inf):
             return False
         self.best = {"name": name, "value": value, "step": self.step}
         if is_main():
             save(self.dir / "best.pt", self._common(state, ema))
         return True
 
-    def check_sigterm(self, save_now: Any) -> None:
+    def finish(self, logger: Logger) -> None:
+        """The loop is over: close the log, tell how well it went."""
+        logger.close()
+        self.sigterm.release()
+        best = "no validation gave a number, so there is no best.pt"
+        if self.best:
+            best = f"best validation {self.best['name']} {self.best['value']:.4g} at step {self.best['step']}"
+        print0(f"{self.dir}: done at step {self.step}, {best}")
+
+    def check_sigterm(self, save_now: Callable[[], None]) -> None:
         """Between steps: if SIGTERM reached any rank, save and leave with exit code 143."""
         if any_rank(self.sigterm.raised):
             save_now()
+            self.sigterm.release()
             raise Terminated(f"SIGTERM: saved step {self.step}; the same command goes on from there")
-
-
-def write_text(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def ranks_share(batch_size: int, micro_batch_size: int | None) -> int:

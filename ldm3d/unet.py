@@ -33,7 +33,7 @@ from .blocks import (
     check_levels,
     crop_to,
     level_strides,
-    norm_silu_conv,
+    norm_conv,
     pad_to_multiple,
     per_level,
     run_layer,
@@ -190,8 +190,10 @@ class UNet(nn.Module):
         for layer in self.mid:
             h = walk(layer, h)
         for layer in self.up:
-            h = walk(layer, h if isinstance(layer, Upsample) else torch.cat([h, skips.pop()], dim=1))
-        return crop_to(norm_silu_conv(self.norm_out, self.conv_out, h), size)
+            if isinstance(layer, Stage):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = walk(layer, h)
+        return crop_to(norm_conv(self.norm_out, self.conv_out, h), size)
 
     def embed(self, t: Tensor, emb: Tensor | None = None) -> Tensor:
         """t (B,) on the 0..T scale, and the extra embedding (B, emb_dim) -> (B, emb_dim)."""

@@ -1,10 +1,14 @@
 """pytest's settings: marks, --all, where the real data lies, and a fast single-threaded torch."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts are tested as modules
 
 MARKS = {
     "slow": "takes long; runs with --all only",
@@ -39,3 +43,23 @@ def pytest_collection_modifyitems(config, items):
 def real_data() -> Path:
     """The folder of the real data sets."""
     return DATA
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory) -> Path:
+    """A folder of twelve 2-D heads of 16 x 20 voxels, the data of tests/tiny.py."""
+    from ldm3d.phantoms import write_phantoms
+
+    place = tmp_path_factory.mktemp("tiny")
+    write_phantoms(place / "heads", 12, dims=2, size=(16, 20), spacing=(12.0, 11.0))
+    return place / "heads"
+
+
+@pytest.fixture(scope="session")
+def vae_run(heads) -> Path:
+    """The run folder of an autoencoder that has seen the heads for ten steps."""
+    import tiny
+    import train_vae
+
+    train_vae.main(tiny.vae_flags(heads, heads.parent / "vae", 10))
+    return heads.parent / "vae"

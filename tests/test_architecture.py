@@ -11,10 +11,14 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["config"],
     ["distributed"],
-    ["blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "metrics", "phantoms", "volumes"],
-    ["scan", "transforms", "unet", "vae"],
+    [
+        *("blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "metrics", "phantoms"),
+        "volumes",
+    ],
+    ["discriminators", "scan", "transforms", "unet", "vae", "vqvae"],
     ["data", "denoiser", "training"],
     ["latent_diffusion"],
+    ["evaluation", "memory"],
     ["__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

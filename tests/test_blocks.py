@@ -24,7 +24,7 @@ from ldm3d.blocks import (
     TransformerBlock,
     Upsample,
     crop_to,
-    norm_silu_conv,
+    norm_conv,
     pad_to_multiple,
     run_layer,
     takes_slow_path,
@@ -111,21 +111,21 @@ def test_recomputing_norm_and_silu_changes_neither_output_nor_gradients(dims):
     both = nn.ModuleList([norm, conv])
     x = image(2, 6, *(4, 5, 6)[:dims], grad=True)
     plain = conv(F.silu(norm(x)))
-    out = norm_silu_conv(norm, conv, x)
+    out = norm_conv(norm, conv, x)
     assert torch.equal(out, plain)
     all_close(gradients(both, out, x), gradients(both, plain, x), 1e-6)
     with torch.no_grad():
         before = x.clone()
-        assert torch.equal(norm_silu_conv(norm, conv, x), plain)
+        assert torch.equal(norm_conv(norm, conv, x), plain)
         assert torch.equal(x, before)  # the in-place SiLU touches only the norm's result
 
 
-def test_norm_silu_conv_keeps_only_its_input_for_backward():
+def test_norm_conv_keeps_only_its_input_for_backward():
     norm, conv = GroupNorm(8), Conv(3, 8, 8)
     x = image(1, 8, 6, 6, 6, grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda t: t):
-        norm_silu_conv(norm, conv, x)
+        norm_conv(norm, conv, x)
     assert kept == [x.numel()]
 
 
@@ -135,7 +135,7 @@ def test_recomputation_stops_before_the_convolution():
     conv.convolve = lambda *args: calls.append("conv") or F.conv3d(*args)
     norm.register_forward_hook(lambda *args: calls.append("norm"))
     x = image(2, 8, 6, 6, 6, grad=True)
-    norm_silu_conv(norm, conv, x).sum().backward()
+    norm_conv(norm, conv, x).sum().backward()
     assert calls.count("norm") == 2
 
 

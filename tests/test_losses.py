@@ -1,10 +1,33 @@
-"""The autoencoder's losses equal torch.distributions and brute-force differences, sample by sample."""
+"""Every loss equals its formula, computed another way: by the sample, over ranks, with random VGG weights."""
+
+import math
+import os
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from ldm3d.losses import gradient_loss, kl_per_element, reconstruction_loss
+from ldm3d import InputError
+from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
+from ldm3d.distributed import setup, wrap
+from ldm3d.losses import (
+    VGG16,
+    PerceptualConfig,
+    PerceptualLoss,
+    adaptive_weight,
+    critic_accuracy,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+    gradient_loss,
+    kl_per_element,
+    r1_penalty,
+    ramp,
+    reconstruction_loss,
+)
 
 SHAPES = {2: (3, 2, 9, 8), 3: (3, 2, 9, 8, 5)}
 
@@ -105,3 +128,299 @@ def test_half_precision_inputs_are_reduced_in_float32():
     assert torch.equal(
         reconstruction_loss(x * 0, x, "l2"), reconstruction_loss(x.float() * 0, x.float(), "l2")
     )
+
+
+def test_free_bits_price_only_what_a_channel_has_above_them():
+    mean = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean[:, 0] *= 1e-3  # a channel that carries nothing
+    mean = mean.clone().requires_grad_()
+    logvar = torch.zeros_like(mean)
+    channels = (mean.detach().square() / 2).flatten(2).mean(2)
+    loss = kl_per_element(mean, logvar, free_bits=0.1)
+    assert torch.allclose(loss, channels.clamp(min=0.1).mean(1), rtol=1e-10)
+    loss.sum().backward()
+    assert mean.grad[:, 0].abs().max() == 0
+    assert torch.allclose(mean.grad[:, 1:], mean.detach()[:, 1:] / mean[0].numel(), rtol=1e-10)
+
+
+def test_a_ramp_is_0_before_its_start_and_1_after_its_length():
+    assert [ramp(step, 3, 4) for step in range(9)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [ramp(step, 2, 0) for step in range(4)] == [0, 0, 1, 1]
+
+
+# --- adversarial --------------------------------------------------------------------------------------------
+
+
+def logits(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(3, 1, n, n, generator=generator, dtype=torch.float64) for n in (4, 2)]
+
+
+def over_patches(values: list[torch.Tensor], of) -> torch.Tensor:
+    """(B,) by loops over scales and patches."""
+    scales = [[sum(of(float(v)) for v in sample.flatten()) / sample.numel() for sample in x] for x in values]
+    return torch.tensor(scales, dtype=torch.float64).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_real", "on_fake", "on_made"),
+    [
+        ("hinge", lambda r: max(0, 1 - r), lambda f: max(0, 1 + f), lambda f: -f),
+        ("lsgan", lambda r: (r - 1) ** 2 / 2, lambda f: f**2 / 2, lambda f: (f - 1) ** 2 / 2),
+        (
+            "non_saturating",
+            lambda r: math.log1p(math.exp(-r)),
+            lambda f: math.log1p(math.exp(f)),
+            lambda f: math.log1p(math.exp(-f)),
+        ),
+    ],
+)
+def test_adversarial_losses_are_their_formulas_patch_by_patch(kind, on_real, on_fake, on_made):
+    real, fake = logits(0), logits(1)
+    expected = over_patches(real, on_real) + over_patches(fake, on_fake)
+    torch.testing.assert_close(discriminator_loss(real, fake, kind), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        generator_loss(fake, kind), over_patches(fake, on_made), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("kind", ["hinge", "lsgan", "non_saturating"])
+def test_both_sides_gain_from_the_right_direction(kind):
+    high, low = [torch.full((1, 1, 2, 2), 2.0)], [torch.full((1, 1, 2, 2), -1.0)]
+    assert discriminator_loss(high, low, kind) < discriminator_loss(low, high, kind)
+    assert generator_loss([torch.full((1, 1, 2, 2), 0.9)], kind) < generator_loss(low, kind)
+    assert critic_accuracy(high, low, kind).item() == 1
+    assert critic_accuracy(low, high, kind).item() == 0
+    assert critic_accuracy(high, high, kind).item() == 0.5
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights_at_any_size(dims):
+    conv = (nn.Conv2d if dims == 2 else nn.Conv3d)(1, 1, 2, stride=2)  # patches that do not overlap
+    for size in (4, 8):
+        x = torch.randn(3, 1, *(size,) * dims, requires_grad=True)
+        penalty = r1_penalty([conv(x)], x)
+        torch.testing.assert_close(penalty, conv.weight.detach().square().sum().expand(3))
+    penalty.mean().backward()
+    torch.testing.assert_close(conv.weight.grad, 2 * conv.weight.detach())
+
+
+def test_r1_can_be_differentiated_through_every_norm_of_the_critic():
+    for norm in ("instance", "group", "none"):
+        config = PatchDiscriminatorConfig(dims=2, channels=4, num_layers=1, norm=norm, spectral_norm=True)
+        net = PatchDiscriminator(config)
+        x = torch.randn(2, 1, 16, 16, requires_grad=True)
+        r1_penalty(net(x).logits, x).mean().backward()
+        weights = [p for name, p in net.named_parameters() if "weight" in name and p.ndim == 4]
+        assert all(p.grad.abs().sum() > 0 for p in weights)
+
+
+def test_feature_matching_is_the_mean_difference_of_hidden_maps_and_leaves_the_real_ones_alone():
+    made = [torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(2, 8, 3, 3, requires_grad=True)]
+    real = [torch.randn_like(v, requires_grad=True) for v in made]
+    loss = feature_matching_loss(made, real)
+    expected = torch.stack(
+        [torch.stack([F.l1_loss(a[i], b[i]) for a, b in zip(made, real, strict=True)]).mean() for i in (0, 1)]
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.sum().backward()
+    assert all(v.grad is None for v in real)
+    assert all(v.grad.abs().sum() > 0 for v in made)
+
+
+# --- the adaptive weight ------------------------------------------------------------------------------------
+
+
+def two_losses(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:
+    """Means over the batch x of two losses of one layer."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 2, 3)
+    y = layer(x)
+    return (y - 1).abs().mean(), 0.01 * y.square().mean(), layer.weight
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_adaptive_weight_makes_both_gradients_at_the_last_layer_equally_long_up_to_the_cap():
+    loss, g_loss, weight = two_losses(images())
+    a, b = (torch.autograd.grad(v, weight, retain_graph=True)[0].norm() for v in (loss, g_loss))
+    torch.testing.assert_close(adaptive_weight(loss, g_loss, weight), a / (b + 1e-4))
+    torch.testing.assert_close(adaptive_weight(loss, g_loss, weight, scale=2.0**16), a / (b + 1e-4))
+    assert adaptive_weight(loss, g_loss, weight, cap=1.5).item() == 1.5
+    assert not adaptive_weight(loss, g_loss, weight).requires_grad
+    (loss + g_loss).backward()  # the graph is still there
+
+
+def on_each_rank(number: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    setup("cpu")
+    result = {"weight": adaptive_weight(*two_losses(images()[2 * number : 2 * number + 2]))}
+    torch.manual_seed(0)
+    net = PatchDiscriminator(PatchDiscriminatorConfig(dims=2, channels=4, num_layers=1))
+    critic_step(net, wrap(net, torch.device("cpu")), critic_images()[:, 2 * number : 2 * number + 2])
+    result["grads"] = [p.grad for p in net.parameters()]
+    torch.save(result, f"{folder}/{number}.pt")
+
+
+def critic_images() -> torch.Tensor:
+    return torch.randn(2, 4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def critic_step(net: nn.Module, model: nn.Module, pair: torch.Tensor) -> None:
+    """Hinge loss and R1 of real and fake images, in one forward."""
+    x = pair.flatten(0, 1).requires_grad_()
+    real, fake = model(x).halves()
+    penalty = r1_penalty(real.logits, x)[: len(x) // 2]
+    (discriminator_loss(real.logits, fake.logits) + 10 * penalty).mean().backward()
+
+
+def test_two_ranks_have_the_adaptive_weight_and_the_critics_gradients_of_the_joined_batch(tmp_path):
+    port = 25000 + os.getpid() % 2000
+    mp.start_processes(on_each_rank, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{number}.pt") for number in (0, 1))
+    assert torch.equal(first["weight"], second["weight"])
+    torch.testing.assert_close(first["weight"], adaptive_weight(*two_losses(images())))
+    torch.manual_seed(0)
+    net = PatchDiscriminator(PatchDiscriminatorConfig(dims=2, channels=4, num_layers=1))
+    critic_step(net, net, critic_images())
+    for a, b, p in zip(first["grads"], second["grads"], net.parameters(), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
+
+
+# --- perceptual ---------------------------------------------------------------------------------------------
+
+WIDTHS = (3, 4, 5, 6, 7)  # of the stages; VGG-16 has 64, 128, 256, 512, 512
+
+
+def random_vgg() -> tuple[nn.Sequential, list[torch.Tensor]]:
+    """Layers numbered as torchvision numbers vgg16.features, and weights of the heads."""
+    torch.manual_seed(0)
+    layers, width = [], 3
+    for stage, out in zip(VGG16, WIDTHS, strict=True):
+        for _ in stage:
+            layers += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU()]
+            width = out
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers).requires_grad_(False), [torch.rand(n) for n in WIDTHS]
+
+
+def reference(net: nn.Sequential, heads: list[torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
+    """LPIPS of two images (3, H, W), from the paper's equation 1, in float64."""
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    net, total = net.double(), 0.0
+    pair = [((v.double() - shift[:, None, None]) / scale[:, None, None])[None] for v in (a, b)]
+    stage = 0
+    for layer in net:
+        if isinstance(layer, nn.MaxPool2d):
+            f, g = (v[0] / v[0].norm(dim=0).clamp(min=1e-9) for v in pair)
+            total += float(((f - g).square() * heads[stage].double()[:, None, None]).sum(0).mean())
+            stage += 1
+            if stage == 5 or min(pair[0].shape[2:]) < 2:
+                break
+        pair = [layer(v) for v in pair]
+    return total
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    """(network, heads, files of its weights by layout)."""
+    place = tmp_path_factory.mktemp("vgg")
+    net, heads = random_vgg()
+    features = {f"features.{k}": v for k, v in net.state_dict().items()} | {
+        "classifier.0.weight": torch.ones(2)
+    }
+    lins = {f"lin{i}.model.1.weight": v.view(1, -1, 1, 1) for i, v in enumerate(heads)}
+    bounds = (4, 9, 16, 23, 30)
+    whole = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1)} | lins
+    whole |= {f"lins.{i}.model.1.weight": v.view(1, -1, 1, 1) for i, v in enumerate(heads)}
+    for key, value in net.state_dict().items():
+        part = next(i for i, end in enumerate(bounds) if int(key.split(".")[0]) < end)
+        whole[f"net.slice{part + 1}.{key}"] = value
+    for name, content in (("torchvision", features), ("heads", lins), ("lpips", whole)):
+        torch.save(content, place / f"{name}.pth")
+    files = {name: str(place / f"{name}.pth") for name in ("torchvision", "heads", "lpips")}
+    return net, heads, files
+
+
+def grey_pair(*size: int, channels: int = 1) -> torch.Tensor:
+    return torch.rand(2, 2, channels, *size, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+@pytest.mark.parametrize("layout", [("lpips",), ("torchvision", "heads"), ("torchvision",)])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_the_perceptual_loss_is_equation_1_of_lpips_for_every_layout_of_the_file(vgg, layout, channels):
+    net, heads, files = vgg
+    heads = heads if layout != ("torchvision",) else [torch.ones(n) for n in WIDTHS]
+    loss = PerceptualLoss(PerceptualConfig(tuple(files[name] for name in layout)))
+    recon, x = grey_pair(20, 33, channels=channels)
+    if channels == 3:
+        expected = [reference(net, heads, a, b) for a, b in zip(recon, x, strict=True)]
+    else:  # every channel is a grey image
+        grey = [[v[c].expand(3, -1, -1) for c in range(channels)] for v in (*recon, *x)]
+        each = [
+            [reference(net, heads, a, b) for a, b in zip(grey[i], grey[i + 2], strict=True)] for i in (0, 1)
+        ]
+        expected = [sum(v) / channels for v in each]
+    assert loss(recon, x).tolist() == pytest.approx(expected, rel=5e-4)
+    assert torch.equal(loss(x, x), torch.zeros(2))
+
+
+def test_volumes_are_compared_in_the_slices_that_each_samples_generator_draws(vgg):
+    net, heads, files = vgg
+    loss = PerceptualLoss(PerceptualConfig((files["lpips"],), fraction=0.3))
+    recon, x = grey_pair(10, 16, 18)
+    draws = [torch.Generator().manual_seed(i) for i in (0, 1)]
+    expected = []
+    for i in (0, 1):
+        draw, planes = torch.Generator().manual_seed(i), []
+        for axis, size in enumerate((10, 16, 18)):
+            rows = torch.randperm(size, generator=draw)[: round(0.3 * size)].tolist()
+            slices = [[v[i, 0].select(axis, r).expand(3, -1, -1) for v in (recon, x)] for r in rows]
+            planes.append(sum(reference(net, heads, a, b) for a, b in slices) / len(rows))
+        expected.append(sum(planes) / 3)
+    assert loss(recon, x, draws).tolist() == pytest.approx(expected, rel=1e-4)
+    single = loss(recon[1:], x[1:], [torch.Generator().manual_seed(1)])  # whatever the batch
+    assert single.item() == pytest.approx(expected[1], rel=1e-4)
+    with pytest.raises(ValueError, match="draws"):
+        loss(recon, x)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (5, 4), (8, 9, 3)])
+def test_the_perceptual_gradient_lowers_the_loss_and_is_finite_even_for_equal_and_tiny_images(vgg, size):
+    loss = PerceptualLoss(PerceptualConfig((vgg[2]["lpips"],), fraction=1.0))
+    recon, x = grey_pair(*size)
+
+    def value(y: torch.Tensor) -> torch.Tensor:
+        return loss(y, x, [torch.Generator().manual_seed(i) for i in (0, 1)]).sum()
+
+    for start in (recon, x, torch.zeros_like(x)):
+        y = start.clone().requires_grad_()
+        value(y).backward()
+        assert y.grad.isfinite().all()
+    y = recon.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(y), y)
+    assert value(y - 1e-3 * gradient / gradient.norm()) < value(y)
+    assert not loss.state_dict()  # nothing of it goes into checkpoints
+    assert not list(loss.parameters())
+
+
+def test_a_missing_wrong_or_damaged_file_is_named_with_what_to_do(vgg, tmp_path):
+    for files, words in (
+        ((), ["perceptual.weights", "lpips_vgg.pth", "vgg16-397923af.pth"]),
+        (("/nowhere.pth",), ["/nowhere.pth", "no such file"]),
+        ((vgg[2]["heads"],), ["heads.pth", "features.0.weight"]),
+    ):
+        with pytest.raises(InputError) as caught:
+            PerceptualLoss(PerceptualConfig(files))
+        assert all(word in str(caught.value) for word in words)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(InputError, match=r"text\.pth: not a file of weights"):
+        PerceptualLoss(PerceptualConfig((str(tmp_path / "text.pth"),)))
+    with pytest.raises(InputError, match="fraction"):
+        PerceptualConfig(fraction=0.0)

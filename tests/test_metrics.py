@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm3d.metrics import dice, iou, psnr, ssim
+from ldm3d.metrics import MS_SSIM_WEIGHTS, dice, iou, ms_ssim, ms_ssim_weights, psnr, ssim
 
 SHAPES = {2: (2, 3, 17, 12), 3: (2, 2, 9, 11, 8)}
 
@@ -55,6 +55,72 @@ def test_ssim_and_psnr_do_not_lose_precision_on_large_intensities() -> None:
     scaled = ssim(x.double() * 1e4 + 1e6, y.double() * 1e4 + 1e6, data_range=2e4)
     assert 0 < scaled.item() <= 1
     assert torch.allclose(psnr(x.double() + 1e6, y.double() + 1e6, 2.0), psnr(x, y, 2.0), atol=1e-6)
+
+
+def by_hand_ms_ssim(x: np.ndarray, y: np.ndarray, weights: tuple[float, ...], window: int) -> float:
+    """One channel (*S), data range 2: windows cut out one by one, voxels averaged by reshaping."""
+    value, c1, c2 = 1.0, 0.02**2, 0.06**2
+    for scale, weight in enumerate(weights):
+        a, b = (
+            np.lib.stride_tricks.sliding_window_view(v, (window,) * v.ndim).reshape(-1, window**v.ndim)
+            for v in (x, y)
+        )
+        cov = ((a - a.mean(1, keepdims=True)) * (b - b.mean(1, keepdims=True))).sum(1) / (a.shape[1] - 1)
+        structure = (2 * cov + c2) / (a.var(1, ddof=1) + b.var(1, ddof=1) + c2)
+        light = (2 * a.mean(1) * b.mean(1) + c1) / (a.mean(1) ** 2 + b.mean(1) ** 2 + c1)
+        value *= (structure * (light if scale == len(weights) - 1 else 1)).mean() ** weight
+        for axis in range(x.ndim):
+            even = x.shape[axis] // 2 * 2
+            x, y = (np.take(v, range(even), axis) for v in (x, y))
+            x, y = (
+                0.5 * (np.take(v, range(0, even, 2), axis) + np.take(v, range(1, even, 2), axis))
+                for v in (x, y)
+            )
+    return value
+
+
+@pytest.mark.parametrize(("size", "scales"), [((30, 41), 3), ((15, 14, 17), 2), ((13, 40), 1)])
+def test_ms_ssim_is_its_definition_at_as_many_scales_as_fit(size: tuple[int, ...], scales: int) -> None:
+    x, y = pair((2, 2, *size))
+    weights = ms_ssim_weights(size)
+    assert len(weights) == scales
+    expected = [
+        np.mean(
+            [by_hand_ms_ssim(x[b, c].double().numpy(), y[b, c].double().numpy(), weights, 7) for c in (0, 1)]
+        )
+        for b in (0, 1)
+    ]
+    assert ms_ssim(x, y, data_range=2.0).tolist() == pytest.approx(expected, abs=1e-10)
+    assert ms_ssim(x, y, 2.0, dtype=torch.float32).tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.allclose(ms_ssim(x, x, data_range=2.0), torch.ones(2, dtype=torch.float64))
+
+
+def test_ms_ssim_of_one_scale_is_the_ssim_of_scikit_image() -> None:
+    skimage = pytest.importorskip("skimage.metrics", reason="scikit-image (extra test) is not installed")
+    x, y = pair((1, 1, 13, 11, 12))
+    expected = skimage.structural_similarity(x[0, 0].numpy(), y[0, 0].numpy(), data_range=2.0)
+    assert ms_ssim(x, y, data_range=2.0).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("smallest", [1, 6, 7, 13, 14, 55, 56, 111, 112, 500])
+def test_the_weights_of_the_scales_that_fit_add_up_to_one(smallest: int) -> None:
+    weights = ms_ssim_weights((smallest, 600))
+    fitting = [n for n in range(5) if smallest // 2**n >= 7]
+    assert len(weights) == max(1, len(fitting))
+    assert sum(weights) == pytest.approx(1.0)
+    assert weights[0] / weights[-1] == pytest.approx(MS_SSIM_WEIGHTS[0] / MS_SSIM_WEIGHTS[len(weights) - 1])
+
+
+def test_ms_ssim_is_a_loss_with_finite_gradients_even_for_the_opposite_and_for_nothing() -> None:
+    x, _ = pair((1, 1, 28, 28))
+    for start in (-x, torch.zeros_like(x), x.clone()):
+        recon = start.clone().requires_grad_()
+        (1 - ms_ssim(recon, x, 2.0, dtype=torch.float32)).sum().backward()
+        assert recon.grad.isfinite().all()
+    recon = (0.5 * x).requires_grad_()
+    (gradient,) = torch.autograd.grad(ms_ssim(recon, x, 2.0).sum(), recon)
+    better = recon.detach() + 0.05 * gradient / gradient.norm()
+    assert ms_ssim(better, x, 2.0) > ms_ssim(recon, x, 2.0)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -24,7 +24,7 @@ from ldm3d.phantoms import write_phantoms
 ROOT = Path(__file__).parents[1]
 VAE = """--vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3
  --batch_size 4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --data.val_fraction 0.2
- --run.ema_decay 0.9 --optim.lr 4e-3 --optim.warmup_steps 0""".split()
+ --run.ema_decay 0.9 --optim.lr 4e-3 --optim.warmup_steps 0 --data.patch none""".split()
 LDM = """--unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1 --unet.head_channels 8
  --batch_size 4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --run.ema_decay 0.9
  --optim.lr 4e-3 --optim.warmup_steps 0 --sample_steps 2""".split()

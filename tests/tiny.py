@@ -1,0 +1,44 @@
+"""Tiny runs for the tests of the engine: flags, commands, and what a run left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RUN = "--run.eval_every 10 --run.save_every 5 --run.log_every 1 --run.ema_decay 0.9 --optim.warmup_steps 0".split()
+VAE = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch none --vae.dims 2 --vae.channels 8,16
+ --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3 --optim.lr 2e-3""".split()
+LDM = """--batch_size 4 --unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1 --unet.head_channels 8
+ --unet.attention_levels false,true --sample_steps 2 --optim.lr 2e-3""".split()
+
+
+def vae_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
+    """train_vae.py on the 2-D heads of the fixture `heads`."""
+    place = ["--data.root", heads, "--data.cache_dir", heads.parent / "cache", "--run.dir", run]
+    return ["phantom", *map(str, [*place, "--run.steps", steps, *RUN, *VAE, *more])]
+
+
+def ldm_flags(vae: Path, run: Path, steps: int, *more: str) -> list[str]:
+    """train_ldm.py on an autoencoder of `vae_flags`."""
+    return ["phantom", *map(str, ["--vae", vae, "--run.dir", run, "--run.steps", steps, *RUN, *LDM, *more])]
+
+
+def lines(run: Path, split: str = "train") -> list[dict]:
+    """The log lines of one kind."""
+    found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] == split]
+
+
+def start(*arguments: object, **more: object) -> subprocess.Popen:
+    """A Python process on one thread, its output in pipes."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=env, **pipes, **more)
+
+
+def torchrun(*arguments: object, ranks: int = 2, port: int = 0) -> subprocess.Popen:
+    """A script on several ranks of this machine."""
+    rendezvous = ["--master_port", 33000 + (os.getpid() + port) % 2000]
+    return start("-m", "torch.distributed.run", "--nproc_per_node", ranks, *rendezvous, *arguments)
