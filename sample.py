@@ -14,6 +14,7 @@ the device (to rounding).
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ldm3d.checkpoint import load_run
-from ldm3d.config import InputError, Parser, add_options, convert, leaf_types, replace, to_dict
+from ldm3d.config import InputError, Parser, add_options, replace, to_dict
 from ldm3d.data import DataState, open_folder
 from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, share, world_size
 from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
@@ -51,7 +52,12 @@ class Config:
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
     plan: float | None = None  # GiB of a GPU: only tell how much memory sampling needs, and what would fit
-    reconstruct: str | None = None  # folder or file to send through the autoencoder and back instead
+    reconstruct: str | None = None  # folder to send through the autoencoder and back instead
+
+    def __post_init__(self) -> None:
+        for name in ("num", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 def new_folder(config: Config, run: Path, what: str) -> Path:
@@ -89,6 +95,20 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """What is not a number, such as the diversity of one volume, becomes null: JSON has no word for it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    try:
+        path.write_text(json.dumps(plain(content), indent=1) + "\n")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
+
+
 # --- new volumes --------------------------------------------------------------------------------------------
 
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
@@ -99,6 +119,7 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     if config.compile:
         model.denoiser.compile()
     sampler = model.default_sampler if config.sampler == "auto" else config.sampler
+    model.kernel.check_sampler(sampler, config.eta)
     calls = model.kernel.num_network_calls(sampler, config.steps)
     folder = new_folder(config, run, "samples")
     size = "x".join(map(str, model.state.size))
@@ -159,7 +180,7 @@ def report(
         "spacing": list(model.state.spacing),
         "scores": scores,
     }
-    (folder / "samples.json").write_text(json.dumps(how, indent=1) + "\n")
+    write_json(folder / "samples.json", how)
     print(table(scores))
     print(f"{config.num} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
 
@@ -217,7 +238,7 @@ def reconstruct(config: Config, run: Path, device: torch.device) -> None:
         save_sheet(folder / "preview.png", sheet, limits=(-1, 1))
         mean = {k: sum(r[k] for r in rows.values()) / len(rows) for k in ("psnr", "ssim")}
         how = {**to_dict(config), "run": str(run), "step": content["step"], "mean": mean, "cases": rows}
-        (folder / "reconstructions.json").write_text(json.dumps(how, indent=1) + "\n")
+        write_json(folder / "reconstructions.json", how)
         print(table({f"mean of {len(rows)}": mean}))
         print(f"{len(rows)} volumes: {folder}")
     barrier()
@@ -236,12 +257,7 @@ def read_flags(argv: list[str] | None) -> tuple[Path, Config]:
     run = args.pop("run")
     if run is None:
         raise InputError("which run? give the run folder, such as runs/ldm-phantom")
-    types = leaf_types(Config)
-    config = replace(Config(), {k: convert(v, types[k], k) for k, v in args.items()})
-    for name in ("num", "steps", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: expected at least 1, got {getattr(config, name)}")
-    return Path(run), config
+    return Path(run), replace(Config(), args)
 
 
 def main(argv: list[str] | None = None) -> None:

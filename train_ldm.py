@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ldm3d.cases import AugmentConfig
-from ldm3d.config import from_dict, parse, replace
+from ldm3d.checkpoint import load_run
+from ldm3d.config import InputError, from_dict, parse, replace, to_dict
 from ldm3d.data import DataConfig, DataState, batches, evaluation_batches, open_data
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
@@ -70,6 +71,7 @@ class Config:
     vae: str | None = None  # run folder or checkpoint of the autoencoder; none = runs/vae-<preset>
     batch_size: int = 16  # samples per optimizer step, over all ranks
     micro_batch_size: int | None = None  # samples per rank and forward; none = as many as the rank's share
+    latent_cache: bool = True  # encode every case once; false = anew, and augmented anew, at every step
     sample_steps: int = 20  # steps of the preview samples
     plan: float | None = None  # GiB of a GPU: only tell how much memory the run needs, and what would fit
     run: RunConfig = field(default_factory=RunConfig)
@@ -77,6 +79,11 @@ class Config:
     unet: UNetConfig = field(default_factory=UNetConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sample_steps <= self.kernel.num_timesteps:
+            limit = self.kernel.num_timesteps
+            raise InputError(f"sample_steps: expected 1 to {limit} (kernel), got {self.sample_steps}")
 
 
 BRATS: dict[str, Any] = {
@@ -111,12 +118,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "hippocampus": {
         "batch_size": 8,
-        "run.steps": 4000,
+        "run.steps": 3500,
         "run.eval_every": 500,
         "run.log_every": 50,
         "run.ema_decay": 0.999,
         "unet.channels": (64, 128),
-        "unet.num_res_blocks": (1,),
+        "unet.num_res_blocks": (2,),
         "unet.attention_levels": (False, True),
         "optim.lr": 1e-3,
         "optim.warmup_steps": 100,
@@ -136,7 +143,7 @@ def autoencoder_of(config: Config) -> Path:
 def with_autoencoder(config: Config) -> Config:
     """The defaults that follow from the autoencoder: its data settings (unscaled, whole, unaugmented), its
     latent."""
-    _, content = load_autoencoder(autoencoder_of(config))
+    content = load_run(autoencoder_of(config), "vae")
     vae = content["config"]["vae"]
     data = from_dict(DataConfig, content["config"]["data"], "data")
     data = dataclasses.replace(data, patch=None, crop="centre", augment=AugmentConfig())
@@ -148,6 +155,21 @@ def with_autoencoder(config: Config) -> Config:
             "unet.out_channels": vae["latent_channels"],
         },
     )
+
+
+def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
+    """Refuse data settings that the autoencoder was not trained with, and those that would have no effect."""
+    ours, theirs = to_dict(config.data), stage_one["config"]["data"]
+    for name in ("dims", "channel", "scaling", "percentiles", "window"):
+        if ours[name] != theirs[name]:
+            raise InputError(
+                f"data.{name}: the autoencoder was trained with {theirs[name]}, got {ours[name]}"
+            )
+    varied = config.data.augment != AugmentConfig() or config.data.crop == "random"
+    if config.latent_cache and varied and config.data.num_variants == 1:
+        raise InputError("data.augment, data.crop: need data.num_variants > 1, or latent_cache false")
+    if not varied and config.data.num_variants > 1:
+        raise InputError("data.num_variants: all would be equal; needs data.augment or data.crop random")
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -218,6 +240,18 @@ def plan(config: Config) -> None:
     plan.tell()
 
 
+@torch.no_grad()
+def posterior_of(
+    autoencoder: AutoencoderKL, batch: dict[str, Any], amp: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(mean, logvar) of a batch, both (B, C_z, *s): from the cache, or encoded now."""
+    if "mean" in batch:
+        return batch["mean"], batch["logvar"]
+    with autocast(amp, device):
+        posterior = autoencoder.encode(batch["image"])
+    return posterior.mean, posterior.logvar
+
+
 def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     device = setup(config.run.device)
     run = Run("ldm", config, given)
@@ -229,6 +263,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
 
     source = autoencoder_of(config)
     autoencoder, stage_one = load_autoencoder(source)
+    check_settings(config, stage_one)
     autoencoder.to(device)
     reseed(config.run.seed, 0)
     net = Denoiser(config.unet).to(device)
@@ -242,13 +277,13 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     copy_autoencoder(source, run.dir)
 
     sets = {}
-    for part, variants in (("train", config.data.num_variants), ("val", 1)):
-        dataset = data.dataset(part, augment=part == "train" and variants > 1)
+    for part, variants in (("train", config.data.num_variants if config.latent_cache else 1), ("val", 1)):
+        dataset = data.dataset(part, augment=variants > 1)
         key = cache_key(autoencoder, config.data, data.state, data.files(part))
         table = cache_latents(
             autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", variants, device, config.run.amp
         )
-        sets[part] = LatentDataset(table, config.run.seed, data.split[part])
+        sets[part] = LatentDataset(table, config.run.seed)
     val_set = data.dataset("val")
     real = torch.stack([val_set[i, i]["image"] for i in range(min(16, len(val_set)))])
     reference = dataclasses.replace(data.state, reference=set_statistics(real))
@@ -277,7 +312,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         run.save(state, net, ema, {"denoiser": stepper}, mean=mean)
 
     stream = batches(
-        sets["train"],
+        sets["train"] if config.latent_cache else data.dataset("train", augment=True),
         config.batch_size,
         micro_batch_size,
         seed,
@@ -288,12 +323,13 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     bar = progress(speed.watch(stream), "ldm", config.run.steps, run.step)
     for group in bar:
         for batch, share in micro_batches(group, model, device, seed, run.step):
-            shape, positions = batch["mean"].shape[1:], batch["position"]
+            z_mean, z_logvar = posterior_of(autoencoder, batch, config.run.amp, device)
+            shape, positions = z_mean.shape[1:], batch["position"]
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
             u = keyed_uniform(seed, positions, "t")
             with autocast(config.run.amp, device):
-                loss = sampled.loss(model, batch["mean"], batch["logvar"], z_noise, u, noise)
+                loss = sampled.loss(model, z_mean, z_logvar, z_noise, u, noise)
             stepper.backward(loss.mean() * share)
             mean.add(loss=loss)
         if stepper.step(run.step):

@@ -6,30 +6,56 @@ one node          torchrun --nproc_per_node 4 train_vae.py hippocampus
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
                       train_vae.py hippocampus
 your own data     python train_vae.py hippocampus --data.root FOLDER --data.image "*.nii.gz" \\
-                      --data.subject none --run.dir runs/vae-mine
+                      --data.subject none --data.size none --data.patch 64,64,64 --run.dir runs/vae-mine
 
-    loss = |recon - x| + gradient_weight * |D recon - D x| + kl_weight * KL(q(z given x) || N(0, 1))
+with a codebook   python train_vae.py hippocampus --autoencoder vq --quantizer.codebook_size 1024
+with a critic     python train_vae.py hippocampus --disc_weight 0.1 --disc_start 3000
 
-all three means over elements, the KL in nats per latent element. To resume, run the same command again.
+    loss = |recon - x| + gradient_weight |D recon - D x| + structure_weight (1 - MS-SSIM(recon, x))
+           + kl_weight KL(q(z given x) || N(0, 1))              or the two terms of a codebook (vqvae.py)
+           + perceptual_weight LPIPS(recon, x)
+           + disc_weight lambda g(critic(recon)) + feature_weight |F(recon) - F(x)|      from disc_start on
+
+all means over elements, the KL in nats per latent element; lambda: the adaptive weight, F: the critic's
+hidden maps (losses.py). To resume, run the same command again.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm3d.config import parse
+from ldm3d.blocks import Conv
+from ldm3d.config import InputError, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
-from ldm3d.distributed import is_main, main_first, run_script, setup, wrap
+from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
+from ldm3d.distributed import is_main, keyed_generator, main_first, run_script, setup, wrap
+from ldm3d.latent_diffusion import Autoencoder, make_autoencoder
 from ldm3d.logger import progress, save_sheet
-from ldm3d.losses import gradient_loss, kl_per_element, reconstruction_loss
+from ldm3d.losses import (
+    AdversarialKind,
+    PerceptualConfig,
+    PerceptualLoss,
+    adaptive_weight,
+    critic_accuracy,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+    gradient_loss,
+    kl_per_element,
+    r1_penalty,
+    ramp,
+    reconstruction_loss,
+)
 from ldm3d.memory import Plan, weight_bytes
-from ldm3d.metrics import psnr, ssim
+from ldm3d.metrics import ms_ssim, psnr, ssim
 from ldm3d.phantoms import write_phantoms
 from ldm3d.training import (
     EMA,
@@ -46,7 +72,8 @@ from ldm3d.training import (
     reseed,
     to_device,
 )
-from ldm3d.vae import AutoencoderKL, Posterior, VAEConfig
+from ldm3d.vae import Posterior, VAEConfig
+from ldm3d.vqvae import Quantized, QuantizerConfig
 
 # --- Config and presets -------------------------------------------------------------------------------------
 
@@ -56,14 +83,36 @@ class Config:
     preset: str = ""  # set by the first argument
     batch_size: int = 8  # samples per optimizer step, over all ranks
     micro_batch_size: int | None = None  # samples per rank and forward; none = as many as the rank's share
+    autoencoder: Literal["kl", "vq"] = "kl"  # latents with a Gaussian posterior, or quantised by a codebook
     reconstruction: Literal["l1", "l2"] = "l1"  # reconstruction loss
     gradient_weight: float = 1.0  # weight of the loss on image gradients (sharp edges); 0 = off
+    structure_weight: float = 0.0  # weight of 1 - MS-SSIM; 0 = off
     kl_weight: float = 1e-3  # weight of the KL in nats per latent element
+    kl_warmup: int = 0  # steps over which that weight rises from 0
+    free_bits: float = 0.0  # nats per latent element that the KL of every channel has for nothing
+    perceptual_weight: float = 0.0  # weight of the perceptual loss, which needs perceptual.weights; 0 = off
+    disc_weight: float = 0.0  # weight of the adversarial loss; 0 here and in feature_weight = no critic
+    feature_weight: float = 0.0  # weight of the difference of the critic's hidden maps
+    disc_start: int = 1000  # step at which the critic starts to learn
+    disc_ramp: int = 500  # steps from there over which its weights rise from 0
+    disc_loss: AdversarialKind = "hinge"  # objective of the critic and of the autoencoder against it
+    disc_adaptive: bool = True  # multiply disc_weight by the ratio of gradients at the last layer
+    disc_cap: float = 100.0  # highest such ratio
+    r1_weight: float = 0.0  # weight of the critic's squared gradient at real images; 0 = off
+    r1_every: int = 16  # steps from one of these to the next, each counting for all between
     plan: float | None = None  # GiB of a GPU: only tell how much memory the run needs, and what would fit
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    disc: PatchDiscriminatorConfig = field(default_factory=PatchDiscriminatorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    disc_optim: OptimConfig = field(default_factory=lambda: OptimConfig(adam_betas=(0.5, 0.9)))
+
+    @property
+    def has_critic(self) -> bool:
+        return self.disc_weight > 0 or self.feature_weight > 0
 
 
 NUM_PHANTOMS, PHANTOM_SIZE = 128, (40, 48, 40)
@@ -109,13 +158,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.warmup_steps": 50,
         "optim.schedule": "cosine",
     },
-    # Medical Segmentation Decathlon Task04 at 1 mm: about 20 minutes on 2 CPU cores. The volumes are boxes around the
-    # hippocampus of 31x40x24 to 43x59x47; their middle 32x48x32 holds all but 0.03 % of it and hardly any padding.
+    # Medical Segmentation Decathlon Task04 at 1 mm: about 20 minutes on 2 CPU cores. The volumes are boxes
+    # around the hippocampus of 31x40x24 to 43x59x47; their middle 32x48x32 holds all but 0.03 % of it and
+    # hardly any padding.
     "hippocampus": {
         "batch_size": 2,
-        "run.steps": 6000,
-        "run.eval_every": 1000,
-        "run.save_every": 1000,
+        "run.steps": 4500,
+        "run.eval_every": 750,
+        "run.save_every": 750,
         "run.log_every": 50,
         "run.ema_decay": 0.995,
         "data.subject": "subjects.csv",
@@ -130,20 +180,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.warmup_steps": 50,
         "optim.schedule": "cosine",
     },
-    # Medical Segmentation Decathlon Task01, FLAIR at 1.1 mm, after the 3-D LDM tutorial of MONAI (a sum-weighted KL of
-    # 1e-7 is 1.4e-2 per latent element here). Validation on 144x176x112.
+    # Medical Segmentation Decathlon Task01, FLAIR at 1.1 mm, after the 3-D LDM tutorial of MONAI (a
+    # sum-weighted KL of 1e-7 is 1.4e-2 per latent element here). Validation on 144x176x112.
     "brats-32g": BRATS | {"batch_size": 2},
     "brats-16g": BRATS | {"batch_size": 2, "micro_batch_size": 1, "vae.checkpointing": True},
 }
+
+
+def with_data(config: Config) -> Config:
+    """The defaults that follow from the data: an autoencoder of their axes, and of the channels taken."""
+    channels = len(config.data.channel) or VAEConfig.in_channels
+    return Config(vae=VAEConfig(dims=config.data.dims, in_channels=channels))
+
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def evaluate(
-    net: AutoencoderKL, dataset: VolumeDataset, config: Config, device: torch.device
+    net: Autoencoder, dataset: VolumeDataset, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """PSNR (dB) and SSIM of the posterior mean's reconstruction, and the loss's terms, over whole validation
+    """PSNR (dB) and SSIM of the latent mean's reconstruction, and the loss's terms, over whole validation
     cases."""
     means = Mean()
     for batch in progress(evaluation_batches(dataset, 1), "validation"):
@@ -156,14 +213,15 @@ def evaluate(
             psnr=psnr(recon, x, data_range=2.0),
             ssim=ssim(recon, x, data_range=2.0),
             reconstruction=reconstruction_loss(recon, x, config.reconstruction),
-            kl=kl_per_element(posterior.mean, posterior.logvar),
         )
+        if config.autoencoder == "kl":
+            means.add(kl=kl_per_element(posterior.mean, posterior.logvar))
     return means.take()
 
 
 @torch.inference_mode()
 def preview(
-    net: AutoencoderKL, dataset: VolumeDataset, config: Config, path: Path, device: torch.device
+    net: Autoencoder, dataset: VolumeDataset, config: Config, path: Path, device: torch.device
 ) -> tuple[Path | None, Tensor]:
     """Up to four validation cases there and back: a picture of them, and their latents (B, C_z, *s)."""
     rows, latents = {"original": [], "reconstruction": []}, []
@@ -181,27 +239,102 @@ def preview(
 def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> Data:
     """The checked data of a run. The preset "phantom" writes its own first, once: an ordinary folder of NIfTI
     files with a cases.csv."""
+    if config.vae.dims != config.data.dims:
+        raise InputError(f"vae.dims: {config.vae.dims}, but data.dims is {config.data.dims}")
     root = Path("data/phantom")
     if config.preset == "phantom" and config.data.root is None:
         with main_first():
             if is_main() and not root.exists():
                 print(f"{root}: writing {NUM_PHANTOMS} synthetic heads", flush=True)
                 write_phantoms(root, NUM_PHANTOMS, size=PHANTOM_SIZE)
-    return open_data(config.data, config.preset, config.run.seed, split, config.vae.downsampling)
+    data = open_data(config.data, config.preset, config.run.seed, split, config.vae.downsampling)
+    if config.vae.in_channels != data.state.channels:
+        raise InputError(
+            f"vae.in_channels: {config.vae.in_channels}, but the images have {data.state.channels} channels "
+            "(all of them, or those that data.channel names)"
+        )
+    return data
 
 
 # --- train --------------------------------------------------------------------------------------------------
 
 
-def loss_terms(recon: Tensor, posterior: Posterior, x: Tensor, config: Config) -> dict[str, Tensor]:
-    """The loss and what it is made of, each (B,), in fp32."""
+def make_critic(config: Config) -> PatchDiscriminator:
+    """The critic for the images that the autoencoder is made for."""
+    like = {"dims": config.vae.dims, "in_channels": config.vae.in_channels}
+    return PatchDiscriminator(dataclasses.replace(config.disc, **like))
+
+
+def loss_terms(
+    recon: Tensor, latent: Posterior | Quantized, x: Tensor, config: Config, step: int
+) -> dict[str, Tensor]:
+    """The loss before perceptual and adversarial terms, and what it is made of, each (B,), in fp32."""
+    terms = {"reconstruction": reconstruction_loss(recon, x, config.reconstruction)}
+    loss = terms["reconstruction"]
+    if config.gradient_weight:
+        terms["gradient"] = gradient_loss(recon, x)
+        loss = loss + config.gradient_weight * terms["gradient"]
+    if config.structure_weight:
+        terms["structure"] = 1 - ms_ssim(recon, x, data_range=2.0, dtype=torch.float32)
+        loss = loss + config.structure_weight * terms["structure"]
+    if isinstance(latent, Quantized):
+        terms["codebook"], terms["commitment"] = latent.codebook_loss, latent.commitment_loss
+        loss = loss + latent.codebook_loss + config.quantizer.commitment_weight * latent.commitment_loss
+    else:
+        terms["kl"] = kl_per_element(latent.mean, latent.logvar)
+        kl = kl_per_element(latent.mean, latent.logvar, config.free_bits) if config.free_bits else terms["kl"]
+        loss = loss + config.kl_weight * ramp(step, 0, config.kl_warmup) * kl
+    return {"loss": loss, **terms}
+
+
+def adversarial_terms(
+    critic: PatchDiscriminator,
+    net: Autoencoder,
+    recon: Tensor,
+    x: Tensor,
+    loss: Tensor,
+    config: Config,
+    scale: float,
+) -> dict[str, Tensor]:
+    """What the autoencoder pays to the critic, frozen here, at full weights: (B,); adaptive_weight: (1,).
+
+    loss: (B,) of all other terms. scale: that of a float16 backward pass.
+    """
+    critic.requires_grad_(False)
+    with autocast(config.run.amp, x.device):
+        fake = critic(recon)
+    terms = {"g_loss": generator_loss(fake.logits, config.disc_loss)}
+    weight = torch.full((1,), config.disc_weight, device=x.device)
+    if config.disc_adaptive and config.disc_weight:
+        last = [layer for layer in net.decoder.layers if isinstance(layer, Conv)][-1].weight
+        ratio = adaptive_weight(loss.mean(), terms["g_loss"].mean(), last, config.disc_cap, scale)
+        terms["adaptive_weight"] = ratio.view(1)
+        weight = weight * ratio
+    terms["adversarial"] = weight * terms["g_loss"]
+    if config.feature_weight:
+        with torch.no_grad(), autocast(config.run.amp, x.device):
+            real = critic(x)
+        terms["features"] = feature_matching_loss(fake.features, real.features)
+        terms["adversarial"] = terms["adversarial"] + config.feature_weight * terms["features"]
+    critic.requires_grad_(True)
+    return terms
+
+
+def critic_terms(model: nn.Module, x: Tensor, recon: Tensor, config: Config, step: int) -> dict[str, Tensor]:
+    """The critic's loss on real images x and made ones, in one forward, and what it is made of, each (B,)."""
+    penalised = config.r1_weight > 0 and step % config.r1_every == 0
+    both = torch.cat([x, recon.to(x.dtype)]).requires_grad_(penalised)
+    with autocast("fp32" if penalised else config.run.amp, x.device):  # a gradient's gradient wants fp32
+        real, fake = model(both).halves()
     terms = {
-        "reconstruction": reconstruction_loss(recon, x, config.reconstruction),
-        "gradient": gradient_loss(recon, x),
-        "kl": kl_per_element(posterior.mean, posterior.logvar),
+        "d_loss": discriminator_loss(real.logits, fake.logits, config.disc_loss),
+        "critic_accuracy": critic_accuracy(real.logits, fake.logits, config.disc_loss),
     }
-    weighted = config.gradient_weight * terms["gradient"] + config.kl_weight * terms["kl"]
-    return {"loss": terms["reconstruction"] + weighted, **terms}
+    loss = terms["d_loss"]
+    if penalised:
+        terms["r1"] = r1_penalty(real.logits, both)[: len(x)]
+        loss = loss + config.r1_weight * config.r1_every * terms["r1"]
+    return {"loss": loss, **terms}
 
 
 def plan(config: Config) -> None:
@@ -209,15 +342,18 @@ def plan(config: Config) -> None:
     whole, step = config.data.size or open_volumes(config).state.size, max(config.vae.downsampling)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
 
-    def make() -> AutoencoderKL:
-        return AutoencoderKL(config.vae)
+    def make() -> Autoencoder:
+        return make_autoencoder(config.autoencoder, config.vae, config.quantizer)
 
-    def loss(net: AutoencoderKL, batch: int, size: tuple[int, ...]) -> Tensor:
+    def loss(net: Autoencoder, batch: int, size: tuple[int, ...]) -> Tensor:
         x = torch.zeros(batch, config.vae.in_channels, *size)
-        recon, posterior = net(x, torch.zeros(batch, *net.latent_shape(size)))
-        return loss_terms(recon, posterior, x, config)["loss"].mean()
+        recon, latent = net(x, torch.zeros(batch, *net.latent_shape(size)))
+        value = loss_terms(recon, latent, x, config, 0)["loss"].mean()
+        if config.has_critic:
+            value = value + generator_loss(make_critic(config)(recon).logits).mean()
+        return value
 
-    def there_and_back(net: AutoencoderKL, batch: int, size: tuple[int, ...]) -> None:
+    def there_and_back(net: Autoencoder, batch: int, size: tuple[int, ...]) -> None:
         net.decode(net.encode(torch.zeros(batch, config.vae.in_channels, *size)).mode(), size)
 
     plan = Plan(config.plan, config.run.amp, config.run.device)
@@ -237,7 +373,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
 
     reseed(config.run.seed, 0)
-    net = AutoencoderKL(config.vae).to(device)
+    net = make_autoencoder(config.autoencoder, config.vae, config.quantizer).to(device)
+    perceptual = PerceptualLoss(config.perceptual).to(device) if config.perceptual_weight else None
     data = open_volumes(config, run.split())
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
     state = {"data": data.state.to_dict(), "split": data.split}
@@ -245,30 +382,59 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     logger = run.start(data.split)
     ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
-    run.restore(net, ema, {"autoencoder": stepper}, mean=mean)
+    optimizers, others, with_critic = {"autoencoder": stepper}, {"mean": mean}, math.inf
+    if config.has_critic:
+        critic = make_critic(config).to(device)
+        critic.check_size(train_set.size)
+        critic_stepper = Stepper(critic, config.disc_optim, config.run, config.batch_size, device)
+        optimizers["critic"], others["discriminator"] = critic_stepper, critic
+        with_critic = config.disc_start + config.disc_ramp
+    run.restore(net, ema, optimizers, **others)
     if config.run.compile:
         net.compile()
     model = wrap(net, device)
+    critic_model = wrap(critic, device) if config.has_critic else None
     seed = config.run.seed
 
     def save() -> None:
-        run.save(state, net, ema, {"autoencoder": stepper}, mean=mean)
+        run.save(state, net, ema, optimizers, **others)
 
     stream = batches(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
     bar = progress(speed.watch(stream), "vae", config.run.steps, run.step)
     for group in bar:
+        playing, made, latents = config.has_critic and run.step >= config.disc_start, [], []
         for batch, share in micro_batches(group, model, device, seed, run.step):
-            x = batch["image"]
-            noise = keyed_normal(seed, batch["position"], net.latent_shape(x.shape[2:]), "posterior")
+            x, positions = batch["image"], batch["position"]
+            noise = keyed_normal(seed, positions, net.latent_shape(x.shape[2:]), "posterior")
             with autocast(config.run.amp, device):
-                recon, posterior = model(x, noise.to(device))
-            terms = loss_terms(recon, posterior, x, config)
+                recon, latent = model(x, noise.to(device))
+            terms = loss_terms(recon, latent, x, config, run.step)
+            if perceptual is not None:
+                draws = [keyed_generator(seed, int(p), "slices") for p in positions]
+                with autocast(config.run.amp, device):
+                    terms["perceptual"] = perceptual(recon, x, draws)
+                terms["loss"] = terms["loss"] + config.perceptual_weight * terms["perceptual"]
+            if playing:
+                scale = stepper.scaler.get_scale()
+                terms |= adversarial_terms(critic, net, recon, x, terms["loss"], config, scale)
+                rise = ramp(run.step, config.disc_start, config.disc_ramp)
+                terms["loss"] = terms["loss"] + rise * terms["adversarial"]
+                made.append({**batch, "recon": recon.detach()})
             stepper.backward(terms["loss"].mean() * share)
             mean.add(**terms)
+            latents.append(latent)
         if stepper.step(run.step):
+            if config.autoencoder == "vq":
+                mean.add(**net.quantizer.update(latents, keyed_generator(seed, run.step, "codebook")))
             ema.update(net, run.step)
+        if playing:
+            for batch, share in micro_batches(made, critic_model, device, seed, run.step):
+                terms = critic_terms(critic_model, batch["image"], batch["recon"], config, run.step)
+                critic_stepper.backward(terms.pop("loss").mean() * share)
+                mean.add(**terms)
+            critic_stepper.step(run.step)
         run.step += 1
         speed.stop()
 
@@ -284,7 +450,10 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
                 picture, z = preview(ema.net, val_set, config, path, device)
                 logger.picture(run.step, "reconstructions", picture)
                 logger.histogram(run.step, "latent", z)
-            run.keep_best("psnr", scores["psnr"], state, ema, highest=True)
+            name = "psnr with the critic" if run.step >= with_critic else "psnr"
+            if run.best and run.best["name"] != name:
+                run.best = None  # PSNR prefers what was before the critic came, which is blurred
+            run.keep_best(name, scores["psnr"], state, ema, highest=True)
         if run.due("save_every") or run.out_of_patience:
             save()
         run.check_sigterm(save)
@@ -295,7 +464,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(Config, argv, PRESETS, __doc__)
+    config, given = parse(Config, argv, PRESETS, __doc__, base=with_data)
     if config.plan is None:
         train(config, given)
     else:

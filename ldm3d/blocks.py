@@ -31,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import InputError
 
+RECOMPUTE_FROM = 2**20  # elements: norm and SiLU of smaller tensors are kept for backward, which is faster
+SLABS_FROM = 2**22  # elements: larger CPU tensors go through norm + SiLU + convolution some planes at a time
 UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3"]
 
 # --- levels -------------------------------------------------------------------------------------------------------
@@ -162,7 +164,12 @@ def channels_last(x: Tensor) -> Tensor:
     oneDNN convolutions re-order every other layout at each call; on large maps that is a third of their time. The norms
     of such tensors have to be ours (`RowNorm`): PyTorch's are slow and inexact in this layout.
     """
-    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (
+        x.device.type != "cpu"
+        or type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    ):
         return x
     if x.shape[1] == 1 and x.is_contiguous():  # PyTorch would not see that this is channels-last already
         return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:]))
@@ -230,7 +237,9 @@ class RowNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> Tensor:
         mean, rstd = row_statistics(x, groups, eps)
         scale, shift = weight * rstd, bias - weight * mean * rstd  # (B, 1, 1, C)
         out = torch.empty_like(x)
@@ -256,12 +265,15 @@ class RowNorm(torch.autograd.Function):
             sum_g = sum_g + sum_rows(g)
             sum_gx = sum_gx + sum_rows(x_hat.mul_(g))
         mean_g, mean_gx = (
-            (group_mean(weight * total, ctx.groups) / n).to(mean.dtype)[:, None, None] for total in (sum_g, sum_gx)
+            (group_mean(weight * total, ctx.groups) / n).to(mean.dtype)[:, None, None]
+            for total in (sum_g, sum_gx)
         )
         for_g, for_x = weight * rstd, -rstd.square() * mean_gx  # dx = for_g g + for_x x + rest
         rest = -rstd * mean_g - for_x * mean
         for rows, target in plane_slices(x, dx):
-            target.copy_(torch.addcmul(rest, rows.to(mean.dtype), for_x).addcmul_(target.to(mean.dtype), for_g))
+            target.copy_(
+                torch.addcmul(rest, rows.to(mean.dtype), for_x).addcmul_(target.to(mean.dtype), for_g)
+            )
         return dx, sum_gx.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype), None, None, None
 
 
@@ -272,7 +284,9 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def __init__(self, channels: int, num_groups: int = 32, eps: float = 1e-6):
-        super().__init__(max(g for g in range(1, min(num_groups, channels) + 1) if channels % g == 0), channels, eps)
+        super().__init__(
+            max(g for g in range(1, min(num_groups, channels) + 1) if channels % g == 0), channels, eps
+        )
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """norm(x) = scale x + shift for a channels-last x; both (B, 1, 1, C)."""
@@ -294,10 +308,10 @@ def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tens
     as soon as all saved tensors exist again, which is before the convolution. Compile has a partitioner for that.
     """
     if torch.is_grad_enabled():
-        if x.numel() < 2**20 or torch.compiler.is_compiling():
+        if x.numel() < RECOMPUTE_FROM or torch.compiler.is_compiling():
             return conv(norm(x, silu))
         return checkpoint(lambda y: conv(norm(y, silu)), x, use_reentrant=False, preserve_rng_state=False)
-    if x.numel() > 2**22 and is_channels_last(x):
+    if x.numel() > SLABS_FROM and is_channels_last(x):
         return norm_conv_in_slabs(norm, conv, x, silu)
     return conv(norm(x, silu))
 
@@ -315,11 +329,16 @@ def norm_conv_in_slabs(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool) -> Te
         stop = min(start + step, depth)
         y = torch.addcmul(shift, rows[:, max(start - 1, 0) : stop + 1].to(scale.dtype), scale)
         y = (F.silu(y, inplace=True) if silu else y).to(x.dtype)
-        ends = (int(start == 0), int(stop == depth))  # the zero padding of the convolution, where the slab has an end
+        ends = (
+            int(start == 0),
+            int(stop == depth),
+        )  # the zero padding of the convolution, where the slab has an end
         y = F.pad(y, (0, 0, 0, 0, *ends)) if any(ends) else y
         part = conv(y.unflatten(2, x.shape[3:]).movedim(-1, 1), padding=(0, *conv.padding[1:]))
         if out is None:
-            out = torch.empty_like(part[:, :, :1].expand(*part.shape[:2], *x.shape[2:]), memory_format=last_format(x))
+            out = torch.empty_like(
+                part[:, :, :1].expand(*part.shape[:2], *x.shape[2:]), memory_format=last_format(x)
+            )
         out[:, :, start:stop] = part
     return out
 
@@ -367,21 +386,6 @@ class ResBlock(nn.Module):
         else:
             h = norm_conv(self.norm2, self.conv2, h)
         return h.add_(x if self.skip is None else self.skip(x))  # in place: backward does not need h
-
-
-class Head(nn.Module):
-    """conv([silu](norm(x))), the end of a trunk."""
-
-    def __init__(
-        self, dims: int, in_channels: int, out_channels: int, num_groups: int = 32, eps: float = 1e-6, silu: bool = True
-    ):
-        super().__init__()
-        self.norm = GroupNorm(in_channels, num_groups, eps)
-        self.conv = Conv(dims, in_channels, out_channels)
-        self.silu = silu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return norm_conv(self.norm, self.conv, x, self.silu)
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -676,11 +680,24 @@ def trunk_options(config: Any) -> dict[str, Any]:
     }
 
 
+def walk(layers: nn.ModuleList, x: Tensor, final_silu: bool, checkpointing: bool) -> Tensor:
+    """Run the layers of a trunk. A norm in the list is computed together with the convolution after it."""
+    x, norm = channels_last(x), None
+    for layer in layers:
+        if isinstance(layer, GroupNorm):
+            norm = layer
+        elif norm is not None:
+            x, norm = norm_conv(norm, layer, x, silu=final_silu), None
+        else:
+            x = run_layer(layer, x, checkpointing=checkpointing)
+    return x.contiguous()
+
+
 class Encoder(nn.Module):
     """(B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)); S must be divisible.
 
     Order of `layers`: [space-to-depth], conv; per level num_res_blocks x (ResBlock, [attention]) and, except for the
-    last, Downsample; [ResBlock, attention, ResBlock]; Head.
+    last, Downsample; [ResBlock, attention, ResBlock]; norm, conv (the SiLU between the two, if any, is a setting).
     """
 
     def __init__(
@@ -702,7 +719,7 @@ class Encoder(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.final_silu, self.checkpointing = final_silu, checkpointing
         norm = {"num_groups": num_groups, "eps": eps}
         layers: list[nn.Module] = [SpaceToDepth(stem)] if max(stem) > 1 else []
         layers.append(Conv(dims, in_channels * math.prod(stem), channels[0]))
@@ -719,21 +736,18 @@ class Encoder(nn.Module):
             layers.append(ResBlock(dims, width, width, **norm))
             layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
             layers.append(ResBlock(dims, width, width, **norm))
-        layers.append(Head(dims, width, out_channels, **norm, silu=final_silu))
+        layers += [GroupNorm(width, **norm), Conv(dims, width, out_channels)]
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = channels_last(x)
-        for layer in self.layers:
-            x = run_layer(layer, x, checkpointing=self.checkpointing)
-        return x.contiguous()
+        return walk(self.layers, x, self.final_silu, self.checkpointing)
 
 
 class Decoder(nn.Module):
     """(B, in_channels, *S) -> (B, out_channels, *(S * strides * stem)); arguments in the encoder's order of levels.
 
     Order of `layers`: conv; [ResBlock, attention, ResBlock]; per level from the deepest (num_res_blocks + extra) x
-    (ResBlock, [attention]) and, except for the last, Upsample; Head, [depth-to-space].
+    (ResBlock, [attention]) and, except for the last, Upsample; norm, conv, [depth-to-space].
     """
 
     def __init__(
@@ -756,7 +770,7 @@ class Decoder(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.final_silu, self.checkpointing = final_silu, checkpointing
         norm = {"num_groups": num_groups, "eps": eps}
         width = channels[-1]
         layers: list[nn.Module] = [Conv(dims, in_channels, width)]
@@ -772,16 +786,13 @@ class Decoder(nn.Module):
                     layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
             if level > 0:
                 layers.append(Upsample(dims, width, strides[level - 1], upsample))
-        layers.append(Head(dims, width, out_channels * math.prod(stem), **norm, silu=final_silu))
+        layers += [GroupNorm(width, **norm), Conv(dims, width, out_channels * math.prod(stem))]
         if max(stem) > 1:
             layers.append(DepthToSpace(stem))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = channels_last(z)
-        for layer in self.layers:
-            z = run_layer(layer, z, checkpointing=self.checkpointing)
-        return z.contiguous()
+        return walk(self.layers, z, self.final_silu, self.checkpointing)
 
 
 # --- time ---------------------------------------------------------------------------------------------------------

@@ -232,7 +232,11 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
     parts = re.split(r"(\{id\}|\*\*/|\*|\?)", marked)
     expression = re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
     files: dict[str, Path] = {}
-    for path in sorted(root.glob(pattern.replace("[", "[[]").replace("{id}", "*"))):
+    try:
+        found = sorted(root.glob(pattern.replace("[", "[[]").replace("{id}", "*")))
+    except ValueError as e:  # such as ** within a name
+        raise InputError(f"{key}: {pattern!r} is no pattern of files ({e})") from None
+    for path in found:
         match = expression.fullmatch(path.relative_to(root).as_posix())
         if not match or path.name.startswith(".") or not path.is_file():
             continue

@@ -13,6 +13,7 @@ import fnmatch
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -64,7 +65,9 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     is wrong."""
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of foreign pickles, which are refused anyway
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
@@ -74,7 +77,7 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     except Exception as e:  # torch.load raises many kinds for a damaged file
         reason = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
         raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from None
-    if not isinstance(content, dict) or "format" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "kind" not in content:
         raise InputError(f"{path}: not a checkpoint of ldm3d")
     if content["format"] > FORMAT:
         raise InputError(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")

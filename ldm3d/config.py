@@ -14,6 +14,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -155,9 +156,9 @@ def convert_scalar(value: Any, kind: Any, key: str) -> Any:
     elif kind in (int, float) and not isinstance(value, bool):
         try:
             number = kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong(value, kind, key) from None
-        if isinstance(value, str) or number == value:
+        if math.isfinite(number) and (isinstance(value, str) or number == value):
             return number
     raise wrong(value, kind, key)
 
@@ -182,10 +183,9 @@ def type_name(kind: Any) -> str:
 
 @functools.cache
 def field_comments(cls: type) -> dict[str, str]:
-    """Field name -> the trailing comment of its line in the source."""
-    lines = inspect.getsource(cls).splitlines()
-    found = (re.match(r"    (\w+)\s*:.*?#\s*(.+)$", line) for line in lines)
-    return {m[1]: m[2] for m in found if m}
+    """Field name -> the trailing comment of its line in the source, also where the value is wrapped."""
+    field = r"^    (\w+)\s*:[^#\n]*(?:\(\n[^#\n]*)?#\s*(.+)$"
+    return dict(re.findall(field, inspect.getsource(cls), re.MULTILINE))
 
 
 def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, prefix: str = "") -> None:
@@ -197,9 +197,8 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
         if dataclasses.is_dataclass(kind):
             add_options(group_parent, kind, value, key + ".")
             continue
-        text = f"{comments.get(name, '')} ({type_name(kind)}; default {show(value)})".strip().replace(
-            "%", "%%"
-        )
+        text = f"{comments.get(name, '')} ({type_name(kind)}; default {show(value)})".strip()
+        text = text.replace("%", "%%")
         flag = {"nargs": "?", "const": "true"} if kind is bool else {}
         group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **flag)
 
@@ -207,16 +206,9 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
 def show(value: Any) -> str:
     """A value as it can be typed on the command line."""
     if isinstance(value, tuple):
-        return (
-            json.dumps(value).replace(" ", "")
-            if any(isinstance(v, tuple) for v in value)
-            else ",".join(map(str, value))
-        )
-    return (
-        {None: "none", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, str)
-        else value
-    )
+        nested = any(isinstance(v, tuple) for v in value)
+        return json.dumps(value).replace(" ", "") if nested else ",".join(map(show, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -224,6 +216,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1000,400 is a value too, not a flag
 
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(message)
@@ -248,23 +241,23 @@ def parse(
     """Read ``[preset | file.json] --dotted.key value ...``; returns (config, the flags given: dotted key ->
     value).
 
-    A preset is ``{"dotted.key": value}``; `cls` has a field `preset` that records which one was taken. The
-    JSON file may be a run's config.json or a part of one. `base` gives defaults that depend on what was asked
-    for (stage two takes its data settings from the autoencoder): it gets the merged configuration, and
-    presets, file and flags are merged once more over what it returns.
+    A preset is ``{"dotted.key": value}``; `cls` has a field `preset` that records which one was taken (of a
+    JSON file that does not say: its name). The file may be a run's config.json or a part of one. `base` gives
+    defaults that depend on what was asked for (stage two takes its data settings from the autoencoder): it
+    gets the merged configuration, and presets, file and flags are merged once more over what it returns.
     """
     parser = Parser(description=doc)
-    parser.add_argument("preset", nargs="?", help=f"one of: {', '.join(presets)}; or a JSON file")
+    choices = f"one of: {', '.join(presets)}; or a JSON file"
+    parser.add_argument("first", metavar="preset", nargs="?", help=choices)
     add_options(parser, cls, cls())
     args = vars(parser.parse(argv))
-    name = args.pop("preset")
-    choices = f"one of: {', '.join(presets)}; or a JSON file"
+    name = args.pop("first")
     if name is None:
         raise InputError(f"which preset? {choices} (--help lists every setting)")
     if name in presets:
         chosen = {**presets[name], "preset": name}
     elif name.endswith(".json"):
-        chosen = leaves(read_json(name))
+        chosen = {"preset": Path(name).stem} | leaves(read_json(name))
         chosen.pop("kind", None)  # a run's config.json records whose it is
     else:
         near = difflib.get_close_matches(name, presets, n=1)
@@ -287,19 +280,21 @@ def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> type of every leaf."""
-    leaves = {}
+    flat = {}
     for name, kind in field_types(cls).items():
-        leaves |= (
-            leaf_types(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
-        )
-    return leaves
+        nested = dataclasses.is_dataclass(kind)
+        flat |= leaf_types(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
+    return flat
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; InputError naming the file if it cannot be read."""
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; InputError naming the file if there is none."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     except ValueError as e:
         raise InputError(f"{path}: not JSON ({e})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object of keys, got {type(content).__name__}")
+    return content

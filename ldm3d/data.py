@@ -36,7 +36,7 @@ from .config import InputError, from_dict
 from .distributed import is_main, keyed_generator, print0, rank, world_size
 from .scan import CaseInfo, load_role, scan_cases
 from .transforms import augment, centred, cut, scale, unscale
-from .volumes import SUFFIXES, Volume
+from .volumes import SUFFIXES, Volume, is_volume_file
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,23 @@ class VolumeDataset(Dataset):
         self._ram: dict[tuple[int, str], np.ndarray] = {}
         if config.cache == "ram":
             self._fill()
-        small = [case for case in cases if min(np.subtract(infos[case.id].shape, self.size)) < 0]
-        if training and small and (config.patch or config.size):
-            shape = infos[small[0].id].shape
+        if training:
+            self._tell_of_sizes()
+
+    def _tell_of_sizes(self) -> None:
+        """Notes of padded and of cut cases, where the sizes were not chosen by the data."""
+        shapes = {case.id: self.infos[case.id].shape for case in self.cases}
+        small = [name for name, shape in shapes.items() if min(np.subtract(shape, self.size)) < 0]
+        large = [name for name, shape in shapes.items() if max(np.subtract(shape, self.state.size)) > 0]
+        if small and (self.config.patch or self.config.size):
             print0(
-                f"note: {len(small)} of {len(cases)} cases are smaller than the patch {self.size} and are "
-                f"padded by repeating the edge (case {small[0].id}: {shape})"
+                f"note: {len(small)} of {len(shapes)} cases are smaller than the patch {self.size} and are "
+                f"padded by repeating the edge (case {small[0]}: {shapes[small[0]]})"
+            )
+        if large:
+            print0(
+                f"note: {len(large)} of {len(shapes)} cases are larger than data.size {self.state.size}; "
+                f"validation and samples hold their middle only (case {large[0]}: {shapes[large[0]]})"
             )
 
     def __len__(self) -> int:
@@ -279,14 +290,8 @@ class VolumeDataset(Dataset):
         case, c = self.cases[index], self.config
         path = getattr(case, role).resolve()
         what = (str(path), path.stat().st_size, path.stat().st_mtime_ns, role, c.channel, c.source_channel)
-        how = (
-            c.dims,
-            c.file_spacing,
-            c.spacing,
-            self.infos[case.id].shape,
-            c.label_values,
-            self.state.num_labels,
-        )
+        how = (c.dims, c.file_spacing, c.spacing, self.infos[case.id].shape)
+        how += (c.label_values, self.state.num_labels)
         target = Path(c.cache_dir) / f"{hashlib.sha256(repr((what, how)).encode()).hexdigest()[:24]}.npy"
         if not target.exists():
             temporary = target.with_name(f"{target.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -297,7 +302,7 @@ class VolumeDataset(Dataset):
                 os.replace(temporary, target)
             except OSError as e:
                 temporary.unlink(missing_ok=True)
-                raise InputError(f"data.cache_dir: cannot write {target} ({e.strerror})") from None
+                raise InputError(f"data.cache_dir: cannot write {target} ({e.strerror or e})") from None
         return np.load(target, mmap_mode="r")
 
 
@@ -381,19 +386,11 @@ def _ignore_sigterm(worker: int) -> None:
 
 
 def _next(stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """The next micro-batch; one line for a file that is gone and for a worker that is."""
+    """The next micro-batch; an InputError of a worker process without the traceback that it brings along."""
     try:
         return next(stream)
-    except InputError as e:  # a worker's brings its traceback along
+    except InputError as e:
         raise InputError(str(e).strip().splitlines()[-1].removeprefix("ldm3d.config.InputError: ")) from None
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
-            raise
-        reason = " ".join(str(e).split())
-        raise InputError(
-            f"run.workers: a data-loading process died ({reason}). Often memory, or shared memory, ran out: "
-            "the same command with fewer --run.workers goes on from the last checkpoint"
-        ) from None
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -468,20 +465,21 @@ def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
     the training data.
     """
     folder = Path(folder)
-    files = [p for p in folder.glob("*") if not p.name.startswith(".")]
-    suffix = next((end for end in SUFFIXES if any(p.name.lower().endswith(end) for p in files)), None)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'a file, expected a folder' if folder.exists() else 'no such folder'}")
+    names = [p.name for p in folder.iterdir() if is_volume_file(p)]
+    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
+    if len(suffixes) > 1:
+        print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
     config = from_dict(DataConfig, content["config"]["data"], "data")
-    changes = {
-        "mask": None,
-        "source": None,
-        "subject": None,
-        "split": None,
-        "subset": None,
-        "allow_missing_mask": True,
-    }
-    layout = {"image": f"*{suffix}", "table": None} if suffix else {}
-    config = replace(config, root=str(folder), cache="none", **changes, **layout)
-    cases = [replace(case, mask=None, source=None) for case in find_cases(config, folder)]
+    config = replace(config, root=str(folder), cache="none", mask=None, source=None, subject=None, split=None)
+    config = replace(config, subset=None, allow_missing_mask=True)
+    if suffixes:
+        config = replace(config, image=f"*{suffixes[0]}", table=None)
+    try:
+        cases = [replace(case, mask=None, source=None) for case in find_cases(config, folder)]
+    except InputError as e:
+        raise InputError(f"{folder}: holds no images, and is not laid out like the training data: {e}") from e
     state = DataState.from_dict(content["state"]["data"])
     infos = scan_cases(cases, config)
     channels = infos[cases[0].id].channels

@@ -43,6 +43,8 @@ from tqdm import tqdm
 from .config import InputError
 
 Prediction = Literal["eps", "x_start", "v", "flow"]
+Coefficient = float | Tensor  # a tensor broadcasts against the samples
+Past = tuple[Tensor, float] | None  # a sampler's previous estimate, and the length of its interval
 SAMPLERS = {"vp": ("ddpm", "ddim", "dpmpp"), "flow": ("euler", "heun", "ab2")}
 
 
@@ -54,15 +56,13 @@ class KernelConfig:
     beta_start: float = 0.0015  # VP: first beta of linear and scaled_linear
     beta_end: float = 0.0195  # VP: last beta of linear and scaled_linear
     zero_terminal_snr: bool = False  # VP: rescale the schedule to end in pure noise (not with eps)
-    clip_x_start: float | None = (
-        None  # VP: in sampling, clamp estimates to +- this (None: never; for latents)
-    )
+    clip_x_start: float | None = None  # VP: in sampling, clamp estimates to +- this (none: for latents)
     loss: Literal["l1", "l2"] = "l2"  # absolute or squared error, mean over elements
-    min_snr_gamma: float | None = None  # VP: min-SNR loss weight with this gamma, usually 5 (None: off)
+    min_snr_gamma: float | None = None  # VP: min-SNR loss weight with this gamma, usually 5 (none: off)
     t_distribution: Literal["uniform", "logit_normal"] = "uniform"  # flow: density of t in training
     logit_mean: float = 0.0  # flow, logit_normal: mean of logit(t); above 0 favours noise
     logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
-    flow_shift: float | None = None  # flow: shift of t towards noise (None: from the latent's size; 1: off)
+    flow_shift: float | None = None  # flow: shift of t towards noise (none: from the latent's size; 1: off)
 
     def __post_init__(self) -> None:
         flow, eps = self.prediction == "flow", self.prediction == "eps"
@@ -108,17 +108,21 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([cumprod[:1], cumprod[1:] / cumprod[:-1]])
 
 
-# Algebra and steps: pure functions; alpha, sigma and the like are numbers, or tensors that broadcast
+# Algebra and steps: pure functions
 
 
-def make_prediction(kind: Prediction, x_start: Tensor, noise: Tensor, alpha, sigma) -> Tensor:
+def make_prediction(
+    kind: Prediction, x_start: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient
+) -> Tensor:
     """What a perfect network of this kind outputs."""
     if kind in ("eps", "x_start"):
         return noise if kind == "eps" else x_start
     return alpha * noise - sigma * x_start if kind == "v" else noise - x_start
 
 
-def solve_prediction(kind: Prediction, pred: Tensor, x_t: Tensor, alpha, sigma) -> tuple[Tensor, Tensor]:
+def solve_prediction(
+    kind: Prediction, pred: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient
+) -> tuple[Tensor, Tensor]:
     """(x_start, noise) that agree with x_t and with the network's output."""
     if kind == "x_start":  # c = 0: the determinant -sigma cancels
         return pred, (x_t - alpha * pred) / sigma
@@ -127,7 +131,9 @@ def solve_prediction(kind: Prediction, pred: Tensor, x_t: Tensor, alpha, sigma) 
     return (c * x_t - sigma * pred) / det, (alpha * pred - d * x_t) / det
 
 
-def posterior_coefficients(cumprod, cumprod_prev) -> tuple:
+def posterior_coefficients(
+    cumprod: Coefficient, cumprod_prev: Coefficient
+) -> tuple[Coefficient, Coefficient, Coefficient]:
     """(on x_start, on x_t, variance) of q(x_prev given x_start, x_t), prev any earlier time. Ho (6), (7)."""
     alpha = cumprod / cumprod_prev  # of the whole interval
     coef1 = cumprod_prev**0.5 * (1 - alpha) / (1 - cumprod)
@@ -140,18 +146,18 @@ def ddim_step(x_start: Tensor, eps: Tensor, alpha_next: float, sigma_next: float
     return alpha_next * x_start + math.sqrt(max(sigma_next**2 - std**2, 0.0)) * eps
 
 
-def extrapolate(estimate: Tensor, past: tuple[Tensor, float] | None, length: float) -> Tensor:
+def extrapolate(estimate: Tensor, past: Past, length: float) -> Tensor:
     """The line through the last two estimates, at the middle of the coming interval of this length.
 
-    past = (previous estimate, length of its interval). Without one, and for an infinite interval (log-SNR, to
-    the clean end), it is the estimate itself: first order.
+    Without a previous one, and for an infinite interval (log-SNR, to the clean end), it is the estimate
+    itself: first order.
     """
     if past is None or math.isinf(length):
         return estimate
     return estimate + length / past[1] / 2 * (estimate - past[0])
 
 
-def shift_time(t, shift: float):
+def shift_time(t: Coefficient, shift: float) -> Coefficient:
     """Esser (23): moves times towards noise for shift > 1; 0 and 1 stay."""
     return shift * t / (1 + (shift - 1) * t)
 
@@ -194,15 +200,17 @@ class DiffusionKernel:
         """(B,) float on the scale 0..T, for both processes."""
         return t.float() if self.process == "vp" else t * self.num_timesteps
 
-    def check_sampler(self, sampler: str) -> None:
-        """InputError unless the sampler belongs to this process."""
+    def check_sampler(self, sampler: str, eta: float = 0.0) -> None:
+        """InputError unless the sampler belongs to this process, and eta to the sampler."""
         if sampler not in SAMPLERS[self.process]:
             known = ", ".join(SAMPLERS[self.process])
             raise InputError(
                 f"sampler: got {sampler}, expected one of {known} for prediction {self.config.prediction}"
             )
+        if not 0 <= eta <= 1 or (eta > 0 and sampler != "ddim"):
+            raise InputError(f"eta: got {eta} with sampler {sampler}, expected 0 to 1 with ddim, else 0")
 
-    def sampling_times(self, sampler: str, steps: int | Sequence[float], size: Sequence[int]) -> list:
+    def sampling_times(self, sampler: str, steps: int | Sequence[float], size: Sequence[int]) -> list[float]:
         """The falling times at which steps start, for latents of spatial shape size; the last ends clean.
 
         ddpm, ddim: "trailing" (Lin, table 2). dpmpp: uniform in log-SNR down to t = 0, rounded to timesteps,
@@ -226,7 +234,7 @@ class DiffusionKernel:
         nearest = (grid[:, None] - self.half_log_snr).abs().argmin(1)
         return sorted({T - 1, *nearest.tolist()}, reverse=True)
 
-    def _check_times(self, times: list) -> list:
+    def _check_times(self, times: list[float]) -> list[float]:
         inside = all(0 < t <= 1 if self.process == "flow" else 0 <= t < self.num_timesteps for t in times)
         if not times or not inside or any(t <= t_next for t, t_next in pairwise(times)):
             domain = "(0, 1]" if self.process == "flow" else f"[0, {self.num_timesteps})"
@@ -315,9 +323,8 @@ class DiffusionKernel:
         eta (ddim) goes from 0, deterministic, to 1, the variance of ddpm. draw(shape) returns the fresh noise
         that ddpm and eta > 0 need; nothing else is random. progress shows a bar on a terminal.
         """
+        self.check_sampler(sampler, eta)
         times = self.sampling_times(sampler, steps, noise.shape[2:])
-        if not 0 <= eta <= 1 or (eta > 0 and sampler != "ddim"):
-            raise InputError(f"eta: got {eta} with sampler {sampler}, expected 0 to 1 with ddim, else 0")
         if draw is None and (sampler == "ddpm" or eta > 0):
             raise InputError(f"draw: got None, expected a source of noise for {sampler} with eta {eta}")
 
@@ -339,8 +346,15 @@ class DiffusionKernel:
         return x_t
 
     def _flow_step(
-        self, sampler: str, x_t: Tensor, flow: Tensor, t: float, t_next: float, past, predict
-    ) -> tuple:
+        self,
+        sampler: str,
+        x_t: Tensor,
+        flow: Tensor,
+        t: float,
+        t_next: float,
+        past: Past,
+        predict: Callable[[Tensor, float], Tensor],
+    ) -> tuple[Tensor, Past]:
         """(x at t_next, past of the next step)."""
         dt = t_next - t
         if sampler == "heun":
@@ -350,24 +364,24 @@ class DiffusionKernel:
         return x_t + dt * slope, (flow, dt)
 
     def _vp_step(
-        self, sampler: str, x_t: Tensor, pred: Tensor, t: int, t_next: int, past, eta: float
-    ) -> tuple:
+        self, sampler: str, x_t: Tensor, pred: Tensor, t: int, t_next: int, past: Past, eta: float
+    ) -> tuple[Tensor, float, Past]:
         """(x at t_next before its fresh noise, standard deviation of that, past of the next step)."""
         alpha, sigma, clock = self._level(t)
         alpha_next, sigma_next, clock_next = self._level(t_next)
-        x_start, eps = solve_prediction(self.config.prediction, pred, x_t, alpha, sigma)
+        pred_x_start, eps = solve_prediction(self.config.prediction, pred, x_t, alpha, sigma)
         if self.config.clip_x_start is not None:
-            x_start = x_start.clamp(-self.config.clip_x_start, self.config.clip_x_start)
-            eps = (x_t - alpha * x_start) / sigma
+            pred_x_start = pred_x_start.clamp(-self.config.clip_x_start, self.config.clip_x_start)
+            eps = (x_t - alpha * pred_x_start) / sigma
         coef1, coef2, variance = posterior_coefficients(alpha**2, alpha_next**2)
         std = eta * math.sqrt(variance)
         if sampler == "ddpm":
-            return coef1 * x_start + coef2 * x_t, std, None
+            return coef1 * pred_x_start + coef2 * x_t, std, None
         if sampler == "ddim":
-            return ddim_step(x_start, eps, alpha_next, sigma_next, std), std, None
-        middle = extrapolate(x_start, past, clock_next - clock)
+            return ddim_step(pred_x_start, eps, alpha_next, sigma_next, std), std, None
+        middle = extrapolate(pred_x_start, past, clock_next - clock)
         eps = (x_t - alpha * middle) / sigma
-        return ddim_step(middle, eps, alpha_next, sigma_next, 0.0), 0.0, (x_start, clock_next - clock)
+        return ddim_step(middle, eps, alpha_next, sigma_next, 0.0), 0.0, (pred_x_start, clock_next - clock)
 
     def _level(self, t: int) -> tuple[float, float, float]:
         """(alpha, sigma, log(alpha / sigma)) at timestep t; -1 is clean."""

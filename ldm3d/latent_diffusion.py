@@ -134,8 +134,8 @@ class LatentDataset(Dataset):
     """Cached posteriors. Item (position, index): mean and logvar (C_z, *s) of one variant, chosen by the
     position."""
 
-    def __init__(self, table: np.ndarray, seed: int, ids: list[str]):
-        self.table, self.seed, self.ids = table, seed, ids
+    def __init__(self, table: np.ndarray, seed: int):
+        self.table, self.seed = table, seed
 
     def __len__(self) -> int:
         return len(self.table)
@@ -158,9 +158,7 @@ def latent_statistics(table: np.ndarray) -> tuple[Tensor, Tensor]:
     channels = table.shape[3]
     sums = torch.zeros(4, channels, dtype=torch.float64)
     for i in range(rank(), len(table), world_size()):
-        mean, logvar = (
-            torch.from_numpy(np.array(table[i])).double().transpose(0, 1)
-        )  # (variants, C_z, *s) each
+        mean, logvar = torch.from_numpy(np.array(table[i])).double().transpose(0, 1)  # (variants, C_z, *s)
         over = [d for d in range(mean.ndim) if d != 1]
         sums[0] += mean.sum(over)
         sums[1] += mean.square().sum(over)
@@ -280,7 +278,7 @@ class LatentDiffusion:
         """`sample` batch by batch, for the samples with these indices: (volumes on the CPU, their normalised
         latents)."""
         sampler = sampler or self.default_sampler
-        self.kernel.check_sampler(sampler)
+        self.kernel.check_sampler(sampler, eta)
         for start in range(0, len(indices), batch_size):
             with torch.inference_mode(), autocast(amp, self.device):
                 generators = [keyed_generator(seed, i, "sample") for i in indices[start : start + batch_size]]

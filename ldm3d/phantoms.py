@@ -33,10 +33,7 @@ CLASS_NAMES = ("no lesion", "lesion")
 NUM_CLASSES = len(CLASS_NAMES)
 DEFAULT_SIZE = {2: (112, 96), 3: (48, 56, 48)}
 FIELD_OF_VIEW = {2: (224.0, 192.0), 3: (192.0, 224.0, 192.0)}  # mm; holds the head
-SIDE_AXIS = {
-    2: 1,
-    3: 0,
-}  # the axis that grows to the patient's right (3-D: RAS; 2-D: columns, rows run front to back)
+SIDE_AXIS = {2: 1, 3: 0}  # the axis that grows to the patient's right: a 2-D column, the first of RAS
 SMALL_RADIUS, LARGE_RADIUS = (9.0, 12.0), (18.0, 23.0)  # mm, of the lesion; `describe` divides at 15
 TISSUES = {  # T1-like, T2-like
     "fat": (1.12, 0.80),
@@ -49,6 +46,7 @@ TISSUES = {  # T1-like, T2-like
     "nuclei": (0.56, 0.56),
     "lesion": (1.14, 0.90),
 }
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _ellipsoid(p: list[np.ndarray], centre: tuple[float, ...], radii: tuple[floa
     return (rho - 1) * rho / np.maximum(slope, np.float32(1e-3) / np.float32(max(radii)))
 
 
-def _brain(rng: np.random.Generator, p: list[np.ndarray], axes: list[np.ndarray], radii: np.ndarray) -> tuple:
+def _brain(rng: np.random.Generator, p: list[np.ndarray], axes: list[np.ndarray], radii: np.ndarray) -> Pair:
     """Signed distances of (brain surface with its folds, white matter).
 
     Depth is the distance to the hull, to the folds near it (zeros of a random field f, about |f| / |grad f|
@@ -125,7 +123,7 @@ def _brain(rng: np.random.Generator, p: list[np.ndarray], axes: list[np.ndarray]
     return np.float32(1.0) - depth + base, np.float32(cortex) - depth + base
 
 
-def _hindbrain(rng: np.random.Generator, p: list[np.ndarray], axes: list[np.ndarray]) -> tuple:
+def _hindbrain(rng: np.random.Generator, p: list[np.ndarray], axes: list[np.ndarray]) -> Pair:
     """Signed distances of (cerebellum and brain stem, their white matter)."""
     leaves = _field(rng, axes, 18.0, 24) * np.float32(2.2)
     cerebellum = _ellipsoid(p, (0, -44, -44), (42 * rng.uniform(0.9, 1.1), 28, 22 * rng.uniform(0.9, 1.1)))
@@ -158,7 +156,7 @@ def _nuclei(rng: np.random.Generator, p: list[np.ndarray]) -> np.ndarray:
 
 def _lesion(
     rng: np.random.Generator, p: list[np.ndarray], axes: list[np.ndarray], radii: np.ndarray, plane: float
-):
+) -> np.ndarray:
     """Signed distance of a lesion inside one hemisphere; +inf: none. plane: z of a 2-D slice, or nan."""
     present, large, right = rng.random() < 0.75, rng.random() < 0.5, rng.random() < 0.5
     radius = rng.uniform(*(LARGE_RADIUS if large else SMALL_RADIUS))
@@ -181,7 +179,7 @@ def _lesion(
 
 def _paint(
     p: list[np.ndarray], axes: list[np.ndarray], rng: np.random.Generator, voxel: float, plane: float
-) -> tuple:
+) -> Pair:
     """(tissue weights (num_tissues, X, Y, Z) summing to at most 1, label map)."""
     radii = np.array([66.0, 82.0, 58.0]) * rng.uniform(0.94, 1.05, 3)
     cavity = _ellipsoid(p, (0, 0, 0), tuple(radii + 3))
@@ -202,13 +200,8 @@ def _paint(
     missing = rng.random() < 0.2
     lesion = _lesion(rng, p, axes, radii, plane)
     layers = [("fat", head, 0), ("muscle", head + scalp, 0), ("air", sinus, 0), ("eye", eyes, 0)]
-    layers += [
-        ("skull", cavity - skull, 0),
-        ("fluid", cavity, 0),
-        ("grey", hind, 1),
-        ("white", hind_white, 1),
-    ]
-    layers += [("grey", brain, 1), ("white", white, 1)]
+    layers += [("skull", cavity - skull, 0), ("fluid", cavity, 0)]
+    layers += [("grey", hind, 1), ("white", hind_white, 1), ("grey", brain, 1), ("white", white, 1)]
     layers += [] if missing else [("nuclei", nuclei, 3)]
     layers += [("fluid", ventricles, 2), ("lesion", lesion, 4)]
     weights = np.zeros((len(TISSUES), *head.shape), dtype=np.float32)
@@ -239,11 +232,8 @@ def make_phantom(
     size = DEFAULT_SIZE[dims] if size is None else tuple(size)
     if len(size) != dims or min(size) < 1:
         raise InputError(f"phantom size {size}, expected {dims} positive numbers")
-    spacing = (
-        tuple(view / n for view, n in zip(FIELD_OF_VIEW[dims], size, strict=True))
-        if spacing is None
-        else spacing
-    )
+    if spacing is None:
+        spacing = tuple(view / n for view, n in zip(FIELD_OF_VIEW[dims], size, strict=True))
     if len(spacing) != dims or min(spacing) <= 0:
         raise InputError(f"phantom spacing {tuple(spacing)}, expected {dims} positive numbers (mm)")
     rng, noise_rng = np.random.default_rng((seed, index)), np.random.default_rng((seed, index, 1))

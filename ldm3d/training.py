@@ -85,6 +85,9 @@ class RunConfig:
         for name in ("steps", "keep", "save_every", "log_every", "eval_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("workers", "patience"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay: expected 0 <= decay < 1, got {self.ema_decay}")
 
@@ -121,8 +124,16 @@ class OptimConfig:
     grad_clip: float | None = 1.0  # global gradient norm is cut to this; none = off
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise InputError(f"lr: expected > 0, got {self.lr}")
+        for name, fine, expected in (
+            ("lr", self.lr > 0, "> 0"),
+            ("adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two numbers from 0 to below 1"),
+            ("weight_decay", self.weight_decay >= 0, ">= 0"),
+            ("warmup_steps", self.warmup_steps >= 0, ">= 0"),
+            ("grad_clip", self.grad_clip is None or self.grad_clip > 0, "> 0 or none"),
+            ("reference_batch_size", self.reference_batch_size > 0, "> 0"),
+        ):
+            if not fine:
+                raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 def lr_at(step: int, steps: int, config: OptimConfig, batch_size: int) -> float:
@@ -217,10 +228,10 @@ class Stepper:
         fine = not any_rank(not (math.isfinite(self.grad_norm) and bool(self.loss_is_finite)))
         if fine:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
             self.bad_in_a_row = 0
-        else:  # on all ranks, whether or not they saw the overflow: their scales must stay equal
-            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        # Halved on all ranks, whether or not they saw an overflow themselves: their scales must stay equal
+        self.scaler.update(None if fine else 0.5 * self.scaler.get_scale())
+        if not fine:
             self._count_bad(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_is_finite = torch.ones_like(self.loss_is_finite)
@@ -592,7 +603,7 @@ class Run:
 
 def ranks_share(batch_size: int, micro_batch_size: int | None) -> int:
     """Check that the global batch divides over the ranks; returns the micro-batch per rank and forward."""
-    if batch_size % world_size():
+    if batch_size < 1 or batch_size % world_size():
         raise InputError(f"batch_size: {batch_size} does not divide over {world_size()} ranks")
     own = batch_size // world_size()
     if micro_batch_size is not None and micro_batch_size < 1:

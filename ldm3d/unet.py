@@ -30,6 +30,7 @@ from .blocks import (
     ResBlock,
     TransformerBlock,
     Upsample,
+    channels_last,
     check_levels,
     crop_to,
     level_strides,
@@ -40,6 +41,8 @@ from .blocks import (
     timestep_embedding,
 )
 from .config import InputError
+
+CHANNELS_LAST_FROM = 2**15  # voxels of the finest level on a CPU; smaller maps gain nothing
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,10 @@ class UNet(nn.Module):
                 place += 1
             return h
 
-        h = self.conv_in(pad_to_multiple(x, self.config.downsampling))
+        x = pad_to_multiple(x, self.config.downsampling)
+        if math.prod(x.shape[2:]) >= CHANNELS_LAST_FROM:
+            x = channels_last(x)
+        h = self.conv_in(x)
         skips = [h]
         for layer in self.down:
             h = walk(layer, h)

@@ -227,9 +227,12 @@ def _open_numpy(path: Path, dims: int | None) -> _Opened:
     data = np.load(path, mmap_mode="r" if _suffix(path) == ".npy" else None, allow_pickle=False)
     if not isinstance(data, np.ndarray):
         with data:
-            if len(data.files) != 1:
-                raise InputError(f"{path}: holds the arrays {data.files}, expected exactly one")
-            data = data[data.files[0]]
+            arrays = [data[name] for name in sorted(data.files)]
+            if len({a.shape for a in arrays}) != 1:
+                raise InputError(
+                    f"{path}: holds arrays of shape {[a.shape for a in arrays]}, expected one shape"
+                )
+            data = arrays[0] if len(arrays) == 1 else np.stack(arrays)  # several arrays are channels, by name
     dims = dims or min(data.ndim, 3)
     if data.ndim not in (dims, dims + 1) or dims < 2:
         raise InputError(f"{path}: an array of shape {data.shape}, expected (*S) or (C, *S), *S of 2 or 3")

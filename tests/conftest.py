@@ -59,6 +59,7 @@ def heads(tmp_path_factory) -> Path:
 def vae_run(heads) -> Path:
     """The run folder of an autoencoder that has seen the heads for ten steps."""
     import tiny
+
     import train_vae
 
     train_vae.main(tiny.vae_flags(heads, heads.parent / "vae", 10))

@@ -1,4 +1,5 @@
-"""A checkpoint that has its name is whole and safe to read; whatever is wrong with one is a line that names it."""
+"""A checkpoint that has its name is whole and safe to read; whatever is wrong with one is a line that names
+it."""
 
 import pickle
 import resource
@@ -116,7 +117,7 @@ def test_weights_that_do_not_fit_are_named_and_the_allow_lists_are_patterns():
     net, state = nn.Linear(2, 3), nn.Linear(2, 3).state_dict()
     assert load_weights(net, state, "here") == []
     assert torch.equal(net.weight, state["weight"])
-    with pytest.raises(InputError, match="here.*bias is missing"):
+    with pytest.raises(InputError, match=r"here.*bias is missing"):
         load_weights(net, {"weight": state["weight"]}, "here")
     with pytest.raises(InputError, match=r"old\.x is left over"):
         load_weights(net, {**state, "old.x": torch.zeros(1)}, "here")

@@ -26,7 +26,9 @@ def make(kind: str, dims: int, checkpointing: bool) -> tuple[nn.Module, tuple[to
         config = VAEConfig(dims, channels=(8, 16), num_groups=4, num_res_blocks=(1,), mid_attention=True)
         net = AutoencoderKL(VAEConfig(**{**vars(config), "checkpointing": checkpointing}))
         return net, (torch.randn(2, 1, *size), torch.randn(2, *net.latent_shape(size)))
-    config = UNetConfig(dims, 4, 4, (8, 16), (1,), (False, True), head_channels=8, checkpointing=checkpointing)
+    config = UNetConfig(
+        dims, 4, 4, (8, 16), (1,), (False, True), head_channels=8, checkpointing=checkpointing
+    )
     net = Denoiser(config)
     for parameter in net.parameters():  # the zero-initialised layers too
         nn.init.normal_(parameter, std=0.1)

@@ -1,4 +1,4 @@
-"""A configuration survives JSON and the command line, and every mistake in one is a line that names the key."""
+"""A configuration survives JSON and the command line; every mistake in one is a line that names the key."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,7 +6,19 @@ from typing import Literal
 
 import pytest
 
-from ldm3d.config import InputError, flatten, from_dict, parse, replace, to_dict
+from ldm3d.config import InputError, field_comments, flatten, from_dict, parse, replace, to_dict
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Wrapped:
+    short: int = 1  # in the line
+    long: tuple[tuple[int, ...], ...] | None = (
+        None  # in the line after it
+    )
+    silent: int = 2
+    last: float | None = None  # none: off (1: on)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ def test_nested_tuples_and_flags_and_none_are_read():
         (["small", "--pair", "1,2,3"], ["pair", "1,2,3"]),
         (["small", "extra"], ["extra"]),
         (["missing.json"], ["missing.json"]),
+        (["small", "--inner.rate", "inf"], ["inner.rate", "inf"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key_and_what_was_expected(argv, words):
@@ -106,6 +119,24 @@ def test_an_unknown_key_in_a_file_names_the_nearest_one(tmp_path):
         read(str(path))
 
 
+def test_a_file_that_holds_no_object_or_no_finite_number_is_refused(tmp_path):
+    path = tmp_path / "c.json"
+    for text, word in (("[1]", "object"), ('{"steps": 1e999}', "steps"), ('{"steps": NaN}', "steps")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=word):
+            read(str(path))
+
+
+def test_a_file_without_a_preset_is_named_after_itself(tmp_path):
+    (tmp_path / "mine.json").write_text('{"steps": 4}')
+    assert read(str(tmp_path / "mine.json"))[0] == Outer(preset="mine", steps=4)
+
+
+def test_a_list_that_begins_with_a_minus_is_a_value_and_not_a_flag():
+    assert read("small", "--pair", "-1000,400")[0].pair == (-1000, 400)
+    assert read("small", "--pair", "-.5 -.25")[0].pair == (-0.5, -0.25)
+
+
 def test_help_lists_every_field_with_type_default_and_comment(capsys):
     with pytest.raises(SystemExit):
         read("--help")
@@ -113,6 +144,11 @@ def test_help_lists_every_field_with_type_default_and_comment(capsys):
     assert all(f"--{key}" in text for key in flatten(Outer()))
     assert "100 % of the steps (int; default 3)" in text
     assert "a kind (one | two; default one)" in text
+
+
+def test_the_help_of_a_field_is_found_where_the_formatter_wrapped_its_value():
+    expected = {"short": "in the line", "long": "in the line after it", "last": "none: off (1: on)"}
+    assert field_comments(Wrapped) == expected
 
 
 def test_defaults_may_follow_from_other_settings_and_flags_still_win():

@@ -1,5 +1,8 @@
-"""Two ranks are one process on the joined batch: the same gradients, the same cases, the same sums, the same samples."""
+"""Two ranks are one process on the joined batch: the same gradients, the same cases, the same sums, the same
+samples."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -39,10 +42,14 @@ class Numbers(torch.utils.data.Dataset):
 def train_two_steps() -> list[torch.Tensor]:
     """The trainer's step on a small autoencoder: gradients of the first step, weights after the second."""
     torch.manual_seed(0)
-    net = AutoencoderKL(VAEConfig(dims=2, channels=(4, 8), num_groups=2, num_res_blocks=(1,), latent_channels=2))
+    net = AutoencoderKL(
+        VAEConfig(dims=2, channels=(4, 8), num_groups=2, num_res_blocks=(1,), latent_channels=2)
+    )
     stepper = Stepper(net, OptimConfig(grad_clip=0.1), RunConfig(), 4, CPU)
     model, grads = wrap(net, CPU), []
-    stepper.optimizer.register_step_pre_hook(lambda *_: grads.append([p.grad.clone() for p in net.parameters()]))
+    stepper.optimizer.register_step_pre_hook(
+        lambda *_: grads.append([p.grad.clone() for p in net.parameters()])
+    )
     for step, group in enumerate(batches(Numbers(), 4, 1, 0, 0, 2)):
         for batch, part in micro_batches(group, model, CPU, 0, step):
             x = batch["image"]
@@ -53,12 +60,71 @@ def train_two_steps() -> list[torch.Tensor]:
     return [*grads[0], *(p.detach() for p in net.parameters())]
 
 
+class Critic(nn.Module):
+    """(B, 1, 8, 8) -> logits (B, 16)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(6, 1, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).flatten(1)
+
+
+def train_against_a_critic() -> list[torch.Tensor]:
+    """Two adversarial steps, each network with its own optimizer: all gradients, and the weights at the end."""
+    torch.manual_seed(0)
+    net, critic = nn.Conv2d(1, 1, 3, padding=1), Critic()
+    models, grads = [wrap(n, CPU) for n in (net, critic)], []
+    steppers = [Stepper(n, OptimConfig(lr=1e-2, grad_clip=None), RunConfig(), 4, CPU) for n in (net, critic)]
+    for n, stepper in zip((net, critic), steppers, strict=True):
+        stepper.optimizer.register_step_pre_hook(
+            lambda *_, n=n: grads.extend(p.grad.clone() for p in n.parameters())
+        )
+    for step, group in enumerate(batches(Numbers(), 4, 1, 0, 0, 2)):
+        made = []
+        for batch, part in micro_batches(group, models[0], CPU, 0, step):
+            recon = models[0](batch["image"])
+            critic.requires_grad_(False)  # the generator's step calls the bare, frozen critic
+            loss = reconstruction_loss(recon, batch["image"]) - 0.5 * critic(recon).mean(1)
+            critic.requires_grad_(True)
+            steppers[0].backward(loss.mean() * part)
+            made.append({**batch, "recon": recon.detach()})
+        for batch, part in micro_batches(made, models[1], CPU, 0, step):
+            real, fake = models[1](torch.cat([batch["image"], batch["recon"]])).chunk(2)
+            loss = torch.relu(1 - real).mean(1) + torch.relu(1 + fake).mean(1)
+            steppers[1].backward(loss.mean() * part)
+        assert all(stepper.step(step) for stepper in steppers)
+    return [*grads, *(p.detach() for n in (net, critic) for p in n.parameters())]
+
+
+def overflow_on_one_rank() -> tuple[list[bool], list[float]]:
+    """fp16 steps without DDP, the first with an overflow that rank 1 alone can see: (taken, loss scales)."""
+    net = nn.Linear(2, 1)
+    stepper, taken, scales = Stepper(net, OptimConfig(), RunConfig(amp="fp16"), 4, CPU), [], []
+    for step in range(2):
+        huge = 1e36 if step == 0 and rank() == 1 else 1.0
+        stepper.backward(net(torch.ones(1, 2)).square().mean() * huge)
+        taken.append(stepper.step(step))
+        scales.append(stepper.scaler.get_scale())
+    return taken, scales
+
+
 def on_each_rank(number: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(number),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     setup("cpu")
-    result = {"step": train_two_steps()}
+    result = {"step": train_two_steps(), "adversarial": train_against_a_critic()}
+    result["overflow"] = overflow_on_one_rank()
     mean = Mean()
+    if rank() == 0:
+        mean.add(only_here=torch.tensor([1.0, 3.0]))  # a rank without cases adds nothing
+    result["only here"] = mean.take()
     for batch in evaluation_batches(Numbers(), 2):  # 7 cases: 4 on rank 0, 3 on rank 1
         mean.add(index=batch["index"].double())
     result["mean"] = mean.take()["index"]
@@ -74,14 +140,18 @@ def on_each_rank(number: int, port: int, folder: str) -> None:
     with torch.no_grad():
         net.weight.fill_(1.0)
     stepper.backward(net(torch.full((1, 2), float("nan") if rank() else 1.0)).mean())
-    result["bad step taken"] = stepper.step(0)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result["bad step taken"] = stepper.step(0)
+    result["said"] = said.getvalue()
     torch.save(result, f"{folder}/{number}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(on_each_rank, (29000 + os.getpid() % 2000, str(folder)), nprocs=2, start_method="spawn")
+    mp.start_processes(
+        on_each_rank, (29000 + os.getpid() % 2000, str(folder)), nprocs=2, start_method="spawn"
+    )
     return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
 
 
@@ -95,10 +165,25 @@ def test_the_ranks_stay_bit_equal(ranks):
     assert all(torch.equal(a, b) for a, b in zip(ranks[0]["step"], ranks[1]["step"], strict=True))
 
 
+def test_an_adversarial_step_on_two_ranks_is_that_of_one_process_for_both_networks(ranks):
+    alone = train_against_a_critic()
+    for mine, theirs, other in zip(alone, ranks[0]["adversarial"], ranks[1]["adversarial"], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert torch.equal(theirs, other)
+
+
+def test_an_overflow_that_one_rank_sees_skips_the_step_and_halves_the_scale_on_all(ranks):
+    for result in ranks:
+        taken, scales = result["overflow"]
+        assert taken == [False, True]
+        assert scales == [2.0**15, 2.0**15]
+
+
 def test_unequal_shards_in_validation_give_the_exact_mean_and_see_each_case_once(ranks):
     assert ranks[0]["mean"] == ranks[1]["mean"] == pytest.approx(3.0)
     seen = [i for shard in ranks[0]["cases"] for batch in shard for i in batch]
     assert sorted(seen) == list(range(7))
+    assert ranks[0]["only here"] == ranks[1]["only here"] == {"only_here": 2.0}
 
 
 def test_sums_decisions_and_rank_0_values_reach_all_ranks(ranks):
@@ -111,9 +196,11 @@ def test_sums_decisions_and_rank_0_values_reach_all_ranks(ranks):
 
 def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks):
     assert [r["bad step taken"] for r in ranks] == [False, False]
+    assert "the loss on rank 1 is not finite" in ranks[0]["said"]
+    assert ranks[1]["said"] == ""
 
 
-# --- scripts under torchrun -------------------------------------------------------------------------------------
+# --- scripts under torchrun ---------------------------------------------------------------------------------
 
 
 def torchrun(script: str, *flags) -> subprocess.Popen:
@@ -126,7 +213,7 @@ def torchrun(script: str, *flags) -> subprocess.Popen:
 
 
 FLAGS = """--data.val_fraction 0.4 --batch_size 4 --run.steps 6 --run.save_every 3 --run.eval_every 3
- --run.log_every 1 --data.patch none --vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1""".split()
+--run.log_every 1 --data.patch none --vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1""".split()
 
 
 def test_a_script_under_torchrun_trains_like_one_process_and_ranks_share_the_samples(tmp_path):
@@ -136,7 +223,7 @@ def test_a_script_under_torchrun_trains_like_one_process_and_ranks_share_the_sam
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = [sys.executable, str(ROOT / "train_vae.py"), *map(str, flags), "--run.dir", str(tmp_path / "one")]
     subprocess.run(one, check=True, env=env, capture_output=True)
-    out, err = two.communicate(timeout=120)
+    _, err = two.communicate(timeout=120)
     assert two.returncode == 0, err
     a, b = (load(step_files(tmp_path / name)[0]) for name in ("one", "two"))
     for key, value in a["model"].items():

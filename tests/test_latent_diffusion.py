@@ -1,10 +1,19 @@
-"""Latents are encoded once, normalised by the statistics of the set, and sampling undoes exactly what encoding did."""
+"""Latents are encoded once, normalised by the statistics of the set, and sampling undoes exactly what
+encoding did."""
 
 import numpy as np
 import pytest
 import torch
 
-from ldm3d import AutoencoderKL, Denoiser, DiffusionKernel, KernelConfig, LatentDiffusion, UNetConfig, VAEConfig
+from ldm3d import (
+    AutoencoderKL,
+    Denoiser,
+    DiffusionKernel,
+    KernelConfig,
+    LatentDiffusion,
+    UNetConfig,
+    VAEConfig,
+)
 from ldm3d.data import DataConfig, open_data
 from ldm3d.latent_diffusion import LatentDataset, cache_key, cache_latents, latent_statistics
 from ldm3d.phantoms import write_phantoms
@@ -44,23 +53,25 @@ def test_the_cache_holds_what_the_encoder_says_and_is_made_once(data, tmp_path):
     posterior = vae.encode(dataset[2, 2]["image"][None])
     assert torch.allclose(torch.from_numpy(table[2, 0, 0].copy()), posterior.mean[0], atol=1e-6)
     assert torch.allclose(torch.from_numpy(table[2, 0, 1].copy()), posterior.logvar[0], atol=1e-6)
-    again = cache_latents(make_vae(seed=5), dataset, tmp_path / "a", 1, CPU)  # would differ if it were made anew
+    again = cache_latents(
+        make_vae(seed=5), dataset, tmp_path / "a", 1, CPU
+    )  # would differ if it were made anew
     assert np.array_equal(again, table)
     assert not list((tmp_path / "a").glob("*.partial"))
 
 
 def test_the_key_changes_with_weights_settings_and_files(data):
-    def key(seed=0, num_variants=1, files=data.files("train")):
+    def key(seed=0, num_variants=1, part="train"):
         config = DataConfig(root=data.config.root, num_variants=num_variants)
-        return cache_key(make_vae(seed), config, data.state, files)
+        return cache_key(make_vae(seed), config, data.state, data.files(part))
 
     assert key() == key()
-    assert len({key(), key(seed=1), key(num_variants=2), key(files=data.files("val"))}) == 4
+    assert len({key(), key(seed=1), key(num_variants=2), key(part="val")}) == 4
 
 
 def test_variants_are_chosen_by_the_position_alone(tmp_path):
     table = np.random.default_rng(0).normal(size=(2, 4, 2, 1, 2, 2, 2)).astype(np.float32)
-    dataset = LatentDataset(table, 7, ["a", "b"])
+    dataset = LatentDataset(table, 7)
     item = dataset[11, 1]
     assert torch.equal(item["mean"], dataset[11, 1]["mean"])
     assert any(np.array_equal(item["mean"].numpy(), table[1, v, 0]) for v in range(4))
@@ -82,7 +93,9 @@ def test_decode_undoes_the_normalisation_of_encode(model, data):
     x = data.dataset("val")[0, 0]["image"][None]
     z = model.autoencoder.encode(x).mean
     assert torch.allclose(model.encode(x)[0, 1], (z[0, 1] + 2.0) / 0.5, atol=1e-5)
-    assert torch.allclose(model.decode(model.encode(x)), model.autoencoder.decode(z, data.state.size), atol=1e-4)
+    assert torch.allclose(
+        model.decode(model.encode(x)), model.autoencoder.decode(z, data.state.size), atol=1e-4
+    )
 
 
 def test_the_loss_is_that_of_the_formula(model):

@@ -59,7 +59,7 @@ def test_posterior_and_losses_are_fp32_while_the_networks_compute_in_bf16():
         recon, posterior = net(x, torch.randn(2, *net.latent_shape((16, 16))))
     assert recon.dtype == torch.bfloat16
     assert posterior.mean.dtype == posterior.logvar.dtype == torch.float32
-    terms = train_vae.loss_terms(recon, posterior, x, train_vae.Config())
+    terms = train_vae.loss_terms(recon, posterior, x, train_vae.Config(), 0)
     assert {term.dtype for term in terms.values()} == {torch.float32}
 
 

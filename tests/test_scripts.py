@@ -1,4 +1,5 @@
-"""The scripts do the whole job: train, be killed and go on bit-exactly, sample what opens in a viewer, refuse bad input."""
+"""The scripts do the whole job: train, be killed and go on bit-exactly, sample what opens in a viewer, refuse
+bad input."""
 
 import json
 import os
@@ -23,11 +24,11 @@ from ldm3d.phantoms import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 VAE = """--vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3
- --batch_size 4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --data.val_fraction 0.2
- --run.ema_decay 0.9 --optim.lr 4e-3 --optim.warmup_steps 0 --data.patch none""".split()
-LDM = """--unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1 --unet.head_channels 8
- --batch_size 4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --run.ema_decay 0.9
- --optim.lr 4e-3 --optim.warmup_steps 0 --sample_steps 2""".split()
+--batch_size 4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --data.val_fraction 0.2
+--run.ema_decay 0.9 --optim.lr 4e-3 --optim.warmup_steps 0 --data.patch none""".split()
+LDM = """--unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1 --unet.head_channels 8 --batch_size
+4 --run.eval_every 20 --run.save_every 10 --run.log_every 5 --run.ema_decay 0.9 --optim.lr 4e-3
+--optim.warmup_steps 0 --sample_steps 2""".split()
 
 
 def vae_flags(heads, run, steps=40):
@@ -47,7 +48,9 @@ def dims(request):
 def place(tmp_path_factory, dims):
     """A folder with tiny heads, an autoencoder and a denoiser trained on them."""
     place = tmp_path_factory.mktemp(f"scripts{dims}d")
-    write_phantoms(place / "heads", 12, dims=dims, size=(16, 20, 16)[:dims], spacing=(12.0, 11.0, 12.0)[:dims])
+    write_phantoms(
+        place / "heads", 12, dims=dims, size=(16, 20, 16)[:dims], spacing=(12.0, 11.0, 12.0)[:dims]
+    )
     extra = ["--data.dims", str(dims), "--vae.dims", str(dims), "--data.cache_dir", str(place / "cache")]
     train_vae.main(vae_flags(place / "heads", place / "vae") + extra)
     train_ldm.main(ldm_flags(place / "vae", place / "ldm"))
@@ -62,10 +65,12 @@ def losses(run: Path, split="train"):
 def command(script, *flags, **more):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     arguments = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **more)
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **more
+    )
 
 
-# --- the job ----------------------------------------------------------------------------------------------------
+# --- the job ------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_falls_in_both_stages(place):
@@ -81,7 +86,9 @@ def test_a_run_folder_holds_what_it_should(place):
         assert {f"checkpoint_{step:07d}.pt" for step in (last - 10, last)} <= names
         assert not any(".tmp" in n for n in names)
     assert (place / "ldm" / "autoencoder.pt").exists()
-    assert json.loads((place / "vae/split.json").read_text()) == json.loads((place / "ldm/split.json").read_text())
+    assert json.loads((place / "vae/split.json").read_text()) == json.loads(
+        (place / "ldm/split.json").read_text()
+    )
 
 
 def test_samples_open_with_the_shape_spacing_and_orientation_of_the_training_data(place, dims, capsys):
@@ -140,7 +147,7 @@ def test_the_run_of_another_init_starts_from_its_weights(place, tmp_path, dims):
     assert all(torch.allclose(start[k], end[k], atol=1e-6) for k in start)
 
 
-# --- resume -----------------------------------------------------------------------------------------------------
+# --- resume -------------------------------------------------------------------------------------------------
 
 
 def assert_same_end(one: Path, other: Path):
@@ -151,7 +158,9 @@ def assert_same_end(one: Path, other: Path):
     for name, state in a["optimizers"].items():
         theirs = b["optimizers"][name]["optimizer"]["state"]
         for k, slots in state["optimizer"]["state"].items():
-            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(theirs[k][s])) for s, v in slots.items())
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(theirs[k][s])) for s, v in slots.items()
+            )
     assert losses(one) == losses(other)
     assert losses(one, "val") == losses(other, "val")
 
@@ -221,7 +230,7 @@ def test_five_kills_at_random_moments_change_nothing(heads, tmp_path, script, wo
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-# --- bad input --------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,5 +275,49 @@ def test_a_run_folder_of_another_kind_is_refused(place, capsys):
 
 
 def test_a_sampler_of_the_other_process_is_refused_with_the_right_ones(place, capsys):
+    before = sorted(place.rglob("*"))
     assert run_script(sample.main, [str(place / "ldm"), "--sampler", "ddim"]) == 2
     assert "heun" in capsys.readouterr().err
+    assert run_script(sample.main, [str(place / "ldm"), "--eta", "0.5"]) == 2
+    assert "eta: got 0.5 with sampler heun" in capsys.readouterr().err
+    assert sorted(place.rglob("*")) == before  # no empty folder is left
+
+
+def test_the_autoencoder_takes_axes_and_channels_of_the_data_or_names_the_setting(tmp_path, capsys):
+    write_phantoms(tmp_path / "heads", 3, dims=2, size=(16, 16))
+    flags = [*vae_flags(tmp_path / "heads", tmp_path / "vae", steps=1), "--data.cache_dir", str(tmp_path)]
+    flags += ["--data.dims", "2"]
+    assert run_script(train_vae.main, [*flags, "--vae.in_channels", "3"]) == 2
+    assert "vae.in_channels: 3, but the images have 1" in capsys.readouterr().err
+    assert run_script(train_vae.main, [*flags, "--vae.dims", "3"]) == 2
+    assert "vae.dims: 3, but data.dims is 2" in capsys.readouterr().err
+    assert run_script(train_vae.main, flags) == 0
+    assert load(step_files(tmp_path / "vae")[0])["config"]["vae"]["dims"] == 2
+
+
+def test_a_folder_to_reconstruct_that_holds_nothing_is_named(place, tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert run_script(sample.main, [str(place / "vae"), "--reconstruct", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert str(folder) in err
+        assert err.count("\n") == 1
+
+
+def test_stage_two_can_encode_anew_at_every_step_with_fresh_augmentation(place):
+    flags = [*ldm_flags(place / "vae", place / "fresh", steps=4), "--latent_cache", "false"]
+    train_ldm.main([*flags, "--run.log_every", "1", "--data.augment.flip_axes", "1"])
+    assert len(losses(place / "fresh")) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.scaling", "minmax"], "data.scaling: the autoencoder was trained with percentile"),
+        (["--data.augment.flip_axes", "1"], "data.num_variants"),
+        (["--data.num_variants", "3"], "data.augment"),
+    ],
+)
+def test_stage_two_refuses_data_settings_that_would_do_harm_or_nothing(place, tmp_path, flags, words, capsys):
+    assert run_script(train_ldm.main, [*ldm_flags(place / "vae", tmp_path / "ldm"), *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "ldm").exists()

@@ -40,7 +40,7 @@ def make_stepper(net, **run):
     return Stepper(net, OptimConfig(lr=0.1, grad_clip=None), RunConfig(steps=10, **run), 4, CPU)
 
 
-# --- learning rate, randomness, averages ------------------------------------------------------------------------
+# --- learning rate, randomness, averages --------------------------------------------------------------------
 
 
 def test_the_learning_rate_warms_up_and_follows_its_schedule():
@@ -112,7 +112,7 @@ def test_means_are_over_samples_leave_nan_out_and_start_anew():
     assert mean.take() == {}
 
 
-# --- the step ---------------------------------------------------------------------------------------------------
+# --- the step -----------------------------------------------------------------------------------------------
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_the_joined_batch():
@@ -181,7 +181,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         ranks_share(8, 0)
 
 
-# --- the run folder ---------------------------------------------------------------------------------------------
+# --- the run folder -----------------------------------------------------------------------------------------
 
 
 def start(tmp_path, given=None, step=0, **changes):
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         run.start({})
 
 
-# --- the log ----------------------------------------------------------------------------------------------------
+# --- the log ------------------------------------------------------------------------------------------------
 
 
 def test_the_log_is_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path):

@@ -305,6 +305,13 @@ def test_numpy_arrays_and_pictures_are_read_with_the_spacing_given(tmp_path: Pat
     assert read(tmp_path / "color.png").array.shape == (3, 5, 6)
 
 
+def test_arrays_of_one_npz_file_are_channels_in_the_order_of_their_names(tmp_path):
+    low, high = np.random.default_rng(0).normal(size=(2, 4, 5, 6)).astype(np.float32)
+    np.savez(tmp_path / "pair.npz", low=low, high=high)
+    assert np.array_equal(read(tmp_path / "pair.npz", channel=1, dims=3).array[0], low)
+    assert np.array_equal(read(tmp_path / "pair.npz", dims=3).array, np.stack([high, low]))
+
+
 def test_names_of_volumes_are_told_from_others() -> None:
     assert all(map(is_volume_file, ("a.nii", "b/a.NII.GZ", "a.tiff", "a.npz", "a.jpg")))
     assert not any(map(is_volume_file, ("a.txt", "a.gz", ".a.nii.gz", "nii", "a.nii.gz.7.tmp")))
@@ -334,7 +341,7 @@ def broken_files(folder: Path) -> dict[str, str]:
     with tifffile.TiffWriter(folder / "mixed.tif") as file:
         file.write(np.zeros((4, 4), np.uint8))
         file.write(np.zeros((5, 5), np.uint8))
-    np.savez(folder / "two.npz", a=np.zeros((3, 3)), b=np.zeros((3, 3)))
+    np.savez(folder / "two.npz", a=np.zeros((3, 3)), b=np.zeros((3, 4)))
     np.save(folder / "line.npy", np.zeros(5))
     np.save(folder / "code.npy", np.array([{}], dtype=object), allow_pickle=True)
     (folder / "folder.nii.gz").mkdir()
@@ -351,7 +358,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "complex.nii": "complex64",
         "five.nii": "shape",
         "mixed.tif": "different shape",
-        "two.npz": "exactly one",
+        "two.npz": "expected one shape",
         "line.npy": "shape",
         "code.npy": "read",
         "folder.nii.gz": "a folder",

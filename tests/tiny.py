@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RUN = "--run.eval_every 10 --run.save_every 5 --run.log_every 1 --run.ema_decay 0.9 --optim.warmup_steps 0".split()
+RUN = """--run.eval_every 10 --run.save_every 5 --run.log_every 1 --run.ema_decay 0.9 --optim.warmup_steps 0
+ --optim.schedule constant""".split()
 VAE = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch none --vae.dims 2 --vae.channels 8,16
  --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3 --optim.lr 2e-3""".split()
 LDM = """--batch_size 4 --unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1 --unet.head_channels 8

@@ -47,9 +47,7 @@ def twin_autoencoder(config: VAEConfig, flash: bool = False) -> tuple[Autoencode
     ours = AutoencoderKL(config)
     randomise(theirs)
     for mine, other in ((ours.encoder, theirs.encoder), (ours.decoder, theirs.decoder)):
-        *layers, head = mine.layers
-        *blocks, norm, conv = other.blocks
-        for layer, block in zip([*layers, head.norm, head.conv], [*blocks, norm, conv], strict=True):
+        for layer, block in zip(mine.layers, other.blocks, strict=True):
             copy_module(layer, block)
     heads = (theirs.quant_conv_mu.conv, theirs.quant_conv_log_sigma.conv)
     copy_tensor(ours.quant_conv.weight, torch.cat([h.weight for h in heads]))

@@ -325,7 +325,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds per case")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--cpu_time", action="store_true", help="CPU seconds; with --threads 1, on a shared machine")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="CPU seconds; with --threads 1, on a shared machine"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
