@@ -27,7 +27,8 @@ from torch import Tensor
 from ldm3d.checkpoint import load_run
 from ldm3d.config import InputError, Parser, add_options, replace, to_dict
 from ldm3d.data import DataState, open_folder
-from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, share, world_size
+from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, world_size
+from ldm3d.evaluation import new_folder
 from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, weight_bytes
@@ -58,28 +59,6 @@ class Config:
         for name in ("num", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-
-def new_folder(config: Config, run: Path, what: str) -> Path:
-    """The folder to write to, made by rank 0; one that holds something is never taken."""
-    base = run if run.is_dir() else run.parent
-    error, folder = None, None
-    if is_main():
-        number = 1
-        while config.out is None and (base / f"{what}-{number:03d}").exists():
-            number += 1
-        folder = Path(config.out) if config.out else base / f"{what}-{number:03d}"
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            error = f"out: {folder} exists and is not empty; nothing is overwritten"
-        else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                error = f"out: {folder} cannot be made ({e.strerror})"
-    error, folder = share((error, folder))
-    if error:
-        raise InputError(error)
-    return folder
 
 
 def suffix_of(config: Config, state: DataState) -> str:
@@ -121,7 +100,7 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     sampler = model.default_sampler if config.sampler == "auto" else config.sampler
     model.kernel.check_sampler(sampler, config.eta)
     calls = model.kernel.num_network_calls(sampler, config.steps)
-    folder = new_folder(config, run, "samples")
+    folder = new_folder(run, config.out, "samples")
     size = "x".join(map(str, model.state.size))
     print0(f"{config.num} volumes of {size}, {sampler}, {config.steps} steps = {calls} network calls each")
 
@@ -219,7 +198,7 @@ def reconstruct(config: Config, run: Path, device: torch.device) -> None:
     )
     autoencoder.to(device)
     dataset = open_folder(config.reconstruct, content)
-    folder = new_folder(config, run, "reconstructions")
+    folder = new_folder(run, config.out, "reconstructions")
     rows, sheet = {}, {"original": [], "reconstruction": []}
     for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
         x = dataset[i, i]["image"][None].to(device)

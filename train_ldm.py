@@ -43,11 +43,11 @@ from ldm3d.latent_diffusion import (
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, encode, weight_bytes
 from ldm3d.metrics import set_statistics
+from ldm3d.runs import Run
 from ldm3d.training import (
     EMA,
     Mean,
     OptimConfig,
-    Run,
     RunConfig,
     Speed,
     Stepper,

@@ -57,11 +57,11 @@ from ldm3d.losses import (
 from ldm3d.memory import Plan, weight_bytes
 from ldm3d.metrics import ms_ssim, psnr, ssim
 from ldm3d.phantoms import write_phantoms
+from ldm3d.runs import Run
 from ldm3d.training import (
     EMA,
     Mean,
     OptimConfig,
-    Run,
     RunConfig,
     Speed,
     Stepper,

@@ -1,41 +1,39 @@
-"""Building blocks of all networks, in 2-D and 3-D: convolution, norm, residual and attention blocks, re-sampling, trunks.
+"""Building blocks of all networks, 2-D and 3-D: residual, attention, re-sampling blocks, trunks, time.
 
-Legend, used in shape comments everywhere: B batch, C channels, *S spatial axes (H, W) or (D, H, W), N tokens (the
-flattened *S), M context tokens, E embedding width, T timesteps, K codebook entries or classes.
+Legend, used in shape comments everywhere: B batch, C channels, *S spatial axes (H, W) or (D, H, W), N tokens
+(the flattened *S), M context tokens, E embedding width, T timesteps, K codebook entries or classes.
 
-    residual block   h = conv1(silu(norm1(x))) + W silu(emb);   y = conv2(silu(norm2(h))) + skip(x)       [1], [2]
-    attention        y = x + W_o softmax(q k^T / sqrt(d)) v     with q, k, v from norm(x) or from a context       [3]
-    transformer      tokens: + self-attention, + cross-attention(context), + GEGLU feed-forward; zero 1x1 out     [2]
+    residual block   h = conv1(silu(norm1(x))) + W silu(emb);   y = conv2(silu(norm2(h))) + skip(x)   [1], [2]
+    attention        y = x + W_o softmax(q k^T / sqrt(d)) v,    q, k, v from norm(x) or a context      [3]
+    transformer      tokens: + self-attention, + cross-attention, + GEGLU feed-forward; zero 1x1 out   [2]
 
 [1] He et al. 2016, arXiv 1603.05027 (pre-activation). [2] Rombach et al. 2022, arXiv 2112.10752, appendix.
-[3] Vaswani et al. 2017, arXiv 1706.03762, eq. 1. GroupNorm: Wu & He 2018, arXiv 1803.08494. GEGLU: Shazeer 2020,
-arXiv 2002.05202.
+[3] Vaswani et al. 2017, arXiv 1706.03762, eq. 1. GEGLU: Shazeer 2020, arXiv 2002.05202.
 
-Weights are always those of the plain formula, so checkpoints know nothing of the tricks; the arithmetic is sometimes
-another one that gives the same numbers. Every such place says why, and tests/test_blocks.py compares it with the plain
-formula. `Encoder` and `Decoder` are one flat list, `layers`: forward, streaming and the weight converters all walk it.
+Weights are always those of the plain formula, so checkpoints know nothing of the tricks; the arithmetic is
+sometimes another one that gives the same numbers. Each such place says why, and tests/test_blocks.py compares
+it with the plain formula. The convolution and the norm, with the tricks that CPUs want, are in normconv.py.
+`Encoder` and `Decoder` are one flat list, `layers`: forward, streaming and the weight converters all walk it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .config import InputError
+from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
-RECOMPUTE_FROM = 2**20  # elements: norm and SiLU of smaller tensors are kept for backward, which is faster
-SLABS_FROM = 2**22  # elements: larger CPU tensors go through norm + SiLU + convolution some planes at a time
 UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3"]
 
-# --- levels -------------------------------------------------------------------------------------------------------
+# --- levels -------------------------------------------------------------------------------------------------
 
 
 def per_level(value: Sequence, levels: int) -> tuple:
@@ -70,7 +68,7 @@ def check_levels(config: Any) -> None:
             raise InputError(f"strides: expected 1 or 2 for each of {config.dims} axes, got {strides}")
 
 
-# --- sizes --------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
@@ -94,267 +92,18 @@ def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
     return x
 
 
-# --- convolution and norm -----------------------------------------------------------------------------------------
-
-
-def takes_slow_path(x: Tensor, weight: Tensor) -> bool:
-    """Whether eager PyTorch would run this fp32 CPU convolution by its slow native kernel instead of oneDNN.
-
-    ATen does so for one small sample with kernels up to 3. Compiled, traced, meta and fake tensors, and autocast, must
-    not see `torch.mkldnn_convolution`: it has no kernel for them.
-    """
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-        and type(x) is Tensor
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and x.shape[0] == 1
-        and math.prod(x.shape[:4]) <= 20480
-        and min(weight.shape[-2:]) <= 3
-    )
-
-
-class Conv(nn.Module):
-    """Convolution over the last `dims` axes; `padding` defaults to half the kernel ("same" for stride 1)."""
-
-    def __init__(
-        self,
-        dims: int,
-        in_channels: int,
-        out_channels: int,
-        kernel: int = 3,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | None = None,
-        zero_init: bool = False,
-    ):
-        super().__init__()
-        plain = (nn.Conv2d if dims == 2 else nn.Conv3d)(in_channels, out_channels, kernel)
-        self.weight, self.bias = plain.weight, plain.bias  # (C_out, C_in, k, k[, k]), (C_out,)
-        self.stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
-        padding = kernel // 2 if padding is None else padding
-        self.padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
-        self.pointwise = kernel == 1 and max(self.stride) == 1
-        self.convolve = F.conv2d if dims == 2 else F.conv3d
-        if zero_init:
-            nn.init.zeros_(self.weight)
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, padding: Sequence[int] | None = None) -> Tensor:
-        """`padding` replaces the layer's own, for a slab whose neighbours are given."""
-        padding = self.padding if padding is None else padding
-        if self.pointwise and is_channels_last(x):  # a matrix product of rows, without any copy
-            return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        if takes_slow_path(x, self.weight):
-            one = (1,) * len(self.stride)
-            return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, one, 1)
-        return self.convolve(x, self.weight, self.bias, self.stride, padding)
-
-    def extra_repr(self) -> str:
-        out_channels, in_channels, *kernel = self.weight.shape
-        return f"{in_channels}, {out_channels}, kernel={tuple(kernel)}, stride={self.stride}"
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same (B, C, *S) with the memory layout (B, *S, C), on the CPU only; a view if there is one channel.
-
-    oneDNN convolutions re-order every other layout at each call; on large maps that is a third of their time. The norms
-    of such tensors have to be ours (`RowNorm`): PyTorch's are slow and inexact in this layout.
-    """
-    if (
-        x.device.type != "cpu"
-        or type(x) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    ):
-        return x
-    if x.shape[1] == 1 and x.is_contiguous():  # PyTorch would not see that this is channels-last already
-        return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:]))
-    return x.contiguous(memory_format=last_format(x))
-
-
-def last_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-
-
-def is_channels_last(x: Tensor) -> bool:
-    plain = x.device.type != "cpu" or torch.compiler.is_compiling() or x.is_contiguous()
-    return not plain and x.is_contiguous(memory_format=last_format(x))
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """Channels-last (B, C, S_1, ...) -> (B, S_1, n, C), a view: n voxels in each of the S_1 planes."""
-    return x.movedim(1, -1).flatten(2, -2)
-
-
-def plane_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Channels-last (B, C, S_1, ...) -> views (B, planes, voxels of a plane, C) of some 2^20 elements: temporary results of
-    that size stay in the cache, and few enough for the threads to meet rarely."""
-    views = [rows_of(x) for x in tensors]
-    step = max(1, 2**20 // views[0][:, 0].numel())
-    for start in range(0, views[0].shape[1], step):
-        yield tuple(view[:, start : start + step] for view in views)
-
-
-def sum_rows(rows: Tensor) -> Tensor:
-    """(B, planes, n, C) fp32 -> (B, C) float64: sums of planes in fp32, added in float64."""
-    return rows.sum(2).double().sum(1)
-
-
-def group_mean(values: Tensor, groups: int) -> Tensor:
-    """(B, C) -> (B, C): the mean over each group, at each of its channels."""
-    grouped = values.unflatten(1, (groups, -1))
-    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
-
-
-def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Channels-last (B, C, *S) -> (mean, 1 / std) of every group at each of its channels, (B, 1, 1, C), at least fp32.
-
-    Sums of differences to one voxel, added in float64, so that a large mean costs no precision.
-    """
-    dtype, n = torch.promote_types(x.dtype, torch.float32), x[0, 0].numel()
-    origin = x.flatten(2)[:, None, None, :, 0].to(dtype)  # (B, 1, 1, C)
-    first, second = 0.0, 0.0
-    for (rows,) in plane_slices(x):
-        d = rows.to(dtype) - origin
-        first = first + sum_rows(d)
-        second = second + sum_rows(d.square_())
-    mean = origin[:, 0, 0].double() + first / n  # (B, C) of every channel
-    of_group = group_mean(mean, groups)
-    variance = group_mean(second / n - (first / n).square() + (mean - of_group).square(), groups)
-    return of_group.to(dtype)[:, None, None], (variance + eps).rsqrt().to(dtype)[:, None, None]
-
-
-class RowNorm(torch.autograd.Function):
-    """Group norm, then SiLU if `silu`, of a channels-last CPU tensor; fp32 inside, slice by slice.
-
-    With x^ = (x - mean) rstd, p = w x^ + b, y = silu(p) and g = dL/dp the gradients are dL/dw = sum g x^, dL/db = sum g,
-    dL/dx = (w g - <w g> - x^ <w g x^>) rstd, where < > is the mean over the group (as for batch norm, Ioffe & Szegedy
-    2015, arXiv 1502.03167, section 3).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-    ) -> Tensor:
-        mean, rstd = row_statistics(x, groups, eps)
-        scale, shift = weight * rstd, bias - weight * mean * rstd  # (B, 1, 1, C)
-        out = torch.empty_like(x)
-        for rows, target in plane_slices(x, out):
-            y = torch.addcmul(shift, rows.to(scale.dtype), scale)
-            target.copy_(F.silu(y, inplace=True) if silu else y)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.groups, ctx.silu = groups, silu
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, n = torch.empty_like(x), x[0, 0].numel()
-        sum_g, sum_gx = 0.0, 0.0  # (B, C)
-        for rows, g, target in plane_slices(x, grad.contiguous(memory_format=last_format(x)), dx):
-            x_hat, g = (rows.to(mean.dtype) - mean).mul_(rstd), g.to(mean.dtype)
-            if ctx.silu:
-                p = torch.addcmul(bias, x_hat, weight)
-                g = torch.ops.aten.silu_backward.grad_input(g, p, grad_input=p)
-            target.copy_(g)
-            sum_g = sum_g + sum_rows(g)
-            sum_gx = sum_gx + sum_rows(x_hat.mul_(g))
-        mean_g, mean_gx = (
-            (group_mean(weight * total, ctx.groups) / n).to(mean.dtype)[:, None, None]
-            for total in (sum_g, sum_gx)
-        )
-        for_g, for_x = weight * rstd, -rstd.square() * mean_gx  # dx = for_g g + for_x x + rest
-        rest = -rstd * mean_g - for_x * mean
-        for rows, target in plane_slices(x, dx):
-            target.copy_(
-                torch.addcmul(rest, rows.to(mean.dtype), for_x).addcmul_(target.to(mean.dtype), for_g)
-            )
-        return dx, sum_gx.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype), None, None, None
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm, then SiLU if asked. The number of groups is the largest one up to `num_groups` that divides the channels.
-
-    Statistics are fp32 for every input type.
-    """
-
-    def __init__(self, channels: int, num_groups: int = 32, eps: float = 1e-6):
-        super().__init__(
-            max(g for g in range(1, min(num_groups, channels) + 1) if channels % g == 0), channels, eps
-        )
-
-    def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x) = scale x + shift for a channels-last x; both (B, 1, 1, C)."""
-        mean, rstd = row_statistics(x, self.num_groups, self.eps)
-        return self.weight * rstd, self.bias - self.weight * mean * rstd
-
-    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        if is_channels_last(x):
-            return RowNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
-        y = super().forward(x)
-        # In place where no gradient is wanted: a fresh allocation costs more than the arithmetic
-        return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
-
-
-def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tensor:
-    """conv([silu](norm(x))) for a conv of kernel 3, by whatever way costs the least time and memory.
-
-    In training only a large `x` is kept: norm and SiLU are cheap, so backward computes them again. The checkpoint stops
-    as soon as all saved tensors exist again, which is before the convolution. Compile has a partitioner for that.
-    """
-    if torch.is_grad_enabled():
-        if x.numel() < RECOMPUTE_FROM or torch.compiler.is_compiling():
-            return conv(norm(x, silu))
-        return checkpoint(lambda y: conv(norm(y, silu)), x, use_reentrant=False, preserve_rng_state=False)
-    if x.numel() > SLABS_FROM and is_channels_last(x):
-        return norm_conv_in_slabs(norm, conv, x, silu)
-    return conv(norm(x, silu))
-
-
-def norm_conv_in_slabs(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool) -> Tensor:
-    """`norm_conv` of a channels-last tensor without gradient, a few planes at a time with the statistics of the whole.
-
-    Exact: the normalised planes, one more on either side, never leave the cache, and memory is that of the result.
-    """
-    scale, shift = norm.scale_and_shift(x)  # (B, 1, 1, C)
-    rows, depth = rows_of(x), x.shape[2]  # (B, S_1, n, C)
-    step = max(1, 2**21 // rows[:, 0].numel())
-    out: Tensor | None = None
-    for start in range(0, depth, step):
-        stop = min(start + step, depth)
-        y = torch.addcmul(shift, rows[:, max(start - 1, 0) : stop + 1].to(scale.dtype), scale)
-        y = (F.silu(y, inplace=True) if silu else y).to(x.dtype)
-        ends = (
-            int(start == 0),
-            int(stop == depth),
-        )  # the zero padding of the convolution, where the slab has an end
-        y = F.pad(y, (0, 0, 0, 0, *ends)) if any(ends) else y
-        part = conv(y.unflatten(2, x.shape[3:]).movedim(-1, 1), padding=(0, *conv.padding[1:]))
-        if out is None:
-            out = torch.empty_like(
-                part[:, :, :1].expand(*part.shape[:2], *x.shape[2:]), memory_format=last_format(x)
-            )
-        out[:, :, start:stop] = part
-    return out
-
-
 def run_layer(layer: Callable[..., Tensor], *args: Tensor | None, checkpointing: bool) -> Tensor:
-    """layer(*args), its activations computed again in backward if `checkpointing`: memory of one layer at a time."""
+    """layer(*args); with `checkpointing` backward computes its activations again, one layer at a time."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
 
 
-# --- residual block -----------------------------------------------------------------------------------------------
+# --- residual block -----------------------------------------------------------------------------------------
 
 
 class ResBlock(nn.Module):
-    """(B, C_in, *S) -> (B, C_out, *S). With `emb_dim`, forward wants emb (B, emb_dim) and adds its projection to h."""
+    """(B, C_in, *S) -> (B, C_out, *S). With `emb_dim`, forward adds a projection of emb (B, emb_dim) to h."""
 
     def __init__(
         self,
@@ -385,10 +134,10 @@ class ResBlock(nn.Module):
             h = self.conv2(F.dropout(self.norm2(h, silu=True), self.dropout))
         else:
             h = norm_conv(self.norm2, self.conv2, h)
-        return h.add_(x if self.skip is None else self.skip(x))  # in place: backward does not need h
+        return h.add_(x if self.skip is None else self.skip(x))  # in place: no backward needs h
 
 
-# --- attention ----------------------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------------------
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -412,7 +161,7 @@ def to_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """tokens (B, N, C) -> (B, N, C), no residual. One matrix makes q, k, v (rows in that order); never an N x N matrix."""
+    """tokens (B, N, C) -> (B, N, C), no residual. One matrix makes q, k and v; there is no N x N matrix."""
 
     def __init__(
         self,
@@ -428,9 +177,8 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(channels, channels) if out_proj else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        q, k, v = (
-            split_heads(part, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1)
-        )  # (B, heads, N, d)
+        parts = self.qkv(tokens).chunk(3, dim=-1)
+        q, k, v = (split_heads(part, self.num_heads) for part in parts)  # (B, heads, N, d)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         out = merge_heads(out)  # (B, N, C)
         return out if self.out_proj is None else self.out_proj(out)
@@ -439,9 +187,9 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """tokens (B, N, C), context (B, M, E), context_mask (B, M) bool, True = use -> (B, N, C), no residual.
 
-    A sample whose mask is False everywhere gets zeros. `gate` multiplies the result by one learned number that starts at
-    zero, so that a pretrained network is unchanged. With `return_map` the result is (out, map (B, heads, N, M)); the map
-    is computed by an explicit softmax and is differentiable, for small M.
+    A sample whose mask is False everywhere attends to nothing. `gate` multiplies the result by one learned
+    number that starts at zero, so that a pretrained network is unchanged. With `return_map` the result is
+    (out, map (B, heads, N, M)), the map by an explicit, differentiable softmax, for small M.
     """
 
     def __init__(
@@ -458,34 +206,38 @@ class CrossAttention(nn.Module):
         self, tokens: Tensor, context: Tensor, context_mask: Tensor | None = None, return_map: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         q = split_heads(self.q(tokens), self.num_heads)  # (B, heads, N, d)
-        k, v = (
-            split_heads(part, self.num_heads) for part in self.kv(context).chunk(2, dim=-1)
-        )  # (B, heads, M, d)
-        mask = None if context_mask is None else context_mask[:, None, None, :]  # (B, 1, 1, M)
+        parts = self.kv(context).chunk(2, dim=-1)
+        k, v = (split_heads(part, self.num_heads) for part in parts)  # (B, heads, M, d)
         dropout = self.dropout if self.training else 0.0
+        mask, some = None, None
+        if context_mask is not None:
+            some = context_mask.any(dim=1)[
+                :, None, None
+            ]  # (B, 1, 1): kernels differ on rows without any key,
+            mask = (context_mask[:, None] | ~some)[
+                :, None
+            ]  # (B, 1, 1, M): which here use all of them, and then none
         if return_map:
             out, weights = explicit_attention(q, k, v, mask, dropout)
         else:
             out, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
         out = merge_heads(out)  # (B, N, C)
-        if mask is not None:  # the fused kernels differ in what they give for a row without any key
-            out = out * mask.any(dim=-1).flatten(1)[:, :, None]
-        out = self.out_proj(out)
+        out = self.out_proj(out if some is None else out * some)
         out = out if self.gate is None else self.gate * out
-        return (out, weights) if return_map else out
+        if not return_map:
+            return out
+        return out, weights if some is None else weights * some[:, None]
 
 
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """(softmax(q k^T / sqrt(d)) v, the softmax itself), in fp32; rows without any key are zero."""
-    scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, heads, N, M)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1)
-    if mask is not None:
-        weights = weights * mask
-    return (F.dropout(weights, dropout) if dropout else weights).to(v.dtype) @ v, weights
+    """(softmax(q k^T / sqrt(d)) v, the softmax itself in fp32); mask (B, 1, 1, M), a True in each row."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, heads, N, M)
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        weights = scores.softmax(dim=-1)
+        return (F.dropout(weights, dropout) @ v.float()).to(v.dtype), weights
 
 
 class AttentionBlock(nn.Module):
@@ -522,7 +274,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """(B, C, *S), context (B, M, E) -> (B, C, *S): the identity at first, because the last 1x1 convolution is zero."""
+    """(B, C, *S), context (B, M, E) -> (B, C, *S); the identity at first: the last convolution is zero."""
 
     def __init__(
         self,
@@ -551,14 +303,14 @@ class TransformerBlock(nn.Module):
         return x + self.proj_out(to_map(tokens, x.shape[2:]))
 
 
-# --- re-sampling --------------------------------------------------------------------------------------------------
+# --- re-sampling --------------------------------------------------------------------------------------------
 
 
 class Downsample(nn.Module):
     """conv3 with stride 1 or 2 per axis; the axes of stride 2 must be even.
 
-    `pad="asym"` pads one zero at the end of every axis of stride 2 (as published autoencoders do), `"sym"` one on both
-    sides.
+    `pad="asym"` pads one zero at the end of every axis of stride 2 (as published autoencoders do), "sym" one
+    on both sides.
     """
 
     def __init__(
@@ -566,7 +318,9 @@ class Downsample(nn.Module):
     ):
         super().__init__()
         ends = [int(pad == "asym" and s == 2) for s in strides]
-        self.end_padding = [p for e in reversed(ends) for p in (0, e)] if any(ends) else None  # F.pad's order
+        self.end_padding = (
+            [p for e in reversed(ends) for p in (0, e)] if any(ends) else None
+        )  # as F.pad wants
         self.conv = Conv(dims, channels, channels, stride=strides, padding=[1 - e for e in ends])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -574,10 +328,11 @@ class Downsample(nn.Module):
 
 
 def folding_matrix(strides: Sequence[int]) -> Tensor:
-    """(3^dims, prod(3 or 4)): kernel of a conv3 after nearest up-sampling -> kernel of one transposed convolution.
+    """(3^dims, prod(3 or 4)): kernel of a conv3 after nearest up-sampling -> kernel of one transposed conv.
 
-    Per axis of stride 2 (w0, w1, w2) -> (w2, w1 + w2, w0 + w1, w0): output 2i sees input i - 1 through w0 and input i
-    through w1 + w2; output 2i + 1 sees input i through w0 + w1 and input i + 1 through w2. Stride 1: flipped.
+    Per axis of stride 2 (w0, w1, w2) -> (w2, w1 + w2, w0 + w1, w0): output 2i sees input i - 1 through w0 and
+    input i through w1 + w2; output 2i + 1 sees input i through w0 + w1 and input i + 1 through w2. Stride 1:
+    flipped.
     """
     double = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
     single = torch.eye(3).flip(0)
@@ -587,10 +342,10 @@ def folding_matrix(strides: Sequence[int]) -> Tensor:
 class Upsample(nn.Module):
     """(B, C, *S) -> (B, C, *(stride * S)), strides 1 or 2 per axis.
 
-    "nearest" and "trilinear" (linear in every axis) repeat or interpolate, then conv3; "deconv2" and "deconv3" are
-    transposed convolutions of kernel 2 and 3. Nearest + conv3 is computed as ONE transposed convolution with the folded
-    kernel (`folding_matrix`): exact, boundaries too, 8 instead of 27 products per output voxel in 3-D and no tensor of
-    repeated voxels.
+    "nearest" and "trilinear" (linear in every axis) repeat or interpolate, then conv3; "deconv2" and
+    "deconv3" are transposed convolutions of kernel 2 and 3. Nearest + conv3 is computed as ONE transposed
+    convolution with the folded kernel (`folding_matrix`): exact, boundaries too, 8 instead of 27 products per
+    output voxel in 3-D, and no tensor of repeated voxels.
     """
 
     def __init__(self, dims: int, channels: int, strides: Sequence[int], kind: UpsampleKind = "nearest"):
@@ -606,11 +361,9 @@ class Upsample(nn.Module):
             self.deconv = cls(channels, channels, kernel, self.strides, padding, output_padding=extra)
 
     def folded_weight(self) -> Tensor:
-        """(C_in, C_out, *(3 or 4)). Made anew at every call: a stored one would be stale after an optimizer or EMA step."""
+        """(C_in, C_out, *(3 or 4)), made anew at each call: a stored one would outlive an optimizer step."""
         weight = self.conv.weight
-        with torch.autocast(
-            weight.device.type, enabled=False
-        ):  # sums of weights in full precision, rounding after
+        with torch.autocast(weight.device.type, enabled=False):  # add weights in full precision, round after
             folded = weight.flatten(2).float() @ self.folding.float()  # (C_out, C_in, prod)
         folded = folded.unflatten(2, [2 + s for s in self.strides])
         return folded.transpose(0, 1).to(weight.dtype)
@@ -618,12 +371,13 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind.startswith("deconv"):
             return self.deconv(x)
+        scale = [float(s) for s in self.strides]
         if self.kind == "trilinear":
             mode = "bilinear" if self.dims == 2 else "trilinear"
-            return self.conv(F.interpolate(x, scale_factor=[float(s) for s in self.strides], mode=mode))
+            return self.conv(F.interpolate(x, scale_factor=scale, mode=mode))
         # Folding costs as much as some 2000 voxels: a small tensor that needs gradients is repeated instead
-        if torch.is_grad_enabled() and x.shape[0] * math.prod(x.shape[2:]) * math.prod(self.strides) < 2048:
-            return self.conv(F.interpolate(x, scale_factor=[float(s) for s in self.strides], mode="nearest"))
+        if torch.is_grad_enabled() and x[:, 0].numel() * math.prod(self.strides) < 2048:
+            return self.conv(F.interpolate(x, scale_factor=scale, mode="nearest"))
         transposed = F.conv_transpose2d if self.dims == 2 else F.conv_transpose3d
         return transposed(x, self.folded_weight(), self.conv.bias, self.strides, padding=1)
 
@@ -639,7 +393,9 @@ class SpaceToDepth(nn.Module):
         dims = len(self.factor)
         split = [n for size, f in zip(x.shape[2:], self.factor, strict=True) for n in (size // f, f)]
         x = x.reshape(*x.shape[:2], *split)  # (B, C, S_1, f_1, S_2, f_2, ...)
-        x = x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))  # (B, C, f_1.., S_1..)
+        x = x.permute(
+            0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)
+        )  # (B, C, f_1, .., S_1, ..)
         return x.flatten(1, 1 + dims)
 
 
@@ -652,14 +408,14 @@ class DepthToSpace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dims = len(self.factor)
-        x = x.unflatten(1, (-1, *self.factor))  # (B, C, f_1.., S_1..)
-        x = x.permute(0, 1, *(a for i in range(dims) for a in (2 + dims + i, 2 + i)))  # (B, C, S_1, f_1, ...)
+        x = x.unflatten(1, (-1, *self.factor))  # (B, C, f_1, .., S_1, ..)
+        x = x.permute(0, 1, *(a for i in range(dims) for a in (2 + dims + i, 2 + i)))  # (B, C, S_1, f_1, ..)
         for axis in range(2, 2 + dims):
             x = x.flatten(axis, axis + 1)
         return x
 
 
-# --- trunks of the autoencoders -----------------------------------------------------------------------------------
+# --- trunks of the autoencoders -----------------------------------------------------------------------------
 
 
 def trunk_options(config: Any) -> dict[str, Any]:
@@ -696,8 +452,9 @@ def walk(layers: nn.ModuleList, x: Tensor, final_silu: bool, checkpointing: bool
 class Encoder(nn.Module):
     """(B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)); S must be divisible.
 
-    Order of `layers`: [space-to-depth], conv; per level num_res_blocks x (ResBlock, [attention]) and, except for the
-    last, Downsample; [ResBlock, attention, ResBlock]; norm, conv (the SiLU between the two, if any, is a setting).
+    Order of `layers`: [space-to-depth], conv; per level num_res_blocks x (ResBlock, [attention]) and, except
+    for the last, Downsample; [ResBlock, attention, ResBlock]; norm, conv (the SiLU between the two, if any,
+    is a setting).
     """
 
     def __init__(
@@ -744,10 +501,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, in_channels, *S) -> (B, out_channels, *(S * strides * stem)); arguments in the encoder's order of levels.
+    """(B, in_channels, *S) -> (B, out_channels, *(S * strides * stem)); arguments as for the encoder.
 
-    Order of `layers`: conv; [ResBlock, attention, ResBlock]; per level from the deepest (num_res_blocks + extra) x
-    (ResBlock, [attention]) and, except for the last, Upsample; norm, conv, [depth-to-space].
+    Order of `layers`: conv; [ResBlock, attention, ResBlock]; per level from the deepest (num_res_blocks +
+    extra) x (ResBlock, [attention]) and, except for the last, Upsample; norm, conv, [depth-to-space].
     """
 
     def __init__(
@@ -795,13 +552,14 @@ class Decoder(nn.Module):
         return walk(self.layers, z, self.final_silu, self.checkpointing)
 
 
-# --- time ---------------------------------------------------------------------------------------------------------
+# --- time ---------------------------------------------------------------------------------------------------
 
 
 def timestep_embedding(t: Tensor, dim: int, cos_first: bool = True, max_period: float = 10000.0) -> Tensor:
-    """t (B,) on the 0..T scale, any dtype -> (B, dim) fp32: cos and sin of t * max_period^(-i / half), i < half.
+    """t (B,) on the 0..T scale, any dtype -> (B, dim) fp32: cos and sin of t * max_period^(-i / half).
 
-    Ho et al. 2020 (arXiv 2006.11239), after Vaswani et al. 2017 section 3.5. `cos_first`: cosines, then sines.
+    Ho et al. 2020 (arXiv 2006.11239), after Vaswani et al. 2017 section 3.5. `cos_first`: cosines, then
+    sines.
     """
     half = dim // 2
     frequencies = torch.exp(

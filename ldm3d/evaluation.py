@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_text
-from .config import InputError, Parser, add_options, convert, from_dict, leaf_types, replace, to_dict
+from .config import InputError, Parser, add_options, from_dict, replace, to_dict
 from .data import DataConfig, DataState, VolumeDataset, open_data, open_folder
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .distributed import gather, is_main, rank, run_script, setup, share, world_size
@@ -46,6 +46,7 @@ from .latent_diffusion import load_autoencoder
 from .logger import mid_slices, progress, save_sheet
 from .metrics import ms_ssim, ms_ssim_weights, psnr, ssim
 from .training import autocast
+from .vqvae import VQVAE, perplexity_of
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -59,6 +60,11 @@ class Config:
     resamples: int = 2000  # of the bootstrap
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # precision of the networks
+
+    def __post_init__(self) -> None:
+        for name, low in (("worst", 0), ("resamples", 1)):
+            if getattr(self, name) < low:
+                raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
 
 
 def new_folder(run: Path, out: str | None, what: str) -> Path:
@@ -217,7 +223,7 @@ def reconstruct(config: Config, run: Path) -> Path:
     dataset = cases_of(content, config)
     folder = new_folder(run, config.out, "evaluation")
     rows, pictures = {}, {}
-    latents = LatentStatistics(autoencoder.config.latent_channels)
+    latents, codes = LatentStatistics(autoencoder.config.latent_channels), torch.zeros(1)
     for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
         x = dataset[i, i]["image"][None].to(device)
         with autocast(config.amp, device):
@@ -225,13 +231,16 @@ def reconstruct(config: Config, run: Path) -> Path:
             recon = autoencoder.decode(posterior.mode(), x.shape[2:])
         recon, name = recon.float(), dataset.cases[i].id
         latents.add(posterior.mean, posterior.logvar)
+        if isinstance(autoencoder, VQVAE):
+            codes = codes + autoencoder.quantizer.usage(posterior.mean).cpu()
         rows[name] = scores_of(recon, x, dataset, i)
         pictures[name] = [s for v in (x, recon, 2 * (recon - x)) for s in slices_of(v)]
-        for other in sorted(rows, key=lambda n: rows[n]["psnr"])[max(config.worst, 0) :]:
+        for other in sorted(rows, key=lambda n: rows[n]["psnr"])[config.worst :]:
             pictures.pop(other, None)
     rows = {k: v for part in gather(rows) for k, v in part.items()}
     pictures = {k: v for part in gather(pictures) for k, v in part.items()}
     latents.merge(gather(latents))
+    codes = sum(gather(codes))
     if is_main():
         rows = dict(sorted(rows.items()))
         size = autoencoder.latent_shape(dataset.state.size)[1:]
@@ -249,8 +258,11 @@ def reconstruct(config: Config, run: Path) -> Path:
             "metrics": summarise(rows, config.resamples),
             "latent": latents.report(size),
         }
+        if isinstance(autoencoder, VQVAE):
+            used, perplexity = int((codes > 0).sum()), perplexity_of(codes).item()
+            report["codebook"] = {"codes": len(codes), "used": used, "perplexity": perplexity}
         write_report(folder, rows, report)
-        worst = sorted(rows, key=lambda n: rows[n]["psnr"])[: max(config.worst, 0)]
+        worst = sorted(rows, key=lambda n: rows[n]["psnr"])[: config.worst]
         sheet = {f"{n}: {rows[n]['psnr']:.2f} dB": pictures[n] for n in worst}
         picture = save_sheet(folder / "worst.png", sheet, limits=(-1, 1)) if sheet else None
         print(f"{len(rows)} cases: {folder}" + (f", {picture}" if picture else ""))
@@ -288,6 +300,8 @@ def write_report(folder: Path, rows: dict[str, dict[str, float]], report: dict[s
     latent = report["latent"]
     shares = ", ".join(f"{v:.3g}" for v in latent["noise_share"])
     floors = ", ".join(f"{k} {v:.3g}" for k, v in latent["loss_floor"].items())
+    if "codebook" in report:
+        print(f"codebook  {report['codebook']}")
     print(f"  latent  noise share {shares}; dead channels {latent['dead_channels']}; loss floor {floors}")
 
 
@@ -314,11 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"which task? expected reconstruct, got {task}")
     if run is None:
         raise InputError("which run? give the run folder, such as runs/vae-phantom")
-    types = leaf_types(Config)
-    config = replace(Config(), {k: convert(v, types[k], k) for k, v in args.items()})
-    if config.resamples < 1:
-        raise InputError(f"resamples: expected at least 1, got {config.resamples}")
-    reconstruct(config, Path(run))
+    reconstruct(replace(Config(), args), Path(run))
 
 
 if __name__ == "__main__":

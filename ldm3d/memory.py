@@ -180,28 +180,29 @@ class Plan:
         return self.jobs[-1]
 
     def largest_batch(self, job: Job) -> int:
-        """The largest batch of the job's size that fits; 0 if none does. The need is affine in the batch."""
-        one, two = job.need(1, job.size), job.need(2, job.size)
-        batch = 1 + int((self.room - one) / max(1, two - one)) if one <= self.room else 0
-        while batch and job.need(batch, job.size) > self.room:
-            batch -= 1 + batch // 50
-        return max(0, batch)
+        """The largest batch of the job's size that fits, to 1 %; 0 if none does."""
+        return self._largest(lambda batch: job.need(batch, job.size), job.batch, power=1)
 
     def largest_cube(self, job: Job) -> int:
-        """The longest side, in steps, of a cube that fits at the job's batch; 0 if none does."""
+        """The longest side, in steps, of a cube that fits at the job's batch, to 1 %; 0 if none does."""
         dims = len(job.size)
+        side = round(math.prod(job.size) ** (1 / dims) / job.step)
+        return job.step * self._largest(lambda n: job.need(job.batch, (n * job.step,) * dims), side, dims)
 
-        def need(steps: int) -> int:
-            return job.need(job.batch, (steps * job.step,) * dims) if steps else 0
-
-        steps = max(1, round(math.prod(job.size) ** (1 / dims) / job.step))
-        for _ in range(3):  # the need grows about as the voxels do
-            steps = max(1, int(steps * (self.room / need(steps)) ** (1 / dims)))
-        while need(steps) > self.room:
-            steps -= 1
-        while need(steps + 1) <= self.room:
-            steps += 1
-        return steps * job.step
+    def _largest(self, need: Callable[[int], int], start: int, power: int) -> int:
+        """The largest n with need(n) <= room. The need is nearly affine in n^power: secants, then a walk."""
+        low, n = max(1, start), 2 * max(1, start)
+        for _ in range(4):
+            slope = (need(n) - need(low)) / (n**power - low**power)
+            better = max(1.0, n**power + (self.room - need(n)) / slope) ** (1 / power)
+            low, n = n, max(1, int(better))
+            if low == n:
+                break
+        while n > 0 and need(n) > self.room:
+            n -= max(1, n // 100)
+        while n > 0 and need(n + max(1, n // 100)) <= self.room:
+            n += max(1, n // 100)
+        return n
 
     def tell(self) -> None:
         """Print what each job needs, and the largest batch and the largest cube that would fit."""

@@ -1,10 +1,7 @@
-"""Parts of a training loop, without the loop: run folder, optimizer step, EMA, learning rate, keyed
-randomness.
+"""Parts of a training loop, without the loop: optimizer step, EMA, learning rate, keyed randomness, means.
 
-Every script owns its loop and uses these small objects. A run is resumed by the same command: the stored
-configuration is the base, the newest checkpoint the start, and since all randomness is keyed by (seed,
-position, purpose), the resumed run is bit-identical to one that was never stopped (same CPU and world size;
-on a GPU with run.deterministic).
+Every script owns its loop and uses these small objects. All randomness is keyed by (seed, position, purpose),
+so that a run depends on neither ranks, micro-batches nor workers, and nothing random need be stored.
 
     lr_t  = lr * scaling(batch) * warm-up(t) * schedule(t)
     EMA   : ema <- d ema + (1 - d) net, d = min(decay, (1 + step) / (10 + step))
@@ -14,47 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import (
-    load_latest,
-    load_run,
-    load_weights,
-    prune,
-    save,
-    step_files,
-    sweep,
-    weights,
-    write_text,
-)
-from .config import InputError, flatten, from_dict, read_json, replace, to_dict
+from .config import InputError
 from .distributed import (
-    SigtermFlag,
-    Terminated,
     all_reduce_sum,
     any_rank,
-    barrier,
     gather,
-    is_main,
     keyed_generator,
     no_sync,
     print0,
     rank,
     world_size,
 )
-from .logger import Logger, Profile
+from .logger import Profile
 
 # --- configuration ------------------------------------------------------------------------------------------
 
@@ -90,23 +69,6 @@ class RunConfig:
                 raise InputError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay: expected 0 <= decay < 1, got {self.ema_decay}")
-
-
-MAY_CHANGE = (  # on resume; anything else stops with the difference shown
-    *(
-        "run.steps",
-        "run.workers",
-        "run.keep",
-        "run.compile",
-        "run.patience",
-        "run.device",
-        "run.dir",
-        "run.fresh",
-        "run.tensorboard",
-        "run.profile",
-    ),
-    *("run.save_every", "run.log_every", "run.eval_every"),
-)
 
 
 @dataclass(frozen=True)
@@ -389,216 +351,6 @@ def micro_batches(
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-# --- the run folder -----------------------------------------------------------------------------------------
-
-
-class Run:
-    """A run folder: config.json, split.json, log.jsonl, checkpoint_0001000.pt, best.pt, previews/.
-
-    Opening one decides between a new run, a resumed one and a finished one; nothing is written before
-    `start`. `config` is the merged configuration to train with, `resumed` the checkpoint's content or None,
-    `step` where it is.
-    """
-
-    def __init__(self, kind: str, config: Any, given: dict[str, Any] | None = None):
-        self.kind, self.config = kind, config
-        self.dir = Path(config.run.dir or f"runs/{kind}-{config.preset}")
-        self.resumed: dict[str, Any] | None = None
-        self.sigterm: SigtermFlag | None = None
-        if config.run.fresh:
-            self._move_aside()
-            self.config = replace(config, {"run.fresh": False})  # done; what is stored says so
-        barrier()
-        if (self.dir / "config.json").exists():
-            self._resume(given if given is not None else flatten(config))
-        elif step_files(self.dir):
-            raise InputError(f"{self.dir}: holds checkpoints but no config.json; is this a run folder?")
-        self.step = self.resumed["step"] if self.resumed else 0
-        self.best: dict[str, Any] | None = self.resumed["best"] if self.resumed else None
-        steps = gather(self.step)
-        if len(set(steps)) > 1:
-            raise InputError(
-                f"{self.dir}: ranks see other checkpoints (steps {steps}); all nodes must share it"
-            )
-
-    def _move_aside(self) -> None:
-        if self.dir.exists() and is_main():
-            aside = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-            try:
-                self.dir.rename(aside)
-            except OSError as e:
-                raise InputError(f"run.fresh: {self.dir} cannot be moved to {aside} ({e.strerror})") from None
-            print(f"moved {self.dir} to {aside}", flush=True)
-
-    def _resume(self, given: dict[str, Any]) -> None:
-        stored = read_json(self.dir / "config.json")
-        if stored.get("kind") != self.kind:
-            raise InputError(f"{self.dir}: belongs to a {stored.get('kind')!r} run, this is {self.kind!r}")
-        self.resumed = load_latest(self.dir, self.kind)
-        if self.resumed is None:
-            return  # nothing was trained yet: today's settings are taken
-        base = from_dict(type(self.config), self.resumed["config"])
-        before, changed = flatten(base), []
-        for key, value in {**given, "preset": self.config.preset}.items():
-            if key not in MAY_CHANGE and before[key] != value:
-                changed.append(f"{key} was {before[key]!r}, now {value!r}")
-        if changed:
-            raise InputError(
-                f"{self.dir}: this run was started with other settings: {'; '.join(changed)}. Go on without "
-                "them, choose another --run.dir, or start anew with --run.fresh"
-            )
-        self.config = replace(base, {k: v for k, v in given.items() if k in MAY_CHANGE})
-
-    @property
-    def finished(self) -> bool:
-        return self.step >= self.config.run.steps or self.out_of_patience
-
-    @property
-    def out_of_patience(self) -> bool:
-        run = self.config.run
-        waited = self.step - self.best["step"] if self.best else 0
-        return bool(run.patience) and waited >= run.patience * run.eval_every
-
-    def say(self) -> None:
-        """Tell on the console what this command is going to do."""
-        if self.finished:
-            more = "more --run.patience" if self.out_of_patience else "more steps: --run.steps"
-            print0(f"{self.dir}: finished at step {self.step}; nothing to do ({more})")
-        elif self.resumed:
-            print0(f"{self.dir}: going on from step {self.step} of {self.config.run.steps}")
-        else:
-            print0(f"{self.dir}: new run of {self.config.run.steps} steps")
-
-    def split(self) -> dict[str, list[str]] | None:
-        """The stored split, or None for a new run."""
-        path = self.dir / "split.json"
-        return read_json(path) if self.resumed and path.exists() else None
-
-    def start(self, split: dict[str, list[str]]) -> Logger:
-        """Create the folder (or take it up again) and open the log; the data have been checked before."""
-        if is_main():
-            try:
-                (self.dir / "previews").mkdir(parents=True, exist_ok=True)
-                sweep(self.dir)
-                config = {"kind": self.kind, **to_dict(self.config)}
-                write_text(self.dir / "config.json", json.dumps(config, indent=1) + "\n")
-                write_text(self.dir / "split.json", json.dumps(split, indent=1) + "\n")
-            except OSError as e:
-                raise InputError(f"{self.dir}: cannot be written ({e.strerror})") from None
-        barrier()
-        if self.config.run.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(self.config.run.deterministic)
-        torch.backends.cudnn.benchmark = not self.config.run.deterministic
-        return Logger(self.dir, self.step, self.config.run.tensorboard)
-
-    def profile(self) -> Profile | None:
-        """What --run.profile asks for, on rank 0."""
-        return Profile(self.dir) if self.config.run.profile and is_main() else None
-
-    def check_data(self, now: dict[str, Any]) -> None:
-        """Refuse to go on with data that are not those of the checkpoint, by what its state says of them."""
-        before = self.resumed["state"]["data"] if self.resumed else {}
-        for key in (key for key in before if key in now and key != "reference"):
-            if before[key] != now[key]:
-                raise InputError(
-                    f"{self.dir}: the data have changed since this run was started: {key} was {before[key]}, "
-                    f"now {now[key]}. Put the files back, or start anew with --run.fresh"
-                )
-
-    def restore(
-        self,
-        net: nn.Module,
-        ema: EMA,
-        optimizers: dict[str, Stepper],
-        may_miss: Iterable[str] = (),
-        may_have: Iterable[str] = (),
-        **others: Any,
-    ) -> None:
-        """Put the checkpoint's state back (resume), or start from the weights of run.init, or leave all as it
-        is.
-
-        may_miss, may_have: patterns of the weights that run.init's checkpoint may lack or have beside ours.
-        """
-        self.sigterm = SigtermFlag()  # until here SIGTERM just ended the process: there was nothing to save
-        if self.resumed:
-            where = f"{self.dir} step {self.step}"
-            load_weights(net, self.resumed["model"], where)
-            load_weights(ema.net, self.resumed["ema"], where)
-            for name, thing in {**optimizers, **others}.items():
-                thing.load_state_dict(self.resumed["optimizers" if name in optimizers else "others"][name])
-            for part in ("model", "ema", "optimizers", "others"):  # they are as large as the run itself
-                del self.resumed[part]
-        elif self.config.run.init:
-            path = self.config.run.init
-            try:
-                content = load_run(path, self.kind)
-            except InputError as e:
-                raise InputError(f"run.init: {e}") from None
-            other = load_weights(net, content["ema"], f"run.init {path}", may_miss, may_have)
-            ema.net.load_state_dict(net.state_dict())
-            print0(f"weights of {path} (step {content['step']}) taken as the start")
-            if other:
-                print0(f"note: {len(other)} weights are not in both networks: {', '.join(other)}")
-
-    def due(self, every: str) -> bool:
-        """Is `run.<every>` due after the step that was just counted? The last step is due for everything."""
-        return self.step % getattr(self.config.run, every) == 0 or self.step >= self.config.run.steps
-
-    def save(
-        self, state: dict[str, Any], net: nn.Module, ema: EMA, optimizers: dict[str, Stepper], **others: Any
-    ) -> None:
-        """Write the numbered checkpoint of this step and delete old ones."""
-        if is_main():
-            content = {
-                **self._common(state, ema),
-                "model": weights(net),
-                "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
-                "others": {k: v.state_dict() for k, v in others.items()},
-            }
-            save(self.dir / f"checkpoint_{self.step:07d}.pt", content)
-            prune(self.dir, self.config.run.keep)
-        barrier()
-
-    def _common(self, state: dict[str, Any], ema: EMA) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "config": to_dict(self.config),
-            "state": state,
-            "ema": weights(ema.net),
-            "step": self.step,
-            "best": self.best,
-        }
-
-    def keep_best(
-        self, name: str, value: float, state: dict[str, Any], ema: EMA, highest: bool = False
-    ) -> bool:
-        """Write best.pt (the EMA weights) if `value` of `name` is the lowest (or highest) so far."""
-        sign = -1 if highest else 1
-        if not sign * value < (sign * self.best["value"] if self.best else math.inf):
-            return False
-        self.best = {"name": name, "value": value, "step": self.step}
-        if is_main():
-            save(self.dir / "best.pt", self._common(state, ema))
-        return True
-
-    def finish(self, logger: Logger) -> None:
-        """The loop is over: close the log, tell how well it went."""
-        logger.close()
-        self.sigterm.release()
-        best = "no validation gave a number, so there is no best.pt"
-        if self.best:
-            best = f"best validation {self.best['name']} {self.best['value']:.4g} at step {self.best['step']}"
-        print0(f"{self.dir}: done at step {self.step}, {best}")
-
-    def check_sigterm(self, save_now: Callable[[], None]) -> None:
-        """Between steps: if SIGTERM reached any rank, save and leave with exit code 143."""
-        if any_rank(self.sigterm.raised):
-            save_now()
-            self.sigterm.release()
-            raise Terminated(f"SIGTERM: saved step {self.step}; the same command goes on from there")
 
 
 def ranks_share(batch_size: int, micro_batch_size: int | None) -> int:

@@ -1,16 +1,17 @@
 """The diffusion U-Net: noisy latent x_t and time t -> prediction of the same shape (eps, x_start, v or flow).
 
-    emb = W_2 silu(W_1 sinusoid(t)) + extra embedding                    time, Ho et al. 2020 (arXiv 2006.11239)
+    emb = W_2 silu(W_1 sinusoid(t)) + extra embedding             time, Ho et al. 2020 (arXiv 2006.11239)
     h   = conv(x_t)
-    down: per level num_res_blocks x [ResBlock(h, emb), (attention)], stride-2 conv;  every result is kept as a skip
+    down: per level num_res_blocks x [ResBlock(h, emb), (attention)], stride-2 conv; every result is a skip
     mid:  ResBlock, attention, ResBlock
     up:   per level (num_res_blocks + 1) x [ResBlock(h ++ skip, emb), (attention)], nearest x2 + conv
     out = conv(silu(norm(h))), zero at first
 
-Attention is self-attention over all positions, or, with `context_dim`, the transformer block of Rombach et al. 2022
-(arXiv 2112.10752) that also reads context tokens. The structure is that of MONAI's DiffusionModelUNet, so that its weights
-can be copied. Any input size works (edges repeated at the end inside, cropped back); strides are per axis.
-What is not here: conditions (the conditioner makes `emb`, `context` and extra input channels), schedules, guidance.
+Attention is self-attention over all positions, or, with `context_dim`, the transformer block of Rombach et
+al. 2022 (arXiv 2112.10752) that also reads context tokens. The structure is that of MONAI's
+DiffusionModelUNet, so that its weights can be copied. Any input size works (edges repeated at the end inside,
+cropped back); strides are per axis. Not here: conditions (the conditioner makes `emb`, `context` and extra
+input channels), schedules, guidance.
 """
 
 from __future__ import annotations
@@ -24,23 +25,20 @@ from torch import Tensor, nn
 
 from .blocks import (
     AttentionBlock,
-    Conv,
     Downsample,
-    GroupNorm,
     ResBlock,
     TransformerBlock,
     Upsample,
-    channels_last,
     check_levels,
     crop_to,
     level_strides,
-    norm_conv,
     pad_to_multiple,
     per_level,
     run_layer,
     timestep_embedding,
 )
 from .config import InputError
+from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
 CHANNELS_LAST_FROM = 2**15  # voxels of the finest level on a CPU; smaller maps gain nothing
 
@@ -54,9 +52,7 @@ class UNetConfig:
     num_res_blocks: tuple[int, ...] = (2,)  # residual blocks of each level, or one number for all
     attention_levels: tuple[bool, ...] = (False, False, True)  # attention at each level, or one value for all
     head_channels: int = 32  # width of one attention head
-    strides: tuple[tuple[int, ...], ...] | None = (
-        None  # 1 or 2 per axis, for each down-sampling; none = 2 everywhere
-    )
+    strides: tuple[tuple[int, ...], ...] | None = None  # 1 or 2 per axis, for each down-sampling; none = 2
     context_dim: int | None = None  # width of the context tokens; none = self-attention only
     num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
     gn_eps: float = 1e-6  # epsilon of the norms
@@ -70,9 +66,9 @@ class UNetConfig:
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a number in [0, 1), got {self.dropout}")
         for width in self.attention_channels:
-            if width % self.head_channels:
+            if self.head_channels < 1 or width % self.head_channels:
                 raise InputError(
-                    f"head_channels: {self.head_channels} does not divide the width {width} of a level"
+                    f"head_channels: {self.head_channels} does not divide {width}, a level's width"
                 )
 
     @property
@@ -96,7 +92,7 @@ class UNetConfig:
 
 
 class Stage(nn.Module):
-    """A residual block and, if `attend`, attention: self-attention, or a transformer block that reads the context."""
+    """A residual block and, if `attend`, self-attention or a transformer block that reads the context."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attend: bool):
         super().__init__()
@@ -124,10 +120,11 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """forward(x_t (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim)) -> (B, C_out, *S).
+    """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
 
-    `registers`, if given, is a module called as `h = registers(h, emb, place)` after every attention layer, h being
-    (B, config.attention_channels[place], *s) and `place` counting those layers in the order of the forward pass.
+    `registers`, if given, is a module called as `h = registers(h, emb, place)` after every attention layer, h
+    being (B, config.attention_channels[place], *s) and `place` counting these layers in the order of the
+    forward pass.
     """
 
     def __init__(self, config: UNetConfig, registers: nn.Module | None = None):

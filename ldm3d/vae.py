@@ -1,13 +1,14 @@
 """KL autoencoder: a volume becomes a small latent with a Gaussian posterior, and back.
 
-    q(z given x) = N(mean(x), diag(exp(logvar(x))))       encoder, Kingma & Welling 2014 (arXiv 1312.6114) eq. 9
-    z = mean + exp(logvar / 2) * noise                    re-parametrisation, ibid. section 2.4
-    recon = decode(z);  loss = reconstruction + kl_weight * KL(q || N(0, 1))          ibid. eq. 10, lives in losses.py
+    q(z given x) = N(mean(x), diag(exp(logvar(x))))    encoder, Kingma & Welling 2014 (arXiv 1312.6114) eq. 9
+    z = mean + exp(logvar / 2) * noise                 re-parametrisation, ibid. section 2.4
+    recon = decode(z)
+    loss = reconstruction + kl_weight * KL(q || N(0, 1))    ibid. eq. 10, in losses.py
 
-Architecture: the first stage of Rombach et al. 2022 (arXiv 2112.10752), with MONAI's choices as defaults: no SiLU before
-the last convolutions, down-sampling padded at the end. Any input size works: `encode` repeats the edge at the end of
-each axis up to a multiple of `downsampling`, `decode` crops back. What is not here: losses, training, and decoding
-in slabs (both trunks are flat lists that such code can walk).
+Architecture: the first stage of Rombach et al. 2022 (arXiv 2112.10752), with MONAI's choices as defaults: no
+SiLU before the last convolutions, down-sampling padded at the end. Any input size works: `encode` repeats the
+edge at the end of each axis up to a multiple of `downsampling`, `decode` crops back. Not here: losses,
+training, and decoding of volumes larger than memory (both trunks are flat lists that such code can walk).
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ class VAEConfig:
     channels: tuple[int, ...] = (32, 64, 64)  # width of each level, finest first
     num_res_blocks: tuple[int, ...] = (2,)  # residual blocks of each level, or one number for all
     attention_levels: tuple[bool, ...] = (False,)  # self-attention at each level, or one value for all
-    strides: tuple[tuple[int, ...], ...] | None = (
-        None  # 1 or 2 per axis, for each down-sampling; none = 2 everywhere
-    )
+    strides: tuple[tuple[int, ...], ...] | None = None  # 1 or 2 per axis, for each down-sampling; none = 2
     stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all; exact and cheap
     mid_attention: bool = False  # ResBlock, attention, ResBlock at the coarsest level
     num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
@@ -53,9 +52,7 @@ class VAEConfig:
     attn_out_proj: bool = True  # linear layer after attention
     upsample: Literal["nearest", "trilinear", "deconv2", "deconv3"] = "nearest"  # up-sampling of the decoder
     down_pad: Literal["asym", "sym"] = "asym"  # zeros at the end only, or on both sides, of each strided axis
-    double_z: bool = (
-        False  # the encoder ends in 2 * latent_channels already (CompVis) and not in latent_channels
-    )
+    double_z: bool = False  # the encoder ends in 2 * latent_channels (CompVis), not in 1 * (MONAI)
     extra_up_block: bool = False  # one residual block more per level in the decoder
     checkpointing: bool = False  # recompute each block in backward: less memory, more time
 
@@ -67,23 +64,25 @@ class VAEConfig:
     @property
     def downsampling(self) -> tuple[int, ...]:
         """Total factor per axis between image and latent."""
-        return tuple(
-            math.prod(f) for f in zip(per_level(self.stem, self.dims), *level_strides(self), strict=True)
-        )
+        factors = per_level(self.stem, self.dims), *level_strides(self)
+        return tuple(math.prod(f) for f in zip(*factors, strict=True))
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """The diagonal Gaussian q(z given x): mean and logvar, both (B, C_z, *s); logvar is clamped to [-30, 20]."""
+    """The diagonal Gaussian q(z given x): mean and logvar (B, C_z, *s), logvar clamped to [-30, 20]."""
 
     mean: Tensor
     logvar: Tensor
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Posterior:
-        """moments (B, 2 C_z, *s), mean first. The clamp is straight-through: it limits the value, never the gradient,
-        so that the KL can bring back a log-variance that has left the range."""
-        mean, raw = moments.float().chunk(2, dim=1)
+        """From (B, 2 C_z, *s), mean first, in fp32.
+
+        The clamp is straight-through: it limits the value, never the gradient, so that the KL can bring back
+        a log-variance that has left the range.
+        """
+        mean, raw = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
         return cls(mean, raw + (raw.clamp(-30.0, 20.0) - raw).detach())
 
     @property
@@ -99,7 +98,7 @@ class Posterior:
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder, 1x1 `quant_conv` to (mean, logvar), 1x1 `post_quant_conv`, decoder. The posterior is always fp32."""
+    """Encoder, 1x1 `quant_conv` to (mean, logvar), 1x1 `post_quant_conv`, decoder; the posterior is fp32."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

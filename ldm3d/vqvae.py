@@ -167,6 +167,10 @@ class VectorQuantizer(nn.Module):
             indices = indices.view(vectors.shape[:-1])
             return F.embedding(indices, self.codebook).movedim(-1, 1), indices
 
+    def usage(self, z: Tensor) -> Tensor:
+        """(K,) how many vectors of z (B, C_z, *s) each code serves."""
+        return torch.bincount(self.quantise(z)[1].flatten(), minlength=len(self.codebook))
+
     def forward(self, z: Tensor) -> Quantized:
         """Nothing is updated here, in whichever mode; see `update`."""
         z = z.to(self.codebook.dtype)

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["config"],
-    ["distributed"],
+    ["distributed", "normconv"],
     [
         *("blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "metrics", "phantoms"),
         "volumes",
     ],
     ["discriminators", "scan", "transforms", "unet", "vae", "vqvae"],
     ["data", "denoiser", "training"],
-    ["latent_diffusion"],
+    ["latent_diffusion", "runs"],
     ["evaluation", "memory"],
     ["__init__"],
 ]

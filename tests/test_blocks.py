@@ -17,17 +17,14 @@ from ldm3d.blocks import (
     DepthToSpace,
     Downsample,
     Encoder,
-    GroupNorm,
     ResBlock,
     SelfAttention,
     SpaceToDepth,
     TransformerBlock,
     Upsample,
     crop_to,
-    norm_conv,
     pad_to_multiple,
     run_layer,
-    takes_slow_path,
     timestep_embedding,
 )
 from ldm3d.config import InputError
@@ -69,81 +66,6 @@ def test_padding_repeats_the_edge_and_cropping_takes_it_away(size):
     expected = F.pad(x, [p for m in reversed(missing) for p in (0, m)], mode="replicate")
     assert torch.equal(padded, expected)
     assert torch.equal(crop_to(padded, size), x)
-
-
-# --- convolution and norm -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (1, 1)])
-def test_small_cpu_convolutions_by_onednn_equal_plain_ones_with_their_gradients(dims, stride, kernel):
-    conv = Conv(dims, 6, 5, kernel=kernel, stride=stride)
-    x = image(1, 6, *(8, 9, 7)[:dims], grad=True)
-    assert takes_slow_path(x, conv.weight)
-    plain = (F.conv2d if dims == 2 else F.conv3d)(x, conv.weight, conv.bias, stride, kernel // 2)
-    out = conv(x)
-    close(out, plain)
-    all_close(gradients(conv, out, x), gradients(conv, plain, x))
-
-
-def test_onednn_is_called_only_for_small_eager_fp32_cpu_tensors():
-    weight = image(4, 4, 3, 3, 3)
-    x = image(1, 4, 8, 8, 8)
-    assert takes_slow_path(x, weight)
-    assert not takes_slow_path(x.bfloat16(), weight.bfloat16())
-    assert not takes_slow_path(x.to("meta"), weight.to("meta"))
-    assert not takes_slow_path(x.expand(2, -1, -1, -1, -1), weight)
-    assert not takes_slow_path(image(1, 4, 80, 80, 1), weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not takes_slow_path(x, weight)
-
-
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 24), (20, 20), (8, 8), (1, 1)])
-def test_the_number_of_groups_divides_the_channels(channels, groups):
-    expected = next(g for g in range(min(32, channels), 0, -1) if channels % g == 0)
-    assert GroupNorm(channels).num_groups == expected
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_recomputing_norm_and_silu_changes_neither_output_nor_gradients(dims):
-    norm, conv = GroupNorm(6, 3), Conv(dims, 6, 4)
-    nn.init.normal_(norm.weight)
-    both = nn.ModuleList([norm, conv])
-    x = image(2, 6, *(4, 5, 6)[:dims], grad=True)
-    plain = conv(F.silu(norm(x)))
-    out = norm_conv(norm, conv, x)
-    assert torch.equal(out, plain)
-    all_close(gradients(both, out, x), gradients(both, plain, x), 1e-6)
-    with torch.no_grad():
-        before = x.clone()
-        assert torch.equal(norm_conv(norm, conv, x), plain)
-        assert torch.equal(x, before)  # the in-place SiLU touches only the norm's result
-
-
-def test_norm_conv_keeps_only_its_input_for_backward():
-    norm, conv = GroupNorm(8), Conv(3, 8, 8)
-    x = image(1, 8, 6, 6, 6, grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda t: t):
-        norm_conv(norm, conv, x)
-    assert kept == [x.numel()]
-
-
-def test_recomputation_stops_before_the_convolution():
-    norm, conv = GroupNorm(8), Conv(3, 8, 8)
-    calls = []
-    conv.convolve = lambda *args: calls.append("conv") or F.conv3d(*args)
-    norm.register_forward_hook(lambda *args: calls.append("norm"))
-    x = image(2, 8, 6, 6, 6, grad=True)
-    norm_conv(norm, conv, x).sum().backward()
-    assert calls.count("norm") == 2
-
-
-def test_statistics_of_a_bfloat16_norm_are_computed_in_fp32():
-    norm = GroupNorm(4, 2)
-    x = image(1, 4, 16, 16, 16) + 50.0  # a mean that bf16 sums could not hold
-    exact = norm(x.bfloat16().float())
-    close(norm.bfloat16()(x.bfloat16()), exact, 2e-2)
 
 
 # --- residual block and checkpointing -------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 import sample
 import train_ldm
 import train_vae
-from ldm3d import latent_diffusion, training
+from ldm3d import latent_diffusion, runs, training
 from ldm3d.checkpoint import load, step_files
 from ldm3d.config import InputError
 from ldm3d.data import VolumeDataset
@@ -96,11 +96,11 @@ def test_many_bad_batches_stop_the_run_and_the_last_checkpoint_is_good(heads, tm
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """full_disk(call): the disk takes no file above 10 kB from the given call of training.save on."""
+    """full_disk(call): the disk takes no file above 10 kB from the given call of runs.save on."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(call: int) -> None:
-        original, calls = training.save, []
+        original, calls = runs.save, []
 
         def save(*arguments):
             calls.append(1)
@@ -111,7 +111,7 @@ def full_disk(monkeypatch):
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-        monkeypatch.setattr(training, "save", save)
+        monkeypatch.setattr(runs, "save", save)
 
     return fill
 

@@ -321,3 +321,16 @@ def test_stage_two_refuses_data_settings_that_would_do_harm_or_nothing(place, tm
     assert run_script(train_ldm.main, [*ldm_flags(place / "vae", tmp_path / "ldm"), *flags]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "ldm").exists()
+
+
+def test_the_python_lines_of_the_readme_run_as_written(place, dims, tmp_path, monkeypatch):
+    if dims == 2:
+        pytest.skip("the README's example is 3-D")
+    text = (ROOT / "README.md").read_text()
+    lines = text.split("## Python")[1].split("## ")[0].splitlines()
+    code = "\n".join(line[4:] for line in lines if line.startswith("    "))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "ldm-phantom").symlink_to(place / "ldm")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert read(tmp_path / "head.nii.gz").shape == (16, 20, 16)

@@ -16,7 +16,7 @@ from torch import nn
 import sample
 import train_ldm
 import train_vae
-from ldm3d import LatentDiffusion, read
+from ldm3d import LatentDiffusion, evaluation, read
 from ldm3d.checkpoint import load, step_files
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.distributed import run_script, setup, wrap
@@ -128,6 +128,11 @@ def test_stage_two_and_sampling_run_on_a_codebook(place):
     sample.main([str(place / "ldm"), "--num", "1", "--steps", "2"])
     sample.main([str(place / "vq"), "--reconstruct", str(place / "heads" / "images")])
     assert read(next((place / "ldm" / "samples-001").glob("sample_*"))).shape == (24, 28)
+    evaluation.main(["reconstruct", str(place / "vq"), "--resamples", "5"])
+    report = json.loads((place / "vq" / "evaluation-001" / "report.json").read_text())
+    assert report["codebook"]["codes"] == 32
+    assert 1 < report["codebook"]["perplexity"] <= report["codebook"]["used"] <= 32
+    assert report["latent"]["noise_share"] == [0, 0, 0]
     net, content = load_autoencoder(place / "vq")
     assert isinstance(net, VQVAE)
     assert content["config"]["quantizer"]["codebook_size"] == 32

@@ -11,11 +11,11 @@ from torch import nn
 from ldm3d.config import InputError, replace
 from ldm3d.distributed import keyed_generator
 from ldm3d.logger import Logger, mid_slices, save_sheet
+from ldm3d.runs import Run
 from ldm3d.training import (
     EMA,
     Mean,
     OptimConfig,
-    Run,
     RunConfig,
     Stepper,
     keyed_normal,

@@ -1,0 +1,216 @@
+"""Convolution and group norm give the numbers and the gradients of the plain formula by each of their fast ways."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldm3d import normconv
+from ldm3d.normconv import (
+    Conv,
+    GroupNorm,
+    channels_last,
+    is_channels_last,
+    norm_conv,
+    norm_conv_in_slabs,
+    takes_slow_path,
+)
+
+
+def close(actual, expected, tolerance=2e-5):
+    """Relative to the largest expected value, as the tolerances of the project are stated."""
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def gradients(module, out, *inputs):
+    """Gradients of a fixed random projection of `out` with respect to the inputs and all parameters."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    return torch.autograd.grad((out * weights).sum(), [*inputs, *module.parameters()])
+
+
+def all_close(actual, expected, tolerance=1e-4):
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e, tolerance)
+
+
+def image(*shape, seed=0, grad=False):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+def trained_norm(channels, groups):
+    """A norm whose weight and bias are not their initial ones and zeros."""
+    norm = GroupNorm(channels, groups)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+# --- convolution --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (1, 1)])
+def test_small_cpu_convolutions_by_onednn_equal_plain_ones_with_their_gradients(dims, stride, kernel):
+    conv = Conv(dims, 6, 5, kernel=kernel, stride=stride)
+    x = image(1, 6, *(8, 9, 7)[:dims], grad=True)
+    assert takes_slow_path(x, conv.weight)
+    plain = (F.conv2d if dims == 2 else F.conv3d)(x, conv.weight, conv.bias, stride, kernel // 2)
+    out = conv(x)
+    close(out, plain)
+    all_close(gradients(conv, out, x), gradients(conv, plain, x))
+
+
+def test_onednn_is_called_only_for_small_eager_fp32_cpu_tensors():
+    weight = image(4, 4, 3, 3, 3)
+    x = image(1, 4, 8, 8, 8)
+    assert takes_slow_path(x, weight)
+    assert not takes_slow_path(x.bfloat16(), weight.bfloat16())
+    assert not takes_slow_path(x.to("meta"), weight.to("meta"))
+    assert not takes_slow_path(x.expand(2, -1, -1, -1, -1), weight)
+    assert not takes_slow_path(image(1, 4, 80, 80, 1), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes_slow_path(x, weight)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_channels_last_convolutions_equal_plain_ones_and_keep_the_layout(dims, kernel):
+    conv = Conv(dims, 6, 4, kernel=kernel)
+    x = image(2, 6, *(5, 6, 7)[:dims], grad=True)
+    plain = (F.conv2d if dims == 2 else F.conv3d)(x, conv.weight, conv.bias, padding=kernel // 2)
+    out = conv(channels_last(x))
+    assert is_channels_last(out)
+    close(out, plain)
+    all_close(gradients(conv, out, x), gradients(conv, plain, x))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_layout_changes_strides_and_not_values(dims, channels):
+    x = image(2, channels, *(3, 4, 5)[:dims])
+    y = channels_last(x)
+    assert torch.equal(x, y)
+    assert y.stride(1) == 1
+    assert (y.data_ptr() == x.data_ptr()) == (channels == 1)  # one channel costs no copy
+    assert is_channels_last(Conv(dims, channels, 4)(y))
+    assert channels_last(x.to("meta")).is_contiguous()
+
+
+# --- group norm ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 24), (20, 20), (34, 17), (8, 8), (1, 1)])
+def test_the_number_of_groups_divides_the_channels(channels, groups):
+    assert GroupNorm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_last_norm_equals_the_formula_in_float64_with_its_gradients(silu, offset, dims, monkeypatch):
+    monkeypatch.setattr(normconv, "SLICE", 200)  # several slices
+    norm = trained_norm(6, 3)
+    x = (image(2, 6, *(5, 4, 7)[:dims]) + offset).requires_grad_()
+    groups = x.double().reshape(2, 3, -1)
+    deviation = (groups - groups.mean(-1, keepdim=True)).reshape(x.shape)
+    variance = groups.var(-1, correction=0).repeat_interleave(2, 1).reshape(2, 6, *(1,) * dims)
+    shape = (1, 6, *(1,) * dims)
+    expected = deviation / (variance + 1e-6).sqrt() * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+    expected = F.silu(expected) if silu else expected
+    out = norm(channels_last(x), silu)
+    assert is_channels_last(out)
+    tolerance = 2e-5 * (1 + offset)  # that far from zero fp32 itself carries fewer digits of x
+    close(out, expected, tolerance)
+    all_close(gradients(norm, out, x), gradients(norm, expected, x), 1e-4 * (1 + offset))
+
+
+def test_a_gradient_of_another_layout_is_taken_right():
+    norm, x = trained_norm(6, 3), image(2, 6, 3, 4, 5, grad=True)
+    weights = image(2, 6, 3, 4, 5, seed=1)  # contiguous, the norm's input is not
+    found = torch.autograd.grad(norm(channels_last(x), True), [x, *norm.parameters()], weights)
+    expected = torch.autograd.grad(norm(x, True), [x, *norm.parameters()], weights)
+    all_close(found, expected)
+    found = torch.autograd.grad(norm(x, True), [x, *norm.parameters()], channels_last(weights))
+    all_close(found, expected)
+
+
+def test_channels_last_norm_is_exact_on_a_large_map():
+    norm, x = trained_norm(4, 2), image(1, 4, 64, 64, 64)
+    close(norm(channels_last(x)), F.group_norm(x.double(), 2, norm.weight.double(), norm.bias.double()), 2e-6)
+
+
+@pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous])
+def test_statistics_of_a_bfloat16_norm_are_computed_in_fp32(layout):
+    norm = GroupNorm(4, 2)
+    x = (image(1, 4, 16, 16, 16) + 50.0).bfloat16()  # a mean that sums in bf16 could not hold
+    exact = F.group_norm(x.double(), 2)
+    close(norm.bfloat16()(layout(x)), exact, 2e-2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous])
+def test_inference_overwrites_nothing_that_is_not_its_own(dims, layout):
+    norm, x = trained_norm(6, 3), layout(image(2, 6, *(4, 5, 6)[:dims]))
+    before = x.clone()
+    with torch.no_grad():
+        norm(x, silu=True)
+    assert torch.equal(x, before)
+
+
+# --- norm and convolution together ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous])
+@pytest.mark.parametrize("silu", [True, False])
+def test_recomputing_norm_and_silu_changes_neither_output_nor_gradients(dims, layout, silu, monkeypatch):
+    norm, conv = trained_norm(6, 3), Conv(dims, 6, 4)
+    both = nn.ModuleList([norm, conv])
+    x = image(2, 6, *(4, 5, 6)[:dims], grad=True)
+    plain = conv(norm(layout(x), silu))
+    monkeypatch.setattr(normconv, "RECOMPUTE_FROM", 0)
+    out = norm_conv(norm, conv, layout(x), silu)
+    assert torch.equal(out, plain)
+    all_close(gradients(both, out, x), gradients(both, plain, x), 1e-6)
+
+
+def test_only_the_input_is_kept_for_backward(monkeypatch):
+    monkeypatch.setattr(normconv, "RECOMPUTE_FROM", 0)
+    norm, conv, x = GroupNorm(8), Conv(3, 8, 8), image(1, 8, 6, 6, 6, grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda t: t):
+        norm_conv(norm, conv, x)
+    assert kept == [x.numel()]
+
+
+def test_recomputation_stops_before_the_convolution(monkeypatch):
+    monkeypatch.setattr(normconv, "RECOMPUTE_FROM", 0)
+    norm, conv, x = GroupNorm(8), Conv(3, 8, 8), image(2, 8, 6, 6, 6, grad=True)
+    norms, products = [], []
+    norm.register_forward_hook(lambda *args: norms.append(1))
+    convolve = conv.convolve
+
+    def counted(*args):
+        out = convolve(*args)  # raises where the recomputation stops, before any product is formed
+        products.append(1)
+        return out
+
+    conv.convolve = counted
+    norm_conv(norm, conv, x).sum().backward()
+    assert (len(norms), len(products)) == (2, 1)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("depth", [1, 4, 5, 11])
+@pytest.mark.parametrize("silu", [True, False])
+def test_slabs_give_the_result_of_the_whole(dims, depth, silu, monkeypatch):
+    norm, conv = trained_norm(6, 3), Conv(dims, 6, 4)
+    x = image(2, 6, depth, 5, *((3,) if dims == 3 else ()))
+    monkeypatch.setattr(normconv, "SLAB", 4 * x[:, :, 0].numel())  # four planes
+    plain = F.group_norm(x, 3, norm.weight, norm.bias, 1e-6)
+    with torch.no_grad():
+        out = norm_conv_in_slabs(norm, conv, channels_last(x), silu)
+        close(out, conv(F.silu(plain) if silu else plain))
+        monkeypatch.setattr(normconv, "SLABS_FROM", 0)
+        assert torch.equal(norm_conv(norm, conv, channels_last(x), silu), out)
