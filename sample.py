@@ -2,7 +2,7 @@
 """Make new volumes with a trained run, or send volumes through its autoencoder and back.
 
 new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
-several GPUs      torchrun --nproc_per_node 4 sample.py runs/ldm-hippocampus --num 64
+several GPUs      torchrun --nproc_per_node 4 -- sample.py runs/ldm-hippocampus --num 64
 there and back    python sample.py runs/vae-hippocampus --reconstruct FOLDER
 
 Volumes are written as NIfTI (2-D: TIFF) with the training data's spacing and orientation and its median

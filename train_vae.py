@@ -36,7 +36,7 @@ from ldm3d.blocks import Conv
 from ldm3d.config import InputError, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
-from ldm3d.distributed import is_main, keyed_generator, main_first, run_script, setup, wrap
+from ldm3d.distributed import is_main, keyed_generator, main_first, run_script, setup, world_size, wrap
 from ldm3d.latent_diffusion import Autoencoder, make_autoencoder
 from ldm3d.logger import progress, save_sheet
 from ldm3d.losses import (
@@ -203,7 +203,8 @@ def evaluate(
     """PSNR (dB) and SSIM of the latent mean's reconstruction, and the loss's terms, over whole validation
     cases."""
     means = Mean()
-    for batch in progress(evaluation_batches(dataset, 1), "validation"):
+    total = -(-len(dataset) // world_size())
+    for batch in progress(evaluation_batches(dataset, 1), "validation", total):
         x = to_device(batch, device)["image"]
         with autocast(config.run.amp, device):
             posterior = net.encode(x)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -327,24 +326,12 @@ class Downsample(nn.Module):
         return self.conv(x if self.end_padding is None else F.pad(x, self.end_padding))
 
 
-def folding_matrix(strides: Sequence[int]) -> Tensor:
-    """(3^dims, prod(3 or 4)): kernel of a conv3 after nearest up-sampling -> kernel of one transposed conv.
-
-    Per axis of stride 2 (w0, w1, w2) -> (w2, w1 + w2, w0 + w1, w0): output 2i sees input i - 1 through w0 and
-    input i through w1 + w2; output 2i + 1 sees input i through w0 + w1 and input i + 1 through w2. Stride 1:
-    flipped.
-    """
-    double = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
-    single = torch.eye(3).flip(0)
-    return reduce(torch.kron, (double if s == 2 else single for s in strides))
-
-
 class Upsample(nn.Module):
     """(B, C, *S) -> (B, C, *(stride * S)), strides 1 or 2 per axis.
 
     "nearest" and "trilinear" (linear in every axis) repeat or interpolate, then conv3; "deconv2" and
     "deconv3" are transposed convolutions of kernel 2 and 3. Nearest + conv3 is computed as ONE transposed
-    convolution with the folded kernel (`folding_matrix`): exact, boundaries too, 8 instead of 27 products per
+    convolution with the folded kernel (`folded_weight`): exact, boundaries too, 8 instead of 27 products per
     output voxel in 3-D, and no tensor of repeated voxels.
     """
 
@@ -353,7 +340,6 @@ class Upsample(nn.Module):
         self.dims, self.strides, self.kind = dims, tuple(strides), kind
         if kind in ("nearest", "trilinear"):
             self.conv = Conv(dims, channels, channels)
-            self.register_buffer("folding", folding_matrix(strides), persistent=False)
         else:
             kernel, padding = (3, 1) if kind == "deconv3" else (self.strides, 0)
             cls = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
@@ -361,12 +347,17 @@ class Upsample(nn.Module):
             self.deconv = cls(channels, channels, kernel, self.strides, padding, output_padding=extra)
 
     def folded_weight(self) -> Tensor:
-        """(C_in, C_out, *(3 or 4)), made anew at each call: a stored one would outlive an optimizer step."""
+        """(C_in, C_out, *(3 or 4)), made anew at each call: a stored one would outlive an optimizer step.
+
+        Stride 2: output 2i sees input i - 1 through w0 and input i through w1 + w2; output 2i + 1 sees
+        input i through w0 + w1 and input i + 1 through w2. Stride 1: flipped taps.
+        """
         weight = self.conv.weight
-        with torch.autocast(weight.device.type, enabled=False):  # add weights in full precision, round after
-            folded = weight.flatten(2).float() @ self.folding.float()  # (C_out, C_in, prod)
-        folded = folded.unflatten(2, [2 + s for s in self.strides])
-        return folded.transpose(0, 1).to(weight.dtype)
+        kernel = weight.transpose(0, 1).to(torch.promote_types(weight.dtype, torch.float32))
+        for axis, stride in enumerate(self.strides, start=2):
+            w0, w1, w2 = kernel.unbind(axis)
+            kernel = torch.stack((w2, w1 + w2, w0 + w1, w0) if stride == 2 else (w2, w1, w0), axis)
+        return kernel.to(weight.dtype)  # rounded once, after the sums
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind.startswith("deconv"):

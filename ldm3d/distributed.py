@@ -235,8 +235,8 @@ def explain(e: Exception) -> tuple[str, int]:
         return f"error: {e.filename}: {e.strerror}", EXIT_USER
     if isinstance(e, RuntimeError) and "DataLoader worker" in first:  # raised wherever the main process is
         return (
-            f"error: run.workers: a data-loading process died ({first.strip()}); often memory, or shared memory, "
-            "ran out: the same command with fewer --run.workers goes on from the last checkpoint"
+            f"error: run.workers: a data-loading process died ({first.strip()}); often memory, or shared "
+            "memory, ran out: the same command with fewer --run.workers goes on from the last checkpoint"
         ), EXIT_USER
     if isinstance(e, dist.DistError) or "gloo/transport" in first:
         return f"stopped, because the connection to another rank was lost ({first})", EXIT_OURS

@@ -70,7 +70,6 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
     long; when none is, there are fewer scales. An axis of length 1 has no gradient.
     """
     error = _full_precision(recon) - _full_precision(x)  # D is linear: D recon - D x = D error
-    pool = F.avg_pool3d if error.ndim == 5 else F.avg_pool2d
     terms = [error.new_zeros(error.shape[:1])] if max(error.shape[2:]) == 1 else []
     for _ in range(num_scales):
         axes = [axis for axis in range(2, error.ndim) if error.shape[axis] > 1]
@@ -78,7 +77,11 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
         strides = [2 if size >= 4 else 1 for size in error.shape[2:]]
         if max(strides) == 1:
             break
-        error = pool(error, strides, strides)
+        for axis, stride in enumerate(
+            strides, start=2
+        ):  # not avg_pool3d: on a GPU its gradient is not bit-exact
+            pairs = error.narrow(axis, 0, error.shape[axis] // stride * stride).unflatten(axis, (-1, stride))
+            error = pairs.mean(axis + 1) if stride > 1 else error
     return torch.stack(terms).mean(0)
 
 

@@ -251,7 +251,7 @@ def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tens
 
 
 def norm_conv_in_slabs(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool) -> Tensor:
-    """`norm_conv` without gradient of a channels-last tensor, some planes at a time, with the true statistics.
+    """`norm_conv` of a channels-last tensor without gradient, some planes at a time, with true statistics.
 
     Exact: a slab has one more plane on either side. The normalised planes never leave the cache, and no
     memory beyond the result is taken.

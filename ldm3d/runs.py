@@ -66,6 +66,7 @@ class Run:
         self.dir = Path(config.run.dir or f"runs/{kind}-{config.preset}")
         self.resumed: dict[str, Any] | None = None
         self.sigterm: SigtermFlag | None = None
+        self.profiler: Profile | None = None
         if config.run.fresh:
             self._move_aside()
             self.config = replace(config, {"run.fresh": False})  # done; what is stored says so
@@ -154,8 +155,9 @@ class Run:
         return Logger(self.dir, self.step, self.config.run.tensorboard)
 
     def profile(self) -> Profile | None:
-        """What --run.profile asks for, on rank 0."""
-        return Profile(self.dir) if self.config.run.profile and is_main() else None
+        """What --run.profile asks for, on rank 0; `finish` ends it if the run is over before."""
+        self.profiler = Profile(self.dir) if self.config.run.profile and is_main() else None
+        return self.profiler
 
     def check_data(self, now: dict[str, Any]) -> None:
         """Refuse to go on with data that are not those of the checkpoint, by what its state says of them."""
@@ -245,6 +247,8 @@ class Run:
 
     def finish(self, logger: Logger) -> None:
         """The loop is over: close the log, tell how well it went."""
+        if self.profiler is not None:
+            self.profiler.close()
         logger.close()
         self.sigterm.release()
         best = "no validation gave a number, so there is no best.pt"

@@ -306,11 +306,9 @@ class Speed:
             self.began = time.perf_counter()
             item = next(items, None)
             if item is None:
-                break
+                return
             self.waited += time.perf_counter() - self.began
             yield item
-        if self.profile is not None:
-            self.profile.close()
 
     def stop(self) -> None:
         """The optimizer step is done."""

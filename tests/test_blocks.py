@@ -11,7 +11,6 @@ from torch import nn
 from ldm3d import blocks
 from ldm3d.blocks import (
     AttentionBlock,
-    Conv,
     CrossAttention,
     Decoder,
     DepthToSpace,
@@ -266,7 +265,7 @@ def test_other_kinds_of_upsampling_multiply_the_size_by_the_strides(strides, kin
     if kind == "trilinear":  # a linear ramp stays one in the interior
         ramp = torch.arange(8.0).reshape(1, 1, -1, *(1,) * (dims - 1)).expand(1, 4, 8, *(4,) * (dims - 1))
         nn.init.zeros_(up.conv.weight)
-        up.conv.weight.data[:, 0, *(1,) * dims] = 1.0
+        up.conv.weight.data[(slice(None), 0, *(1,) * dims)] = 1.0
         nn.init.zeros_(up.conv.bias)
         steps = up(ramp).diff(dim=2)
         close(steps[:, :, 1:-1], torch.full_like(steps[:, :, 1:-1], 1.0 / strides[0]))
@@ -282,8 +281,8 @@ def test_space_to_depth_is_inverted_exactly_and_keeps_neighbours_together(factor
         *(n // f for n, f in zip(x.shape[2:], factor, strict=True)),
     )
     assert torch.equal(DepthToSpace(factor)(packed), x)
-    block = x[1, 2, *(slice(0, f) for f in factor)].flatten()
-    assert torch.equal(packed[1, 2 * math.prod(factor) :, *(0,) * len(factor)], block)
+    block = x[(1, 2, *(slice(0, f) for f in factor))].flatten()
+    assert torch.equal(packed[(1, slice(2 * math.prod(factor), None), *(0,) * len(factor))], block)
 
 
 # --- trunks and time ------------------------------------------------------------------------------

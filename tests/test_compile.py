@@ -1,15 +1,15 @@
-"""Compiled networks: one graph without a break, the outputs of eager, plain names in checkpoints, compiled once a run."""
+"""Compiled networks: one graph, the outputs of eager, plain names in checkpoints, compiled once a run."""
 
 import pytest
 import torch
 import torch._dynamo
+from tiny import ldm_flags, lines, start, vae_flags
 from torch import nn
 
 import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, Denoiser, UNetConfig, VAEConfig
 from ldm3d.checkpoint import load, step_files
-from tiny import ldm_flags, lines, start, vae_flags
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_a_network_is_one_graph_and_computes_what_eager_does(kind, dims, checkpo
 
 @pytest.fixture
 def counted(monkeypatch):
-    """nn.Module.compile with a fast backend that refuses graph breaks; the list grows by every graph it compiles."""
+    """nn.Module.compile with a fast backend that refuses graph breaks; the list grows by every graph."""
     graphs, original = [], nn.Module.compile
 
     def backend(graph, inputs):

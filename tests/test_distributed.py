@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from ldm3d import AutoencoderKL, VAEConfig
+import sample
+import train_ldm
+from ldm3d import AutoencoderKL, VAEConfig, read
 from ldm3d.checkpoint import load, step_files
 from ldm3d.data import batches, evaluation_batches
 from ldm3d.distributed import all_reduce_sum, any_rank, gather, main_first, rank, setup, share, wrap
@@ -72,7 +76,7 @@ class Critic(nn.Module):
 
 
 def train_against_a_critic() -> list[torch.Tensor]:
-    """Two adversarial steps, each network with its own optimizer: all gradients, and the weights at the end."""
+    """Two adversarial steps, each network with an optimizer: all gradients, and the weights at the end."""
     torch.manual_seed(0)
     net, critic = nn.Conv2d(1, 1, 3, padding=1), Critic()
     models, grads = [wrap(n, CPU) for n in (net, critic)], []
@@ -236,6 +240,21 @@ def test_a_script_under_torchrun_trains_like_one_process_and_ranks_share_the_sam
         assert (x["step"], x["split"]) == (y["step"], y["split"])
         for key in x.keys() & {"loss", "psnr", "ssim", "kl"}:
             assert x[key] == pytest.approx(y[key], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_samples_which_are_those_of_one_process(vae_run, tmp_path):
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "ldm", 4))
+    folder, flags = tmp_path / "ldm", ["--num", "5", "--steps", "3", "--batch_size", "2"]
+    process = tiny.torchrun(ROOT / "sample.py", folder, *flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("5 volumes of 16x20") == 1
+    sample.main([str(folder), *flags])
+    for i in range(5):
+        one, two = (read(folder / f"samples-00{n}" / f"sample_{i:04d}.tif").array for n in (1, 2))
+        assert np.allclose(one, two, atol=1e-3 * np.abs(one).max())
+    assert (folder / "samples-001" / "samples.json").exists()
 
 
 def test_an_error_on_one_rank_ends_all_within_seconds_with_its_message(tmp_path):

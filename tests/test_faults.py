@@ -1,4 +1,4 @@
-"""Whatever breaks, the message says what and what to do, and at most the time since the last checkpoint is lost."""
+"""Whatever breaks, the message says what and what to do, and what is lost began at the last checkpoint."""
 
 import os
 import resource
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ROOT, ldm_flags, lines, start, torchrun, vae_flags
 
 import sample
 import train_ldm
@@ -21,7 +22,6 @@ from ldm3d.data import VolumeDataset
 from ldm3d.distributed import run_script
 from ldm3d.logger import Logger, save_sheet
 from ldm3d.training import keyed_normal, reseed
-from tiny import ROOT, ldm_flags, lines, start, torchrun, vae_flags
 
 
 def one_line(capsys) -> str:
@@ -135,9 +135,9 @@ def test_a_log_without_room_ends_the_run_with_a_line_and_a_picture_does_not(tmp_
     limits, logger = resource.getrlimit(resource.RLIMIT_FSIZE), Logger(tmp_path, 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
+        logger.log(1, "train", {"loss": 1.0}, echo=False)
         with pytest.raises(InputError, match=r"log cannot be written .*run the same command again"):
-            for step in range(9):
-                logger.log(step, "train", {"loss": 1.0}, echo=False)
+            logger.log(2, "train", {"loss": 1.0, "a word": "x" * 100}, echo=False)
         assert save_sheet(tmp_path / "a.png", {"row": [torch.rand(30, 30).numpy()]}) is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -302,7 +302,7 @@ def test_an_error_on_one_rank_in_the_middle_of_training_ends_all_within_seconds(
         "sys.exit(run_script(train_vae.main))\n"
     )
     process = torchrun(driver, *vae_flags(heads, tmp_path / "run", 1000), port=1)
-    out, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "rank 1: error: case 17 is made of cheese" in err
     assert "Traceback" not in err.split("torch/distributed")[0]  # rank 0 says in a line that it lost rank 1

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from tiny import ldm_flags, vae_flags
 
 import sample
 import train_ldm
@@ -14,7 +15,6 @@ from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig
 from ldm3d.config import replace
 from ldm3d.memory import CONTEXT, GIB, SHARE, Plan, decode, encode, peak_bytes
 from ldm3d.training import autocast
-from tiny import ldm_flags, vae_flags
 
 CPU = torch.device("cpu")
 AE = VAEConfig(channels=(16, 32), num_res_blocks=(1,), num_groups=8)

@@ -1,9 +1,10 @@
-"""bf16 and fp16 train as fp32 does: the same loss to 2 %, fp32 where it matters, and an overflow costs one step."""
+"""bf16 and fp16 train as fp32 does: the loss to 2 %, fp32 where it matters, an overflow costs one step."""
 
 import math
 
 import pytest
 import torch
+from tiny import ldm_flags, lines, vae_flags
 from torch import nn
 
 import train_ldm
@@ -12,7 +13,6 @@ from ldm3d import AutoencoderKL, DiffusionKernel, KernelConfig, VAEConfig
 from ldm3d.blocks import GroupNorm
 from ldm3d.checkpoint import load, step_files
 from ldm3d.training import EMA, OptimConfig, RunConfig, Stepper, amp_dtype, autocast
-from tiny import ldm_flags, lines, vae_flags
 
 CPU = torch.device("cpu")
 

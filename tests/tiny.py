@@ -9,10 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RUN = """--run.eval_every 10 --run.save_every 5 --run.log_every 1 --run.ema_decay 0.9 --optim.warmup_steps 0
  --optim.schedule constant""".split()
-VAE = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch none --vae.dims 2 --vae.channels 8,16
- --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3 --optim.lr 2e-3""".split()
-LDM = """--batch_size 4 --unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1 --unet.head_channels 8
- --unet.attention_levels false,true --sample_steps 2 --optim.lr 2e-3""".split()
+VAE = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch none --vae.dims 2
+ --vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3
+ --optim.lr 2e-3""".split()
+LDM = """--batch_size 4 --unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1
+ --unet.head_channels 8 --unet.attention_levels false,true --sample_steps 2 --optim.lr 2e-3""".split()
 
 
 def vae_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
@@ -42,4 +43,5 @@ def start(*arguments: object, **more: object) -> subprocess.Popen:
 def torchrun(*arguments: object, ranks: int = 2, port: int = 0) -> subprocess.Popen:
     """A script on several ranks of this machine."""
     rendezvous = ["--master_port", 33000 + (os.getpid() + port) % 2000]
-    return start("-m", "torch.distributed.run", "--nproc_per_node", ranks, *rendezvous, *arguments)
+    # torchrun takes flags that begin like its own, such as --num, for them: hence the two dashes
+    return start("-m", "torch.distributed.run", "--nproc_per_node", ranks, *rendezvous, "--", *arguments)

@@ -1,7 +1,8 @@
-"""Copy the weights of MONAI's AutoencoderKL and DiffusionModelUNet into ours, module by module, for parity and timing.
+"""The weights of MONAI's AutoencoderKL and DiffusionModelUNet in our networks, for parity tests and timing.
 
-Both sides are built from the same architecture (`twin_autoencoder`, `twin_unet`), so that outputs, gradients, time and
-memory can be compared. Only attribute names of MONAI 1.5 and later are known here; files of weights are another matter.
+Both sides are built from one configuration (`twin_autoencoder`, `twin_unet`) and copied module by module, so
+that outputs, gradients, time and memory can be compared. Known are the attribute names of MONAI 1.5 and later;
+files of weights are another matter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ldm3d.vae import AutoencoderKL, VAEConfig
 
 
 def twin_autoencoder(config: VAEConfig, flash: bool = False) -> tuple[AutoencoderKL, nn.Module]:
-    """(ours, MONAI's) with equal random weights; only fields that MONAI has may differ from their defaults."""
+    """(ours, MONAI's) with equal random weights; only what MONAI has too may differ from its default."""
     from monai.networks.nets import AutoencoderKL as Peer
 
     levels = len(config.channels)
@@ -107,7 +108,7 @@ def randomise(net: nn.Module, seed: int = 0) -> None:
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-# --- one module ---------------------------------------------------------------------------------------------------
+# --- one module -------------------------------------------------------------------------------------------
 
 
 def copy_module(mine: nn.Module, theirs: nn.Module) -> None:

@@ -1,0 +1,230 @@
+"""The U-Net takes any size, uses every parameter, and with MONAI's weights gives MONAI's numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm3d import unet
+from ldm3d.blocks import AttentionBlock, TransformerBlock
+from ldm3d.config import InputError, from_dict, to_dict
+from ldm3d.unet import UNet, UNetConfig
+
+SMALL = {
+    "channels": (4, 8),
+    "num_res_blocks": (1,),
+    "attention_levels": (False, True),
+    "head_channels": 4,
+    "num_groups": 2,
+    "in_channels": 3,
+    "out_channels": 2,
+}
+
+
+def close(actual, expected, tolerance=2e-5):
+    """Relative to the largest expected value, as the tolerances of the project are stated."""
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def make(dims, registers=None, **changes):
+    """A U-Net with all weights random, those that start at zero too."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(dims=dims, **{**SMALL, **changes}), registers)
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def arguments(dims, size=(6, 7, 8), context=False, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    given = {
+        "x": torch.randn(batch, 3, *size[:dims], generator=generator),
+        "t": torch.tensor([3.0, 700.5])[:batch],
+    }
+    if context:
+        given["context"] = torch.randn(batch, 5, 6, generator=generator)
+    return given
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_prediction_is_zero_at_first(dims):
+    net = UNet(UNetConfig(dims=dims, **SMALL))
+    assert not net(**arguments(dims)).any()
+
+
+@pytest.mark.parametrize("strides", [None, (1, 2, 2), (2, 1, 1)])
+@pytest.mark.parametrize("size", [(4, 4, 4), (5, 7, 3), (1, 2, 1)])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_any_size_in_is_the_same_size_out(dims, size, strides):
+    strides = None if strides is None else (strides[:dims],)
+    net = make(dims, strides=strides)
+    assert net(**arguments(dims, size)).shape == (2, 2, *size[:dims])
+    assert net.config.downsampling == ((2,) * dims if strides is None else strides[0])
+
+
+def test_odd_sizes_are_computed_as_if_their_edge_were_repeated():
+    net, given = make(2), arguments(2, (5, 6))
+    padded = torch.cat([given["x"], given["x"][:, :, -1:]], dim=2)
+    close(net(**given), net(padded, given["t"])[:, :, :5], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"context_dim": 6}, {"attn_out_proj": False}, {"checkpointing": True}]
+)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_parameter_gets_a_gradient(dims, changes):
+    net = make(dims, **changes)
+    net(**arguments(dims, context="context_dim" in changes)).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_attention_is_where_the_levels_say_and_always_in_the_middle():
+    net = make(2, channels=(4, 8, 12), num_res_blocks=(1, 2, 1), attention_levels=(False, True, False))
+    attended = [
+        m.norm.num_channels for m in net.modules() if isinstance(m, (AttentionBlock, TransformerBlock))
+    ]
+    assert net.config.attention_channels == (8, 8, 12, 8, 8, 8)
+    assert sorted(attended) == sorted(net.config.attention_channels)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_checkpointing_changes_no_gradient(dims):
+    gradients = []
+    for checkpointing in (False, True):
+        net = make(dims, checkpointing=checkpointing, context_dim=6, dropout=0.2)
+        torch.manual_seed(5)
+        loss = net(**arguments(dims, context=True)).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    for plain, recomputed in zip(*gradients, strict=True):
+        close(recomputed, plain, 1e-6)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_channels_last_way_gives_the_same_prediction_and_gradients(dims, monkeypatch):
+    results = []
+    for threshold in (10**9, 0):
+        monkeypatch.setattr(unet, "CHANNELS_LAST_FROM", threshold)
+        net = make(dims, context_dim=6)
+        out = net(**arguments(dims, context=True))
+        results.append([out, *torch.autograd.grad(out.square().mean(), list(net.parameters()))])
+    close(results[1][0], results[0][0])
+    for fast, plain in zip(*results, strict=True):
+        close(fast, plain, 1e-4)
+
+
+def test_dropout_acts_in_training_only():
+    net, given = make(2, dropout=0.5), arguments(2)
+    assert not torch.equal(net(**given), net(**given))
+    net.eval()
+    assert torch.equal(net(**given), net(**given))
+
+
+def test_the_extra_embedding_is_added_to_that_of_time():
+    net, given = make(2), arguments(2)
+    emb = torch.randn(2, net.config.emb_dim, generator=torch.Generator().manual_seed(2))
+    assert net.config.emb_dim == 16
+    close(net.embed(given["t"], emb), net.embed(given["t"]) + emb)
+    assert not torch.allclose(net(**given, emb=emb), net(**given))
+    close(net(**given, emb=torch.zeros_like(emb)), net(**given))
+
+
+def test_time_and_context_matter_and_masked_tokens_do_not():
+    net, given = make(2, context_dim=6), arguments(2, context=True)
+    out = net(**given)
+    assert not torch.allclose(out, net(**{**given, "t": given["t"] + 50}))
+    assert not torch.allclose(out, net(**{**given, "context": given["context"] + 1}))
+    mask = torch.tensor([[True, True, True, False, False]] * 2)
+    changed = given["context"].clone()
+    changed[:, 3:] += 5
+    close(net(**{**given, "context": changed}, context_mask=mask), net(**given, context_mask=mask))
+
+
+def test_sine_and_cosine_can_change_places():
+    net = make(2)
+    other = make(2, time_embed_order="sin_cos")
+    half = net.config.channels[0] // 2
+    with torch.no_grad():
+        other.time_embed[0].weight.copy_(net.time_embed[0].weight.roll(half, dims=1))
+    close(other(**arguments(2)), net(**arguments(2)))
+
+
+def test_registers_are_called_after_every_attention_layer_with_its_place():
+    class Registers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def forward(self, h, emb, place):
+            self.calls.append((place, h.shape[1], emb.shape))
+            return h + 1
+
+    registers = Registers()
+    net = make(2, registers)
+    out = net(**arguments(2))
+    assert registers.calls == [(i, c, (2, 16)) for i, c in enumerate(net.config.attention_channels)]
+    net.registers = None
+    assert not torch.allclose(out, net(**arguments(2)))
+
+
+def test_the_network_exists_on_the_meta_device_without_memory():
+    with torch.device("meta"):
+        net = UNet(UNetConfig(channels=(64, 128, 256), context_dim=64))
+        out = net(torch.empty(1, 4, 17, 32, 33), torch.empty(1), torch.empty(1, 7, 64))
+    assert out.shape == (1, 4, 17, 32, 33)
+    assert out.device.type == "meta"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_bfloat16_autocast_stays_near_fp32(dims):
+    net, given = make(dims, context_dim=6), arguments(dims, (8, 8, 8), context=True)
+    full = net(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = net(**given)
+    assert (half - full).square().mean().sqrt() <= 2e-2 * full.square().mean().sqrt()
+
+
+def test_mistakes_name_the_field():
+    with pytest.raises(InputError, match="head_channels: 32 does not divide 48"):
+        UNetConfig(channels=(32, 48), attention_levels=(False, True))
+    with pytest.raises(InputError, match="dropout: expected a number in"):
+        UNetConfig(dropout=1.0)
+    with pytest.raises(InputError, match=r"context: this U-Net wants no context"):
+        make(2)(**arguments(2, context=True))
+    with pytest.raises(InputError, match=r"context: this U-Net wants context \(B, M, 6\)"):
+        make(2, context_dim=6)(**arguments(2))
+    with pytest.raises(InputError, match=r"x: expected \(B, 3, 2 axes\), got shape \(2, 3, 6, 7, 8\)"):
+        make(2)(**arguments(3))
+
+
+def test_the_configuration_survives_json():
+    config = UNetConfig(strides=((1, 2, 2), (2, 2, 2)), context_dim=8)
+    assert from_dict(UNetConfig, to_dict(config)) == config
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    "changes", [{}, {"context_dim": 6}, {"attn_out_proj": False, "num_res_blocks": (1, 2)}]
+)
+def test_monai_weights_give_monai_outputs_and_gradients(dims, changes):
+    pytest.importorskip("monai")
+    pytest.importorskip("einops")
+    from benchmarks.monai_weights import twin_unet
+
+    torch.manual_seed(0)
+    ours, theirs = twin_unet(UNetConfig(dims=dims, **{**SMALL, **changes}))
+    given = arguments(dims, (8, 12, 8), context="context_dim" in changes)
+    inputs = [given["x"], given["t"], *([given["context"]] if "context" in given else [])]
+    out, expected = ours(*inputs), theirs(*inputs)
+    close(out, expected)
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    close(ours.conv_in.weight.grad, theirs.conv_in.conv.weight.grad, 1e-4)
+    close(ours.time_embed[0].weight.grad, theirs.time_embed[0].weight.grad, 1e-4)
+    close(ours.down[0].res.conv2.weight.grad, theirs.down_blocks[0].resnets[0].conv2.conv.weight.grad, 1e-4)
+    close(ours.norm_out.weight.grad, theirs.out[0].weight.grad, 1e-4)
+    totals = [sum(p.grad.double().square().sum() for p in net.parameters()) for net in (ours, theirs)]
+    close(*totals, 2e-4)
