@@ -79,7 +79,7 @@ class DataState:
         """A sample x (C, *S), scaled, as a volume in the units of the training data, around the origin."""
         affine = np.diag([*self.spacing, 1.0])
         affine[:-1, -1] = [-(n - 1) / 2 * mm for n, mm in zip(x.shape[1:], self.spacing, strict=True)]
-        array = unscale(x.detach().float().cpu().numpy(), *self.numbers(None))
+        array = unscale(x.detach().float().cpu().numpy(), *self.numbers(None), self.clipped)
         return Volume(array, affine, self.orientation)
 
 
@@ -139,7 +139,7 @@ def restore(
     """
     array = x.detach().cpu().numpy()
     if x.is_floating_point():
-        array = unscale(array.astype(np.float32), *state.numbers(info, role))
+        array = unscale(array.astype(np.float32), *state.numbers(info, role), state.clipped)
     start = tuple(map(int, centred(info.shape, array.shape[1:]) if start is None else start))
     inside = [slice(max(0, -s), n - s) for n, s in zip(info.shape, start, strict=True)]
     affine = np.array(info.affine)

@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 RECOMPUTE_FROM = 2**20  # elements: norm and SiLU of smaller tensors are kept for backward, which is faster
-SLABS_FROM = 2**22  # elements: larger CPU tensors go through norm + convolution some planes at a time
-SLAB, SLICE = 2**21, 2**20  # elements of a slab; of a slice of rows in `RowNorm`: they stay in the cache
+SLAB = 2**22  # elements: larger CPU tensors go through norm and convolution some planes at a time
+SLICE = 2**20  # elements of a slice of rows in `RowNorm`, to stay in the cache
 
 # --- convolution ------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tens
         if torch.compiler.is_compiling() or x.numel() < RECOMPUTE_FROM:
             return conv(norm(x, silu))
         return checkpoint(lambda y: conv(norm(y, silu)), x, use_reentrant=False, preserve_rng_state=False)
-    if is_channels_last(x) and x.numel() >= SLABS_FROM:
+    if is_channels_last(x) and x.numel() > SLAB:
         return norm_conv_in_slabs(norm, conv, x, silu)
     return conv(norm(x, silu))
 

@@ -31,8 +31,9 @@ def scale(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...], c
     return np.clip(x, -1, 1, out=x) if clip else x
 
 
-def unscale(x: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
-    """The inverse of `scale`, as far as nothing was clipped."""
+def unscale(x: np.ndarray, low: tuple[float, ...], high: tuple[float, ...], clipped: bool) -> np.ndarray:
+    """The inverse of `scale`, as far as nothing was clipped; what a network adds beyond the range is cut off."""
+    x = x.clip(-1, 1) if clipped else x
     middle, half = _middle_half(low, high, x.ndim)
     return x * half + middle
 

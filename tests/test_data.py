@@ -248,7 +248,7 @@ def test_unscale_inverts_scale_per_channel():
     v = np.random.default_rng(0).normal(1000, 300, (2, 4, 5)).astype(np.float32)
     x = scale(v, (200.0, 0.0), (1800.0, 5000.0), clip=False)
     np.testing.assert_allclose(x[0], 2 * (v[0] - 200) / 1600 - 1, atol=1e-5)
-    np.testing.assert_allclose(unscale(x, (200.0, 0.0), (1800.0, 5000.0)), v, rtol=1e-5)
+    np.testing.assert_allclose(unscale(x, (200.0, 0.0), (1800.0, 5000.0), False), v, rtol=1e-5)
 
 
 def test_the_state_has_the_medians_of_the_training_cases_and_survives_json(settings):
@@ -615,3 +615,12 @@ def test_a_stored_split_is_kept_and_cases_it_lacks_are_left_out(settings):
     opened_data = opened(settings, split=stored)
     assert opened_data.split == stored
     assert sorted(opened_data.cases) == ["case_1", "case_2", "case_4"]
+
+
+def test_a_sample_beyond_the_clipped_range_is_written_within_the_data_s_own(tmp_path):
+    write_phantoms(tmp_path / "heads", 4, size=(8, 8, 8), spacing=(24.0, 28.0, 24.0))
+    config = DataConfig(root=str(tmp_path / "heads"), cache_dir=str(tmp_path), val_fraction=0.25)
+    state = open_data(config, "heads", 0).state
+    array = state.to_volume(torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1)).array.flatten()
+    low, high = state.low[0], state.high[0]
+    assert array.tolist() == pytest.approx([low, (low + high) / 2, high], rel=1e-5)

@@ -205,31 +205,6 @@ def test_sigterm_saves_and_exits_143_and_the_same_command_goes_on(heads, tmp_pat
     assert list((tmp_path / "run").glob("checkpoint_*.pt"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
-def test_five_kills_at_random_moments_change_nothing(heads, tmp_path, script, workers):
-    vae = [*vae_flags(heads, tmp_path / "vae"), "--data.cache_dir", str(tmp_path)]
-    if script == "train_ldm":
-        assert command("train_vae", *vae).wait(120) == 0
-        flags = ldm_flags(tmp_path / "vae", tmp_path / "whole")
-    else:
-        flags = [*vae_flags(heads, tmp_path / "whole"), "--data.cache_dir", str(tmp_path)]
-    assert command(script, *flags).wait(180) == 0
-    flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
-    flags += ["--run.workers", str(workers)]
-    draw = np.random.default_rng(0)
-    for _ in range(5):
-        process = command(script, *flags)
-        try:
-            process.wait(3 + 6 * draw.random())
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    assert command(script, *flags).wait(180) == 0
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
-
-
 # --- bad input ----------------------------------------------------------------------------------------------
 
 

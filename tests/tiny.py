@@ -40,8 +40,10 @@ def start(*arguments: object, **more: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=env, **pipes, **more)
 
 
-def torchrun(*arguments: object, ranks: int = 2, port: int = 0) -> subprocess.Popen:
+def torchrun(*arguments: object, ranks: int = 2, port: int = 0, **more: object) -> subprocess.Popen:
     """A script on several ranks of this machine."""
     rendezvous = ["--master_port", 33000 + (os.getpid() + port) % 2000]
     # torchrun takes flags that begin like its own, such as --num, for them: hence the two dashes
-    return start("-m", "torch.distributed.run", "--nproc_per_node", ranks, *rendezvous, "--", *arguments)
+    return start(
+        "-m", "torch.distributed.run", "--nproc_per_node", ranks, *rendezvous, "--", *arguments, **more
+    )

@@ -1,8 +1,8 @@
 """The weights of MONAI's AutoencoderKL and DiffusionModelUNet in our networks, for parity tests and timing.
 
 Both sides are built from one configuration (`twin_autoencoder`, `twin_unet`) and copied module by module, so
-that outputs, gradients, time and memory can be compared. Known are the attribute names of MONAI 1.5 and later;
-files of weights are another matter.
+that outputs, gradients, time and memory can be compared. Known are the attribute names of MONAI 1.5 and
+later; files of weights are another matter.
 """
 
 from __future__ import annotations

@@ -1,0 +1,85 @@
+"""Killed five times at random moments, each time started by the same command: the end is bit-identical."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROOT, ldm_flags, lines, start, torchrun, vae_flags
+
+from ldm3d.checkpoint import load, step_files
+
+
+def last_step(run: Path) -> int:
+    """The last step in the log, 0 before there is one."""
+    with contextlib.suppress(OSError, ValueError):  # a line is being written
+        return max((line["step"] for line in lines(run)), default=0)
+    return 0
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, EMA, optimizers, loss scales and logged losses, bit by bit."""
+    a, b = (load(step_files(run)[0]) for run in (one, other))
+    assert (a["step"], a["best"]) == (b["step"], b["best"])
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    for name, state in a["optimizers"].items():
+        other_state = b["optimizers"][name]
+        assert state["scaler"] == other_state["scaler"]
+        for k, slots in state["optimizer"]["state"].items():
+            theirs = other_state["optimizer"]["state"][k]
+            assert all(torch.equal(v, theirs[slot]) for slot, v in slots.items())
+    for split in ("train", "val"):
+        logs = [[(line["step"], line.get("loss")) for line in lines(run, split)] for run in (one, other)]
+        assert logs[0] == logs[1]
+
+
+def run_and_kill(launch, run: Path, draw: np.random.Generator) -> bool:
+    """Start a run and kill all its processes some steps later; False if it was done before that."""
+
+    def log_file() -> int | None:
+        return (run / "log.jsonl").stat().st_ino if (run / "log.jsonl").exists() else None
+
+    before, steps = log_file(), int(draw.integers(3, 12))
+    process, first = launch(), None
+    while process.poll() is None:
+        if first is None and log_file() not in (None, before):  # the log was cut back: training begins
+            first = last_step(run)
+        if first is not None and last_step(run) >= first + steps:
+            break
+        time.sleep(0.002)
+    time.sleep(0.05 * draw.random())  # so that it hits any part of a step, and sometimes a save
+    alive = process.poll() is None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+def test_five_kills_at_random_moments_change_nothing(heads, vae_run, tmp_path, script, workers, ranks):
+    more = ["--run.workers", workers, "--run.amp", "fp16" if workers else "fp32", "--micro_batch_size", 1]
+
+    def launch(run: str):
+        if script == "train_vae":
+            flags = vae_flags(heads, tmp_path / run, 60, *more)
+        else:
+            flags = ldm_flags(vae_run, tmp_path / run, 60, *more, "--unet.dropout", 0.2)
+        process = start if ranks == 1 else torchrun
+        return process(ROOT / f"{script}.py", *flags, start_new_session=True)
+
+    draw = np.random.default_rng(10 * workers + ranks)
+    kills = [run_and_kill(lambda: launch("killed"), tmp_path / "killed", draw) for _ in range(5)]
+    assert all(kills)
+    for run in ("killed", "whole"):
+        process = launch(run)
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, out + err
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
