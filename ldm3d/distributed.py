@@ -211,7 +211,10 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         code = 130
     except Exception as e:
         who = f"rank {rank()}: " if world_size() > 1 else ""
-        message, code = explain(e)
+        try:
+            message, code = explain(e)
+        except RuntimeError as late:  # the signal of a dead worker process may come only now, as an exception
+            message, code = explain(late)
         print(f"{who}{message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         if code:  # an orderly exit would wait for the other ranks, which wait for us in a collective
