@@ -260,8 +260,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     device = setup(config.run.device)
     run = Run("ldm", config, given)
     config = run.config
-    run.say()
     if run.finished:
+        run.say()
         return run
     micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
 
@@ -277,6 +277,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     known = DataState.from_dict(stage_one["state"]["data"])  # scaled as the autoencoder was trained
     data = dataclasses.replace(data, state=dataclasses.replace(known, size=config.data.size or known.size))
     run.check_data(data.state.to_dict())
+    run.say()
     logger = run.start(data.split)
     copy_autoencoder(source, run.dir)
 

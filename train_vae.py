@@ -368,8 +368,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     device = setup(config.run.device)
     run = Run("vae", config, given)
     config = run.config
-    run.say()
     if run.finished:
+        run.say()
         return run
     micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
 
@@ -380,6 +380,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
+    run.say()
     logger = run.start(data.split)
     ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)

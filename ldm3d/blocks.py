@@ -210,12 +210,9 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mask, some = None, None
         if context_mask is not None:
-            some = context_mask.any(dim=1)[
-                :, None, None
-            ]  # (B, 1, 1): kernels differ on rows without any key,
-            mask = (context_mask[:, None] | ~some)[
-                :, None
-            ]  # (B, 1, 1, M): which here use all of them, and then none
+            # Kernels differ on rows without any key: here such a row uses all keys and its result is dropped
+            some = context_mask.any(dim=1)[:, None, None]  # (B, 1, 1)
+            mask = (context_mask[:, None] | ~some)[:, None]  # (B, 1, 1, M)
         if return_map:
             out, weights = explicit_attention(q, k, v, mask, dropout)
         else:
@@ -232,11 +229,10 @@ def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """(softmax(q k^T / sqrt(d)) v, the softmax itself in fp32); mask (B, 1, 1, M), a True in each row."""
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, heads, N, M)
-        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-        weights = scores.softmax(dim=-1)
-        return (F.dropout(weights, dropout) @ v.float()).to(v.dtype), weights
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, heads, N, M)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1)
+    return F.dropout(weights, dropout).to(v.dtype) @ v, weights
 
 
 class AttentionBlock(nn.Module):

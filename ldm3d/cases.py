@@ -293,6 +293,8 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
 def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
     """Rows of a CSV with a header line (comma or semicolon), cells stripped. InputError if a column is
     missing."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such CSV (data.subject, data.split or data.table names it)")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:

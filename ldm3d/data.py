@@ -371,7 +371,7 @@ def batches(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_ignore_signals,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares the cache
         generator=torch.Generator(),  # its own, so that the loop's random state stays untouched
     )
@@ -380,8 +380,9 @@ def batches(
         yield [_next(stream) for _ in range(len(order) // len(order.steps))]
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """A scheduler sends SIGTERM to all processes of a job: workers must live until the loop has saved."""
+def _ignore_signals(worker: int) -> None:
+    """A scheduler and Ctrl-C signal all processes of a job: workers must live until the loop has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import inspect
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 
 class Terminated(Exception):
-    """SIGTERM arrived, all ranks agreed on it, and the state is saved. The script exits with code 143."""
+    """SIGTERM or Ctrl-C arrived, all ranks agreed on it, the state is saved. The exit code is 143."""
 
 
 def rank() -> int:
@@ -153,9 +154,10 @@ def wrap(net: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return net
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # since torch 2.13
+    quiet = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return ddp(net, device_ids=ids, gradient_as_bucket_view=True, **quiet)
 
 
 def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -177,20 +179,26 @@ def keyed_generator(seed: int, position: int, purpose: str) -> torch.Generator:
 
 
 class SigtermFlag:
-    """Remembers that SIGTERM arrived; the loop looks at it between steps, where everything can be saved."""
+    """Remembers that SIGTERM or Ctrl-C arrived; the loop looks at it between steps, where all can be saved.
+
+    A second Ctrl-C ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self.raised, self.before = False, None
+        self.raised, self.before = False, {}
         with contextlib.suppress(ValueError):  # not in the main thread: somebody imports us
-            self.before = signal.signal(signal.SIGTERM, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._handle)
 
     def release(self) -> None:
-        """SIGTERM ends the process again, or whatever it did before."""
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        """The signals end the process again, or whatever they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.raised = True
+        if signum == signal.SIGINT:
+            signal.signal(signum, self.before[signum])
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
@@ -207,7 +215,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         print0(e)
         code = EXIT_TERMINATED
     except KeyboardInterrupt:
-        print0("interrupted; the same command goes on from the last checkpoint")
+        print0("interrupted; the same command goes on from the last checkpoint, if there is one")
         code = 130
     except Exception as e:
         who = f"rank {rank()}: " if world_size() > 1 else ""

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 RECOMPUTE_FROM = 2**20  # elements: norm and SiLU of smaller tensors are kept for backward, which is faster
-SLAB = 2**22  # elements: larger CPU tensors go through norm and convolution some planes at a time
+SLAB = 2**21  # elements: larger CPU tensors go through norm and convolution some planes at a time
 SLICE = 2**20  # elements of a slice of rows in `RowNorm`, to stay in the cache
 
 # --- convolution ------------------------------------------------------------------------------------------

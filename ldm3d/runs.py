@@ -9,13 +9,15 @@ sample, the resumed run ends where an undisturbed one would.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -26,7 +28,6 @@ from .checkpoint import (
     load_weights,
     prune,
     save,
-    step_files,
     sweep,
     weights,
     write_text,
@@ -53,6 +54,24 @@ MAY_CHANGE = (  # on resume; anything else stops with the difference shown
 )
 
 
+def take(folder: Path) -> IO[str]:
+    """The folder's lock file, locked until it is closed or this process ends, however it ends.
+
+    Two runs in one folder would destroy each other: a job started twice, or ranks that outlived
+    torchrun. A POSIX lock: data-loading processes do not inherit it and cannot keep it when we are killed.
+    """
+    file = open(folder / ".lock", "a")  # noqa: SIM115 (closed by the caller)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EAGAIN, errno.EACCES):
+            raise InputError(
+                f"{folder}: another process is training here; wait for it, end it, or take another --run.dir"
+            ) from None
+        # a file system without locks: go on without one
+    return file
+
+
 class Run:
     """A run folder: config.json, split.json, log.jsonl, checkpoint_0001000.pt, best.pt, previews/.
 
@@ -67,14 +86,15 @@ class Run:
         self.resumed: dict[str, Any] | None = None
         self.sigterm: SigtermFlag | None = None
         self.profiler: Profile | None = None
+        self.lock: IO[str] | None = None
         if config.run.fresh:
             self._move_aside()
             self.config = replace(config, {"run.fresh": False})  # done; what is stored says so
         barrier()
         if (self.dir / "config.json").exists():
             self._resume(given if given is not None else flatten(config))
-        elif step_files(self.dir):
-            raise InputError(f"{self.dir}: holds checkpoints but no config.json; is this a run folder?")
+        elif self._holds_something_else():
+            raise InputError(f"{self.dir}: is not empty, and not a run folder (it has no config.json)")
         self.step = self.resumed["step"] if self.resumed else 0
         self.best: dict[str, Any] | None = self.resumed["best"] if self.resumed else None
         steps = gather(self.step)
@@ -83,11 +103,17 @@ class Run:
                 f"{self.dir}: ranks see other checkpoints (steps {steps}); all nodes must share it"
             )
 
+    def _holds_something_else(self) -> bool:
+        """Files in the folder that are not what a run that was killed at its start leaves there."""
+        names = [p.name for p in self.dir.iterdir()] if self.dir.is_dir() else []
+        return any(name != "previews" and ".tmp" not in name for name in names)
+
     def _move_aside(self) -> None:
         if self.dir.exists() and is_main():
             aside = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
             try:
-                self.dir.rename(aside)
+                with take(self.dir):
+                    self.dir.rename(aside)
             except OSError as e:
                 raise InputError(f"run.fresh: {self.dir} cannot be moved to {aside} ({e.strerror})") from None
             print(f"moved {self.dir} to {aside}", flush=True)
@@ -123,7 +149,9 @@ class Run:
 
     def say(self) -> None:
         """Tell on the console what this command is going to do."""
-        if self.finished:
+        if self.step > self.config.run.steps:
+            print0(f"{self.dir}: at step {self.step} already, past run.steps {self.config.run.steps}")
+        elif self.finished:
             more = "more --run.patience" if self.out_of_patience else "more steps: --run.steps"
             print0(f"{self.dir}: finished at step {self.step}; nothing to do ({more})")
         elif self.resumed:
@@ -141,6 +169,7 @@ class Run:
         if is_main():
             try:
                 (self.dir / "previews").mkdir(parents=True, exist_ok=True)
+                self.lock = take(self.dir)
                 sweep(self.dir)
                 config = {"kind": self.kind, **to_dict(self.config)}
                 write_text(self.dir / "config.json", json.dumps(config, indent=1) + "\n")
@@ -251,6 +280,8 @@ class Run:
             self.profiler.close()
         logger.close()
         self.sigterm.release()
+        if self.lock is not None:
+            self.lock.close()
         best = "no validation gave a number, so there is no best.pt"
         if self.best:
             best = f"best validation {self.best['name']} {self.best['value']:.4g} at step {self.best['step']}"
@@ -261,4 +292,4 @@ class Run:
         if any_rank(self.sigterm.raised):
             save_now()
             self.sigterm.release()
-            raise Terminated(f"SIGTERM: saved step {self.step}; the same command goes on from there")
+            raise Terminated(f"stopped: saved step {self.step}; the same command goes on from there")

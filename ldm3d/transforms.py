@@ -32,7 +32,7 @@ def scale(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...], c
 
 
 def unscale(x: np.ndarray, low: tuple[float, ...], high: tuple[float, ...], clipped: bool) -> np.ndarray:
-    """The inverse of `scale`, as far as nothing was clipped; what a network adds beyond the range is cut off."""
+    """The inverse of `scale`, as far as nothing was clipped; what lies beyond a clipped range is cut off."""
     x = x.clip(-1, 1) if clipped else x
     middle, half = _middle_half(low, high, x.ndim)
     return x * half + middle

@@ -231,6 +231,20 @@ def test_a_worker_that_dies_ends_the_run_with_what_to_do(heads, tmp_path, whole,
     assert_same_end(whole, tmp_path / "run")
 
 
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(heads, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_vae.main(vae_flags(heads, run, 2))
+    code = "import pathlib, sys, time; from ldm3d.runs import take\nfile = take(pathlib.Path(sys.argv[1]))\n"
+    holder = start("-c", code + "print(1, flush=True)\ntime.sleep(99)", run)
+    assert holder.stdout.readline() == "1\n"
+    for more in ((), ("--run.fresh",)):
+        assert run_script(train_vae.main, vae_flags(heads, run, 4, *more)) == 2
+        assert "another process is training here" in one_line(capsys)
+    holder.kill()
+    holder.communicate()
+    assert run_script(train_vae.main, vae_flags(heads, run, 4)) == 0
+
+
 def test_data_that_changed_since_the_run_was_started_are_refused(heads, tmp_path, capsys):
     train_vae.main(vae_flags(heads, tmp_path / "run", 5))
     content = load(step_files(tmp_path / "run")[0])
@@ -320,7 +334,7 @@ def test_sigterm_to_every_process_of_a_job_saves_and_exits_143(heads, tmp_path, 
     os.killpg(process.pid, signal.SIGTERM)  # workers included, as a scheduler does it
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert "SIGTERM: saved step" in out
+    assert "stopped: saved step" in out
 
 
 @pytest.mark.slow

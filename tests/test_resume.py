@@ -1,15 +1,13 @@
 """Killed five times at random moments, each time started by the same command: the end is bit-identical."""
 
 import contextlib
-import os
-import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, ldm_flags, lines, start, torchrun, vae_flags
+from tiny import ROOT, kill_all, ldm_flags, lines, start, torchrun, vae_flags
 
 from ldm3d.checkpoint import load, step_files
 
@@ -54,9 +52,7 @@ def run_and_kill(launch, run: Path, draw: np.random.Generator) -> bool:
         time.sleep(0.002)
     time.sleep(0.05 * draw.random())  # so that it hits any part of a step, and sometimes a save
     alive = process.poll() is None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_all(process)
     return alive
 
 
@@ -73,7 +69,7 @@ def test_five_kills_at_random_moments_change_nothing(heads, vae_run, tmp_path, s
         else:
             flags = ldm_flags(vae_run, tmp_path / run, 60, *more, "--unet.dropout", 0.2)
         process = start if ranks == 1 else torchrun
-        return process(ROOT / f"{script}.py", *flags, start_new_session=True)
+        return process(ROOT / f"{script}.py", *flags)
 
     draw = np.random.default_rng(10 * workers + ranks)
     kills = [run_and_kill(lambda: launch("killed"), tmp_path / "killed", draw) for _ in range(5)]

@@ -197,9 +197,10 @@ def test_a_run_killed_at_any_moment_and_restarted_ends_bit_identical(heads, tmp_
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_and_exits_143_and_the_same_command_goes_on(heads, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_and_exit_143(heads, tmp_path, number):
     flags = [*vae_flags(heads, tmp_path / "run", steps=100_000), "--data.cache_dir", str(tmp_path)]
-    out, err = kill_when(process := command("train_vae", *flags), tmp_path / "run", 5, signal.SIGTERM)
+    out, err = kill_when(process := command("train_vae", *flags), tmp_path / "run", 5, number)
     assert process.returncode == 143, err
     assert "saved step" in out
     assert list((tmp_path / "run").glob("checkpoint_*.pt"))

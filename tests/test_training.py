@@ -301,3 +301,10 @@ def test_a_sheet_shows_the_three_middle_planes_upright(tmp_path):
     assert sagittal[0, 3] == coronal[0, 2] == 1
     path = save_sheet(tmp_path / "a.png", {"row": [volume, volume]})
     assert path.stat().st_size > 500
+
+
+def test_a_folder_that_holds_something_else_is_not_filled(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty, and not a run folder"):
+        start(tmp_path)

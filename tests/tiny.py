@@ -1,7 +1,9 @@
 """Tiny runs for the tests of the engine: flags, commands, and what a run left behind."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +49,23 @@ def torchrun(*arguments: object, ranks: int = 2, port: int = 0, **more: object) 
     return start(
         "-m", "torch.distributed.run", "--nproc_per_node", ranks, *rendezvous, "--", *arguments, **more
     )
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have (Linux)."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL for the process and its descendants: torchrun's ranks would outlive it."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
