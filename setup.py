@@ -23,6 +23,6 @@ setup(
     extras_require={
         "viz": VIZ,
         "analysis": ANALYSIS,
-        "test": [*VIZ, *ANALYSIS, "pytest", "ruff", "scipy", "scikit-image", "monai"],
+        "test": [*VIZ, *ANALYSIS, "pytest", "ruff", "scipy", "scikit-image", "monai", "einops"],
     },
 )
