@@ -225,10 +225,13 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
             message, code = explain(late)
         print(f"{who}{message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        if code:  # an orderly exit would wait for the other ranks, which wait for us in a collective
-            sys.stdout.flush()
-            os._exit(code)
-        dist.destroy_process_group()
+        # No orderly exit: after an error it would wait for other ranks, which wait for us in a collective,
+        # and after success threads of gloo that are not done yet may abort a process whose work is done
+        if code == 0:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

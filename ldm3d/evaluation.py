@@ -5,8 +5,9 @@
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --data FOLDER     any other images
 
 Every case goes whole, at its own size, through encoder (mean) and decoder. The folder that is made holds
-cases.csv (a row a case: PSNR, SSIM, MS-SSIM, mean absolute error in the file's units), report.json (means
-with bootstrap confidence intervals, how they were made, the latent report) and worst.png (lowest PSNR).
+cases.csv (a row a case: PSNR, SSIM, MS-SSIM, mean absolute error in the file's units, sharpness),
+report.json (means with bootstrap confidence intervals, how they were made, the latent report) and worst.png
+(lowest PSNR).
 
 Latent report, per channel over all cases, with z = mean + exp(logvar / 2) * xi as diffusion sees it:
 
@@ -44,7 +45,7 @@ from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .distributed import gather, is_main, rank, run_script, setup, share, world_size
 from .latent_diffusion import load_autoencoder
 from .logger import mid_slices, progress, save_sheet
-from .metrics import ms_ssim, ms_ssim_weights, psnr, ssim
+from .metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
 from .training import autocast
 from .vqvae import VQVAE, perplexity_of
 
@@ -272,7 +273,8 @@ def reconstruct(config: Config, run: Path) -> Path:
 def scores_of(recon: Tensor, x: Tensor, dataset: VolumeDataset, index: int) -> dict[str, float]:
     """Of one case (1, C, *S): PSNR (dB), SSIM and MS-SSIM of the scaled intensities, whose range is 2.
 
-    MAE in the file's units, of the intensities as clipped by the scaling, mean over channels.
+    MAE in the file's units, of the intensities as clipped by the scaling, mean over channels. Sharpness: mean
+    difference of neighbouring voxels over that of the original; 1 is as sharp.
     """
     made, real = (dataset.restore(index, v[0].cpu()).array.astype(np.float64) for v in (recon, x))
     return {
@@ -280,6 +282,7 @@ def scores_of(recon: Tensor, x: Tensor, dataset: VolumeDataset, index: int) -> d
         "ssim": ssim(recon, x, data_range=2.0).item(),
         "ms_ssim": ms_ssim(recon, x, data_range=2.0).item(),
         "mae": float(np.abs(made - real).mean()),
+        "sharpness": sharpness(recon) / max(sharpness(x), 1e-12),
     }
 
 

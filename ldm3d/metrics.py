@@ -132,18 +132,22 @@ def iou(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
     return both / (num_pred + num_target - both)
 
 
+def sharpness(x: Tensor) -> float:
+    """Mean absolute difference of neighbouring voxels of (B, C, *S), over all axes."""
+    steps = [x.diff(dim=axis).abs().double().mean() for axis in range(2, x.ndim) if x.shape[axis] > 1]
+    return float(sum(steps) / len(steps))
+
+
 def set_statistics(x: Tensor) -> dict[str, float]:
     """Plain numbers of a set of volumes (N, C, *S) in [-1, 1], to lay generated ones beside real ones.
 
-    mean and std of the intensities; sharpness: mean absolute difference of neighbouring voxels; pair_ssim:
-    mean SSIM of each volume and the next in the set, where a higher value means a less varied set (nan for
-    one volume).
+    mean and std of the intensities; sharpness; pair_ssim: mean SSIM of each volume and the next in the set,
+    where a higher value means a less varied set (nan for one volume).
     """
-    steps = [x.diff(dim=axis).abs().double().mean() for axis in range(2, x.ndim) if x.shape[axis] > 1]
     pairs = ssim(x, x.roll(1, 0), data_range=2.0).mean() if len(x) > 1 else float("nan")
     return {
         "mean": float(x.double().mean()),
         "std": float(x.double().std()),
-        "sharpness": float(sum(steps) / len(steps)),
+        "sharpness": sharpness(x),
         "pair_ssim": float(pairs),
     }

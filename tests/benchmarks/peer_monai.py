@@ -18,7 +18,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -176,11 +176,21 @@ CASES = [
     Case("AE (32,64,64) training step 64^3 fp32", autoencoder_training(SMALL_AE, 64), 0.80, tolerance=1e-4),
     Case("AE (32,64,64) training step 64^3 bf16", autoencoder_training(SMALL_AE, 64, True), 0.85, None, 2e-2),
     Case("AE (32,64,64) training step 96^3 fp32", autoencoder_training(SMALL_AE, 96), 0.80, 0.60, 1e-4),
+    Case(
+        "AE (32,64,64) training step 64^3 fp32, ours with checkpointing",
+        autoencoder_training(replace(SMALL_AE, checkpointing=True), 64),
+        tolerance=1e-4,
+    ),
     Case("U-Net (32,64,64) step 16^3", denoise(SMALL_UNET, 16)),
     Case("U-Net (32,64,64) 50-step DDIM 16^3", ddim(SMALL_UNET, 16), 0.40),
     Case("U-Net (64,128,128) 50-step DDIM 16^3", ddim(MEDIUM_UNET, 16), 0.60),
     Case("U-Net (64,128,128) step 32^3, 4096-token attention", denoise(ATTENTION_UNET, 32), 0.35, 0.20),
     Case("U-Net (64,128,128) training step 16^3, batch 2", unet_training(MEDIUM_UNET, 16), 0.95, None, 1e-4),
+    Case(
+        "U-Net (64,128,128) training step 16^3, batch 2, ours with checkpointing",
+        unet_training(replace(MEDIUM_UNET, checkpointing=True), 16),
+        tolerance=1e-4,
+    ),
     Case("2-D AE (64,128,256) decode 256^2", decode(FLAT_AE, 256, flash=True), 0.88),
 ]
 
