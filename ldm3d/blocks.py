@@ -4,11 +4,14 @@ Legend, used in shape comments everywhere: B batch, C channels, *S spatial axes 
 (the flattened *S), M context tokens, E embedding width, T timesteps, K codebook entries or classes.
 
     residual block   h = conv1(silu(norm1(x))) + W silu(emb);   y = conv2(silu(norm2(h))) + skip(x)   [1], [2]
+    adaptive norm    instead: h = conv1(silu(norm1(x)));  y = conv2(silu((1 + a) norm2(h) + b)) + skip(x),
+                     (a, b) = W silu(emb), which starts at 0                                               [4]
     attention        y = x + W_o softmax(q k^T / sqrt(d)) v,    q, k, v from norm(x) or a context      [3]
     transformer      tokens: + self-attention, + cross-attention, + GEGLU feed-forward; zero 1x1 out   [2]
 
 [1] He et al. 2016, arXiv 1603.05027 (pre-activation). [2] Rombach et al. 2022, arXiv 2112.10752, appendix.
-[3] Vaswani et al. 2017, arXiv 1706.03762, eq. 1. GEGLU: Shazeer 2020, arXiv 2002.05202.
+[3] Vaswani et al. 2017, arXiv 1706.03762, eq. 1. [4] Dhariwal & Nichol 2021, arXiv 2105.05233, section 3.
+GEGLU: Shazeer 2020, arXiv 2002.05202.
 
 Weights are always those of the plain formula, so checkpoints know nothing of the tricks; the arithmetic is
 sometimes another one that gives the same numbers. Each such place says why, and tests/test_blocks.py compares
@@ -102,7 +105,9 @@ def run_layer(layer: Callable[..., Tensor], *args: Tensor | None, checkpointing:
 
 
 class ResBlock(nn.Module):
-    """(B, C_in, *S) -> (B, C_out, *S). With `emb_dim`, forward adds a projection of emb (B, emb_dim) to h."""
+    """(B, C_in, *S) -> (B, C_out, *S). With `emb_dim`, forward adds a projection of emb (B, emb_dim) to h, or
+    scales and shifts the second norm by it (`adaptive_norm`).
+    """
 
     def __init__(
         self,
@@ -114,11 +119,16 @@ class ResBlock(nn.Module):
         eps: float = 1e-6,
         dropout: float = 0.0,
         zero_init: bool = False,
+        adaptive_norm: bool = False,
     ):
         super().__init__()
+        self.adaptive_norm = adaptive_norm
         self.norm1 = GroupNorm(in_channels, num_groups, eps)
         self.conv1 = Conv(dims, in_channels, out_channels)
-        self.emb_proj = nn.Linear(emb_dim, out_channels) if emb_dim else None
+        self.emb_proj = nn.Linear(emb_dim, (1 + adaptive_norm) * out_channels) if emb_dim else None
+        if adaptive_norm:
+            nn.init.zeros_(self.emb_proj.weight)
+            nn.init.zeros_(self.emb_proj.bias)
         self.norm2 = GroupNorm(out_channels, num_groups, eps)
         self.dropout = dropout
         self.conv2 = Conv(dims, out_channels, out_channels, zero_init=zero_init)
@@ -127,9 +137,14 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = norm_conv(self.norm1, self.conv1, x)
         if self.emb_proj is not None:
-            shift = self.emb_proj(F.silu(emb))  # (B, C_out)
-            h = h.add_(shift.reshape(*shift.shape, *(1,) * (x.ndim - 2)))
-        if self.dropout and self.training:
+            emb = self.emb_proj(F.silu(emb))  # (B, C_out), of an adaptive norm (B, 2 C_out)
+            emb = emb.reshape(*emb.shape, *(1,) * (x.ndim - 2))
+            h = h if self.adaptive_norm else h.add_(emb)
+        if self.adaptive_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, 1 + scale, self.norm2(h)))
+            h = self.conv2(F.dropout(h, self.dropout, self.training))
+        elif self.dropout and self.training:
             h = self.conv2(F.dropout(self.norm2(h, silu=True), self.dropout))
         else:
             h = norm_conv(self.norm2, self.conv2, h)

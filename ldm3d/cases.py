@@ -41,17 +41,19 @@ class AugmentConfig:
     intensity: float = 0.0  # probability of a random gain and bias of the scaled intensities
     max_gain: float = 0.1  # relative, of intensity
     max_bias: float = 0.1  # of intensity (the scaled range is 2)
+    colour: float = 0.0  # probability of such a gain and bias for each channel of the image by itself
 
     def __post_init__(self) -> None:
         if len(self.rot90_axes) not in (0, 2) or len(set(self.rot90_axes)) != len(self.rot90_axes):
             raise InputError(f"rot90_axes: expected two different axes, got {self.rot90_axes}")
-        for name in ("affine", "elastic", "intensity"):
+        for name in ("affine", "elastic", "intensity", "colour"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: expected a probability, got {getattr(self, name)}")
 
     @property
     def is_on(self) -> bool:
-        return bool(self.flip_axes or self.rot90_axes or self.affine or self.elastic or self.intensity)
+        probabilities = self.affine, self.elastic, self.intensity, self.colour
+        return bool(self.flip_axes or self.rot90_axes or any(probabilities))
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class DataConfig:
     resize: bool = False  # stretch every case to data.size instead of padding and cropping it
     patch: tuple[int, ...] | None = None  # voxels of the training patches; none = data.size
     crop: Literal["random", "centre"] = "random"  # where training patches are taken from larger cases
+    foreground: float = 0.0  # share of the random patches that are taken around a voxel of the mask
     scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] = "percentile"  # kind
     percentiles: tuple[float, float] = (0.5, 99.5)  # of a volume that become -1 and 1, clipped (percentile)
     window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1, clipped (window)
@@ -104,6 +107,7 @@ class DataConfig:
             "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "0 <= low < high <= 100"),
             "window": (self.window[0] < self.window[1], "low < high"),
             "val_fraction": (0 <= self.val_fraction < 1, "0 <= fraction < 1"),
+            "foreground": (0 <= self.foreground <= 1, "a share from 0 to 1"),
             "test_fraction": (0 <= self.test_fraction < 1 - self.val_fraction, "something left to train on"),
             "fold": (self.fold is None or 0 <= self.fold[0] < self.fold[1] != 1, "k, n with 0 <= k < n"),
             "resize": (not self.resize or self.size is not None, "a data.size to stretch to"),

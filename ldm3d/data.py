@@ -36,7 +36,7 @@ from .config import InputError, from_dict
 from .distributed import is_main, keyed_generator, print0, rank, world_size
 from .scan import CaseInfo, load_role, scan_cases
 from .transforms import augment, centred, cut, scale, unscale
-from .volumes import SUFFIXES, Volume, is_volume_file
+from .volumes import SUFFIXES, Volume, is_volume_file, strip_suffix
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class VolumeDataset(Dataset):
         info = self.infos[case.id]
         draw = keyed_generator(self.seed, position, "augment")
         size = info.shape if self.own_size else self.size
-        start = self._start(info.shape, size, draw)
+        start = self._start(index, info.shape, size, draw)
         images, mask, spacing = [], None, torch.tensor(info.spacing)
         for role in (role for role in self.roles if role != "mask"):
             window = cut(self._volume(index, role), start, size)
@@ -235,15 +235,28 @@ class VolumeDataset(Dataset):
         """A window of the image of the case at `index` as a volume: the function of this name."""
         return restore(x, self.state, self.infos[self.cases[index].id], start)
 
-    def _start(self, shape: tuple[int, ...], size: tuple[int, ...], draw: torch.Generator) -> tuple[int, ...]:
-        """First voxel of the window: in the middle, or in training anywhere along the axes that have room."""
+    def _start(
+        self, index: int, shape: tuple[int, ...], size: tuple[int, ...], draw: torch.Generator
+    ) -> tuple[int, ...]:
+        """First voxel of the window: in the middle, or in training anywhere along the axes that have room.
+
+        Of the random windows, data.foreground have a random voxel of the mask as near to their middle as the
+        case allows.
+        """
         start = centred(shape, size)
         if not self.training or self.config.crop == "centre":
             return start
+        room = [max(0, n - m) for n, m in zip(shape, size, strict=True)]
         u = torch.rand(len(start), generator=draw).tolist()
-        return tuple(
-            int(v * (n - m + 1)) if n > m else s for v, n, m, s in zip(u, shape, size, start, strict=True)
-        )
+        first = [int(v * (r + 1)) for v, r in zip(u, room, strict=True)]
+        share = self.config.foreground
+        if share and self.cases[index].mask is not None and torch.rand((), generator=draw) < share:
+            voxels = np.flatnonzero(self._volume(index, "mask")[0])
+            if len(voxels):
+                voxel = voxels[int(torch.randint(len(voxels), (), generator=draw))]
+                place = np.unravel_index(voxel, shape)
+                first = [min(max(0, int(p) - m // 2), r) for p, m, r in zip(place, size, room, strict=True)]
+        return tuple(f if r else s for f, r, s in zip(first, room, start, strict=True))
 
     def _volume(self, index: int, role: str) -> np.ndarray:
         """(C, *S): the whole case on the training grid in the file's units, from the cache or the file."""
@@ -465,28 +478,46 @@ def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
     Every case keeps its own size. `folder` holds image files; where it holds none itself, it is laid out like
     the training data.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'a file, expected a folder' if folder.exists() else 'no such folder'}")
-    names = [p.name for p in folder.iterdir() if is_volume_file(p)]
-    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
-    if len(suffixes) > 1:
-        print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
-    config = from_dict(DataConfig, content["config"]["data"], "data")
-    config = replace(config, root=str(folder), cache="none", mask=None, source=None, subject=None, split=None)
-    config = replace(config, subset=None, allow_missing_mask=True)
-    if suffixes:
-        config = replace(config, image=f"*{suffixes[0]}", table=None)
-    try:
-        cases = [replace(case, mask=None, source=None) for case in find_cases(config, folder)]
-    except InputError as e:
-        raise InputError(f"{folder}: holds no images, and is not laid out like the training data: {e}") from e
+    config, cases = find_images(folder, content)
     state = DataState.from_dict(content["state"]["data"])
+    infos = scan_images(cases, config, state)
+    state = replace(state, source_channels=0, num_labels=None)
+    return VolumeDataset(cases, infos, state, config, own_size=True)
+
+
+def scan_images(cases: list[Case], config: DataConfig, state: DataState) -> dict[str, CaseInfo]:
+    """What the scan finds of other cases than those of training, which must have their channels."""
     infos = scan_cases(cases, config)
     channels = infos[cases[0].id].channels
     if channels != state.channels:
         raise InputError(
             f"{cases[0].image}: has {channels} channels, the model was trained on {state.channels}"
         )
-    state = replace(state, source_channels=0, num_labels=None)
-    return VolumeDataset(cases, infos, state, config, own_size=True)
+    return infos
+
+
+def find_images(place: str | Path, content: dict[str, Any]) -> tuple[DataConfig, list[Case]]:
+    """A folder's images, or one file, as cases without anything beside, and how such files are read.
+
+    Both follow the training data of the checkpoint `content`.
+    """
+    place = Path(place)
+    config = from_dict(DataConfig, content["config"]["data"], "data")
+    config = replace(config, cache="none", mask=None, source=None, subject=None, split=None)
+    config = replace(config, subset=None, allow_missing_mask=True)
+    if place.is_file():
+        name = strip_suffix(place)
+        return replace(config, root=str(place.parent)), [Case(name, place, subject=name)]
+    if not place.is_dir():
+        raise InputError(f"{place}: no such file or folder")
+    names = [p.name for p in place.iterdir() if is_volume_file(p)]
+    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
+    if len(suffixes) > 1:
+        print0(f"note: of {place} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
+    config = replace(config, root=str(place))
+    if suffixes:
+        config = replace(config, image=f"*{suffixes[0]}", table=None)
+    try:
+        return config, [replace(case, mask=None, source=None) for case in find_cases(config, place)]
+    except InputError as e:
+        raise InputError(f"{place}: holds no images, and is not laid out like the training data: {e}") from e

@@ -1,4 +1,5 @@
-"""Critics: networks that tell real images from made ones, patch by patch.
+"""Critics: networks that tell real images from made ones, patch by patch, or one step of a diffusion from
+a made one.
 
     conv k4 s2 - LeakyReLU, num_layers x [conv k4 (s2, the last s1) - norm - LeakyReLU], conv k4 s1 -> logits
 
@@ -8,7 +9,17 @@ at the image and at versions of it averaged over 2, 4, ... voxels: Wang et al. 2
 3.2. Spectral norm: Miyato et al. 2018 (arXiv 1802.05957). There is no batch norm, so that real and fake
 images may share a batch and ranks need no exchange.
 
-The objectives are in losses.py. Left out: minibatch statistics.
+The time-conditional critic judges a pair (x_t, x_next) of neighbouring steps at its time t, after Xiao et al.
+2022 (arXiv 2112.07804, appendix C), from residual blocks without norms; g is an embedding of t:
+
+    h = conv3(lrelu(h)) + W g;  h = conv3(down(lrelu(h)));  block = (h + conv1(down(input))) / sqrt(2)
+    logit = linear(mean over voxels of lrelu(conv3(h ++ minibatch statistic)))
+
+The minibatch statistic is one more channel, the same everywhere: the standard deviation over the batch, mean
+over channels and voxels (Karras et al. 2018, arXiv 1710.10196, section 3). Down-sampling is a mean of
+neighbours, and logits are means and not sums, so that every image size gives logits of one scale.
+
+The objectives are in losses.py.
 """
 
 from __future__ import annotations
@@ -17,11 +28,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .blocks import GroupNorm
+from .blocks import Conv, GroupNorm, pad_to_multiple, timestep_embedding
 from .config import InputError
 
 
@@ -121,3 +133,102 @@ class PatchDiscriminator(nn.Module):
                 features.append(h)
             logits.append(layers[-1](h))
         return CriticOutput(tuple(logits), tuple(features))
+
+
+# --- the critic of a diffusion step -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimeDiscriminatorConfig:
+    dims: Literal[2, 3] = 3  # spatial axes
+    in_channels: int = 4  # channels of x_t and x_next together, and of the image where the critic sees it
+    channels: tuple[int, ...] = (32, 64, 128, 128)  # width of each block; all but the first halve the axes
+    emb_dim: int = 128  # width of the time embedding
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 1:
+            raise InputError(f"channels: expected one positive width per block, got {self.channels}")
+        if self.emb_dim < 2:
+            raise InputError(f"emb_dim: expected at least 2, got {self.emb_dim}")
+
+
+def halve(x: Tensor) -> Tensor:
+    """(B, C, *S) -> the mean of each two neighbours along every axis; an odd axis repeats its last value.
+
+    Not avg_pool3d: on a GPU its gradient is not bit-exact.
+    """
+    x = pad_to_multiple(x, (2,) * (x.ndim - 2))
+    for axis in range(2, x.ndim):
+        x = x.unflatten(axis, (-1, 2)).mean(axis + 1)
+    return x
+
+
+def minibatch_statistic(h: Tensor, parts: int = 1) -> Tensor:
+    """(B, C, *s) -> (B, 1, *s): in each of `parts` equal parts of the batch, the mean over channels and voxels
+    of the standard deviation over its samples; that of a single sample is 0, with a gradient of 0.
+    """
+    groups = h.float().unflatten(0, (parts, -1))  # (parts, b, C, *s)
+    variance = groups.var(dim=1, correction=0)
+    std = (variance + 1e-8).sqrt().flatten(1).mean(1)  # (parts,)
+    std = std.repeat_interleave(len(h) // parts).view(-1, 1, *(1,) * (h.ndim - 2))
+    return std.to(h.dtype).expand(-1, -1, *h.shape[2:])
+
+
+class TimeBlock(nn.Module):
+    """(B, C_in, *S) -> (B, C_out, *(S / 2)), or *S unless `down`."""
+
+    def __init__(self, dims: int, in_channels: int, out_channels: int, emb_dim: int, down: bool):
+        super().__init__()
+        self.down = down
+        self.conv1 = Conv(dims, in_channels, out_channels)
+        self.emb_proj = nn.Linear(emb_dim, out_channels)
+        self.conv2 = Conv(dims, out_channels, out_channels, zero_init=True)
+        self.skip = Conv(dims, in_channels, out_channels, kernel=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(x, 0.2))
+        emb = self.emb_proj(emb)
+        h = F.leaky_relu(h + emb.view(*emb.shape, *(1,) * (x.ndim - 2)), 0.2)
+        if self.down:
+            h, x = halve(h), halve(x)
+        return (self.conv2(h) + self.skip(x)) / 2**0.5
+
+
+class TimeDiscriminator(nn.Module):
+    """The pair (x_t, x_next), each (B, K, *S), at t (B,) -> CriticOutput with logits (B, 1)."""
+
+    def __init__(self, config: TimeDiscriminatorConfig):
+        super().__init__()
+        self.config = c = config
+        self.time_embed = nn.Sequential(
+            nn.Linear(c.emb_dim, c.emb_dim),
+            nn.LeakyReLU(0.2),
+            nn.Linear(c.emb_dim, c.emb_dim),
+            nn.LeakyReLU(0.2),
+        )
+        self.conv_in = Conv(c.dims, c.in_channels, c.channels[0], kernel=1)
+        widths = (c.channels[0], *c.channels)
+        self.blocks = nn.ModuleList(
+            TimeBlock(c.dims, a, b, c.emb_dim, down=i > 0)
+            for i, (a, b) in enumerate(zip(widths, c.channels, strict=False))
+        )
+        self.conv_out = Conv(c.dims, c.channels[-1] + 1, c.channels[-1])
+        self.linear = nn.Linear(c.channels[-1], 1)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, x_next: Tensor, image: Tensor | None = None, parts: int = 1
+    ) -> CriticOutput:
+        """parts: equal parts of the batch, such as real and made pairs, with minibatch statistics of their
+        own."""
+        c = self.config
+        h = torch.cat([x_t, x_next] if image is None else [x_t, x_next, image], dim=1)
+        if h.ndim != c.dims + 2 or h.shape[1] != c.in_channels:
+            raise InputError(f"pair: expected (B, {c.in_channels}, {c.dims} axes), got {tuple(h.shape)}")
+        emb = self.time_embed(timestep_embedding(t, c.emb_dim).to(self.linear.weight.dtype))
+        h, features = self.conv_in(h), []
+        for block in self.blocks:
+            h = block(h, emb)
+            features.append(h)
+        h = self.conv_out(torch.cat([h, minibatch_statistic(h, parts)], dim=1))
+        logits = self.linear(F.leaky_relu(h, 0.2).flatten(2).mean(2))  # (B, 1)
+        return CriticOutput((logits,), tuple(features))

@@ -1,10 +1,13 @@
-"""Losses of the autoencoders: reconstruction, Kullback-Leibler, structure, adversarial and perceptual terms.
+"""Losses of autoencoders and segmentation: reconstruction, KL, overlap, adversarial and perceptual terms.
 
     reconstruction   mean |recon - x|  or  mean (recon - x)^2
     KL               KL(N(mean, exp(logvar)) || N(0, 1)) = (mean^2 + exp(logvar) - 1 - logvar) / 2
                      in nats per latent element, never clamped [1]; free bits: no channel below a floor [2]
     gradient         mean |D recon - D x|, D the difference of neighbours along an axis, at several scales: it
                      prices the edges that a mean error lets blur (compare Mathieu 2016, section 3.2)
+    cross-entropy    -log p_y of the true label y, mean over voxels
+    Dice             1 - mean over labels but the background of (2 sum p y + 1) / (sum p + sum y + 1), sums over
+                     the voxels of a sample, p the probability, y 0 or 1; compare [10] section 3
 
     adversarial      r, f: logits of real and made images (discriminators.py); means over patches and scales
       hinge          d = relu(1 - r) + relu(1 + f),            g = -f                        [3] eq. 16, 17
@@ -23,7 +26,8 @@ structural term 1 - MS-SSIM is in metrics.py.
 [1] Kingma & Welling 2014, appendix B. [2] Kingma et al. 2016 (1606.04934), appendix C.8. [3] Miyato et al.
 2018 (1802.05957). [4] Mao et al. 2017 (1611.04076). [5] Goodfellow et al. 2014 (1406.2661). [6] Esser et al.
 2021 (2012.09841). [7] Mescheder et al. 2018 (1801.04406). [8] Wang et al. 2018 (1711.11585). [9] Zhang et al.
-2018 (1801.03924), with the features of VGG-16, Simonyan & Zisserman 2015 (1409.1556), configuration D.
+2018 (1801.03924), with the features of VGG-16, Simonyan & Zisserman 2015 (1409.1556), configuration D. [10]
+Milletari et al. 2016 (1606.04797).
 """
 
 from __future__ import annotations
@@ -83,6 +87,20 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
             pairs = error.narrow(axis, 0, error.shape[axis] // stride * stride).unflatten(axis, (-1, stride))
             error = pairs.mean(axis + 1) if stride > 1 else error
     return torch.stack(terms).mean(0)
+
+
+def cross_entropy_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """(B,) of logits (B, K, *S) and labels (B, *S) int64, mean over voxels; weight (B, *S) multiplies them."""
+    loss = F.cross_entropy(_full_precision(logits), labels, reduction="none")
+    return (loss if weight is None else loss * weight).flatten(1).mean(1)
+
+
+def dice_loss(probability: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """(B,) soft Dice of probability and target (B, K, *S), one-hot, without label 0; weight (B, *S)."""
+    p, y = (_full_precision(v)[:, 1:].flatten(2) for v in (probability, target))  # (B, K - 1, N)
+    w = 1.0 if weight is None else weight.flatten(1)[:, None]
+    both, either = (w * p * y).sum(2), (w * (p + y)).sum(2)
+    return 1 - ((2 * both + 1) / (either + 1)).mean(1)
 
 
 def ramp(step: int, start: int, length: int) -> float:

@@ -7,6 +7,9 @@ SSIM    = mean over windows of l s       Wang et al. 2004 (IEEE Trans. Image Pro
           m, v: means and sample (co)variances in the window
 MS-SSIM = mean(l s at the coarsest scale)^w_M  prod_j mean(s at scale j)^w_j        Wang et al. 2003, eq. 7
 Dice    = 2 |P and T| / (|P| + |T|)        IoU = |P and T| / |P or T|                        for each label
+precision = |P and T| / |P|        sensitivity = |P and T| / |T|
+HD95    = max over both directions of the 95th percentile of the distances from the voxels of one surface to
+          the other surface, mm; a surface voxel has a neighbour (by a face) outside the label or the volume
 
 Windows are uniform, as scikit-image's default, and inside the volume only. Published MS-SSIM mostly has
 Gaussian windows of 11 voxels: its figures compare within this library only, and are told with their weights.
@@ -136,6 +139,52 @@ def sharpness(x: Tensor) -> float:
     """Mean absolute difference of neighbouring voxels of (B, C, *S), over all axes."""
     steps = [x.diff(dim=axis).abs().double().mean() for axis in range(2, x.ndim) if x.shape[axis] > 1]
     return float(sum(steps) / len(steps))
+
+
+def precision(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
+    """(B, num_labels - 1) share of what was found that is right; nan: the label was not found."""
+    both, num_pred, _ = _overlap(pred, target, num_labels)
+    return both / num_pred
+
+
+def sensitivity(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
+    """(B, num_labels - 1) share of what is there that was found; nan: the label is not there."""
+    both, _, num_target = _overlap(pred, target, num_labels)
+    return both / num_target
+
+
+def surface(mask: Tensor, spacing: Sequence[float]) -> Tensor:
+    """(n, dims) positions in mm of the surface voxels of a boolean mask (*S)."""
+    inside = mask
+    for axis in range(mask.ndim):
+        edge = torch.zeros_like(mask.narrow(axis, 0, 1))
+        padded = torch.cat([edge, mask, edge], dim=axis)
+        n = mask.shape[axis]
+        inside = inside & padded.narrow(axis, 0, n) & padded.narrow(axis, 2, n)
+    return (mask & ~inside).nonzero().double() * torch.tensor(tuple(spacing), dtype=torch.float64)
+
+
+def hd95(pred: Tensor, target: Tensor, num_labels: int, spacing: Sequence[float]) -> Tensor:
+    """(B, num_labels - 1) HD95 in mm of label maps (B, *S), on the CPU; nan: neither has the label, inf: one
+    has not."""
+    _check(pred, target)
+    table = torch.full((len(pred), num_labels - 1), float("nan"), dtype=torch.float64)
+    for b, (p, t) in enumerate(zip(pred.cpu(), target.cpu(), strict=True)):
+        for label in range(1, num_labels):
+            a, c = surface(p == label, spacing), surface(t == label, spacing)
+            if len(a) and len(c):
+                directed = [torch.quantile(_nearest(*pair), 0.95) for pair in ((a, c), (c, a))]
+                table[b, label - 1] = torch.stack(directed).max()
+            elif len(a) or len(c):
+                table[b, label - 1] = float("inf")
+    return table
+
+
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """(n,) distances of points (n, dims) to the nearest of `others` (m, dims), with memory for 2^24 at once."""
+    rows = max(1, 2**24 // len(others))
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(some, others, compute_mode=exact).amin(1) for some in points.split(rows)])
 
 
 def set_statistics(x: Tensor) -> dict[str, float]:

@@ -83,6 +83,10 @@ def augment(
     if config.intensity and uniform(0, 1) < config.intensity:
         gain, bias = uniform(-config.max_gain, config.max_gain), uniform(-config.max_bias, config.max_bias)
         images = [x * (1 + gain) + bias for x in images]
+    if config.colour and uniform(0, 1) < config.colour:
+        column = (len(images[0]), *(1,) * len(size))
+        gain, bias = (uniform(-most, most, *column) for most in (config.max_gain, config.max_bias))
+        images = [images[0] * (1 + gain) + bias, *images[1:]]
     return images, None if mask is None else volumes[-1][0], spacing
 
 

@@ -58,6 +58,7 @@ class UNetConfig:
     gn_eps: float = 1e-6  # epsilon of the norms
     time_embed_order: Literal["cos_sin", "sin_cos"] = "cos_sin"  # order of the halves of the sinusoid
     attn_out_proj: bool = True  # linear layer after self-attention (without context)
+    adaptive_norm: bool = False  # the embedding scales and shifts norms instead of being added
     dropout: float = 0.0  # in residual and transformer blocks, training only
     checkpointing: bool = False  # recompute each block in backward: less memory, more time
 
@@ -97,9 +98,8 @@ class Stage(nn.Module):
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attend: bool):
         super().__init__()
         c, norm = config, {"num_groups": config.num_groups, "eps": config.gn_eps}
-        self.res = ResBlock(
-            c.dims, in_channels, out_channels, c.emb_dim, **norm, dropout=c.dropout, zero_init=True
-        )
+        options = {"dropout": c.dropout, "zero_init": True, "adaptive_norm": c.adaptive_norm}
+        self.res = ResBlock(c.dims, in_channels, out_channels, c.emb_dim, **norm, **options)
         self.attention: nn.Module | None = None
         if attend:
             heads = out_channels // c.head_channels
