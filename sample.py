@@ -4,6 +4,7 @@
 new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
 several GPUs      torchrun --nproc_per_node 4 -- sample.py runs/ldm-hippocampus --num 64
 there and back    python sample.py runs/vae-hippocampus --reconstruct FOLDER
+segmentation      python sample.py runs/cdal-hippocampus --segment FILE_OR_FOLDER --votes 5 --reference FOLDER
 
 Volumes are written as NIfTI (2-D: TIFF) with the training data's spacing and orientation and its median
 intensity range, beside a preview sheet, a table of scores and a JSON file that tells how they were made.
@@ -17,7 +18,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, weight_bytes
 from ldm3d.metrics import psnr, set_statistics, ssim
+from ldm3d.segmentation import SegmentConfig, segment_files
 from ldm3d.training import autocast
 from ldm3d.volumes import write
 
@@ -54,6 +56,13 @@ class Config:
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
     plan: float | None = None  # GiB of a GPU: only tell how much memory sampling needs, and what would fit
     reconstruct: str | None = None  # folder to send through the autoencoder and back instead
+    segment: str | None = None  # image, or folder of images, to segment with a run of train_cdal.py instead
+    votes: int = 5  # segmentations of each case, whose mean is taken
+    reference: str | None = None  # folder of label maps, named like the images, to score segmentations with
+    part: Literal["all", "train", "val", "test"] = "all"  # segment these cases of the run's split only
+    window: tuple[int, ...] | None = None  # voxels that are segmented at once; none = as in validation
+    overlap: float = 0.5  # part of a window that it shares with the next, at least
+    probabilities: bool = False  # write the probability of every label too
 
     def __post_init__(self) -> None:
         for name in ("num", "steps", "batch_size"):
@@ -229,7 +238,9 @@ def reconstruct(config: Config, run: Path, device: torch.device) -> None:
 def read_flags(argv: list[str] | None) -> tuple[Path, Config]:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "run", nargs="?", help="run folder of train_ldm.py (or train_vae.py), or a checkpoint in one"
+        "run",
+        nargs="?",
+        help="run folder of train_ldm.py, train_vae.py or train_cdal.py, or a checkpoint in one",
     )
     add_options(parser, Config, Config())
     args: dict[str, Any] = vars(parser.parse(argv))
@@ -244,7 +255,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.plan is not None:
         return plan(config, run)
     device = setup(config.device)
-    if config.reconstruct:
+    if config.segment:
+        wanted = {f.name: getattr(config, f.name) for f in fields(SegmentConfig)}
+        segment_files(SegmentConfig(**wanted), run, device)
+    elif config.reconstruct:
         reconstruct(config, run, device)
     else:
         generate(config, run, device)

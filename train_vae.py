@@ -36,7 +36,7 @@ from ldm3d.blocks import Conv
 from ldm3d.config import InputError, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
-from ldm3d.distributed import is_main, keyed_generator, main_first, run_script, setup, world_size, wrap
+from ldm3d.distributed import is_main, keyed_generator, run_script, setup, world_size, wrap
 from ldm3d.latent_diffusion import Autoencoder, make_autoencoder
 from ldm3d.logger import progress, save_sheet
 from ldm3d.losses import (
@@ -56,7 +56,7 @@ from ldm3d.losses import (
 )
 from ldm3d.memory import Plan, weight_bytes
 from ldm3d.metrics import ms_ssim, psnr, ssim
-from ldm3d.phantoms import write_phantoms
+from ldm3d.phantoms import phantom_folder
 from ldm3d.runs import Run
 from ldm3d.training import (
     EMA,
@@ -114,8 +114,6 @@ class Config:
     def has_critic(self) -> bool:
         return self.disc_weight > 0 or self.feature_weight > 0
 
-
-NUM_PHANTOMS, PHANTOM_SIZE = 128, (40, 48, 40)
 
 BRATS: dict[str, Any] = {
     "run.steps": 100_000,
@@ -242,12 +240,8 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
     files with a cases.csv."""
     if config.vae.dims != config.data.dims:
         raise InputError(f"vae.dims: {config.vae.dims}, but data.dims is {config.data.dims}")
-    root = Path("data/phantom")
     if config.preset == "phantom" and config.data.root is None:
-        with main_first():
-            if is_main() and not root.exists():
-                print(f"{root}: writing {NUM_PHANTOMS} synthetic heads", flush=True)
-                write_phantoms(root, NUM_PHANTOMS, size=PHANTOM_SIZE)
+        phantom_folder()
     data = open_data(config.data, config.preset, config.run.seed, split, config.vae.downsampling)
     if config.vae.in_channels != data.state.channels:
         raise InputError(

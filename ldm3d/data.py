@@ -429,10 +429,11 @@ class Data:
     split: dict[str, list[str]]
     state: DataState
 
-    def dataset(self, part: str, augment: bool = False) -> VolumeDataset:
-        """The cases of "train", "val" or "test". augment: random patches and augmentation, as in training."""
+    def dataset(self, part: str, augment: bool = False, own_size: bool = False) -> VolumeDataset:
+        """The cases of "train", "val" or "test". augment: random patches and augmentation, as in training;
+        own_size: every case as large as it is."""
         cases = [self.cases[name] for name in self.split[part]]
-        return VolumeDataset(cases, self.infos, self.state, self.config, augment, self.seed)
+        return VolumeDataset(cases, self.infos, self.state, self.config, augment, self.seed, own_size)
 
     def files(self, part: str) -> list[str]:
         """Paths of all files of a part."""

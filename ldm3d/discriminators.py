@@ -164,8 +164,8 @@ def halve(x: Tensor) -> Tensor:
 
 
 def minibatch_statistic(h: Tensor, parts: int = 1) -> Tensor:
-    """(B, C, *s) -> (B, 1, *s): in each of `parts` equal parts of the batch, the mean over channels and voxels
-    of the standard deviation over its samples; that of a single sample is 0, with a gradient of 0.
+    """(B, C, *s) -> (B, 1, *s): in each of `parts` equal parts of the batch, the standard deviation over its
+    samples, mean over channels and voxels; of a single sample nearly 0, with a gradient of 0.
     """
     groups = h.float().unflatten(0, (parts, -1))  # (parts, b, C, *s)
     variance = groups.var(dim=1, correction=0)

@@ -169,9 +169,9 @@ def progress(items: Iterable, what: str, total: int | None = None, initial: int 
 
 
 def mid_slices(volume: np.ndarray) -> list[np.ndarray]:
-    """A 3-D volume (D, H, W) in RAS -> its sagittal, coronal and axial middle slices, upright; (H, W) ->
-    itself."""
-    if volume.ndim == 2:
+    """A 3-D volume (D, H, W) in RAS -> its sagittal, coronal and axial middle slices, upright; a slice (H, W)
+    or a coloured one, uint8 (H, W, 3) -> itself."""
+    if volume.ndim == 2 or volume.dtype == np.uint8:
         return [volume]
     i, j, k = (s // 2 for s in volume.shape)
     return [np.rot90(s) for s in (volume[i], volume[:, j], volume[:, :, k])]
@@ -182,8 +182,9 @@ def tile(slices: Sequence[np.ndarray]) -> np.ndarray:
     height = max(s.shape[0] for s in slices)
     columns = []
     for s in slices:
-        top = (height - s.shape[0]) // 2
-        columns.append(np.pad(s, ((top, height - s.shape[0] - top), (0, 2)), constant_values=np.nan))
+        top, dark = (height - s.shape[0]) // 2, 0 if s.dtype == np.uint8 else np.nan
+        edges = [(top, height - s.shape[0] - top), (0, 2), (0, 0)][: s.ndim]
+        columns.append(np.pad(s, edges, constant_values=dark))
     return np.concatenate(columns, axis=1)
 
 

@@ -6,8 +6,8 @@
     gradient         mean |D recon - D x|, D the difference of neighbours along an axis, at several scales: it
                      prices the edges that a mean error lets blur (compare Mathieu 2016, section 3.2)
     cross-entropy    -log p_y of the true label y, mean over voxels
-    Dice             1 - mean over labels but the background of (2 sum p y + 1) / (sum p + sum y + 1), sums over
-                     the voxels of a sample, p the probability, y 0 or 1; compare [10] section 3
+    Dice             1 - (2 sum p y + 1) / (sum p + sum y + 1), sums over the voxels of a sample, mean over
+                     labels but the background; p the probability, y 0 or 1; compare [10] section 3
 
     adversarial      r, f: logits of real and made images (discriminators.py); means over patches and scales
       hinge          d = relu(1 - r) + relu(1 + f),            g = -f                        [3] eq. 16, 17
@@ -90,7 +90,7 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
 
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """(B,) of logits (B, K, *S) and labels (B, *S) int64, mean over voxels; weight (B, *S) multiplies them."""
+    """(B,) of logits (B, K, *S) and labels (B, *S) int64, mean over voxels, times `weight` (B, *S)."""
     loss = F.cross_entropy(_full_precision(logits), labels, reduction="none")
     return (loss if weight is None else loss * weight).flatten(1).mean(1)
 

@@ -181,7 +181,7 @@ def hd95(pred: Tensor, target: Tensor, num_labels: int, spacing: Sequence[float]
 
 
 def _nearest(points: Tensor, others: Tensor) -> Tensor:
-    """(n,) distances of points (n, dims) to the nearest of `others` (m, dims), with memory for 2^24 at once."""
+    """(n,) distances of points (n, dims) to the nearest of `others` (m, dims), 2^24 pairs at a time."""
     rows = max(1, 2**24 // len(others))
     exact = "donot_use_mm_for_euclid_dist"
     return torch.cat([torch.cdist(some, others, compute_mode=exact).amin(1) for some in points.split(rows)])

@@ -16,9 +16,10 @@ FLOORS = [
         "volumes",
     ],
     ["discriminators", "scan", "transforms", "unet", "vae", "vqvae"],
-    ["data", "denoiser", "training"],
+    ["cdal", "data", "denoiser", "training"],
     ["latent_diffusion", "runs"],
     ["evaluation", "memory"],
+    ["segmentation"],
     ["__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
