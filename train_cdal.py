@@ -13,9 +13,9 @@ plain U-Net       python train_cdal.py hippocampus --cdal.diffusion false
     x_next = noised one-hot labels at a random step t, or the generator's own estimate of them, noised
     loss   = mse_weight |G - y|^2 + ce_weight CE(G, y) + dice_weight Dice(G, y) + adversarial_weight g(critic)
 
-with G = generator(x_next, t, image, z) and all else as in ldm3d/cdal.py. Training needs label maps (data.mask,
-or a column mask); validation segments whole cases. To resume, run the same command again. Segment other
-images with `python sample.py runs/cdal-hippocampus --segment FOLDER`.
+with G = generator(x_next, t, image, z) and all else as in ldm3d/cdal.py. Training needs label maps
+(--data.mask, or a column mask); validation segments whole cases. To resume, run the same command again. Other
+images: `python sample.py runs/cdal-hippocampus --segment FOLDER`.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.warmup_steps": 30,
         "optim.schedule": "cosine",
     },
-    # Medical Segmentation Decathlon Task04 at 1 mm: an hour on 2 CPU cores. Of its subjects a fifth is held out
-    # for a test, a tenth for validation.
+    # Medical Segmentation Decathlon Task04 at 1 mm: an hour on 2 CPU cores. A fifth of the subjects is held
+    # out for a test, a tenth for validation.
     "hippocampus": HIPPOCAMPUS,
     # The published method in its settings on our blocks, with true 3-D networks.
     "published": HIPPOCAMPUS

@@ -355,7 +355,7 @@ class CDAL:
             else:
                 weight = a[:, 0]
         if c.own_estimate and self.kernel.num_timesteps > 1:
-            seen = self._own_estimate(net, image, seen, t, draw, shape)
+            seen = self._own_estimate(net, image, seen, t, draw)
         output = model(seen, t.float(), image, z)
         x_start = self.to_x_start(output, kind)
         terms = self.overlap_terms(output, x_start, labels, weight)
@@ -380,17 +380,20 @@ class CDAL:
                 terms["loss"] = terms["loss"] + c.adversarial_weight * terms["g_loss"]
         return terms, pair
 
-    def _own_estimate(
-        self, net: Generator, image: Tensor, seen: Tensor, t: Tensor, draw: Draw, shape: Sequence[int]
-    ) -> Tensor:
-        """x_next as inference has it at t < T - 1: noised from the generator's estimate at t = T - 1."""
-        last = torch.full_like(t, self.kernel.num_timesteps - 1)
-        z = draw("z of the estimate", net.config.latent_dim) if net.mapping is not None else None
+    def _own_estimate(self, net: Generator, image: Tensor, x_next: Tensor, t: Tensor, draw: Draw) -> Tensor:
+        """x_next as inference has it: at t < T - 1 noised from the generator's estimate at t = T - 1."""
+        last = self.kernel.num_timesteps - 1
+        some = (t < last).nonzero().flatten()
+        if not len(some):
+            return x_next
+        shape = x_next.shape[1:]
+        z = draw("z of the estimate", net.config.latent_dim)[some] if net.mapping is not None else None
+        times = torch.full((len(some),), float(last), device=t.device)
         with torch.no_grad():
-            output = net(draw("x_T", *shape), last.float(), image, z)
+            output = net(draw("x_T", *shape)[some], times, image[some], z)
             estimate = self.to_x_start(output, net.config.output)
-        noised = self.kernel.q_sample(estimate, t + 1, draw("x_next of the estimate", *shape))
-        return torch.where((t < last).view(-1, *(1,) * len(shape)), noised, seen)
+        noise = draw("x_next of the estimate", *shape)[some]
+        return x_next.index_copy(0, some, self.kernel.q_sample(estimate, t[some] + 1, noise))
 
     def _shown(self, image: Tensor) -> Tensor | None:
         return image if self.config.critic_sees_image else None

@@ -1,18 +1,17 @@
 """Segment files with a run of train_cdal.py, and score label maps. Backs `sample.py RUN --segment FOLDER`.
 
-The folder that is made holds labels/ and uncertainty/ (and probability/) with the names of the images, in their
-own geometry; cases.csv (a row a case: seconds and, where references are given, scores), report.json (means with
-bootstrap confidence intervals, and how all was made) and overlays.png (lowest Dice first).
+The folder that is made holds labels/ and uncertainty/ (and probability/) with the names of the images, in
+their own geometry; cases.csv (a row a case: seconds and, where references are given, scores), report.json
+(means with bootstrap confidence intervals, and how all was made) and overlays.png (lowest Dice first).
 
-Scores are by label, without background, on the grid of the files: Dice, IoU, precision, sensitivity, HD95 in mm
-(metrics.py). A label that neither map has gives none; one that only one map has gives no HD95, which is counted
-as missing. Calibration, by voxel, of N voxels with uncertainty u and error e (0 or 1):
+Scores are by label, without background, on the grid of the files: Dice, IoU, precision, sensitivity, HD95 in
+mm (metrics.py). A label that neither map has gives none; one that only one map has gives no HD95: such scores
+are counted as missing. Calibration, over N voxels with uncertainty u and error e (0 or 1):
 
     error correlation    Pearson's, of u and e
-    retention area       mean over n = 1 .. N of (errors among the n most certain voxels) / N: voxels are handed
-                         to an expert, the most uncertain first; lower is better. Malinin et al. 2021 (arXiv
-                         2107.07455), section 3
-    retention ratio      that over (mean of e) / 2, what a useless u gives; mean of e for a perfect one
+    retention area       mean over n = 1 .. N of (errors among the n most certain voxels) / N: an expert would
+                         mend the others, most uncertain first. Malinin et al. 2021 (arXiv 2107.07455), sec. 3
+    retention ratio      that over (mean of e) / 2, which a useless u gives; a perfect one: the mean of e
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cases import Case, DataConfig
+from .cases import Case
 from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig, uncertainty
 from .checkpoint import load_run, load_weights, write_text
 from .config import InputError, from_dict, to_dict

@@ -1,0 +1,522 @@
+"""Few-step diffusion segmentation: the published coefficients, what the switches do, votes, windows, training."""
+
+import dataclasses
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from ldm3d import discriminators
+from ldm3d.cdal import (
+    CDAL,
+    CDALConfig,
+    FewStepConfig,
+    FewStepKernel,
+    Generator,
+    GeneratorConfig,
+    attention_map,
+    uncertainty,
+    window_starts,
+    window_weight,
+)
+from ldm3d.config import InputError
+from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
+from ldm3d.distributed import keyed_generator, rank, setup, wrap
+from ldm3d.metrics import dice
+from ldm3d.phantoms import make_phantom
+from ldm3d.training import autocast, keyed_normal
+from ldm3d.unet import UNetConfig
+
+CPU = torch.device("cpu")
+K = 3
+
+
+def make(dims: int = 2, seed: int = 0, stem: int = 1, **changes) -> Generator:
+    """A small generator with all weights random, those that start at zero too."""
+    torch.manual_seed(seed)
+    unet = UNetConfig(
+        dims,
+        channels=(8, 16),
+        num_res_blocks=(1,),
+        attention_levels=(False,),
+        head_channels=8,
+        num_groups=4,
+        adaptive_norm=True,
+    )
+    config = GeneratorConfig(
+        encoder_channels=4, encoder_blocks=1, stem=(stem,), latent_dim=5, mapping_layers=1
+    )
+    net = Generator(dataclasses.replace(config, **changes), unet, image_channels=1, num_labels=K)
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return net
+
+
+def make_critic(dims: int = 2, image_channels: int = 1, seed: int = 1) -> TimeDiscriminator:
+    torch.manual_seed(seed)
+    config = TimeDiscriminatorConfig(dims, 2 * K + image_channels, channels=(4, 8), emb_dim=8)
+    critic = TimeDiscriminator(config)
+    for parameter in critic.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return critic
+
+
+def batch(dims: int = 2, num: int = 4, side: int = 8):
+    """(images, labels, u, draw) of samples 0, 1, ..."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(num, 1, *[side] * dims, generator=generator)
+    labels = torch.randint(K, (num, *[side] * dims), generator=generator)
+    u = torch.linspace(0, 0.99, num)
+
+    def draw(purpose: str, *shape: int) -> torch.Tensor:
+        return keyed_normal(7, torch.arange(num), shape, purpose)
+
+    return image, labels, u, draw
+
+
+def make_method(steps: int = 4, **changes) -> CDAL:
+    return CDAL(CDALConfig(kernel=FewStepConfig(num_timesteps=steps), **changes), K)
+
+
+# --- few steps ----------------------------------------------------------------------------------------------
+
+TABLES = {
+    2: {
+        "betas": [1e-8, 0.921324, 0.999451],
+        "sqrt_alphas_cumprod": [1, 0.280492, 0.006572],
+        "sqrt_one_minus_alphas_cumprod": [0.0001, 0.959856, 0.999978],
+        "posterior_variance": [0, 0.920858],
+        "posterior_mean_coef1": [1, 0.280350],
+        "posterior_mean_coef2": [0, 0.021588],
+    },
+    4: {
+        "betas": [1e-8, 0.478255, 0.849206, 0.956418, 0.987404],
+        "sqrt_alphas_cumprod": [1, 0.722319, 0.280492, 0.058557, 0.006572],
+        "sqrt_one_minus_alphas_cumprod": [0.0001, 0.691560, 0.959856, 0.998284, 0.999978],
+        "posterior_variance": [0, 0.440819, 0.884202, 0.984061],
+        "posterior_mean_coef1": [1, 0.665778, 0.269191, 0.057822],
+        "posterior_mean_coef2": [0, 0.201576, 0.193001, 0.111852],
+    },
+}
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_coefficients_are_the_published_ones(steps):
+    kernel = FewStepKernel(FewStepConfig(num_timesteps=steps))
+    for name, expected in TABLES[steps].items():
+        assert getattr(kernel, name).tolist() == pytest.approx(expected, abs=1e-6), name
+
+
+@pytest.mark.parametrize("schedule", ["vp", "geometric"])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_one_step_after_another_is_the_closed_form(schedule, steps):
+    low, high = (0.1, 20.0) if schedule == "vp" else (0.01, 0.99)
+    kernel = FewStepKernel(FewStepConfig(steps, schedule, low, high))
+    a, s = kernel.sqrt_alphas_cumprod, kernel.sqrt_one_minus_alphas_cumprod
+    for t in range(steps):
+        beta = kernel.betas[t + 1]
+        assert a[t + 1] == pytest.approx(float((1 - beta).sqrt() * a[t]), rel=1e-10)
+        assert s[t + 1] ** 2 == pytest.approx(float((1 - beta) * s[t] ** 2 + beta), rel=1e-10)
+    if schedule == "geometric":
+        ratio = 1 - (low * (high / low) ** 0.001)
+        assert a[-1] ** 2 * ratio == pytest.approx((1 - 1e-8) * (1 - high), rel=1e-6)
+
+
+def test_the_posterior_is_that_of_conditioned_gaussians():
+    kernel = FewStepKernel(FewStepConfig(num_timesteps=4))
+    x_start, x_next = torch.tensor([[[0.7]]]), torch.tensor([[[-0.4]]])
+    cumprod = (1 - kernel.betas[1:]).cumprod(0)
+    for t in (1, 2, 3):
+        mean, variance = kernel.q_posterior(x_start, x_next, torch.tensor([t]))
+        # x_t = N(a, b^2), x_next = r x_t + N(0, beta): precision-weighted, in plain numbers
+        a, b2 = math.sqrt(cumprod[t - 1]) * 0.7, 1 - float(cumprod[t - 1])
+        r, beta = math.sqrt(1 - kernel.betas[t + 1]), float(kernel.betas[t + 1])
+        precision = 1 / b2 + r * r / beta
+        assert float(variance) == pytest.approx(1 / precision, rel=1e-5)
+        assert float(mean) == pytest.approx((a / b2 + r * -0.4 / beta) / precision, rel=1e-5)
+
+
+def test_the_last_posterior_is_the_estimate_itself_whatever_the_noise():
+    kernel, x_start = FewStepKernel(FewStepConfig(num_timesteps=4)), torch.randn(2, K, 4, 4)
+    noise = torch.full_like(x_start, 1e6)
+    assert torch.equal(kernel.step(x_start, torch.randn(2, K, 4, 4), torch.tensor([0, 0]), noise), x_start)
+
+
+def test_training_times_have_the_share_that_is_asked_for():
+    u = (torch.arange(8000) + 0.5) / 8000
+    for share, expected in ((None, [0.25] * 4), (0.4, [0.2, 0.2, 0.2, 0.4])):
+        t = make_method(4, noisiest=share).t_from_uniform(u)
+        assert (torch.bincount(t, minlength=4) / 8000).tolist() == pytest.approx(expected, abs=2e-3)
+    assert make_method(1, noisiest=0.3).t_from_uniform(u).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("make_config", "word"),
+    [
+        (lambda: FewStepConfig(num_timesteps=9), "num_timesteps"),
+        (lambda: FewStepConfig(schedule="geometric"), "beta_max"),
+        (lambda: CDALConfig(ce_weight=0, dice_weight=0), "mse_weight"),
+        (lambda: CDALConfig(diffusion=False, attention="loss"), "diffusion"),
+        (lambda: GeneratorConfig(latent_dim=-1), "latent_dim"),
+        (lambda: make(stem=3), "generator.stem"),
+    ],
+)
+def test_impossible_settings_are_refused(make_config, word):
+    with pytest.raises(InputError, match=word):
+        make_config()
+
+
+# --- generator and switches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8, 8), (5, 7, 3), (1, 2, 1)])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_any_size_in_is_the_same_size_out(dims, size, stem):
+    net, size = make(dims, stem=stem), size[:dims]
+    out = net(torch.randn(2, K, *size), torch.zeros(2), torch.randn(2, 1, *size), torch.randn(2, 5))
+    assert out.shape == (2, K, *size)
+
+
+def test_the_latent_moves_the_output_and_its_length_does_not():
+    net, z = make(), torch.randn(1, 5)
+    given = torch.randn(1, K, 8, 8), torch.zeros(1), torch.randn(1, 1, 8, 8)
+    assert torch.allclose(net(*given, z), net(*given, 3 * z), atol=1e-5)
+    assert not torch.allclose(net(*given, z), net(*given, -z), atol=1e-3)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_attention_is_the_mean_over_channels_and_normalised_positive_of_mean_1(dims, normalise):
+    features = torch.randn(2, 6, *[4] * dims)
+    a = attention_map(features, [4] * dims, normalise)
+    assert a.shape == (2, 1, *[4] * dims)
+    mean = features.mean(1, keepdim=True)
+    if not normalise:
+        assert torch.allclose(a, mean, atol=1e-6)
+        return
+    assert a.min() > 0
+    assert torch.allclose(a.flatten(1).mean(1), torch.ones(2), atol=1e-5)
+    order = [v.flatten(1).argsort(1) for v in (a, mean)]
+    assert torch.equal(*order)
+    larger = attention_map(features, (9, 7, 5)[:dims], normalise)
+    assert larger.shape == (2, 1, *(9, 7, 5)[:dims])
+    assert torch.allclose(larger.flatten(1).mean(1), torch.ones(2), atol=1e-5)
+
+
+def test_losses_are_the_plain_formulas_and_a_weight_of_ones_changes_nothing():
+    logits, labels = torch.randn(2, K, 6, 6), torch.randint(K, (2, 6, 6))
+    method = make_method(mse_weight=0.5, ce_weight=2.0, dice_weight=3.0)
+    x_start = method.to_x_start(logits, "softmax")
+    terms = method.overlap_terms(logits, x_start, labels)
+    p = logits.softmax(1)
+    one_hot = torch.stack([labels == k for k in range(K)], 1).float()
+    assert torch.allclose(terms["mse"], ((2 * p - 1 - (2 * one_hot - 1)) ** 2).flatten(1).mean(1), atol=1e-6)
+    expected = -(p.log() * one_hot).sum(1).flatten(1).mean(1)
+    assert torch.allclose(terms["ce"], expected, atol=1e-5)
+    overlaps = []
+    for k in range(1, K):
+        both, either = (p[:, k] * one_hot[:, k]).sum((1, 2)), (p[:, k] + one_hot[:, k]).sum((1, 2))
+        overlaps.append((2 * both + 1) / (either + 1))
+    assert torch.allclose(terms["dice"], 1 - torch.stack(overlaps).mean(0), atol=1e-5)
+    total = 0.5 * terms["mse"] + 2 * terms["ce"] + 3 * terms["dice"]
+    assert torch.allclose(terms["loss"], total)
+    same = method.overlap_terms(logits, x_start, labels, torch.ones(2, 6, 6))
+    assert all(torch.allclose(same[name], value, atol=1e-6) for name, value in terms.items())
+
+
+class Spy(nn.Module):
+    """A critic that notes whether what it is shown carries gradients."""
+
+    def __init__(self, critic: nn.Module):
+        super().__init__()
+        self.critic, self.carried = critic, []
+
+    def forward(self, x_t, *rest, **more):
+        self.carried.append(x_t.requires_grad)
+        return self.critic(x_t, *rest, **more)
+
+
+def gradients(method: CDAL, net: Generator, critic: nn.Module | None, of: str = "loss") -> list[torch.Tensor]:
+    terms, _ = method.losses(net, net, critic, *batch())
+    return list(torch.autograd.grad(terms[of].sum(), list(net.parameters()), allow_unused=True))
+
+
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("attention", ["none", "input", "loss"])
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_the_critics_gradient_reaches_the_generator_exactly_when_the_switch_says_so(weight, attention, sees):
+    net, critic = make(), Spy(make_critic(image_channels=int(sees)).requires_grad_(False))
+    switches = {"attention": attention, "critic_sees_image": sees}
+    with_term = gradients(make_method(adversarial_weight=weight, **switches), net, critic)
+    assert any(critic.carried) == (weight > 0)
+    assert all(p.grad is None for p in critic.parameters())
+    if weight:
+        without = gradients(make_method(**switches), net, critic)
+        term = gradients(make_method(adversarial_weight=weight, **switches), net, critic, "g_loss")
+        assert max(float(g.abs().max()) for g in term) > 0
+        for a, b, c in zip(with_term, without, term, strict=True):
+            assert torch.allclose(a, b + weight * c, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient_in_every_mode():
+    for changes in ({}, {"diffusion": False}, {"own_estimate": True}):
+        for g in gradients(make_method(**changes), make(), None):
+            assert g is not None
+    assert all(float(g.abs().max()) > 0 for g in gradients(make_method(), make(), None))
+
+
+def test_a_plain_network_sees_nothing_but_the_image():
+    net, method = make(), make_method(diffusion=False)
+    image, labels, u, draw = batch()
+    terms, pair = method.losses(net, net, None, image, labels, u, draw)
+    again, _ = method.losses(net, net, None, image, labels, 0.5 * u, lambda *a: 9 * draw(*a))
+    assert torch.equal(terms["loss"], again["loss"])
+    assert pair == {}
+    assert method.kernel.num_timesteps == 1
+
+
+def test_own_estimates_replace_the_truth_at_all_steps_but_the_noisiest(monkeypatch):
+    net, image_batch, seen = make(), batch(), []
+    original = Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda self, x, *a: seen.append(x) or original(self, x, *a))
+    for own in (False, True):
+        make_method(2, own_estimate=own).losses(net, net, None, *image_batch)
+    truth, first, own = seen
+    assert len(first) == 2  # u = 0, 0.33 are at t = 0
+    assert torch.equal(truth[2:], own[2:])
+    assert not torch.allclose(truth[:2], own[:2])
+
+
+def test_the_critic_judges_true_and_made_pairs_in_one_forward_with_r1_scaled_by_its_interval():
+    net, critic = make(), make_critic()
+    method = make_method(adversarial_weight=1.0, r1_weight=0.5, r1_every=4)
+    image, labels, u, draw = batch()
+    _, pair = method.losses(net, net, critic, image, labels, u, draw)
+    plain, lazy = (method.critic_losses(critic, image, pair, step) for step in (3, 4))
+    assert "r1" not in plain
+    real = critic(x := pair["x_t"].clone().requires_grad_(), pair["t"], pair["x_next"], image).logits[0]
+    fake = critic(pair["made"], pair["t"], pair["x_next"], image).logits[0]
+    expected = nn.functional.softplus(-real) + nn.functional.softplus(fake)
+    assert torch.allclose(plain["loss"], expected[:, 0], atol=1e-5)
+    (gradient,) = torch.autograd.grad(real.sum(), x)
+    penalty = gradient.square().flatten(1).sum(1)
+    assert torch.allclose(lazy["loss"] - plain["loss"], 0.5 * 4 * penalty, atol=1e-5)
+    lazy["loss"].mean().backward()
+    assert all(p.grad is not None for p in critic.parameters())
+
+
+# --- inference ----------------------------------------------------------------------------------------------
+
+
+class Pointwise:
+    """In place of a generator: its output depends on each voxel's image, state and z alone."""
+
+    config, mapping = GeneratorConfig(latent_dim=2), True
+
+    def __init__(self):
+        self.encoded, self.predicted = 0, []
+
+    def encode(self, image):
+        self.encoded += 1
+        return image
+
+    def predict(self, x, t, features, z):
+        self.predicted.append((len(x), int(t[0])))
+        return 2 * features * torch.arange(K).view(1, -1, 1, 1) + 0.3 * x + 0.1 * z[:, :1, None, None]
+
+
+def test_windows_of_a_pointwise_network_give_the_whole_image_and_seams_do_not_show():
+    image, method = torch.randn(1, 13, 11), make_method(1)
+    method.draw_votes = lambda net, votes, size, seed, key: (
+        torch.zeros(votes, 1, K, *size),
+        torch.zeros(votes, 1, 2),
+    )
+    whole = method.segment(Pointwise(), image)
+    tiled = method.segment(Pointwise(), image, window=(6, 5), overlap=0.4)
+    assert torch.allclose(whole, tiled, atol=1e-6)
+    assert torch.allclose(whole.sum(0), torch.ones(13, 11), atol=1e-5)
+
+
+def test_the_noise_of_a_vote_is_the_same_at_a_voxel_in_every_window_that_holds_it():
+    class Echo(Pointwise):
+        def predict(self, x, t, features, z):
+            self.predicted.append((features.clone(), x.clone()))
+            return x
+
+    net, method = Echo(), make_method(1)
+    image = torch.arange(9 * 8.0).view(1, 9, 8)
+    method.segment(net, image, window=(4, 5), overlap=0.5)
+    seen: dict[float, torch.Tensor] = {}
+    for features, x in net.predicted:
+        for place, value in zip(features[0, 0].flatten().tolist(), x[0].flatten(1).T, strict=True):
+            assert torch.equal(seen.setdefault(place, value), value)
+        assert len({tuple(v.tolist()) for v in x[0].flatten(1).T}) == 20  # within a window all differ
+    assert len(seen) == 72
+
+
+def test_votes_run_as_a_batch_and_the_image_is_encoded_once():
+    net, method = Pointwise(), make_method(4)
+    method.segment(net, torch.randn(1, 6, 6), votes=5)
+    assert net.encoded == 1
+    assert net.predicted == [(5, 3), (5, 2), (5, 1), (5, 0)]
+
+
+def test_a_vote_depends_on_its_seed_number_and_case_alone():
+    net, method, image = make().eval(), make_method(2), torch.randn(1, 8, 8)
+    with torch.no_grad():
+        together = method.segment(net, image, votes=3, key="a")
+        apart = method.segment(net, image, votes=3, key="a", batch_size=1)
+        other = method.segment(net, image, votes=3, key="b")
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert not torch.allclose(together, other, atol=1e-4)
+
+
+def test_votes_are_samples_of_the_process_with_the_generators_estimates():
+    net, method = make().eval(), make_method(4)
+    image, (noise, z) = torch.randn(1, 1, 8, 8), method.draw_votes(make(), 2, (8, 8), 3, "x")
+    with torch.no_grad():
+        found = method.vote(net, net.encode(image), noise, z)
+        x = noise[:, 0]
+        for i, t in enumerate((3, 2, 1, 0)):  # one vote after another, with the tables by hand
+            guess = (
+                2 * net(x, torch.full((2,), float(t)), image.expand(2, -1, -1, -1), z[:, i]).softmax(1) - 1
+            )
+            c1, c2, variance = (
+                float(getattr(method.kernel, f"posterior_{name}")[t])
+                for name in ("mean_coef1", "mean_coef2", "variance")
+            )
+            fresh = noise[:, i + 1] if t else 0
+            x = c1 * guess + c2 * x + math.sqrt(variance) * fresh
+    assert torch.allclose(found, (x + 1) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "overlap"), [(10, 4, 0.5), (10, 10, 0.5), (11, 4, 0.0), (7, 6, 0.75)]
+)
+def test_windows_cover_everything_and_overlap_as_asked(size, window, overlap):
+    starts = window_starts(size, window, overlap)
+    assert starts[0] == 0
+    assert starts[-1] == size - window
+    assert all(b - a <= max(1, window * (1 - overlap)) for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_window_weights_are_symmetric_and_positive():
+    weight = window_weight((4, 5))
+    assert torch.allclose(weight, weight.flip(0, 1))
+    assert weight.min() > 0
+    assert weight[2, 2] == pytest.approx(float(weight.max()))
+
+
+def test_uncertainty_is_entropy_over_that_of_equal_probabilities():
+    p = torch.tensor([[1.0, 0.5, 1 / 3], [0.0, 0.5, 1 / 3], [0.0, 0.0, 1 / 3]])
+    assert uncertainty(p).tolist() == pytest.approx([0, math.log(2) / math.log(3), 1], abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"diffusion": False}, {"own_estimate": True}])
+def test_one_image_that_is_overfitted_is_segmented_with_dice_over_098(changes):
+    head = make_phantom(3, dims=2, size=(24, 28))
+    image = torch.from_numpy(head.image / head.image.max())[None]
+    labels = torch.from_numpy(head.mask.astype(np.int64).clip(0, K - 1))
+    net, method = make(encoder_channels=8), make_method(2, **changes)
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3, (0.9, 0.99))
+    for step in range(150):
+        positions = torch.arange(2 * step, 2 * step + 2)
+        u = torch.rand(2, generator=keyed_generator(0, step, "t"))
+
+        def draw(purpose, *shape, positions=positions):
+            return keyed_normal(0, positions, shape, purpose)
+
+        terms, _ = method.losses(
+            net, net, None, image.expand(2, -1, -1, -1), labels.expand(2, -1, -1), u, draw
+        )
+        optimizer.zero_grad()
+        terms["loss"].mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        p = method.segment(net, image[0], votes=5)
+    assert dice(p.argmax(0)[None], labels, K).min() > 0.98
+
+
+# --- precision, compile, two ranks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_losses_in_half_precision_are_those_of_fp32(amp):
+    net, critic, method = make(3), make_critic(3), make_method(adversarial_weight=0.1, attention="loss")
+    exact, _ = method.losses(net, net, critic, *batch(3))
+    with autocast(amp, CPU):
+        half, pair = method.losses(net, net, critic, *batch(3))
+        judged = method.critic_losses(critic, batch(3)[0], pair, 1)
+    assert all(v.dtype == torch.float32 for v in (*half.values(), *judged.values()))
+    for name, value in exact.items():
+        assert torch.allclose(half[name], value, rtol=3e-2, atol=3e-2), name
+
+
+@pytest.mark.parametrize("dims", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_generator_is_one_graph_and_computes_what_eager_does(dims):
+    torch._dynamo.reset()
+    net = make(dims, stem=2)
+    given = (
+        torch.randn(2, K, *[8] * dims),
+        torch.tensor([0.0, 1.0]),
+        torch.randn(2, 1, *[8] * dims),
+        torch.randn(2, 5),
+    )
+
+    def results(model):
+        net.zero_grad()
+        out = model(*given)
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in net.parameters())]
+
+    eager, compiled = results(net), results(torch.compile(net, fullgraph=True, backend="aot_eager"))
+    for i, (a, b) in enumerate(zip(eager, compiled, strict=True)):
+        assert float((a - b).abs().max()) <= (1e-4 if i else 2e-5) * (float(a.abs().max()) + 1e-6)
+
+
+def one_step(part: slice) -> list[torch.Tensor]:
+    """Gradients of the generator and of the critic on a part of four samples, over all ranks."""
+    discriminators.minibatch_statistic = lambda h, parts: 0 * h[:, :1]  # the one thing that is per rank
+    net, critic, method = make(), make_critic(), make_method(adversarial_weight=0.5, own_estimate=True)
+    model, critic_model = wrap(net, CPU), wrap(critic, CPU)
+    image, labels, u, _ = batch()
+    positions = torch.arange(4)[part]
+
+    def draw(purpose, *shape):
+        return keyed_normal(7, positions, shape, purpose)
+
+    critic.requires_grad_(False)
+    terms, pair = method.losses(model, net, critic, image[part], labels[part], u[part], draw)
+    critic.requires_grad_(True)
+    terms["loss"].mean().backward()
+    method.critic_losses(critic_model, image[part], pair, 0)["loss"].mean().backward()
+    return [p.grad for n in (net, critic) for p in n.parameters()]
+
+
+def on_each_rank(number: int, port: int, folder: str) -> None:
+    os.environ |= {
+        "RANK": str(number),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    setup("cpu")
+    torch.save(one_step(slice(2 * rank(), 2 * rank() + 2)), f"{folder}/{number}.pt")
+
+
+def test_gradients_of_two_ranks_are_those_of_one_process_on_the_joined_batch(tmp_path, monkeypatch):
+    port = 25000 + os.getpid() % 2000
+    mp.start_processes(on_each_rank, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    monkeypatch.setattr(discriminators, "minibatch_statistic", None)  # put back after one_step
+    ranks = [torch.load(tmp_path / f"{number}.pt") for number in (0, 1)]
+    for alone, a, b in zip(one_step(slice(0, 4)), *ranks, strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(alone, a, rtol=1e-4, atol=1e-5)
