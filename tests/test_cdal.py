@@ -1,6 +1,7 @@
-"""Few-step diffusion segmentation: the published coefficients, what the switches do, votes, windows, training."""
+"""Few-step diffusion segmentation: published coefficients, what switches do, votes, windows, training."""
 
 import dataclasses
+import itertools
 import math
 import os
 
@@ -404,7 +405,7 @@ def test_windows_cover_everything_and_overlap_as_asked(size, window, overlap):
     starts = window_starts(size, window, overlap)
     assert starts[0] == 0
     assert starts[-1] == size - window
-    assert all(b - a <= max(1, window * (1 - overlap)) for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= max(1, window * (1 - overlap)) for a, b in itertools.pairwise(starts))
 
 
 def test_window_weights_are_symmetric_and_positive():
@@ -444,7 +445,7 @@ def test_one_image_that_is_overfitted_is_segmented_with_dice_over_098(changes):
     assert dice(p.argmax(0)[None], labels, K).min() > 0.98
 
 
-# --- precision, compile, two ranks ----------------------------------------------------------------------------
+# --- precision, compile, two ranks --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch._dynamo
-from tiny import ldm_flags, lines, start, vae_flags
+from tiny import cdal_flags, ldm_flags, lines, start, vae_flags
 from torch import nn
 
+import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, Denoiser, UNetConfig, VAEConfig
@@ -78,13 +79,15 @@ def assert_near(one, other):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("script", [train_vae, train_ldm], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("script", [train_vae, train_ldm, train_cdal], ids=lambda m: m.__name__)
 def test_a_run_compiles_once_saves_plain_names_and_goes_on_in_eager_and_back(
     script, heads, vae_run, tmp_path, counted
 ):
     def train(run: str, steps: int, *more: str) -> None:
         if script is train_vae:
             script.main(vae_flags(heads, tmp_path / run, steps, *more))
+        elif script is train_cdal:
+            script.main(cdal_flags(heads, tmp_path / run, steps, *more))
         else:
             script.main(ldm_flags(vae_run, tmp_path / run, steps, *more))
 

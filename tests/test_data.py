@@ -426,6 +426,44 @@ def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_
     assert len(open_folder(opened_data.root, content)) == 6  # laid out like the training data
 
 
+def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
+    opened_data = opened(settings)
+    content = {"config": {"data": to_dict(settings)}, "state": {"data": opened_data.state.to_dict()}}
+    values = np.random.default_rng(9).random((5, 30, 6), dtype=np.float32)
+    path = save(tmp_path / "other/new.nii.gz", values, OBLIQUE)
+    save(tmp_path / "other/another.nii.gz", values, OBLIQUE)
+    one, folder = open_folder(path, content), open_folder(tmp_path / "other", content)
+    assert [case.id for case in one.cases] == ["new"]
+    assert torch.equal(one[0, 0]["image"], folder[0, 1]["image"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_patches_around_the_foreground_have_the_share_that_is_asked_for(tmp_path, share):
+    for i in range(3):
+        labels = np.zeros((20, 24), dtype=np.uint8)
+        labels[[1, 10, 19][i], [22, 12, 0][i]] = 2  # one voxel, in a corner too
+        path = tmp_path / f"images/{i}.tif"
+        path.parent.mkdir(exist_ok=True)
+        tifffile.imwrite(path, np.random.default_rng(i).random((20, 24), dtype=np.float32))
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / f"labels/{i}.tif", labels)
+    config = DataConfig(
+        root=str(tmp_path), image="images/*.tif", mask="labels/*.tif", dims=2, patch=(6, 7), foreground=share,
+        cache_dir=str(tmp_path / "c"), val_fraction=0.34,
+    )  # fmt: skip
+    dataset = opened(config).dataset("train", augment=True)
+    items = [dataset[p, p % 2] for p in range(300)]
+    hit = np.mean([bool(item["mask"].any()) for item in items])
+    # By chance a patch holds the voxel of the middle case in 42 of 270 places, that of a corner in at most 14
+    assert share <= hit + 0.07
+    assert hit <= share + (1 - share) * 0.2 + 0.07
+    starts = torch.stack([item["start"] for item in items])
+    assert starts.min() >= 0
+    assert (starts <= torch.tensor([14, 17])).all()
+    again = dataset[7, 1]
+    assert torch.equal(again["image"], items[7]["image"])
+
+
 # --- augmentation -------------------------------------------------------------------------------------------
 
 ALL = AugmentConfig(

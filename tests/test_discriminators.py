@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from ldm3d import InputError
-from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
+from ldm3d.discriminators import (
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
+    TimeDiscriminator,
+    TimeDiscriminatorConfig,
+    halve,
+    minibatch_statistic,
+)
 
 
 def make(dims: int = 2, **options) -> PatchDiscriminator:
@@ -113,3 +120,83 @@ def test_impossible_settings_and_other_images_are_refused():
         PatchDiscriminatorConfig(num_scales=0)
     with pytest.raises(InputError, match="expected"):
         make(3)(image(2, 32))
+
+
+# --- the critic of a diffusion step -------------------------------------------------------------------------
+
+
+def make_timed(dims: int, **changes) -> TimeDiscriminator:
+    torch.manual_seed(0)
+    settings = {"in_channels": 4, "channels": (4, 6, 8), "emb_dim": 8, **changes}
+    net = TimeDiscriminator(TimeDiscriminatorConfig(dims, **settings))
+    for parameter in net.parameters():  # those that start at zero too
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def pairs(dims: int, num: int, size=(9, 6, 5)) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(1)
+    x_t, x_next = torch.randn(2, num, 2, *size[:dims], generator=draw)
+    return x_t, torch.arange(num), x_next
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_any_batch_and_image_size_has_one_finite_logit_a_sample_and_finite_gradients_twice(dims, num):
+    net = make_timed(dims)
+    x_t, t, x_next = pairs(dims, num)
+    x_t.requires_grad_()
+    out = net(x_t, t, x_next)
+    assert out.logits[0].shape == (num, 1)
+    assert [f.shape[1:] for f in out.features] == [(w, *s[:dims]) for w, s in SHAPES]
+    (gradient,) = torch.autograd.grad(out.logits[0].sum(), x_t, create_graph=True)
+    (out.logits[0].sum() + gradient.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+SHAPES = [(4, (9, 6, 5)), (6, (5, 3, 3)), (8, (3, 2, 2))]
+
+
+def test_time_and_the_order_of_the_pair_matter():
+    net, (x_t, t, x_next) = make_timed(2), pairs(2, 3)
+    logits = net(x_t, t, x_next).logits[0]
+    assert not torch.allclose(logits, net(x_t, t + 1, x_next).logits[0], atol=1e-4)
+    assert not torch.allclose(logits, net(x_next, t, x_t).logits[0], atol=1e-4)
+
+
+def test_the_minibatch_statistic_is_the_mean_deviation_of_each_part():
+    h = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    found = minibatch_statistic(h, parts=2)
+    assert found.shape == (6, 1, 4, 5)
+    for i in (0, 1):
+        expected = h[3 * i : 3 * i + 3].std(0, correction=0).mean()
+        assert torch.allclose(found[3 * i : 3 * i + 3], expected.expand(3, 1, 4, 5), atol=1e-6)
+    alone = h[:1].clone().requires_grad_()
+    minibatch_statistic(alone).sum().backward()
+    assert minibatch_statistic(h[:1]).max() < 1.01e-4
+    assert not alone.grad.any()
+
+
+def test_real_and_made_pairs_in_one_batch_are_judged_as_they_are_alone():
+    net, (x_t, t, x_next) = make_timed(3), pairs(3, 4)
+    both = net(x_t, t, x_next, parts=2).logits[0]
+    for part in (slice(0, 2), slice(2, 4)):
+        alone = net(x_t[part], t[part], x_next[part]).logits[0]
+        assert torch.allclose(both[part], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_halving_is_average_pooling_with_the_edge_repeated(dims):
+    x = torch.randn(2, 3, *(6, 4, 8)[:dims])
+    pool = nn.functional.avg_pool2d if dims == 2 else nn.functional.avg_pool3d
+    assert torch.allclose(halve(x), pool(x, 2), atol=1e-6)
+    odd = x[:, :, :5]
+    assert torch.allclose(halve(odd), pool(torch.cat([odd, odd[:, :, -1:]], 2), 2), atol=1e-6)
+
+
+def test_a_pair_of_other_channels_is_refused():
+    with pytest.raises(InputError, match="pair"):
+        make_timed(2, in_channels=5)(*pairs(2, 2))
+    with pytest.raises(InputError, match="channels"):
+        TimeDiscriminatorConfig(channels=())

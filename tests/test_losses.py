@@ -16,6 +16,8 @@ from ldm3d.losses import (
     PerceptualLoss,
     adaptive_weight,
     critic_accuracy,
+    cross_entropy_loss,
+    dice_loss,
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
@@ -125,6 +127,31 @@ def test_half_precision_inputs_are_reduced_in_float32():
     assert torch.equal(
         reconstruction_loss(x * 0, x, "l2"), reconstruction_loss(x.float() * 0, x.float(), "l2")
     )
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_dice_and_cross_entropy_equal_monai_and_torch_and_ones_as_weights_change_nothing(dims):
+    monai = pytest.importorskip("monai.losses", reason="MONAI (extra test) is not installed")
+    size, generator = (5, 6, 4)[:dims], torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, *size, generator=generator)
+    labels = torch.randint(3, (2, *size), generator=generator)
+    one_hot = F.one_hot(labels, 3).movedim(-1, 1).float()
+    reference = monai.DiceLoss(include_background=False, reduction="none", smooth_nr=1, smooth_dr=1)
+    expected = reference(logits.softmax(1), one_hot).flatten(1).mean(1)
+    assert torch.allclose(dice_loss(logits.softmax(1), one_hot), expected, atol=1e-6)
+    ones, weight = torch.ones(2, *size), torch.rand(2, *size, generator=generator)
+    assert torch.allclose(dice_loss(logits.softmax(1), one_hot, ones), expected, atol=1e-6)
+    per_voxel = -torch.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(cross_entropy_loss(logits, labels), per_voxel.flatten(1).mean(1), atol=1e-6)
+    weighted = (weight * per_voxel).flatten(1).mean(1)
+    assert torch.allclose(cross_entropy_loss(logits, labels, weight), weighted, atol=1e-6)
+
+
+def test_dice_loss_of_a_patch_without_any_label_is_small_for_the_right_answer():
+    nothing = torch.zeros(1, 2, 4, 4)
+    nothing[:, 0] = 1
+    assert dice_loss(nothing, nothing).item() == 0
+    assert dice_loss(1 - nothing, nothing).item() == pytest.approx(1 - 1 / 17)
 
 
 def test_free_bits_price_only_what_a_channel_has_above_them():

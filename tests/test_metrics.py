@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from ldm3d.metrics import MS_SSIM_WEIGHTS, dice, iou, ms_ssim, ms_ssim_weights, psnr, ssim
+from ldm3d.metrics import (
+    MS_SSIM_WEIGHTS,
+    dice,
+    hd95,
+    iou,
+    ms_ssim,
+    ms_ssim_weights,
+    precision,
+    psnr,
+    sensitivity,
+    ssim,
+)
 
 SHAPES = {2: (2, 3, 17, 12), 3: (2, 2, 9, 11, 8)}
 
@@ -144,6 +155,55 @@ def test_dice_and_iou_count_voxels_of_each_label(dims: int) -> None:
             assert got == pytest.approx(expected, nan_ok=True)
     assert measured[0].isnan().sum() == 1
     assert measured[0][1, 1] == 0
+
+
+def blobs(dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two label maps (2, *S) with labels 1 and 2, alike but not equal; one touches the border."""
+    grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (13, 11, 12)[:dims]), indexing="ij"))
+    maps = []
+    for shift in (0.0, 1.3):
+        case = []
+        for centre in (3.0, 5.5):
+            r = (grid - centre - shift).square().sum(0).sqrt()
+            case.append((r < 4.2).long() + (r < 2.1).long())
+        maps.append(torch.stack(case))
+    return maps[0], maps[1]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_precision_and_sensitivity_equal_scikit_learn(dims: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn (extra test) is not installed")
+    pred, target = blobs(dims)
+    for i in range(2):
+        flat = target[i].flatten().numpy(), pred[i].flatten().numpy()
+        expected = metrics.precision_recall_fscore_support(*flat, labels=[1, 2])
+        measured = precision(pred, target, 3)[i], sensitivity(pred, target, 3)[i], dice(pred, target, 3)[i]
+        for a, b in zip(measured, expected, strict=False):
+            assert a.tolist() == pytest.approx(b.tolist())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dims", [2, 3])
+def test_hd95_equals_monai(dims: int) -> None:
+    monai = pytest.importorskip("monai.metrics", reason="MONAI (extra test) is not installed")
+    pred, target = blobs(dims)
+    spacing = (1.0, 2.5, 0.7)[:dims]
+    one_hot = [torch.nn.functional.one_hot(v, 3).movedim(-1, 1) for v in (pred, target)]
+    expected = monai.compute_hausdorff_distance(*one_hot, percentile=95, spacing=spacing)
+    measured = hd95(pred, target, 3, spacing)
+    assert measured.min() > 0.5
+    assert torch.allclose(measured, expected.double(), atol=1e-5)
+
+
+def test_hd95_of_two_planes_is_their_distance_in_mm_and_a_label_that_one_map_lacks_has_none() -> None:
+    pred, target = torch.zeros(2, 1, 9, 9, 9, dtype=torch.long)
+    pred[0, 2], target[0, 6] = 1, 1
+    target[0, 0] = 2
+    measured = hd95(pred, target, 4, (0.5, 1.0, 1.0))[0]
+    assert measured[0] == 2.0
+    assert measured[1].isinf()
+    assert measured[2].isnan()
+    assert (hd95(pred, pred, 2, (1.0, 1.0, 1.0)) == 0).all()
 
 
 def test_different_shapes_are_refused() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, kill_all, ldm_flags, lines, start, torchrun, vae_flags
+from tiny import ROOT, cdal_flags, kill_all, ldm_flags, lines, start, torchrun, vae_flags
 
 from ldm3d.checkpoint import load, step_files
 
@@ -59,13 +59,15 @@ def run_and_kill(launch, run: Path, draw: np.random.Generator) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm", "train_cdal"])
 def test_five_kills_at_random_moments_change_nothing(heads, vae_run, tmp_path, script, workers, ranks):
     more = ["--run.workers", workers, "--run.amp", "fp16" if workers else "fp32", "--micro_batch_size", 1]
 
     def launch(run: str):
         if script == "train_vae":
             flags = vae_flags(heads, tmp_path / run, 60, *more)
+        elif script == "train_cdal":
+            flags = cdal_flags(heads, tmp_path / run, 60, *more, "--unet.dropout", 0.2)
         else:
             flags = ldm_flags(vae_run, tmp_path / run, 60, *more, "--unet.dropout", 0.2)
         process = start if ranks == 1 else torchrun

@@ -17,6 +17,12 @@ VAE = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch none 
 LDM = """--batch_size 4 --unet.channels 8,16 --unet.num_groups 4 --unet.num_res_blocks 1
  --unet.head_channels 8 --unet.attention_levels false,true --sample_steps 2 --optim.lr 2e-3""".split()
 
+CDAL = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch 12,12 --data.foreground 0.5
+ --unet.channels 8,16 --unet.num_groups 4 --unet.head_channels 8 --generator.encoder_channels 8
+ --generator.encoder_blocks 1 --generator.latent_dim 4 --generator.mapping_layers 1 --disc.channels 8,16
+ --disc.emb_dim 8 --cdal.adversarial_weight 0.1 --cdal.attention loss --cdal.r1_every 2 --optim.lr 4e-3
+ --data.augment.affine 0.5""".split()
+
 
 def vae_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
     """train_vae.py on the 2-D heads of the fixture `heads`."""
@@ -27,6 +33,12 @@ def vae_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
 def ldm_flags(vae: Path, run: Path, steps: int, *more: str) -> list[str]:
     """train_ldm.py on an autoencoder of `vae_flags`."""
     return ["phantom", *map(str, ["--vae", vae, "--run.dir", run, "--run.steps", steps, *RUN, *LDM, *more])]
+
+
+def cdal_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
+    """train_cdal.py on the 2-D heads of the fixture `heads`, with a critic."""
+    place = ["--data.root", heads, "--data.cache_dir", heads.parent / "cache", "--run.dir", run]
+    return ["phantom", *map(str, [*place, "--run.steps", steps, *RUN, *CDAL, *more])]
 
 
 def lines(run: Path, split: str = "train") -> list[dict]:

@@ -1,0 +1,298 @@
+"""train_cdal.py and `sample.py RUN --segment` do the whole job: train, go on bit-exactly, segment, score."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tifffile
+import torch
+from tiny import cdal_flags, lines
+
+import sample
+import train_cdal
+from ldm3d.checkpoint import load, step_files
+from ldm3d.config import flatten, replace
+from ldm3d.distributed import run_script
+from ldm3d.phantoms import write_phantoms
+from ldm3d.segmentation import calibration, load_segmenter, overlay, score, summary
+from ldm3d.volumes import read
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def run(heads) -> Path:
+    """A run of train_cdal.py on the 2-D heads."""
+    folder = heads.parent / "cdal"
+    train_cdal.main(cdal_flags(heads, folder, STEPS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory) -> Path:
+    """Oblique, flipped, anisotropic 3-D heads of different shapes with labels 0, 50 and 1000, and a run on
+    them."""
+    place = tmp_path_factory.mktemp("volumes")
+    write_phantoms(place / "heads", 6, size=(14, 16, 12), spacing=(14.0, 13.0, 16.0))
+    turn = np.array([[-0.9, 0.3, 0.1], [0.2, 0.2, -0.95], [0.3, 0.9, 0.3]])
+    for i, path in enumerate(sorted((place / "heads/images").iterdir())):
+        affine = np.eye(4)
+        affine[:3, :3] = turn * [14.0, 13.0, 16.0]
+        affine[:3, 3] = (5 * i, -7, 9)
+        for role in ("images", "labels"):
+            array = np.asarray(nib.load(place / "heads" / role / path.name).dataobj)[: 14 - i, :, : 9 + i % 3]
+            if role == "labels":
+                array = np.array([0, 50, 50, 1000, 1000], dtype=np.int16)[array.astype(int)]
+            (place / role).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(array, affine), place / role / path.name)
+    flags = cdal_flags(place / "images", place / "run", 3, "--data.dims", 3, "--data.patch", "8,8,8")
+    flags += ["--data.root", str(place), "--data.image", "images/*.nii.gz", "--data.mask", "labels/*.nii.gz"]
+    flags += ["--data.label_values", "0,50,1000", "--run.eval_every", "3", "--generator.stem", "2"]
+    train_cdal.main(flags)
+    return place
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_the_best_checkpoint_is_that_of_the_highest_validation_dice(run):
+    steps = [line["loss"] for line in lines(run)]
+    assert np.mean(steps[-5:]) < 0.6 * np.mean(steps[:2])
+    assert {"ce", "dice", "mse", "g_loss", "d_loss", "critic_accuracy"} <= lines(run)[1].keys()
+    assert ["r1" in line for line in lines(run)] == [step % 2 == 0 for step in range(STEPS)]
+    scores = {line["step"]: line["dice"] for line in lines(run, "val")}
+    best = load(run / "best.pt")["best"]
+    assert best["name"] == "dice"
+    assert best["value"] == max(scores.values()) == scores[best["step"]]
+    assert {"dice_1", "dice_2"} <= lines(run, "val")[0].keys()
+    assert list((run / "previews").glob("*.png"))
+
+
+def test_a_run_in_two_parts_ends_bit_identical_with_all_that_learns(heads, tmp_path):
+    more = ["--micro_batch_size", 2, "--cdal.own_estimate", "--unet.dropout", 0.1]
+    train_cdal.main(cdal_flags(heads, tmp_path / "whole", 8, *more))
+    train_cdal.main(cdal_flags(heads, tmp_path / "parts", 5, *more))
+    train_cdal.main(cdal_flags(heads, tmp_path / "parts", 8, *more))
+    whole, parts = (load(step_files(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert set(whole["optimizers"]) == {"generator", "critic"}
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
+    critics = (content["others"]["discriminator"] for content in (whole, parts))
+    assert all(torch.equal(a, b) for a, b in zip(*(c.values() for c in critics), strict=True))
+    assert [line["loss"] for line in lines(tmp_path / "whole")] == [
+        line["loss"] for line in lines(tmp_path / "parts")
+    ]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_trains_like_fp32(heads, tmp_path, amp):
+    for run, precision in (("exact", "fp32"), ("half", amp)):
+        train_cdal.main(cdal_flags(heads, tmp_path / run, 6, "--run.amp", precision))
+    for a, b in zip(lines(tmp_path / "exact"), lines(tmp_path / "half"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=5e-2)
+    assert lines(tmp_path / "half")[-1]["skipped_steps"] == 0
+
+
+def test_the_preset_published_is_the_published_method():
+    config = replace(train_cdal.Config(), train_cdal.PRESETS["published"])
+    cdal = config.cdal
+    assert cdal.kernel.num_timesteps == 4
+    assert (cdal.mse_weight, cdal.ce_weight, cdal.dice_weight, cdal.adversarial_weight) == (1, 0, 0, 0)
+    assert (cdal.attention, cdal.attention_normalised, cdal.critic_sees_image) == ("input", False, False)
+    assert config.generator.output == "tanh"
+    assert (cdal.r1_weight, cdal.r1_every) == (0.5, 10)
+
+
+def test_every_preset_is_a_valid_configuration():
+    known = flatten(train_cdal.Config())
+    for name, preset in train_cdal.PRESETS.items():
+        assert preset.keys() <= known.keys(), name
+        replace(train_cdal.Config(), preset)
+
+
+@pytest.mark.parametrize("mode", ["published", "plain"])
+def test_the_published_method_and_a_plain_network_train_with_the_same_command(heads, tmp_path, mode):
+    published = "--cdal.kernel.num_timesteps 4 --cdal.mse_weight 1 --cdal.ce_weight 0 --cdal.dice_weight 0"
+    published += " --cdal.attention input --cdal.attention_normalised false --cdal.critic_sees_image false"
+    published += " --cdal.adversarial_weight 0 --generator.output tanh"
+    plain = "--cdal.diffusion false --cdal.attention none --cdal.adversarial_weight 0"
+    more = (published if mode == "published" else plain).split()
+    train_cdal.main(cdal_flags(heads, tmp_path / "run", 20, *more))
+    steps = lines(tmp_path / "run")
+    assert ("d_loss" in steps[0]) == (mode == "published")
+    name = "mse" if mode == "published" else "dice"
+    assert np.mean([line[name] for line in steps[-4:]]) < 0.9 * steps[0][name]
+
+
+def test_two_ranks_are_planned_for_and_memory_is_told(heads, tmp_path, capsys):
+    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "4"])
+    out = capsys.readouterr().out
+    assert "training 4 x 12x12" in out
+    assert "validation, votes 1 x 16x20" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--cdal.attention_layer", "5"], ["cdal.attention_layer", "2 blocks"]),
+        (["--unet.dims", "3"], ["unet.dims", "data.dims"]),
+        (["--cdal.kernel.num_timesteps", "9"], ["num_timesteps", "1 to 8"]),
+        (["--data.image", "images/*.tif"], ["phantom_0000", "no label map", "--data.mask"]),
+        (["--votes", "0"], ["votes"]),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_training(heads, tmp_path, capsys, more, words):
+    assert run_script(train_cdal.main, cdal_flags(heads, tmp_path / "never", 3, *more)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "never").exists()
+
+
+# --- segmenting files ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_segmented_scored_and_shown(run, heads, capsys):
+    images, labels = str(heads / "images"), str(heads / "labels")
+    sample.main([str(run), "--segment", images, "--reference", labels, "--votes", "3", "--probabilities"])
+    folder = run / "segmentations-001"
+    for name in ("labels", "uncertainty", "probability"):
+        assert len(list((folder / name).iterdir())) == 12
+    rows = list(csv.DictReader((folder / "cases.csv").read_text().splitlines()))
+    report = json.loads((folder / "report.json").read_text())
+    assert (len(rows), report["cases"], report["votes"]) == (12, 12, 3)
+    for row in rows[:3]:
+        truth = torch.from_numpy(tifffile.imread(heads / "labels" / f"{row['case']}.tif").astype(np.int64))
+        found = torch.from_numpy(read(folder / "labels" / f"{row['case']}.tif").array[0].astype(np.int64))
+        both, one, other = ((found == 1) & (truth == 1)).sum(), (found == 1).sum(), (truth == 1).sum()
+        assert float(row["dice_1"]) == pytest.approx(float(2 * both / (one + other)))
+        assert float(row["precision_1"]) == pytest.approx(float(both / one))
+        p = read(folder / "probability" / f"{row['case']}.tif").array
+        assert np.array_equal(p.argmax(0), found.numpy())
+        doubt = read(folder / "uncertainty" / f"{row['case']}.tif").array[0]
+        assert np.allclose(doubt, -(p * np.log(p.clip(1e-12))).sum(0) / np.log(len(p)), atol=1e-5)
+        assert float(row["seconds"]) > 0
+    mean = np.mean([float(row["dice"]) for row in rows])
+    assert report["metrics"]["dice"]["mean"] == pytest.approx(mean)
+    assert report["metrics"]["dice"]["low"] <= mean <= report["metrics"]["dice"]["high"]
+    assert {"hd95_1", "iou_2", "sensitivity_1", "error_correlation", "retention_ratio"} <= report[
+        "metrics"
+    ].keys()
+    assert (folder / "overlays.png").stat().st_size > 1000
+    assert "error_correlation" in capsys.readouterr().out
+
+
+def test_one_file_and_one_part_of_the_split_can_be_asked_for(run, heads):
+    first = sorted((heads / "images").iterdir())[0]
+    sample.main([str(run), "--segment", str(first), "--votes", "1", "--out", str(run / "one")])
+    assert [p.name for p in (run / "one/labels").iterdir()] == [first.name]
+    sample.main([str(run), "--segment", str(heads / "images"), "--part", "val", "--out", str(run / "val")])
+    split = json.loads((run / "split.json").read_text())
+    assert sorted(p.stem for p in (run / "val/labels").iterdir()) == sorted(split["val"])
+
+
+def test_label_maps_have_the_geometry_of_their_image_and_the_label_values_of_the_data(volumes):
+    place = ["--segment", str(volumes / "images"), "--reference", str(volumes / "labels")]
+    sample.main([str(volumes / "run"), *place, "--window", "8,6,8", "--votes", "2"])
+    folder = volumes / "run/segmentations-001"
+    for path in sorted((volumes / "images").iterdir()):
+        image, found = nib.load(path), nib.load(folder / "labels" / path.name)
+        assert found.shape == image.shape
+        assert np.allclose(found.affine, image.affine, atol=1e-3)
+        assert set(np.unique(np.asarray(found.dataobj))) <= {0, 50, 1000}
+
+
+def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volumes, tmp_path):
+    content = torch.load(volumes / "run/best.pt", weights_only=True)
+    content["config"]["data"]["spacing"] = [10.0, 15.0, 11.0]
+    torch.save(content, tmp_path / "finer.pt")
+    path = sorted((volumes / "images").iterdir())[2]
+    sample.main([str(tmp_path / "finer.pt"), "--segment", str(path), "--reference", str(volumes / "labels")])
+    found = nib.load(next((tmp_path / "segmentations-001/labels").iterdir()))
+    assert found.shape == nib.load(path).shape
+    assert np.allclose(found.affine, nib.load(path).affine, atol=1e-3)
+
+
+def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, heads, tmp_path, capsys):
+    shutil.copytree(volumes / "labels", tmp_path / "labels")
+    broken = sorted((tmp_path / "labels").iterdir())[1]
+    image = nib.load(broken)
+    flags = [
+        str(volumes / "run"),
+        "--segment",
+        str(volumes / "images"),
+        "--reference",
+        str(tmp_path / "labels"),
+    ]
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine), broken)
+    assert run_script(sample.main, flags) == 2
+    err = capsys.readouterr().err
+    assert str(broken) in err
+    assert str(volumes / "images" / broken.name) in err
+    moved = image.affine.copy()
+    moved[:3, 3] += 60
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), moved), broken)
+    assert run_script(sample.main, flags) == 2
+    err = capsys.readouterr().err
+    assert str(broken) in err
+    assert str(volumes / "images" / broken.name) in err
+    broken.unlink()
+    assert run_script(sample.main, flags) == 2
+    assert str(volumes / "images" / broken.name) in capsys.readouterr().err
+    assert run_script(sample.main, [str(run), "--segment", str(heads / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert run_script(sample.main, [str(run), "--segment", str(heads / "images"), "--part", "test"]) == 2
+    assert "test" in capsys.readouterr().err
+
+
+def test_a_run_that_is_loaded_segments_like_its_validation(run, heads):
+    cdal, net, content = load_segmenter(run)
+    assert content["best"]["step"] == content["step"]
+    flags = cdal_flags(heads, run, STEPS)
+    config = train_cdal.parse(train_cdal.Config, flags, train_cdal.PRESETS, base=train_cdal.with_data)[0]
+    data = train_cdal.open_labelled(config, content["state"]["split"])
+    scores, _ = train_cdal.evaluate(
+        cdal, net, data.dataset("val", own_size=True), config, torch.device("cpu"), run / "again.png"
+    )
+    assert scores["dice"] == pytest.approx(content["best"]["value"], abs=1e-6)
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_the_correlation_and_the_area_counted_by_hand():
+    doubt = torch.tensor([[0.1, 0.9], [0.3, 0.7]])
+    wrong = torch.tensor([[False, True], [False, True]])
+    found = calibration(doubt, wrong)
+    assert found["error_correlation"] == pytest.approx(np.corrcoef([0.1, 0.9, 0.3, 0.7], [0, 1, 0, 1])[0, 1])
+    assert found["retention_area"] == pytest.approx((0 + 0 + 0.25 + 0.5) / 4)
+    useless = calibration(torch.rand(100_000), torch.rand(100_000) < 0.3)
+    assert useless["retention_ratio"] == pytest.approx(1, abs=0.02)
+    assert useless["error_correlation"] == pytest.approx(0, abs=0.02)
+    assert np.isnan(calibration(doubt, ~wrong & wrong)["error_correlation"])
+
+
+def test_a_label_that_is_nowhere_gives_no_score_and_one_that_is_missed_is_counted():
+    truth = torch.zeros(6, 6, dtype=torch.long)
+    truth[1:3, 1:3] = 1
+    rows = {"a": score(truth, truth, 4, (1.0, 1.0)), "b": score(0 * truth, truth, 4, (1.0, 1.0))}
+    assert rows["a"]["dice"] == rows["a"]["dice_1"] == 1
+    assert np.isnan(rows["a"]["dice_3"])
+    table = summary(rows)
+    assert table["dice"]["mean"] == 0.5
+    assert (table["hd95_1"]["mean"], table["hd95_1"]["missing"]) == (0, 1)
+    assert (table["dice_3"]["mean"], table["dice_3"]["missing"]) == (None, 2)
+
+
+def test_an_overlay_colours_the_labels_and_leaves_the_rest_grey():
+    image, labels = torch.zeros(1, 4, 5), torch.zeros(4, 5, dtype=torch.long)
+    labels[1, 2] = 1
+    (picture,) = overlay(image, labels)
+    grey = (picture == picture[..., :1]).all(-1)
+    assert np.argwhere(~grey).tolist() == [[1, 2]]
+    assert len(overlay(torch.zeros(1, 4, 5, 6), None)) == 3
