@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from ldm3d.config import InputError, parse
@@ -290,6 +290,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     reseed(config.run.seed, 0)
     cdal = CDAL(config.cdal, num_labels)
     net = Generator(config.generator, config.unet, channels, num_labels).to(device)
+    critic = make_critic(config, channels, num_labels).to(device) if config.cdal.has_critic else None
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.say()
@@ -297,9 +298,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     optimizers, others = {"generator": stepper}, {"mean": mean}
-    critic: nn.Module | None = None
-    if config.cdal.has_critic:
-        critic = make_critic(config, channels, num_labels).to(device)
+    if critic is not None:
         critic_stepper = Stepper(critic, config.disc_optim, config.run, config.batch_size, device)
         optimizers["critic"], others["discriminator"] = critic_stepper, critic
     run.restore(net, ema, optimizers, **others)

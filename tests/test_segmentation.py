@@ -128,11 +128,18 @@ def test_the_published_method_and_a_plain_network_train_with_the_same_command(he
     assert np.mean([line[name] for line in steps[-4:]]) < 0.9 * steps[0][name]
 
 
-def test_two_ranks_are_planned_for_and_memory_is_told(heads, tmp_path, capsys):
+def test_the_plan_counts_generator_critic_and_votes_and_makes_no_run(heads, tmp_path, monkeypatch):
+    def needs(self):
+        found.update({job.name: job.need(job.batch, job.size) for job in self.jobs})
+
+    monkeypatch.setattr(train_cdal.Plan, "tell", needs)
+    found: dict[str, int] = {}
     train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "4"])
-    out = capsys.readouterr().out
-    assert "training 4 x 12x12" in out
-    assert "validation, votes 1 x 16x20" in out
+    with_critic = dict(found)
+    plain = ["--cdal.adversarial_weight", 0, "--cdal.attention", "none", "--votes", 5]
+    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3, *plain), "--plan", "4"])
+    assert found["training"] < with_critic["training"]
+    assert found["validation, votes"] > with_critic["validation, votes"] > 0
     assert not (tmp_path / "run").exists()
 
 
@@ -221,7 +228,7 @@ def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volu
 def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, heads, tmp_path, capsys):
     shutil.copytree(volumes / "labels", tmp_path / "labels")
     broken = sorted((tmp_path / "labels").iterdir())[1]
-    image = nib.load(broken)
+    image = nib.Nifti1Image(nib.load(broken).get_fdata(), nib.load(broken).affine)
     flags = [
         str(volumes / "run"),
         "--segment",
