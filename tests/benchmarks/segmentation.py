@@ -1,0 +1,176 @@
+"""Segmentation by cDAL beside a plain U-Net and the published method: the table of the README.
+
+    python tests/benchmarks/segmentation.py hippocampus --minutes 60 --rows plain,default,published
+    python tests/benchmarks/segmentation.py hippocampus --minutes 10 --rows ablation
+    python tests/benchmarks/segmentation.py monuseg --minutes 60 --rows plain,default
+
+Every row is a run of train_cdal.py of the same preset with some flags changed, trained for the same minutes
+of wall-clock time: its speed is measured on 20 steps first, the number of steps follows. best.pt, chosen on
+validation subjects, then segments the test subjects. Rows that differ in votes alone share a run. "plain" is
+the same network without diffusion. A run that is there is gone on with, or scored only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train_cdal  # noqa: E402
+from ldm3d.cases import resolve_root  # noqa: E402
+from ldm3d.config import from_dict, replace, show  # noqa: E402
+from ldm3d.data import DataConfig  # noqa: E402
+from ldm3d.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
+
+ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
+    "plain": ({"cdal.diffusion": False}, 1),
+    "default": ({}, 5),
+    "published": (train_cdal.PUBLISHED, 5),
+    "votes 1": ({}, 1),
+    "votes 30": ({}, 30),
+    "T = 1": ({"cdal.kernel.num_timesteps": 1}, 5),
+    "T = 2": ({"cdal.kernel.num_timesteps": 2}, 5),
+    "T = 4": ({"cdal.kernel.num_timesteps": 4}, 5),
+    "T = 8": ({"cdal.kernel.num_timesteps": 8}, 5),
+    "noised truth": ({"cdal.own_estimate": False}, 5),
+    "no z": ({"generator.latent_dim": 0}, 5),
+    "adversarial term": ({"cdal.adversarial_weight": 0.05}, 5),
+    "attention on the labels": ({"cdal.attention": "input"}, 5),
+    "attention on the loss": ({"cdal.attention": "loss"}, 5),
+    "squared error only": ({"cdal.mse_weight": 1.0, "cdal.ce_weight": 0.0, "cdal.dice_weight": 0.0}, 5),
+}
+ABLATION = [name for name in ROWS if name not in ("plain", "published")]
+
+
+def flags_of(preset: str, settings: dict, folder: Path, steps: int, every: int) -> list[str]:
+    """The command line of a run."""
+    flags = {**settings, "run.dir": str(folder), "run.steps": steps, "run.eval_every": every}
+    flags |= {"run.save_every": every, "run.log_every": max(1, steps // 50)}
+    return [preset, *(word for key, value in flags.items() for word in (f"--{key}", show(value)))]
+
+
+def steps_for(minutes: float, preset: str, settings: dict, folder: Path) -> int:
+    """How many steps the minutes hold, by the last 10 of 20."""
+    speed = folder.with_name(f"{folder.name}-speed")
+    line = speed / "log.jsonl"
+    if not line.exists():
+        train_cdal.main([*flags_of(preset, settings, speed, 20, 10_000), "--run.log_every", "10"])
+    logged = [json.loads(text) for text in line.read_text().splitlines()]
+    rate = next(entry["samples_per_s"] for entry in logged if entry["step"] == 20)
+    config = replace(train_cdal.Config(), train_cdal.PRESETS[preset] | settings)
+    return max(20, int(60 * minutes * rate / config.batch_size))
+
+
+def train(minutes: float, preset: str, settings: dict, folder: Path) -> None:
+    stored = folder / "config.json"
+    if stored.exists():
+        steps = json.loads(stored.read_text())["run"]["steps"]
+    else:
+        steps = steps_for(minutes, preset, settings, folder)
+    train_cdal.main(flags_of(preset, settings, folder, steps, max(1, steps // 8)))
+
+
+def test(preset: str, run: Path, votes: int) -> dict:
+    """The report of segmenting the test subjects."""
+    out = run / f"test-votes-{votes}"
+    if not (out / "report.json").exists():
+        _, _, content = load_segmenter(run)
+        data = from_dict(DataConfig, content["config"]["data"], "data")
+        root = resolve_root(data, preset)
+        images, masks = FOLDERS[preset]
+        config = SegmentConfig(
+            str(root / images), str(root / masks), part="test", votes=votes, batch_size=votes, out=str(out)
+        )
+        segment_files(config, run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return json.loads((out / "report.json").read_text())
+
+
+FOLDERS = {"hippocampus": ("imagesTr", "labelsTr"), "monuseg": ("images", "masks")}
+
+
+def row_of(name: str, run: Path, votes: int, report: dict) -> str:
+    metrics, config = report["metrics"], json.loads((run / "config.json").read_text())
+    labels = sorted(int(key[5:]) for key in metrics if key.startswith("dice_"))
+
+    def mean(key: str, digits: int = 3) -> str:
+        value = metrics[key]["mean"]
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    dice = metrics["dice"]
+    diffusion = config["cdal"]["diffusion"]
+    cells = [
+        name,
+        f"{dice['mean']:.4f} [{dice['low']:.3f}, {dice['high']:.3f}]",
+        " / ".join(mean(f"dice_{k}") for k in labels),
+        " / ".join(mean(f"hd95_{k}", 2) for k in labels),
+        mean("seconds", 2),
+        str(config["cdal"]["kernel"]["num_timesteps"]) if diffusion else "-",
+        str(votes) if diffusion else "-",
+        mean("error_correlation", 2),
+        mean("retention_ratio", 2),
+        str(config["run"]["steps"]),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+COLUMNS = "row|mean Dice (95 %)|Dice per label|HD95, mm|s per case|T|votes|corr|retention|steps"
+HEAD = f"| {COLUMNS.replace('|', ' | ')} |\n{'|---' * 10}|"
+
+
+def cost(run: Path, rounds: int = 3) -> str:
+    """Seconds of T = 4 with 5 votes over those of one forward of the same network, on one training patch."""
+    cdal, net, content = load_segmenter(run)
+    size = content["config"]["data"]["patch"]
+    method = train_cdal.CDAL(
+        replace(cdal.config, {"diffusion": True, "kernel.num_timesteps": 4}), cdal.num_labels
+    )
+    image = torch.zeros(content["state"]["data"]["channels"], *size)
+    x, t, z = torch.zeros(1, cdal.num_labels, *size), torch.zeros(1), torch.zeros(1, net.config.latent_dim)
+    best = {"one": 1e9, "all": 1e9}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, work in (
+                ("one", lambda: net(x, t, image[None], z)),
+                ("all", lambda: method.segment(net, image, votes=5, batch_size=5)),
+            ):
+                start = time.perf_counter()
+                work()
+                best[name] = min(best[name], time.perf_counter() - start)
+    return (
+        f"T = 4 with 5 votes costs {best['all'] / best['one']:.1f} forwards of {best['one']:.3f} s ({size})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", choices=list(FOLDERS))
+    parser.add_argument("--minutes", type=float, default=10, help="of training, for every row")
+    parser.add_argument("--rows", default="plain,default,published", help="names with commas; ablation; all")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"), help="folder of the runs")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    chosen = {"ablation": ABLATION, "all": list(ROWS)}.get(given.rows, given.rows.split(","))
+    lines = []
+    for name in chosen:
+        settings, votes = ROWS[name]
+        same = next(other for other, (flags, _) in ROWS.items() if flags == settings)
+        run = given.runs / f"{given.preset}-{given.minutes:g}min-{same.replace(' ', '-').replace('=', '')}"
+        train(given.minutes, given.preset, settings, run)
+        lines.append(row_of(name, run, votes, test(given.preset, run, votes)))
+        print("\n".join(["", HEAD, *lines, ""]), flush=True)
+    print(cost(run))
+
+
+if __name__ == "__main__":
+    main()
