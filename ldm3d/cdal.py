@@ -1,10 +1,10 @@
-"""Segmentation by diffusion in a handful of steps: a generator, a few-step posterior, and (a critic's) hints.
+"""Segmentation by diffusion in a handful of steps: a generator, a few-step posterior, votes, a critic's hints.
 
 A label map is one-hot in [-1, 1]: y (B, K, *S), K labels with the background. Few and large steps need a
 denoiser that makes a whole label map at once: a denoising GAN [1]; with an image as condition and a critic's
 attention it is cDAL [2].
 
-    schedule     alpha_bar(tau) = exp(-tau^2 (beta_max - beta_min) / 2 - tau beta_min)        vp, [3] eq. 33
+    schedule     alpha_bar(tau) = exp(-tau^2 (beta_max - beta_min) / 2 - tau beta_min)        vp [3]
                  alpha_bar(tau) = 1 - beta_min (beta_max / beta_min)^tau                      geometric
                  beta_0 = 1e-8,    beta_i = 1 - alpha_bar(tau_i) / alpha_bar(tau_i-1),    i = 1 .. T
                  tau_i = 0.001 + 0.999 i / T
@@ -17,10 +17,10 @@ attention it is cDAL [2].
 
 In [2] the critic D(x_t, t, x_next) guides training by attention alone, the mean over channels of one of its
 hidden maps: the generator sees the label map times attention, noised, and pays mean (pred_x_start - y)^2.
-What else has been tried since, and may be switched on: attention of mean 1 and as a weight of the loss, a
-critic that sees the image, an adversarial term, Dice and cross-entropy, and training at x_next made from the
-generator's own first estimate: x_next of a true label map tells so much of it that the generator need not
-look at the image, but in inference there is no true label map.
+Switches beyond that: attention of mean 1, or as a weight of the loss; a critic that sees the image; a true
+adversarial term; Dice and cross-entropy; and training at x_next made from the generator's own first estimate,
+since x_next of a true label map tells so much of it that the generator need not look at the image, while in
+inference there is no true label map.
 
 [1] Xiao et al. 2022, arXiv 2112.07804. [2] Hejrati et al. 2025, arXiv 2502.06997. [3] Song et al. 2021, arXiv
 2011.13456. Left out: FIR re-sampling and progressive inputs of [2]'s generator, whose blocks are ours.
@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from .blocks import DepthToSpace, Encoder, SpaceToDepth, crop_to, pad_to_multiple, per_level
 from .config import InputError
 from .diffusion_kernel import posterior_coefficients
-from .discriminators import CriticOutput
 from .distributed import keyed_generator
 from .losses import (
     critic_accuracy,
@@ -50,7 +49,6 @@ from .losses import (
     discriminator_loss,
     generator_loss,
     r1_penalty,
-    reconstruction_loss,
 )
 from .unet import UNet, UNetConfig
 
@@ -215,6 +213,11 @@ class Generator(nn.Module):
     def forward(self, x_next: Tensor, t: Tensor, image: Tensor, z: Tensor | None = None) -> Tensor:
         return self.predict(x_next, t, self.encode(image), z)
 
+    def to_x_start(self, output: Tensor) -> Tensor:
+        """The output (B, K, *S) as pred_x_start in [-1, 1], float32."""
+        output = output.float()
+        return output.tanh() if self.config.output == "tanh" else 2 * output.softmax(1) - 1
+
 
 # --- attention ----------------------------------------------------------------------------------------------
 
@@ -295,11 +298,6 @@ class CDAL:
         """Labels (B, *S) int64 -> y (B, K, *S) float32 in {-1, 1}."""
         return 2 * F.one_hot(labels, self.num_labels).movedim(-1, 1).float() - 1
 
-    def to_x_start(self, output: Tensor, kind: str) -> Tensor:
-        """The generator's output (B, K, *S) as pred_x_start in [-1, 1], float32."""
-        output = output.float()
-        return output.tanh() if kind == "tanh" else 2 * output.softmax(1) - 1
-
     def probability(self, x_start: Tensor) -> Tensor:
         """x_start (B, K, *S) in [-1, 1] -> (B, K, *S), adding up to 1."""
         p = ((x_start + 1) / 2).clamp(1e-6, 1)
@@ -310,14 +308,14 @@ class CDAL:
     ) -> dict[str, Tensor]:
         """What `loss` is made of, and `loss`, each (B,); weight (B, *S) is of mean 1."""
         c, y = self.config, self.one_hot(labels)
-        terms = {"mse": reconstruction_loss(x_start, y, "l2")}
-        if weight is not None:
-            terms["mse"] = (weight[:, None] * (x_start - y).square()).flatten(1).mean(1)
-        if c.ce_weight:
-            terms["ce"] = cross_entropy_loss(output, labels, weight)
-        terms["dice"] = dice_loss(self.probability(x_start), (y + 1) / 2, weight)
-        weights = {"mse": c.mse_weight, "ce": c.ce_weight, "dice": c.dice_weight}
-        return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}
+        square = (x_start - y).square()
+        terms = {
+            "mse": (square if weight is None else square * weight[:, None]).flatten(1).mean(1),
+            "ce": cross_entropy_loss(output, labels, weight),
+            "dice": dice_loss(self.probability(x_start), (y + 1) / 2, weight),
+        }
+        loss = c.mse_weight * terms["mse"] + c.ce_weight * terms["ce"] + c.dice_weight * terms["dice"]
+        return {**terms, "loss": loss}
 
     # Training
 
@@ -336,12 +334,12 @@ class CDAL:
         image (B, C, *S), labels (B, *S) in 0 .. K - 1, u (B,) uniform in [0, 1), which sets t. The critic is
         called bare, and left as it is: the caller freezes it.
         """
-        c, kind, y = self.config, net.config.output, self.one_hot(labels)
+        c, y = self.config, self.one_hot(labels)
         t = self.t_from_uniform(u).to(image.device)
         z = draw("z", net.config.latent_dim) if net.mapping is not None else None
         if not c.diffusion:
             output = model(torch.zeros_like(y), t.float(), image, None if z is None else 0 * z)
-            return self.overlap_terms(output, self.to_x_start(output, kind), labels), {}
+            return self.overlap_terms(output, net.to_x_start(output), labels), {}
         shape = y.shape[1:]
         x_t = self.kernel.q_sample(y, t, draw("x_t", *shape))
         x_next = self.kernel.q_next(x_t, t, draw("x_next", *shape))
@@ -349,36 +347,30 @@ class CDAL:
         if c.attention != "none":
             with torch.no_grad():
                 hidden = critic(x_t, t, x_next, self._shown(image)).features[c.attention_layer]
-                a = attention_map(hidden, y.shape[2:], c.attention_normalised)
+            a = attention_map(hidden, y.shape[2:], c.attention_normalised)
             if c.attention == "input":
                 seen = self.kernel.q_sample(a * y, t + 1, draw("attended", *shape))
             else:
                 weight = a[:, 0]
-        if c.own_estimate and self.kernel.num_timesteps > 1:
+        if c.own_estimate:
             seen = self._own_estimate(net, image, seen, t, draw)
         output = model(seen, t.float(), image, z)
-        x_start = self.to_x_start(output, kind)
+        x_start = net.to_x_start(output)
         terms = self.overlap_terms(output, x_start, labels, weight)
-        pair = {"x_t": x_t, "x_next": x_next, "t": t}
-        if c.has_critic:
-            if c.attention == "input":  # what the critic is shown was made without its hints
-                with torch.no_grad():
-                    plain = self.to_x_start(net(x_next, t.float(), image, z), kind)
-            else:
-                plain = x_start
-            made = self.kernel.step(plain, x_next, t, draw("posterior", *shape))
-            pair["made"] = made.detach()
-            if c.adversarial_weight:
-                made = (
-                    made
-                    if plain is x_start
-                    else self.kernel.step(x_start, x_next, t, draw("posterior", *shape))
-                )
-                terms["g_loss"] = generator_loss(
-                    critic(made, t, x_next, self._shown(image)).logits, "non_saturating"
-                )
-                terms["loss"] = terms["loss"] + c.adversarial_weight * terms["g_loss"]
-        return terms, pair
+        if not c.has_critic:
+            return terms, {}
+        noise = draw("posterior", *shape)
+        made = self.kernel.step(x_start, x_next, t, noise)
+        if c.adversarial_weight:
+            terms["g_loss"] = generator_loss(
+                critic(made, t, x_next, self._shown(image)).logits, "non_saturating"
+            )
+            terms["loss"] = terms["loss"] + c.adversarial_weight * terms["g_loss"]
+        if c.attention == "input":  # the critic learns from what is made without its hints
+            with torch.no_grad():
+                plain = net.to_x_start(net(x_next, t.float(), image, z))
+            made = self.kernel.step(plain, x_next, t, noise)
+        return terms, {"x_t": x_t, "x_next": x_next, "t": t, "made": made.detach()}
 
     def _own_estimate(self, net: Generator, image: Tensor, x_next: Tensor, t: Tensor, draw: Draw) -> Tensor:
         """x_next as inference has it: at t < T - 1 noised from the generator's estimate at t = T - 1."""
@@ -391,7 +383,7 @@ class CDAL:
         times = torch.full((len(some),), float(last), device=t.device)
         with torch.no_grad():
             output = net(draw("x_T", *shape)[some], times, image[some], z)
-            estimate = self.to_x_start(output, net.config.output)
+            estimate = net.to_x_start(output)
         noise = draw("x_next of the estimate", *shape)[some]
         return x_next.index_copy(0, some, self.kernel.q_sample(estimate, t[some] + 1, noise))
 
@@ -407,11 +399,9 @@ class CDAL:
         """
         c = self.config
         both = torch.cat([pair["x_t"], pair["made"]]).requires_grad_(self.penalised(step))
-        twice = [
-            None if v is None else torch.cat([v, v]) for v in (self._shown(image), pair["x_next"], pair["t"])
-        ]
-        out: CriticOutput = model(both, twice[2], twice[1], twice[0], parts=2)
-        real, fake = out.halves()
+        t, x_next = (torch.cat([pair[name]] * 2) for name in ("t", "x_next"))
+        shown = torch.cat([image] * 2) if c.critic_sees_image else None
+        real, fake = model(both, t, x_next, shown, parts=2).halves()
         terms = {
             "d_loss": discriminator_loss(real.logits, fake.logits, "non_saturating"),
             "critic_accuracy": critic_accuracy(real.logits, fake.logits, "non_saturating"),
@@ -438,7 +428,7 @@ class CDAL:
         for i, t in enumerate(reversed(range(T))):
             times = torch.full((len(x),), t, device=x.device)
             output = net.predict(x, times.float(), features, z[:, i] if net.mapping is not None else None)
-            x_start = self.to_x_start(output, net.config.output)
+            x_start = net.to_x_start(output)
             x = self.kernel.step(x_start, x, times, noise[:, i + 1]) if t else x_start
         return self.probability(x)
 

@@ -10,7 +10,7 @@ at the image and at versions of it averaged over 2, 4, ... voxels: Wang et al. 2
 images may share a batch and ranks need no exchange.
 
 The time-conditional critic judges a pair (x_t, x_next) of neighbouring steps at its time t, after Xiao et al.
-2022 (arXiv 2112.07804, appendix C), from residual blocks without norms; g is an embedding of t:
+2022 (arXiv 2112.07804, appendix), from residual blocks without norms; g is an embedding of t:
 
     h = conv3(lrelu(h)) + W g;  h = conv3(down(lrelu(h)));  block = (h + conv1(down(input))) / sqrt(2)
     logit = linear(mean over voxels of lrelu(conv3(h ++ minibatch statistic)))

@@ -7,7 +7,7 @@
                      prices the edges that a mean error lets blur (compare Mathieu 2016, section 3.2)
     cross-entropy    -log p_y of the true label y, mean over voxels
     Dice             1 - (2 sum p y + 1) / (sum p + sum y + 1), sums over the voxels of a sample, mean over
-                     labels but the background; p the probability, y 0 or 1; compare [10] section 3
+                     labels but the background; p the probability, y 0 or 1; compare [10]
 
     adversarial      r, f: logits of real and made images (discriminators.py); means over patches and scales
       hinge          d = relu(1 - r) + relu(1 + f),            g = -f                        [3] eq. 16, 17

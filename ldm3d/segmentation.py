@@ -10,7 +10,7 @@ are counted as missing. Calibration, over N voxels with uncertainty u and error 
 
     error correlation    Pearson's, of u and e
     retention area       mean over n = 1 .. N of (errors among the n most certain voxels) / N: an expert would
-                         mend the others, most uncertain first. Malinin et al. 2021 (arXiv 2107.07455), sec. 3
+                         mend the others, most uncertain first. Malinin et al. 2021, arXiv 2107.07455
     retention ratio      that over (mean of e) / 2, which a useless u gives; a perfect one: the mean of e
 """
 
