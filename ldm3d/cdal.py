@@ -1,4 +1,4 @@
-"""Segmentation by diffusion in a handful of steps: a generator, a few-step posterior, votes, a critic's hints.
+"""Segmentation by diffusion in a handful of steps: generator, few-step posterior, votes, a critic's hints.
 
 A label map is one-hot in [-1, 1]: y (B, K, *S), K labels with the background. Few and large steps need a
 denoiser that makes a whole label map at once: a denoising GAN [1]; with an image as condition and a critic's
