@@ -89,6 +89,22 @@ def test_residual_block_is_its_formula(dims, width):
     all_close(gradients(block, out, x, emb), gradients(block, plain, x, emb))
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_adaptive_norm_scales_and_shifts_by_the_embedding_and_does_nothing_at_first(dims):
+    block = ResBlock(dims, 6, 9, emb_dim=5, num_groups=3, adaptive_norm=True)
+    x, emb = image(2, 6, *(4, 5, 6)[:dims], grad=True), image(2, 5, seed=1, grad=True)
+    assert torch.equal(block(x, emb), block(x, 7 * emb))
+    nn.init.normal_(block.emb_proj.weight)
+    convolve = F.conv2d if dims == 2 else F.conv3d
+    norms = [(n.num_groups, n.weight, n.bias, 1e-6) for n in (block.norm1, block.norm2)]
+    h = convolve(F.silu(F.group_norm(x, *norms[0])), *conv_args(block.conv1, 1))
+    scale, shift = block.emb_proj(F.silu(emb)).view(2, 2, 9, *(1,) * dims).unbind(1)
+    h = convolve(F.silu((1 + scale) * F.group_norm(h, *norms[1]) + shift), *conv_args(block.conv2, 1))
+    plain, out = h + convolve(x, *conv_args(block.skip, 0)), block(x, emb)
+    close(out, plain)
+    all_close(gradients(block, out, x, emb), gradients(block, plain, x, emb))
+
+
 def conv_args(conv, padding):
     return conv.weight, conv.bias, 1, padding
 

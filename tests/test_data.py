@@ -602,6 +602,19 @@ def test_every_epoch_holds_every_case_once_in_an_order_of_its_own(training_set):
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
+def test_colour_is_a_gain_and_bias_of_each_channel_of_the_image_alone():
+    image, source, config = torch.rand(3, 6, 7), torch.rand(1, 6, 7), AugmentConfig(colour=1.0)
+    draw = keyed_generator(0, 3, "augment")
+    (x, y), _, _ = augment([image, source], None, torch.ones(2), config, draw)
+    assert torch.equal(y, source)
+    gains = (x[:, 0, 1] - x[:, 0, 0]) / (image[:, 0, 1] - image[:, 0, 0])
+    bias = x[:, 0, 0] - gains * image[:, 0, 0]
+    assert torch.allclose(x, gains.view(3, 1, 1) * image + bias.view(3, 1, 1), atol=1e-4)
+    assert len(set(gains.tolist())) == 3
+    assert (gains - 1).abs().max() <= 0.1 + 1e-4
+    assert 0 < bias.abs().max() <= 0.1 + 1e-4
+
+
 def test_loading_leaves_the_loops_random_state_alone(training_set):
     before = torch.get_rng_state()
     list(batches(training_set, 2, 2, 0, 0, 2))
