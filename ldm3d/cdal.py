@@ -195,6 +195,8 @@ class Generator(nn.Module):
         unet = replace(unet, in_channels=parts + c.encoder_channels, out_channels=parts)
         self.mapping = MappingNetwork(c.latent_dim, unet.emb_dim, c.mapping_layers) if c.latent_dim else None
         self.unet = UNet(unet)
+        with torch.no_grad():  # at first it looks at the image alone: noise would only hold up learning
+            self.unet.conv_in.weight[:, :parts] = 0
         self.to_parts, self.from_parts = SpaceToDepth(self.stem), DepthToSpace(self.stem)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ class CDALConfig:
     diffusion: bool = True  # false: a plain network, whose x_next and z are zero and which runs once
     kernel: FewStepConfig = field(default_factory=FewStepConfig)
     noisiest: float | None = None  # share of the training samples at t = T - 1; none = 1 / T
-    own_estimate: bool = False  # train at t < T - 1 on noised estimates of the generator, not on noised truth
+    own_estimate: bool = True  # train at t < T - 1 on noised estimates of the generator, not on noised truth
     mse_weight: float = 0.0  # of the squared error of x_start
     ce_weight: float = 1.0  # of the cross-entropy
     dice_weight: float = 1.0  # of the Dice loss
@@ -367,10 +369,13 @@ class CDAL:
             )
             terms["loss"] = terms["loss"] + c.adversarial_weight * terms["g_loss"]
         if c.attention == "input":  # the critic learns from what is made without its hints
-            with torch.no_grad():
-                plain = net.to_x_start(net(x_next, t.float(), image, z))
-            made = self.kernel.step(plain, x_next, t, noise)
+            made = self.kernel.step(self._estimate(net, x_next, t, image, z), x_next, t, noise)
         return terms, {"x_t": x_t, "x_next": x_next, "t": t, "made": made.detach()}
+
+    @torch.no_grad()
+    def _estimate(self, net: Generator, x_next: Tensor, t: Tensor, image: Tensor, z: Tensor | None) -> Tensor:
+        """pred_x_start without gradients; never compiled, since its batches differ in size."""
+        return net.to_x_start(net.predict(x_next, t.float(), net.encode(image), z))
 
     def _own_estimate(self, net: Generator, image: Tensor, x_next: Tensor, t: Tensor, draw: Draw) -> Tensor:
         """x_next as inference has it: at t < T - 1 noised from the generator's estimate at t = T - 1."""
@@ -380,10 +385,8 @@ class CDAL:
             return x_next
         shape = x_next.shape[1:]
         z = draw("z of the estimate", net.config.latent_dim)[some] if net.mapping is not None else None
-        times = torch.full((len(some),), float(last), device=t.device)
-        with torch.no_grad():
-            output = net(draw("x_T", *shape)[some], times, image[some], z)
-            estimate = net.to_x_start(output)
+        times = torch.full_like(some, last)
+        estimate = self._estimate(net, draw("x_T", *shape)[some], times, image[some], z)
         noise = draw("x_next of the estimate", *shape)[some]
         return x_next.index_copy(0, some, self.kernel.q_sample(estimate, t[some] + 1, noise))
 

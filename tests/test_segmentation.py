@@ -73,7 +73,7 @@ def test_the_loss_falls_and_the_best_checkpoint_is_that_of_the_highest_validatio
 
 
 def test_a_run_in_two_parts_ends_bit_identical_with_all_that_learns(heads, tmp_path):
-    more = ["--micro_batch_size", 2, "--cdal.own_estimate", "--unet.dropout", 0.1]
+    more = ["--micro_batch_size", 2, "--unet.dropout", 0.1]
     train_cdal.main(cdal_flags(heads, tmp_path / "whole", 8, *more))
     train_cdal.main(cdal_flags(heads, tmp_path / "parts", 5, *more))
     train_cdal.main(cdal_flags(heads, tmp_path / "parts", 8, *more))
