@@ -161,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # MoNuSeg, 512x512 histology in colour: nuclei against the rest.
     "monuseg": {
         "batch_size": 4,
-        "run.steps": 3000,
+        "run.steps": 2000,
         "run.eval_every": 500,
         "run.save_every": 500,
         "run.log_every": 50,
