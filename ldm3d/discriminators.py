@@ -23,6 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .blocks import GroupNorm
 from .config import InputError
+from .metrics import halve
 
 
 class CriticOutput(NamedTuple):
@@ -41,7 +42,7 @@ class CriticOutput(NamedTuple):
 class PatchDiscriminatorConfig:
     dims: Literal[2, 3] = 3  # spatial axes of the images
     in_channels: int = 1  # channels of the images
-    channels: int = 32  # width of the first layer; it doubles with every other
+    channels: int = 32  # width of the first layer; every next has twice the width of the one before
     num_layers: int = 3  # layers after the first: 3 judge patches 70 voxels wide, 2 34, 1 16
     norm: Literal["instance", "group", "none"] = "instance"  # of the layers between the first and the last
     num_scales: int = 1  # critics, each on an image half as fine as the one before
@@ -114,7 +115,7 @@ class PatchDiscriminator(nn.Module):
         logits, features = [], []
         for i, layers in enumerate(self.scales):
             if i > 0:
-                x = F.avg_pool2d(x, 2) if c.dims == 2 else F.avg_pool3d(x, 2)
+                x = halve(x)
             h = x
             for layer in layers[:-1]:
                 h = F.leaky_relu(layer(h), 0.2)

@@ -146,8 +146,10 @@ class Profile:
 
     def close(self) -> None:
         """There are no more steps: tell of those that there were."""
-        if self.SKIP <= self.count < self.SKIP + self.STEPS:
+        if self.SKIP < self.count < self.SKIP + self.STEPS:
             self._tell()
+        elif self.count <= self.SKIP:
+            tqdm.write(f"note: run.profile: a run of {self.count} steps is too short to profile")
 
     def _tell(self) -> None:
         self.profiler.stop()

@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,11 +34,20 @@ def psnr(x: Tensor, y: Tensor, data_range: float) -> Tensor:
 
 
 def _local_mean(x: Tensor, windows: Sequence[int]) -> Tensor:
-    """Mean in the box of `windows` voxels around each voxel of (B, C, *S) where it fits, axis by axis."""
-    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
-    for axis, width in enumerate(windows):
-        if width > 1:
-            x = pool(x, [width if a == axis else 1 for a in range(len(windows))], stride=1)
+    """Mean in the box of `windows` voxels around each voxel of (B, C, *S) where it fits, axis by axis.
+
+    Not avg_pool3d, whose gradient is not bit-exact on a GPU.
+    """
+    for axis, width in enumerate(windows, start=2):
+        size = x.shape[axis] - width + 1
+        x = sum(x.narrow(axis, i, size) for i in range(width)) / width
+    return x
+
+
+def halve(x: Tensor) -> Tensor:
+    """Means of 2 voxels along every axis of (B, C, *S); an odd last one is left out. Bit-exact on a GPU."""
+    for axis in range(2, x.ndim):
+        x = x.narrow(axis, 0, x.shape[axis] // 2 * 2).unflatten(axis, (-1, 2)).mean(axis + 1)
     return x
 
 
@@ -97,11 +105,10 @@ def ms_ssim(
     """
     _check(x, y)
     x, y = x.to(dtype), y.to(dtype)
-    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
     weights, value = ms_ssim_weights(x.shape[2:], window), 1.0
     for scale, weight in enumerate(weights):
         if scale > 0:
-            x, y = pool(x, 2), pool(y, 2)
+            x, y = halve(x), halve(y)
         luminance, structure = _ssim_terms(x, y, data_range, window)
         similarity = luminance * structure if scale == len(weights) - 1 else structure
         # A power of something negative is not a number, and at 0 its gradient is not finite

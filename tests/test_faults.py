@@ -316,7 +316,12 @@ def test_an_error_on_one_rank_in_the_middle_of_training_ends_all_within_seconds(
         "sys.exit(run_script(train_vae.main))\n"
     )
     process = torchrun(driver, *vae_flags(heads, tmp_path / "run", 1000), port=1)
+    while not step_files(tmp_path / "run"):  # of step 5: the error comes in the step after the next
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    failing = time.time()
     _, err = process.communicate(timeout=100)
+    assert time.time() - failing < 30
     assert process.returncode != 0
     assert "rank 1: error: case 17 is made of cheese" in err
     assert "Traceback" not in err.split("torch/distributed")[0]  # rank 0 says in a line that it lost rank 1
