@@ -12,13 +12,14 @@ FLOORS = [
     ["config"],
     ["distributed", "normconv"],
     [
-        *("blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "metrics", "phantoms"),
-        "volumes",
+        *("blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "maps", "metrics"),
+        *("phantoms", "volumes"),
     ],
-    ["discriminators", "scan", "transforms", "unet", "vae", "vqvae"],
+    ["discriminators", "pages", "scan", "transforms", "unet", "vae", "vqvae"],
     ["data", "denoiser", "training"],
     ["latent_diffusion", "runs"],
     ["evaluation", "memory"],
+    ["analysis", "report"],
     ["__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
