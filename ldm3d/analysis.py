@@ -411,83 +411,8 @@ click to keep them. Drag to zoom, double-click to zoom out; click a name in the 
 <div class="both"><div id="map" class="card"></div>
 <aside><div id="hover" class="card"><p class="faint">no case yet</p></div><div id="kept"></div></aside>
 </div>"""
-    write_page(path, page(f"Latents of {facts['run']}", body, PAGE_SCRIPT, data, PAGE_STYLE, get_plotlyjs()))
+    write_page(path, page(f"Latents of {facts['run']}", body, "latents", data, get_plotlyjs()))
     return True
-
-
-PAGE_STYLE = """
-body { max-width: 1600px; }
-.tools { margin-bottom: 12px; }
-.both { display: flex; gap: 16px; align-items: flex-start; }
-#map { flex: 1 1 0; min-width: 0; height: calc(100vh - 190px); min-height: 420px; padding: 4px; }
-aside { flex: 0 0 392px; max-height: calc(100vh - 190px); min-height: 420px; overflow-y: auto; }
-aside .card { margin-bottom: 12px; padding: 12px; position: relative; }
-#hover { min-height: 210px; }
-aside img { width: 100%; display: block; margin-bottom: 8px; background: #000; border-radius: 4px; }
-.close { position: absolute; right: 12px; bottom: 10px; }
-@media (max-width: 900px) { .both { display: block; } #map { height: 70vh; } aside { max-height: none; } }
-"""
-
-PAGE_SCRIPT = r"""
-const map = document.getElementById("map"), chooser = document.getElementById("column");
-const kept = document.getElementById("kept");
-
-function describe(index, card) {
-  const row = DATA.cases[index], image = document.createElement("img"), text = document.createElement("div");
-  image.src = DATA.pictures[index];
-  image.alt = "middle slices of " + row.case;
-  const name = text.appendChild(document.createElement("strong"));
-  name.textContent = row.case;
-  const facts = Object.entries(row).filter(([k, v]) => k !== "case" && v && v !== row.case);
-  const line = text.appendChild(document.createElement("div"));
-  line.className = "faint";
-  line.textContent = facts.map(([k, v]) => v.startsWith(k) ? v : k + " " + v).join(" · ");
-  card.replaceChildren(image, text);
-}
-
-function keep(index) {
-  if (kept.querySelector(`[data-index="${index}"]`)) return;
-  const card = document.createElement("div"), close = document.createElement("button");
-  card.className = "card";
-  card.dataset.index = index;
-  describe(index, card);
-  close.className = "close";
-  close.textContent = "remove";
-  close.onclick = () => card.remove();
-  card.append(close);
-  kept.prepend(card);
-}
-
-function show() {
-  const column = chooser.value, colors = DATA.columns[column], traces = [];
-  const style = getComputedStyle(document.body), line = style.getPropertyValue("--line");
-  for (const group of ["first", "other"]) for (const [label, color] of Object.entries(colors)) {
-    const mine = DATA.cases.map((_, i) => i).filter(
-      i => DATA.cases[i].group === group && DATA.cases[i][column] === label);
-    if (mine.length) traces.push({
-      type: "scatter", mode: "markers", name: (label || "unknown") + (group === "other" ? " (other)" : ""),
-      x: mine.map(i => DATA.places[i][0]), y: mine.map(i => DATA.places[i][1]), customdata: mine,
-      text: mine.map(i => DATA.cases[i].case), hovertemplate: "%{text}<extra></extra>",
-      marker: { color, size: 9, opacity: 0.85, symbol: group === "other" ? "diamond-open" : "circle",
-                line: { width: group === "other" ? 2 : 0 } },
-    });
-  }
-  const axis = i => ({ title: { text: DATA.axes[i] }, gridcolor: line, zerolinecolor: line });
-  Plotly.react(map, traces, {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: style.color },
-    margin: { l: 60, r: 16, t: 16, b: 52 }, xaxis: axis(0), yaxis: axis(1), hovermode: "closest",
-    showlegend: traces.length <= 40, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
-  }, { responsive: true, displaylogo: false });
-}
-
-for (const name of Object.keys(DATA.columns)) chooser.add(new Option(name));
-chooser.value = DATA.column;
-chooser.onchange = show;
-show();
-map.on("plotly_hover", event => describe(event.points[0].customdata, document.getElementById("hover")));
-map.on("plotly_click", event => keep(event.points[0].customdata));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
-"""
 
 
 # --- the command --------------------------------------------------------------------------------------------

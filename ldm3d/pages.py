@@ -33,37 +33,6 @@ POLICY = (
     "form-action 'none'; base-uri 'none'"
 )
 
-STYLE = """
-:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1d232b; --faint: #667080;
-  --line: #dde1e7; --accent: #0b6bcb; --c0: #0b6bcb; --c1: #d9730d; --c2: #12855b; --c3: #b4468c;
-  --c4: #7a5cd6; --c5: #9a7d0a; --c6: #3d8ea6; --c7: #c23b3b; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171c; --card: #1d2128; --text: #e6e9ee;
-  --faint: #98a2b3; --line: #343a45; --accent: #6cb2ff; --c0: #6cb2ff; --c1: #ffa657; --c2: #5fd3a3;
-  --c3: #f28cc8; --c4: #b39dff; --c5: #e3c14d; --c6: #7ed0e6; --c7: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 24px 24px 64px; background: var(--back);
-  color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 36px 0 12px; }
-h3 { font-size: 15px; margin: 0 0 8px; overflow-wrap: anywhere; }
-p { margin: 0 0 12px; max-width: 75ch; }
-code { font: 13px ui-monospace, Menlo, Consolas, monospace; }
-a { color: var(--accent); }
-.faint { color: var(--faint); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px; }
-img, canvas { max-width: 100%; image-rendering: pixelated; }
-label { white-space: nowrap; color: var(--faint); font-size: 14px; }
-select, button, input[type=search] { font: inherit; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 6px; padding: 3px 8px; }
-button { cursor: pointer; }
-input[type=range] { accent-color: var(--accent); }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--faint); font-weight: 500; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-"""
-
 
 # --- pictures -----------------------------------------------------------------------------------------------
 
@@ -118,21 +87,26 @@ def escape(value: Any) -> str:
     return html.escape(str(value))
 
 
-def page(title: str, body: str, script: str, data: Any, style: str = "", library: str = "") -> str:
-    """The whole file. `script` finds `data` as the constant DATA; `library`: JavaScript to run first."""
+def page(title: str, body: str, name: str, data: Any, library: str = "") -> str:
+    """The whole file, with the style <name>.css and the script <name>.js of this folder.
+
+    The script finds `data` as the constant DATA; `library` is JavaScript to run before it.
+    """
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    here = Path(__file__).parent
+    style = (here / "pages.css").read_text() + (here / f"{name}.css").read_text()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{MARK}
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><link rel="icon" href="data:,">
-<style>{STYLE}{style}</style></head>
+<style>{style}</style></head>
 <body>
 {body}
 <script>{library}</script>
 <script>"use strict";
 const DATA = {content};
-{script}</script>
+{(here / f"{name}.js").read_text()}</script>
 </body></html>
 """
 
