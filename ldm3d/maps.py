@@ -88,16 +88,22 @@ def neighbour_weights(squares: Tensor, perplexity: float) -> Tensor:
 def place_new(scores: Tensor, known: Tensor, places: Tensor, perplexity: float) -> Tensor:
     """(M, 2) places of new cases (M, K) in the t-SNE `places` (N, 2) of `known` cases (N, K), which stay.
 
-    From the mean of its neighbours' places each new case goes down KL(p || q), q_j ~ 1 / (1 + |y - y_j|^2).
+    The cost has many valleys: each new case goes down from the best of its neighbours' mean place and the
+    places of its ten nearest.
     """
     p = neighbour_weights(torch.cdist(scores, known).square(), perplexity)
-    y = (p @ places).requires_grad_()
-    rate = 0.02 * places.std().item()
-    optimizer = torch.optim.Adam([y], lr=rate)
-    for _ in range(500):
-        kernel = -torch.log1p((y[:, None] - places).square().sum(-1))  # (M, N)
-        loss = -(p * torch.log_softmax(kernel, 1)).sum()
+
+    def cost(y: Tensor) -> Tensor:
+        """KL(p || q) up to a constant, of y (M, S, 2): (M, S)."""
+        q = torch.log_softmax(-torch.log1p((y[:, :, None] - places).square().sum(-1)), -1)
+        return -(p[:, None] * q).sum(-1)
+
+    starts = torch.cat([(p @ places)[:, None], places[p.topk(min(10, len(places))).indices]], 1)
+    best = cost(starts).argmin(1)
+    y = starts[torch.arange(len(starts)), best][:, None].requires_grad_()  # (M, 1, 2)
+    optimizer = torch.optim.Adam([y], lr=0.02 * places.std().item())
+    for _ in range(300):
         optimizer.zero_grad()
-        loss.backward()
+        cost(y).sum().backward()
         optimizer.step()
-    return y.detach()
+    return y.detach()[:, 0]

@@ -169,6 +169,8 @@ def result_folders(run: Path) -> list[Path]:
 
 def volume_files(folder: Path) -> list[Path]:
     """The volumes in a folder of results; its PNG files are pictures of them."""
+    if not folder.is_dir():
+        raise InputError(f"samples: {folder}: no such folder")
     files = (f for f in folder.iterdir() if is_volume_file(f) and not f.name.lower().endswith(PICTURE))
     return sorted(files)
 

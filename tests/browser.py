@@ -1,4 +1,4 @@
-"""Headless Chromium over the W3C WebDriver protocol: JSON over HTTP to chromedriver, no Python package needed.
+"""Headless Chromium over the W3C WebDriver protocol: JSON over HTTP to chromedriver, no package needed.
 
 Debian: apt-get install chromium chromium-driver.
 """
@@ -93,6 +93,19 @@ class Browser:
     def click(self, selector: str) -> None:
         element = self._ask("/element", {"using": "css selector", "value": selector})
         self._ask(f"/element/{element[ELEMENT]}/click", {})
+
+    def slide(self, selector: str, value: float | str, number: int = 0) -> None:
+        """Give the number-th input that the selector finds a value, as a user does."""
+        script = "const input = document.querySelectorAll(arguments[0])[arguments[1]];"
+        script += "input.value = arguments[2]; input.dispatchEvent(new Event('input'))"
+        self.run(script, selector, number, value)
+
+    def box(self, selector: str, number: int = 0) -> tuple[float, float, float, float]:
+        """(left, top, width, height) of the number-th element that the selector finds, scrolled into the
+        window."""
+        script = "const e = document.querySelectorAll(arguments[0])[arguments[1]];"
+        script += "e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
+        return tuple(self.run(script + "return [b.x, b.y, b.width, b.height]", selector, number))
 
     def point(self, x: float, y: float, press: bool = False) -> None:
         """Move the mouse to a place of the window; press: and click there."""

@@ -66,7 +66,7 @@ def test_curves_are_the_logs_numbers_those_of_one_name_in_one_chart(run):
     lines = report.read_log(run / "log.jsonl")
     assert len(lines) == STEPS + 4  # not the torn one
     charts = {chart["name"]: chart["lines"] for chart in report.curves(lines)}
-    assert list(charts)[0] == "loss"
+    assert next(iter(charts)) == "loss"
     assert set(charts) == {"loss", "loss at u", "samples_per_s"}  # what never changes has no chart
     assert [p[0] for p in charts["loss"]["train"]] == list(range(1, STEPS + 1))
     assert [p[2] for p in charts["loss"]["train"]] == pytest.approx([1 / s for s in range(1, 41)], rel=1e-4)
@@ -183,12 +183,9 @@ def test_every_curve_runs_through_its_points(browser):
 
 
 def test_the_mouse_on_a_curve_tells_the_nearest_values(browser):
-    box = browser.run(
-        "const s = document.querySelector('#charts svg'); s.scrollIntoView({block: 'center'});"
-        "const b = s.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]"
-    )
+    x, y, width, height = browser.box("#charts svg")
     left, right = 48 / 400, 390 / 400  # the steps from 1 to 40
-    browser.point(box[0] + box[2] * (left + (right - left) * 29 / 39), box[1] + box[3] / 2)
+    browser.point(x + width * (left + (right - left) * 29 / 39), y + height / 2)
     tip = browser.run("return document.querySelector('#charts .tip').innerText")
     assert tip.split("\n") == ["step 30", "train 0.03333", "val 0.5"]
 
@@ -197,24 +194,18 @@ def test_logarithmic_minutes_and_smoothing_change_the_curves(browser):
     first = "document.querySelector('#charts svg')"
     before = browser.run(f"return {first}.innerHTML")
     browser.click("#log")
-    logarithmic = browser.run(f"return {first}.innerHTML")
-    assert logarithmic != before
-    browser.run(
-        "const o = document.getElementById('over'); o.value = '1'; o.dispatchEvent(new Event('input'))"
-    )
+    assert browser.run(f"return {first}.innerHTML") != before
+    browser.slide("#over", "1")
     assert "10 min" in browser.run(f"return {first}.textContent")
-    browser.run(
-        "const s = document.getElementById('smooth'); s.value = 0.9; s.dispatchEvent(new Event('input'))"
-    )
+    browser.slide("#smooth", 0.9)
     assert browser.run(f"return {first}.querySelectorAll('path').length") == 4  # faint beside smooth
 
 
 def test_previews_go_with_the_slider_from_the_last_to_the_first(browser):
-    shown = "const t = document.getElementById('time'); return [t.querySelector('label').textContent, t.querySelector('img').alt]"
+    parts = "['label', 'img'].map(name => document.querySelector('#time ' + name))"
+    shown = f"return {parts}.map(e => e.alt || e.innerText)"
     assert browser.run(shown) == ["step 30", "step 30"]
-    browser.run(
-        "const i = document.querySelector('#time input'); i.value = 0; i.dispatchEvent(new Event('input'))"
-    )
+    browser.slide("#time input", 0)
     assert browser.run(shown) == ["step 10", "step 10"]
 
 
@@ -243,8 +234,9 @@ def test_text_stands_out_by_day_and_by_night(browser, scheme):
 
 def planes(browser: Browser) -> list[np.ndarray]:
     """The pixels of the three canvases."""
-    script = """return [...document.querySelectorAll('.plane canvas')].map(c => [c.height, c.width, Array.from(
-        c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((_, i) => i % 4 === 0))])"""
+    script = """return [...document.querySelectorAll('.plane canvas')].map(c => {
+        const pixels = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        return [c.height, c.width, Array.from(pixels.filter((_, i) => i % 4 === 0))]; })"""
     return [np.array(pixels, np.uint8).reshape(high, wide) for high, wide, pixels in browser.run(script)]
 
 
@@ -266,15 +258,10 @@ def test_the_viewer_shows_the_planes_of_the_file_upright_and_exactly(browser):
 
 def test_slider_click_and_choice_move_all_planes(browser):
     volume = grey(volume_of(0, (6, 9, 7)))
-    browser.run(
-        "const i = document.querySelectorAll('.plane input')[2]; i.value = 6; i.dispatchEvent(new Event('input'))"
-    )
+    browser.slide(".plane input", 6, number=2)
     assert np.array_equal(planes(browser)[2], np.rot90(volume[:, :, 6]))
-    box = browser.run(
-        "const s = document.querySelectorAll('.stage')[2]; s.scrollIntoView({block: 'center'});"
-        "const b = s.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]"
-    )
-    browser.point(box[0] + box[2] * 1.5 / 6, box[1] + box[3] * 0.5 / 9, press=True)  # voxel i = 1, j = 8
+    x, y, width, height = browser.box(".stage", 2)
+    browser.point(x + width * 1.5 / 6, y + height * 0.5 / 9, press=True)  # voxel i = 1, j = 8
     sagittal, coronal, _ = planes(browser)
     assert np.array_equal(sagittal, np.rot90(volume[1]))
     assert np.array_equal(coronal, np.rot90(volume[:, 8]))
