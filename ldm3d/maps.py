@@ -88,8 +88,8 @@ def neighbour_weights(squares: Tensor, perplexity: float) -> Tensor:
 def place_new(scores: Tensor, known: Tensor, places: Tensor, perplexity: float) -> Tensor:
     """(M, 2) places of new cases (M, K) in the t-SNE `places` (N, 2) of `known` cases (N, K), which stay.
 
-    The cost has many valleys: each new case goes down from the best of its neighbours' mean place and the
-    places of its ten nearest.
+    The cost has many valleys: each new case goes down from the mean of its neighbours' places and from the
+    places of the five nearest, and keeps the best end.
     """
     p = neighbour_weights(torch.cdist(scores, known).square(), perplexity)
 
@@ -98,12 +98,12 @@ def place_new(scores: Tensor, known: Tensor, places: Tensor, perplexity: float) 
         q = torch.log_softmax(-torch.log1p((y[:, :, None] - places).square().sum(-1)), -1)
         return -(p[:, None] * q).sum(-1)
 
-    starts = torch.cat([(p @ places)[:, None], places[p.topk(min(10, len(places))).indices]], 1)
-    best = cost(starts).argmin(1)
-    y = starts[torch.arange(len(starts)), best][:, None].requires_grad_()  # (M, 1, 2)
+    nearest = places[p.topk(min(5, len(places))).indices]
+    y = torch.cat([(p @ places)[:, None], nearest], 1).requires_grad_()
     optimizer = torch.optim.Adam([y], lr=0.02 * places.std().item())
     for _ in range(300):
         optimizer.zero_grad()
-        cost(y).sum().backward()
+        ends = cost(y)
+        ends.sum().backward()
         optimizer.step()
-    return y.detach()[:, 0]
+    return y.detach()[torch.arange(len(y)), ends.argmin(1)]

@@ -29,7 +29,7 @@ function ticks(low, high, log) {
     if (found.length > 1) return found;
     found.length = 0;
   }
-  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / 6, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= rough * 0.999);
   for (let i = Math.ceil(low / step); i * step <= high + 1e-9 * step; i++) found.push(i * step);
   return found;
@@ -199,8 +199,9 @@ async function viewer(host) {
   function show() {
     const volume = volumes[chosen], { shape, mm } = volume, size = shape.map((n, axis) => n * mm[axis]);
     const room = host.clientWidth - 34 - 2 * 20, wide = size[1] + 2 * size[0];
-    const scale = room < 560 ? (host.clientWidth - 34) / Math.max(size[0], size[1])
-      : Math.min(room / wide, 460 / Math.max(size[1], size[2]));
+    const most = Math.min(460 / Math.max(size[1], size[2]), 7 / Math.min(...mm));
+    const fits = room < 560 ? (host.clientWidth - 34) / Math.max(size[0], size[1]) : room / wide;
+    const scale = Math.min(fits, most);
     for (const { axis, name, stage, canvas, h, v, letters, control, caption } of planes) {
       const [a, b] = AXES[axis];
       paint(canvas, volume, voxels[chosen], axis, point[axis]);

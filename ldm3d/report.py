@@ -241,7 +241,7 @@ def table(rows: dict[str, dict[str, Any]], first: str = "") -> str:
 
 def pairs(values: dict[str, Any]) -> str:
     """A table of two columns."""
-    lines = [f"<tr><th>{escape(k)}</th>{cell(v)}</tr>" for k, v in values.items()]
+    lines = [f"<tr><th>{escape(k)}</th><td>{escape(shown(v))}</td></tr>" for k, v in values.items()]
     return f"<table>{''.join(lines)}</table>"
 
 
