@@ -201,6 +201,7 @@ def encode_cases(
 # --- maps ---------------------------------------------------------------------------------------------------
 
 
+METHODS = {"pca": "principal component", "tsne": "t-SNE", "umap": "UMAP"}
 NEEDED = {"tsne": "sklearn", "umap": "umap"}
 
 
@@ -354,7 +355,12 @@ def natural(text: str) -> list[tuple[int, str]]:
     return [(int(part or 0), "") if i % 2 else (0, part) for i, part in enumerate(re.split(r"(\d+)", text))]
 
 
-def save_figure(path: Path, rows: list[Row], places: Tensor, column: str, axes: Sequence[str]) -> bool:
+def group_titles(facts: dict[str, Any]) -> dict[str, str]:
+    """What the groups are called where people read it."""
+    return {"first": facts["data"]} | ({"other": facts["other"]} if facts["other"] else {})
+
+
+def save_figure(path: Path, rows: list[Row], places: Tensor, facts: dict[str, Any]) -> bool:
     """The map as a picture; False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -362,16 +368,18 @@ def save_figure(path: Path, rows: list[Row], places: Tensor, column: str, axes: 
     except ImportError:
         return False
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    column, titles = facts["color_by"], group_titles(facts)
     ax, colors = figure.subplots(), palette([row[column] for row in rows])
     for group, mark in (("first", "o"), ("other", "D")):
         for label, color in colors.items():
             mine = [i for i, row in enumerate(rows) if (row["group"], row[column]) == (group, label)]
             if mine:
                 face = color if group == "first" else "none"
-                name = f"{label or 'unknown'} (other)" if group == "other" else label or "unknown"
+                name = titles[label] if column == "group" else label or "unknown"
+                name += f" ({titles['other']})" if group == "other" and column != "group" else ""
                 x, y = places[mine].T.numpy()
                 ax.scatter(x, y, 28, marker=mark, facecolors=face, edgecolors=color, alpha=0.8, label=name)
-    ax.set(xlabel=axes[0], ylabel=axes[1])
+    ax.set(xlabel=facts["axes"][0], ylabel=facts["axes"][1])
     ax.set_title(f"{len(rows)} cases by {column}", loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     if len(ax.collections) <= 20:
@@ -381,23 +389,20 @@ def save_figure(path: Path, rows: list[Row], places: Tensor, column: str, axes: 
 
 
 def save_page(
-    path: Path,
-    rows: list[Row],
-    places: Tensor,
-    pictures: list[np.ndarray],
-    column: str,
-    facts: dict[str, Any],
+    path: Path, rows: list[Row], places: Tensor, pictures: list[np.ndarray], facts: dict[str, Any]
 ) -> bool:
     """The map as a page to explore; False without plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         return False
+    column = facts["color_by"]
     columns = [name for name in COLUMNS if len({row[name] for row in rows}) > 1 or name == column]
     data = {
         "column": column,
         "columns": {name: palette([row[name] for row in rows]) for name in columns},
         "cases": rows,
+        "groups": group_titles(facts),
         "places": [[float(f"{v:.5g}") for v in place] for place in places.tolist()],
         "pictures": [embed(png(picture)) for picture in pictures],
         "axes": facts["axes"],
@@ -405,10 +410,9 @@ def save_page(
     what = f"{facts['cases']} cases of {facts['data']}"
     what += f" and {facts['other_cases']} of {facts['other']} (diamonds)" if facts["other"] else ""
     body = f"""<h1>Latents of {escape(facts["run"])}</h1>
-<p class="faint">{escape(what)}, {escape(facts["method"])}. Hover over a case to see its middle slices,
-click to keep them. Drag to zoom, double-click to zoom out; click a name in the legend to hide its cases.</p>
+<p class="faint">{escape(what)}. Hover over a case to see its middle slices, click to keep them. Drag to zoom, double-click to zoom out; click a name in the legend to hide its cases.</p>
 <div class="tools"><label>colour by <select id="column"></select></label></div>
-<div class="both"><div id="map" class="card"></div>
+<div class="both"><div class="card plot"><div id="map"></div></div>
 <aside><div id="hover" class="card"><p class="faint">no case yet</p></div><div id="kept"></div></aside>
 </div>"""
     write_page(path, page(f"Latents of {facts['run']}", body, "latents", data, get_plotlyjs()))
@@ -443,8 +447,7 @@ def latents(config: LatentsConfig, run: Path) -> Path | None:
     gram = inner_products(torch.from_numpy(np.stack([arrays["mean"] for arrays in encoded])), num_first)
     scores, shares = pca(gram, num_first, 50)
     places, settings = make_map(scores, num_first, config)
-    names = {"pca": "principal component", "tsne": "t-SNE", "umap": "UMAP"}
-    axes = [f"{names[config.method]} {i}" for i in (1, 2)]
+    axes = [f"{METHODS[config.method]} {i}" for i in (1, 2)]
     if config.method == "pca":
         axes = [
             f"{axis} ({share:.1%} of the variance)" for axis, share in zip(axes, [*shares, 0.0], strict=False)
@@ -460,7 +463,7 @@ def latents(config: LatentsConfig, run: Path) -> Path | None:
         "cases": num_first,
         "other_cases": len(rows) - num_first,
         "latent": list(encoded[0]["mean"].shape),
-        "variance_shares": shares.tolist(),
+        "variance_shares": shares[:10].tolist(),
         "axes": axes,
     }
     pictures = [arrays["picture"] for arrays in encoded]
@@ -500,13 +503,14 @@ def write_results(
     write_csv(folder / "groups.csv", groups)
     write_text(folder / "latents.json", json.dumps(facts, indent=1) + "\n")
     made = {
-        "viz": save_figure(folder / "latents.png", rows, places, column, facts["axes"]),
-        "analysis": save_page(folder / "latents.html", rows, places, pictures, column, facts),
+        "viz": save_figure(folder / "latents.png", rows, places, facts),
+        "analysis": save_page(folder / "latents.html", rows, places, pictures, facts),
     }
+    print("distances, 1.414 = nothing in common: mean of pairs, to the nearest, of the centres")
     for a in groups:
         if a["a"] <= a["b"] and a["pairs"] is not None:
-            figures = ", ".join(f"{name} {a[name]:.4g}" for name in ("pairs", "nearest", "centres"))
-            print(f"{a['a']} - {a['b']}: {figures}")
+            figures = ", ".join(f"{a[name]:.4g}" for name in ("pairs", "nearest", "centres"))
+            print(f"  {a['a']} to {a['b']}: {figures}")
     for extra, what in (("viz", "figure"), ("analysis", "page")):
         if not made[extra]:
             print(f'note: no {what}: it needs the extra "{extra}": pip install "ldm3d[{extra}]"')

@@ -57,7 +57,7 @@ class Browser:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.base + path, data, headers, method=method)
         try:
-            with self.client.open(request, timeout=60) as answer:
+            with self.client.open(request, timeout=300) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as e:
             raise RuntimeError(json.load(e)["value"]["message"]) from None
@@ -81,7 +81,7 @@ class Browser:
         """What the body of a JavaScript function returns."""
         return self._ask("/execute/sync", {"script": script, "args": list(arguments)})
 
-    def wait(self, condition: str, seconds: float = 20) -> Any:
+    def wait(self, condition: str, seconds: float = 60) -> Any:
         """Until a JavaScript expression is true; its value."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
