@@ -410,7 +410,8 @@ def save_page(
     what = f"{facts['cases']} cases of {facts['data']}"
     what += f" and {facts['other_cases']} of {facts['other']} (diamonds)" if facts["other"] else ""
     body = f"""<h1>Latents of {escape(facts["run"])}</h1>
-<p class="faint">{escape(what)}. Hover over a case to see its middle slices, click to keep them. Drag to zoom, double-click to zoom out; click a name in the legend to hide its cases.</p>
+<p class="faint">{escape(what)}. Hover over a case to see its middle slices, click to keep them.
+Drag to zoom, double-click to zoom out; click a name in the legend to hide its cases.</p>
 <div class="tools"><label>colour by <select id="column"></select></label></div>
 <div class="both"><div class="card plot"><div id="map"></div></div>
 <aside><div id="hover" class="card"><p class="faint">no case yet</p></div><div id="kept"></div></aside>
