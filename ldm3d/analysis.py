@@ -447,6 +447,8 @@ def latents(config: LatentsConfig, run: Path) -> Path | None:
     num_first = len(groups["first"][1])
     gram = inner_products(torch.from_numpy(np.stack([arrays["mean"] for arrays in encoded])), num_first)
     scores, shares = pca(gram, num_first, 50)
+    if not len(shares):
+        raise InputError("data: all cases have the same latent, there is nothing to map")
     places, settings = make_map(scores, num_first, config)
     axes = [f"{METHODS[config.method]} {i}" for i in (1, 2)]
     if config.method == "pca":

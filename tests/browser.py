@@ -125,7 +125,8 @@ class Browser:
         return path
 
     def requests(self) -> list[str]:
-        """The addresses of all that pages asked for since the last call, those of the browser's own left out."""
+        """The addresses of all that was asked for since the last call; those of the browser's own pages left
+        out."""
         entries = [json.loads(e["message"])["message"] for e in self._ask("/se/log", {"type": "performance"})]
         urls = [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
         return [url for url in urls if not url.startswith("chrome://")]
