@@ -89,30 +89,23 @@ def open_group(folder: str | None, content: dict[str, Any], config: LatentsConfi
     layout = dataclasses.replace(layout, cache="none", mask=None, source=None, allow_missing_mask=True)
     state = DataState.from_dict(content["state"]["data"])
     state = dataclasses.replace(state, source_channels=0, num_labels=None)
-    rule = config.subject
+    rule = config.subject or layout.subject
     if folder is None:
-        layout = dataclasses.replace(layout, subject=rule or layout.subject)
+        layout = dataclasses.replace(layout, subject=rule)
         chosen = content["config"]
         data = open_data(layout, chosen["preset"], chosen["run"]["seed"], content["state"]["split"])
         cases, infos = list(data.cases.values()), data.infos
     else:
         opened = open_folder(folder, content)
         layout, infos = opened.config, opened.infos
-        rules = [rule] if rule else [content["config"]["data"]["subject"], None]
-        cases = first_that_fits(rules, layout, Path(folder))
+        try:
+            cases = find_cases(dataclasses.replace(layout, subject=rule), Path(folder))
+        except InputError:  # the run's own rule need not fit another folder
+            if config.subject:
+                raise
+            cases = find_cases(layout, Path(folder))
     cases = cases[: config.max_cases]
     return VolumeDataset(cases, infos, state, layout), cases
-
-
-def first_that_fits(rules: Sequence[str | None], layout: DataConfig, folder: Path) -> list[Case]:
-    """The folder's cases, with subjects by the first of the rules that fits them."""
-    for rule in rules:
-        try:
-            return find_cases(dataclasses.replace(layout, subject=rule), folder)
-        except InputError:
-            if rule is rules[-1]:
-                raise
-    raise AssertionError("no rules")
 
 
 def rows_of(cases: list[Case], group: str, split: dict[str, list[str]]) -> list[Row]:

@@ -282,23 +282,31 @@ def test_the_page_is_as_wide_as_the_window_on_a_phone_too(run, browser, tmp_path
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_real_runs_of_both_stages_have_a_report(vae_run, tmp_path, capsys):
-    run = tmp_path / "ldm"
+@pytest.fixture(scope="module")
+def slices_run(vae_run, tmp_path_factory) -> Path:
+    """A run of stage two on 2-D heads, with samples and a report of one of them."""
+    run = tmp_path_factory.mktemp("slices") / "ldm"
     train_ldm.main(ldm_flags(vae_run, run, 4))
     sample.main([str(run), "--num", "2", "--steps", "2"])
     report.main([str(run), "--volumes", "1"])
-    assert str(run / "report.html") in capsys.readouterr().out
-    text = (run / "report.html").read_text()
+    return run
+
+
+def test_real_runs_of_both_stages_have_a_report(slices_run, vae_run, tmp_path):
+    text = (slices_run / "report.html").read_text()
     for words in ("samples-001", "loss", "real (validation)", "sample_0000", "Previews over time"):
         assert words in text, words
     assert "sample_0001" not in text
     report.main([str(vae_run), "--out", str(tmp_path / "vae.html")])
     assert "Autoencoder, preset phantom" in (tmp_path / "vae.html").read_text()
-    with Browser(tmp_path / "profile") as browser:  # slices, not volumes
-        browser.open(run / "report.html")
-        shape = browser.wait("(i => i && i.complete && [i.naturalHeight, i.naturalWidth])"
-                             "(document.querySelector('.gallery img'))")  # fmt: skip
-        assert shape == [16, 20]
+
+
+def test_slices_are_shown_as_they_are(slices_run, tmp_path):
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(slices_run / "report.html")
+        image = "document.querySelector('.gallery img')"
+        browser.wait(f"{image} && {image}.complete")
+        assert browser.run(f"return [{image}.naturalHeight, {image}.naturalWidth]") == [16, 20]
         assert browser.complaints() == []
 
 
