@@ -15,10 +15,12 @@ FLOORS = [
         *("blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "metrics", "phantoms"),
         "volumes",
     ],
-    ["discriminators", "scan", "transforms", "unet", "vae", "vqvae"],
+    ["discriminators", "morphology", "scan", "scores", "transforms", "unet", "vae", "vqvae"],
     ["data", "denoiser", "training"],
-    ["latent_diffusion", "runs"],
-    ["evaluation", "memory"],
+    ["latent_diffusion", "runs", "volume_sets"],
+    ["features", "memory"],
+    ["comparison", "fidelity"],
+    ["evaluation", "memorisation"],
     ["__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -16,9 +16,10 @@ from ldm3d import evaluation, read
 from ldm3d.data import open_folder
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.distributed import run_script
-from ldm3d.evaluation import LatentStatistics, bootstrap_interval, finite, loss_floor, summarise
+from ldm3d.evaluation import LatentStatistics, loss_floor
 from ldm3d.latent_diffusion import load_autoencoder
 from ldm3d.phantoms import write_phantoms
+from ldm3d.scores import bootstrap_interval, finite, summarise
 
 ROOT = Path(__file__).parents[1]
 
