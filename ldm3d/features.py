@@ -39,7 +39,7 @@ from .latent_diffusion import Autoencoder
 from .logger import progress
 from .transforms import augment
 
-WIDTHS = (16, 32, 32, 32)
+WIDTHS = (16, 32, 16, 16)
 VIEWS = AugmentConfig(affine=1.0, max_rotation=10.0, max_scale=0.1, max_shift=0.05, intensity=1.0)
 LARGEST = {2: 256, 3: 64}  # voxels along the longest axis that the own network sees; more are averaged
 
@@ -57,7 +57,7 @@ class FeatureConfig:
 
 
 class FeatureNet(nn.Module):
-    """x (B, C, *S) -> features (B, 64), of unit variance over the set that it was trained on."""
+    """x (B, C, *S) -> features (B, 32), of unit variance over the set that it was trained on."""
 
     def __init__(self, config: FeatureConfig):
         super().__init__()
@@ -69,7 +69,7 @@ class FeatureNet(nn.Module):
             for a, b in zip(before, WIDTHS, strict=True)
         )
         num = sum(WIDTHS[-2:])
-        self.head = nn.Sequential(nn.Linear(num, num), nn.SiLU(), nn.Linear(num, 32))
+        self.head = nn.Sequential(nn.Linear(num, num), nn.SiLU(), nn.Linear(num, num))
         self.register_buffer("mean", torch.zeros(num))
         self.register_buffer("std", torch.ones(num))
 

@@ -304,8 +304,11 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
 
     counts = (num_generated, num_real)
     figures = half_sample_intervals(statistic, counts, config.resamples, config.seed)
-    for name, value in real_halves(measured, num_generated, width, config).items():
-        figures[name]["real_halves"] = value
+    expected = real_halves(measured, num_generated, width, config)
+    for name, f in figures.items():
+        low, high = _bounds(name)
+        f["low"], f["high"] = max(f["low"], low), min(f["high"], high)
+        f["real_halves"] = expected.get(name, math.nan)
     report = {
         **to_dict(config),
         "generated": generated,
@@ -331,6 +334,12 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
     tell(report)
     print(f"{num_generated} generated, {num_real} real: {folder}" + (f", {picture}" if picture else ""))
     return folder
+
+
+def _bounds(name: str) -> tuple[float, float]:
+    """What a figure can be at all: the unbiased kernel distance may be negative, a share is at most 1."""
+    share = name.endswith(("precision", "recall", "coverage")) or name.startswith("ms_ssim")
+    return -math.inf if name.endswith("kernel") else 0.0, 1.0 if share else math.inf
 
 
 def real_halves(measured: Measured, first: int, width: float, config: FidelityConfig) -> dict[str, float]:
@@ -380,7 +389,7 @@ def tell(report: dict[str, Any]) -> None:
     """The figures on the console."""
     lines = [("", "value", "low", "high", "real halves")]
     for name, f in report["figures"].items():
-        lines.append((name, f["value"], f["low"], f["high"], f.get("real_halves", math.nan)))
+        lines.append((name, f["value"], f["low"], f["high"], f["real_halves"]))
     print(table(lines))
     for line in report["warnings"]:
         print(f"note: {line}")
