@@ -298,7 +298,7 @@ def describe(rows: Rows, resamples: int) -> dict[str, dict[str, Any]]:
         if n > 1:
             half = 1.96 * s["std"] / math.sqrt(n)
         s["normal_low"], s["normal_high"] = s["mean"] - half, s["mean"] + half
-        s["outside"] = {k: int((np.abs(values - s["mean"]) > k * half).sum()) for k in (1, 2, 3)}
+        s["outside"] = {str(k): int((np.abs(values - s["mean"]) > k * half).sum()) for k in (1, 2, 3)}
         beyond, far = outliers(values)
         s["outliers_iqr"] = [names[i] for i in np.flatnonzero(beyond)]
         s["outliers_z"] = [names[i] for i in np.flatnonzero(far)]

@@ -96,6 +96,17 @@ def contrastive_loss(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
+@torch.no_grad()
+def standardise(net: FeatureNet, groups: Sequence[Tensor], device: torch.device) -> None:
+    """Give the features mean 0 and variance 1 over all items, but for those that hardly vary."""
+    net.mean.zero_()
+    net.std.fill_(1)
+    found = torch.cat([net(x[None].to(device)) for group in groups for x in group])
+    std = found.std(0, correction=0)
+    net.mean.copy_(found.mean(0))
+    net.std.copy_(std.clamp(min=max(1e-2 * std.max().item(), 1e-8)))
+
+
 def train_features(groups: Sequence[Tensor], config: FeatureConfig, device: torch.device) -> FeatureNet:
     """A network trained on volumes or slices that were pooled; it depends on them and config.seed alone.
 
@@ -104,6 +115,7 @@ def train_features(groups: Sequence[Tensor], config: FeatureConfig, device: torc
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = FeatureNet(config).to(device)
+    standardise(net, groups, device)  # what all items share would else hide what tells them apart
     optimizer = torch.optim.Adam(net.parameters(), config.lr)
     spacing = torch.ones(config.dims)
     for step in progress(range(config.steps), "learning features"):
@@ -116,12 +128,8 @@ def train_features(groups: Sequence[Tensor], config: FeatureConfig, device: torc
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    net.eval().requires_grad_(False)
-    found = torch.cat([net(x[None].to(device)) for group in groups for x in group])
-    std = found.std(0, correction=0)
-    net.mean.copy_(found.mean(0))
-    net.std.copy_(std.clamp(min=max(1e-4 * std.max().item(), 1e-8)))  # a feature that never varies stays one
-    return net
+    standardise(net, groups, device)
+    return net.eval().requires_grad_(False)
 
 
 class Extractor:
