@@ -72,7 +72,8 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         difference = sums / low - (sums[-1] - sums) / (total - low)
     between = low * (total - low) * np.nan_to_num(difference) ** 2
-    return float(centres[between[:-1].argmax()])
+    best = between[:-1] >= between[:-1].max() * (1 - 1e-9)  # nothing in between: the middle of the gap
+    return float(centres[:-1][best].mean())
 
 
 def places(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

@@ -31,7 +31,7 @@ def blob(dims: int, middle: float, radius: float) -> np.ndarray:
 
 @pytest.fixture(params=[2, 3], ids=["2d", "3d"])
 def pairs(request, tmp_path):
-    """Five balls and their noisy likenesses; the likeness of `shifted` has moved by two voxels along each axis."""
+    """Five balls and their noisy likenesses; that of `shifted` has moved by two voxels along each axis."""
     dims, draw = request.param, np.random.default_rng(0)
     for i in range(5):
         target = blob(dims, 9.0, 5 + 0.5 * i)
