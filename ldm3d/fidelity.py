@@ -101,16 +101,8 @@ def stamp(dataset: VolumeDataset) -> Any:
         (str(c.image.resolve()), c.image.stat().st_size, c.image.stat().st_mtime_ns) for c in dataset.cases
     ]
     state, rule = dataset.state, dataset.config
-    return (
-        files,
-        state.size,
-        rule.spacing,
-        rule.file_spacing,
-        rule.scaling,
-        rule.percentiles,
-        rule.window,
-        rule.channel,
-    )
+    scaling = (rule.scaling, rule.percentiles, rule.window, state.low, state.high)
+    return files, state.size, rule.spacing, rule.file_spacing, rule.channel, scaling
 
 
 def volumes_of(dataset: VolumeDataset) -> Iterator[Tensor]:

@@ -34,9 +34,9 @@ def pairs(request, tmp_path):
     """Five balls and their noisy likenesses; that of `shifted` has moved by two voxels along each axis."""
     dims, draw = request.param, np.random.default_rng(0)
     for i in range(5):
-        target = blob(dims, 9.0, 5 + 0.5 * i)
+        target = blob(dims, 8.0, 5 + 0.5 * i)
         noise = draw.normal(0, 4, target.shape).astype(np.float32)
-        made = blob(dims, 11.0, 7.0) if i == 4 else target
+        made = blob(dims, 10.0, 7.0) if i == 4 else target
         name = "shifted" if i == 4 else f"case_{i}"
         save(tmp_path / "target", name, target)
         save(tmp_path / "made", name, made + noise)
@@ -80,7 +80,7 @@ def test_objects_are_found_and_measured(pairs):
         row = rows[f"case_{i}"]
         assert row["dice"] == pytest.approx(1, abs=0.01)
         assert row["height_difference"] == 0
-    mask, moved = blob(dims, 9.0, 7.0) > 50, blob(dims, 11.0, 7.0) > 50
+    mask, moved = blob(dims, 8.0, 7.0) > 50, blob(dims, 10.0, 7.0) > 50
     row = rows["shifted"]
     assert row["dice"] == pytest.approx(2 * (mask & moved).sum() / (mask.sum() + moved.sum()), abs=0.01)
     assert row["iou"] == pytest.approx((mask & moved).sum() / (mask | moved).sum(), abs=0.01)
@@ -106,7 +106,7 @@ def test_alignment_takes_a_shift_back(pairs, align):
 def test_masks_from_a_folder_replace_the_threshold(pairs):
     dims, place = pairs
     for name in ("case_0", "case_1", "case_2", "case_3", "shifted"):
-        save(place / "masks", name, (blob(dims, 9.0, 3.0) > 50).astype(np.uint8))
+        save(place / "masks", name, (blob(dims, 8.0, 3.0) > 50).astype(np.uint8))
     rows, _ = run(place, "--masks", str(place / "masks"), "--generated_masks", str(place / "masks"))
     assert {row["dice"] for row in rows.values()} == {1.0}
     assert {row["height_target"] for row in rows.values()} == {7 * SPACING[dims][{2: 0, 3: 2}[dims]]}

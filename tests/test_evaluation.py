@@ -189,7 +189,7 @@ def test_it_runs_as_a_module_and_its_mistakes_are_one_line(place):
     [
         ([], "which task"),
         (["reconstrct", "x"], "reconstruct"),
-        (["reconstruct"], "which run"),
+        (["reconstruct"], "which RUN"),
         (["reconstruct", "RUN", "--data", "/nowhere"], "/nowhere"),
         (["reconstruct", "RUN", "--part", "test"], "no test cases"),
         (["reconstruct", "RUN", "--resamples", "0"], "resamples"),

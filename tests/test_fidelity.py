@@ -151,7 +151,7 @@ def test_training_brings_views_of_a_case_together_and_others_apart():
         net = train_features([x], FeatureConfig(2, steps=steps), torch.device("cpu"))
         with torch.no_grad():
             losses.append(contrastive_loss(net.head(net(x)), net.head(net(x.roll(1, 2))), 0.2).item())
-    assert losses[1] < 0.6 * losses[0]
+    assert losses[1] < 0.9 * losses[0]
 
 
 class Means(nn.Module):

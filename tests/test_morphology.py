@@ -66,7 +66,7 @@ def test_holes_are_filled_as_by_scipy(dims):
 def test_the_threshold_is_scikit_images():
     filters = pytest.importorskip("skimage.filters", reason="scikit-image (extra test) is not installed")
     draw = np.random.default_rng(0)
-    values = np.concatenate([draw.normal(10, 3, 3000), draw.normal(60, 9, 1000)]).astype(np.float32)
+    values = np.concatenate([draw.normal(10, 6, 3000), draw.normal(40, 9, 3000)]).astype(np.float32)
     assert otsu_threshold(values) == pytest.approx(filters.threshold_otsu(values), rel=1e-5)
 
 
