@@ -10,8 +10,9 @@ files' own. For every pair:
 image     PSNR (dB), SSIM, mean squared and absolute error; on request cosine and Euclidean distance of the
           features of a network
 object    the voxels of the first channel above a threshold (Otsu's of the target, applied to both), of
-          which the largest connected part counts, its holes filled; or masks from a folder. Dice, IoU, precision, sensitivity; height and
-          widths at 1/4, 1/2, 3/4 of it (mm) of both, smaller / larger, absolute difference
+          which the largest connected part counts, its holes filled; or masks from a folder. Dice, IoU,
+          precision, sensitivity; height and widths at 1/4, 1/2, 3/4 of it (mm) of both, smaller / larger,
+          absolute difference
 labels    instead of all this, for label maps: Dice, IoU, precision, sensitivity of each label
 
 --align moves the generated image onto its target by the objects' centroids, and axes, before anything is
