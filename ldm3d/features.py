@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,10 @@ from .cases import AugmentConfig
 from .checkpoint import load, load_weights, save
 from .config import InputError, from_dict, to_dict
 from .distributed import keyed_generator, print0
-from .latent_diffusion import Autoencoder
+from .latent_diffusion import Autoencoder, load_autoencoder
 from .logger import progress
 from .transforms import augment
+from .volume_sets import VolumeSets, autoencoder_path, stamp, volumes_of
 
 WIDTHS = (16, 32, 16, 16)
 VIEWS = AugmentConfig(affine=1.0, max_rotation=10.0, max_scale=0.1, max_shift=0.05, intensity=1.0)
@@ -54,6 +55,15 @@ class FeatureConfig:
     lr: float = 2e-3
     temperature: float = 0.2
     seed: int = 0
+
+
+class FeatureChoice(Protocol):
+    """What the settings of a command say of its features."""
+
+    features: str  # own, run, none, or a file
+    feature_steps: int
+    seed: int
+    cache_dir: str
 
 
 class FeatureNet(nn.Module):
@@ -252,16 +262,18 @@ def pool_for(size: Sequence[int]) -> int:
 
 
 def own_features(
-    make_groups: Callable[[], list[Tensor]],
+    make_groups: Callable[[Callable[[Tensor], Tensor]], list[Tensor]],
     key: Any,
     config: FeatureConfig,
     folder: Path,
     device: torch.device,
 ) -> Extractor:
-    """Read, if a network for `key` and `config` is in `folder`, else trained on make_groups() and stored
-    there.
+    """Read, if a network for `key` and `config` is in `folder`, else trained on make_groups(pooled) and
+    stored there.
 
-    key: all that the groups depend on (files, sizes, times, settings); its repr is hashed.
+    make_groups gets the function that averages items (B, C, *S) to what the network sees, and gives the
+    tensors of `train_features`. key: all that they depend on (files, sizes, times, settings); its repr is
+    hashed.
     """
     digest = hashlib.sha256(repr((key, to_dict(config), WIDTHS, VIEWS)).encode()).hexdigest()[:16]
     path = folder / f"features-{digest}.pt"
@@ -272,8 +284,33 @@ def own_features(
     except OSError as e:
         raise InputError(f"cache_dir: {folder} cannot be made ({e.strerror})") from None
     net = FeatureNet(config)
-    groups = [torch.cat([net.pooled(x) for x in group.split(1)]) for group in make_groups()]
+    groups = make_groups(net.pooled)
     print0(f"training a {config.dims}-D feature network on {sum(map(len, groups))} real items, once: {path}")
     net = train_features(groups, config, device)
     save(path, {"kind": "features", "config": to_dict(config), "model": net.state_dict()})
     return own_extractor(net, str(path), device)
+
+
+def whole_features(
+    sets: VolumeSets, real: str, choice: FeatureChoice, device: torch.device
+) -> Extractor | None:
+    """The network for whole volumes that the settings ask for; an own one learns from the set named
+    `real`."""
+    dataset = sets.sets[real]
+    if choice.features == "none":
+        return None
+    if choice.features == "run":
+        if sets.run is None:
+            raise InputError("features: run: needs a run folder, as the real set or as --run")
+        return encoder_features(load_autoencoder(autoencoder_path(sets.run))[0], device)
+    if choice.features != "own":
+        return file_features(choice.features, dataset.state.dims, device)
+    state = dataset.state
+    config = FeatureConfig(
+        state.dims, state.channels, pool_for(state.size), choice.feature_steps, seed=choice.seed
+    )
+
+    def volumes(pooled: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        return [torch.cat([pooled(x[None]) for x in volumes_of(dataset)])]
+
+    return own_features(volumes, stamp(dataset), config, Path(choice.cache_dir), device)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,13 +36,11 @@ from .distributed import choose_device
 from .features import (
     Extractor,
     FeatureConfig,
-    FeatureNet,
-    encoder_features,
     file_features,
     own_features,
     pool_for,
+    whole_features,
 )
-from .latent_diffusion import load_autoencoder
 from .logger import new_figure, progress, save_figure
 from .metrics import (
     cubic_kernel,
@@ -56,7 +54,7 @@ from .metrics import (
     spectrum_distance,
 )
 from .scores import half_sample_intervals, new_folder, table, write_report
-from .volume_sets import SetConfig, VolumeSets, autoencoder_path, locate, open_sets
+from .volume_sets import SetConfig, VolumeSets, locate, open_sets, stamp, volumes_of
 
 BINS = 256  # of the histograms
 HALVINGS = 10  # of the real set, for what equal distributions get
@@ -95,49 +93,6 @@ class FidelityConfig:
 # --- features -----------------------------------------------------------------------------------------------
 
 
-def stamp(dataset: VolumeDataset) -> Any:
-    """All that the items of a data set depend on."""
-    files = [
-        (str(c.image.resolve()), c.image.stat().st_size, c.image.stat().st_mtime_ns) for c in dataset.cases
-    ]
-    state, rule = dataset.state, dataset.config
-    scaling = (rule.scaling, rule.percentiles, rule.window, state.low, state.high)
-    return files, state.size, rule.spacing, rule.file_spacing, rule.channel, scaling
-
-
-def volumes_of(dataset: VolumeDataset) -> Iterator[Tensor]:
-    """The scaled volumes (C, *S), in order."""
-    return (dataset[i, i]["image"] for i in range(len(dataset)))
-
-
-def own_whole_features(
-    dataset: VolumeDataset, steps: int, seed: int, folder: Path, device: torch.device
-) -> Extractor:
-    """The own network for the whole volumes of a data set, trained on it or read."""
-    state = dataset.state
-    config = FeatureConfig(state.dims, state.channels, pool_for(state.size), steps, seed=seed)
-
-    def pooled() -> list[Tensor]:
-        net = FeatureNet(config)
-        return [torch.cat([net.pooled(x[None]) for x in volumes_of(dataset)])]
-
-    return own_features(pooled, stamp(dataset), config, folder, device)
-
-
-def whole_extractor(config: FidelityConfig, sets: VolumeSets, device: torch.device) -> Extractor | None:
-    """The network of whole volumes that was asked for."""
-    real = sets.sets["real"]
-    if config.features == "none":
-        return None
-    if config.features == "own":
-        return own_whole_features(real, config.feature_steps, config.seed, Path(config.cache_dir), device)
-    if config.features == "run":
-        if sets.run is None:
-            raise InputError("features: run: needs a run folder, as REAL or as --run")
-        return encoder_features(load_autoencoder(autoencoder_path(sets.run))[0], device)
-    return file_features(config.features, real.state.dims, device)
-
-
 def planes_of(x: Tensor, slices: int) -> list[Tensor]:
     """x (C, D, H, W) -> for each axis its slices (num, C, h, w), evenly spaced over the middle 80 %."""
     found = []
@@ -158,8 +113,8 @@ def slice_extractor(config: FidelityConfig, real: VolumeDataset, device: torch.d
     pool = max(pool_for(state.size[:2]), pool_for(state.size[1:]))
     network = FeatureConfig(2, state.channels, pool, config.feature_steps, batch_size=32, seed=config.seed)
 
-    def planes() -> list[Tensor]:
-        each = [planes_of(x, per_plane) for x in volumes_of(real)]
+    def planes(pooled: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        each = [[pooled(plane) for plane in planes_of(x, per_plane)] for x in volumes_of(real)]
         return [torch.cat([case[axis] for case in each]) for axis in range(3)]
 
     return own_features(planes, (stamp(real), per_plane), network, Path(config.cache_dir), device)
@@ -286,7 +241,7 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
     sets = open_sets(generated, {"real": (real, config.part)}, config.data, config.run)
     folder = new_folder(locate(generated, "generated")[0].parent, config.out, "fidelity")
     num_generated, num_real = len(sets.sets["generated"]), len(sets.sets["real"])
-    whole = whole_extractor(config, sets, device)
+    whole = whole_features(sets, "real", config, device)
     slices = slice_extractor(config, sets.sets["real"], device)
     measured, width = measure(config, sets, whole, slices)
 

@@ -45,13 +45,11 @@ from torch import Tensor
 from .config import InputError, Parser, add_options, replace, to_dict
 from .data import VolumeDataset
 from .distributed import choose_device, run_script
-from .features import Extractor, encoder_features, file_features
-from .fidelity import own_whole_features, volumes_of
-from .latent_diffusion import load_autoencoder
+from .features import Extractor, whole_features
 from .logger import progress, save_sheet
 from .metrics import psnr
 from .scores import new_folder, table, write_report, write_rows
-from .volume_sets import SetConfig, VolumeSets, autoencoder_path, is_run, locate, open_sets
+from .volume_sets import SetConfig, VolumeSets, is_run, locate, open_sets, volumes_of
 
 LARGEST = {2: 96, 3: 32}  # voxels along an axis of the volumes that are searched
 NEAREST = 50  # training cases whose mean distance is the yardstick
@@ -270,7 +268,7 @@ def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
     folder = new_folder(locate(generated, "generated")[0].parent, config.out, "memorisation")
     reference = "holdout" if "holdout" in real else "train"
     names = ["generated", reference]
-    network = network_of(config, sets, device)
+    network = whole_features(sets, "train", config, device)
     spaces = {"image": in_image_space(sets, names, config, device)}
     if network is not None:
         spaces["feature"] = in_feature_space(sets, names, config, network)
@@ -295,20 +293,6 @@ def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
     tell(report, rows)
     print(f"{folder}" + (f", {picture}" if picture else ""))
     return folder
-
-
-def network_of(config: MemorisationConfig, sets: VolumeSets, device: torch.device) -> Extractor | None:
-    """The feature network that was asked for."""
-    train = sets.sets["train"]
-    if config.features == "none":
-        return None
-    if config.features == "own":
-        return own_whole_features(train, config.feature_steps, config.seed, Path(config.cache_dir), device)
-    if config.features == "run":
-        if sets.run is None:
-            raise InputError("features: run: needs a run folder, as TRAIN or as --run")
-        return encoder_features(load_autoencoder(autoencoder_path(sets.run))[0], device)
-    return file_features(config.features, train.state.dims, device)
 
 
 def judge(

@@ -14,11 +14,13 @@ one (real set, or the run that is named), else from the settings, whose defaults
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from .cases import DataConfig, find_cases, resolve_root
 from .checkpoint import load_run
@@ -28,6 +30,8 @@ from .distributed import print0
 from .scan import CaseInfo, scan_cases
 from .volumes import is_volume_file, read_header
 
+Scaling = Literal["percentile", "window", "minmax", "zscore", "dataset", "none"]
+
 
 @dataclass(frozen=True)
 class SetConfig:
@@ -36,9 +40,7 @@ class SetConfig:
     file_spacing: tuple[float, ...] | None = None  # mm, of files that do not tell
     spacing: tuple[float, ...] | None = None  # mm, of the common grid; none = the run's, else see above
     size: tuple[int, ...] | None = None  # voxels of the common grid; none = the run's, else the largest real
-    scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] | None = (
-        None  # none = run's
-    )
+    scaling: Scaling | None = None  # none = the run's, else percentile
     percentiles: tuple[float, float] | None = None  # of scaling percentile; none = the run's, else 0.5, 99.5
     window: tuple[float, float] | None = None  # of scaling window
     subset: int | None = None  # take only this many cases of each set
@@ -46,8 +48,7 @@ class SetConfig:
 
 @dataclass(frozen=True)
 class VolumeSets:
-    """Data sets whose items have the same shape, spacing and intensity rule; what was done, for the
-    record."""
+    """Data sets whose items have one shape, spacing and intensity rule, and the record of what was done."""
 
     sets: dict[str, VolumeDataset]  # "generated", and the real parts that were asked for
     run: str | None  # the run folder that gave the rule
@@ -201,3 +202,18 @@ def _protocol(rule: DataConfig, state: DataState) -> dict[str, Any]:
         "intensity_range": [-1.0, 1.0] if state.clipped or rule.scaling == "minmax" else None,
         "padding": "edge repeated; larger volumes: their middle",
     }
+
+
+def stamp(dataset: VolumeDataset) -> Any:
+    """All that the items of a data set depend on."""
+    files = [
+        (str(c.image.resolve()), c.image.stat().st_size, c.image.stat().st_mtime_ns) for c in dataset.cases
+    ]
+    state, rule = dataset.state, dataset.config
+    scaling = (rule.scaling, rule.percentiles, rule.window, state.low, state.high)
+    return files, state.size, rule.spacing, rule.file_spacing, rule.channel, scaling
+
+
+def volumes_of(dataset: VolumeDataset) -> Iterator[Tensor]:
+    """The scaled volumes (C, *S), in order."""
+    return (dataset[i, i]["image"] for i in range(len(dataset)))
