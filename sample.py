@@ -28,11 +28,11 @@ from ldm3d.checkpoint import load_run
 from ldm3d.config import InputError, Parser, add_options, replace, to_dict
 from ldm3d.data import DataState, open_folder
 from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, world_size
-from ldm3d.evaluation import new_folder
 from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, weight_bytes
 from ldm3d.metrics import psnr, set_statistics, ssim
+from ldm3d.scores import new_folder
 from ldm3d.training import autocast
 from ldm3d.volumes import write
 

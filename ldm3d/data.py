@@ -459,6 +459,15 @@ def open_data(
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, state)
 
 
+def own_images(folder: Path) -> str | None:
+    """The pattern of the image files in the folder itself, all of one kind; None: it holds none."""
+    names = [p.name for p in folder.iterdir() if is_volume_file(p)]
+    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
+    if len(suffixes) > 1:
+        print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
+    return f"*{suffixes[0]}" if suffixes else None
+
+
 def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
     """Other images for the autoencoder whose checkpoint is `content`: read and scaled as in training.
 
@@ -468,15 +477,12 @@ def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: {'a file, expected a folder' if folder.exists() else 'no such folder'}")
-    names = [p.name for p in folder.iterdir() if is_volume_file(p)]
-    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
-    if len(suffixes) > 1:
-        print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
+    pattern = own_images(folder)
     config = from_dict(DataConfig, content["config"]["data"], "data")
     config = replace(config, root=str(folder), cache="none", mask=None, source=None, subject=None, split=None)
     config = replace(config, subset=None, allow_missing_mask=True)
-    if suffixes:
-        config = replace(config, image=f"*{suffixes[0]}", table=None)
+    if pattern:
+        config = replace(config, image=pattern, table=None)
     try:
         cases = [replace(case, mask=None, source=None) for case in find_cases(config, folder)]
     except InputError as e:

@@ -15,11 +15,12 @@ FLOORS = [
         *("blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "maps", "metrics"),
         *("phantoms", "volumes"),
     ],
-    ["discriminators", "pages", "scan", "transforms", "unet", "vae", "vqvae"],
+    ["discriminators", "morphology", "pages", "scan", "scores", "transforms", "unet", "vae", "vqvae"],
     ["data", "denoiser", "training"],
-    ["latent_diffusion", "runs"],
-    ["evaluation", "memory"],
-    ["analysis", "report"],
+    ["latent_diffusion", "runs", "volume_sets"],
+    ["features", "memory"],
+    ["comparison", "fidelity"],
+    ["analysis", "evaluation", "memorisation", "report"],
     ["__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
