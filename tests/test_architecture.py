@@ -15,10 +15,11 @@ FLOORS = [
         *("blocks", "cases", "checkpoint", "diffusion_kernel", "logger", "losses", "metrics", "phantoms"),
         "volumes",
     ],
-    ["discriminators", "scan", "transforms", "unet", "vae", "vqvae"],
-    ["data", "denoiser", "training"],
-    ["latent_diffusion", "runs"],
-    ["evaluation", "memory"],
+    ["conditions", "discriminators", "scan", "transforms", "unet", "vae", "vqvae"],
+    ["conditioning", "data", "guidance", "training"],
+    ["denoiser", "latents", "runs"],
+    ["latent_diffusion"],
+    ["editing", "evaluation", "memory"],
     ["__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
