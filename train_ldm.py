@@ -144,6 +144,38 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.warmup_steps": 100,
         "optim.schedule": "cosine",
     },
+    # Source and target are aligned, so the source enters beside x_t; --condition.use tokens is the other way.
+    "tiff-translation": {
+        "batch_size": 8,
+        "run.steps": 3000,
+        "run.eval_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.999,
+        "data.num_variants": 16,
+        "data.augment.flip_axes": (1,),
+        "data.augment.affine": 0.7,
+        "condition.use": ("image",),
+        "unet.channels": (32, 64, 128),
+        "unet.num_res_blocks": (1,),
+        "unet.attention_levels": (False, False, True),
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 100,
+        "optim.schedule": "cosine",
+    },
+    "adrenal": {
+        "batch_size": 8,
+        "run.steps": 3000,
+        "run.eval_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.999,
+        "condition.use": ("class",),
+        "unet.channels": (64, 128),
+        "unet.num_res_blocks": (2,),
+        "unet.attention_levels": (False, True),
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 100,
+        "optim.schedule": "cosine",
+    },
     "brats-32g": BRATS | {"batch_size": 4},
     "brats-16g": BRATS | {"batch_size": 4, "micro_batch_size": 1, "unet.checkpointing": True},
 }
@@ -252,24 +284,16 @@ def evaluate(
 def preview(
     model: LatentDiffusion, real: list[dict[str, Any]], dataset: LatentDataset, config: Config, path: Path
 ) -> tuple[Path | None, Tensor]:
-    """A picture of up to four validation cases (their sources, if told) and samples under their conditions;
-    the samples' latents (B, C_z, *s)."""
-    settings, kinds = (
-        {"seed": config.run.seed, "amp": config.run.amp},
-        {c.kind for c in model.denoiser.conditions},
-    )
-    num = min(4, len(dataset)) if kinds else 4
-    conditions = (
-        model.conditions_of(to_device(collate([dataset[i, i] for i in range(num)]), model.device))
-        if kinds
-        else {}
-    )
-    rows: dict[str, list[Tensor]] = (
-        {"source": [case["source"] for case in real[:4]]} if kinds & {*OF_SOURCE} else {}
-    )
+    """A picture of up to four validation cases, with their sources if these are conditions, and of four
+    samples under their conditions; the samples' latents (4, C_z, *s)."""
+    shown = [i % len(dataset) for i in range(4)]
+    told = model.conditions_of(to_device(collate([dataset[i, i] for i in shown]), model.device))
+    rows: dict[str, list[Tensor]] = {}
+    if any(c.kind in OF_SOURCE for c in model.denoiser.conditions):
+        rows["source"] = [case["source"] for case in real[:4]]
     rows |= {"real (validation)": [case["image"] for case in real[:4]], "generated": []}
-    latents = []
-    for x, z in model.stream(range(num), config.sample_steps, conditions=conditions, **settings):
+    latents, settings = [], {"seed": config.run.seed, "amp": config.run.amp, "conditions": told}
+    for x, z in model.stream(range(4), config.sample_steps, **settings):
         rows["generated"] += list(x)
         latents.append(z)
     picture = save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))

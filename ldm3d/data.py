@@ -34,7 +34,7 @@ from tqdm import tqdm
 from .cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
 from .config import InputError, from_dict
 from .distributed import is_main, keyed_generator, print0, rank, world_size
-from .scan import CaseInfo, load_role, scan_cases
+from .scan import MAX_LABEL, CaseInfo, load_role, scan_cases
 from .transforms import augment, centred, cut, scale, unscale
 from .volumes import SUFFIXES, Volume, is_volume_file, strip_suffix
 
@@ -492,9 +492,12 @@ def open_data(
 def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state: DataState) -> VolumeDataset:
     """Single files, read, scaled and centred as those of a role in training; every one a case.
 
-    Items hold "image" (roles image and source) or "mask". Intensities are scaled by the file's own numbers;
-    sources that share those of their image, by the training set's.
+    Items hold "image" (roles image and source) or "mask". A "region" is a mask of any labels. Intensities are
+    scaled by the file's own numbers; sources that share those of their image, by the training set's.
     """
+    if role == "region":
+        role, config = "mask", replace(config, label_values=(), num_labels=None)
+        state = replace(state, num_labels=MAX_LABEL + 1)
     options = {
         "mask": None,
         "source": None,

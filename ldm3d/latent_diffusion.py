@@ -211,7 +211,8 @@ class LatentDiffusion:
             return self.encode(value[None].to(self.device))[0].float().cpu()
 
     def open(self, paths: Sequence[str | Path], role: str) -> VolumeDataset:
-        """Files as the training data's "image", "source" or "mask" were read, centred to the run's size."""
+        """Files as the training data's "image", "source" or "mask" were read, or a "region"; centred to the
+        run's size."""
         if self.layout is None:
             raise InputError(f"{paths[0]}: the model does not know how files are read; give tensors")
         return open_files(paths, role, self.layout, self.state)
