@@ -119,12 +119,13 @@ def test_samples_follow_what_they_are_told(run):
     assert torch.allclose(model.sample(1, steps=2, conditions=told, guidance_scale=0.0), plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_training_in_reduced_precision_stays_finite(place, tmp_path, amp):
     train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 2, *USE, "--run.amp", amp))
     assert all(line["skipped_steps"] == 0 and np.isfinite(line["loss"]) for line in lines(tmp_path / "ldm"))
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_conditions(place, tmp_path, capsys):
     train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 2, *USE, "--plan", "4"))
     assert "training, latents 4 x 4x5" in capsys.readouterr().out
@@ -189,6 +190,7 @@ def test_sample_compares_the_cases_of_a_part_with_their_targets(run, tmp_path):
     assert (tmp_path / "out" / "preview.png").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_as_one(run, tmp_path):
     flags = [run, "--cases", "val", "--num", "3", "--steps", "2", "--maps"]
     process = torchrun(ROOT / "sample.py", *flags, "--out", tmp_path / "two", port=7)
@@ -280,6 +282,30 @@ def test_conditions_that_the_data_lack_are_told_before_training(place, tmp_path,
     assert run_script(train_ldm.main, [*ldm_flags(place / "vae", tmp_path / "ldm", 2), *flags]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "ldm").exists()
+
+
+def test_the_python_lines_on_conditions_in_the_readme_run_as_written(tmp_path, monkeypatch):
+    write_phantoms(tmp_path / "heads", 6, size=(16, 20, 16), spacing=(12.0, 11.0, 12.0))
+    axes = ["--data.dims", "3", "--vae.dims", "3"]
+    train_vae.main(vae_flags(tmp_path / "heads", tmp_path / "vae", 1, *axes))
+    told = [
+        "--condition.use",
+        "class,text",
+        "--condition.context_dim",
+        "16",
+        "--condition.text_min_count",
+        "1",
+    ]
+    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "runs" / "ldm-told", 1, *told))
+    text = (ROOT / "README.md").read_text().split("## Conditions")[1].split("## ")[0].split("In Python:")[1]
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    assert len(lines) <= 6
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(lines).replace("steps=30", "steps=2"), names)
+    assert names["y"].shape == (2, 1, 16, 20, 16)
+    kept = ~names["region"]
+    assert torch.equal(names["y"][0, 0][kept], names["x"][0, 0][kept])
 
 
 # --- data ---------------------------------------------------------------------------------------------------
