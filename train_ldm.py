@@ -164,7 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "adrenal": {
         "batch_size": 8,
-        "run.steps": 3000,
+        "run.steps": 2000,
         "run.eval_every": 500,
         "run.log_every": 50,
         "run.ema_decay": 0.999,

@@ -192,7 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # test, the middle slices of p07 are the validation, with two slices left out on both sides.
     "tiff-translation": {
         "batch_size": 4,
-        "run.steps": 2500,
+        "run.steps": 1800,
         "run.eval_every": 500,
         "run.save_every": 500,
         "run.log_every": 50,
@@ -223,7 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Shapes of 64^3 in two classes (MedMNIST adrenal).
     "adrenal": {
         "batch_size": 2,
-        "run.steps": 1500,
+        "run.steps": 2500,
         "run.eval_every": 500,
         "run.save_every": 500,
         "run.log_every": 50,
