@@ -341,7 +341,7 @@ class Results:
         if len(self.request.names) > 1 or self.request.targets:
             name = self.request.names[number] + (f"_{i % self.each:02d}" if self.each > 1 else "")
         self.write(name, number, x)
-        if i < SHOWN:
+        if i < SHOWN or (self.request.targets and number < 4 and i % self.each == 0):
             self.shown[i] = x
         if self.summed:
             pair = torch.stack([x.double(), x.double().square()])

@@ -41,7 +41,7 @@ from ldm3d.data import (
 )
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.distributed import is_main, run_script, setup, world_size, wrap
+from ldm3d.distributed import is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.latent_diffusion import LatentDiffusion, copy_autoencoder, load_autoencoder
 from ldm3d.latents import (
     LatentDataset,
@@ -356,6 +356,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         raise InputError(
             f"{run.dir}: the table of cases has changed since this run was started (--run.fresh)"
         )
+    if any(c.kind in OF_SOURCE for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
+        print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     reseed(config.run.seed, 0)
     net = Denoiser(config.unet, config.condition, conditions).to(device)
     kernel = DiffusionKernel(config.kernel)
