@@ -33,7 +33,15 @@ from torch import Tensor, nn
 
 from ldm3d.blocks import Conv
 from ldm3d.config import InputError, parse
-from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
+from ldm3d.data import (
+    BothRoles,
+    Data,
+    DataConfig,
+    VolumeDataset,
+    batches,
+    evaluation_batches,
+    open_data,
+)
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.distributed import (
     is_main,
@@ -199,6 +207,60 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vae.num_groups": 8,
         "vae.stem": (2,),
         "vae.latent_channels": 8,
+        "optim.lr": 2e-3,
+        "optim.adam_betas": (0.9, 0.99),
+        "optim.warmup_steps": 50,
+        "optim.schedule": "cosine",
+    },
+    # Paired slices of two patients, T1 -> FLAIR. The autoencoder learns both contrasts; patient p19 is the
+    # test, the middle slices of p07 are the validation, with two slices left out on both sides.
+    "tiff-translation": {
+        "batch_size": 4,
+        "run.steps": 1800,
+        "run.eval_every": 500,
+        "run.save_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.995,
+        "data.name": "tiff_pairs",
+        "data.image": "flair/*.tif",
+        "data.source": "t1/*.tif",
+        "data.mask": "lesion/*.tif",
+        "data.dims": 2,
+        "data.subject": r"(p\d+)_",
+        "data.test_subjects": ("p19",),
+        "data.val_fraction": 0.15,
+        "data.val_gap": 2,
+        "data.learn_sources": True,
+        "data.augment.flip_axes": (1,),
+        "data.augment.affine": 0.7,
+        "vae.dims": 2,
+        "vae.channels": (32, 64),
+        "vae.num_res_blocks": (1,),
+        "vae.num_groups": 8,
+        "vae.stem": (2,),
+        "vae.latent_channels": 4,
+        "optim.lr": 2e-3,
+        "optim.adam_betas": (0.9, 0.99),
+        "optim.warmup_steps": 50,
+        "optim.schedule": "cosine",
+    },
+    # Shapes of 64^3 in two classes (MedMNIST adrenal).
+    "adrenal": {
+        "batch_size": 2,
+        "run.steps": 2500,
+        "run.eval_every": 500,
+        "run.save_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.99,
+        "data.table": "labels.csv",
+        "data.scaling": "minmax",
+        "data.test_fraction": 0.2,
+        "data.patch": (48, 48, 48),
+        "vae.channels": (32, 64, 96),
+        "vae.num_res_blocks": (1,),
+        "vae.num_groups": 8,
+        "vae.stem": (2,),
+        "vae.latent_channels": 4,
         "optim.lr": 2e-3,
         "optim.adam_betas": (0.9, 0.99),
         "optim.warmup_steps": 50,
@@ -421,6 +483,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     perceptual = PerceptualLoss(config.perceptual).to(device) if config.perceptual_weight else None
     data = open_volumes(config, run.split())
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
+    if config.data.learn_sources:
+        train_set, val_set = BothRoles(train_set), BothRoles(val_set)
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.say()

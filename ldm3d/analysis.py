@@ -41,7 +41,8 @@ from .checkpoint import write_atomically, write_text
 from .config import InputError, Parser, add_options, from_dict, replace, to_dict
 from .data import DataState, VolumeDataset, open_data, open_folder
 from .distributed import gather, is_main, print0, rank, run_script, setup, world_size
-from .latent_diffusion import Autoencoder, cache_key, load_autoencoder
+from .latent_diffusion import Autoencoder, load_autoencoder
+from .latents import cache_key
 from .logger import progress
 from .maps import distances, inner_products, pca, place_new, to_centre
 from .pages import embed, escape, page, png, slices_picture, write_page

@@ -201,6 +201,8 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
         text = f"{comments.get(name, '')} ({type_name(kind)}; default {show(value)})".strip()
         text = text.replace("%", "%%")
         flag = {"nargs": "?", "const": "true"} if kind is bool else {}
+        if cls.__dataclass_fields__[name].metadata.get("repeat"):  # --key A --key B: (A, B), neither split
+            flag = {"action": "append"}
         group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **flag)
 
 

@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .cases import Case, DataConfig, find_cases, resolve_root, split_cases
+from .cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
 from .config import InputError, from_dict
 from .distributed import is_main, keyed_generator, print0, rank, world_size
-from .scan import CaseInfo, load_role, scan_cases
+from .scan import MAX_LABEL, CaseInfo, load_role, scan_cases
 from .transforms import augment, centred, cut, scale, unscale
-from .volumes import SUFFIXES, Volume, is_volume_file
+from .volumes import SUFFIXES, Volume, is_volume_file, strip_suffix
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,29 @@ class VolumeDataset(Dataset):
         return np.load(target, mmap_mode="r")
 
 
+class BothRoles(Dataset):
+    """The images of a data set, then its sources in place of images: what an autoencoder that is to serve
+    both learns from."""
+
+    def __init__(self, dataset: VolumeDataset):
+        state = dataset.state
+        if state.source_channels != state.channels:
+            raise InputError(
+                f"data.learn_sources: images have {state.channels} channels, sources {state.source_channels}"
+            )
+        self.dataset, self.size = dataset, dataset.size
+
+    def __len__(self) -> int:
+        return 2 * len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        position, index = item
+        values = self.dataset[position, index % len(self.dataset)]
+        return {**values, "index": index} | (
+            {"image": values["source"]} if index >= len(self.dataset) else {}
+        )
+
+
 # --- batches ------------------------------------------------------------------------------------------------
 
 
@@ -336,11 +359,13 @@ class _Order:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors are stacked, numbers become tensors (B,), strings stay lists."""
+    """Tensors are stacked, numbers become tensors (B,), strings stay lists; of dicts, each entry."""
     batch = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]
-        if isinstance(first, Tensor):
+        if isinstance(first, dict):
+            batch[key] = collate(values)
+        elif isinstance(first, Tensor):
             batch[key] = torch.stack(values)
         else:
             batch[key] = values if isinstance(first, str) else torch.tensor(values)
@@ -421,6 +446,11 @@ class Data:
         cases = [self.cases[name] for name in self.split[part]]
         return VolumeDataset(cases, self.infos, self.state, self.config, augment, self.seed)
 
+    @property
+    def folder(self) -> Path:
+        """What the paths in the table of cases start from."""
+        return (self.root / (self.config.table or "cases.csv")).parent
+
     def files(self, part: str) -> list[str]:
         """Paths of all files of a part."""
         cases = [self.cases[name] for name in self.split[part]]
@@ -466,6 +496,45 @@ def own_images(folder: Path) -> str | None:
     if len(suffixes) > 1:
         print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
     return f"*{suffixes[0]}" if suffixes else None
+
+
+def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state: DataState) -> VolumeDataset:
+    """Single files, read, scaled and centred as those of a role in training; every one a case.
+
+    Items hold "image" (roles image and source) or "mask". A "region" is a mask of any labels. Intensities are
+    scaled by the file's own numbers; sources that share those of their image, by the training set's.
+    """
+    if role == "region":
+        role, config = "mask", replace(config, label_values=(), num_labels=None)
+        state = replace(state, num_labels=MAX_LABEL + 1)
+    options = {
+        "mask": None,
+        "source": None,
+        "cache": "none",
+        "augment": AugmentConfig(),
+        "paired_scaling": "separate",
+    }
+    if role == "source":
+        options["channel"] = config.source_channel
+        state = replace(state, channels=state.source_channels, low=state.source_low, high=state.source_high)
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+    cases = [
+        Case(f"{i}_{strip_suffix(path)}", path, mask=path if role == "mask" else None)
+        for i, path in enumerate(paths)
+    ]
+    shared = role == "source" and config.paired_scaling == "shared"
+    config = replace(config, **options, scaling="none" if role == "mask" else config.scaling)
+    infos = scan_cases(cases, config)
+    for case in cases:
+        info = infos[case.id]
+        if role != "mask" and info.channels != state.channels:
+            raise InputError(f"{case.image}: has {info.channels} channels, the model wants {state.channels}")
+        infos[case.id] = replace(info, low=state.low, high=state.high) if shared else info
+    state = replace(state, source_channels=0, num_labels=state.num_labels if role == "mask" else None)
+    return VolumeDataset(cases, infos, state, config)
 
 
 def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:

@@ -356,8 +356,11 @@ def micro_batches(
             yield to_device(batch, device), len(batch["position"]) / total
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`, those of nested dicts too."""
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
 def ranks_share(batch_size: int, micro_batch_size: int | None) -> int:
