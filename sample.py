@@ -3,47 +3,75 @@
 
 new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
 several GPUs      torchrun --nproc_per_node 4 -- sample.py runs/ldm-hippocampus --num 64
+under conditions  python sample.py RUN --condition class=1 --condition text="a small lesion" --guidance 3
+                  python sample.py RUN --conditions FILE.csv --guidance class=3,text=2
+translation       python sample.py RUN --condition image=PATH --num 8 --maps
+                  python sample.py RUN --cases test --num 8       the run's own cases, beside their targets
+editing           python sample.py RUN --inpaint IMAGE --region MASK
+                  python sample.py RUN --edit IMAGE --strength 0.5
+                  python sample.py RUN --interpolate 3,7          or two images
 there and back    python sample.py runs/vae-hippocampus --reconstruct FOLDER
 segmentation      python sample.py runs/cdal-hippocampus --segment FILE_OR_FOLDER --votes 5 --reference FOLDER
 
 Volumes are written as NIfTI (2-D: TIFF) with the training data's spacing and orientation and its median
-intensity range, beside a preview sheet, a table of scores and a JSON file that tells how they were made.
+intensity range, where a source is given with its geometry, beside a preview sheet, a table of scores and a
+JSON file that tells how they were made.
 Nothing is overwritten. Sample i depends on (seed, i) alone: not on the batch size, the number of ranks, or
 the device (to rounding).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ldm3d.cases import read_csv
 from ldm3d.checkpoint import load_run
-from ldm3d.config import InputError, Parser, add_options, replace, to_dict
-from ldm3d.data import DataState, open_folder
-from ldm3d.distributed import barrier, gather, is_main, print0, rank, run_script, setup, world_size
-from ldm3d.evaluation import new_folder
-from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
+from ldm3d.conditions import OF_SOURCE, check_names
+from ldm3d.config import InputError, Parser, add_options, read_json, replace, to_dict
+from ldm3d.data import DataState, VolumeDataset, collate, open_data, open_folder, restore
+from ldm3d.denoiser import Denoiser
+from ldm3d.distributed import (
+    all_reduce_sum,
+    barrier,
+    gather,
+    is_main,
+    print0,
+    rank,
+    run_script,
+    setup,
+    world_size,
+)
+from ldm3d.editing import ImageEdit, Interpolation
+from ldm3d.guidance import Guidance, branch_weights
+from ldm3d.latent_diffusion import NO_EDIT, Edit, LatentDiffusion, load_autoencoder, new_like
+from ldm3d.latents import WithConditions, encode_batch
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, weight_bytes
 from ldm3d.metrics import psnr, set_statistics, ssim
+from ldm3d.scan import load_role
+from ldm3d.scores import new_folder
 from ldm3d.segmentation import SegmentConfig, segment_files
-from ldm3d.training import autocast
-from ldm3d.volumes import write
+from ldm3d.training import autocast, to_device
+from ldm3d.transforms import centred
+from ldm3d.volumes import Volume, write
 
 # --- Config -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    num: int = 16  # volumes to make
+    num: int | None = None  # volumes to make of each set of conditions; none = 16, of a list 1
     steps: int = 30  # intervals of the sampling grid; network calls are printed
     sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
     eta: float = 0.0  # share of fresh noise of ddim
@@ -52,6 +80,22 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
+    condition: tuple[str, ...] = field(
+        default=(), metadata={"repeat": True}
+    )  # NAME=VALUE, as often as needed
+    conditions: str | None = None  # CSV, each row a set of conditions, its columns their names (and name)
+    cases: Literal["train", "val", "test"] | None = None  # the conditions of the run's own cases, and scores
+    guidance: str = "1"  # guidance scale: of all conditions, or of each, such as class=3,text=2
+    guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions get back their standard deviation
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T between which there is guidance
+    inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
+    region: str | None = None  # mask of the region to inpaint: all that is not 0
+    edit: str | None = None  # image to start from instead of from noise
+    strength: float | None = (
+        None  # 0 to 1, noise given to images; none = 1 inpaint, 0.5 edit, 0.3 interpolate
+    )
+    interpolate: str | None = None  # two samples, such as 3,7, or two images, to go from one to the other
+    maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples too
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
     plan: float | None = None  # GiB of a GPU: only tell how much memory sampling needs, and what would fit
@@ -66,8 +110,22 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("num", "steps", "batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for names in (("condition", "conditions", "cases"), ("inpaint", "edit", "interpolate", "cases")):
+            if len(given := [name for name in names if getattr(self, name)]) > 1:
+                raise InputError(f"{given[0]}, {given[1]}: give one of the two")
+        if bool(self.region) != bool(self.inpaint):
+            raise InputError("inpaint, region: one needs the other")
+        if self.strength is not None and not (self.inpaint or self.edit or self.interpolate):
+            raise InputError("strength: needs inpaint, edit or interpolate")
+        if self.maps and self.samples < 2:
+            raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
+
+    @property
+    def samples(self) -> int:
+        """Of each set of conditions."""
+        return self.num or (1 if self.conditions or self.cases else 16)
 
 
 def suffix_of(config: Config, state: DataState) -> str:
@@ -97,6 +155,148 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from None
 
 
+# --- what is asked for --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    """Sets of conditions, and where the volumes made under them belong.
+
+    conditions: by name, (sets, ...). places: volumes of the same geometry as the samples of each set, or
+    None. targets: what the samples of each set should be (C, *size), or None. edit: see editing.py.
+    """
+
+    names: list[str]
+    conditions: dict[str, Tensor]
+    given: list[dict[str, Any]]
+    places: VolumeDataset | None = None
+    targets: bool = False
+    edit: Edit = NO_EDIT
+    paste: bool = False  # into the place's own volume
+
+    def volume(self, number: int, x: Tensor, model: LatentDiffusion, own_units: bool = False) -> Volume:
+        """A sample of set `number` as a volume, in the units of the training data or of the place itself."""
+        if self.places is None:
+            return model.state.to_volume(x)
+        info = self.places.infos[self.places.cases[number].id]
+        if not own_units:
+            info = dataclasses.replace(info, low=model.state.low, high=model.state.high)
+        return restore(x, model.state, info)
+
+
+def read_request(config: Config, run: Path, model: LatentDiffusion) -> Request:
+    """All that the flags ask for, checked, and the files read, before anything is made."""
+    if config.cases:
+        return request_of_cases(config, run, model)
+    rows = [pairs(config.condition)] if not config.conditions else read_rows(config.conditions)
+    check_names([name for row in rows for name in row if name != "name"], model.denoiser.conditions)
+    names = [row.pop("name", "") or f"set_{i:04d}" for i, row in enumerate(rows)]
+    if len(set(names)) < len(names):
+        raise InputError(f"{config.conditions}: two rows have the same name")
+    for c in model.denoiser.conditions:
+        words = sorted({w for row in rows if c.kind == "text" for w in c.unknown_words(row.get(c.name, ""))})
+        if words:
+            print0(f"note: words that the run does not know: {', '.join(words)}")
+    sources = [
+        c for c in model.denoiser.conditions if c.kind in OF_SOURCE and any(row.get(c.name) for row in rows)
+    ]
+    places, given = None, rows
+    if sources and all(row.get(sources[0].name) for row in rows):  # the samples take its geometry
+        places = model.open([row[sources[0].name] for row in rows], "source")
+        given = [{**row, sources[0].name: places[i, i]["image"]} for i, row in enumerate(rows)]
+    used = {name for row in rows for name in row}
+    values = {name: [row.get(name) for row in given] for name in used}
+    request = Request(names, model.prepare(values, len(rows)), rows, places)
+    return with_edit(request, config, model)
+
+
+def pairs(words: tuple[str, ...]) -> dict[str, str]:
+    """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}."""
+    for word in words:
+        if "=" not in word:
+            raise InputError(f"condition: expected NAME=VALUE, got {word!r}")
+    return dict(word.split("=", 1) for word in words)
+
+
+def read_rows(path: str) -> list[dict[str, str]]:
+    """Rows of a CSV of conditions; files in it are looked for beside it."""
+    rows = read_csv(Path(path), [])
+    if not rows:
+        raise InputError(f"{path}: lists no conditions")
+    beside = Path(path).parent
+
+    def found(cell: str) -> str:
+        return str(beside / cell) if cell and "/" not in cell[:1] and (beside / cell).is_file() else cell
+
+    return [{k: found(v) for k, v in row.items()} for row in rows]
+
+
+def parse_guidance(text: str) -> float | dict[str, float]:
+    """ "3" -> 3.0, "class=3,text=2" -> {"class": 3.0, "text": 2.0}."""
+    try:
+        if "=" not in text:
+            return float(text)
+        return {name.strip(): float(scale) for name, scale in pairs(tuple(text.split(","))).items()}
+    except ValueError:
+        raise InputError(f"guidance: expected a number, or NAME=NUMBER,..., got {text!r}") from None
+
+
+def request_of_cases(config: Config, run: Path, model: LatentDiffusion) -> Request:
+    """The conditions of the run's own cases of one part, which are the targets."""
+    content, stored = load_run(run, "ldm"), load_run(run_folder(run) / "autoencoder.pt", "vae")
+    split = read_json(run_folder(run) / "split.json")
+    seed = content["config"]["run"]["seed"]
+    data = open_data(model.layout, stored["config"]["preset"], seed, split)
+    data = dataclasses.replace(data, state=model.state)
+    if not data.split[config.cases]:
+        raise InputError(f"cases: the run has no {config.cases} cases")
+    places, known = data.dataset(config.cases), model.denoiser.conditions
+    dataset, parts = WithConditions(places, known, places.cases, data.folder), []
+    for i in range(len(dataset)):
+        batch = to_device(collate([dataset[i, i]]), model.device)
+        batch |= encode_batch(model.autoencoder, batch, known, config.amp)
+        parts.append({name: value.cpu() for name, value in model.conditions_of(batch).items()})
+    conditions = {c.name: torch.cat([part[c.name] for part in parts]) for c in known}
+    names = [case.id for case in places.cases]
+    return Request(names, conditions, [{"case": name} for name in names], places, targets=True)
+
+
+def with_edit(request: Request, config: Config, model: LatentDiffusion) -> Request:
+    """The request with what --inpaint, --edit or --interpolate change."""
+    path = config.inpaint or config.edit
+    if path is None and config.interpolate is None:
+        return request
+    if len(request.names) > 1:
+        raise InputError("conditions: editing takes one set of conditions (--condition)")
+    if path is None:
+        return dataclasses.replace(request, edit=interpolation(config, model))
+    places, region = model.open([path], "image"), None
+    if config.region:
+        mask = model.open([config.region], "region")
+        shapes = [next(iter(d.infos.values())).shape for d in (places, mask)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"region: {config.region} has shape {shapes[1]}, the image {path} {shapes[0]}")
+        region = mask[0, 0]["mask"] > 0
+    strength = config.strength or (1.0 if config.inpaint else 0.5)
+    edit = ImageEdit(model, places[0, 0]["image"], region, strength)
+    return dataclasses.replace(request, places=places, edit=edit, paste=region is not None)
+
+
+def interpolation(config: Config, model: LatentDiffusion) -> Interpolation:
+    words = [word.strip() for word in config.interpolate.split(",")]
+    if len(words) != 2:
+        raise InputError(f"interpolate: expected two samples or two images, got {config.interpolate!r}")
+    ends: Any = [int(word) for word in words if word.isdecimal()]
+    if len(ends) < 2:
+        dataset = model.open(words, "image")
+        ends = [dataset[i, i]["image"] for i in range(2)]
+    return Interpolation(model, tuple(ends), config.samples, config.seed, config.strength or 0.3)
+
+
+def run_folder(run: Path) -> Path:
+    return run if run.is_dir() else run.parent
+
+
 # --- new volumes --------------------------------------------------------------------------------------------
 
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
@@ -108,30 +308,97 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
         model.denoiser.compile()
     sampler = model.default_sampler if config.sampler == "auto" else config.sampler
     model.kernel.check_sampler(sampler, config.eta)
-    calls = model.kernel.num_network_calls(sampler, config.steps)
+    guidance = Guidance(parse_guidance(config.guidance), config.guidance_rescale, config.guidance_interval)
+    guidance.check(model.denoiser.conditions)
+    request = read_request(config, run, model)
+    calls, each = model.kernel.num_network_calls(sampler, config.steps), config.samples
+    total = each * len(request.names)
     folder = new_folder(run, config.out, "samples")
     size = "x".join(map(str, model.state.size))
-    print0(f"{config.num} volumes of {size}, {sampler}, {config.steps} steps = {calls} network calls each")
+    print0(f"{total} volumes of {size}, {sampler}, {config.steps} steps = {calls} network calls each")
 
-    indices = list(range(config.num))[rank() :: world_size()]
-    suffix = suffix_of(config, model.state)
-    start, shown, done = time.perf_counter(), {}, 0
-    stream = model.stream(
-        indices, config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp
-    )
-    batches = -(-len(indices) // config.batch_size)
+    indices = list(range(total))[rank() :: world_size()]
+    sets = torch.tensor(indices, dtype=torch.long) // each
+    told = {name: value[sets] for name, value in request.conditions.items()}
+    start, results = time.perf_counter(), Results(config, model, request, folder)
+    settings = (config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp)
+    stream = model.stream(indices, *settings, told, guidance, request.edit)
+    batches, done = -(-len(indices) // config.batch_size), 0
     for x, _ in progress(stream, "sampling", batches):
         for i, volume in zip(indices[done:], x, strict=False):
-            write(folder / f"sample_{i:04d}.{suffix}", model.state.to_volume(volume))
-            if i < SHOWN:
-                shown[i] = volume
+            results.add(i, volume)
         done += len(x)
-    barrier()
-    seconds = time.perf_counter() - start
-    samples = {i: v for part in gather(shown) for i, v in part.items()}
+    results.close()
     if is_main():
-        report(config, run, model, folder, samples, sampler, calls, seconds)
+        report(config, run, model, folder, results, sampler, calls, time.perf_counter() - start)
     barrier()
+
+
+class Results:
+    """Writes the samples, and keeps what the report needs: the first ones, sums of each set, scores."""
+
+    def __init__(self, config: Config, model: LatentDiffusion, request: Request, folder: Path):
+        self.config, self.model, self.request, self.folder = config, model, request, folder
+        self.each, self.suffix = config.samples, suffix_of(config, model.state)
+        self.summed = self.each > 1 and (config.maps or request.targets)
+        self.shown: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}  # set -> (2, C, *size), of the samples and of their squares
+        self.scores: dict[str, dict[str, float]] = {}
+
+    def add(self, i: int, x: Tensor) -> None:
+        number, name = i // self.each, f"sample_{i:04d}"
+        if len(self.request.names) > 1 or self.request.targets:
+            name = self.request.names[number] + (f"_{i % self.each:02d}" if self.each > 1 else "")
+        self.write(name, number, x)
+        if i < SHOWN or (self.request.targets and number < 4 and i % self.each == 0):
+            self.shown[i] = x
+        if self.summed:
+            pair = torch.stack([x.double(), x.double().square()])
+            self.sums[number] = self.sums[number] + pair if number in self.sums else pair
+        if self.request.targets:
+            self.scores[name] = self.score(x, number)
+
+    def write(self, name: str, number: int, x: Tensor) -> None:
+        volume = self.request.volume(number, x, self.model, own_units=self.request.paste)
+        if self.request.paste:
+            volume = pasted(volume, self.request)
+        write(self.folder / f"{name}.{self.suffix}", volume)
+
+    def score(self, x: Tensor, number: int) -> dict[str, float]:
+        """PSNR (dB) and SSIM beside the target, both in the scaled range [-1, 1]."""
+        target = self.request.places[number, number]["image"][None]
+        x = x[None].float().clamp(-1, 1) if self.model.state.clipped else x[None].float()
+        return {"psnr": float(psnr(x, target, 2.0)), "ssim": float(ssim(x, target, 2.0))}
+
+    def close(self) -> None:
+        """Bring together what the ranks have made; write the maps."""
+        self.shown = {i: v for part in gather(self.shown) for i, v in part.items()}
+        for number, name in enumerate(self.request.names) if self.summed else ():
+            shape = (2, self.model.state.channels, *self.model.state.size)
+            sums = all_reduce_sum(self.sums.pop(number, torch.zeros(shape, dtype=torch.float64)))
+            mean = sums[0] / self.each
+            if is_main() and self.request.targets:
+                self.scores[f"{name} mean"] = self.score(mean.float(), number)
+            if is_main() and self.config.maps:
+                std = (sums[1] / self.each - mean.square()).clamp(min=0).sqrt()
+                self.write(f"{name}_mean", number, mean.float())
+                zero, width = (self.request.volume(number, v.float(), self.model) for v in (0 * std, std))
+                volume = dataclasses.replace(width, array=width.array - zero.array)  # no offset
+                write(self.folder / f"{name}_std.{self.suffix}", volume)
+        self.scores = {k: v for part in gather(self.scores) for k, v in part.items()}
+        barrier()
+
+
+def pasted(made: Volume, request: Request) -> Volume:
+    """The region as it was made, within the untouched voxels of the image's own file, in its units."""
+    places, region = request.places, request.edit.region
+    whole = load_role(places.cases[0].image, "image", places.config)
+    start = centred(whole.shape, tuple(region.shape))
+    inside = [slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, made.shape, strict=True)]
+    window = (slice(None), *(slice(max(0, s), max(0, s) + n) for s, n in zip(start, made.shape, strict=True)))
+    array = whole.array.copy()
+    array[window] = np.where(region.numpy()[tuple(inside)], made.array, array[window])
+    return dataclasses.replace(whole, array=array)
 
 
 def report(
@@ -139,38 +406,49 @@ def report(
     run: Path,
     model: LatentDiffusion,
     folder: Path,
-    samples: dict[int, Tensor],
+    results: Results,
     sampler: str,
     calls: int,
     seconds: float,
 ) -> None:
     """Preview sheet and scores of the first volumes, and the JSON that tells how all were made."""
-    x = torch.stack([samples[i] for i in sorted(samples)])
+    x = torch.stack([results.shown[i] for i in sorted(results.shown)])
     scores = {"generated": set_statistics(x), "real (validation)": model.state.reference}
-    picture = save_sheet(
-        folder / "preview.png",
-        {
-            f"samples {i} to {min(i + 3, len(x) - 1)}": list(x[i : i + 4, 0].numpy())
-            for i in range(0, len(x), 4)
-        },
-        limits=(-1, 1),
-    )
+    request, total = results.request, results.each * len(results.request.names)
+    rows = {
+        f"samples {i} to {min(i + 3, len(x) - 1)}": list(x[i : i + 4, 0].numpy()) for i in range(0, len(x), 4)
+    }
+    if request.targets:
+        some = [request.places[i, i] for i in range(min(4, len(request.names)))]
+        kinds = {"source": "source", "target": "image"} if "source" in some[0] else {"target": "image"}
+        rows = {title: [case[role][0].numpy() for case in some] for title, role in kinds.items()}
+        first = [i * results.each for i in range(len(some)) if i * results.each in results.shown]
+        rows["generated"] = [results.shown[i][0].numpy() for i in first]
+    picture = save_sheet(folder / "preview.png", rows, limits=(-1, 1))
     content = load_run(run, "ldm")
     how = {
         **to_dict(config),
+        "num": total,
         "run": str(run),
         "step": content["step"],
         "sampler": sampler,
         "network_calls": calls,
         "seconds": round(seconds, 2),
-        "seconds_per_volume": round(seconds / max(1, config.num), 3),
+        "seconds_per_volume": round(seconds / max(1, total), 3),
         "size": list(model.state.size),
         "spacing": list(model.state.spacing),
         "scores": scores,
+        "sets": dict(zip(request.names, request.given, strict=True)),
+        "cases_scores": results.scores,
     }
     write_json(folder / "samples.json", how)
     print(table(scores))
-    print(f"{config.num} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
+    for title in ("", "mean") if results.scores else ():
+        rows = [v for k, v in results.scores.items() if k.endswith(" mean") == bool(title)]
+        if rows:
+            means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
+            print(table({f"{title or 'samples'} beside targets, {len(rows)}": means}))
+    print(f"{total} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
 
 
 def plan(config: Config, run: Path) -> None:
@@ -178,16 +456,22 @@ def plan(config: Config, run: Path) -> None:
     model = LatentDiffusion.load(run)
     both = weight_bytes(model.denoiser) + weight_bytes(model.autoencoder)
 
+    guidance = Guidance(parse_guidance(config.guidance))
+    guidance.check(model.denoiser.conditions)
+    weights = branch_weights(guidance.scales(model.denoiser.conditions))
+    branches = sum(weight != 0 for weight in weights)  # in one batch
+
     def denoise(net: torch.nn.Module, batch: int, size: tuple[int, ...]) -> None:
         z = torch.zeros(batch, model.latent_shape[0], *size)
         slope, half = z + 0, z + 0  # what a sampler keeps between two calls
-        net(z, torch.zeros(batch)).to(z.dtype) + slope + half
+        preds = net(torch.cat([z] * branches), torch.zeros(branches * batch)).to(z.dtype)
+        preds[:batch] + slope + half
 
     def make_denoiser() -> torch.nn.Module:
-        return type(model.denoiser)(model.denoiser.unet.config)
+        return Denoiser(*model.denoiser.arguments)
 
     def make_autoencoder() -> torch.nn.Module:
-        return type(model.autoencoder)(model.autoencoder.config)
+        return new_like(model.autoencoder)
 
     plan = Plan(config.plan, config.amp, config.device)
     steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)

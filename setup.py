@@ -18,6 +18,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["ldm3d"],
+    package_data={"ldm3d": ["*.css", "*.js"]},
     scripts=["train_vae.py", "train_ldm.py", "train_cdal.py", "sample.py"],
     install_requires=["torch>=2.6", "numpy", "nibabel", "tifffile", "tqdm"],
     extras_require={

@@ -8,7 +8,9 @@ several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --r
 your own data     python train_ldm.py hippocampus --vae runs/vae-mine --run.dir runs/ldm-mine
 
     z    = (mean + exp(logvar / 2) * noise' - latent_mean) / latent_std
-    loss = |denoiser(z_t, t) - target|^2,   z_t and target as in diffusion_kernel.py
+    loss = |denoiser(z_t, t, conditions) - target|^2,   z_t and target as in diffusion_kernel.py
+
+with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
 
 Data settings and split are the autoencoder's; flags override them. To resume, run the same command again.
 """
@@ -26,19 +28,34 @@ from torch import Tensor
 
 from ldm3d.cases import AugmentConfig
 from ldm3d.checkpoint import load_run
+from ldm3d.conditions import OF_SOURCE, Condition, ConditionConfig, fit_conditions, hide
 from ldm3d.config import InputError, from_dict, parse, replace, to_dict
-from ldm3d.data import DataConfig, DataState, batches, evaluation_batches, open_data
+from ldm3d.data import (
+    Data,
+    DataConfig,
+    DataState,
+    batches,
+    collate,
+    evaluation_batches,
+    open_data,
+)
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.distributed import is_main, run_script, setup, world_size, wrap
+from ldm3d.distributed import is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.latent_diffusion import (
-    LatentDataset,
+    Autoencoder,
     LatentDiffusion,
+    copy_autoencoder,
+    load_autoencoder,
+    new_like,
+)
+from ldm3d.latents import (
+    LatentDataset,
+    WithConditions,
     cache_key,
     cache_latents,
-    copy_autoencoder,
+    encode_batch,
     latent_statistics,
-    load_autoencoder,
 )
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, encode, weight_bytes
@@ -60,7 +77,6 @@ from ldm3d.training import (
     to_device,
 )
 from ldm3d.unet import UNetConfig
-from ldm3d.vae import AutoencoderKL
 
 # --- Config and presets -------------------------------------------------------------------------------------
 
@@ -77,6 +93,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -132,6 +149,38 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.warmup_steps": 100,
         "optim.schedule": "cosine",
     },
+    # Source and target are aligned, so the source enters beside x_t; --condition.use tokens is the other way.
+    "tiff-translation": {
+        "batch_size": 8,
+        "run.steps": 3000,
+        "run.eval_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.999,
+        "data.num_variants": 16,
+        "data.augment.flip_axes": (1,),
+        "data.augment.affine": 0.7,
+        "condition.use": ("image",),
+        "unet.channels": (32, 64, 128),
+        "unet.num_res_blocks": (1,),
+        "unet.attention_levels": (False, False, True),
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 100,
+        "optim.schedule": "cosine",
+    },
+    "adrenal": {
+        "batch_size": 8,
+        "run.steps": 2000,
+        "run.eval_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.999,
+        "condition.use": ("class",),
+        "unet.channels": (64, 128),
+        "unet.num_res_blocks": (2,),
+        "unet.attention_levels": (False, True),
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 100,
+        "optim.schedule": "cosine",
+    },
     "brats-32g": BRATS | {"batch_size": 4},
     "brats-16g": BRATS | {"batch_size": 4, "micro_batch_size": 1, "unet.checkpointing": True},
 }
@@ -175,6 +224,41 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
         raise InputError("data.num_variants: all would be equal; needs data.augment or data.crop random")
 
 
+def open_latent_data(
+    config: Config, stage_one: dict[str, Any], split: dict[str, list[str]] | None = None
+) -> Data:
+    """The checked data of a run, scaled as the autoencoder was trained, in its split if there is no other."""
+    split = split or stage_one["state"]["split"]
+    data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
+    known = DataState.from_dict(stage_one["state"]["data"])
+    return dataclasses.replace(data, state=dataclasses.replace(known, size=config.data.size or known.size))
+
+
+def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Condition, ...]:
+    """The conditions of a new run, fitted to its training cases."""
+    return fit_conditions(
+        config.condition,
+        {name: case.columns for name, case in data.cases.items()},
+        data.split["train"],
+        [data.infos[name].spacing for name in data.split["train"]],
+        latent_channels,
+        data.state.source_channels > 0,
+        data.state.num_labels,
+        data.folder,
+    )
+
+
+def hide_some(
+    conditions: dict[str, Tensor], config: ConditionConfig, seed: int, positions: Tensor
+) -> dict[str, Tensor]:
+    """Dropout: conditions (B, ...) with some made blank, one by one or all at once, keyed by the sample."""
+    everything = keyed_uniform(seed, positions, "hide all") < config.dropout_all
+    return {
+        name: hide(value, everything | (keyed_uniform(seed, positions, f"hide {name}") < p))
+        for (name, value), p in zip(conditions.items(), config.probabilities, strict=True)
+    }
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # fixed u, and so fixed noise levels, of the validation loss
@@ -189,6 +273,7 @@ def evaluate(
     total = -(-len(dataset) // (config.batch_size * world_size()))
     for batch in progress(evaluation_batches(dataset, config.batch_size), "validation", total):
         batch = to_device(batch, device)
+        conditions = model.conditions_of(batch)
         z_noise, noise = (
             keyed_normal(0, batch["index"], batch["mean"].shape[1:], f"validation {what}").to(device)
             for what in ("z", "noise")
@@ -196,16 +281,24 @@ def evaluate(
         for level in EVAL_LEVELS:
             u = torch.full((len(z_noise),), level)
             with autocast(config.run.amp, device):
-                loss = model.loss(net, batch["mean"], batch["logvar"], z_noise, u, noise)
+                loss = model.loss(net, batch["mean"], batch["logvar"], z_noise, u, noise, conditions)
             means.add(loss=loss, **{f"loss_u{level}": loss})
     return means.take()
 
 
-def preview(model: LatentDiffusion, real: Tensor, config: Config, path: Path) -> tuple[Path | None, Tensor]:
-    """A picture of four validation cases and four samples, and the samples' latents (4, C_z, *s)."""
-    rows, latents = {"real (validation)": list(real[:4]), "generated": []}, []
-    draws = model.stream(range(4), config.sample_steps, seed=config.run.seed, amp=config.run.amp)
-    for x, z in draws:
+def preview(
+    model: LatentDiffusion, real: list[dict[str, Any]], dataset: LatentDataset, config: Config, path: Path
+) -> tuple[Path | None, Tensor]:
+    """A picture of up to four validation cases, with their sources if these are conditions, and of four
+    samples under their conditions; the samples' latents (4, C_z, *s)."""
+    shown = [i % len(dataset) for i in range(4)]
+    told = model.conditions_of(to_device(collate([dataset[i, i] for i in shown]), model.device))
+    rows: dict[str, list[Tensor]] = {}
+    if any(c.kind in OF_SOURCE for c in model.denoiser.conditions):
+        rows["source"] = [case["source"] for case in real[:4]]
+    rows |= {"real (validation)": [case["image"] for case in real[:4]], "generated": []}
+    latents, settings = [], {"seed": config.run.seed, "amp": config.run.amp, "conditions": told}
+    for x, z in model.stream(range(4), config.sample_steps, **settings):
         rows["generated"] += list(x)
         latents.append(z)
     picture = save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))
@@ -220,19 +313,23 @@ def plan(config: Config) -> None:
     autoencoder, content = load_autoencoder(autoencoder_of(config))
     kernel = DiffusionKernel(config.kernel)
     whole = config.data.size or DataState.from_dict(content["state"]["data"]).size
+    conditions: tuple[Condition, ...] = ()
+    if config.condition.use:  # vocabularies and sizes are in the data
+        latent_channels = autoencoder.config.latent_channels
+        conditions = conditions_for(config, open_latent_data(config, content), latent_channels)
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
 
     def make() -> Denoiser:
-        return Denoiser(config.unet)
+        return Denoiser(config.unet, config.condition, conditions)
 
     def loss(net: Denoiser, batch: int, size: tuple[int, ...]) -> Tensor:
         z, noise = torch.zeros(2, batch, config.unet.in_channels, *size)
         t = kernel.t_from_uniform(torch.full((batch,), 0.5), size)
         return kernel.losses(net, z, t, noise).mean()
 
-    def make_autoencoder() -> AutoencoderKL:
-        return type(autoencoder)(autoencoder.config)
+    def make_autoencoder() -> Autoencoder:
+        return new_like(autoencoder)
 
     plan = Plan(config.plan, config.run.amp, config.run.device)
     rounds, beside = -(-config.batch_size // micro), weight_bytes(autoencoder)
@@ -242,18 +339,6 @@ def plan(config: Config) -> None:
     plan.inference("encoding", make_autoencoder, encode, 1, whole, step)
     plan.inference("decoding", make_autoencoder, decode, 1, whole, step, beside=4 * weight_bytes(make()))
     plan.tell()
-
-
-@torch.no_grad()
-def posterior_of(
-    autoencoder: AutoencoderKL, batch: dict[str, Any], amp: str, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(mean, logvar) of a batch, both (B, C_z, *s): from the cache, or encoded now."""
-    if "mean" in batch:
-        return batch["mean"], batch["logvar"]
-    with autocast(amp, device):
-        posterior = autoencoder.encode(batch["image"])
-    return posterior.mean, posterior.logvar
 
 
 def train(config: Config, given: dict[str, Any] | None = None) -> Run:
@@ -269,14 +354,18 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     autoencoder, stage_one = load_autoencoder(source)
     check_settings(config, stage_one)
     autoencoder.to(device)
-    reseed(config.run.seed, 0)
-    net = Denoiser(config.unet).to(device)
-    kernel = DiffusionKernel(config.kernel)
-    split = run.split() or stage_one["state"]["split"]
-    data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
-    known = DataState.from_dict(stage_one["state"]["data"])  # scaled as the autoencoder was trained
-    data = dataclasses.replace(data, state=dataclasses.replace(known, size=config.data.size or known.size))
+    data = open_latent_data(config, stage_one, run.split())
     run.check_data(data.state.to_dict())
+    conditions = conditions_for(config, data, autoencoder.config.latent_channels)
+    if run.resumed and [c.to_dict() for c in conditions] != run.resumed["state"].get("conditions", []):
+        raise InputError(
+            f"{run.dir}: the table of cases has changed since this run was started (--run.fresh)"
+        )
+    if any(c.kind in OF_SOURCE for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
+        print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
+    reseed(config.run.seed, 0)
+    net = Denoiser(config.unet, config.condition, conditions).to(device)
+    kernel = DiffusionKernel(config.kernel)
     run.say()
     logger = run.start(data.split)
     copy_autoencoder(source, run.dir)
@@ -285,15 +374,22 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     for part, variants in (("train", config.data.num_variants if config.latent_cache else 1), ("val", 1)):
         dataset = data.dataset(part, augment=variants > 1)
         key = cache_key(autoencoder, config.data, data.state, data.files(part))
-        table = cache_latents(
-            autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", variants, device, config.run.amp
+        folder = run.dir / "latents" / f"{part}-{key}"
+        tables = cache_latents(autoencoder, dataset, folder, variants, device, config.run.amp, conditions)
+        sets[part] = WithConditions(
+            LatentDataset(tables, config.run.seed), conditions, dataset.cases, data.folder
         )
-        sets[part] = LatentDataset(table, config.run.seed)
+        if part == "train":
+            latent_mean, latent_std = latent_statistics(tables)
     val_set = data.dataset("val")
-    real = torch.stack([val_set[i, i]["image"] for i in range(min(16, len(val_set)))])
-    reference = dataclasses.replace(data.state, reference=set_statistics(real))
-    latent_mean, latent_std = latent_statistics(sets["train"].table)
-    state = {"data": reference.to_dict(), "latent_mean": latent_mean, "latent_std": latent_std}
+    real = [val_set[i, i] for i in range(min(16, len(val_set)))]
+    scores = set_statistics(torch.stack([case["image"] for case in real]))
+    state = {
+        "data": dataclasses.replace(data.state, reference=scores).to_dict(),
+        "latent_mean": latent_mean,
+        "latent_std": latent_std,
+        "conditions": [c.to_dict() for c in conditions],
+    }
     if run.resumed:  # its own statistics: those of another number of ranks differ in the last digit
         state = run.resumed["state"]
 
@@ -307,6 +403,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         state["latent_mean"].to(device),
         state["latent_std"].to(device),
         data.state,
+        config.data,
     )
     if config.run.compile:
         net.compile()
@@ -316,8 +413,12 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     def save() -> None:
         run.save(state, net, ema, {"denoiser": stepper}, mean=mean)
 
+    train_set = sets["train"]
+    if not config.latent_cache:
+        fresh = data.dataset("train", augment=True)
+        train_set = WithConditions(fresh, conditions, fresh.cases, data.folder)
     stream = batches(
-        sets["train"] if config.latent_cache else data.dataset("train", augment=True),
+        train_set,
         config.batch_size,
         micro_batch_size,
         seed,
@@ -328,13 +429,15 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     bar = progress(speed.watch(stream), "ldm", config.run.steps, run.step)
     for group in bar:
         for batch, share in micro_batches(group, model, device, seed, run.step):
-            z_mean, z_logvar = posterior_of(autoencoder, batch, config.run.amp, device)
-            shape, positions = z_mean.shape[1:], batch["position"]
+            if not config.latent_cache:
+                batch |= encode_batch(autoencoder, batch, conditions, config.run.amp)
+            shape, positions = batch["mean"].shape[1:], batch["position"]
+            told = hide_some(sampled.conditions_of(batch), config.condition, seed, positions)
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
             u = keyed_uniform(seed, positions, "t")
             with autocast(config.run.amp, device):
-                loss = sampled.loss(model, z_mean, z_logvar, z_noise, u, noise)
+                loss = sampled.loss(model, batch["mean"], batch["logvar"], z_noise, u, noise, told)
             stepper.backward(loss.mean() * share)
             mean.add(loss=loss)
         if stepper.step(run.step):
@@ -351,7 +454,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
             logger.log(run.step, "val", scores)
             if is_main():
                 path = run.dir / "previews" / f"step_{run.step:07d}.png"
-                picture, z = preview(sampled, real, config, path)
+                picture, z = preview(sampled, real, sets["val"], config, path)
                 logger.picture(run.step, "samples", picture)
                 logger.histogram(run.step, "generated latent", z)
             run.keep_best("loss", scores["loss"], state, ema)

@@ -22,7 +22,6 @@ hidden maps (losses.py). To resume, run the same command again.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field
@@ -34,9 +33,25 @@ from torch import Tensor, nn
 
 from ldm3d.blocks import Conv
 from ldm3d.config import InputError, parse
-from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
+from ldm3d.data import (
+    BothRoles,
+    Data,
+    DataConfig,
+    VolumeDataset,
+    batches,
+    evaluation_batches,
+    open_data,
+)
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
-from ldm3d.distributed import is_main, keyed_generator, run_script, setup, world_size, wrap
+from ldm3d.distributed import (
+    is_main,
+    keyed_generator,
+    print0,
+    run_script,
+    setup,
+    world_size,
+    wrap,
+)
 from ldm3d.latent_diffusion import Autoencoder, make_autoencoder
 from ldm3d.logger import progress, save_sheet
 from ldm3d.losses import (
@@ -73,7 +88,7 @@ from ldm3d.training import (
     to_device,
 )
 from ldm3d.vae import Posterior, VAEConfig
-from ldm3d.vqvae import Quantized, QuantizerConfig
+from ldm3d.vqvae import Quantized, QuantizerConfig, quantizer_loss
 
 # --- Config and presets -------------------------------------------------------------------------------------
 
@@ -109,6 +124,22 @@ class Config:
     disc: PatchDiscriminatorConfig = field(default_factory=PatchDiscriminatorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     disc_optim: OptimConfig = field(default_factory=lambda: OptimConfig(adam_betas=(0.5, 0.9)))
+
+    def __post_init__(self) -> None:
+        weights = ("gradient_weight", "structure_weight", "kl_weight", "perceptual_weight", "disc_weight")
+        numbers = (
+            "free_bits",
+            "feature_weight",
+            "r1_weight",
+            "kl_warmup",
+            "disc_start",
+            "disc_ramp",
+            "disc_cap",
+        )
+        for names, low in ((weights + numbers, 0), (("batch_size", "r1_every"), 1)):
+            for name in names:
+                if getattr(self, name) < low:
+                    raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
 
     @property
     def has_critic(self) -> bool:
@@ -178,6 +209,60 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.warmup_steps": 50,
         "optim.schedule": "cosine",
     },
+    # Paired slices of two patients, T1 -> FLAIR. The autoencoder learns both contrasts; patient p19 is the
+    # test, the middle slices of p07 are the validation, with two slices left out on both sides.
+    "tiff-translation": {
+        "batch_size": 4,
+        "run.steps": 1800,
+        "run.eval_every": 500,
+        "run.save_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.995,
+        "data.name": "tiff_pairs",
+        "data.image": "flair/*.tif",
+        "data.source": "t1/*.tif",
+        "data.mask": "lesion/*.tif",
+        "data.dims": 2,
+        "data.subject": r"(p\d+)_",
+        "data.test_subjects": ("p19",),
+        "data.val_fraction": 0.15,
+        "data.val_gap": 2,
+        "data.learn_sources": True,
+        "data.augment.flip_axes": (1,),
+        "data.augment.affine": 0.7,
+        "vae.dims": 2,
+        "vae.channels": (32, 64),
+        "vae.num_res_blocks": (1,),
+        "vae.num_groups": 8,
+        "vae.stem": (2,),
+        "vae.latent_channels": 4,
+        "optim.lr": 2e-3,
+        "optim.adam_betas": (0.9, 0.99),
+        "optim.warmup_steps": 50,
+        "optim.schedule": "cosine",
+    },
+    # Shapes of 64^3 in two classes (MedMNIST adrenal).
+    "adrenal": {
+        "batch_size": 2,
+        "run.steps": 2500,
+        "run.eval_every": 500,
+        "run.save_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.99,
+        "data.table": "labels.csv",
+        "data.scaling": "minmax",
+        "data.test_fraction": 0.2,
+        "data.patch": (48, 48, 48),
+        "vae.channels": (32, 64, 96),
+        "vae.num_res_blocks": (1,),
+        "vae.num_groups": 8,
+        "vae.stem": (2,),
+        "vae.latent_channels": 4,
+        "optim.lr": 2e-3,
+        "optim.adam_betas": (0.9, 0.99),
+        "optim.warmup_steps": 50,
+        "optim.schedule": "cosine",
+    },
     # Medical Segmentation Decathlon Task01, FLAIR at 1.1 mm, after the 3-D LDM tutorial of MONAI (a
     # sum-weighted KL of 1e-7 is 1.4e-2 per latent element here). Validation on 144x176x112.
     "brats-32g": BRATS | {"batch_size": 2},
@@ -186,9 +271,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_data(config: Config) -> Config:
-    """The defaults that follow from the data: an autoencoder of their axes, and of the channels taken."""
-    channels = len(config.data.channel) or VAEConfig.in_channels
-    return Config(vae=VAEConfig(dims=config.data.dims, in_channels=channels))
+    """The defaults that follow from the data: networks of their axes, and of the channels taken."""
+    shape = {"dims": config.data.dims, "in_channels": len(config.data.channel) or config.vae.in_channels}
+    return Config(vae=VAEConfig(**shape), disc=PatchDiscriminatorConfig(**shape))
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -198,7 +283,7 @@ def with_data(config: Config) -> Config:
 def evaluate(
     net: Autoencoder, dataset: VolumeDataset, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """PSNR (dB) and SSIM of the latent mean's reconstruction, and the loss's terms, over whole validation
+    """PSNR (dB) and SSIM of the latent mean's reconstruction, its loss, and the KL, over whole validation
     cases."""
     means = Mean()
     total = -(-len(dataset) // world_size())
@@ -240,6 +325,10 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
     files with a cases.csv."""
     if config.vae.dims != config.data.dims:
         raise InputError(f"vae.dims: {config.vae.dims}, but data.dims is {config.data.dims}")
+    for name in ("dims", "in_channels"):
+        ours, theirs = getattr(config.disc, name), getattr(config.vae, name)
+        if config.has_critic and ours != theirs:
+            raise InputError(f"disc.{name}: {ours}, but vae.{name} is {theirs}")
     if config.preset == "phantom" and config.data.root is None:
         phantom_folder()
     data = open_data(config.data, config.preset, config.run.seed, split, config.vae.downsampling)
@@ -256,8 +345,7 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
 
 def make_critic(config: Config) -> PatchDiscriminator:
     """The critic for the images that the autoencoder is made for."""
-    like = {"dims": config.vae.dims, "in_channels": config.vae.in_channels}
-    return PatchDiscriminator(dataclasses.replace(config.disc, **like))
+    return PatchDiscriminator(config.disc)
 
 
 def loss_terms(
@@ -274,7 +362,7 @@ def loss_terms(
         loss = loss + config.structure_weight * terms["structure"]
     if isinstance(latent, Quantized):
         terms["codebook"], terms["commitment"] = latent.codebook_loss, latent.commitment_loss
-        loss = loss + latent.codebook_loss + config.quantizer.commitment_weight * latent.commitment_loss
+        loss = loss + quantizer_loss(latent, config.quantizer)
     else:
         terms["kl"] = kl_per_element(latent.mean, latent.logvar)
         kl = kl_per_element(latent.mean, latent.logvar, config.free_bits) if config.free_bits else terms["kl"]
@@ -343,18 +431,34 @@ def plan(config: Config) -> None:
     def loss(net: Autoencoder, batch: int, size: tuple[int, ...]) -> Tensor:
         x = torch.zeros(batch, config.vae.in_channels, *size)
         recon, latent = net(x, torch.zeros(batch, *net.latent_shape(size)))
-        value = loss_terms(recon, latent, x, config, 0)["loss"].mean()
+        value = loss_terms(recon, latent, x, config, 0)["loss"]
         if config.has_critic:
-            value = value + generator_loss(make_critic(config)(recon).logits).mean()
-        return value
+            judged = make_critic(config)(recon)
+            value = value + generator_loss(judged.logits)
+            if config.feature_weight:
+                with torch.no_grad():
+                    real = make_critic(config)(x).features
+                value = value + feature_matching_loss(judged.features, real)
+        return value.mean()
+
+    def critic_loss(critic: nn.Module, batch: int, size: tuple[int, ...]) -> Tensor:
+        x, recon = torch.zeros(2, batch, config.vae.in_channels, *size)
+        return critic_terms(critic, x, recon, config, 0)["loss"].mean()
 
     def there_and_back(net: Autoencoder, batch: int, size: tuple[int, ...]) -> None:
         net.decode(net.encode(torch.zeros(batch, config.vae.in_channels, *size)).mode(), size)
 
     plan = Plan(config.plan, config.run.amp, config.run.device)
-    rounds = -(-config.batch_size // micro)
-    plan.training("training", make, loss, micro, config.data.patch or whole, step, rounds)
-    plan.inference("validation", make, there_and_back, 1, whole, step, beside=3 * weight_bytes(make()))
+    rounds, patch, own = -(-config.batch_size // micro), config.data.patch or whole, weight_bytes(make())
+    critic = weight_bytes(make_critic(config)) if config.has_critic else 0
+    plan.training("training", make, loss, micro, patch, step, rounds, beside=2 * critic)  # Adam's moments
+    if config.has_critic:
+        plan.training(
+            "its critic", lambda: make_critic(config), critic_loss, micro, patch, step, rounds, 4 * own
+        )
+    if config.perceptual_weight:
+        print0("note: the plan leaves the perceptual network out")
+    plan.inference("validation", make, there_and_back, 1, whole, step, beside=3 * own + 3 * critic)
     plan.tell()
 
 
@@ -372,6 +476,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     perceptual = PerceptualLoss(config.perceptual).to(device) if config.perceptual_weight else None
     data = open_volumes(config, run.split())
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
+    if config.data.learn_sources:
+        train_set, val_set = BothRoles(train_set), BothRoles(val_set)
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.say()
@@ -387,6 +493,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         with_critic = config.disc_start + config.disc_ramp
     run.restore(net, ema, optimizers, **others)
     if config.run.compile:
+        if config.has_critic and config.disc_adaptive:  # it goes through the graph a second time
+            torch._functorch.config.donated_buffer = False
         net.compile()
     model = wrap(net, device)
     critic_model = wrap(critic, device) if config.has_critic else None

@@ -68,6 +68,8 @@ class DataConfig:
     split: str | None = None  # expression on the image's path giving train, val, test, or a CSV (name, split)
     val_fraction: float = 0.1  # of the subjects, for validation
     test_fraction: float = 0.0  # of the subjects, never looked at in training
+    val_gap: int | None = None  # validate within each subject: on its middle cases, this many left out beside
+    test_subjects: tuple[str, ...] = ()  # subjects that are the test set, whatever is drawn
     fold: tuple[int, int] | None = None  # (k, n): validate on part k = 0 ... n - 1 of n parts of the subjects
     subset: int | None = None  # take only this many cases, to try things out
     allow_missing_mask: bool = False  # cases without a mask take part, their mask is -1 everywhere
@@ -89,6 +91,7 @@ class DataConfig:
     num_labels: int | None = None  # of the masks, background included; none = found in the data
     label_values: tuple[int, ...] = ()  # values in mask files that stand for 0, 1, 2 ...; empty = the labels
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    learn_sources: bool = False  # the autoencoder learns the sources as well (to translate from them)
     num_variants: int = 1  # encodings cached per case for stage two; above 1 they are augmented
     cache: Literal["ram", "disk", "none"] = "ram"  # decoded volumes: in memory, memory-mapped, not kept
     cache_gb: float = 8.0  # GiB in memory, of training and of validation cases; the rest is read each time
@@ -109,6 +112,10 @@ class DataConfig:
             "val_fraction": (0 <= self.val_fraction < 1, "0 <= fraction < 1"),
             "foreground": (0 <= self.foreground <= 1, "a share from 0 to 1"),
             "test_fraction": (0 <= self.test_fraction < 1 - self.val_fraction, "something left to train on"),
+            "val_gap": (
+                self.val_gap is None or (self.val_gap >= 0 and self.val_fraction > 0 and not self.fold),
+                "0 or more, with a data.val_fraction and no data.fold",
+            ),
             "fold": (self.fold is None or 0 <= self.fold[0] < self.fold[1] != 1, "k, n with 0 <= k < n"),
             "resize": (not self.resize or self.size is not None, "a data.size to stretch to"),
             "label_values": (
@@ -135,6 +142,7 @@ class Case:
     split: str | None = None
     label: int | None = None
     text: str = ""
+    columns: dict[str, str] = field(default_factory=dict)  # all of the table's that name no file of a role
 
 
 def resolve_root(config: DataConfig, preset: str) -> Path:
@@ -208,6 +216,7 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
         split=split,
         label=None if label is None else int(label),
         text=row.get("text") or "",
+        columns={k: v or "" for k, v in row.items() if k not in ROLES},
     )
 
 
@@ -366,13 +375,19 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
 
     A drawn split keeps all cases of a subject together. val, then test, gets at least one subject if its
     fraction is not 0 and training is left with one; val_fraction 0 validates on the training cases. data.fold
-    (k, n) validates on the k-th of n equal parts and tests on none.
+    (k, n) validates on the k-th of n equal parts and tests on none. data.val_gap validates within subjects.
     """
+    subjects = sorted({case.subject for case in cases} - set(config.test_subjects))
+    if unknown := set(config.test_subjects) - {case.subject for case in cases}:
+        raise InputError(f"data.test_subjects: no case is of subject {min(unknown)}")
     if cases and cases[0].split is not None:
         part_of = {case.id: case.split for case in cases}
         _warn_of_leaks(cases)
+    elif config.val_gap is not None:
+        part_of = {
+            name: part for subject in subjects for name, part in _within(subject, cases, config).items()
+        }
     else:
-        subjects = sorted({case.subject for case in cases})
         n = len(subjects)
         order = torch.randperm(n, generator=keyed_generator(seed, 0, "split")).tolist()
         num_val = num_test = 0
@@ -386,7 +401,8 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
             num_test = min(max(1, round(config.test_fraction * n)), n - 1 - num_val)
         parts = ["val"] * num_val + ["test"] * num_test + ["train"] * (n - num_val - num_test)
         of_subject = {subjects[i]: part for i, part in zip(order, parts, strict=True)}
-        part_of = {case.id: of_subject[case.subject] for case in cases}
+        part_of = {case.id: of_subject.get(case.subject) for case in cases}
+    part_of |= {case.id: "test" for case in cases if case.subject in config.test_subjects}
     split = {part: [case.id for case in cases if part_of[case.id] == part] for part in SPLITS}
     if not config.val_fraction and not config.fold and not split["val"]:
         split["val"] = split["train"]
@@ -397,6 +413,20 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
                 f"the split of {len(cases)} cases leaves none to {what} on (one subject? --data.subject)"
             )
     return split
+
+
+def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, str | None]:
+    """Case id -> part, for the cases of one subject in the order of their ids, such as slices of a volume.
+
+    The middle val_fraction of them is for validation; val_gap cases on both sides of it, which are too alike,
+    belong to no part.
+    """
+    names = sorted(case.id for case in cases if case.subject == subject)
+    count = max(1, round(config.val_fraction * len(names)))
+    first = (len(names) - count) // 2
+    parts: dict[str, str | None] = dict.fromkeys(names, "train")
+    parts |= dict.fromkeys(names[max(0, first - config.val_gap) : first + count + config.val_gap])
+    return parts | dict.fromkeys(names[first : first + count], "val")
 
 
 def _warn_of_leaks(cases: list[Case]) -> None:

@@ -1,9 +1,10 @@
 """Checkpoints: anything with a state_dict, written so that nothing is ever lost and read so that nothing can
 run.
 
-A checkpoint is a dict ``{format, kind, config, state, model, ema, optimizers, scaler, step, best, ...}`` of
-tensors and plain values. It is written to a temporary file, flushed and renamed, so that a file that has its
-name is whole; it is read with ``weights_only=True``, so that a file from a stranger cannot execute code.
+A checkpoint is a dict ``{format, kind, config, state, model, ema, optimizers, others, step, best}`` of
+tensors and plain values; a loss scaler is with its optimizer, a critic in `others`. It is written to a
+temporary file, flushed and renamed, so that a file that has its name is whole; it is read with
+``weights_only=True``, so that a file from a stranger cannot execute code.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def step_files(run_dir: str | Path) -> list[Path]:
 
 
 def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
-    """The newest readable checkpoint, or None; a damaged newest one is passed over, saying so."""
+    """The newest readable checkpoint, or None; a damaged newer one is passed over, saying so."""
     files = step_files(run_dir)
     for path in files:
         try:
@@ -119,10 +120,17 @@ def load_run(run: str | Path, kind: str) -> dict[str, Any]:
     return content
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` numbered checkpoints; best.pt is not touched."""
-    for path in step_files(run_dir)[max(keep, 1) :]:
-        path.unlink(missing_ok=True)
+def prune(run_dir: str | Path, keep: int, step: int) -> None:
+    """Delete all but the `keep` newest numbered checkpoints up to `step`, the one just saved.
+
+    Those of later steps are damaged, or they would have been gone on from: they are deleted too. best.pt is
+    not touched.
+    """
+    files = step_files(run_dir)
+    late = [path for path in files if int(STEP_FILE.match(path.name)[1]) > step]
+    for path in late + files[len(late) + max(keep, 1) :]:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sweep(run_dir: str | Path) -> None:

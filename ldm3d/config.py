@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -200,6 +201,8 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
         text = f"{comments.get(name, '')} ({type_name(kind)}; default {show(value)})".strip()
         text = text.replace("%", "%%")
         flag = {"nargs": "?", "const": "true"} if kind is bool else {}
+        if cls.__dataclass_fields__[name].metadata.get("repeat"):  # --key A --key B: (A, B), neither split
+            flag = {"action": "append"}
         group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **flag)
 
 
@@ -212,7 +215,10 @@ def show(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but mistakes are InputErrors that name the nearest flag, and abbreviations are refused."""
+    """argparse, but mistakes are InputErrors that name the nearest flag, and abbreviations are refused.
+
+    A flag may be written with dashes: --color-by is --color_by.
+    """
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -222,7 +228,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        args, rest = self.parse_known_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        words = [re.sub(r"^--[^=]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", w) for w in words]
+        args, rest = self.parse_known_args(words)
         for word in rest:
             if word.startswith("-"):
                 flags = [option for action in self._actions for option in action.option_strings]

@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .cases import Case, DataConfig, find_cases, resolve_root, split_cases
+from .cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
 from .config import InputError, from_dict
 from .distributed import is_main, keyed_generator, print0, rank, world_size
-from .scan import CaseInfo, load_role, scan_cases
+from .scan import MAX_LABEL, CaseInfo, load_role, scan_cases
 from .transforms import augment, centred, cut, scale, unscale
 from .volumes import SUFFIXES, Volume, is_volume_file, strip_suffix
 
@@ -319,6 +319,29 @@ class VolumeDataset(Dataset):
         return np.load(target, mmap_mode="r")
 
 
+class BothRoles(Dataset):
+    """The images of a data set, then its sources in place of images: what an autoencoder that is to serve
+    both learns from."""
+
+    def __init__(self, dataset: VolumeDataset):
+        state = dataset.state
+        if state.source_channels != state.channels:
+            raise InputError(
+                f"data.learn_sources: images have {state.channels} channels, sources {state.source_channels}"
+            )
+        self.dataset, self.size = dataset, dataset.size
+
+    def __len__(self) -> int:
+        return 2 * len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        position, index = item
+        values = self.dataset[position, index % len(self.dataset)]
+        return {**values, "index": index} | (
+            {"image": values["source"]} if index >= len(self.dataset) else {}
+        )
+
+
 # --- batches ------------------------------------------------------------------------------------------------
 
 
@@ -349,11 +372,13 @@ class _Order:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors are stacked, numbers become tensors (B,), strings stay lists."""
+    """Tensors are stacked, numbers become tensors (B,), strings stay lists; of dicts, each entry."""
     batch = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]
-        if isinstance(first, Tensor):
+        if isinstance(first, dict):
+            batch[key] = collate(values)
+        elif isinstance(first, Tensor):
             batch[key] = torch.stack(values)
         else:
             batch[key] = values if isinstance(first, str) else torch.tensor(values)
@@ -435,6 +460,11 @@ class Data:
         cases = [self.cases[name] for name in self.split[part]]
         return VolumeDataset(cases, self.infos, self.state, self.config, augment, self.seed, own_size)
 
+    @property
+    def folder(self) -> Path:
+        """What the paths in the table of cases start from."""
+        return (self.root / (self.config.table or "cases.csv")).parent
+
     def files(self, part: str) -> list[str]:
         """Paths of all files of a part."""
         cases = [self.cases[name] for name in self.split[part]]
@@ -471,6 +501,54 @@ def open_data(
     infos = scan_cases(cases, config, Path(config.cache_dir) / f"scan-{digest}.json")
     state = make_state(cases, infos, split, config, multiple)
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, state)
+
+
+def own_images(folder: Path) -> str | None:
+    """The pattern of the image files in the folder itself, all of one kind; None: it holds none."""
+    names = [p.name for p in folder.iterdir() if is_volume_file(p)]
+    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
+    if len(suffixes) > 1:
+        print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
+    return f"*{suffixes[0]}" if suffixes else None
+
+
+def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state: DataState) -> VolumeDataset:
+    """Single files, read, scaled and centred as those of a role in training; every one a case.
+
+    Items hold "image" (roles image and source) or "mask". A "region" is a mask of any labels. Intensities are
+    scaled by the file's own numbers; sources that share those of their image, by the training set's.
+    """
+    if role == "region":
+        role, config = "mask", replace(config, label_values=(), num_labels=None)
+        state = replace(state, num_labels=MAX_LABEL + 1)
+    options = {
+        "mask": None,
+        "source": None,
+        "cache": "none",
+        "augment": AugmentConfig(),
+        "paired_scaling": "separate",
+    }
+    if role == "source":
+        options["channel"] = config.source_channel
+        state = replace(state, channels=state.source_channels, low=state.source_low, high=state.source_high)
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+    cases = [
+        Case(f"{i}_{strip_suffix(path)}", path, mask=path if role == "mask" else None)
+        for i, path in enumerate(paths)
+    ]
+    shared = role == "source" and config.paired_scaling == "shared"
+    config = replace(config, **options, scaling="none" if role == "mask" else config.scaling)
+    infos = scan_cases(cases, config)
+    for case in cases:
+        info = infos[case.id]
+        if role != "mask" and info.channels != state.channels:
+            raise InputError(f"{case.image}: has {info.channels} channels, the model wants {state.channels}")
+        infos[case.id] = replace(info, low=state.low, high=state.high) if shared else info
+    state = replace(state, source_channels=0, num_labels=state.num_labels if role == "mask" else None)
+    return VolumeDataset(cases, infos, state, config)
 
 
 def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
@@ -511,13 +589,9 @@ def find_images(place: str | Path, content: dict[str, Any]) -> tuple[DataConfig,
         return replace(config, root=str(place.parent)), [Case(name, place, subject=name)]
     if not place.is_dir():
         raise InputError(f"{place}: no such file or folder")
-    names = [p.name for p in place.iterdir() if is_volume_file(p)]
-    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
-    if len(suffixes) > 1:
-        print0(f"note: of {place} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
-    config = replace(config, root=str(place))
-    if suffixes:
-        config = replace(config, image=f"*{suffixes[0]}", table=None)
+    pattern, config = own_images(place), replace(config, root=str(place))
+    if pattern:
+        config = replace(config, image=pattern, table=None)
     try:
         return config, [replace(case, mask=None, source=None) for case in find_cases(config, place)]
     except InputError as e:

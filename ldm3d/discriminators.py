@@ -35,6 +35,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .blocks import Conv, GroupNorm, pad_to_multiple, timestep_embedding
 from .config import InputError
+from .metrics import halve
 
 
 class CriticOutput(NamedTuple):
@@ -53,7 +54,7 @@ class CriticOutput(NamedTuple):
 class PatchDiscriminatorConfig:
     dims: Literal[2, 3] = 3  # spatial axes of the images
     in_channels: int = 1  # channels of the images
-    channels: int = 32  # width of the first layer; it doubles with every other
+    channels: int = 32  # width of the first layer; every next has twice the width of the one before
     num_layers: int = 3  # layers after the first: 3 judge patches 70 voxels wide, 2 34, 1 16
     norm: Literal["instance", "group", "none"] = "instance"  # of the layers between the first and the last
     num_scales: int = 1  # critics, each on an image half as fine as the one before
@@ -126,7 +127,7 @@ class PatchDiscriminator(nn.Module):
         logits, features = [], []
         for i, layers in enumerate(self.scales):
             if i > 0:
-                x = F.avg_pool2d(x, 2) if c.dims == 2 else F.avg_pool3d(x, 2)
+                x = halve(x)
             h = x
             for layer in layers[:-1]:
                 h = F.leaky_relu(layer(h), 0.2)
@@ -150,17 +151,6 @@ class TimeDiscriminatorConfig:
             raise InputError(f"channels: expected one positive width per block, got {self.channels}")
         if self.emb_dim < 2:
             raise InputError(f"emb_dim: expected at least 2, got {self.emb_dim}")
-
-
-def halve(x: Tensor) -> Tensor:
-    """(B, C, *S) -> the mean of each two neighbours along every axis; an odd axis repeats its last value.
-
-    Not avg_pool3d: on a GPU its gradient is not bit-exact.
-    """
-    x = pad_to_multiple(x, (2,) * (x.ndim - 2))
-    for axis in range(2, x.ndim):
-        x = x.unflatten(axis, (-1, 2)).mean(axis + 1)
-    return x
 
 
 def minibatch_statistic(h: Tensor, parts: int = 1) -> Tensor:
@@ -190,7 +180,7 @@ class TimeBlock(nn.Module):
         emb = self.emb_proj(emb)
         h = F.leaky_relu(h + emb.view(*emb.shape, *(1,) * (x.ndim - 2)), 0.2)
         if self.down:
-            h, x = halve(h), halve(x)
+            h, x = (halve(pad_to_multiple(v, (2,) * (v.ndim - 2))) for v in (h, x))
         return (self.conv2(h) + self.skip(x)) / 2**0.5
 
 

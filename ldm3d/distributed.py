@@ -245,8 +245,8 @@ def explain(e: Exception) -> tuple[str, int]:
             f"error: the GPU's memory is full ({first}); try a lower micro_batch_size, a smaller data.patch, "
             "or checkpointing of the network; --plan GIB tells beforehand what fits"
         ), EXIT_USER
-    if isinstance(e, OSError) and e.errno in NO_ROOM and e.filename:
-        return f"error: {e.filename}: {e.strerror}", EXIT_USER
+    if isinstance(e, OSError) and e.errno in NO_ROOM:
+        return f"error: {e.filename or 'a file could not be written'}: {e.strerror}", EXIT_USER
     if isinstance(e, RuntimeError) and "DataLoader worker" in first:  # raised wherever the main process is
         return (
             f"error: run.workers: a data-loading process died ({first.strip()}); often memory, or shared "

@@ -1,4 +1,8 @@
-"""How good is an autoencoder? Quality of its reconstructions, and what its latents are like for diffusion.
+"""How good is it? An autoencoder's reconstructions and latents, generated volumes, paired results.
+
+    python -m ldm3d.evaluation reconstruct RUN               this file
+    python -m ldm3d.evaluation samples GENERATED REAL        fidelity.py: are they distributed like real ones?
+    python -m ldm3d.evaluation compare GENERATED TARGET      comparison.py: each against its own target
 
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus                   the run's validation cases
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --part test
@@ -25,10 +29,7 @@ Intervals are percentile bootstrap over cases (Efron & Tibshirani 1993, chapter 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +39,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import write_text
+from .comparison import ComparisonConfig, compare
 from .config import InputError, Parser, add_options, from_dict, replace, to_dict
 from .data import DataConfig, DataState, VolumeDataset, open_data, open_folder
 from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .distributed import gather, is_main, rank, run_script, setup, share, world_size
+from .distributed import gather, is_main, rank, run_script, setup, world_size
+from .fidelity import FidelityConfig, samples
 from .latent_diffusion import load_autoencoder
 from .logger import mid_slices, progress, save_sheet
 from .metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
+from .scores import new_folder, summarise, write_report, write_rows
 from .training import autocast
+from .volume_sets import autoencoder_path
 from .vqvae import VQVAE, perplexity_of
 
 # --- Config -------------------------------------------------------------------------------------------------
@@ -68,31 +72,6 @@ class Config:
                 raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
 
 
-def new_folder(run: Path, out: str | None, what: str) -> Path:
-    """The folder to write to, made by rank 0: `out`, or <what>-001 and so on in the run's folder.
-
-    One that holds something is never taken.
-    """
-    base = run if run.is_dir() else run.parent
-    error, folder = None, None
-    if is_main():
-        number = 1
-        while (base / f"{what}-{number:03d}").exists():
-            number += 1
-        folder = Path(out) if out else base / f"{what}-{number:03d}"
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            error = f"out: {folder} exists and is not empty; nothing is overwritten"
-        else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                error = f"out: {folder} cannot be made ({e.strerror})"
-    error, folder = share((error, folder))
-    if error:
-        raise InputError(error)
-    return folder
-
-
 def cases_of(run: dict[str, Any], config: Config) -> VolumeDataset:
     """The cases to reconstruct, each at its own size, scaled as the autoencoder of the checkpoint `run` was
     trained."""
@@ -110,33 +89,7 @@ def cases_of(run: dict[str, Any], config: Config) -> VolumeDataset:
     return VolumeDataset(cases, data.infos, state, data.config, own_size=True)
 
 
-# --- statistics ---------------------------------------------------------------------------------------------
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of values (n,), each mean of n drawn with replacement."""
-    draw = np.random.default_rng(seed)
-    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def summarise(rows: dict[str, dict[str, float]], resamples: int) -> dict[str, dict[str, float | None]]:
-    """Metric -> its mean over cases, 95 % interval, standard deviation and extremes."""
-    summary = {}
-    for name in next(iter(rows.values())):
-        values = np.array([row[name] for row in rows.values()])
-        low, high = bootstrap_interval(values, resamples)
-        spread = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-        summary[name] = {
-            "mean": float(values.mean()),
-            "low": low,
-            "high": high,
-            "std": spread,
-            "min": float(values.min()),
-            "max": float(values.max()),
-        }
-    return summary
+# --- latents ------------------------------------------------------------------------------------------------
 
 
 def loss_floor(noise_share: Tensor, kernel: DiffusionKernel, size: tuple[int, ...]) -> Tensor:
@@ -218,8 +171,7 @@ class LatentStatistics:
 def reconstruct(config: Config, run: Path) -> Path:
     """Reconstruct all cases and write the report; returns its folder."""
     device = setup(config.device)
-    own = run / "autoencoder.pt"
-    autoencoder, content = load_autoencoder(own if own.exists() else run)
+    autoencoder, content = load_autoencoder(autoencoder_path(run))
     autoencoder.to(device)
     dataset = cases_of(content, config)
     folder = new_folder(run, config.out, "evaluation")
@@ -262,7 +214,9 @@ def reconstruct(config: Config, run: Path) -> Path:
         if isinstance(autoencoder, VQVAE):
             used, perplexity = int((codes > 0).sum()), perplexity_of(codes).item()
             report["codebook"] = {"codes": len(codes), "used": used, "perplexity": perplexity}
-        write_report(folder, rows, report)
+        write_rows(folder / "cases.csv", rows)
+        write_report(folder / "report.json", report)
+        tell(report)
         worst = sorted(rows, key=lambda n: rows[n]["psnr"])[: config.worst]
         sheet = {f"{n}: {rows[n]['psnr']:.2f} dB": pictures[n] for n in worst}
         picture = save_sheet(folder / "worst.png", sheet, limits=(-1, 1)) if sheet else None
@@ -291,13 +245,8 @@ def slices_of(x: Tensor) -> list[np.ndarray]:
     return mid_slices(x[0, 0].float().cpu().numpy())
 
 
-def write_report(folder: Path, rows: dict[str, dict[str, float]], report: dict[str, Any]) -> None:
-    """cases.csv and report.json, and the means on the console."""
-    with open(folder / "cases.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", *next(iter(rows.values()))])
-        writer.writerows([name, *row.values()] for name, row in rows.items())
-    write_text(folder / "report.json", json.dumps(finite(report), indent=1) + "\n")
+def tell(report: dict[str, Any]) -> None:
+    """The means on the console."""
     for name, s in report["metrics"].items():
         print(f"{name:>8}  {s['mean']:.5g}  [{s['low']:.5g}, {s['high']:.5g}]")
     latent = report["latent"]
@@ -308,30 +257,32 @@ def write_report(folder: Path, rows: dict[str, dict[str, float]], report: dict[s
     print(f"  latent  noise share {shares}; dead channels {latent['dead_channels']}; loss floor {floors}")
 
 
-def finite(value: Any) -> Any:
-    """JSON has no inf and nan: they become null."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # --- main ---------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m ldm3d.evaluation", description=__doc__)
-    parser.add_argument("task", nargs="?", help="reconstruct")
-    parser.add_argument("run", nargs="?", help="run folder of train_vae.py or train_ldm.py, or a checkpoint")
-    add_options(parser, Config, Config())
-    args = vars(parser.parse(argv))
-    task, run = args.pop("task"), args.pop("run")
-    if task != "reconstruct":
-        raise InputError(f"which task? expected reconstruct, got {task}")
-    if run is None:
-        raise InputError("which run? give the run folder, such as runs/vae-phantom")
-    reconstruct(replace(Config(), args), Path(run))
+    tasks = {  # name -> (settings, what it takes, what does it)
+        "reconstruct": (Config, ("RUN",), lambda config, run: reconstruct(config, Path(run))),
+        "samples": (FidelityConfig, ("GENERATED", "REAL"), samples),
+        "compare": (ComparisonConfig, ("GENERATED", "TARGET"), compare),
+    }
+    words = sys.argv[1:] if argv is None else argv
+    task = words[0] if words else None
+    if task not in tasks and task not in ("-h", "--help"):
+        raise InputError(f"which task? expected {', '.join(tasks)}, got {task}")
+    settings, places, do = tasks.get(task, (Config, ("...",), None))
+    parser = Parser(prog="python -m ldm3d.evaluation", description=sys.modules[settings.__module__].__doc__)
+    parser.add_argument("task", help=", ".join(tasks))
+    for place in places:
+        parser.add_argument(place, nargs="?")
+    if do is not None:
+        add_options(parser, settings, settings())
+    args = vars(parser.parse(words))
+    given = [args.pop(place) for place in ("task", *places)][1:]
+    for place, value in zip(places, given, strict=True):
+        if value is None:
+            raise InputError(f"which {place}? {task} takes {' '.join(places)} (--help tells more)")
+    do(replace(settings(), args), *given)
 
 
 if __name__ == "__main__":

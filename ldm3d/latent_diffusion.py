@@ -4,45 +4,48 @@
     loss    = kernel loss of the denoiser at z_t, with z drawn afresh from the posterior at every step
     sample  = decode(latent_std * kernel.sample(denoiser, noise) + latent_mean)
 
-Stage two trains from a cache of (mean, logvar), so that the encoder runs once a case and not once a step; the
-variance of the posterior is not lost, since z is drawn from it. Rombach et al. 2022 (2112.10752), section 3;
+Rombach et al. 2022 (2112.10752), section 3;
 the measured per-channel scale replaces their single 1 / std of the first batch (section G). With a VQ
 autoencoder z is the latent before quantisation, whose posterior has no width, and `decode` quantises it.
+
+Conditions that are volumes enter as latents: a source by its posterior's mean, normalised by the statistics
+of the target's latents, labels as shares in each latent voxel.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .checkpoint import load_run, load_weights, save
+from .conditions import OF_SOURCE, OF_VOLUMES, Condition, ConditionConfig, check_names, label_shares
 from .config import InputError, from_dict
-from .data import DataConfig, DataState, VolumeDataset
+from .data import DataConfig, DataState, VolumeDataset, open_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
-from .logger import progress
+from .distributed import is_main, keyed_generator
+from .guidance import Guidance, guided
+from .latents import Autoencoder
 from .training import autocast
 from .unet import UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 from .vqvae import VQVAE, QuantizerConfig
 
-Autoencoder = AutoencoderKL | VQVAE
-
 
 def make_autoencoder(kind: str, vae: VAEConfig, quantizer: QuantizerConfig) -> Autoencoder:
     """A new autoencoder: "kl", or "vq" with the same trunks and a codebook."""
     return VQVAE(vae, quantizer) if kind == "vq" else AutoencoderKL(vae)
+
+
+def new_like(autoencoder: Autoencoder) -> Autoencoder:
+    """Another autoencoder with the same settings and fresh weights."""
+    quantizer = (autoencoder.quantizer.config,) if isinstance(autoencoder, VQVAE) else ()
+    return type(autoencoder)(autoencoder.config, *quantizer)
 
 
 def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
@@ -59,118 +62,26 @@ def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
     return autoencoder.eval().requires_grad_(False), content
 
 
-# --- cached latents -----------------------------------------------------------------------------------------
-
-
-def cache_key(autoencoder: Autoencoder, data: DataConfig, state: DataState, files: list[str]) -> str:
-    """A hash of all that a cached latent depends on: encoder weights, data settings, and the files' paths,
-    sizes, times."""
-    digest = hashlib.sha256()
-    for name, value in autoencoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    try:
-        stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    except OSError as e:
-        raise InputError(f"{e.filename}: is gone, it was there when the data were checked") from None
-    digest.update(repr((data, state.to_dict(), stats)).encode())
-    return digest.hexdigest()[:16]
-
-
-@torch.inference_mode()
-def cache_latents(
-    autoencoder: Autoencoder,
-    dataset: VolumeDataset,
-    folder: Path,
-    num_variants: int,
-    device: torch.device,
-    amp: str = "fp32",
-) -> np.ndarray:
-    """(cases, variants, 2, C_z, *s) float32 memory map of (mean, logvar); made once, rank-sharded, then read.
-
-    Variant v of case i is the dataset's item (v * cases + i, i): with augmentation on, each is another draw.
-    """
-    path = folder / "latents.npy"
-    shape = (len(dataset), num_variants, 2, *autoencoder.latent_shape(dataset[0, 0]["image"].shape[1:]))
-    if not path.exists():
-        temporary = folder / "latents.npy.partial"
-        if is_main():
-            reserve(temporary, shape)
-        barrier()
-        table = np.lib.format.open_memmap(temporary, "r+")
-        jobs = [(v, i) for v in range(num_variants) for i in range(len(dataset))][rank() :: world_size()]
-        for v, i in progress(jobs, "encoding"):
-            x = dataset[v * len(dataset) + i, i]["image"][None].to(device)
-            with autocast(amp, device):
-                posterior = autoencoder.encode(x)
-            table[i, v] = torch.stack([posterior.mean[0], posterior.logvar[0]]).float().cpu().numpy()
-        table.flush()
-        barrier()
-        if is_main():
-            os.replace(temporary, path)
-        barrier()
-    table = np.load(path, mmap_mode="r")
-    assert table.shape == shape, (table.shape, shape)
-    return table
-
-
-def reserve(path: Path, shape: tuple[int, ...]) -> None:
-    """Make an empty float32 .npy file whose room on the disk is certain: a memory map that runs out of it
-    later would kill the process without a word."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    except OSError as e:
-        with suppress(OSError):
-            path.unlink()
-        gib = 4 * math.prod(shape) / 2**30
-        raise InputError(f"{path}: no room for {gib:.2g} GiB of latents ({e.strerror or e})") from None
-
-
-class LatentDataset(Dataset):
-    """Cached posteriors. Item (position, index): mean and logvar (C_z, *s) of one variant, chosen by the
-    position."""
-
-    def __init__(self, table: np.ndarray, seed: int):
-        self.table, self.seed = table, seed
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        position, index = item
-        variants = self.table.shape[1]
-        draw = keyed_generator(self.seed, position, "variant")
-        v = int(torch.randint(variants, (1,), generator=draw)) if variants > 1 else 0
-        mean, logvar = torch.from_numpy(np.array(self.table[index, v]))
-        return {"mean": mean, "logvar": logvar, "position": position, "index": index}
-
-
-def latent_statistics(table: np.ndarray) -> tuple[Tensor, Tensor]:
-    """(latent_mean, latent_std), each (C_z,), of z = mean + std * noise over all cached cases, in float64.
-
-    The posterior's own variance is added in closed form: Var z = Var mean + E exp(logvar). Reduced over
-    ranks.
-    """
-    channels = table.shape[3]
-    sums = torch.zeros(4, channels, dtype=torch.float64)
-    for i in range(rank(), len(table), world_size()):
-        mean, logvar = torch.from_numpy(np.array(table[i])).double().transpose(0, 1)  # (variants, C_z, *s)
-        over = [d for d in range(mean.ndim) if d != 1]
-        sums[0] += mean.sum(over)
-        sums[1] += mean.square().sum(over)
-        sums[2] += logvar.exp().sum(over)
-        sums[3] += mean.numel() / channels
-    total, squares, noise, count = all_reduce_sum(sums)
-    mean = total / count
-    variance = squares / count - mean.square() + noise / count
-    return mean.float(), variance.clamp(min=1e-12).sqrt().float()
-
-
 # --- the model ----------------------------------------------------------------------------------------------
+
+
+class Edit:
+    """What an edit changes in sampling, at three places; this one changes nothing. See editing.py."""
+
+    def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:
+        """Where samples with these indices start: (x_t (B, C_z, *s), the falling times to visit)."""
+        return noise, times
+
+    def around(self, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Callable:
+        """The prediction to sample with, (x_t, t (B,) on 0..T) -> prediction."""
+        return predict
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Decoded volumes (B, C, *S) -> what is given out."""
+        return x
+
+
+NO_EDIT, NO_GUIDANCE = Edit(), Guidance()
 
 
 class LatentDiffusion:
@@ -187,8 +98,10 @@ class LatentDiffusion:
         latent_mean: Tensor,
         latent_std: Tensor,
         state: DataState,
+        layout: DataConfig | None = None,
     ):
         self.autoencoder, self.denoiser, self.kernel, self.state = autoencoder, denoiser, kernel, state
+        self.layout = layout  # how files are read and scaled; without it conditions must be tensors
         per_channel = (1, -1) + (1,) * len(state.size)
         self.latent_mean, self.latent_std = latent_mean.view(per_channel), latent_std.view(per_channel)
 
@@ -199,10 +112,14 @@ class LatentDiffusion:
         content = load_run(run, "ldm")
         folder = run if run.is_dir() else run.parent
         autoencoder, _ = load_autoencoder(folder / "autoencoder.pt")
-        denoiser = Denoiser(from_dict(UNetConfig, content["config"]["unet"], "unet"))
+        state = content["state"]
+        denoiser = Denoiser(
+            from_dict(UNetConfig, content["config"]["unet"], "unet"),
+            from_dict(ConditionConfig, content["config"].get("condition", {}), "condition"),
+            [Condition.from_dict(c) for c in state.get("conditions", [])],
+        )
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, content["config"]["kernel"], "kernel"))
-        state = content["state"]
         return cls(
             autoencoder.to(device),
             denoiser.to(device).eval().requires_grad_(False),
@@ -210,6 +127,7 @@ class LatentDiffusion:
             state["latent_mean"].to(device),
             state["latent_std"].to(device),
             DataState.from_dict(state["data"]),
+            from_dict(DataConfig, content["config"]["data"], "data"),
         )
 
     @property
@@ -233,7 +151,14 @@ class LatentDiffusion:
         return self.autoencoder.decode(z * self.latent_std + self.latent_mean, self.state.size)
 
     def loss(
-        self, model: Any, mean: Tensor, logvar: Tensor, z_noise: Tensor, u: Tensor, noise: Tensor
+        self,
+        model: Any,
+        mean: Tensor,
+        logvar: Tensor,
+        z_noise: Tensor,
+        u: Tensor,
+        noise: Tensor,
+        conditions: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """(B,) diffusion loss of `model` (the denoiser, bare or in DDP) on cached posteriors.
 
@@ -242,7 +167,63 @@ class LatentDiffusion:
         """
         z = self.normalise(mean + torch.exp(0.5 * logvar) * z_noise)
         t = self.kernel.t_from_uniform(u, z.shape[2:])
-        return self.kernel.losses(model, z, t, noise)
+        return self.kernel.losses(model, z, t, noise, conditions=conditions)
+
+    # Conditions
+
+    def conditions_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The conditions of a batch of `LatentDataset` or `encode_batch` with "conditions", by name."""
+        values = {}
+        for c in self.denoiser.conditions:
+            if c.kind in OF_SOURCE:
+                values[c.name] = self.normalise(batch["source"])
+            else:
+                values[c.name] = batch[c.kind] if c.kind in OF_VOLUMES else batch["conditions"][c.name]
+        return values
+
+    def prepare(self, conditions: dict[str, Any], num: int = 1) -> dict[str, Tensor]:
+        """Plain values -> tensors (num, ...) for `stream`: one value for all samples, or a list of num.
+
+        class: 1 or its name; number: 63.5; text: a caption; embedding: a file or (L, E); spacing: a tuple;
+        image, tokens: a file, or a source (C, *size) in scaled intensities; labels: a file, or integers
+        (*size). None is blank. InputError for whatever the run does not know.
+        """
+        check_names(conditions, self.denoiser.conditions)
+        prepared = {}
+        for c in (c for c in self.denoiser.conditions if c.name in conditions):
+            values = conditions[c.name]
+            values = values if isinstance(values, list) else [values] * num
+            if len(values) != num:
+                raise InputError(f"condition {c.name}: expected one value or {num}, got {len(values)}")
+            tensors = {id(value): self._tensor(c, value) for value in values}
+            prepared[c.name] = torch.stack([tensors[id(value)] for value in values])
+        return prepared
+
+    def _tensor(self, c: Condition, value: Any) -> Tensor:
+        """One value of one condition, without batch axis."""
+        if c.kind not in (*OF_SOURCE, "labels"):
+            return c.encode(value)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return torch.full((c.width, *self.latent_shape[1:]), math.nan)
+        labels = c.kind == "labels"
+        if not isinstance(value, Tensor):
+            value = self.open([value], "mask" if labels else "source")[0, 0]["mask" if labels else "image"]
+        expected = self.state.size if labels else (self.state.source_channels, *self.state.size)
+        if tuple(value.shape) != tuple(expected):
+            raise InputError(f"condition {c.name}: expected shape {expected}, got {tuple(value.shape)}")
+        if labels:
+            return label_shares(value[None].long(), c.width, self.latent_shape[1:])[0]
+        with torch.inference_mode():
+            return self.encode(value[None].to(self.device))[0].float().cpu()
+
+    def open(self, paths: Sequence[str | Path], role: str) -> VolumeDataset:
+        """Files as the training data's "image", "source" or "mask" were read, or a "region"; centred to the
+        run's size."""
+        if self.layout is None:
+            raise InputError(f"{paths[0]}: the model does not know how files are read; give tensors")
+        return open_files(paths, role, self.layout, self.state)
+
+    # Sampling
 
     @torch.inference_mode()
     def sample(
@@ -255,14 +236,31 @@ class LatentDiffusion:
         eta: float = 0.0,
         first: int = 0,
         amp: str = "fp32",
+        conditions: dict[str, Any] | None = None,
+        guidance_scale: float | dict[str, float] = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        edit: Edit = NO_EDIT,
     ) -> Tensor:
         """New volumes (num, C, *size) on the CPU, in scaled intensities.
 
         Sample i has its own CPU generator keyed by (seed, i), so that it does not depend on batch size, rank
         or device (to rounding). `first` numbers the first one: sample(2, first=4) gives samples 4 and 5.
+        conditions: see `prepare`; those not given are absent. guidance: see guidance.py.
         """
-        indices = range(first, first + num)
-        batches = [x for x, _ in self.stream(indices, steps, sampler, seed, batch_size, eta, amp)]
+        stream = self.stream(
+            range(first, first + num),
+            steps,
+            sampler,
+            seed,
+            batch_size,
+            eta,
+            amp,
+            self.prepare(conditions or {}, num),
+            Guidance(guidance_scale, guidance_rescale, guidance_interval),
+            edit,
+        )
+        batches = [x for x, _ in stream]
         return torch.cat(batches) if batches else torch.empty(0, self.state.channels, *self.state.size)
 
     def stream(
@@ -274,21 +272,32 @@ class LatentDiffusion:
         batch_size: int = 4,
         eta: float = 0.0,
         amp: str = "fp32",
+        conditions: dict[str, Tensor] | None = None,
+        guidance: Guidance = NO_GUIDANCE,
+        edit: Edit = NO_EDIT,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`sample` batch by batch, for the samples with these indices: (volumes on the CPU, their normalised
-        latents)."""
+        latents). conditions: tensors with one entry an index."""
         sampler = sampler or self.default_sampler
         self.kernel.check_sampler(sampler, eta)
+        guidance.check(self.denoiser.conditions)
         for start in range(0, len(indices), batch_size):
+            part = slice(start, start + batch_size)
             with torch.inference_mode(), autocast(amp, self.device):
-                generators = [keyed_generator(seed, i, "sample") for i in indices[start : start + batch_size]]
+                generators = [keyed_generator(seed, i, "sample") for i in indices[part]]
 
                 def draw(shape: torch.Size, generators: list = generators) -> Tensor:
                     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
 
                 noise = draw((len(generators), *self.latent_shape)).to(self.device)
-                z = self.kernel.sample(self.denoiser, noise, steps, sampler, eta=eta, draw=draw)
+                told = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
+                predict = guided(self.denoiser, told, noise, guidance, self.kernel.num_timesteps)
+                times = self.kernel.sampling_times(sampler, steps, noise.shape[2:])
+                x_t, times = edit.start(noise, times, list(indices[part]))
+                predict = edit.around(predict, noise)
+                z = self.kernel.sample(predict, x_t, times, sampler, eta=eta, draw=draw)
                 x = torch.cat([self.decode(one).float().cpu() for one in z.split(1)])  # least memory
+                x = edit.finish(x)
             yield x, z
 
     @property

@@ -146,8 +146,10 @@ class Profile:
 
     def close(self) -> None:
         """There are no more steps: tell of those that there were."""
-        if self.SKIP <= self.count < self.SKIP + self.STEPS:
+        if self.SKIP < self.count < self.SKIP + self.STEPS:
             self._tell()
+        elif self.count <= self.SKIP:
+            tqdm.write(f"note: run.profile: a run of {self.count} steps is too short to profile")
 
     def _tell(self) -> None:
         self.profiler.stop()
@@ -188,6 +190,28 @@ def tile(slices: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(columns, axis=1)
 
 
+def new_figure(**options: Any) -> Any:
+    """An empty matplotlib figure that needs no screen; None where matplotlib (extra viz) is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> Path | None:
+    """Write a figure of `new_figure` as PNG; without room on the disk None: pictures never stop a run."""
+    try:
+        figure.canvas.print_png(str(path))
+    except OSError as e:
+        tqdm.write(f"note: {path} could not be written ({e.strerror or e})")
+        return None
+    return Path(path)
+
+
 def save_sheet(
     path: str | Path, rows: dict[str, Sequence[np.ndarray]], limits: tuple[float, float] | None = None
 ) -> Path | None:
@@ -196,18 +220,14 @@ def save_sheet(
     `limits` is the grey range; None takes the 1st to 99.5th percentile of each row. Without matplotlib, or
     room on the disk, nothing is written and None is returned: pictures never stop a run.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(dpi=100, facecolor="black")
+    if figure is None:
         return None
     images = {title: tile([s for v in volumes for s in mid_slices(v)]) for title, volumes in rows.items()}
     width = max(i.shape[1] for i in images.values())
     height = sum(i.shape[0] for i in images.values())
     scale = min(2.5, max(0.5, 1600 / width)) / 100
-    figure = Figure(
-        figsize=(width * scale + 0.2, height * scale + 0.3 * len(images)), dpi=100, facecolor="black"
-    )
+    figure.set_size_inches(width * scale + 0.2, height * scale + 0.3 * len(images))
     axes = figure.subplots(
         len(images), 1, squeeze=False, gridspec_kw={"height_ratios": [i.shape[0] for i in images.values()]}
     )
@@ -219,9 +239,4 @@ def save_sheet(
     figure.subplots_adjust(
         left=0.005, right=0.995, bottom=0.005, top=1 - 0.25 / figure.get_figheight(), hspace=0.15
     )
-    try:
-        FigureCanvasAgg(figure).print_png(str(path))
-    except OSError as e:
-        tqdm.write(f"note: {path} could not be written ({e.strerror or e})")
-        return None
-    return Path(path)
+    return save_figure(figure, path)

@@ -1,4 +1,6 @@
-"""How near a volume is to another, and a label map to another; one number a sample, computed in float64.
+"""How near a volume is to another, a label map to another, a set of volumes to another; all in float64.
+
+Of two volumes, one number a sample:
 
 PSNR    = 10 log10(data_range^2 / mean((x - y)^2))                                                   in dB
 SSIM    = mean over windows of l s       Wang et al. 2004 (IEEE Trans. Image Process. 13), eq. 13, with
@@ -7,9 +9,20 @@ SSIM    = mean over windows of l s       Wang et al. 2004 (IEEE Trans. Image Pro
           m, v: means and sample (co)variances in the window
 MS-SSIM = mean(l s at the coarsest scale)^w_M  prod_j mean(s at scale j)^w_j        Wang et al. 2003, eq. 7
 Dice    = 2 |P and T| / (|P| + |T|)        IoU = |P and T| / |P or T|                        for each label
-precision = |P and T| / |P|        sensitivity = |P and T| / |T|
+precision = |P and T| / |P|        sensitivity = |P and T| / |T|                              for each label
 HD95    = max over both directions of the 95th percentile of the distances from the voxels of one surface to
           the other surface, mm; a surface voxel has a neighbour (by a face) outside the label or the volume
+
+Of two sets, given by features x (N, F) and y (M, F) of their volumes:
+Frechet distance = |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))       Heusel et al. 2017 (1706.08500)
+  With C_x = A^T A, C_y = B^T B the eigenvalues of C_x C_y are the squared singular values of A B^T, whose sum
+  is the trace that is wanted: no root of a matrix that is not symmetric.
+kernel distance = E k(x, x') + E k(y, y') - 2 E k(x, y),  k(a, b) = (a.b / F + 1)^3,  unbiased: over x != x'
+                                                        Binkowski et al. 2018 (1801.01401), section 3
+With B(x) the ball around x that reaches its k-th nearest neighbour in its own set:
+precision, recall = share of y in a ball of x, of x in a ball of y       Kynkaanniemi et al. 2019 (1904.06991)
+density  = mean over y of the number of balls of x around it / k         Naeem et al. 2020 (2002.09797), eq. 4
+coverage = share of the balls of x that hold a y                         ibid. eq. 5
 
 Windows are uniform, as scikit-image's default, and inside the volume only. Published MS-SSIM mostly has
 Gaussian windows of 11 voxels: its figures compare within this library only, and are told with their weights.
@@ -21,7 +34,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,11 +50,20 @@ def psnr(x: Tensor, y: Tensor, data_range: float) -> Tensor:
 
 
 def _local_mean(x: Tensor, windows: Sequence[int]) -> Tensor:
-    """Mean in the box of `windows` voxels around each voxel of (B, C, *S) where it fits, axis by axis."""
-    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
-    for axis, width in enumerate(windows):
-        if width > 1:
-            x = pool(x, [width if a == axis else 1 for a in range(len(windows))], stride=1)
+    """Mean in the box of `windows` voxels around each voxel of (B, C, *S) where it fits, axis by axis.
+
+    Not avg_pool3d, whose gradient is not bit-exact on a GPU.
+    """
+    for axis, width in enumerate(windows, start=2):
+        size = x.shape[axis] - width + 1
+        x = sum(x.narrow(axis, i, size) for i in range(width)) / width
+    return x
+
+
+def halve(x: Tensor) -> Tensor:
+    """Means of 2 voxels along every axis of (B, C, *S); an odd last one is left out. Bit-exact on a GPU."""
+    for axis in range(2, x.ndim):
+        x = x.narrow(axis, 0, x.shape[axis] // 2 * 2).unflatten(axis, (-1, 2)).mean(axis + 1)
     return x
 
 
@@ -100,11 +121,10 @@ def ms_ssim(
     """
     _check(x, y)
     x, y = x.to(dtype), y.to(dtype)
-    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
     weights, value = ms_ssim_weights(x.shape[2:], window), 1.0
     for scale, weight in enumerate(weights):
         if scale > 0:
-            x, y = pool(x, 2), pool(y, 2)
+            x, y = halve(x), halve(y)
         luminance, structure = _ssim_terms(x, y, data_range, window)
         similarity = luminance * structure if scale == len(weights) - 1 else structure
         # A power of something negative is not a number, and at 0 its gradient is not finite
@@ -129,6 +149,18 @@ def dice(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
     return 2 * both / (num_pred + num_target)
 
 
+def precision(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
+    """(B, num_labels - 1) share of a label's voxels in `pred` that are right; nan: it has none."""
+    both, num_pred, _ = _overlap(pred, target, num_labels)
+    return both / num_pred
+
+
+def sensitivity(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
+    """(B, num_labels - 1) share of a label's voxels in `target` that are found; nan: it has none."""
+    both, _, num_target = _overlap(pred, target, num_labels)
+    return both / num_target
+
+
 def iou(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
     """(B, num_labels - 1) IoU of label maps (B, *S), background 0 left out; nan: neither has the label."""
     both, num_pred, num_target = _overlap(pred, target, num_labels)
@@ -139,18 +171,6 @@ def sharpness(x: Tensor) -> float:
     """Mean absolute difference of neighbouring voxels of (B, C, *S), over all axes."""
     steps = [x.diff(dim=axis).abs().double().mean() for axis in range(2, x.ndim) if x.shape[axis] > 1]
     return float(sum(steps) / len(steps))
-
-
-def precision(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) share of what was found that is right; nan: the label was not found."""
-    both, num_pred, _ = _overlap(pred, target, num_labels)
-    return both / num_pred
-
-
-def sensitivity(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) share of what is there that was found; nan: the label is not there."""
-    both, _, num_target = _overlap(pred, target, num_labels)
-    return both / num_target
 
 
 def surface(mask: Tensor, spacing: Sequence[float]) -> Tensor:
@@ -200,3 +220,94 @@ def set_statistics(x: Tensor) -> dict[str, float]:
         "sharpness": sharpness(x),
         "pair_ssim": float(pairs),
     }
+
+
+# --- sets of features ---------------------------------------------------------------------------------------
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (F,) of x (N, F), and a matrix A of at most F rows with A^T A its sample covariance."""
+    x = x.double()
+    a = (x - x.mean(0)) / math.sqrt(max(1, len(x) - 1))
+    return x.mean(0), torch.linalg.qr(a, mode="r").R if len(a) > a.shape[1] else a
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Of the Gaussians fitted to features (N, F) and (M, F). It grows as N and M fall: compare equal ones."""
+    (mean_x, a), (mean_y, b) = _centred(x), _centred(y)
+    root = torch.linalg.svdvals(a @ b.T).sum()
+    distance = (mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * root
+    return max(0.0, distance.item())
+
+
+def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(N, M) values k(x_i, y_j) of features (N, F) and (M, F)."""
+    return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+
+def kernel_distance(within_x: Tensor, within_y: Tensor, between: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy from kernel values (N, N), (M, M), (N, M).
+
+    Equal distributions have 0 in the mean, so it may be negative. nan: a set of one case.
+    """
+
+    def mean_of_pairs(k: Tensor) -> Tensor:
+        return (
+            (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) if len(k) > 1 else k.new_tensor(math.nan)
+        )
+
+    return (mean_of_pairs(within_x) + mean_of_pairs(within_y) - 2 * between.mean()).item()
+
+
+def neighbour_scores(
+    real: Tensor, generated: Tensor, between: Tensor, neighbours: int = 5
+) -> dict[str, float]:
+    """precision, recall, density, coverage from distances (N, N), (M, M) and real to generated (N, M).
+
+    nan where a set has no more cases than `neighbours`.
+    """
+    names = ("precision", "recall", "density", "coverage")
+    if min(between.shape) <= neighbours:
+        return dict.fromkeys(names, math.nan)
+    # The nearest neighbour of all is the case itself, at distance 0
+    real_radius, generated_radius = (d.kthvalue(neighbours + 1, dim=1).values for d in (real, generated))
+    in_real = between <= real_radius[:, None]  # (N, M)
+    in_generated = between <= generated_radius[None]
+    shares = (in_real.any(0), in_generated.any(1), in_real.double().sum(0) / neighbours, in_real.any(1))
+    return {name: share.double().mean().item() for name, share in zip(names, shares, strict=True)}
+
+
+# --- intensities and frequencies ----------------------------------------------------------------------------
+
+
+def histogram_distance(p: Tensor, q: Tensor, width: float) -> float:
+    """Wasserstein-1 distance of two histograms (..., bins) of shares over bins of equal width, in its
+    units."""
+    return float((p - q).double().cumsum(-1).abs().sum(-1).mean() * width)
+
+
+def power_spectrum(x: Tensor, bins: int) -> Tensor:
+    """(C, bins) power in dB of x (C, *S) in shells of equal width of the frequency, from 0 to Nyquist's.
+
+    Frequencies in cycles per voxel; their mean is taken away and the borders faded out (Hann), so that
+    neither leaks. White noise of standard deviation s has 20 log10 s in every shell.
+    """
+    size, over = x.shape[1:], tuple(range(1, x.ndim))
+    x, radius = x.double() - x.double().mean(over, keepdim=True), torch.zeros(())
+    for axis, n in enumerate(size):
+        shape = [n if a == axis else 1 for a in range(len(size))]
+        fade = torch.hann_window(n + 2, periodic=False, dtype=torch.float64, device=x.device)[1:-1]
+        fade = fade / fade.square().mean().sqrt()  # keeps the power
+        x = x * fade.view(shape)
+        radius = radius + torch.fft.fftfreq(n, dtype=torch.float64).view(shape).square()
+    power = torch.fft.fftn(x, dim=over).abs().square() / math.prod(size)
+    shell = (radius.sqrt() * 2 * bins).to(torch.int64).flatten().to(x.device)  # 1/2 is Nyquist's
+    inside = (shell < bins) & (torch.arange(shell.numel(), device=x.device) > 0)
+    counts = torch.bincount(shell[inside], minlength=bins)
+    sums = torch.stack([torch.bincount(shell[inside], c[inside], minlength=bins) for c in power.flatten(1)])
+    return 10 * torch.log10((sums / counts.clamp(min=1)).clamp(min=1e-12))
+
+
+def spectrum_distance(p: Tensor, q: Tensor) -> float:
+    """Root mean square difference (dB) of two spectra (C, bins) over their shells, mean over channels."""
+    return float((p - q).double().square().mean(-1).sqrt().mean())

@@ -109,6 +109,8 @@ class Run:
         return any(name != "previews" and ".tmp" not in name for name in names)
 
     def _move_aside(self) -> None:
+        if not (self.dir / "config.json").exists() and self._holds_something_else():
+            raise InputError(f"run.fresh: {self.dir} is not a run folder (it has no config.json); left alone")
         if self.dir.exists() and is_main():
             aside = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
             try:
@@ -241,15 +243,16 @@ class Run:
         self, state: dict[str, Any], net: nn.Module, ema: EMA, optimizers: dict[str, Stepper], **others: Any
     ) -> None:
         """Write the numbered checkpoint of this step and delete old ones."""
+        beside = {k: v.state_dict() for k, v in others.items()}  # by all ranks: a Mean gathers
         if is_main():
             content = {
                 **self._common(state, ema),
                 "model": weights(net),
                 "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
-                "others": {k: v.state_dict() for k, v in others.items()},
+                "others": beside,
             }
             save(self.dir / f"checkpoint_{self.step:07d}.pt", content)
-            prune(self.dir, self.config.run.keep)
+            prune(self.dir, self.config.run.keep, self.step)
         barrier()
 
     def _common(self, state: dict[str, Any], ema: EMA) -> dict[str, Any]:

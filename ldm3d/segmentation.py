@@ -5,8 +5,8 @@ their own geometry; cases.csv (a row a case: seconds and, where references are g
 (means with bootstrap confidence intervals, and how all was made) and overlays.png (lowest Dice first).
 
 Scores are by label, without background, on the grid of the files: Dice, IoU, precision, sensitivity, HD95 in
-mm (metrics.py). A label that neither map has gives none; one that only one map has gives no HD95: such scores
-are counted as missing. Calibration, over N voxels with uncertainty u and error e (0 or 1):
+mm (metrics.py). A label that neither map has gives none, one that only one map has no HD95: means are over
+the `cases` that have a score. Calibration, over N voxels with uncertainty u and error e (0 or 1):
 
     error correlation    Pearson's, of u and e
     retention area       mean over n = 1 .. N of (errors among the n most certain voxels) / N: an expert would
@@ -16,10 +16,7 @@ are counted as missing. Calibration, over N voxels with uncertainty u and error 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +28,14 @@ from torch import Tensor
 
 from .cases import Case
 from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig, uncertainty
-from .checkpoint import load_run, load_weights, write_text
+from .checkpoint import load_run, load_weights
 from .config import InputError, from_dict, to_dict
 from .data import DataState, VolumeDataset, find_images, scan_images
 from .distributed import gather, is_main, print0, rank, world_size
-from .evaluation import finite, new_folder, summarise
 from .logger import mid_slices, progress, save_sheet
 from .metrics import dice, hd95, iou, precision, sensitivity
 from .scan import CaseInfo, load_role
+from .scores import new_folder, summarise, table, write_report, write_rows
 from .training import autocast
 from .unet import UNetConfig
 from .volumes import (
@@ -55,7 +52,7 @@ from .volumes import (
 )
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
-SHOWN = 8  # cases in the picture
+SHOWN, RESAMPLES = 8, 2000  # cases in the picture; of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -175,16 +172,6 @@ def calibration(doubt: Tensor, wrong: Tensor) -> dict[str, float]:
     }
 
 
-def summary(rows: dict[str, dict[str, float]], resamples: int = 2000) -> dict[str, dict[str, float | None]]:
-    """Score -> mean over the cases that have it, 95 % interval and so on, and how many have it not."""
-    table = {}
-    for name in next(iter(rows.values())):
-        there = {case: {name: row[name]} for case, row in rows.items() if math.isfinite(row[name])}
-        numbers = summarise(there, resamples)[name] if there else {"mean": None}
-        table[name] = {**numbers, "missing": len(rows) - len(there)}
-    return table
-
-
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
@@ -285,25 +272,21 @@ def report(
     pictures: dict[str, list[np.ndarray]],
 ) -> None:
     """cases.csv, report.json, overlays.png, and the means on the console."""
-    with open(folder / "cases.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", *next(iter(rows.values()))])
-        writer.writerows([name, *row.values()] for name, row in rows.items())
-    table = summary(rows)
+    write_rows(folder / "cases.csv", rows)
+    metrics = summarise(rows, RESAMPLES)
     how = {
         **to_dict(config),
         "run": str(run),
         "step": step,
         "weights": "EMA",
         "cases": len(rows),
-        "interval": "95 % percentile bootstrap over cases, 2000 resamples, seed 0",
-        "metrics": table,
+        "interval": f"95 % percentile bootstrap over cases, {RESAMPLES} resamples, seed 0",
+        "metrics": metrics,
     }
-    write_text(folder / "report.json", json.dumps(finite(how), indent=1) + "\n")
+    write_report(folder / "report.json", how)
     first = sorted(rows, key=lambda n: rows[n].get("dice", 0.0))[:SHOWN]
     sheet = {n + (f": Dice {rows[n]['dice']:.3f}" if "dice" in rows[n] else ""): pictures[n] for n in first}
     picture = save_sheet(folder / "overlays.png", sheet)
-    for name, s in table.items():
-        interval = "" if s["mean"] is None else f"{s['mean']:.4g}  [{s['low']:.4g}, {s['high']:.4g}]"
-        print(f"{name:>18}  {interval}" + (f"  ({s['missing']} missing)" if s["missing"] else ""))
+    columns = ("mean", "low", "high", "cases")
+    print(table([["", *columns], *([name, *(m[c] for c in columns)] for name, m in metrics.items())]))
     print(f"{len(rows)} cases: {folder}" + (f", {picture}" if picture else ""))

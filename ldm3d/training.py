@@ -93,6 +93,9 @@ class OptimConfig:
             ("warmup_steps", self.warmup_steps >= 0, ">= 0"),
             ("grad_clip", self.grad_clip is None or self.grad_clip > 0, "> 0 or none"),
             ("reference_batch_size", self.reference_batch_size > 0, "> 0"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1"),
+            ("gamma", 0 < self.gamma <= 1, "above 0, up to 1"),
+            ("milestones", self.schedule != "multistep" or self.milestones, "steps, for schedule multistep"),
         ):
             if not fine:
                 raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")
@@ -184,11 +187,12 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.run.steps, self.config, self.batch_size)
         self.scaler.unscale_(self.optimizer)
-        clip = self.config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip, error_if_nonfinite=False)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.grad_norm = float(norm)
         fine = not any_rank(not (math.isfinite(self.grad_norm) and bool(self.loss_is_finite)))
         if fine:
+            if self.config.grad_clip is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
             self.scaler.step(self.optimizer)
             self.bad_in_a_row = 0
         # Halved on all ranks, whether or not they saw an overflow themselves: their scales must stay equal
@@ -281,10 +285,15 @@ class Mean:
         return {name: total / n if n else math.nan for name, (total, n) in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: pair.tolist() for name, pair in self.table.items()}
+        """The sums of every rank: added up they would not end in the same last digit. Called by all ranks."""
+        return {"ranks": gather({name: pair.tolist() for name, pair in self.table.items()})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.table = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in state.items()}
+        """Each rank takes up its own sums; of another number of ranks, they are dealt out in turn."""
+        self.table = {}
+        for sums in state["ranks"][rank() :: world_size()]:
+            for name, pair in sums.items():
+                self.table[name] = self.table.get(name, 0) + torch.tensor(pair, dtype=torch.float64)
 
 
 class Speed:
@@ -347,8 +356,11 @@ def micro_batches(
             yield to_device(batch, device), len(batch["position"]) / total
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`, those of nested dicts too."""
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
 def ranks_share(batch_size: int, micro_batch_size: int | None) -> int:

@@ -144,6 +144,11 @@ class QuantizerConfig:
                 raise InputError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
 
 
+def quantizer_loss(quantized: Quantized, config: QuantizerConfig) -> Tensor:
+    """(B,) the terms that are added to the reconstruction loss."""
+    return quantized.codebook_loss + config.commitment_weight * quantized.commitment_loss
+
+
 class VectorQuantizer(nn.Module):
     """z (B, C_z, *s) -> nearest codes. All state is in the state_dict: codes, running use, are they set."""
 
@@ -180,10 +185,6 @@ class VectorQuantizer(nn.Module):
         if self.config.update == "ema":
             codebook = torch.zeros_like(codebook)
         return Quantized(z, z + (codes - z).detach(), indices, codebook, commitment)
-
-    def loss(self, quantized: Quantized) -> Tensor:
-        """(B,) the terms that are added to the reconstruction loss."""
-        return quantized.codebook_loss + self.config.commitment_weight * quantized.commitment_loss
 
     @torch.no_grad()
     def update(self, outputs: Sequence[Quantized], draw: torch.Generator) -> dict[str, Tensor]:

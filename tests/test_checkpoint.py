@@ -97,13 +97,21 @@ def test_old_checkpoints_and_stale_temporaries_go_and_best_stays(tmp_path):
         save(tmp_path / f"checkpoint_{step:07d}.pt", content(step))
     save(tmp_path / "best.pt", content(2))
     (tmp_path / "checkpoint_0000004.pt.tmp123").write_bytes(b"torn")
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep=2, step=3)
     sweep(tmp_path)
     assert [p.name for p in step_files(tmp_path)] == ["checkpoint_0000003.pt", "checkpoint_0000002.pt"]
     assert sorted(p.name for p in tmp_path.iterdir())[0] == "best.pt"
     assert load_run(tmp_path, "vae")["step"] == 2
     with pytest.raises(InputError, match="no such run"):
         load_run(tmp_path / "gone", "vae")
+
+
+def test_a_damaged_newer_checkpoint_does_not_take_the_place_of_a_good_one(tmp_path):
+    for step in (5, 7):
+        save(tmp_path / f"checkpoint_{step:07d}.pt", content(step))
+    (tmp_path / "checkpoint_0000010.pt").write_bytes(b"torn")  # 5 was gone on from, 7 was just saved
+    prune(tmp_path, keep=1, step=7)
+    assert [p.name for p in step_files(tmp_path)] == ["checkpoint_0000007.pt"]
 
 
 def test_wrapped_and_compiled_networks_save_plain_names():

@@ -102,6 +102,14 @@ def test_a_run_compiles_once_saves_plain_names_and_goes_on_in_eager_and_back(
     assert_near(tmp_path / "eager", tmp_path / "mixed")
 
 
+def test_a_critic_that_comes_after_compiled_steps_finds_their_graph(heads, tmp_path, counted):
+    more = "--disc_weight 0.1 --disc_start 2 --disc.channels 4 --disc.num_layers 1".split()
+    for run, flag in (("eager", "false"), ("compiled", "true")):
+        train_vae.main(vae_flags(heads, tmp_path / run, 4, *more, "--run.compile", flag))
+    assert len(counted) == 1
+    assert_near(tmp_path / "eager", tmp_path / "compiled")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
 def test_the_flag_compiles_with_inductor_in_each_script(script, heads, vae_run, tmp_path):

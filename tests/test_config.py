@@ -137,6 +137,16 @@ def test_a_list_that_begins_with_a_minus_is_a_value_and_not_a_flag():
     assert read("small", "--pair", "-.5 -.25")[0].pair == (-0.5, -0.25)
 
 
+def test_a_flag_may_be_written_with_dashes_and_values_keep_theirs():
+    @dataclass(frozen=True)
+    class Dashed:
+        preset: str = ""  # which
+        color_by: str = ""  # a column
+
+    for flags in (["--color-by", "a-b"], ["--color-by=a-b"], ["--color_by", "a-b"]):
+        assert parse(Dashed, ["small", *flags], {"small": {}})[0].color_by == "a-b"
+
+
 def test_help_lists_every_field_with_type_default_and_comment(capsys):
     with pytest.raises(SystemExit):
         read("--help")

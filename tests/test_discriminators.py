@@ -10,7 +10,6 @@ from ldm3d.discriminators import (
     PatchDiscriminatorConfig,
     TimeDiscriminator,
     TimeDiscriminatorConfig,
-    halve,
     minibatch_statistic,
 )
 
@@ -184,15 +183,6 @@ def test_real_and_made_pairs_in_one_batch_are_judged_as_they_are_alone():
     for part in (slice(0, 2), slice(2, 4)):
         alone = net(x_t[part], t[part], x_next[part]).logits[0]
         assert torch.allclose(both[part], alone, atol=1e-5)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_halving_is_average_pooling_with_the_edge_repeated(dims):
-    x = torch.randn(2, 3, *(6, 4, 8)[:dims])
-    pool = nn.functional.avg_pool2d if dims == 2 else nn.functional.avg_pool3d
-    assert torch.allclose(halve(x), pool(x, 2), atol=1e-6)
-    odd = x[:, :, :5]
-    assert torch.allclose(halve(odd), pool(torch.cat([odd, odd[:, :, -1:]], 2), 2), atol=1e-6)
 
 
 def test_a_pair_of_other_channels_is_refused():

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ def train_two_steps() -> list[torch.Tensor]:
     net = AutoencoderKL(
         VAEConfig(dims=2, channels=(4, 8), num_groups=2, num_res_blocks=(1,), latent_channels=2)
     )
-    stepper = Stepper(net, OptimConfig(grad_clip=0.1), RunConfig(), 4, CPU)
+    stepper = Stepper(net, OptimConfig(grad_clip=None), RunConfig(), 4, CPU)  # clipping would hide a scale
     model, grads = wrap(net, CPU), []
     stepper.optimizer.register_step_pre_hook(
         lambda *_: grads.append([p.grad.clone() for p in net.parameters()])
@@ -133,6 +132,10 @@ def on_each_rank(number: int, port: int, folder: str) -> None:
         mean.add(index=batch["index"].double())
     result["mean"] = mean.take()["index"]
     result["cases"] = gather([b["index"].tolist() for b in evaluation_batches(Numbers(), 2)])
+    mean.add(kept=torch.tensor(0.1 + rank()))
+    half_way, mean = mean.state_dict(), Mean()  # a checkpoint between two log lines
+    mean.load_state_dict(half_way)
+    result["kept"] = mean.take()
     result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
     result["any"] = (any_rank(rank() == 1), any_rank(False))
     result["share"] = share({"from": rank()})
@@ -161,7 +164,11 @@ def ranks(tmp_path_factory):
 
 def test_gradients_of_two_ranks_are_those_of_one_process_on_the_joined_batch(ranks):
     alone = train_two_steps()
-    for mine, theirs in zip(alone, ranks[0]["step"], strict=True):
+    half = len(alone) // 2  # then come the weights, which Adam's division amplifies where a gradient is tiny
+    largest = max(float(grad.abs().max()) for grad in alone[:half])
+    for mine, theirs in zip(alone[:half], ranks[0]["step"][:half], strict=True):
+        assert (mine - theirs).abs().max() <= 1e-4 * mine.abs().max() + 1e-7 * largest
+    for mine, theirs in zip(alone[half:], ranks[0]["step"][half:], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -188,6 +195,10 @@ def test_unequal_shards_in_validation_give_the_exact_mean_and_see_each_case_once
     seen = [i for shard in ranks[0]["cases"] for batch in shard for i in batch]
     assert sorted(seen) == list(range(7))
     assert ranks[0]["only here"] == ranks[1]["only here"] == {"only_here": 2.0}
+
+
+def test_sums_that_were_saved_between_two_log_lines_go_back_to_the_rank_that_had_them(ranks):
+    assert ranks[0]["kept"] == ranks[1]["kept"] == {"kept": pytest.approx(0.6)}
 
 
 def test_sums_decisions_and_rank_0_values_reach_all_ranks(ranks):
@@ -242,6 +253,25 @@ def test_a_script_under_torchrun_trains_like_one_process_and_ranks_share_the_sam
             assert x[key] == pytest.approx(y[key], rel=2e-3)
 
 
+def test_stage_two_on_two_ranks_caches_and_trains_like_one_process(vae_run, tmp_path):
+    flags = [*tiny.ldm_flags(vae_run, tmp_path / "one", 3), "--data.num_variants", "2"]
+    flags += ["--data.augment.intensity", "0.5"]
+    train_ldm.main(flags)
+    flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    process = tiny.torchrun(ROOT / "train_ldm.py", *flags)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for part in ("train", "val"):
+        one, two = (np.load(next((tmp_path / n / "latents").glob(f"{part}-*/*.npy"))) for n in ("one", "two"))
+        assert np.abs(one - two).max() <= 1e-6 * np.abs(one).max()
+    one, two = (load(step_files(tmp_path / name)[0])["state"] for name in ("one", "two"))
+    for name in ("latent_mean", "latent_std"):
+        assert torch.allclose(one[name], two[name], rtol=1e-6)
+    for split in ("train", "val"):
+        for x, y in zip(*(tiny.lines(tmp_path / name, split) for name in ("one", "two")), strict=True):
+            assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_two_ranks_share_the_samples_which_are_those_of_one_process(vae_run, tmp_path):
     train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "ldm", 4))
@@ -255,12 +285,3 @@ def test_two_ranks_share_the_samples_which_are_those_of_one_process(vae_run, tmp
         one, two = (read(folder / f"samples-00{n}" / f"sample_{i:04d}.tif").array for n in (1, 2))
         assert np.allclose(one, two, atol=1e-3 * np.abs(one).max())
     assert (folder / "samples-001" / "samples.json").exists()
-
-
-def test_an_error_on_one_rank_ends_all_within_seconds_with_its_message(tmp_path):
-    start = time.time()
-    process = torchrun("train_vae", "phantom", "--data.root", tmp_path / "gone")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "gone" in err
-    assert time.time() - start < 40

@@ -16,9 +16,10 @@ from ldm3d import evaluation, read
 from ldm3d.data import open_folder
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.distributed import run_script
-from ldm3d.evaluation import LatentStatistics, bootstrap_interval, finite, loss_floor, summarise
+from ldm3d.evaluation import LatentStatistics, loss_floor
 from ldm3d.latent_diffusion import load_autoencoder
 from ldm3d.phantoms import write_phantoms
+from ldm3d.scores import bootstrap_interval, finite, summarise
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,7 +189,7 @@ def test_it_runs_as_a_module_and_its_mistakes_are_one_line(place):
     [
         ([], "which task"),
         (["reconstrct", "x"], "reconstruct"),
-        (["reconstruct"], "which run"),
+        (["reconstruct"], "which RUN"),
         (["reconstruct", "RUN", "--data", "/nowhere"], "/nowhere"),
         (["reconstruct", "RUN", "--part", "test"], "no test cases"),
         (["reconstruct", "RUN", "--resamples", "0"], "resamples"),

@@ -15,7 +15,7 @@ from tiny import ROOT, ldm_flags, lines, start, torchrun, vae_flags
 import sample
 import train_ldm
 import train_vae
-from ldm3d import latent_diffusion, runs, training
+from ldm3d import latents, runs, training
 from ldm3d.checkpoint import load, step_files
 from ldm3d.config import InputError
 from ldm3d.data import VolumeDataset
@@ -148,7 +148,7 @@ def test_room_for_cached_latents_is_reserved_before_a_memory_map_could_run_out_o
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(InputError, match=r"latents\.npy: no room for .* GiB of latents"):
-            latent_diffusion.reserve(tmp_path / "new" / "latents.npy", (100, 1, 2, 4, 8, 8, 8))
+            latents.reserve(tmp_path / "new" / "latents.npy", (100, 1, 2, 4, 8, 8, 8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "new").iterdir())
@@ -316,7 +316,12 @@ def test_an_error_on_one_rank_in_the_middle_of_training_ends_all_within_seconds(
         "sys.exit(run_script(train_vae.main))\n"
     )
     process = torchrun(driver, *vae_flags(heads, tmp_path / "run", 1000), port=1)
+    while not step_files(tmp_path / "run"):  # of step 5: the error comes in the step after the next
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    failing = time.time()
     _, err = process.communicate(timeout=100)
+    assert time.time() - failing < 30
     assert process.returncode != 0
     assert "rank 1: error: case 17 is made of cheese" in err
     assert "Traceback" not in err.split("torch/distributed")[0]  # rank 0 says in a line that it lost rank 1

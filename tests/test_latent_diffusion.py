@@ -15,7 +15,7 @@ from ldm3d import (
     VAEConfig,
 )
 from ldm3d.data import DataConfig, open_data
-from ldm3d.latent_diffusion import LatentDataset, cache_key, cache_latents, latent_statistics
+from ldm3d.latents import LatentDataset, cache_key, cache_latents, latent_statistics
 from ldm3d.phantoms import write_phantoms
 
 CPU = torch.device("cpu")
@@ -49,14 +49,16 @@ def model(data):
 
 def test_the_cache_holds_what_the_encoder_says_and_is_made_once(data, tmp_path):
     vae, dataset = make_vae(), data.dataset("train")
-    table = cache_latents(vae, dataset, tmp_path / "a", 1, CPU)
+    tables = cache_latents(vae, dataset, tmp_path / "a", 1, CPU)
     posterior = vae.encode(dataset[2, 2]["image"][None])
-    assert torch.allclose(torch.from_numpy(table[2, 0, 0].copy()), posterior.mean[0], atol=1e-6)
-    assert torch.allclose(torch.from_numpy(table[2, 0, 1].copy()), posterior.logvar[0], atol=1e-6)
+    assert tables.keys() == {"mean", "logvar"}
+    for name, table in tables.items():
+        got = torch.from_numpy(table[2, 0].copy())
+        assert torch.allclose(got, getattr(posterior, name)[0], atol=1e-6)
     again = cache_latents(
         make_vae(seed=5), dataset, tmp_path / "a", 1, CPU
     )  # would differ if it were made anew
-    assert np.array_equal(again, table)
+    assert all(np.array_equal(again[name], tables[name]) for name in tables)
     assert not list((tmp_path / "a").glob("*.partial"))
 
 
@@ -70,11 +72,16 @@ def test_the_key_changes_with_weights_settings_and_files(data):
 
 
 def test_variants_are_chosen_by_the_position_alone(tmp_path):
-    table = np.random.default_rng(0).normal(size=(2, 4, 2, 1, 2, 2, 2)).astype(np.float32)
-    dataset = LatentDataset(table, 7)
+    tables = {
+        name: np.random.default_rng(0).normal(size=(2, 4, 1, 2, 2, 2)).astype(np.float32)
+        for name in ("mean", "logvar", "source")
+    }
+    dataset = LatentDataset(tables, 7)
     item = dataset[11, 1]
     assert torch.equal(item["mean"], dataset[11, 1]["mean"])
-    assert any(np.array_equal(item["mean"].numpy(), table[1, v, 0]) for v in range(4))
+    found = [v for v in range(4) if np.array_equal(item["mean"].numpy(), tables["mean"][1, v])]
+    assert len(found) == 1
+    assert np.array_equal(item["source"].numpy(), tables["source"][1, found[0]])  # the same variant of all
     assert len({float(dataset[p, 1]["mean"].sum()) for p in range(40)}) == 4
 
 
@@ -83,8 +90,8 @@ def test_the_statistics_are_those_of_drawn_latents_per_channel():
     mean = draw.normal([[[[1.0]], [[-3.0]]]], [[[[2.0]], [[0.5]]]], size=(6, 2, 40, 50))
     logvar = draw.normal(-1.0, 0.5, size=mean.shape)
     z = mean + np.exp(0.5 * logvar) * draw.normal(size=(50, *mean.shape))
-    table = np.stack([mean, logvar], 1)[:, None].astype(np.float32)
-    got_mean, got_std = latent_statistics(table)
+    tables = {"mean": mean[:, None].astype(np.float32), "logvar": logvar[:, None].astype(np.float32)}
+    got_mean, got_std = latent_statistics(tables)
     assert np.allclose(got_mean, z.mean((0, 1, 3, 4)), atol=0.01)
     assert np.allclose(got_std, z.std((0, 1, 3, 4)), rtol=0.01)
 

@@ -11,6 +11,9 @@ from tiny import ROOT, cdal_flags, kill_all, ldm_flags, lines, start, torchrun, 
 
 from ldm3d.checkpoint import load, step_files
 
+CRITIC = """--autoencoder vq --quantizer.codebook_size 16 --disc_weight 0.1 --feature_weight 0.1
+ --disc_start 10 --disc.channels 4 --disc.num_layers 1 --r1_weight 1 --r1_every 4""".split()
+
 
 def last_step(run: Path) -> int:
     """The last step in the log, 0 before there is one."""
@@ -23,8 +26,10 @@ def assert_same_end(one: Path, other: Path) -> None:
     """Weights, EMA, optimizers, loss scales and logged losses, bit by bit."""
     a, b = (load(step_files(run)[0]) for run in (one, other))
     assert (a["step"], a["best"]) == (b["step"], b["best"])
-    for part in ("model", "ema"):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    critics = [content["others"].get("discriminator", {}) for content in (a, b)]
+    for part, x, y in [("critic", *critics)] + [(part, a[part], b[part]) for part in ("model", "ema")]:
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) for k in x), part
     for name, state in a["optimizers"].items():
         other_state = b["optimizers"][name]
         assert state["scaler"] == other_state["scaler"]
@@ -62,10 +67,11 @@ def run_and_kill(launch, run: Path, draw: np.random.Generator) -> bool:
 @pytest.mark.parametrize("script", ["train_vae", "train_ldm", "train_cdal"])
 def test_five_kills_at_random_moments_change_nothing(heads, vae_run, tmp_path, script, workers, ranks):
     more = ["--run.workers", workers, "--run.amp", "fp16" if workers else "fp32", "--micro_batch_size", 1]
+    more += ["--run.log_every", 3]  # saved every 5: between two lines of the log
 
     def launch(run: str):
         if script == "train_vae":
-            flags = vae_flags(heads, tmp_path / run, 60, *more)
+            flags = vae_flags(heads, tmp_path / run, 60, *more, *(CRITIC if workers else ()))
         elif script == "train_cdal":
             flags = cdal_flags(heads, tmp_path / run, 60, *more, "--unet.dropout", 0.2)
         else:

@@ -18,7 +18,8 @@ from ldm3d.checkpoint import load, step_files
 from ldm3d.config import flatten, replace
 from ldm3d.distributed import run_script
 from ldm3d.phantoms import write_phantoms
-from ldm3d.segmentation import calibration, load_segmenter, overlay, score, summary
+from ldm3d.scores import summarise
+from ldm3d.segmentation import calibration, load_segmenter, overlay, score
 from ldm3d.volumes import read
 
 STEPS = 60
@@ -290,10 +291,10 @@ def test_a_label_that_is_nowhere_gives_no_score_and_one_that_is_missed_is_counte
     rows = {"a": score(truth, truth, 4, (1.0, 1.0)), "b": score(0 * truth, truth, 4, (1.0, 1.0))}
     assert rows["a"]["dice"] == rows["a"]["dice_1"] == 1
     assert np.isnan(rows["a"]["dice_3"])
-    table = summary(rows)
-    assert table["dice"]["mean"] == 0.5
-    assert (table["hd95_1"]["mean"], table["hd95_1"]["missing"]) == (0, 1)
-    assert (table["dice_3"]["mean"], table["dice_3"]["missing"]) == (None, 2)
+    metrics = summarise(rows, 10)
+    assert metrics["dice"]["mean"] == 0.5
+    assert (metrics["hd95_1"]["mean"], metrics["hd95_1"]["cases"]) == (0, 1)
+    assert metrics["dice_3"]["cases"] == 0
 
 
 def test_an_overlay_colours_the_labels_and_leaves_the_rest_grey():

@@ -140,6 +140,17 @@ def test_a_bad_step_is_skipped_counted_and_named_and_the_next_good_one_trains_on
     assert not torch.equal(net.weight, before)
 
 
+@pytest.mark.parametrize("grad_clip", [1.0, None])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_gradient_that_is_not_finite_is_the_one_that_is_named(grad_clip, bad, capsys):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    stepper = Stepper(net, OptimConfig(grad_clip=grad_clip), RunConfig(), 4, CPU)
+    net[1].bias.register_hook(lambda grad: grad + bad)
+    stepper.backward(net(torch.ones(1, 2)).mean())
+    assert not stepper.step(0)
+    assert "the gradient of 1.bias is not finite" in capsys.readouterr().out
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_what_to_do():
     net = nn.Linear(2, 1)
     stepper = make_stepper(net, max_bad_steps=3)

@@ -1,0 +1,186 @@
+"""Latents of a data set: encoded once, kept on the disk, measured, and handed out with their conditions.
+
+Stage two trains from a cache of (mean, logvar), so that the encoder runs once a case and not once a step; the
+variance of the posterior is not lost, since z is drawn from it. What volumes give to conditions lies beside
+them: the latent of the source, the shares of the labels, the spacing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .cases import Case
+from .conditions import OF_SOURCE, OF_VOLUMES, Condition, label_shares
+from .config import InputError
+from .data import DataConfig, DataState, VolumeDataset, collate
+from .distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
+from .logger import progress
+from .training import autocast, to_device
+from .vae import AutoencoderKL
+from .vqvae import VQVAE
+
+Autoencoder = AutoencoderKL | VQVAE
+
+
+def cache_key(autoencoder: Autoencoder, data: DataConfig, state: DataState, files: list[str]) -> str:
+    """A hash of all that a cached latent depends on: encoder weights, data settings, and the files' paths,
+    sizes, times."""
+    digest = hashlib.sha256()
+    for name, value in autoencoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    try:
+        stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    except OSError as e:
+        raise InputError(f"{e.filename}: is gone, it was there when the data were checked") from None
+    digest.update(repr((data, state.to_dict(), stats)).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode_batch(
+    autoencoder: Autoencoder, batch: dict[str, Any], conditions: Sequence[Condition], amp: str = "fp32"
+) -> dict[str, Tensor]:
+    """What a batch of volumes is to stage two: mean and logvar of the image's posterior (B, C_z, *s) and, as
+    far as conditions want them, "source", the posterior mean of the source (B, C_z, *s), "labels", the shares
+    of labels (B, K, *s), and "spacing" (B, dims)."""
+    kinds = {c.kind: c for c in conditions}
+    with autocast(amp, batch["image"].device):
+        posterior = autoencoder.encode(batch["image"])
+        source = autoencoder.encode(batch["source"]).mean if kinds.keys() & set(OF_SOURCE) else None
+    made = {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+    if source is not None:
+        made["source"] = source.float()
+    if "labels" in kinds:
+        made["labels"] = label_shares(batch["mask"], kinds["labels"].width, posterior.mean.shape[2:])
+    return made | ({"spacing": batch["spacing"]} if "spacing" in kinds else {})
+
+
+@torch.inference_mode()
+def cache_latents(
+    autoencoder: Autoencoder,
+    dataset: VolumeDataset,
+    folder: Path,
+    num_variants: int,
+    device: torch.device,
+    amp: str = "fp32",
+    conditions: Sequence[Condition] = (),
+) -> dict[str, np.ndarray]:
+    """What `encode_batch` makes of every case, as float32 memory maps (cases, variants, ...) by name; made
+    once, rank-sharded, then read.
+
+    Variant v of case i is the dataset's item (v * cases + i, i): with augmentation on, each is another draw.
+    """
+    first = collate([dataset[0, 0]])
+    made = encode_batch(autoencoder, to_device(first, device), conditions, amp)
+    shapes = {name: (len(dataset), num_variants, *value.shape[1:]) for name, value in made.items()}
+    paths = {name: folder / f"{name}.npy" for name in shapes}
+    if not all(path.exists() for path in paths.values()):
+        temporary = {name: folder / f"{name}.npy.partial" for name in shapes}
+        if is_main():
+            for name, shape in shapes.items():
+                reserve(temporary[name], shape)
+        barrier()
+        tables = {name: np.lib.format.open_memmap(path, "r+") for name, path in temporary.items()}
+        jobs = [(v, i) for v in range(num_variants) for i in range(len(dataset))][rank() :: world_size()]
+        for v, i in progress(jobs, "encoding"):
+            batch = to_device(collate([dataset[v * len(dataset) + i, i]]), device)
+            for name, value in encode_batch(autoencoder, batch, conditions, amp).items():
+                tables[name][i, v] = value[0].cpu().numpy()
+        for table in tables.values():
+            table.flush()
+        barrier()
+        if is_main():
+            for name, path in paths.items():
+                os.replace(temporary[name], path)
+        barrier()
+    tables = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+    assert {name: table.shape for name, table in tables.items()} == shapes
+    return tables
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Make an empty float32 .npy file whose room on the disk is certain: a memory map that runs out of it
+    later would kill the process without a word."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as e:
+        with suppress(OSError):
+            path.unlink()
+        gib = 4 * math.prod(shape) / 2**30
+        raise InputError(f"{path}: no room for {gib:.2g} GiB of latents ({e.strerror or e})") from None
+
+
+class LatentDataset(Dataset):
+    """Cached latents. Item (position, index): mean, logvar (C_z, *s) and whatever else was cached, of one
+    variant, chosen by the position."""
+
+    def __init__(self, tables: dict[str, np.ndarray], seed: int):
+        self.tables, self.seed = tables, seed
+
+    def __len__(self) -> int:
+        return len(self.tables["mean"])
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        position, index = item
+        variants = self.tables["mean"].shape[1]
+        draw = keyed_generator(self.seed, position, "variant")
+        v = int(torch.randint(variants, (1,), generator=draw)) if variants > 1 else 0
+        values = {name: torch.from_numpy(np.array(table[index, v])) for name, table in self.tables.items()}
+        return {**values, "position": position, "index": index}
+
+
+def latent_statistics(tables: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """(latent_mean, latent_std), each (C_z,), of z = mean + std * noise over all cached cases, in float64.
+
+    The posterior's own variance is added in closed form: Var z = Var mean + E exp(logvar). Reduced over
+    ranks.
+    """
+    means, logvars = tables["mean"], tables["logvar"]  # (cases, variants, C_z, *s)
+    channels = means.shape[2]
+    sums = torch.zeros(4, channels, dtype=torch.float64)
+    for i in range(rank(), len(means), world_size()):
+        mean, logvar = (torch.from_numpy(np.array(table[i])).double() for table in (means, logvars))
+        over = [d for d in range(mean.ndim) if d != 1]
+        sums[0] += mean.sum(over)
+        sums[1] += mean.square().sum(over)
+        sums[2] += logvar.exp().sum(over)
+        sums[3] += mean.numel() / channels
+    total, squares, noise, count = all_reduce_sum(sums)
+    mean = total / count
+    variance = squares / count - mean.square() + noise / count
+    return mean.float(), variance.clamp(min=1e-12).sqrt().float()
+
+
+class WithConditions(Dataset):
+    """A data set whose items also hold "conditions": name -> value (conditioning.py), of those conditions
+    that columns of the table give. `cases` are the data set's, in order."""
+
+    def __init__(
+        self, dataset: Dataset, conditions: Sequence[Condition], cases: Sequence[Case], folder: Path
+    ):
+        self.dataset, self.cases, self.folder = dataset, cases, folder
+        self.conditions = [c for c in conditions if c.kind not in OF_VOLUMES]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        columns = self.cases[item[1]].columns
+        values = {c.name: c.encode(columns.get(c.name), self.folder) for c in self.conditions}
+        return {**self.dataset[item], "conditions": values}

@@ -1,0 +1,352 @@
+"""A run under conditions does the whole job: it trains on many ranks as on one, resumes bit by bit, samples
+what it is told, and refuses what it does not know before any work."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROOT, ldm_flags, lines, torchrun, vae_flags
+
+import sample
+import train_ldm
+import train_vae
+from ldm3d import InputError, LatentDiffusion, read
+from ldm3d.cases import DataConfig, find_cases, split_cases
+from ldm3d.checkpoint import load, step_files
+from ldm3d.data import open_data
+from ldm3d.distributed import run_script
+from ldm3d.phantoms import write_phantoms
+
+USE = ["--condition.use", "class,text,number:age,spacing,image,labels", "--condition.context_dim", "16"]
+USE += ["--condition.dropout", "0.2", "--condition.text_layers", "1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """2-D heads with one column more and some blanks, an autoencoder of both contrasts."""
+    place = tmp_path_factory.mktemp("conditional")
+    write_phantoms(place / "heads", 12, dims=2, size=(16, 20), spacing=(12.0, 11.0))
+    table = place / "heads" / "cases.csv"
+    rows = list(csv.DictReader(table.open()))
+    for i, row in enumerate(rows):
+        row["age"] = "" if i % 4 == 0 else str(40 + i)
+        row["text"] = "" if i % 5 == 0 else row["text"]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    train_vae.main(vae_flags(place / "heads", place / "vae", 10, "--data.learn_sources"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    train_ldm.main(ldm_flags(place / "vae", place / "ldm", 12, *USE))
+    return place / "ldm"
+
+
+def test_the_checkpoint_knows_the_conditions(run):
+    model = LatentDiffusion.load(run)
+    assert [c.name for c in model.denoiser.conditions] == [
+        "class",
+        "text",
+        "age",
+        "spacing",
+        "image",
+        "labels",
+    ]
+    assert model.denoiser.conditions[2].mean[0] == pytest.approx(46, abs=3)
+    assert (run / "previews" / "step_0000010.png").exists()
+
+
+def test_the_cache_holds_the_latent_of_the_source_and_the_shares_of_the_labels(run):
+    model = LatentDiffusion.load(run)
+    folder = next((run / "latents").glob("val-*"))
+    names = {p.stem for p in folder.glob("*.npy")}
+    assert names == {"mean", "logvar", "source", "labels", "spacing"}
+    val = json.loads((run / "split.json").read_text())["val"][0]
+    root = model.layout.root
+    x = model.open([f"{root}/sources/{val}.tif"], "source")[0, 0]["image"]
+    expected = model.autoencoder.encode(x[None]).mean[0]
+    assert np.allclose(np.load(folder / "source.npy")[0, 0], expected, atol=1e-5)
+    labels = np.load(folder / "labels.npy")[0, 0]
+    assert np.allclose(labels.sum(0), 1)
+    mask = read(f"{root}/labels/{val}.tif").array[0]
+    assert labels[0].mean() == pytest.approx((mask == 0).mean())
+
+
+def test_training_without_a_cache_goes_the_same_way(place, tmp_path):
+    ends = []
+    for name, cache in (("cached", "true"), ("fresh", "false")):
+        flags = ldm_flags(place / "vae", tmp_path / name, 3, *USE, "--latent_cache", cache)
+        train_ldm.main(flags)
+        ends.append([line["loss"] for line in lines(tmp_path / name)])
+    assert np.allclose(*ends, rtol=1e-4)
+
+
+def test_two_ranks_train_as_one(place, tmp_path):
+    flags = [*USE, "--unet.dropout", "0"]
+    process = torchrun(ROOT / "train_ldm.py", *ldm_flags(place / "vae", tmp_path / "two", 4, *flags))
+    train_ldm.main(ldm_flags(place / "vae", tmp_path / "one", 4, *flags))
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    one, two = ([line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two"))
+    assert np.allclose(one, two, rtol=1e-3)
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(place, run, tmp_path):
+    train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 5, *USE))
+    train_ldm.main(
+        ["phantom", "--vae", str(place / "vae"), "--run.dir", str(tmp_path / "ldm"), "--run.steps", "12"]
+    )
+    a, b = (load(step_files(folder)[0]) for folder in (run, tmp_path / "ldm"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert a["state"]["conditions"] == b["state"]["conditions"]
+
+
+def test_samples_follow_what_they_are_told(run):
+    model = LatentDiffusion.load(run)
+    root = model.layout.root
+    plain = model.sample(1, steps=2)
+    told = {"class": 1, "text": "a large lesion", "age": 50, "image": f"{root}/sources/phantom_0003.tif"}
+    made = {name: model.sample(1, steps=2, conditions={name: value}) for name, value in told.items()}
+    assert all(not torch.allclose(x, plain, atol=1e-6) for x in made.values())
+    both = model.sample(2, steps=2, conditions={"class": [1, None]})
+    assert torch.allclose(both[:1], made["class"], atol=1e-4)
+    assert torch.allclose(both[1:], model.sample(1, steps=2, first=1), atol=1e-4)
+    assert torch.allclose(model.sample(1, steps=2, conditions=told, guidance_scale=0.0), plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_training_in_reduced_precision_stays_finite(place, tmp_path, amp):
+    train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 2, *USE, "--run.amp", amp))
+    assert all(line["skipped_steps"] == 0 and np.isfinite(line["loss"]) for line in lines(tmp_path / "ldm"))
+
+
+@pytest.mark.slow
+def test_the_plan_counts_the_conditions(place, tmp_path, capsys):
+    train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 2, *USE, "--plan", "4"))
+    assert "training, latents 4 x 4x5" in capsys.readouterr().out
+    assert not (tmp_path / "ldm").exists()
+
+
+# --- sample.py ----------------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    return sorted(p.name for p in folder.glob("*.tif"))
+
+
+def test_sample_takes_conditions_and_puts_the_result_where_its_source_lies(run, tmp_path, capsys):
+    source = f"{LatentDiffusion.load(run).layout.root}/sources/phantom_0003.tif"
+    flags = [
+        "--condition",
+        "class=1",
+        "--condition",
+        "text=a strange, large lesion",
+        "--steps",
+        "2",
+        "--num",
+        "2",
+    ]
+    flags += ["--guidance", "class=3,text=2", "--maps", "--out", str(tmp_path / "out")]
+    sample.main([str(run), *flags, "--condition", f"image={source}"])
+    assert "does not know: ,, strange" in capsys.readouterr().out
+    assert files_of(tmp_path / "out") == [
+        "sample_0000.tif",
+        "sample_0001.tif",
+        "set_0000_mean.tif",
+        "set_0000_std.tif",
+    ]
+    volumes = [read(tmp_path / "out" / name) for name in files_of(tmp_path / "out")]
+    assert np.allclose(volumes[0].affine, read(source).affine, atol=1e-3)
+    both = np.stack([v.array for v in volumes[:2]])
+    assert np.allclose(volumes[2].array, both.mean(0), rtol=1e-3, atol=1e-2 * np.ptp(both))
+    assert np.allclose(volumes[3].array, both.std(0), atol=2e-2 * np.ptp(both))
+    how = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert how["sets"]["set_0000"]["class"] == "1"
+
+
+def test_sample_takes_a_table_of_conditions(run, tmp_path):
+    (tmp_path / "told.csv").write_text("name;class;text\nfirst;1;a lesion\nsecond;;\n")
+    sample.main(
+        [str(run), "--conditions", str(tmp_path / "told.csv"), "--steps", "2", "--out", str(tmp_path / "out")]
+    )
+    assert files_of(tmp_path / "out") == ["first.tif", "second.tif"]
+    model = LatentDiffusion.load(run)
+    x = model.sample(2, steps=2, conditions={"class": [1, None], "text": ["a lesion", None]})
+    written = read(tmp_path / "out" / "second.tif").array
+    assert np.allclose(written, model.state.to_volume(x[1]).array, rtol=1e-3, atol=0.5)
+
+
+def test_sample_compares_the_cases_of_a_part_with_their_targets(run, tmp_path):
+    sample.main([str(run), "--cases", "val", "--num", "2", "--steps", "2", "--out", str(tmp_path / "out")])
+    val = json.loads((run / "split.json").read_text())["val"]
+    scores = json.loads((tmp_path / "out" / "samples.json").read_text())["cases_scores"]
+    assert set(scores) == {f"{name}{end}" for name in val for end in ("_00", "_01", " mean")}
+    assert all(np.isfinite(row["psnr"]) for row in scores.values())
+    assert (tmp_path / "out" / "preview.png").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_as_one(run, tmp_path):
+    flags = [run, "--cases", "val", "--num", "3", "--steps", "2", "--maps"]
+    process = torchrun(ROOT / "sample.py", *flags, "--out", tmp_path / "two", port=7)
+    sample.main([*map(str, flags), "--out", str(tmp_path / "one")])
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    for name in files_of(tmp_path / "one"):
+        a, b = (read(tmp_path / place / name).array for place in ("one", "two"))
+        assert np.allclose(a, b, rtol=1e-3, atol=1e-2 * np.ptp(a) + 1e-3)
+    scores = [json.loads((tmp_path / p / "samples.json").read_text())["cases_scores"] for p in ("one", "two")]
+    assert scores[0].keys() == scores[1].keys()
+
+
+def test_inpainting_leaves_the_known_voxels_of_the_file_untouched(run, tmp_path):
+    root = LatentDiffusion.load(run).layout.root
+    image, mask = (f"{root}/{kind}/phantom_0002.tif" for kind in ("images", "labels"))
+    flags = [
+        "--inpaint",
+        image,
+        "--region",
+        mask,
+        "--num",
+        "2",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    sample.main([str(run), *flags, "--condition", "class=1"])
+    before, region = read(image), read(mask).array > 0
+    for name in files_of(tmp_path / "out"):
+        after = read(tmp_path / "out" / name)
+        assert np.array_equal(after.array[~region], before.array[~region])
+        assert not np.allclose(after.array[region], before.array[region], rtol=1e-3)
+        assert np.allclose(after.affine, before.affine, atol=1e-4)
+
+
+def test_images_are_edited_and_interpolated(run, tmp_path):
+    root = LatentDiffusion.load(run).layout.root
+    a, b = (f"{root}/images/phantom_000{i}.tif" for i in (1, 2))
+    sample.main([str(run), "--edit", a, "--num", "1", "--steps", "4", "--out", str(tmp_path / "edit")])
+    sample.main(
+        [str(run), "--interpolate", f"{a},{b}", "--num", "3", "--steps", "4", "--out", str(tmp_path / "way")]
+    )
+    sample.main(
+        [str(run), "--interpolate", "0,1", "--num", "2", "--steps", "4", "--out", str(tmp_path / "two")]
+    )
+    assert [len(files_of(tmp_path / name)) for name in ("edit", "way", "two")] == [1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--condition", "klass=1"], "condition klass: the model has no such condition"),
+        (["--condition", "class=7"], "condition class: got '7', expected one of 0, 1"),
+        (["--condition", "class"], "expected NAME=VALUE"),
+        (["--condition", "image=nowhere.tif"], "nowhere.tif: no such file"),
+        (["--guidance", "strong"], "guidance: expected a number"),
+        (["--guidance", "klass=2"], "condition klass"),
+        (["--guidance_interval", "0.7,0.2"], "guidance_interval"),
+        (["--cases", "test"], "has no test cases"),
+        (["--inpaint", "a.tif"], "one needs the other"),
+        (["--strength", "0.3"], "strength: needs"),
+        (["--interpolate", "3"], "interpolate: expected two"),
+        (["--num", "1", "--maps"], "maps: need at least 2"),
+        (["--conditions", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_the_run_does_not_know_is_told_before_any_work(run, flags, words, capsys):
+    before = sorted(run.iterdir())
+    assert run_script(sample.main, [str(run), "--steps", "2", *flags]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--condition.use", "klass"], "is no condition"),
+        (["--condition.use", "class:stage"], "no column 'stage'"),
+        (["--condition.use", "class", "--unet.context_dim", "8"], "condition.context_dim"),
+        (["--condition.use", "class", "--condition.dropout", "1.5"], "condition.dropout"),
+    ],
+)
+def test_conditions_that_the_data_lack_are_told_before_training(place, tmp_path, flags, words, capsys):
+    assert run_script(train_ldm.main, [*ldm_flags(place / "vae", tmp_path / "ldm", 2), *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "ldm").exists()
+
+
+def test_the_python_lines_on_conditions_in_the_readme_run_as_written(tmp_path, monkeypatch):
+    write_phantoms(tmp_path / "heads", 6, size=(16, 20, 16), spacing=(12.0, 11.0, 12.0))
+    axes = ["--data.dims", "3", "--vae.dims", "3"]
+    train_vae.main(vae_flags(tmp_path / "heads", tmp_path / "vae", 1, *axes))
+    told = [
+        "--condition.use",
+        "class,text",
+        "--condition.context_dim",
+        "16",
+        "--condition.text_min_count",
+        "1",
+    ]
+    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "runs" / "ldm-told", 1, *told))
+    text = (ROOT / "README.md").read_text().split("## Conditions")[1].split("## ")[0].split("In Python:")[1]
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    assert len(lines) <= 6
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(lines).replace("steps=30", "steps=2"), names)
+    assert names["y"].shape == (2, 1, 16, 20, 16)
+    kept = ~names["region"]
+    assert torch.equal(names["y"][0, 0][kept], names["x"][0, 0][kept])
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def test_validation_within_subjects_leaves_a_gap_and_whole_subjects_are_the_test(tmp_path):
+    for subject, count in (("p1", 20), ("p2", 7), ("p3", 3)):
+        for i in range(count):
+            (tmp_path / f"{subject}_{i:02d}.npy").touch()
+    config = DataConfig(
+        root=str(tmp_path), image="*.npy", dims=2, subject=r"(p\d)_", test_subjects=("p2", "p3"), val_gap=2,
+        val_fraction=0.2,
+    )  # fmt: skip
+    split = split_cases(find_cases(config, tmp_path), config, 0)
+    assert split["val"] == [f"p1_{i:02d}" for i in range(8, 12)]
+    assert split["train"] == [f"p1_{i:02d}" for i in (*range(6), *range(14, 20))]
+    assert len(split["test"]) == 10
+    with pytest.raises(InputError, match="test_subjects: no case is of subject p9"):
+        split_cases(find_cases(config, tmp_path), DataConfig(test_subjects=("p9",)), 0)
+
+
+def test_an_autoencoder_of_both_roles_sees_the_sources_too(place, tmp_path):
+    from ldm3d.data import BothRoles
+
+    config = DataConfig(root=str(place / "heads"), dims=2, cache_dir=str(tmp_path))
+    dataset = open_data(config, "phantom", 0).dataset("train")
+    both = BothRoles(dataset)
+    assert len(both) == 2 * len(dataset)
+    assert torch.equal(both[0, 1]["image"], dataset[0, 1]["image"])
+    assert torch.equal(both[0, 1 + len(dataset)]["image"], dataset[0, 1]["source"])
+
+
+@pytest.mark.real_data
+def test_the_translation_preset_splits_by_patient(real_data, tmp_path):
+    given = {
+        k.removeprefix("data."): v for k, v in train_vae.PRESETS["tiff-translation"].items() if "data." in k
+    }
+    given = {k: v for k, v in given.items() if "augment" not in k}
+    config = DataConfig(root=str(real_data / "tiff_pairs"), cache_dir=str(tmp_path), **given)
+    split = split_cases(find_cases(config, real_data / "tiff_pairs"), config, 0)
+    assert {name[:3] for name in split["test"]} == {"p19"}
+    assert {name[:3] for name in split["train"] + split["val"]} == {"p07"}
+    assert len(split["val"]) == 6
+    assert len(split["train"]) == 27
