@@ -251,7 +251,8 @@ def evaluate(
 def plan(config: Config) -> None:
     """--plan: what training and inference need, in memory, and the largest batch and cube that would fit."""
     state = open_labelled(config).state
-    cdal = CDAL(config.cdal, state.num_labels)
+    # The generator's own estimates, made without gradients, need less than the step that follows
+    cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=False), state.num_labels)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
     patch = config.data.patch or state.size
 
