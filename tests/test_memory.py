@@ -156,7 +156,9 @@ def test_each_script_prints_its_plan_and_touches_nothing(heads, vae_run, tmp_pat
 
 def test_plans_hold_the_critic_and_know_codebooks(heads, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Plan, "_largest", lambda *_, **__: 7)
-    critic = "--disc_weight 0.1 --feature_weight 1 --r1_weight 1 --disc.channels 4 --disc.num_layers 1".split()
+    critic = (
+        "--disc_weight 0.1 --feature_weight 1 --r1_weight 1 --disc.channels 4 --disc.num_layers 1".split()
+    )
     codes = "--autoencoder vq --quantizer.codebook_size 16".split()
     train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes, *critic, "--plan", "1"))
     assert "its critic 4 x 16x20" in capsys.readouterr().out
