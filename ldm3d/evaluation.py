@@ -30,6 +30,7 @@ Intervals are percentile bootstrap over cases (Efron & Tibshirani 1993, chapter 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,15 +229,16 @@ def scores_of(recon: Tensor, x: Tensor, dataset: VolumeDataset, index: int) -> d
     """Of one case (1, C, *S): PSNR (dB), SSIM and MS-SSIM of the scaled intensities, whose range is 2.
 
     MAE in the file's units, of the intensities as clipped by the scaling, mean over channels. Sharpness: mean
-    difference of neighbouring voxels over that of the original; 1 is as sharp.
+    difference of neighbouring voxels over that of the original; 1 is as sharp, nan where that is constant.
     """
     made, real = (dataset.restore(index, v[0].cpu()).array.astype(np.float64) for v in (recon, x))
+    detail = sharpness(x)
     return {
         "psnr": psnr(recon, x, data_range=2.0).item(),
         "ssim": ssim(recon, x, data_range=2.0).item(),
         "ms_ssim": ms_ssim(recon, x, data_range=2.0).item(),
         "mae": float(np.abs(made - real).mean()),
-        "sharpness": sharpness(recon) / max(sharpness(x), 1e-12),
+        "sharpness": sharpness(recon) / detail if detail else math.nan,
     }
 
 
