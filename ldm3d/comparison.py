@@ -10,10 +10,11 @@ files' own. For every pair:
 image     PSNR (dB), SSIM, mean squared and absolute error; on request cosine and Euclidean distance of the
           features of a network
 object    the voxels of the first channel above a threshold (Otsu's of the target, applied to both), of
-          which the largest connected part counts, its holes filled; or masks from a folder. Dice, IoU,
+          which the largest connected part counts, its holes filled; or masks from a folder. A target of one
+          value everywhere has no object; the generated image has one where it is brighter. Dice, IoU,
           precision, sensitivity; height and widths at 1/4, 1/2, 3/4 of it (mm) of both, smaller / larger,
           absolute difference
-labels    instead of all this, for label maps: Dice, IoU, precision, sensitivity of each label
+labels    instead of all this, for label maps: Dice, IoU, precision, sensitivity of each label that occurs
 
 --align moves the generated image onto its target by the objects' centroids, and axes, before anything is
 measured; it tells of form without place. --upright measures heights along the object's own axes.
@@ -170,7 +171,7 @@ def compare_pair(
         volumes["target"].spacing,
     )
     threshold = config.threshold if config.threshold is not None else otsu_threshold(target[0])
-    if np.isnan(threshold):
+    if math.isnan(threshold):  # one value everywhere: the target has no object
         threshold = float(target[0].max())
     masks = {
         role: volumes[key].array[0] > 0 if key in volumes else object_of(volumes[role].array[0], threshold)

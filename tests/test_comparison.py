@@ -112,6 +112,17 @@ def test_masks_from_a_folder_replace_the_threshold(pairs):
     assert {row["height_target"] for row in rows.values()} == {7 * SPACING[dims][{2: 0, 3: 2}[dims]]}
 
 
+def test_an_empty_target_has_no_object(tmp_path):
+    for name, made in (("empty", np.zeros(SHAPES[2], np.float32)), ("filled", blob(2, 9.0, 5.0) - 10)):
+        save(tmp_path / "target", name, np.zeros(SHAPES[2], np.float32))
+        save(tmp_path / "made", name, made)
+    rows, _ = run(tmp_path, "--data_range", "100")
+    assert math.isnan(rows["empty"]["dice"])
+    assert math.isnan(rows["empty"]["height_generated"])
+    assert rows["filled"]["dice"] == 0
+    assert rows["filled"]["height_generated"] == 11
+
+
 def test_label_maps_are_compared_label_by_label(tmp_path):
     target = np.zeros((12, 12), dtype=np.uint8)
     target[:6], target[6:, :4] = 1, 2
@@ -121,7 +132,7 @@ def test_label_maps_are_compared_label_by_label(tmp_path):
         save(tmp_path / folder, "a", array)
         save(tmp_path / folder, "b", target)
     rows, report = run(tmp_path, "--labels")
-    assert rows["a"] | {} == pytest.approx(
+    assert rows["a"] == pytest.approx(
         {
             **{"dice_1": 2 * 60 / (60 + 72), "dice_2": 0, "iou_1": 60 / 72, "iou_2": 0},
             **{"precision_1": 1, "precision_2": math.nan, "sensitivity_1": 60 / 72, "sensitivity_2": 0},
