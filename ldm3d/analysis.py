@@ -22,7 +22,6 @@ import csv
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -37,16 +36,16 @@ import torch
 from torch import Tensor
 
 from .cases import Case, DataConfig, find_cases
-from .checkpoint import write_atomically, write_text
+from .checkpoint import write_atomically
 from .config import InputError, Parser, add_options, from_dict, replace, to_dict
 from .data import DataState, VolumeDataset, open_data, open_folder
 from .distributed import gather, is_main, print0, rank, run_script, setup, world_size
 from .latent_diffusion import Autoencoder, load_autoencoder
 from .latents import cache_key
-from .logger import progress
+from .logger import new_figure, progress, save_figure
 from .maps import distances, inner_products, pca, place_new, to_centre
 from .pages import embed, escape, page, png, slices_picture, write_page
-from .scores import new_folder
+from .scores import new_folder, write_report
 from .training import autocast
 
 # --- Config -------------------------------------------------------------------------------------------------
@@ -246,11 +245,18 @@ def mean_or_none(values: Tensor) -> float | None:
     return float(values.mean()) if values.numel() else None
 
 
+def between_means(gram: Tensor, a: Tensor, b: Tensor) -> float:
+    """Distance of the means of the cases of two masks (N,): |m_a|^2 + |m_b|^2 - 2 <m_a, m_b>, its root."""
+    squared = gram[a][:, a].mean() + gram[b][:, b].mean() - 2 * gram[a][:, b].mean()
+    return float(squared.clamp(min=0).sqrt())
+
+
 def subject_table(rows: list[Row], gram: Tensor, apart: Tensor) -> list[dict[str, Any]]:
     """Per group and subject, the farthest from its group's centre first.
 
     within: mean distance of two of its cases; to_centre: mean distance to the centre of the group;
-    to_other_group: mean distance to the cases of the same subject in the other group.
+    to_other_group: mean distance to the cases of the same subject in the other group; centres: distance of
+    the two means of this subject.
     """
     table = []
     for group in dict.fromkeys(row["group"] for row in rows):
@@ -269,6 +275,7 @@ def subject_table(rows: list[Row], gram: Tensor, apart: Tensor) -> list[dict[str
                     "to_centre": float(centre[here].mean()),
                     "within": float(pairs.sum()) / (count * (count - 1)) if count > 1 else None,
                     "to_other_group": mean_or_none(apart[here][:, there]),
+                    "centres": between_means(gram, here, there) if there.any() else None,
                 }
             )
     return sorted(table, key=lambda line: (line["group"] != "first", -line["to_centre"]))
@@ -288,8 +295,6 @@ def group_table(names: list[str], gram: Tensor, apart: Tensor) -> list[dict[str,
             ours, theirs = masks[a], masks[b]
             block = others[ours][:, theirs]
             finite = block[block.isfinite()]
-            row, column, cross = gram[ours][:, ours], gram[theirs][:, theirs], gram[ours][:, theirs]
-            between = row.mean() + column.mean() - 2 * cross.mean()
             nearest = block.min(1).values
             table.append(
                 {
@@ -297,7 +302,7 @@ def group_table(names: list[str], gram: Tensor, apart: Tensor) -> list[dict[str,
                     "b": b,
                     "cases_a": int(ours.sum()),
                     "cases_b": int(theirs.sum()),
-                    "centres": float(between.clamp(min=0).sqrt()),
+                    "centres": between_means(gram, ours, theirs),
                     "pairs": mean_or_none(finite),
                     "nearest": mean_or_none(nearest[nearest.isfinite()]),
                 }
@@ -354,14 +359,11 @@ def group_titles(facts: dict[str, Any]) -> dict[str, str]:
     return {"first": facts["data"]} | ({"other": facts["other"]} if facts["other"] else {})
 
 
-def save_figure(path: Path, rows: list[Row], places: Tensor, facts: dict[str, Any]) -> bool:
+def draw_map(path: Path, rows: list[Row], places: Tensor, facts: dict[str, Any]) -> bool:
     """The map as a picture; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(figsize=(8, 6), dpi=150, layout="constrained")
+    if figure is None:
         return False
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     column, titles = facts["color_by"], group_titles(facts)
     ax, colors = figure.subplots(), palette([row[column] for row in rows])
     for group, mark in (("first", "o"), ("other", "D")):
@@ -378,7 +380,7 @@ def save_figure(path: Path, rows: list[Row], places: Tensor, facts: dict[str, An
     ax.spines[["top", "right"]].set_visible(False)
     if len(ax.collections) <= 20:
         ax.legend(frameon=False, fontsize=8)
-    FigureCanvasAgg(figure).print_png(str(path))
+    save_figure(figure, path)
     return True
 
 
@@ -498,9 +500,9 @@ def write_results(
     write_csv(folder / "subjects.csv", subject_table(rows, gram, apart))
     groups = group_table(group_names(rows, column), gram, apart)
     write_csv(folder / "groups.csv", groups)
-    write_text(folder / "latents.json", json.dumps(facts, indent=1) + "\n")
+    write_report(folder / "latents.json", facts)
     made = {
-        "viz": save_figure(folder / "latents.png", rows, places, facts),
+        "viz": draw_map(folder / "latents.png", rows, places, facts),
         "analysis": save_page(folder / "latents.html", rows, places, pictures, facts),
     }
     print("distances, 1.414 = nothing in common: mean of pairs, to the nearest, of the centres")

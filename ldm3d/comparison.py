@@ -8,12 +8,14 @@ Files are paired by name (without folder and suffix); one without a partner is a
 files' own. For every pair:
 
 image     PSNR (dB), SSIM, mean squared and absolute error; on request cosine and Euclidean distance of the
-          features of a network
+          features of a network, which sees both images scaled by the pair's lowest and highest value to
+          [-1, 1]
 object    the voxels of the first channel above a threshold (Otsu's of the target, applied to both), of
-          which the largest connected part counts, its holes filled; or masks from a folder. Dice, IoU,
+          which the largest connected part counts, its holes filled; or masks from a folder. A target of one
+          value everywhere has no object; the generated image has one where it is brighter. Dice, IoU,
           precision, sensitivity; height and widths at 1/4, 1/2, 3/4 of it (mm) of both, smaller / larger,
           absolute difference
-labels    instead of all this, for label maps: Dice, IoU, precision, sensitivity of each label
+labels    instead of all this, for label maps: Dice, IoU, precision, sensitivity of each label that occurs
 
 --align moves the generated image onto its target by the objects' centroids, and axes, before anything is
 measured; it tells of form without place. --upright measures heights along the object's own axes.
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +44,7 @@ from .features import Extractor, file_features
 from .logger import new_figure, progress, save_figure, save_sheet
 from .metrics import dice, iou, precision, psnr, sensitivity, ssim
 from .morphology import fill_holes, heights_and_widths, largest_component, otsu_threshold, rigid_between
-from .scores import Rows, new_folder, outliers, summarise, table, write_report, write_rows
+from .scores import Rows, check_out, new_folder, outliers, summarise, table, write_report, write_rows
 from .volume_sets import locate
 from .volumes import Volume, is_volume_file, read, read_header, strip_suffix
 
@@ -113,19 +115,37 @@ def pair_files(places: dict[str, str]) -> dict[str, dict[str, Path]]:
 
 
 def read_pair(files: dict[str, Path], config: ComparisonConfig) -> dict[str, Volume]:
-    """The volumes of a pair, of one shape; masks and label maps as integers."""
-    found = {}
+    """The volumes of a pair, of one shape and spacing; masks and label maps as integers."""
+    found, target = {}, files["target"]
     for role, path in files.items():
         whole = config.labels or "masks" in role
+        dtype = np.float64 if config.labels else np.int64 if whole else np.float32
         flat = config.dims is None and 1 in read_header(path).shape  # a NIfTI file of one slice
-        found[role] = read(path, dims=2 if flat else config.dims, dtype=np.int64 if whole else np.float32)
+        found[role] = read(path, dims=2 if flat else config.dims, dtype=dtype)
         expected = (1 if whole else found.get("target", found[role]).channels, *found["target"].shape)
         if found[role].array.shape != expected:
-            got, target = found[role].array.shape, files["target"]
+            got = found[role].array.shape
             raise InputError(f"{path}: shape {got}, expected {expected} as of its target {target}")
         if not np.isfinite(found[role].array).all():
             raise InputError(f"{path}: holds NaN or infinite voxels")
+        got, spacing = found[role].spacing, found["target"].spacing
+        if not np.allclose(got, spacing, rtol=0.01, atol=0):
+            words = (" x ".join(f"{mm:.4g}" for mm in s) for s in (got, spacing))
+            raise InputError(
+                f"{path}: voxels of {next(words)} mm, those of its target {target} {next(words)} mm"
+            )
+        if config.labels:
+            found[role] = replace(found[role], array=_labels(found[role].array, path))
     return found
+
+
+def _labels(array: np.ndarray, path: Path) -> np.ndarray:
+    """A label map as integers, if it is one."""
+    whole = np.rint(array)
+    wrong = array[(np.abs(array - whole) > 1e-3) | (whole < 0)]
+    if wrong.size:
+        raise InputError(f"{path}: labels: expected 0, 1, 2 ..., found {wrong[0]:g}")
+    return whole.astype(np.int64)
 
 
 # --- one pair -----------------------------------------------------------------------------------------------
@@ -150,13 +170,14 @@ def move(
     return F.grid_sample(batch, grid, mode=mode, padding_mode="border", align_corners=False)[0].numpy()
 
 
-def overlap(pred: np.ndarray, target: np.ndarray, num_labels: int) -> dict[str, float]:
-    """Dice, IoU, precision, sensitivity of label maps (*S), keys with the label where there are several."""
-    maps = [torch.from_numpy(v.astype(np.int64))[None] for v in (pred, target)]
+def overlap(pred: np.ndarray, target: np.ndarray, labels: Sequence[int] = (1,)) -> dict[str, float]:
+    """Dice, IoU, precision, sensitivity of maps (*S) that hold 0 and `labels` (ascending) only, keys with
+    the label where there are several."""
+    maps = [torch.from_numpy(np.searchsorted((0, *labels), v.astype(np.int64)))[None] for v in (pred, target)]
     found = {}
     for name, score in (("dice", dice), ("iou", iou), ("precision", precision), ("sensitivity", sensitivity)):
-        for label, value in enumerate(score(*maps, num_labels)[0].tolist(), start=1):
-            found[name if num_labels == 2 else f"{name}_{label}"] = value
+        for label, value in zip(labels, score(*maps, 1 + len(labels))[0].tolist(), strict=True):
+            found[name if len(labels) == 1 else f"{name}_{label}"] = value
     return found
 
 
@@ -170,7 +191,7 @@ def compare_pair(
         volumes["target"].spacing,
     )
     threshold = config.threshold if config.threshold is not None else otsu_threshold(target[0])
-    if np.isnan(threshold):
+    if math.isnan(threshold):  # one value everywhere: the target has no object
         threshold = float(target[0].max())
     masks = {
         role: volumes[key].array[0] > 0 if key in volumes else object_of(volumes[role].array[0], threshold)
@@ -186,7 +207,7 @@ def compare_pair(
         "ssim": ssim(x, y, data_range).item(),
         "mse": (x - y).square().mean().item(),
         "mae": (x - y).abs().mean().item(),
-        **overlap(masks["generated"], masks["target"], 2),
+        **overlap(masks["generated"], masks["target"]),
     }
     axis = config.height_axis
     if axis is None:
@@ -204,8 +225,10 @@ def compare_pair(
 
 
 def feature_similarity(network: Extractor, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Cosine and Euclidean distance of the features of two images (1, C, *S)."""
-    a, b = network(x)[0], network(y)[0]
+    """Cosine and Euclidean distance of the features of two images (1, C, *S), both scaled by the lowest and
+    highest value of the pair to [-1, 1]."""
+    low, high = min(x.min(), y.min()), max(x.max(), y.max())
+    a, b = (network(2 * (v - low) / (high - low).clamp(min=1e-12) - 1)[0] for v in (x, y))
     return {
         "feature_cosine": F.cosine_similarity(a, b, dim=0).item(),
         "feature_distance": (a - b).norm().item(),
@@ -220,8 +243,8 @@ def compare(config: ComparisonConfig, generated: str, target: str) -> Path:
     places = {"target": target, "generated": generated}
     places |= {key: getattr(config, key) for key in ("masks", "generated_masks") if getattr(config, key)}
     pairs = pair_files(places)
-    folder = new_folder(locate(generated, "generated")[0].parent, config.out, "comparison")
-    data_range, num_labels = _range_of(pairs, config)
+    check_out(config.out)
+    data_range, labels = _range_of(pairs, config)
     first = read_pair(next(iter(pairs.values())), config)["target"]
     if config.height_axis is not None and not 0 <= config.height_axis < first.dims:
         raise InputError(f"height_axis: expected 0 to {first.dims - 1}, got {config.height_axis}")
@@ -230,20 +253,19 @@ def compare(config: ComparisonConfig, generated: str, target: str) -> Path:
         network = file_features(config.features, first.dims, choose_device(config.device))
     rows: Rows = {}
     pictures: dict[str, list[np.ndarray]] = {}
-    key = "dice" if config.labels else "psnr"
+    key = "dice_mean" if config.labels else "psnr"
     for name, files in progress(pairs.items(), "comparing", len(pairs)):
         volumes = read_pair(files, config)
         made, real = volumes["generated"].array, volumes["target"].array
         if config.labels:
-            rows[name] = overlap(made[0], real[0], num_labels)
+            rows[name] = overlap(made[0], real[0], labels)
             present = [v for k, v in rows[name].items() if k.startswith("dice") and not math.isnan(v)]
             rows[name]["dice_mean"] = float(np.mean(present)) if present else math.nan
         else:
             rows[name], made = compare_pair(volumes, config, data_range, network)
         pictures[name] = [v.astype(np.float32) for v in (real[0], made[0], made[0] - real[0])]
-        for other in _worst(rows, "dice_mean" if config.labels else key)[config.worst :]:
+        for other in _worst(rows, key)[config.worst :]:
             pictures.pop(other, None)
-    order = _worst(rows, "dice_mean" if config.labels else key)[: config.worst]
     metrics = describe(rows, config.resamples)
     report = {
         **to_dict(config),
@@ -252,15 +274,14 @@ def compare(config: ComparisonConfig, generated: str, target: str) -> Path:
         "cases": len(rows),
         "data_range": data_range,
         "ssim_window": 7,
-        "network": network and network.describe(),
+        "network": network and {**network.describe(), "input": "each pair scaled to [-1, 1]"},
         "interval": f"95 % percentile bootstrap over cases, {config.resamples} resamples, seed 0",
         "metrics": metrics,
     }
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "comparison")
     write_rows(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
-    sheet = {
-        f"{name}: {rows[name].get('psnr', rows[name].get('dice_mean')):.3g}": pictures[name] for name in order
-    }
+    sheet = {f"{n}: {rows[n][key]:.3g}": pictures[n] for n in _worst(rows, key)[: config.worst]}
     if sheet:
         save_sheet(folder / "worst.png", sheet)
     draw_histograms(folder / "histograms.png", rows)
@@ -273,20 +294,27 @@ def _worst(rows: Rows, key: str) -> list[str]:
     return sorted(rows, key=lambda n: (math.isnan(rows[n][key]), rows[n][key]))
 
 
-def _range_of(pairs: dict[str, dict[str, Path]], config: ComparisonConfig) -> tuple[float, int]:
-    """(range of intensities, number of labels): given, or found in all targets."""
+def _range_of(pairs: dict[str, dict[str, Path]], config: ComparisonConfig) -> tuple[float | None, list[int]]:
+    """(range of intensities: given, or that of all targets; the labels that occur in label maps)."""
     if config.data_range is not None:
-        return config.data_range, 0
-    low, high = math.inf, -math.inf
+        return config.data_range, []
+    low, high, labels = math.inf, -math.inf, {0}
     for files in progress(pairs.values(), "intensity range", len(pairs)):
         volumes = read_pair(files, config)
-        for volume in volumes.values() if config.labels else (volumes["target"],):
-            low, high = min(low, float(volume.array.min())), max(high, float(volume.array.max()))
-    if config.labels and low < 0:
-        raise InputError(f"labels: expected 0, 1, 2 ..., found {low:g}")
+        if config.labels:
+            labels.update(*(np.unique(volume.array).tolist() for volume in volumes.values()))
+        else:
+            target = volumes["target"].array
+            low, high = min(low, float(target.min())), max(high, float(target.max()))
+    if config.labels:
+        if len(labels) == 1:
+            raise InputError(f"{files['target']}, and all others, hold no label but 0; nothing to compare")
+        return None, sorted(labels - {0})
     if high <= low:
-        raise InputError(f"target: all images have the value {low:g} everywhere; nothing to compare")
-    return high - low, int(high) + 1
+        raise InputError(
+            f"{files['target']}, and all other targets, have the value {low:g} everywhere: set data_range"
+        )
+    return high - low, []
 
 
 def describe(rows: Rows, resamples: int) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,9 @@ diversity mean MS-SSIM of pairs within each set (of generated ones about as low 
 intensity Wasserstein distance of the histograms (range 2), root mean square difference of the spectra (dB)
 
 The equations are in metrics.py. An interval is that of half-sampling the cases (scores.py). Beside every
-figure stands that of one half of the real set against the other: what volumes of the same kind get, with so
-few cases. The folder that is made holds report.json and, with matplotlib, figure.png.
+figure stands that of a part of the real set, as many cases as are generated but at most half of it, against
+its rest: what volumes of the same kind get, with so few cases. The
+folder that is made holds report.json and, with matplotlib, figure.png.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ from .metrics import (
     power_spectrum,
     spectrum_distance,
 )
-from .scores import half_sample_intervals, new_folder, table, write_report
+from .scores import check_out, half_sample_intervals, new_folder, table, write_report
 from .volume_sets import SetConfig, VolumeSets, locate, open_sets, stamp, volumes_of
 
 BINS = 256  # of the histograms
-HALVINGS = 10  # of the real set, for what equal distributions get
+HALVINGS = 10  # partings of the real set, for what equal distributions get
 MAX_SLICES = 6000  # that the network of slices learns from
 
 
@@ -179,8 +180,8 @@ def _kernel_distance(kernel: Tensor, x: Tensor, y: Tensor) -> float:
 
 def measure(
     config: FidelityConfig, sets: VolumeSets, whole: Extractor | None, slices: Extractor | None
-) -> tuple[Measured, float]:
-    """One pass over the volumes of both sets; and the width of a histogram bin.
+) -> tuple[Measured, float, float]:
+    """One pass over the volumes of both sets; and where the histograms begin, and the width of a bin.
 
     Where intensities have no bounds the histogram spans those of the real set; what lies outside counts in
     the outer bins.
@@ -204,7 +205,7 @@ def measure(
     draw = np.random.default_rng(config.seed)
     for dataset, first in ((generated, 0), (real, len(generated))):
         _compare_pairs(dataset, measured.similarity, first, config.pairs, high - low, draw)
-    return measured, (high - low) / BINS
+    return measured, low, (high - low) / BINS
 
 
 def _limits(sets: VolumeSets) -> tuple[float, float]:
@@ -237,13 +238,13 @@ def _compare_pairs(
 
 def samples(config: FidelityConfig, generated: str, real: str) -> Path:
     """Compare the two sets and write the report; returns its folder."""
+    check_out(config.out)
     device = choose_device(config.device)
     sets = open_sets(generated, {"real": (real, config.part)}, config.data, config.run)
-    folder = new_folder(locate(generated, "generated")[0].parent, config.out, "fidelity")
     num_generated, num_real = len(sets.sets["generated"]), len(sets.sets["real"])
     whole = whole_features(sets, "real", config, device)
     slices = slice_extractor(config, sets.sets["real"], device)
-    measured, width = measure(config, sets, whole, slices)
+    measured, low_end, width = measure(config, sets, whole, slices)
 
     def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
         chosen = torch.from_numpy(i), torch.from_numpy(num_generated + j)
@@ -251,7 +252,7 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
 
     counts = (num_generated, num_real)
     figures = half_sample_intervals(statistic, counts, config.resamples, config.seed)
-    expected = real_halves(measured, num_generated, width, config)
+    expected, parts = real_halves(measured, num_generated, width, config)
     for name, f in figures.items():
         low, high = _bounds(name)
         f["low"], f["high"] = max(f["low"], low), min(f["high"], high)
@@ -262,7 +263,7 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
         "real": real,
         "cases": {"generated": num_generated, "real": num_real},
         "interval": f"95 %, half-sampling of cases without replacement, {config.resamples} draws",
-        "real_halves": f"{num_real // 2} real cases against {num_real // 2} others, mean of {HALVINGS} draws",
+        "real_halves": {"cases": parts[0], "others": parts[1], "draws": HALVINGS},
         "protocol": sets.protocol,
         "networks": {
             name: {**network.describe(), "features": int(table_.shape[-1])}
@@ -276,8 +277,9 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
         "warnings": warnings_of(config, measured, counts),
         "figures": figures,
     }
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "fidelity")
     write_report(folder / "report.json", report)
-    picture = draw_figure(folder / "figure.png", measured, num_generated, width)
+    picture = draw_figure(folder / "figure.png", measured, num_generated, low_end, width)
     tell(report)
     print(f"{num_generated} generated, {num_real} real: {folder}" + (f", {picture}" if picture else ""))
     return folder
@@ -289,18 +291,20 @@ def _bounds(name: str) -> tuple[float, float]:
     return -math.inf if name.endswith("kernel") else 0.0, 1.0 if share else math.inf
 
 
-def real_halves(measured: Measured, first: int, width: float, config: FidelityConfig) -> dict[str, float]:
-    """The figures of one random half of the real cases (those from row `first` on) against the other,
-    mean."""
+def real_halves(
+    measured: Measured, first: int, width: float, config: FidelityConfig
+) -> tuple[dict[str, float], tuple[int, int]]:
+    """The mean figures of random real cases (those from row `first` on) against the rest; how many each.
+
+    As many as are generated, `first`, but at most half: figures depend on both numbers. {} of under four.
+    """
     rows, draw = torch.arange(first, len(measured.histograms)), torch.Generator().manual_seed(config.seed)
-    if len(rows) < 4:
-        return {}
-    found = []
-    for _ in range(HALVINGS):
+    m, found = min(first, len(rows) // 2), []
+    for _ in range(HALVINGS if len(rows) >= 4 else 0):
         mixed = rows[torch.randperm(len(rows), generator=draw)]
-        half = len(rows) // 2
-        found.append(measured.figures(mixed[:half], mixed[half : 2 * half], width, config.neighbours))
-    return {name: float(np.mean([f[name] for f in found])) for name in found[0]}
+        found.append(measured.figures(mixed[:m], mixed[m:], width, config.neighbours))
+    means = {name: float(np.mean([f[name] for f in found])) for name in (found[0] if found else ())}
+    return means, (m, len(rows) - m)
 
 
 def warnings_of(config: FidelityConfig, measured: Measured, counts: tuple[int, int]) -> list[str]:
@@ -319,7 +323,12 @@ def warnings_of(config: FidelityConfig, measured: Measured, counts: tuple[int, i
             words.append(
                 f"{least} cases have no {config.neighbours} neighbours each: no precision, recall ..."
             )
-        elif least < 50:
+        elif least <= 2 * config.neighbours + 1:
+            words.append(
+                f"precision, recall, density, coverage: half of {least} cases have no {config.neighbours} "
+                "neighbours each: no intervals"
+            )
+        if config.neighbours < least < 50:
             words.append(f"precision, recall, density, coverage: {least} cases are too few for stable shares")
     if measured.slices and least * measured.slices[0].shape[1] < 2 * measured.slices[0].shape[-1]:
         words.append("planes/frechet: too few slices for a stable covariance; trust planes/kernel")
@@ -342,24 +351,26 @@ def tell(report: dict[str, Any]) -> None:
         print(f"note: {line}")
 
 
-def draw_figure(path: Path, measured: Measured, first: int, width: float) -> Path | None:
-    """Histograms, spectra, and the features on their two main axes; None without matplotlib."""
+def draw_figure(path: Path, measured: Measured, first: int, low: float, width: float) -> Path | None:
+    """Histograms (from `low` on), spectra, and the features on their two main axes; None without
+    matplotlib."""
     figure = new_figure(figsize=(13, 4), dpi=100, layout="constrained")
     if figure is None:
         return None
     histogram, spectrum, scatter = figure.subplots(1, 3)
+    centres = (np.arange(BINS) + 0.5) * width + low
     for name, rows, colour in (("real", slice(first, None), "C0"), ("generated", slice(0, first), "C1")):
         density = measured.histograms[rows].mean((0, 1)) / width
-        histogram.semilogy(
-            np.linspace(0, width * BINS, BINS) + width / 2, density.clamp(min=1e-5), colour, label=name
-        )
+        histogram.semilogy(centres, density.clamp(min=1e-5), colour, label=name)
         spectra = measured.spectra[rows].mean((0, 1))
         spectrum.plot((np.arange(len(spectra)) + 0.5) / (2 * len(spectra)), spectra, colour, label=name)
         if measured.features is not None:
             centred = measured.features - measured.features[first:].mean(0)
             axes = torch.linalg.svd(centred[first:], full_matrices=False).Vh[:2]
-            scatter.scatter(*(centred[rows] @ axes.T).T[:2], s=12, c=colour, alpha=0.7, label=name)
-    histogram.set(title="intensities", xlabel="above the lower end of the range", ylabel="density")
+            places = torch.zeros(len(centred[rows]), 2)  # one case, or one feature, has one axis only
+            places[:, : len(axes)] = centred[rows] @ axes.T
+            scatter.scatter(*places.T, s=12, c=colour, alpha=0.7, label=name)
+    histogram.set(title="intensities", xlabel="scaled intensity", ylabel="density")
     spectrum.set(title="power spectrum", xlabel="cycles per voxel", ylabel="dB")
     scatter.set(title="features: main axes of the real ones")
     histogram.legend()

@@ -48,7 +48,7 @@ from .distributed import choose_device, run_script
 from .features import Extractor, whole_features
 from .logger import progress, save_sheet
 from .metrics import psnr
-from .scores import new_folder, table, write_report, write_rows
+from .scores import check_out, new_folder, table, write_report, write_rows
 from .volume_sets import SetConfig, VolumeSets, is_run, locate, open_sets, volumes_of
 
 LARGEST = {2: 96, 3: 32}  # voxels along an axis of the volumes that are searched
@@ -256,8 +256,21 @@ def _without(distances: Tensor, train: VolumeDataset, index: int) -> Tensor:
     return distances.masked_fill(same.to(distances.device), math.inf)
 
 
+def check_subjects(subjects: list[str]) -> None:
+    """InputError where training cases, of these subjects, cannot stand in for held-out ones: r = d_1 / d_1
+    = 1 of a case that has one other to be near to would hide every copy."""
+    for subject in dict.fromkeys(subjects):
+        others = len(subjects) - subjects.count(subject)
+        if others < 2:
+            raise InputError(
+                f"train: {others} of {len(subjects)} cases are not of subject {subject}, expected at least 2 "
+                "to measure by; give held-out cases with --holdout"
+            )
+
+
 def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
     """Look for copies and write the report; returns its folder."""
+    check_out(config.out)
     device = choose_device(config.device)
     real = {"train": (train, "train")}
     if config.holdout is not None or is_run(train):
@@ -265,8 +278,9 @@ def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
     sets = open_sets(generated, real, config.data, config.run)
     if len(sets.sets["train"]) < 3:
         raise InputError(f"train: {len(sets.sets['train'])} cases, expected at least 3 to tell near from far")
-    folder = new_folder(locate(generated, "generated")[0].parent, config.out, "memorisation")
     reference = "holdout" if "holdout" in real else "train"
+    if reference == "train":
+        check_subjects([case.subject for case in sets.sets["train"].cases])
     names = ["generated", reference]
     network = whole_features(sets, "train", config, device)
     spaces = {"image": in_image_space(sets, names, config, device)}
@@ -287,6 +301,7 @@ def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
         "share_of_copies": len(copies) / len(rows),
         "verdict": verdict(len(copies), len(rows), verdicts, len(sets.sets[reference]), reference),
     }
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "memorisation")
     write_rows(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
     picture = draw(folder / "nearest.png", sets, spaces["image"]["generated"], rows, config.shown)
@@ -333,7 +348,7 @@ def verdict(
         if copies
         else (f"no copies of training cases among {samples} samples")
     )
-    lowest = min(space["rank_z"] for space in spaces.values())
+    lowest = min((s["rank_z"] for s in spaces.values() if not math.isnan(s["rank_z"])), default=math.nan)
     if lowest < -3:
         words += f"; samples lie nearer to training cases than new real cases do (rank z = {lowest:.1f})"
     if kind == "train":

@@ -64,7 +64,10 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
-    """The value that parts `values` best into two classes, at the centre of a histogram bin."""
+    """The value that parts `values` best into two classes, at the centre of a histogram bin; nan if all are
+    equal."""
+    if values.min() == values.max():
+        return float("nan")
     counts, edges = np.histogram(values, bins)
     centres = (edges[1:] + edges[:-1]) / 2
     low, total = np.cumsum(counts), counts.sum()  # in bins up to here

@@ -90,9 +90,10 @@ def escape(value: Any) -> str:
 def page(title: str, body: str, name: str, data: Any, library: str = "") -> str:
     """The whole file, with the style <name>.css and the script <name>.js of this folder.
 
-    The script finds `data` as the constant DATA; `library` is JavaScript to run before it.
+    The script finds `data` as the constant DATA, in which no "<" can end or comment out anything; `library`
+    is JavaScript to run before it.
     """
-    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     here = Path(__file__).parent
     style = (here / "pages.css").read_text() + (here / f"{name}.css").read_text()
     return f"""<!doctype html>

@@ -155,7 +155,7 @@ def facts_of(config: dict[str, Any], lines: list[dict[str, Any]], split: dict[st
 
 def previews(folder: Path) -> list[dict[str, Any]]:
     """The preview of every validation, of evenly chosen ones where there are many."""
-    files = sorted(folder.glob("step_*.png"))
+    files = sorted(f for f in folder.glob("step_*.png") if f.stem.removeprefix("step_").isdecimal())
     if len(files) > MAX_PREVIEWS:
         files = [files[round(i)] for i in np.linspace(0, len(files) - 1, MAX_PREVIEWS)]
     return [{"step": int(f.stem.removeprefix("step_")), "picture": embed(f.read_bytes())} for f in files]

@@ -106,6 +106,13 @@ def outliers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- files --------------------------------------------------------------------------------------------------
 
 
+def check_out(out: str | None) -> None:
+    """InputError where the folder `out` holds something; to be called before the work, too."""
+    folder = Path(out) if out else None
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"out: {folder} exists and is not empty; nothing is overwritten")
+
+
 def new_folder(run: Path, out: str | None, what: str) -> Path:
     """The folder to write to, made by rank 0: `out`, or <what>-001 and so on in the run's folder.
 
@@ -118,13 +125,13 @@ def new_folder(run: Path, out: str | None, what: str) -> Path:
         while (base / f"{what}-{number:03d}").exists():
             number += 1
         folder = Path(out) if out else base / f"{what}-{number:03d}"
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            error = f"out: {folder} exists and is not empty; nothing is overwritten"
-        else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                error = f"out: {folder} cannot be made ({e.strerror})"
+        try:
+            check_out(out)
+            folder.mkdir(parents=True, exist_ok=True)
+        except InputError as e:
+            error = str(e)
+        except OSError as e:
+            error = f"out: {folder} cannot be made ({e.strerror})"
     error, folder = share((error, folder))
     if error:
         raise InputError(error)

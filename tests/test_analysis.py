@@ -122,6 +122,8 @@ def test_subjects_and_groups_are_told_as_brute_force_has_them():
         assert line["within"] == (pytest.approx(np.mean(pairs)) if pairs else None)
         pairs = [np.linalg.norm(x[i] - x[j]) for i in own for j in there]
         assert line["to_other_group"] == (pytest.approx(np.mean(pairs)) if pairs else None)
+        means = np.linalg.norm(x[own].mean(0) - x[there].mean(0)) if there else None
+        assert line["centres"] == (means and pytest.approx(means))
     assert table[0]["to_centre"] >= table[1]["to_centre"]
 
     for line in group_table([words[g] for g in groups], gram, apart):

@@ -112,6 +112,17 @@ def test_masks_from_a_folder_replace_the_threshold(pairs):
     assert {row["height_target"] for row in rows.values()} == {7 * SPACING[dims][{2: 0, 3: 2}[dims]]}
 
 
+def test_an_empty_target_has_no_object(tmp_path):
+    for name, made in (("empty", np.zeros(SHAPES[2], np.float32)), ("filled", blob(2, 9.0, 5.0) - 10)):
+        save(tmp_path / "target", name, np.zeros(SHAPES[2], np.float32))
+        save(tmp_path / "made", name, made)
+    rows, _ = run(tmp_path, "--data_range", "100")
+    assert math.isnan(rows["empty"]["dice"])
+    assert math.isnan(rows["empty"]["height_generated"])
+    assert rows["filled"]["dice"] == 0
+    assert rows["filled"]["height_generated"] == 11
+
+
 def test_label_maps_are_compared_label_by_label(tmp_path):
     target = np.zeros((12, 12), dtype=np.uint8)
     target[:6], target[6:, :4] = 1, 2
@@ -121,7 +132,7 @@ def test_label_maps_are_compared_label_by_label(tmp_path):
         save(tmp_path / folder, "a", array)
         save(tmp_path / folder, "b", target)
     rows, report = run(tmp_path, "--labels")
-    assert rows["a"] | {} == pytest.approx(
+    assert rows["a"] == pytest.approx(
         {
             **{"dice_1": 2 * 60 / (60 + 72), "dice_2": 0, "iou_1": 60 / 72, "iou_2": 0},
             **{"precision_1": 1, "precision_2": math.nan, "sensitivity_1": 60 / 72, "sensitivity_2": 0},
@@ -131,6 +142,47 @@ def test_label_maps_are_compared_label_by_label(tmp_path):
     )
     assert report["metrics"]["precision_2"]["cases"] == 1
     assert report["metrics"]["dice_mean"]["worst_case"] == "a"
+
+
+def test_only_labels_that_occur_have_columns(tmp_path):
+    target = np.zeros((12, 12), dtype=np.uint16)
+    target[:6], target[6:, :4] = 3, 1000
+    for folder in ("target", "made"):
+        save(tmp_path / folder, "a", target)
+    rows, _ = run(tmp_path, "--labels")
+    assert [name for name in rows["a"] if name.startswith("dice")] == ["dice_3", "dice_1000", "dice_mean"]
+    assert set(rows["a"].values()) == {1.0}
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0])
+def test_what_is_no_label_map_is_refused_by_name(tmp_path, capsys, value):
+    for folder, high in (("target", 1.0), ("made", value)):
+        save(tmp_path / folder, "a", np.where(blob(2, 9, 5) > 50, high, 0).astype(np.float32))
+    places = [str(tmp_path / "made"), str(tmp_path / "target")]
+    assert run_script(evaluation.main, ["compare", *places, "--labels"]) == 2
+    assert f"made/a.tif: labels: expected 0, 1, 2 ..., found {value:g}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [1.005, 1.05])
+def test_spacings_may_differ_by_rounding_only(tmp_path, capsys, factor):
+    for folder, mm in (("target", 2.0), ("made", 2.0 * factor)):
+        write(tmp_path / folder / "a.nii.gz", Volume(blob(3, 9, 5)[None], np.diag([1, 1, mm, 1.0])))
+    places = [str(tmp_path / "made"), str(tmp_path / "target")]
+    assert run_script(evaluation.main, ["compare", *places]) == (0 if factor < 1.01 else 2)
+    error = capsys.readouterr().err
+    assert ("made/a.nii.gz: voxels of 1 x 1 x 2.1 mm" in error) == (factor > 1.01)
+    assert ("target/a.nii.gz 1 x 1 x 2 mm" in error) == (factor > 1.01)
+
+
+def test_the_report_lies_beside_the_images_and_a_mistake_leaves_none(tmp_path, monkeypatch):
+    for folder in ("target", "made"):
+        save(tmp_path / folder, "a", blob(2, 9, 5))
+    monkeypatch.chdir(tmp_path / "made")
+    assert run_script(evaluation.main, ["compare", ".", "../target", "--height_axis", "2"]) == 2
+    assert not (tmp_path / "comparison-001").exists()
+    evaluation.main(["compare", ".", "../target", "--resamples", "5"])
+    assert (tmp_path / "comparison-001" / "report.json").is_file()
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["a.tif"]
 
 
 def test_features_of_a_network_tell_how_alike_two_images_are(pairs):
@@ -143,6 +195,13 @@ def test_features_of_a_network_tell_how_alike_two_images_are(pairs):
     rows, report = run(place, "--features", str(place / "net.ts"))
     assert rows["case_0"]["feature_cosine"] > rows["case_0"]["feature_cosine"] ** 2 > 0.9
     assert len(report["network"]["sha256"]) == 64
+    assert "[-1, 1]" in report["network"]["input"]
+    made, target = (
+        torch.from_numpy(read_array(place / f, "case_0", 2))[None, None] for f in ("made", "target")
+    )
+    low, high = min(made.min(), target.min()), max(made.max(), target.max())
+    a, b = (net((v - low) / (high - low) * 2 - 1).mean((2, 3)) for v in (made, target))
+    assert rows["case_0"]["feature_distance"] == pytest.approx((a - b).norm().item(), rel=1e-3)
 
 
 # --- parts --------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ldm3d import evaluation
+from ldm3d import evaluation, fidelity
 from ldm3d.checkpoint import load
 from ldm3d.distributed import run_script
 from ldm3d.features import FeatureConfig, contrastive_loss, train_features
-from ldm3d.fidelity import Measured, planes_of
+from ldm3d.fidelity import BINS, FidelityConfig, Measured, draw_figure, planes_of, real_halves, warnings_of
 from ldm3d.phantoms import make_phantom
+from ldm3d.scores import half_sample_intervals
 from ldm3d.volumes import Volume, write
 
 SIZES = {2: (28, 24), 3: (16, 18, 16)}
@@ -64,8 +65,7 @@ def test_more_of_the_same_is_nearer_than_a_blur_and_that_than_noise(reports):
     for name in names:
         values = [found[change]["figures"][name]["value"] for change in CHANGES]
         assert values == sorted(values), name
-    for change, least in (("same", 0.7), ("noise", -1)):
-        assert found[change]["figures"]["whole/precision"]["value"] >= least
+    assert found["same"]["figures"]["whole/precision"]["value"] >= 0.7
     assert found["noise"]["figures"]["whole/precision"]["value"] == 0
     assert found["noise"]["figures"]["whole/coverage"]["value"] < 0.2
     assert (
@@ -100,6 +100,7 @@ def test_the_report_says_what_its_figures_depend_on(reports):
     assert report["protocol"]["intensity_range"] == [-1, 1]
     assert report["protocol"]["scaling_numbers"] == [0.5, 99.5]
     assert report["protocol"]["axes"].startswith("RAS" if dims == 3 else "row")
+    assert report["real_halves"] == {"cases": 12, "others": 12, "draws": 10}
     assert set(report["networks"]) == ({"whole", "slices"} if dims == 3 else {"whole"})
     hashes = {r["networks"]["whole"]["sha256"] for r in found.values()}
     assert len(hashes) == 1  # trained on the real set once, then read
@@ -109,6 +110,48 @@ def test_the_report_says_what_its_figures_depend_on(reports):
     for figure in report["figures"].values():
         assert figure["low"] <= figure["high"]
         assert math.isfinite(figure["value"])
+
+
+def made_up(cases: int, features: int) -> Measured:
+    x = torch.randn(cases, features, generator=torch.Generator().manual_seed(0))
+    return Measured(x, [], torch.full((cases, 1, BINS), 1 / BINS), torch.zeros(cases, 1, 4))
+
+
+@pytest.mark.parametrize(("generated", "parts"), [(3, (3, 17)), (10, (10, 10)), (15, (10, 10))])
+def test_real_cases_are_parted_as_the_two_sets_are_as_far_as_they_suffice(monkeypatch, generated, parts):
+    measured, seen, figures = made_up(generated + 20, 4), [], Measured.figures
+    monkeypatch.setattr(Measured, "figures", lambda *a: seen.append(a[1:3]) or figures(*a))
+    found, numbers = real_halves(measured, generated, 1.0, FidelityConfig())
+    assert numbers == parts
+    for ours, rest in seen:
+        assert (len(ours), len(rest)) == parts
+        assert sorted([*ours.tolist(), *rest.tolist()]) == list(range(generated, generated + 20))
+    values = [figures(measured, *both, 1.0, 5)["whole/frechet"] for both in seen]
+    assert found["whole/frechet"] == pytest.approx(np.mean(values))
+
+
+@pytest.mark.parametrize(("cases", "features"), [((1, 1), 6), ((4, 5), 1), ((4, 1), 6)])
+def test_the_figure_is_drawn_of_one_case_and_of_one_feature(tmp_path, monkeypatch, cases, features):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(fidelity, "save_figure", lambda figure, path: drawn.append(figure))
+    draw_figure(tmp_path / "figure.png", made_up(sum(cases), features), cases[0], -1.0, 2 / BINS)
+    centres = drawn[0].axes[0].lines[0].get_xdata()
+    assert [centres[0], centres[-1]] == pytest.approx([-1 + 1 / BINS, 1 - 1 / BINS])
+    assert [len(c.get_offsets()) for c in drawn[0].axes[2].collections] == [cases[1], cases[0]]
+
+
+@pytest.mark.parametrize(("cases", "words"), [(5, "no precision"), (11, "no intervals"), (12, None)])
+def test_neighbours_that_half_of_the_cases_do_not_have_are_warned_of(cases, words):
+    measured, counts = made_up(2 * cases, 4), (cases, cases)
+    found = " ".join(warnings_of(FidelityConfig(), measured, counts))
+    assert [w for w in ("no precision", "no intervals") if w in found] == [w for w in [words] if w]
+
+    def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
+        return measured.figures(torch.from_numpy(i), torch.from_numpy(cases + j), 1.0, 5)
+
+    recall = half_sample_intervals(statistic, counts, 3)["whole/recall"]
+    assert math.isnan(recall["low"]) == (cases < 12)
 
 
 # --- networks -----------------------------------------------------------------------------------------------

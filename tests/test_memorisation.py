@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from ldm3d import memorisation
+from ldm3d.config import InputError
 from ldm3d.distributed import run_script
-from ldm3d.memorisation import ImageSearch, aligned, flips_of, limit_of, nearness, rank_z
+from ldm3d.memorisation import (
+    ImageSearch,
+    aligned,
+    check_subjects,
+    flips_of,
+    limit_of,
+    nearness,
+    rank_z,
+    verdict,
+)
 from ldm3d.phantoms import make_phantom
 from ldm3d.volumes import Volume, write
 
@@ -145,6 +155,36 @@ def test_new_cases_seldom_fall_below_the_limit(num):
         for _ in range(200)
     ]
     assert np.mean(below) < 0.02
+
+
+@pytest.mark.parametrize("z", [(math.nan, -5.0), (-5.0, math.nan), (math.nan, math.nan)])
+def test_a_space_without_a_rank_does_not_hide_that_of_the_other(z):
+    words = verdict(0, 9, {str(i): {"rank_z": v} for i, v in enumerate(z)}, 30, "holdout")
+    assert ("rank z = -5.0" in words) == (-5.0 in z)
+    assert "nan" not in words
+
+
+@pytest.mark.parametrize(
+    ("subjects", "fine"), [("aaaa", False), ("aaab", False), ("aabb", True), ("abc", True)]
+)
+def test_training_cases_measure_only_where_each_has_two_of_other_subjects(subjects, fine):
+    if fine:
+        check_subjects(list(subjects))
+    else:
+        with pytest.raises(InputError, match="not of subject a"):
+            check_subjects(list(subjects))
+
+
+def test_training_cases_of_one_subject_are_refused_and_leave_no_report(tmp_path, capsys, monkeypatch):
+    for i in range(4):
+        save(tmp_path / "train" / "images", f"case_{i}", head(i, 2))
+        save(tmp_path / "made", f"made_{i}", head(i, 2))
+    lines = [f"images/case_{i}.tif,one" for i in range(4)]
+    (tmp_path / "train" / "cases.csv").write_text("\n".join(["image,subject", *lines]) + "\n")
+    monkeypatch.chdir(tmp_path / "made")
+    assert run_script(memorisation.main, [".", "../train", "--features", "none"]) == 2
+    assert "0 of 4 cases are not of subject one" in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/memorisation-*"))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,11 @@ def test_the_threshold_is_scikit_images():
     assert otsu_threshold(values) == pytest.approx(filters.threshold_otsu(values), rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [0, 7.5, -3])
+def test_what_has_one_value_has_no_threshold(value):
+    assert math.isnan(otsu_threshold(np.full((4, 5), value, np.float32)))
+
+
 # --- lengths ------------------------------------------------------------------------------------------------
 
 

@@ -38,9 +38,10 @@ def test_slices_have_the_sides_of_the_body_and_not_of_the_voxel_grid():
 
 
 def test_no_text_of_the_data_can_end_the_script_or_ask_for_anything():
-    data = {"name": "</script><img src=http://example.org/x.png>", "number": 0.5}
+    data = {"name": "</script><img src=http://example.org/x.png><!--<script>", "number": 0.5}
     text = pages.page("<b>", "<p>", "report", data)
-    assert text.count("</script>") == 2
+    assert text.count("</script>") == text.count("<script>") == 2
+    assert "<!--" not in text
     stored = re.search(r"const DATA = (.*);\n", text)[1]
     assert json.loads(stored) == data
     assert "<title>&lt;b&gt;</title>" in text

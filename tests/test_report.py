@@ -48,6 +48,7 @@ def run(tmp_path_factory) -> Path:
     (run / "log.jsonl").write_text(text + '{"step": 41, "split": "tr')  # a run at work
     for step in (10, 20, 30):
         (run / "previews" / f"step_{step:07d}.png").write_bytes(png(np.full((4, 8), step, np.uint8)))
+    (run / "previews" / "step_final.png").write_bytes(png(np.zeros((4, 8), np.uint8)))  # no step's
     results = run / "samples-001"
     results.mkdir()
     for index, shape in enumerate([(6, 9, 7), (5, 8, 10), (6, 9, 7)]):
