@@ -241,7 +241,7 @@ def planes(browser: Browser) -> list[np.ndarray]:
 
 
 def test_the_viewer_shows_the_planes_of_the_file_upright_and_exactly(browser):
-    expected = mid_slices(grey(volume_of(0, (6, 9, 7))))
+    expected = mid_slices(grey(volume_of(0, (6, 9, 7))).astype(float))  # uint8 would be a coloured slice
     for shown, real in zip(planes(browser), expected, strict=True):
         assert np.array_equal(shown, real)
     size = browser.run(
