@@ -478,6 +478,9 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
     if config.data.learn_sources:
         train_set, val_set = BothRoles(train_set), BothRoles(val_set)
+    if config.has_critic:
+        critic = make_critic(config).to(device)
+        critic.check_size(train_set.size)
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.say()
@@ -486,8 +489,6 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     optimizers, others, with_critic = {"autoencoder": stepper}, {"mean": mean}, math.inf
     if config.has_critic:
-        critic = make_critic(config).to(device)
-        critic.check_size(train_set.size)
         critic_stepper = Stepper(critic, config.disc_optim, config.run, config.batch_size, device)
         optimizers["critic"], others["discriminator"] = critic_stepper, critic
         with_critic = config.disc_start + config.disc_ramp

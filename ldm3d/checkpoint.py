@@ -61,6 +61,10 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def maker(kind: str) -> str:
+    return f"a checkpoint of train_{kind}.py" if kind in ("vae", "ldm", "cdal") else f"a {kind!r} checkpoint"
+
+
 def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; `kind` ("vae", "ldm", ...) is checked if given. InputError names what
     is wrong."""
@@ -83,7 +87,7 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     if content["format"] > FORMAT:
         raise InputError(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
     if kind is not None and content["kind"] != kind:
-        raise InputError(f"{path}: a {content['kind']!r} checkpoint where {kind!r} is expected")
+        raise InputError(f"{path}: is {maker(content['kind'])}, expected {maker(kind)}")
     return content
 
 

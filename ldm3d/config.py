@@ -269,6 +269,8 @@ def parse(
         chosen.pop("kind", None)  # a run's config.json records whose it is
     else:
         near = difflib.get_close_matches(name, presets, n=1)
+        if Path(name).is_dir():
+            raise InputError(f"{name}: a folder; a preset comes first, data are named by --data.root {name}")
         raise InputError(f"{name}: no such preset; " + (f"did you mean {near[0]}?" if near else choices))
     types_of = leaf_types(cls)
     given = {key: convert(value, types_of[key], key) for key, value in args.items()}

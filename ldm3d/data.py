@@ -36,7 +36,7 @@ from .config import InputError, from_dict
 from .distributed import is_main, keyed_generator, print0, rank, world_size
 from .scan import MAX_LABEL, CaseInfo, load_role, scan_cases
 from .transforms import augment, centred, cut, scale, unscale
-from .volumes import SUFFIXES, Volume, is_volume_file, strip_suffix
+from .volumes import PICTURE, SUFFIXES, Volume, is_volume_file, strip_suffix
 
 
 @dataclass(frozen=True)
@@ -507,8 +507,9 @@ def own_images(folder: Path) -> str | None:
     """The pattern of the image files in the folder itself, all of one kind; None: it holds none."""
     names = [p.name for p in folder.iterdir() if is_volume_file(p)]
     suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
-    if len(suffixes) > 1:
-        print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(suffixes[1:])}")
+    others = [end for end in suffixes[1:] if end not in PICTURE]  # pictures beside volumes are previews
+    if others:
+        print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(others)}")
     return f"*{suffixes[0]}" if suffixes else None
 
 

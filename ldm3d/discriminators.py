@@ -113,8 +113,8 @@ class PatchDiscriminator(nn.Module):
         c = self.config
         if min(size) < c.min_size:
             raise InputError(
-                f"num_layers: {c.num_layers} layers at {c.num_scales} scales need images of {c.min_size} "
-                f"voxels along every axis, got {tuple(size)}; fewer layers or scales do with less"
+                f"disc.num_layers: {c.num_layers} layers at {c.num_scales} scales need images of "
+                f"{c.min_size} voxels along every axis, got {tuple(size)}; fewer layers or scales need less"
             )
 
     def forward(self, x: Tensor) -> CriticOutput:

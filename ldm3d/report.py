@@ -307,6 +307,8 @@ def make_page(run: Path, config: Config) -> str:
     """The whole page of a run folder; InputError where it is none."""
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder")
+    if not (run / "config.json").exists():
+        raise InputError(f"{run}: no run folder (it has no config.json)")
     settings_of_run = read_json(run / "config.json")
     if "run" not in settings_of_run:
         raise InputError(f"{run / 'config.json'}: not the configuration of a run")

@@ -68,7 +68,7 @@ def test_a_newer_format_another_kind_and_a_foreign_file_are_told_apart(tmp_path)
     torch.save({"w": torch.zeros(2)}, tmp_path / "foreign.pt")
     for name, words, kind in [
         ("newer.pt", "newer", None),
-        ("a.pt", "'vae'.*'ldm'", "ldm"),
+        ("a.pt", r"train_vae\.py.*train_ldm\.py", "ldm"),
         ("foreign.pt", "not a checkpoint of ldm3d", None),
         ("none.pt", "no such file", None),
     ]:
