@@ -12,7 +12,9 @@ edge; its first voxel is in the item ("start"), so that `restore` crops the padd
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import os
 import signal
 import statistics
@@ -414,6 +416,8 @@ def batches(
         generator=torch.Generator(),  # its own, so that the loop's random state stays untouched
     )
     stream = iter(loader)
+    if workers:
+        atexit.register(_end_workers)
     for _ in range(first_step, last_step):
         yield [_next(stream) for _ in range(len(order) // len(order.steps))]
 
@@ -422,6 +426,13 @@ def _ignore_signals(worker: int) -> None:
     """A scheduler and Ctrl-C signal all processes of a job: workers must live until the loop has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the interpreter's exit, which asks its processes to end by SIGTERM and waits: these ignore it."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _next(stream: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -328,6 +328,23 @@ def test_an_error_on_one_rank_in_the_middle_of_training_ends_all_within_seconds(
     assert [p.name for p in step_files(tmp_path / "run")] == ["checkpoint_0000005.pt"]
 
 
+def test_a_process_ends_though_its_workers_ignore_sigterm_and_their_stream_is_still_held():
+    code = (
+        "import builtins, gc, torch\n"
+        "from ldm3d.data import batches\n"
+        "class Numbers(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 8\n"
+        "    def __getitem__(self, item): return {'image': torch.zeros(1), 'index': item[1]}\n"
+        "gc.disable()\n"
+        "builtins.held = batches(Numbers(), 2, 2, 0, 0, 100, workers=2)\n"
+        "next(builtins.held)\n"
+        "builtins.held.gi_frame.f_locals['stream'].cycle = builtins.held\n"
+    )
+    process = start("-c", code)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_sigterm_to_every_process_of_a_job_saves_and_exits_143(heads, tmp_path, workers):
