@@ -286,13 +286,36 @@ def evaluate(
     return means.take()
 
 
+NOISED = (0.25, 0.5, 0.75)  # u of the noise levels that are shown
+
+
+@torch.inference_mode()
+def denoise_once(
+    model: LatentDiffusion, mean: Tensor, told: dict[str, Tensor], config: Config
+) -> tuple[Tensor, Tensor]:
+    """One latent, mean (1, C_z, *s), with noise of the levels NOISED, and the clean one that the denoiser
+    estimates from each, both decoded: (3, C, *size)."""
+    kernel, num = model.kernel, len(NOISED)
+    z = model.normalise(mean).repeat(num, *(1,) * (mean.ndim - 1))
+    noise = keyed_normal(0, torch.zeros(1), mean.shape[1:], "preview").to(z.device).expand_as(z)
+    t = kernel.t_from_uniform(torch.tensor(NOISED), z.shape[2:])
+    z_t = kernel.q_sample(z, t, noise)
+    told = {name: value[:1].repeat(num, *(1,) * (value.ndim - 1)) for name, value in told.items()}
+    with autocast(config.run.amp, model.device):
+        pred = model.denoiser(z_t, kernel.to_network_time(t).to(z.device), told)
+        estimate = kernel.convert(pred.float(), z_t, t, kernel.config.prediction, "x_start")
+        return model.decode(z_t).float().cpu(), model.decode(estimate).float().cpu()
+
+
 def preview(
     model: LatentDiffusion, real: list[dict[str, Any]], dataset: LatentDataset, config: Config, path: Path
 ) -> tuple[Path | None, Tensor]:
-    """A picture of up to four validation cases, with their sources if these are conditions, and of four
-    samples under their conditions; the samples' latents (4, C_z, *s)."""
+    """A picture of up to four validation cases, with their sources if these are conditions, of four samples
+    under their conditions, and of the first case with noise and what the denoiser makes of it; the samples'
+    latents (4, C_z, *s)."""
     shown = [i % len(dataset) for i in range(4)]
-    told = model.conditions_of(to_device(collate([dataset[i, i] for i in shown]), model.device))
+    batch = to_device(collate([dataset[i, i] for i in shown]), model.device)
+    told = model.conditions_of(batch)
     rows: dict[str, list[Tensor]] = {}
     if any(c.kind in OF_SOURCE for c in model.denoiser.conditions):
         rows["source"] = [case["source"] for case in real[:4]]
@@ -301,6 +324,9 @@ def preview(
     for x, z in model.stream(range(4), config.sample_steps, **settings):
         rows["generated"] += list(x)
         latents.append(z)
+    noised, estimated = denoise_once(model, batch["mean"][:1], told, config)
+    levels = ", ".join(map(str, NOISED))
+    rows |= {f"the first with noise, u = {levels}": list(noised), "estimates from these": list(estimated)}
     picture = save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))
     return picture, torch.cat(latents)
 

@@ -308,14 +308,15 @@ def preview(
     net: Autoencoder, dataset: VolumeDataset, config: Config, path: Path, device: torch.device
 ) -> tuple[Path | None, Tensor]:
     """Up to four validation cases there and back: a picture of them, and their latents (B, C_z, *s)."""
-    rows, latents = {"original": [], "reconstruction": []}, []
+    rows, latents = {"original": [], "reconstruction": [], "difference": []}, []
     for i in range(min(4, len(dataset))):
         x = dataset[i, i]["image"][None].to(device)
         with autocast(config.run.amp, device):
             z = net.encode(x).mode()
             recon = net.decode(z, x.shape[2:])
-        rows["original"].append(x[0, 0].cpu().numpy())
-        rows["reconstruction"].append(recon[0, 0].float().cpu().numpy())
+        shown = {"original": x, "reconstruction": recon, "difference": recon - x}
+        for name, image in shown.items():
+            rows[name].append(image[0, 0].float().cpu().numpy())
         latents.append(z)
     return save_sheet(path, rows, limits=(-1, 1)), torch.cat(latents)
 

@@ -14,8 +14,8 @@ intensity Wasserstein distance of the histograms (range 2), root mean square dif
 
 The equations are in metrics.py. An interval is that of half-sampling the cases (scores.py). Beside every
 figure stands that of a part of the real set, as many cases as are generated but at most half of it, against
-its rest: what volumes of the same kind get, with so few cases. The
-folder that is made holds report.json and, with matplotlib, figure.png.
+its rest: what volumes of the same kind get, with so few cases. The folder that is made holds report.json and,
+with matplotlib, figure.png.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@ encoding did."""
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
+import train_ldm
 from ldm3d import (
     AutoencoderKL,
     Denoiser,
@@ -137,3 +139,23 @@ def test_samples_are_numbered_and_independent_of_the_batch(model):
 def test_a_sampler_of_the_other_process_is_refused_before_any_work(model):
     with pytest.raises(ValueError, match="heun"):
         model.sample(1, sampler="ddim")
+
+
+def test_the_preview_shows_noised_latents_and_what_a_true_denoiser_estimates_from_them(vae_run, tmp_path):
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "ldm", 1))
+    model = LatentDiffusion.load(tmp_path / "ldm")
+    mean = model.autoencoder.encode(torch.randn(1, 1, *model.state.size)).mean
+    z = model.normalise(mean)
+
+    class Truth(torch.nn.Module):
+        """Knows z: flow's velocity at x_t = (1 - t) z + t noise is (x_t - z) / t."""
+
+        def forward(self, x_t, t, conditions):
+            return (x_t - z) / (t / 1000).view(-1, *(1,) * (z.ndim - 1))
+
+    model.denoiser = Truth()
+    config = train_ldm.Config()
+    noised, estimated = train_ldm.denoise_once(model, mean, {}, config)
+    assert torch.allclose(estimated, model.decode(z).expand_as(estimated), atol=1e-4)
+    errors = (noised - model.decode(z)).square().flatten(1).mean(1)
+    assert errors[0] < errors[1] < errors[2]
