@@ -16,9 +16,10 @@ An unsharp volume lies near to everything, so what counts is how much nearer the
 
     r = d_1 / mean(d_1 ... d_50)                              Carlini et al. 2023 (2301.13188), section 5.1
 
-A sample is called a copy if, in one of the spaces, its r is below that of each of n held-out cases and its
-logarithm more than 4 (1 + 4 / n) robust standard deviations (1.4826 x median absolute deviation) below their
-median: the fewer there are to tell what is usual, the clearer it has to be. Without held-out
+A sample is called a copy if its r is below that of each of n held-out cases and its logarithm more than 4 (1
++ 4 / n) robust standard deviations (1.4826 x median absolute deviation) below their median: the fewer there
+are to tell what is usual, the clearer it has to be. That is asked in image space; or in feature space if both
+spaces name the same training case, since features alone take what looks alike for the same. Without held-out
 cases each training case takes their part, against those of other subjects. All samples together: the rank
 test of Meehan et al. 2020 (2004.05675), z of Mann and Whitney's U of the samples' r against the held-out
 ones'; z < -3 says that samples lie nearer to training cases than new cases do, copies or not.
@@ -321,13 +322,13 @@ def judge(
         ours, theirs = (np.array([n.ratio for n in nearest[name]]) for name in ("generated", reference))
         limit = limit_of(theirs)
         for row, one in zip(rows.values(), nearest["generated"], strict=True):
-            row["copy"] |= one.ratio < limit
             row[f"{space}_nearest"] = names["train"][one.index]
             row[f"{space}_ratio"], row[f"{space}_distance"] = one.ratio, one.distance
             row[f"{space}_copy"] = one.ratio < limit
             if space == "image":
                 row["flipped_axes"] = " ".join(map(str, one.turned))
                 row["shift_voxels"] = " ".join(map(str, one.shift))
+            row["copy"] |= row[f"{space}_copy"] and row[f"{space}_nearest"] == row["image_nearest"]
         found[space] = {
             "limit": limit,
             "copies": int((ours < limit).sum()),

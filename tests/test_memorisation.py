@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from ldm3d.config import InputError
 from ldm3d.distributed import run_script
 from ldm3d.memorisation import (
     ImageSearch,
+    Nearest,
     aligned,
     check_subjects,
     flips_of,
+    judge,
     limit_of,
     nearness,
     rank_z,
@@ -95,6 +98,19 @@ def test_without_held_out_cases_training_cases_take_their_part(audit, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert sorted(report["copies"]) == sorted(f"copy_{name}" for name in PLANTED)
     assert "no held-out cases" in report["verdict"]
+
+
+def test_what_is_alike_in_features_alone_is_not_called_a_copy():
+    names = {"generated": ["alike", "copy"], "train": ["a", "b", "c"], "holdout": list("defghi")}
+    cases = {k: SimpleNamespace(cases=[SimpleNamespace(id=i) for i in v]) for k, v in names.items()}
+    usual = [Nearest(0.9 + 0.01 * i, 0, 1.0) for i in range(6)]
+    spaces = {
+        "image": {"generated": [Nearest(0.9, 0, 1.0), Nearest(0.9, 1, 1.0)], "holdout": usual},
+        "feature": {"generated": [Nearest(0.1, 2, 1.0), Nearest(0.1, 1, 1.0)], "holdout": usual},
+    }
+    rows, found = judge(SimpleNamespace(sets=cases), spaces, "holdout")
+    assert {name: row["copy"] for name, row in rows.items()} == {"alike": False, "copy": True}
+    assert found["feature"]["copies"] == 2
 
 
 # --- parts --------------------------------------------------------------------------------------------------
