@@ -34,7 +34,8 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     try:
         write_atomically(Path(path), lambda file: torch.save({"format": FORMAT, **content}, file))
     except (OSError, RuntimeError) as e:  # torch reports a failed write of its zip archive as a RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        cause = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
         raise InputError(
             f"{path}: could not be saved ({reason}); the checkpoints before it are intact: make room, then "
             "run the same command again"

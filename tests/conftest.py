@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: runs here and in processes of their own agree to the bit
 import torch
 
 ROOT = Path(__file__).parents[1]
