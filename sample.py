@@ -38,7 +38,7 @@ from torch import Tensor
 from ldm3d.cases import read_csv
 from ldm3d.checkpoint import load_run
 from ldm3d.conditions import OF_SOURCE, check_names
-from ldm3d.config import InputError, Parser, add_options, read_json, replace, to_dict
+from ldm3d.config import InputError, at_least, read_command, read_json, to_dict
 from ldm3d.data import DataState, VolumeDataset, collate, open_data, open_folder, restore
 from ldm3d.denoiser import Denoiser
 from ldm3d.distributed import (
@@ -109,9 +109,7 @@ class Config:
     probabilities: bool = False  # write the probability of every label too
 
     def __post_init__(self) -> None:
-        for name in ("num", "steps", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "num", "steps", "batch_size")
         for names in (("condition", "conditions", "cases"), ("inpaint", "edit", "interpolate", "cases")):
             if len(given := [name for name in names if getattr(self, name)]) > 1:
                 raise InputError(f"{given[0]}, {given[1]}: give one of the two")
@@ -519,23 +517,10 @@ def reconstruct(config: Config, run: Path, device: torch.device) -> None:
 # --- main ---------------------------------------------------------------------------------------------------
 
 
-def read_flags(argv: list[str] | None) -> tuple[Path, Config]:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "run",
-        nargs="?",
-        help="run folder of train_ldm.py, train_vae.py or train_cdal.py, or a checkpoint in one",
-    )
-    add_options(parser, Config, Config())
-    args: dict[str, Any] = vars(parser.parse(argv))
-    run = args.pop("run")
-    if run is None:
-        raise InputError("which run? give the run folder, such as runs/ldm-phantom")
-    return Path(run), replace(Config(), args)
-
-
 def main(argv: list[str] | None = None) -> None:
-    run, config = read_flags(argv)
+    places = {"run": "run folder, such as runs/ldm-phantom, or a checkpoint in one"}
+    config, (place,) = read_command(Config, places, argv, None, __doc__)
+    run = Path(place)
     if config.plan is not None:
         return plan(config, run)
     device = setup(config.device)

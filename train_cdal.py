@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig
-from ldm3d.config import InputError, parse
+from ldm3d.config import InputError, at_least, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, open_data
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.distributed import is_main, rank, run_script, setup, world_size, wrap
@@ -86,8 +86,7 @@ class Config:
     disc_optim: OptimConfig = field(default_factory=lambda: OptimConfig(adam_betas=(0.5, 0.9)))
 
     def __post_init__(self) -> None:
-        if self.votes < 1:
-            raise InputError(f"votes: expected at least 1, got {self.votes}")
+        at_least(self, 1, "votes")
 
 
 HIPPOCAMPUS: dict[str, Any] = {

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm3d.blocks import Conv
-from ldm3d.config import InputError, parse
+from ldm3d.config import InputError, at_least, parse
 from ldm3d.data import (
     BothRoles,
     Data,
@@ -127,19 +127,9 @@ class Config:
 
     def __post_init__(self) -> None:
         weights = ("gradient_weight", "structure_weight", "kl_weight", "perceptual_weight", "disc_weight")
-        numbers = (
-            "free_bits",
-            "feature_weight",
-            "r1_weight",
-            "kl_warmup",
-            "disc_start",
-            "disc_ramp",
-            "disc_cap",
-        )
-        for names, low in ((weights + numbers, 0), (("batch_size", "r1_every"), 1)):
-            for name in names:
-                if getattr(self, name) < low:
-                    raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        at_least(self, 0, *weights, "feature_weight", "r1_weight", "free_bits", "kl_warmup")
+        at_least(self, 0, "disc_start", "disc_ramp", "disc_cap")
+        at_least(self, 1, "batch_size", "r1_every")
 
     @property
     def has_critic(self) -> bool:
@@ -167,9 +157,20 @@ BRATS: dict[str, Any] = {
     "optim.schedule": "cosine",
 }
 
+SMALL: dict[str, Any] = {  # an autoencoder and its optimizer for minutes on 2 CPU cores
+    "vae.num_res_blocks": (1,),
+    "vae.num_groups": 8,
+    "vae.stem": (2,),
+    "optim.lr": 2e-3,
+    "optim.adam_betas": (0.9, 0.99),
+    "optim.warmup_steps": 50,
+    "optim.schedule": "cosine",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Built-in synthetic heads, 40x48x40 at 4.8 mm: the whole pipeline in minutes on 2 CPU cores.
-    "phantom": {
+    "phantom": SMALL
+    | {
         "batch_size": 2,
         "run.steps": 1200,
         "run.eval_every": 600,
@@ -178,19 +179,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "run.ema_decay": 0.99,
         "data.patch": (32, 32, 32),
         "vae.channels": (32, 64),
-        "vae.num_res_blocks": (1,),
-        "vae.num_groups": 8,
-        "vae.stem": (2,),
         "vae.latent_channels": 8,
-        "optim.lr": 2e-3,
-        "optim.adam_betas": (0.9, 0.99),
-        "optim.warmup_steps": 50,
-        "optim.schedule": "cosine",
     },
     # Medical Segmentation Decathlon Task04 at 1 mm: about 20 minutes on 2 CPU cores. The volumes are boxes
     # around the hippocampus of 31x40x24 to 43x59x47; their middle 32x48x32 holds all but 0.03 % of it and
     # hardly any padding.
-    "hippocampus": {
+    "hippocampus": SMALL
+    | {
         "batch_size": 2,
         "run.steps": 4500,
         "run.eval_every": 750,
@@ -200,18 +195,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.subject": "subjects.csv",
         "data.size": (32, 48, 32),
         "vae.channels": (32, 128),
-        "vae.num_res_blocks": (1,),
-        "vae.num_groups": 8,
-        "vae.stem": (2,),
         "vae.latent_channels": 8,
-        "optim.lr": 2e-3,
-        "optim.adam_betas": (0.9, 0.99),
-        "optim.warmup_steps": 50,
-        "optim.schedule": "cosine",
     },
     # Paired slices of two patients, T1 -> FLAIR. The autoencoder learns both contrasts; patient p19 is the
     # test, the middle slices of p07 are the validation, with two slices left out on both sides.
-    "tiff-translation": {
+    "tiff-translation": SMALL
+    | {
         "batch_size": 4,
         "run.steps": 1800,
         "run.eval_every": 500,
@@ -232,17 +221,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.augment.affine": 0.7,
         "vae.dims": 2,
         "vae.channels": (32, 64),
-        "vae.num_res_blocks": (1,),
-        "vae.num_groups": 8,
-        "vae.stem": (2,),
         "vae.latent_channels": 4,
-        "optim.lr": 2e-3,
-        "optim.adam_betas": (0.9, 0.99),
-        "optim.warmup_steps": 50,
-        "optim.schedule": "cosine",
     },
     # Shapes of 64^3 in two classes (MedMNIST adrenal).
-    "adrenal": {
+    "adrenal": SMALL
+    | {
         "batch_size": 2,
         "run.steps": 2500,
         "run.eval_every": 500,
@@ -254,14 +237,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.test_fraction": 0.2,
         "data.patch": (48, 48, 48),
         "vae.channels": (32, 64, 96),
-        "vae.num_res_blocks": (1,),
-        "vae.num_groups": 8,
-        "vae.stem": (2,),
         "vae.latent_channels": 4,
-        "optim.lr": 2e-3,
-        "optim.adam_betas": (0.9, 0.99),
-        "optim.warmup_steps": 50,
-        "optim.schedule": "cosine",
     },
     # Medical Segmentation Decathlon Task01, FLAIR at 1.1 mm, after the 3-D LDM tutorial of MONAI (a
     # sum-weighted KL of 1e-7 is 1.4e-2 per latent element here). Validation on 144x176x112.
@@ -342,11 +318,6 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
 
 
 # --- train --------------------------------------------------------------------------------------------------
-
-
-def make_critic(config: Config) -> PatchDiscriminator:
-    """The critic for the images that the autoencoder is made for."""
-    return PatchDiscriminator(config.disc)
 
 
 def loss_terms(
@@ -434,12 +405,13 @@ def plan(config: Config) -> None:
         recon, latent = net(x, torch.zeros(batch, *net.latent_shape(size)))
         value = loss_terms(recon, latent, x, config, 0)["loss"]
         if config.has_critic:
-            judged = make_critic(config)(recon)
-            value = value + generator_loss(judged.logits)
+            critic = PatchDiscriminator(config.disc)
+            fake = critic(recon)
+            value = value + generator_loss(fake.logits)
             if config.feature_weight:
                 with torch.no_grad():
-                    real = make_critic(config)(x).features
-                value = value + feature_matching_loss(judged.features, real)
+                    real = critic(x)
+                value = value + feature_matching_loss(fake.features, real.features)
         return value.mean()
 
     def critic_loss(critic: nn.Module, batch: int, size: tuple[int, ...]) -> Tensor:
@@ -451,15 +423,22 @@ def plan(config: Config) -> None:
 
     plan = Plan(config.plan, config.run.amp, config.run.device)
     rounds, patch, own = -(-config.batch_size // micro), config.data.patch or whole, weight_bytes(make())
-    critic = weight_bytes(make_critic(config)) if config.has_critic else 0
-    plan.training("training", make, loss, micro, patch, step, rounds, beside=2 * critic)  # Adam's moments
+    beside = weight_bytes(PatchDiscriminator(config.disc)) if config.has_critic else 0
+    plan.training("training", make, loss, micro, patch, step, rounds, beside=2 * beside)  # Adam's moments
     if config.has_critic:
         plan.training(
-            "its critic", lambda: make_critic(config), critic_loss, micro, patch, step, rounds, 4 * own
+            "its critic",
+            lambda: PatchDiscriminator(config.disc),
+            critic_loss,
+            micro,
+            patch,
+            step,
+            rounds,
+            4 * own,
         )
     if config.perceptual_weight:
         print0("note: the plan leaves the perceptual network out")
-    plan.inference("validation", make, there_and_back, 1, whole, step, beside=3 * own + 3 * critic)
+    plan.inference("validation", make, there_and_back, 1, whole, step, beside=3 * own + 3 * beside)
     plan.tell()
 
 
@@ -480,7 +459,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     if config.data.learn_sources:
         train_set, val_set = BothRoles(train_set), BothRoles(val_set)
     if config.has_critic:
-        critic = make_critic(config).to(device)
+        critic = PatchDiscriminator(config.disc).to(device)
         critic.check_size(train_set.size)
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
@@ -496,7 +475,9 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     run.restore(net, ema, optimizers, **others)
     if config.run.compile:
         if config.has_critic and config.disc_adaptive:  # it goes through the graph a second time
-            torch._functorch.config.donated_buffer = False
+            import torch._functorch.config as functorch
+
+            functorch.donated_buffer = False
         net.compile()
     model = wrap(net, device)
     critic_model = wrap(critic, device) if config.has_critic else None

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .cases import Case, DataConfig, find_cases
 from .checkpoint import write_atomically
-from .config import InputError, Parser, add_options, from_dict, replace, to_dict
+from .config import InputError, at_least, from_dict, run_task, to_dict
 from .data import DataState, VolumeDataset, open_data, open_folder
 from .distributed import gather, is_main, print0, rank, run_script, setup, world_size
 from .latent_diffusion import Autoencoder, load_autoencoder
@@ -68,10 +68,10 @@ class LatentsConfig:
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # precision of the encoder
 
     def __post_init__(self) -> None:
-        for name, low in (("max_cases", 3), ("perplexity", 1), ("neighbors", 2), ("min_dist", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{name}: expected at least {low}, got {value}")
+        at_least(self, 3, "max_cases")
+        at_least(self, 1, "perplexity")
+        at_least(self, 2, "neighbors")
+        at_least(self, 0, "min_dist")
 
 
 # --- cases --------------------------------------------------------------------------------------------------
@@ -527,25 +527,10 @@ def group_names(rows: list[Row], column: str) -> list[str]:
     return names
 
 
-TASKS = {"latents": (LatentsConfig, latents)}
-
-
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    task = argv[0] if argv else None
-    if task in ("-h", "--help"):
-        return print(__doc__, f"tasks: {', '.join(TASKS)}; TASK --help lists every setting", sep="\n")
-    if task not in TASKS:
-        raise InputError(f"which task? expected {' or '.join(TASKS)}, got {task}")
-    cls, work = TASKS[task]
-    parser = Parser(prog=f"python -m ldm3d.analysis {task}", description=work.__doc__)
-    parser.add_argument("run", nargs="?", help="run folder of train_vae.py or train_ldm.py, or a checkpoint")
-    add_options(parser, cls, cls())
-    args = vars(parser.parse(argv[1:]))
-    run = args.pop("run")
-    if run is None:
-        raise InputError("which run? give the run folder, such as runs/vae-phantom")
-    work(replace(cls(), args), Path(run))
+    run = {"run": "run folder, such as runs/vae-phantom, or a checkpoint in one"}
+    tasks = {"latents": (LatentsConfig, run, lambda config, run: latents(config, Path(run)))}
+    run_task(tasks, argv, "python -m ldm3d.analysis", __doc__)
 
 
 if __name__ == "__main__":

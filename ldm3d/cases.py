@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from .config import InputError
+from .config import InputError, at_least
 from .distributed import keyed_generator, print0
 
 ROLES = ("image", "mask", "source")
@@ -102,9 +102,7 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and (len(value) != self.dims or min(value) <= 0):
                 raise InputError(f"{name}: expected {self.dims} positive numbers (data.dims), got {value}")
-        for name in ("subset", "num_labels", "num_variants"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "subset", "num_labels", "num_variants")
         axes = self.augment.flip_axes + self.augment.rot90_axes
         checks = {
             "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "0 <= low < high <= 100"),

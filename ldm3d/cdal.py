@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import DepthToSpace, Encoder, SpaceToDepth, crop_to, pad_to_multiple, per_level
-from .config import InputError
+from .config import InputError, at_least
 from .diffusion_kernel import posterior_coefficients
 from .distributed import keyed_generator
 from .losses import (
@@ -138,14 +138,8 @@ class GeneratorConfig:
     output: Literal["softmax", "tanh"] = "softmax"  # how the output becomes x_start; tanh: as published
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("encoder_channels", 1),
-            ("encoder_blocks", 0),
-            ("latent_dim", 0),
-            ("mapping_layers", 0),
-        ):
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        at_least(self, 1, "encoder_channels")
+        at_least(self, 0, "encoder_blocks", "latent_dim", "mapping_layers")
 
 
 class MappingNetwork(nn.Module):
@@ -265,8 +259,7 @@ class CDALConfig:
             raise InputError(f"noisiest: expected a share from 0 to 1, got {self.noisiest}")
         if max(self.mse_weight, self.ce_weight, self.dice_weight) <= 0:
             raise InputError("mse_weight: one of mse_weight, ce_weight, dice_weight must be above 0")
-        if self.r1_every < 1:
-            raise InputError(f"r1_every: expected at least 1, got {self.r1_every}")
+        at_least(self, 1, "r1_every")
         if self.has_critic and not self.diffusion:
             raise InputError("diffusion: false has no critic: attention none, adversarial_weight 0")
 

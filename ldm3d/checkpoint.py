@@ -63,6 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def maker(kind: str) -> str:
+    """Who writes checkpoints of this kind, for messages."""
     return f"a checkpoint of train_{kind}.py" if kind in ("vae", "ldm", "cdal") else f"a {kind!r} checkpoint"
 
 

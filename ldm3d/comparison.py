@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import InputError, to_dict
+from .config import InputError, at_least, to_dict
 from .distributed import choose_device
 from .features import Extractor, file_features
 from .logger import new_figure, progress, save_figure, save_sheet
@@ -71,9 +71,8 @@ class ComparisonConfig:
     out: str | None = None  # new folder for the report; none = comparison-001 (-002, ...) beside GENERATED
 
     def __post_init__(self) -> None:
-        for name, low in (("worst", 0), ("resamples", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        at_least(self, 0, "worst")
+        at_least(self, 1, "resamples")
         if self.data_range is not None and self.data_range <= 0:
             raise InputError(f"data_range: expected more than 0, got {self.data_range}")
         objects = (self.masks, self.generated_masks, self.threshold, self.features, self.data_range)

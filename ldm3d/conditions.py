@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import pad_to_multiple, per_level
-from .config import InputError
+from .config import InputError, at_least
 
 Columns = dict[str, str]  # of one case: column of the table -> cell, "" = blank
 
@@ -62,9 +62,7 @@ class ConditionConfig:
         for name, values in (("dropout", self.dropout), ("dropout_all", (self.dropout_all,))):
             if not all(0 <= p < 1 for p in values):
                 raise InputError(f"{name}: expected probabilities below 1, got {getattr(self, name)}")
-        for name in ("context_dim", "text_layers", "text_length", "text_min_count"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "context_dim", "text_layers", "text_length", "text_min_count")
         if self.context_dim % num_heads(self.context_dim):
             raise InputError(f"context_dim: expected a multiple of 32, got {self.context_dim}")
 

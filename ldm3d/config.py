@@ -34,6 +34,14 @@ class InputError(ValueError):
 
 
 @functools.cache
+def at_least(config: Any, low: float, *names: str) -> None:
+    """InputError for the first of these fields that is set and below `low`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise InputError(f"{name}: expected at least {low}, got {value}")
+
+
 def field_types(cls: type) -> dict[str, Any]:
     """The resolved type of every field of a configuration class, in order."""
     hints = typing.get_type_hints(cls)
@@ -237,6 +245,40 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(unknown_key(word.split("=")[0], flags))
             raise InputError(f"{word}: not expected here")
         return args
+
+
+def read_command(
+    cls: type[C], places: dict[str, str], argv: list[str] | None, prog: str | None, doc: str | None
+) -> tuple[C, list[str]]:
+    """Read ``PLACE ... --key value ...`` of a tool: (settings, the places given). places: name -> what it
+    is; none may be missing."""
+    parser = Parser(prog=prog, description=doc)
+    for place, text in places.items():
+        parser.add_argument(place, nargs="?", help=text)
+    add_options(parser, cls, cls())
+    args = vars(parser.parse(argv))
+    given = [args.pop(place) for place in places]
+    for (place, text), value in zip(places.items(), given, strict=True):
+        if value is None:
+            raise InputError(f"which {place}? give the {text}")
+    return replace(cls(), args), given
+
+
+Task = tuple[type, dict[str, str], Callable[..., Any]]  # settings, places, what is called with them
+
+
+def run_task(tasks: dict[str, Task], argv: list[str] | None, prog: str, doc: str) -> None:
+    """Read ``TASK PLACE ... --key value ...`` and do the task of that name."""
+    words = sys.argv[1:] if argv is None else argv
+    task = words[0] if words else None
+    if task in ("-h", "--help"):
+        return print(doc, f"tasks: {', '.join(tasks)}; TASK --help lists every setting", sep="\n")
+    if task not in tasks:
+        raise InputError(f"which task? expected {' or '.join(tasks)}, got {task}")
+    cls, places, do = tasks[task]
+    doc = sys.modules[cls.__module__].__doc__
+    config, given = read_command(cls, places, words[1:], f"{prog} {task}", doc)
+    do(config, *given)
 
 
 def parse(

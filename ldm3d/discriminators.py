@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .blocks import Conv, GroupNorm, pad_to_multiple, timestep_embedding
-from .config import InputError
+from .config import InputError, at_least
 from .metrics import halve
 
 
@@ -61,9 +61,7 @@ class PatchDiscriminatorConfig:
     spectral_norm: bool = False  # divide every weight by its largest singular value
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "channels", "num_layers", "num_scales"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "in_channels", "channels", "num_layers", "num_scales")
 
     @property
     def min_size(self) -> int:
@@ -149,8 +147,7 @@ class TimeDiscriminatorConfig:
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1:
             raise InputError(f"channels: expected one positive width per block, got {self.channels}")
-        if self.emb_dim < 2:
-            raise InputError(f"emb_dim: expected at least 2, got {self.emb_dim}")
+        at_least(self, 2, "emb_dim")
 
 
 def minibatch_statistic(h: Tensor, parts: int = 1) -> Tensor:

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from .comparison import ComparisonConfig, compare
-from .config import InputError, Parser, add_options, from_dict, replace, to_dict
+from .config import InputError, at_least, from_dict, run_task, to_dict
 from .data import DataConfig, DataState, VolumeDataset, open_data, open_folder
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .distributed import gather, is_main, rank, run_script, setup, world_size
@@ -68,9 +68,8 @@ class Config:
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # precision of the networks
 
     def __post_init__(self) -> None:
-        for name, low in (("worst", 0), ("resamples", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        at_least(self, 0, "worst")
+        at_least(self, 1, "resamples")
 
 
 def cases_of(run: dict[str, Any], config: Config) -> VolumeDataset:
@@ -263,28 +262,16 @@ def tell(report: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    tasks = {  # name -> (settings, what it takes, what does it)
-        "reconstruct": (Config, ("RUN",), lambda config, run: reconstruct(config, Path(run))),
-        "samples": (FidelityConfig, ("GENERATED", "REAL"), samples),
-        "compare": (ComparisonConfig, ("GENERATED", "TARGET"), compare),
+    run = {"RUN": "run folder, such as runs/vae-phantom, or a checkpoint in one"}
+    generated = {"GENERATED": "folder of generated volumes, or a pattern in quotes"}
+    real = {"REAL": "real volumes: their folder, a pattern in quotes, or a run folder"}
+    target = {"TARGET": "folder of the volumes that they should be, or a pattern in quotes"}
+    tasks = {
+        "reconstruct": (Config, run, lambda config, run: reconstruct(config, Path(run))),
+        "samples": (FidelityConfig, generated | real, samples),
+        "compare": (ComparisonConfig, generated | target, compare),
     }
-    words = sys.argv[1:] if argv is None else argv
-    task = words[0] if words else None
-    if task not in tasks and task not in ("-h", "--help"):
-        raise InputError(f"which task? expected {', '.join(tasks)}, got {task}")
-    settings, places, do = tasks.get(task, (Config, ("...",), None))
-    parser = Parser(prog="python -m ldm3d.evaluation", description=sys.modules[settings.__module__].__doc__)
-    parser.add_argument("task", help=", ".join(tasks))
-    for place in places:
-        parser.add_argument(place, nargs="?")
-    if do is not None:
-        add_options(parser, settings, settings())
-    args = vars(parser.parse(words))
-    given = [args.pop(place) for place in ("task", *places)][1:]
-    for place, value in zip(places, given, strict=True):
-        if value is None:
-            raise InputError(f"which {place}? {task} takes {' '.join(places)} (--help tells more)")
-    do(replace(settings(), args), *given)
+    run_task(tasks, argv, "python -m ldm3d.evaluation", __doc__)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import InputError, to_dict
+from .config import at_least, to_dict
 from .data import VolumeDataset
 from .distributed import choose_device
 from .features import (
@@ -80,15 +80,8 @@ class FidelityConfig:
     data: SetConfig = field(default_factory=SetConfig)
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("feature_steps", 1),
-            ("slices", 1),
-            ("neighbours", 1),
-            ("pairs", 1),
-            ("resamples", 2),
-        ):
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        at_least(self, 1, "feature_steps", "slices", "neighbours", "pairs")
+        at_least(self, 2, "resamples")
 
 
 # --- features -----------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import InputError, Parser, add_options, replace, to_dict
+from .config import InputError, at_least, read_command, to_dict
 from .data import VolumeDataset
 from .distributed import choose_device, run_script
 from .features import Extractor, whole_features
@@ -75,8 +75,8 @@ class MemorisationConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.max_shift <= 0.5:
             raise InputError(f"max_shift: expected 0 to 0.5, got {self.max_shift}")
-        if self.shown < 0 or self.feature_steps < 1:
-            raise InputError("shown, feature_steps: expected at least 0 and 1")
+        at_least(self, 0, "shown")
+        at_least(self, 1, "feature_steps")
 
 
 # --- distances ----------------------------------------------------------------------------------------------
@@ -400,17 +400,12 @@ def tell(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m ldm3d.memorisation", description=__doc__)
-    places = ("GENERATED", "TRAIN")
-    for place in places:
-        parser.add_argument(place, nargs="?", help="folder, pattern in quotes, or (TRAIN) run folder")
-    add_options(parser, MemorisationConfig, MemorisationConfig())
-    args = vars(parser.parse(argv))
-    given = [args.pop(place) for place in places]
-    for place, value in zip(places, given, strict=True):
-        if value is None:
-            raise InputError(f"which {place}? (--help tells more)")
-    audit(replace(MemorisationConfig(), args), *given)
+    places = {
+        "GENERATED": "folder of generated volumes, or a pattern in quotes",
+        "TRAIN": "training cases: their folder, a pattern in quotes, or the run folder",
+    }
+    config, given = read_command(MemorisationConfig, places, argv, "python -m ldm3d.memorisation", __doc__)
+    audit(config, *given)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import InputError, Parser, add_options, read_json, replace
+from .config import InputError, at_least, read_command, read_json
 from .distributed import run_script
 from .pages import embed, escape, grey, page, png, write_page
 from .volumes import PICTURE, is_volume_file, read, resample, strip_suffix
@@ -55,8 +55,7 @@ class Config:
     out: str | None = None  # the file; none = report.html in the run folder
 
     def __post_init__(self) -> None:
-        if self.volumes < 0:
-            raise InputError(f"volumes: expected at least 0, got {self.volumes}")
+        at_least(self, 0, "volumes")
 
 
 # --- the log ------------------------------------------------------------------------------------------------
@@ -369,14 +368,8 @@ CONTROLS = """<div class="tools">
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m ldm3d.report", description=__doc__)
-    parser.add_argument("run", nargs="?", help="run folder of train_vae.py or train_ldm.py")
-    add_options(parser, Config, Config())
-    args = vars(parser.parse(argv))
-    run = args.pop("run")
-    if run is None:
-        raise InputError("which run? give the run folder, such as runs/ldm-phantom")
-    config = replace(Config(), args)
+    places = {"run": "run folder, such as runs/ldm-phantom"}
+    config, (run,) = read_command(Config, places, argv, "python -m ldm3d.report", __doc__)
     path = write_page(Path(config.out or Path(run) / "report.html"), make_page(Path(run), config))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, open it in a browser")
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from .cases import Case
 from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig, uncertainty
 from .checkpoint import load_run, load_weights
-from .config import InputError, from_dict, to_dict
+from .config import InputError, at_least, from_dict, to_dict
 from .data import DataState, VolumeDataset, find_images, scan_images
 from .distributed import gather, is_main, print0, rank, world_size
 from .logger import mid_slices, progress, save_sheet
@@ -71,8 +71,7 @@ class SegmentConfig:
     format: str = "auto"  # of the files; auto = that of the image
 
     def __post_init__(self) -> None:
-        if self.votes < 1:
-            raise InputError(f"votes: expected at least 1, got {self.votes}")
+        at_least(self, 1, "votes")
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap: expected 0 <= overlap < 1, got {self.overlap}")
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .config import InputError
+from .config import InputError, at_least
 from .distributed import (
     all_reduce_sum,
     any_rank,
@@ -61,12 +61,8 @@ class RunConfig:
     profile: bool = False  # write a torch.profiler trace of three steps and print the ten dearest operators
 
     def __post_init__(self) -> None:
-        for name in ("steps", "keep", "save_every", "log_every", "eval_every", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("workers", "patience"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        at_least(self, 1, "steps", "keep", "save_every", "log_every", "eval_every", "max_bad_steps")
+        at_least(self, 0, "workers", "patience")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay: expected 0 <= decay < 1, got {self.ema_decay}")
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Conv, Decoder, Encoder, crop_to, pad_to_multiple, trunk_options
-from .config import InputError
+from .config import InputError, at_least
 from .distributed import all_reduce_sum, rank, world_size
 
 CHUNK = 2**23  # entries of the largest table of distances at a time: 32 MiB
@@ -136,9 +136,8 @@ class QuantizerConfig:
     revive_below: float = 0.03  # codes used less than this share of the mean use are moved; 0 = never
 
     def __post_init__(self) -> None:
-        for name, low in (("codebook_size", 2), ("kmeans_steps", 0), ("commitment_weight", 0)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        at_least(self, 2, "codebook_size")
+        at_least(self, 0, "kmeans_steps", "commitment_weight")
         for name in ("decay", "revive_below"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")

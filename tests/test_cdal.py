@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.multiprocessing as mp
 from torch import nn
@@ -26,7 +27,7 @@ from ldm3d.cdal import (
 )
 from ldm3d.config import InputError
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
-from ldm3d.distributed import keyed_generator, rank, setup, wrap
+from ldm3d.distributed import keyed_generator, rank, wrap
 from ldm3d.metrics import dice
 from ldm3d.phantoms import make_phantom
 from ldm3d.training import autocast, keyed_normal
@@ -517,14 +518,7 @@ def one_step(part: slice) -> list[torch.Tensor]:
 
 
 def on_each_rank(number: int, port: int, folder: str) -> None:
-    os.environ |= {
-        "RANK": str(number),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    setup("cpu")
+    tiny.join(number, port)
     torch.save(one_step(slice(2 * rank(), 2 * rank() + 2)), f"{folder}/{number}.pt")
 
 

@@ -21,7 +21,7 @@ import train_ldm
 from ldm3d import AutoencoderKL, VAEConfig, read
 from ldm3d.checkpoint import load, step_files
 from ldm3d.data import batches, evaluation_batches
-from ldm3d.distributed import all_reduce_sum, any_rank, gather, main_first, rank, setup, share, wrap
+from ldm3d.distributed import all_reduce_sum, any_rank, gather, main_first, rank, share, wrap
 from ldm3d.losses import kl_per_element, reconstruction_loss
 from ldm3d.phantoms import write_phantoms
 from ldm3d.training import Mean, OptimConfig, RunConfig, Stepper, keyed_normal, micro_batches
@@ -114,14 +114,7 @@ def overflow_on_one_rank() -> tuple[list[bool], list[float]]:
 
 
 def on_each_rank(number: int, port: int, folder: str) -> None:
-    os.environ |= {
-        "RANK": str(number),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    setup("cpu")
+    tiny.join(number, port)
     result = {"step": train_two_steps(), "adversarial": train_against_a_critic()}
     result["overflow"] = overflow_on_one_rank()
     mean = Mean()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.multiprocessing as mp
 from torch import nn
@@ -19,7 +20,7 @@ import train_vae
 from ldm3d import LatentDiffusion, evaluation, read
 from ldm3d.checkpoint import load, step_files
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
-from ldm3d.distributed import run_script, setup, wrap
+from ldm3d.distributed import run_script, wrap
 from ldm3d.latent_diffusion import load_autoencoder
 from ldm3d.losses import VGG16, adaptive_weight
 from ldm3d.phantoms import write_phantoms
@@ -206,10 +207,7 @@ JOBS = {"codebook": codebook_updates, "adaptive weight": adaptive_weight_of, "cr
 
 
 def on_each_rank(number: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    setup("cpu")
+    tiny.join(number, port)
     part = slice(2 * number, 2 * number + 2)
     torch.save({name: job(part) for name, job in JOBS.items()}, f"{folder}/{number}.pt")
 

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from ldm3d.distributed import setup
+
 ROOT = Path(__file__).parents[1]
 RUN = """--run.eval_every 10 --run.save_every 5 --run.log_every 1 --run.ema_decay 0.9 --optim.warmup_steps 0
  --optim.schedule constant""".split()
@@ -61,6 +65,14 @@ def torchrun(*arguments: object, ranks: int = 2, port: int = 0, **more: object) 
     return start(
         "-m", "torch.distributed.run", "--nproc_per_node", ranks, *rendezvous, "--", *arguments, **more
     )
+
+
+def join(number: int, port: int) -> None:
+    """In a spawned process: be rank `number` of two on this machine, on one thread."""
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    setup("cpu")
 
 
 def descendants(pid: int) -> list[int]:
