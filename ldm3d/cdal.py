@@ -133,7 +133,7 @@ class GeneratorConfig:
     encoder_channels: int = 16  # width of the image encoder, which runs once a case
     encoder_blocks: int = 2  # its residual blocks
     stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all; exact and cheap
-    latent_dim: int = 64  # numbers of the latent z; 0 = none
+    latent_dim: int = 0  # numbers of the latent z; 0 = none
     mapping_layers: int = 3  # layers from z to the embedding, beside the first
     output: Literal["softmax", "tanh"] = "softmax"  # how the output becomes x_start; tanh: as published
 
