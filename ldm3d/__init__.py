@@ -1,14 +1,21 @@
 """ldm3d: latent diffusion for 3-D and 2-D medical images in pure PyTorch."""
 
+from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from .conditions import Condition, ConditionConfig
 from .config import InputError
 from .data import DataConfig, VolumeDataset
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .discriminators import PatchDiscriminator, PatchDiscriminatorConfig
+from .discriminators import (
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
+    TimeDiscriminator,
+    TimeDiscriminatorConfig,
+)
 from .editing import ImageEdit, Interpolation
 from .guidance import Guidance
 from .latent_diffusion import LatentDiffusion
+from .segmentation import load_segmenter
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 from .volumes import Volume, read, write
@@ -17,13 +24,17 @@ from .vqvae import VQVAE, QuantizerConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "CDAL",
     "VQVAE",
     "AutoencoderKL",
+    "CDALConfig",
     "Condition",
     "ConditionConfig",
     "DataConfig",
     "Denoiser",
     "DiffusionKernel",
+    "Generator",
+    "GeneratorConfig",
     "Guidance",
     "ImageEdit",
     "InputError",
@@ -33,11 +44,14 @@ __all__ = [
     "PatchDiscriminator",
     "PatchDiscriminatorConfig",
     "QuantizerConfig",
+    "TimeDiscriminator",
+    "TimeDiscriminatorConfig",
     "UNet",
     "UNetConfig",
     "VAEConfig",
     "Volume",
     "VolumeDataset",
+    "load_segmenter",
     "read",
     "write",
 ]

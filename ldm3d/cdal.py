@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import DepthToSpace, Encoder, SpaceToDepth, crop_to, pad_to_multiple, per_level
-from .config import InputError, at_least
+from .config import InputError, at_least, show
 from .diffusion_kernel import posterior_coefficients
 from .distributed import keyed_generator
 from .losses import (
@@ -76,7 +76,8 @@ class FewStepConfig:
 
 
 class FewStepKernel:
-    """The process of the module's docstring; tables in float64, arithmetic in float32.
+    """The process of the module's docstring; tables in float64, arithmetic in float32. Times are given on the
+    CPU, where the tables are, whatever the device of the maps.
 
     Index i of betas, sqrt_alphas_cumprod (A) and sqrt_one_minus_alphas_cumprod (S) runs from 0 to T, index t
     of the posterior's tables from 0 to T - 1.
@@ -101,18 +102,18 @@ class FewStepKernel:
 
     def q_sample(self, x_start: Tensor, i: Tensor, noise: Tensor) -> Tensor:
         """x_i (B, K, *S) for i (B,) from 0 to T."""
-        alpha, sigma = self.sqrt_alphas_cumprod[i.cpu()], self.sqrt_one_minus_alphas_cumprod[i.cpu()]
+        alpha, sigma = self.sqrt_alphas_cumprod[i], self.sqrt_one_minus_alphas_cumprod[i]
         return _column(alpha, x_start) * x_start + _column(sigma, x_start) * noise
 
     def q_next(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_next at t + 1, from x_t at t."""
-        beta = self.betas[t.cpu() + 1]
+        beta = self.betas[t + 1]
         return _column((1 - beta).sqrt(), x_t) * x_t + _column(beta.sqrt(), x_t) * noise
 
     def q_posterior(self, x_start: Tensor, x_next: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, K, *S) and variance (B, 1, ...) of x_t, given x_start and x_next at t + 1."""
         tables = self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_variance
-        coef1, coef2, variance = (_column(table[t.cpu()], x_next) for table in tables)
+        coef1, coef2, variance = (_column(table[t], x_next) for table in tables)
         return coef1 * x_start + coef2 * x_next, variance
 
     def step(self, x_start: Tensor, x_next: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -257,9 +258,14 @@ class CDALConfig:
     def __post_init__(self) -> None:
         if self.noisiest is not None and not 0 <= self.noisiest <= 1:
             raise InputError(f"noisiest: expected a share from 0 to 1, got {self.noisiest}")
-        if max(self.mse_weight, self.ce_weight, self.dice_weight) <= 0:
+        at_least(self, 0, "mse_weight", "ce_weight", "dice_weight", "adversarial_weight", "r1_weight")
+        if max(self.mse_weight, self.ce_weight, self.dice_weight) == 0:
             raise InputError("mse_weight: one of mse_weight, ce_weight, dice_weight must be above 0")
         at_least(self, 1, "r1_every")
+        if self.attention == "input" and self.own_estimate:
+            raise InputError("attention: input changes noised labels; own_estimate must be false")
+        if self.attention == "loss" and not self.attention_normalised:
+            raise InputError("attention: loss needs attention_normalised, or weights would be negative")
         if self.has_critic and not self.diffusion:
             raise InputError("diffusion: false has no critic: attention none, adversarial_weight 0")
 
@@ -330,10 +336,11 @@ class CDAL:
         called bare, and left as it is: the caller freezes it.
         """
         c, y = self.config, self.one_hot(labels)
-        t = self.t_from_uniform(u).to(image.device)
+        t = self.t_from_uniform(u.cpu())
+        times = t.to(image.device)
         z = draw("z", net.config.latent_dim) if net.mapping is not None else None
         if not c.diffusion:
-            output = model(torch.zeros_like(y), t.float(), image, None if z is None else 0 * z)
+            output = model(torch.zeros_like(y), times.float(), image, None if z is None else 0 * z)
             return self.overlap_terms(output, net.to_x_start(output), labels), {}
         shape = y.shape[1:]
         x_t = self.kernel.q_sample(y, t, draw("x_t", *shape))
@@ -341,7 +348,7 @@ class CDAL:
         seen, weight = x_next, None
         if c.attention != "none":
             with torch.no_grad():
-                hidden = critic(x_t, t, x_next, self._shown(image)).features[c.attention_layer]
+                hidden = critic(x_t, times, x_next, self._shown(image)).features[c.attention_layer]
             a = attention_map(hidden, y.shape[2:], c.attention_normalised)
             if c.attention == "input":
                 seen = self.kernel.q_sample(a * y, t + 1, draw("attended", *shape))
@@ -349,31 +356,31 @@ class CDAL:
                 weight = a[:, 0]
         if c.own_estimate:
             seen = self._own_estimate(net, image, seen, t, draw)
-        output = model(seen, t.float(), image, z)
+        output = model(seen, times.float(), image, z)
         x_start = net.to_x_start(output)
         terms = self.overlap_terms(output, x_start, labels, weight)
         if not c.has_critic:
             return terms, {}
-        noise = draw("posterior", *shape)
+        noise = draw("posterior", *shape)  # true and made pairs share x_next: the critic is to tell x_t apart
         made = self.kernel.step(x_start, x_next, t, noise)
         if c.adversarial_weight:
             terms["g_loss"] = generator_loss(
-                critic(made, t, x_next, self._shown(image)).logits, "non_saturating"
+                critic(made, times, x_next, self._shown(image)).logits, "non_saturating"
             )
             terms["loss"] = terms["loss"] + c.adversarial_weight * terms["g_loss"]
         if c.attention == "input":  # the critic learns from what is made without its hints
             made = self.kernel.step(self._estimate(net, x_next, t, image, z), x_next, t, noise)
-        return terms, {"x_t": x_t, "x_next": x_next, "t": t, "made": made.detach()}
+        return terms, {"x_t": x_t, "x_next": x_next, "t": times, "made": made.detach()}
 
     @torch.no_grad()
     def _estimate(self, net: Generator, x_next: Tensor, t: Tensor, image: Tensor, z: Tensor | None) -> Tensor:
         """pred_x_start without gradients; never compiled, since its batches differ in size."""
-        return net.to_x_start(net.predict(x_next, t.float(), net.encode(image), z))
+        return net.to_x_start(net.predict(x_next, t.to(image.device).float(), net.encode(image), z))
 
     def _own_estimate(self, net: Generator, image: Tensor, x_next: Tensor, t: Tensor, draw: Draw) -> Tensor:
         """x_next as inference has it: at t < T - 1 noised from the generator's estimate at t = T - 1."""
         last = self.kernel.num_timesteps - 1
-        some = (t < last).nonzero().flatten()
+        some = (t < last).nonzero().flatten()  # on the CPU
         if not len(some):
             return x_next
         shape = x_next.shape[1:]
@@ -381,7 +388,8 @@ class CDAL:
         times = torch.full_like(some, last)
         estimate = self._estimate(net, draw("x_T", *shape)[some], times, image[some], z)
         noise = draw("x_next of the estimate", *shape)[some]
-        return x_next.index_copy(0, some, self.kernel.q_sample(estimate, t[some] + 1, noise))
+        estimate = self.kernel.q_sample(estimate, t[some] + 1, noise)
+        return x_next.index_copy(0, some.to(x_next.device), estimate)
 
     def _shown(self, image: Tensor) -> Tensor | None:
         return image if self.config.critic_sees_image else None
@@ -422,9 +430,9 @@ class CDAL:
         features = features.expand(len(noise), *features.shape[1:])
         x, T = noise[:, 0], self.kernel.num_timesteps
         for i, t in enumerate(reversed(range(T))):
-            times = torch.full((len(x),), t, device=x.device)
-            output = net.predict(x, times.float(), features, z[:, i] if net.mapping is not None else None)
-            x_start = net.to_x_start(output)
+            times = torch.full((len(x),), t)
+            own_z = z[:, i] if net.mapping is not None else None
+            x_start = net.to_x_start(net.predict(x, times.to(x.device).float(), features, own_z))
             x = self.kernel.step(x_start, x, times, noise[:, i + 1]) if t else x_start
         return self.probability(x)
 
@@ -458,22 +466,30 @@ class CDAL:
         independent within each, and the same voxel has the same noise in all of them. `key` names the case;
         `batch_size` votes run at once.
         """
+        check_window(window, image.ndim - 1)
         votes = votes if self.config.diffusion else 1
         size = tuple(image.shape[1:])
         window = size if window is None else tuple(min(n, m) for n, m in zip(size, window, strict=True))
         starts = list(product(*(window_starts(n, m, overlap) for n, m in zip(size, window, strict=True))))
         smooth = window_weight(window) if len(starts) > 1 else torch.ones(window)
         total, weight = torch.zeros(self.num_labels, *size), torch.zeros(size)
-        noise, z = (v.to(image.device) for v in self.draw_votes(net, votes, window, seed, key))
+        noise, z = self.draw_votes(net, votes, window, seed, key)
         for start in starts:
             place = tuple(slice(s, s + m) for s, m in zip(start, window, strict=True))
             features = net.encode(image[(slice(None), *place)][None])
-            own = noise.roll([-s for s in start], tuple(range(3, noise.ndim)))
-            for some, some_z in zip(own.split(batch_size), z.split(batch_size), strict=True):
-                p = self.vote(net, features, some, some_z).sum(0).cpu()
+            shift, axes = [-s for s in start], tuple(range(3, noise.ndim))
+            for some, some_z in zip(noise.split(batch_size), z.split(batch_size), strict=True):
+                own = some.roll(shift, axes).to(image.device)
+                p = self.vote(net, features, own, some_z.to(image.device)).sum(0).cpu()
                 total[(slice(None), *place)] += smooth * p
             weight[place] += votes * smooth
         return total / weight
+
+
+def check_window(window: Sequence[int] | None, dims: int) -> None:
+    """InputError unless there is none or it has a size for each of `dims` axes."""
+    if window is not None and (len(window) != dims or min(window) < 1):
+        raise InputError(f"window: expected {dims} numbers from 1 on, got {show(tuple(window))}")
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:

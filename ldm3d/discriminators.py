@@ -142,6 +142,7 @@ class TimeDiscriminatorConfig:
     dims: Literal[2, 3] = 3  # spatial axes
     in_channels: int = 4  # channels of x_t and x_next together, and of the image where the critic sees it
     channels: tuple[int, ...] = (32, 64, 128, 128)  # width of each block; all but the first halve the axes
+    halve_first: bool = False  # the first halves them too: for large images
     emb_dim: int = 128  # width of the time embedding
 
     def __post_init__(self) -> None:
@@ -196,7 +197,7 @@ class TimeDiscriminator(nn.Module):
         self.conv_in = Conv(c.dims, c.in_channels, c.channels[0], kernel=1)
         widths = (c.channels[0], *c.channels)
         self.blocks = nn.ModuleList(
-            TimeBlock(c.dims, a, b, c.emb_dim, down=i > 0)
+            TimeBlock(c.dims, a, b, c.emb_dim, down=i > 0 or c.halve_first)
             for i, (a, b) in enumerate(zip(widths, c.channels, strict=False))
         )
         self.conv_out = Conv(c.dims, c.channels[-1] + 1, c.channels[-1])

@@ -108,8 +108,9 @@ def thin(points: list[list[float]], most: int = MAX_POINTS) -> list[list[float]]
 
 
 def best_of(lines: list[dict[str, Any]]) -> str:
-    """The best validation: highest PSNR where there is one, else lowest loss."""
-    for key, pick, what in (("psnr", max, "PSNR {:.2f} dB"), ("loss", min, "loss {:.4g}")):
+    """The best validation: highest PSNR or Dice where there is one, else lowest loss."""
+    kinds = ("psnr", max, "PSNR {:.2f} dB"), ("dice", max, "Dice {:.3f}"), ("loss", min, "loss {:.4g}")
+    for key, pick, what in kinds:
         known = [line for line in lines if line["split"] == "val" and line.get(key) is not None]
         if known:
             line = pick(known, key=lambda line, key=key: line[key])
@@ -299,7 +300,7 @@ def settings(config: dict[str, Any]) -> str:
     return f'<div class="settings">{"".join(cards)}</div>'
 
 
-NAMES = {"vae": "Autoencoder", "ldm": "Latent diffusion"}
+NAMES = {"vae": "Autoencoder", "ldm": "Latent diffusion", "cdal": "Segmentation"}
 
 
 def make_page(run: Path, config: Config) -> str:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig, uncertainty
+from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window, uncertainty
 from .checkpoint import load_run, load_weights
 from .config import InputError, at_least, from_dict, to_dict
 from .data import DataState, VolumeDataset, find_images, scan_images
@@ -159,11 +159,16 @@ def score(labels: Tensor, truth: Tensor, num_labels: int, spacing: tuple[float, 
 
 
 def calibration(doubt: Tensor, wrong: Tensor) -> dict[str, float]:
-    """Does the uncertainty `doubt` (*S) rise with the error `wrong` (*S) bool? nan: nothing is wrong."""
+    """Does the uncertainty `doubt` (*S) rise with the error `wrong` (*S) bool? nan: nothing is wrong.
+
+    Voxels of equal uncertainty are taken in any order, on average.
+    """
     u, e = doubt.flatten().double(), wrong.flatten().double()
     u0, e0 = u - u.mean(), e - e.mean()
     correlation = (u0 * e0).mean() / (u0.square().mean() * e0.square().mean()).sqrt()
-    area = e[u.argsort(stable=True)].cumsum(0).mean() / len(e)
+    _, group, size = u.unique(return_inverse=True, return_counts=True)  # rising uncertainty
+    rate = torch.zeros(len(size), dtype=e.dtype).index_add_(0, group, e) / size
+    area = rate.repeat_interleave(size).cumsum(0).mean() / len(e)
     return {
         "error_correlation": float(correlation),
         "retention_area": float(area),
@@ -195,12 +200,14 @@ def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Pat
     """Segment all images of `config`; returns the new folder."""
     cdal, net, content = load_segmenter(run, device)
     window = config.window or content["config"]["window"]
+    check_window(window, content["config"]["data"]["dims"])
     dataset = open_images(config, content)
     folder = new_folder(run, config.out, "segmentations")
     rows, pictures = {}, {}
     print0(f"{len(dataset)} cases, T = {cdal.kernel.num_timesteps}, {config.votes} votes")
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
-        case, x = dataset.cases[i], dataset[i, i]["image"]
+        case, item = dataset.cases[i], dataset[i, i]
+        x = item["image"]
         start = time.perf_counter()
         with autocast(config.amp, device):
             p = cdal.segment(
@@ -217,6 +224,7 @@ def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Pat
         rows[case.id] = {"seconds": seconds, **write_case(p, dataset, i, config, folder)}
         pictures[case.id] = [
             *overlay(x, None),
+            *(overlay(x, item["mask"]) if case.mask is not None else ()),
             *overlay(x, p.argmax(0)),
             *overlay(2 * uncertainty(p)[None] - 1, None),
         ]

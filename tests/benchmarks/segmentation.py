@@ -43,9 +43,10 @@ ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
     "z, T = 8": (Z | {"cdal.kernel.num_timesteps": 8}, 5),
     "z, noised truth": (Z | {"cdal.own_estimate": False}, 5),
     "z, adversarial term": (Z | {"cdal.adversarial_weight": 0.05}, 5),
-    "z, attention on the labels": (Z | {"cdal.attention": "input"}, 5),
+    "z, noised truth, attention on it": (Z | {"cdal.own_estimate": False, "cdal.attention": "input"}, 5),
     "z, attention on the loss": (Z | {"cdal.attention": "loss"}, 5),
 }
+FOLDERS = {"hippocampus": ("imagesTr", "labelsTr"), "monuseg": ("images", "masks")}
 ABLATION = [name for name in ROWS if name != "published"]
 
 
@@ -60,7 +61,7 @@ def steps_for(minutes: float, preset: str, settings: dict, folder: Path) -> int:
     """How many steps the minutes hold, by the last 10 of 20."""
     speed = folder.with_name(f"{folder.name}-speed")
     line = speed / "log.jsonl"
-    if not line.exists():
+    if not (speed / "checkpoint_0000020.pt").exists():
         train_cdal.main([*flags_of(preset, settings, speed, 20, 10_000), "--run.log_every", "10"])
     logged = [json.loads(text) for text in line.read_text().splitlines()]
     rate = next(entry["samples_per_s"] for entry in logged if entry["step"] == 20)
@@ -90,9 +91,6 @@ def test(preset: str, run: Path, votes: int) -> dict:
         )
         segment_files(config, run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return json.loads((out / "report.json").read_text())
-
-
-FOLDERS = {"hippocampus": ("imagesTr", "labelsTr"), "monuseg": ("images", "masks")}
 
 
 def row_of(name: str, run: Path, votes: int, report: dict) -> str:
@@ -162,6 +160,9 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     chosen = {"ablation": ABLATION, "all": list(ROWS)}.get(given.rows, given.rows.split(","))
+    unknown = sorted(set(chosen) - ROWS.keys())
+    if unknown:
+        parser.error(f"--rows: no row {unknown[0]!r}; known are {', '.join(ROWS)}")
     lines = []
     for name in chosen:
         settings, votes = ROWS[name]
