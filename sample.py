@@ -76,7 +76,7 @@ class Config:
     sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
     eta: float = 0.0  # share of fresh noise of ddim
     seed: int = 0  # sample i depends on (seed, i) alone
-    batch_size: int = 4  # volumes made at once, on each rank
+    batch_size: int = 8  # volumes made at once, on each rank
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made

@@ -113,7 +113,8 @@ def open_images(config: SegmentConfig, content: dict[str, Any]) -> VolumeDataset
     if not layout.label_values:
         layout = dataclasses.replace(layout, num_labels=state.num_labels)
     infos = scan_images(cases, layout, state)
-    state = dataclasses.replace(state, source_channels=0, num_labels=None)
+    num_labels = state.num_labels if config.reference else None  # none: items have no mask
+    state = dataclasses.replace(state, source_channels=0, num_labels=num_labels)
     return VolumeDataset(cases, infos, state, layout, own_size=True)
 
 
@@ -224,7 +225,7 @@ def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Pat
         rows[case.id] = {"seconds": seconds, **write_case(p, dataset, i, config, folder)}
         pictures[case.id] = [
             *overlay(x, None),
-            *(overlay(x, item["mask"]) if case.mask is not None else ()),
+            *(overlay(x, item["mask"]) if config.reference else ()),
             *overlay(x, p.argmax(0)),
             *overlay(2 * uncertainty(p)[None] - 1, None),
         ]
