@@ -65,7 +65,7 @@ class SegmentConfig:
     overlap: float = 0.5  # part of a window that it shares with the next, at least
     probabilities: bool = False  # write the probability of every label too
     seed: int = 0  # of the votes
-    batch_size: int = 4  # votes at once
+    batch_size: int = 8  # votes at once
     amp: str = "auto"  # precision of the networks
     out: str | None = None  # new folder for the results
     format: str = "auto"  # of the files; auto = that of the image

@@ -1,8 +1,8 @@
 """Segmentation by cDAL beside a plain U-Net and the published method: the table of the README.
 
-    python tests/benchmarks/segmentation.py hippocampus --minutes 30 --amp bf16 --rows plain,default,published
+    python tests/benchmarks/segmentation.py hippocampus --minutes 30 --amp bf16 --rows plain default published
     python tests/benchmarks/segmentation.py hippocampus --minutes 6 --rows ablation
-    python tests/benchmarks/segmentation.py monuseg --minutes 10 --amp bf16 --rows plain,default,published
+    python tests/benchmarks/segmentation.py monuseg --minutes 10 --amp bf16 --rows plain default published
 
 Every row is a run of train_cdal.py of the same preset with some flags changed, trained for the same minutes
 of wall-clock time: its speed is measured on 20 steps first, the number of steps follows. best.pt, chosen on
@@ -152,14 +152,14 @@ def main() -> None:
     )
     parser.add_argument("preset", choices=list(FOLDERS))
     parser.add_argument("--minutes", type=float, default=10, help="of training, for every row")
-    parser.add_argument("--rows", default="plain,default,published", help="names with commas; ablation; all")
+    parser.add_argument("--rows", nargs="+", default=["plain", "default", "published"], help="or: ablation")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"), help="folder of the runs")
     parser.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="precision of the training")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    chosen = {"ablation": ABLATION, "all": list(ROWS)}.get(given.rows, given.rows.split(","))
+    chosen = ABLATION if given.rows == ["ablation"] else given.rows
     unknown = sorted(set(chosen) - ROWS.keys())
     if unknown:
         parser.error(f"--rows: no row {unknown[0]!r}; known are {', '.join(ROWS)}")
