@@ -147,16 +147,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Source and target are aligned, so the source enters beside x_t; --condition.use tokens is the other way.
     "tiff-translation": SMALL
     | {
-        "run.steps": 3000,
+        "run.steps": 2000,
         "data.num_variants": 16,
         "data.augment.flip_axes": (1,),
         "data.augment.affine": 0.7,
         "condition.use": ("image",),
         "unet.channels": (32, 64, 128),
         "unet.num_res_blocks": (1,),
-        "unet.attention_levels": (False, False, True),
+        "unet.attention_levels": (False, True, False),
     },
-    "adrenal": SMALL | {"run.steps": 2000, "condition.use": ("class",)},
+    # Small rotations and shifts; hardly any scaling, since the size of a shape tells of its class.
+    "adrenal": SMALL
+    | {
+        "run.steps": 2000,
+        "condition.use": ("class",),
+        "unet.num_res_blocks": (1,),
+        "data.num_variants": 8,
+        "data.augment.flip_axes": (0,),
+        "data.augment.affine": 0.7,
+        "data.augment.max_scale": 0.05,
+    },
     "brats-32g": BRATS | {"batch_size": 4},
     "brats-16g": BRATS | {"batch_size": 4, "micro_batch_size": 1, "unet.checkpointing": True},
 }

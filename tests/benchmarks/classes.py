@@ -1,0 +1,198 @@
+"""Does a network that has seen real shapes only recognise the class that generated ones were asked for?
+
+    python tests/benchmarks/classes.py          # $LDM3D_DATA/adrenal, 3-D shapes of two classes
+
+Trains the presets "adrenal" of train_vae.py and train_ldm.py, and three small 3-D classifiers, whose logits
+are added up, on the real training shapes (each class with the same weight, no choice by held-out cases).
+Every row of the table is an AUC: the chance that a shape of class 1 gets a higher logit than one of class 0,
+with a 95 % interval (percentile bootstrap within each class, of cases; the classifiers are fixed).
+
+held-out cases           their classes; of validation and test, which no network was trained on
+... by the autoencoder   the same, encoded and decoded: what the autoencoder takes away
+guidance 0, 1, 2 ...     generated; the class that was asked for. 0 ignores it: chance. 1 is not guided.
+
+Samples of different rows start from the same noise. What is done is not done again: stopped and started,
+this script goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train_ldm  # noqa: E402
+import train_vae  # noqa: E402
+from ldm3d.cases import AugmentConfig  # noqa: E402
+from ldm3d.checkpoint import load_run  # noqa: E402
+from ldm3d.config import from_dict, replace  # noqa: E402
+from ldm3d.data import Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.guidance import Guidance  # noqa: E402
+from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
+from ldm3d.logger import progress, save_sheet  # noqa: E402
+from ldm3d.scores import write_report  # noqa: E402
+from ldm3d.training import OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
+
+# --- the judge ----------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """x (B, 1, D, H, W) -> logit (B,) of class 1. Halved first: it shall see shapes, not how their edges were
+    drawn."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        layers, channels = [nn.AvgPool3d(2)], 1
+        for wider in (width, 2 * width, 4 * width):
+            layers += [nn.Conv3d(channels, wider, 3, padding=1), nn.GroupNorm(4, wider), nn.SiLU()]
+            layers += [nn.AvgPool3d(2)]
+            channels = wider
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x).flatten(2).amax(2))[:, 0]
+
+
+def learn(data: Data, steps: int, seed: int) -> Classifier:
+    """A classifier of the training cases, flipped and moved at random."""
+    dataset = data.dataset("train", augment=True)
+    labels = [case.label for case in dataset.cases]
+    weight = torch.tensor([len(labels) / (2 * labels.count(label)) for label in (0, 1)])
+    reseed(seed, 0)
+    net = Classifier()
+    optim = OptimConfig(2e-3, weight_decay=1e-2, warmup_steps=20, schedule="cosine")
+    stepper = Stepper(net, optim, RunConfig(steps=steps), 8, torch.device("cpu"))
+    for step, group in progress(enumerate(batches(dataset, 8, 8, seed, 0, steps)), "classifier", steps):
+        (batch,) = group
+        loss = F.binary_cross_entropy_with_logits(
+            net(batch["image"]), batch["label"].float(), weight[batch["label"]]
+        )
+        stepper.backward(loss)
+        stepper.step(step)
+    return net.eval()
+
+
+def judges(data: Data, steps: int, path: Path) -> list[Classifier]:
+    """Three of them, trained once."""
+    if not path.exists():
+        nets = [learn(data, steps, seed) for seed in range(3)]
+        torch.save([net.state_dict() for net in nets], path)
+    nets = [Classifier() for _ in range(3)]
+    for net, weights in zip(nets, torch.load(path, weights_only=True), strict=True):
+        net.load_state_dict(weights)
+        net.eval()
+    return nets
+
+
+@torch.inference_mode()
+def logits(nets: list[Classifier], x: Tensor) -> np.ndarray:
+    """(N,) of volumes (N, 1, D, H, W)."""
+    return torch.cat([sum(net(part.float()) for net in nets) for part in x.split(8)]).double().numpy()
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """P(score of class 1 > score of class 0), ties half: the Mann-Whitney statistic."""
+    difference = scores[labels == 1][:, None] - scores[labels == 0][None]
+    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+
+
+def auc_row(scores: np.ndarray, labels: np.ndarray, resamples: int = 2000) -> dict[str, float]:
+    """The AUC and its interval, each class resampled by itself."""
+    draw, places = np.random.default_rng(0), [np.flatnonzero(labels == label) for label in (0, 1)]
+    values = []
+    for _ in range(resamples):
+        drawn = np.concatenate([draw.choice(place, len(place)) for place in places])
+        values.append(auc(scores[drawn], labels[drawn]))
+    low, high = np.percentile(values, [2.5, 97.5])
+    counts = {f"class {label}": len(place) for label, place in enumerate(places)}
+    return {"auc": auc(scores, labels), "low": float(low), "high": float(high), **counts}
+
+
+# --- shapes -------------------------------------------------------------------------------------------------
+
+
+def held_out(data: Data) -> tuple[Tensor, np.ndarray]:
+    """(N, 1, D, H, W) and classes of validation and test cases."""
+    items = [d[i, i] for d in (data.dataset("val"), data.dataset("test")) for i in range(len(d))]
+    return torch.stack([item["image"] for item in items]), np.array([item["label"] for item in items])
+
+
+@torch.inference_mode()
+def through(model: LatentDiffusion, x: Tensor) -> Tensor:
+    """Encoded and decoded."""
+    return torch.cat([model.decode(model.encode(one)) for one in x.split(1)])
+
+
+def generate(model: LatentDiffusion, labels: np.ndarray, scale: float, steps: int, path: Path) -> Tensor:
+    """(N, 1, D, H, W) float16, made once and kept in `path`."""
+    if not path.exists():
+        told = model.prepare({"class": labels.tolist()}, len(labels))
+        stream = model.stream(
+            range(len(labels)), steps, batch_size=8, conditions=told, guidance=Guidance(scale)
+        )
+        made = [x for x, _ in progress(stream, f"guidance {scale:g}", -(-len(labels) // 8))]
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, torch.cat(made).half().numpy())
+        partial.rename(path)
+    return torch.from_numpy(np.load(path))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/classes"), help="folder of the runs")
+    parser.add_argument("--num", type=int, default=32, help="samples of each class, in every row")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0])
+    parser.add_argument("--steps", type=int, default=15, help="of sampling, two network calls each")
+    parser.add_argument("--classifier_steps", type=int, default=400)
+    parser.add_argument("--vae", default="", help="more flags of train_vae.py, in quotes")
+    parser.add_argument("--ldm", default="", help="more flags of train_ldm.py, in quotes")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    vae, ldm, out = args.out / "vae", args.out / "ldm", args.out / "report"
+    train_vae.main(["adrenal", "--run.dir", str(vae), *args.vae.split()])
+    train_ldm.main(["adrenal", "--vae", str(vae), "--run.dir", str(ldm), *args.ldm.split()])
+    out.mkdir(exist_ok=True)
+
+    content = load_run(vae, "vae")
+    config = from_dict(DataConfig, content["config"]["data"], "data")
+    augment = AugmentConfig(flip_axes=(0,), affine=0.7, max_scale=0.05)
+    config = replace(config, {"patch": None, "augment": augment})
+    data = open_data(config, "adrenal", content["config"]["run"]["seed"], content["state"]["split"])
+    nets = judges(data, args.classifier_steps, out / "classifiers.pt")
+    model = LatentDiffusion.load(ldm)
+    x, labels = held_out(data)
+    rows = {
+        "held-out cases": auc_row(logits(nets, x), labels),
+        "held-out cases, by the autoencoder": auc_row(logits(nets, through(model, x)), labels),
+    }
+    wanted = np.arange(2 * args.num) % 2
+    sheet = {f"real, class {k}": [v[0].numpy() for v in x[labels == k][:4]] for k in (0, 1)}
+    for scale in args.guidance:
+        made = generate(model, wanted, scale, args.steps, out / f"guidance-{scale:g}.npy")
+        rows[f"guidance {scale:g}"] = auc_row(logits(nets, made), wanted)
+        for k in (0, 1):
+            sheet[f"guidance {scale:g}, class {k}"] = [v[0].float().numpy() for v in made[wanted == k][:4]]
+    save_sheet(out / "sheet.png", sheet, limits=(-1, 1))
+    write_report(out / "report.json", rows)
+    lines = ["| shapes | AUC (95 %) | of class 0 | of class 1 |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        interval = f"{row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        lines.append(f"| {name} | {interval} | {row['class 0']} | {row['class 1']} |")
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(["", *lines, "", str(out)]))
+
+
+if __name__ == "__main__":
+    main()
