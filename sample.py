@@ -27,7 +27,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +35,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm3d.cases import read_csv
 from ldm3d.checkpoint import load_run
-from ldm3d.conditions import OF_SOURCE, check_names
-from ldm3d.config import InputError, at_least, read_command, read_json, to_dict
-from ldm3d.data import DataState, VolumeDataset, collate, open_data, open_folder, restore
+from ldm3d.config import InputError, at_least, read_command, to_dict
+from ldm3d.data import DataState, open_folder
 from ldm3d.denoiser import Denoiser
 from ldm3d.distributed import (
     all_reduce_sum,
@@ -52,49 +50,31 @@ from ldm3d.distributed import (
     setup,
     world_size,
 )
-from ldm3d.editing import ImageEdit, Interpolation
-from ldm3d.guidance import Guidance, branch_weights
-from ldm3d.latent_diffusion import NO_EDIT, Edit, LatentDiffusion, load_autoencoder, new_like
-from ldm3d.latents import WithConditions, encode_batch
+from ldm3d.guidance import branch_weights
+from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder, new_like
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, weight_bytes
 from ldm3d.metrics import psnr, set_statistics, ssim
+from ldm3d.requests import Request, RequestConfig, guidance_of, read_request
 from ldm3d.scan import load_role
 from ldm3d.scores import new_folder
 from ldm3d.segmentation import SegmentConfig, segment_files
-from ldm3d.training import autocast, to_device
+from ldm3d.training import autocast
 from ldm3d.transforms import centred
-from ldm3d.volumes import Volume, write
+from ldm3d.volumes import Volume, spacing_affine, write
 
 # --- Config -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
-    num: int | None = None  # volumes to make of each set of conditions; none = 16, of a list 1
+class Config(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
     sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
     eta: float = 0.0  # share of fresh noise of ddim
-    seed: int = 0  # sample i depends on (seed, i) alone
     batch_size: int = 8  # volumes made at once, on each rank
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
-    condition: tuple[str, ...] = field(
-        default=(), metadata={"repeat": True}
-    )  # NAME=VALUE, as often as needed
-    conditions: str | None = None  # CSV, each row a set of conditions, its columns their names (and name)
-    cases: Literal["train", "val", "test"] | None = None  # the conditions of the run's own cases, and scores
-    guidance: str = "1"  # guidance scale: of all conditions, or of each, such as class=3,text=2
-    guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions get back their standard deviation
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T between which there is guidance
-    inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
-    region: str | None = None  # mask of the region to inpaint: all that is not 0
-    edit: str | None = None  # image to start from instead of from noise
-    strength: float | None = (
-        None  # 0 to 1, noise given to images; none = 1 inpaint, 0.5 edit, 0.3 interpolate
-    )
-    interpolate: str | None = None  # two samples, such as 3,7, or two images, to go from one to the other
     maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples too
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
@@ -109,21 +89,10 @@ class Config:
     probabilities: bool = False  # write the probability of every label too
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num", "steps", "batch_size")
-        for names in (("condition", "conditions", "cases"), ("inpaint", "edit", "interpolate", "cases")):
-            if len(given := [name for name in names if getattr(self, name)]) > 1:
-                raise InputError(f"{given[0]}, {given[1]}: give one of the two")
-        if bool(self.region) != bool(self.inpaint):
-            raise InputError("inpaint, region: one needs the other")
-        if self.strength is not None and not (self.inpaint or self.edit or self.interpolate):
-            raise InputError("strength: needs inpaint, edit or interpolate")
+        super().__post_init__()
+        at_least(self, 1, "steps", "batch_size")
         if self.maps and self.samples < 2:
             raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
-
-    @property
-    def samples(self) -> int:
-        """Of each set of conditions."""
-        return self.num or (1 if self.conditions or self.cases else 16)
 
 
 def suffix_of(config: Config, state: DataState) -> str:
@@ -153,148 +122,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from None
 
 
-# --- what is asked for --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Request:
-    """Sets of conditions, and where the volumes made under them belong.
-
-    conditions: by name, (sets, ...). places: volumes of the same geometry as the samples of each set, or
-    None. targets: what the samples of each set should be (C, *size), or None. edit: see editing.py.
-    """
-
-    names: list[str]
-    conditions: dict[str, Tensor]
-    given: list[dict[str, Any]]
-    places: VolumeDataset | None = None
-    targets: bool = False
-    edit: Edit = NO_EDIT
-    paste: bool = False  # into the place's own volume
-
-    def volume(self, number: int, x: Tensor, model: LatentDiffusion, own_units: bool = False) -> Volume:
-        """A sample of set `number` as a volume, in the units of the training data or of the place itself."""
-        if self.places is None:
-            return model.state.to_volume(x)
-        info = self.places.infos[self.places.cases[number].id]
-        if not own_units:
-            info = dataclasses.replace(info, low=model.state.low, high=model.state.high)
-        return restore(x, model.state, info)
-
-
-def read_request(config: Config, run: Path, model: LatentDiffusion) -> Request:
-    """All that the flags ask for, checked, and the files read, before anything is made."""
-    if config.cases:
-        return request_of_cases(config, run, model)
-    rows = [pairs(config.condition)] if not config.conditions else read_rows(config.conditions)
-    check_names([name for row in rows for name in row if name != "name"], model.denoiser.conditions)
-    names = [row.pop("name", "") or f"set_{i:04d}" for i, row in enumerate(rows)]
-    if len(set(names)) < len(names):
-        raise InputError(f"{config.conditions}: two rows have the same name")
-    for c in model.denoiser.conditions:
-        words = sorted({w for row in rows if c.kind == "text" for w in c.unknown_words(row.get(c.name, ""))})
-        if words:
-            print0(f"note: words that the run does not know: {', '.join(words)}")
-    sources = [
-        c for c in model.denoiser.conditions if c.kind in OF_SOURCE and any(row.get(c.name) for row in rows)
-    ]
-    places, given = None, rows
-    if sources and all(row.get(sources[0].name) for row in rows):  # the samples take its geometry
-        places = model.open([row[sources[0].name] for row in rows], "source")
-        given = [{**row, sources[0].name: places[i, i]["image"]} for i, row in enumerate(rows)]
-    used = {name for row in rows for name in row}
-    values = {name: [row.get(name) for row in given] for name in used}
-    request = Request(names, model.prepare(values, len(rows)), rows, places)
-    return with_edit(request, config, model)
-
-
-def pairs(words: tuple[str, ...]) -> dict[str, str]:
-    """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}."""
-    for word in words:
-        if "=" not in word:
-            raise InputError(f"condition: expected NAME=VALUE, got {word!r}")
-    return dict(word.split("=", 1) for word in words)
-
-
-def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows of a CSV of conditions; files in it are looked for beside it."""
-    rows = read_csv(Path(path), [])
-    if not rows:
-        raise InputError(f"{path}: lists no conditions")
-    beside = Path(path).parent
-
-    def found(cell: str) -> str:
-        return str(beside / cell) if cell and "/" not in cell[:1] and (beside / cell).is_file() else cell
-
-    return [{k: found(v) for k, v in row.items()} for row in rows]
-
-
-def parse_guidance(text: str) -> float | dict[str, float]:
-    """ "3" -> 3.0, "class=3,text=2" -> {"class": 3.0, "text": 2.0}."""
-    try:
-        if "=" not in text:
-            return float(text)
-        return {name.strip(): float(scale) for name, scale in pairs(tuple(text.split(","))).items()}
-    except ValueError:
-        raise InputError(f"guidance: expected a number, or NAME=NUMBER,..., got {text!r}") from None
-
-
-def request_of_cases(config: Config, run: Path, model: LatentDiffusion) -> Request:
-    """The conditions of the run's own cases of one part, which are the targets."""
-    content, stored = load_run(run, "ldm"), load_run(run_folder(run) / "autoencoder.pt", "vae")
-    split = read_json(run_folder(run) / "split.json")
-    seed = content["config"]["run"]["seed"]
-    data = open_data(model.layout, stored["config"]["preset"], seed, split)
-    data = dataclasses.replace(data, state=model.state)
-    if not data.split[config.cases]:
-        raise InputError(f"cases: the run has no {config.cases} cases")
-    places, known = data.dataset(config.cases), model.denoiser.conditions
-    dataset, parts = WithConditions(places, known, places.cases, data.folder), []
-    for i in range(len(dataset)):
-        batch = to_device(collate([dataset[i, i]]), model.device)
-        batch |= encode_batch(model.autoencoder, batch, known, config.amp)
-        parts.append({name: value.cpu() for name, value in model.conditions_of(batch).items()})
-    conditions = {c.name: torch.cat([part[c.name] for part in parts]) for c in known}
-    names = [case.id for case in places.cases]
-    return Request(names, conditions, [{"case": name} for name in names], places, targets=True)
-
-
-def with_edit(request: Request, config: Config, model: LatentDiffusion) -> Request:
-    """The request with what --inpaint, --edit or --interpolate change."""
-    path = config.inpaint or config.edit
-    if path is None and config.interpolate is None:
-        return request
-    if len(request.names) > 1:
-        raise InputError("conditions: editing takes one set of conditions (--condition)")
-    if path is None:
-        return dataclasses.replace(request, edit=interpolation(config, model))
-    places, region = model.open([path], "image"), None
-    if config.region:
-        mask = model.open([config.region], "region")
-        shapes = [next(iter(d.infos.values())).shape for d in (places, mask)]
-        if shapes[0] != shapes[1]:
-            raise InputError(f"region: {config.region} has shape {shapes[1]}, the image {path} {shapes[0]}")
-        region = mask[0, 0]["mask"] > 0
-    strength = config.strength or (1.0 if config.inpaint else 0.5)
-    edit = ImageEdit(model, places[0, 0]["image"], region, strength)
-    return dataclasses.replace(request, places=places, edit=edit, paste=region is not None)
-
-
-def interpolation(config: Config, model: LatentDiffusion) -> Interpolation:
-    words = [word.strip() for word in config.interpolate.split(",")]
-    if len(words) != 2:
-        raise InputError(f"interpolate: expected two samples or two images, got {config.interpolate!r}")
-    ends: Any = [int(word) for word in words if word.isdecimal()]
-    if len(ends) < 2:
-        dataset = model.open(words, "image")
-        ends = [dataset[i, i]["image"] for i in range(2)]
-    return Interpolation(model, tuple(ends), config.samples, config.seed, config.strength or 0.3)
-
-
-def run_folder(run: Path) -> Path:
-    return run if run.is_dir() else run.parent
-
-
 # --- new volumes --------------------------------------------------------------------------------------------
 
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
@@ -306,9 +133,9 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
         model.denoiser.compile()
     sampler = model.default_sampler if config.sampler == "auto" else config.sampler
     model.kernel.check_sampler(sampler, config.eta)
-    guidance = Guidance(parse_guidance(config.guidance), config.guidance_rescale, config.guidance_interval)
+    guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
-    request = read_request(config, run, model)
+    request = read_request(config, run, model, config.amp)
     calls, each = model.kernel.num_network_calls(sampler, config.steps), config.samples
     total = each * len(request.names)
     folder = new_folder(run, config.out, "samples")
@@ -355,6 +182,8 @@ class Results:
             self.sums[number] = self.sums[number] + pair if number in self.sums else pair
         if self.request.targets:
             self.scores[name] = self.score(x, number)
+            if self.model.state.dims == 2:
+                self.sheet(name, x, number)
 
     def write(self, name: str, number: int, x: Tensor) -> None:
         volume = self.request.volume(number, x, self.model, own_units=self.request.paste)
@@ -362,9 +191,19 @@ class Results:
             volume = pasted(volume, self.request)
         write(self.folder / f"{name}.{self.suffix}", volume)
 
+    def sheet(self, name: str, x: Tensor, number: int) -> None:
+        """sheets/NAME.tif: source, target and sample side by side, first channels, scaled, float32."""
+        case = self.request.places[number, number]
+        row = [case[role][:1] for role in ("source", "image") if role in case] + [x[:1].float()]
+        volume = Volume(torch.cat(row, 2).numpy(), spacing_affine(self.model.state.spacing))
+        write(self.folder / "sheets" / f"{name}.tif", volume)
+
     def score(self, x: Tensor, number: int) -> dict[str, float]:
-        """PSNR (dB) and SSIM beside the target, both in the scaled range [-1, 1]."""
+        """PSNR (dB) and SSIM beside the target, both in the scaled range [-1, 1]; nan for a target of one
+        value, such as an empty slice, that would score without end."""
         target = self.request.places[number, number]["image"][None]
+        if target.min() == target.max():
+            return {"psnr": math.nan, "ssim": math.nan}
         x = x[None].float().clamp(-1, 1) if self.model.state.clipped else x[None].float()
         return {"psnr": float(psnr(x, target, 2.0)), "ssim": float(ssim(x, target, 2.0))}
 
@@ -443,6 +282,7 @@ def report(
     print(table(scores))
     for title in ("", "mean") if results.scores else ():
         rows = [v for k, v in results.scores.items() if k.endswith(" mean") == bool(title)]
+        rows = [row for row in rows if math.isfinite(row["psnr"])]
         if rows:
             means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
             print(table({f"{title or 'samples'} beside targets, {len(rows)}": means}))
@@ -454,7 +294,7 @@ def plan(config: Config, run: Path) -> None:
     model = LatentDiffusion.load(run)
     both = weight_bytes(model.denoiser) + weight_bytes(model.autoencoder)
 
-    guidance = Guidance(parse_guidance(config.guidance))
+    guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
     weights = branch_weights(guidance.scales(model.denoiser.conditions))
     branches = sum(weight != 0 for weight in weights)  # in one batch

@@ -34,6 +34,7 @@ from .config import InputError
 from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
 UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3"]
+KeysValues = tuple[Tensor, Tensor]  # of a context, (B, heads, M, d) each
 
 # --- levels -------------------------------------------------------------------------------------------------
 
@@ -203,7 +204,8 @@ class CrossAttention(nn.Module):
 
     A sample whose mask is False everywhere attends to nothing. `gate` multiplies the result by one learned
     number that starts at zero, so that a pretrained network is unchanged. With `return_map` the result is
-    (out, map (B, heads, N, M)), the map by an explicit, differentiable softmax, for small M.
+    (out, map (B, heads, N, M)), the map by an explicit, differentiable softmax, for small M. Instead of the
+    context, forward takes what `read` has made of it, which serves as long as the context stays the same.
     """
 
     def __init__(
@@ -216,12 +218,19 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
 
+    def read(self, context: Tensor) -> KeysValues:
+        k, v = self.kv(context).chunk(2, dim=-1)
+        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
     def forward(
-        self, tokens: Tensor, context: Tensor, context_mask: Tensor | None = None, return_map: bool = False
+        self,
+        tokens: Tensor,
+        context: Tensor | KeysValues,
+        context_mask: Tensor | None = None,
+        return_map: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         q = split_heads(self.q(tokens), self.num_heads)  # (B, heads, N, d)
-        parts = self.kv(context).chunk(2, dim=-1)
-        k, v = (split_heads(part, self.num_heads) for part in parts)  # (B, heads, M, d)
+        k, v = context if isinstance(context, tuple) else self.read(context)
         dropout = self.dropout if self.training else 0.0
         mask, some = None, None
         if context_mask is not None:
@@ -305,7 +314,7 @@ class TransformerBlock(nn.Module):
         self.ff = GEGLU(channels, dropout)
         self.proj_out = Conv(dims, channels, channels, kernel=1, zero_init=True)
 
-    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues, context_mask: Tensor | None = None) -> Tensor:
         tokens = to_tokens(self.proj_in(self.norm(x)))  # (B, N, C)
         tokens = tokens + self.attn(self.norm1(tokens))
         tokens = tokens + self.cross_attn(self.norm2(tokens), context, context_mask)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import GEGLU, CrossAttention, to_tokens
+from .blocks import GEGLU, CrossAttention, KeysValues, to_tokens
 from .conditions import Condition, ConditionConfig, absent, blank, check_names, num_heads, shape_of
 from .config import InputError
 
@@ -30,7 +30,7 @@ from .config import InputError
 class Conditioned(NamedTuple):
     """What conditions become; None: nothing of this kind."""
 
-    context: Tensor | None = None  # (B, M, E) tokens
+    context: Tensor | tuple[KeysValues, ...] | None = None  # (B, M, E) tokens, or what UNet.read made of them
     context_mask: Tensor | None = None  # (B, M) bool, True = use
     channels: Tensor | None = None  # (B, C, *s) to concatenate to x_t
     emb: Tensor | None = None  # (B, emb_dim) to add to that of t

@@ -192,9 +192,11 @@ def type_name(kind: Any) -> str:
 
 @functools.cache
 def field_comments(cls: type) -> dict[str, str]:
-    """Field name -> the trailing comment of its line in the source, also where the value is wrapped."""
+    """Field name -> the trailing comment of its line in the source, also where the value is wrapped, and of
+    the configs that it extends."""
     field = r"^    (\w+)\s*:[^#\n]*(?:\(\n[^#\n]*)?#\s*(.+)$"
-    return dict(re.findall(field, inspect.getsource(cls), re.MULTILINE))
+    sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    return dict(found for source in sources for found in re.findall(field, source, re.MULTILINE))
 
 
 def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, prefix: str = "") -> None:

@@ -51,7 +51,12 @@ class Denoiser(nn.Module):
         return self.arguments[2]
 
     def condition(self, conditions: dict[str, Tensor] | None, like: Tensor) -> Conditioned:
-        """The part of forward that does not depend on t, for x_t like `like`; names not given are absent."""
+        """The part of forward that does not depend on t, for x_t like `like`, keys and values of the context
+        included; names not given are absent."""
+        known = self._told(conditions, like)
+        return known if known.context is None else known._replace(context=self.unet.read(known.context))
+
+    def _told(self, conditions: dict[str, Tensor] | None, like: Tensor) -> Conditioned:
         if self.conditioner is None:
             check_names(conditions or {}, ())
             return Conditioned()
@@ -61,6 +66,6 @@ class Denoiser(nn.Module):
         self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None = None
     ) -> Tensor:
         """conditions: see conditioning.py; or what `condition` has made of them, for many steps."""
-        known = conditions if isinstance(conditions, Conditioned) else self.condition(conditions, x_t)
+        known = conditions if isinstance(conditions, Conditioned) else self._told(conditions, x_t)
         x = x_t if known.channels is None else torch.cat([x_t, known.channels.to(x_t.dtype)], 1)
         return self.unet(x, t, known.context, known.context_mask, known.emb)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .blocks import (
     AttentionBlock,
     Downsample,
+    KeysValues,
     ResBlock,
     TransformerBlock,
     Upsample,
@@ -111,7 +112,11 @@ class Stage(nn.Module):
                 )
 
     def forward(
-        self, h: Tensor, emb: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        h: Tensor,
+        emb: Tensor,
+        context: Tensor | KeysValues | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         h = self.res(h, emb)
         if isinstance(self.attention, TransformerBlock):
@@ -122,6 +127,7 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
 
+    Instead of the context, `forward` takes what `read` has made of it, once for many steps.
     `registers`, if given, is a module called as `h = registers(h, emb, place)` after every attention layer, h
     being (B, config.attention_channels[place], *s) and `place` counting these layers in the order of the
     forward pass.
@@ -162,7 +168,7 @@ class UNet(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | tuple[KeysValues, ...] | None = None,
         context_mask: Tensor | None = None,
         emb: Tensor | None = None,
     ) -> Tensor:
@@ -175,7 +181,10 @@ class UNet(nn.Module):
             nonlocal place
             if not isinstance(layer, Stage):
                 return run_layer(layer, h, checkpointing=self.config.checkpointing)
-            h = run_layer(layer, h, emb, context, context_mask, checkpointing=self.config.checkpointing)
+            known = context
+            if isinstance(context, tuple) and layer.attention is not None:
+                known = context[place]
+            h = run_layer(layer, h, emb, known, context_mask, checkpointing=self.config.checkpointing)
             if layer.attention is not None:
                 if self.registers is not None:
                     h = self.registers(h, emb, place)
@@ -198,13 +207,19 @@ class UNet(nn.Module):
             h = walk(layer, h)
         return crop_to(norm_conv(self.norm_out, self.conv_out, h), size)
 
+    def read(self, context: Tensor) -> tuple[KeysValues, ...]:
+        """Keys and values of context tokens (B, M, E) at every attention layer, in the order of the forward
+        pass."""
+        stages = [layer for layer in (*self.down, *self.mid, *self.up) if isinstance(layer, Stage)]
+        return tuple(s.attention.cross_attn.read(context) for s in stages if s.attention is not None)
+
     def embed(self, t: Tensor, emb: Tensor | None = None) -> Tensor:
         """t (B,) on the 0..T scale, and the extra embedding (B, emb_dim) -> (B, emb_dim)."""
         sinusoid = timestep_embedding(t, self.config.channels[0], self.config.time_embed_order == "cos_sin")
         time = self.time_embed(sinusoid.to(self.time_embed[0].weight.dtype))
         return time if emb is None else time + emb
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
+    def _check(self, x: Tensor, context: Tensor | tuple[KeysValues, ...] | None) -> None:
         c = self.config
         if x.ndim != c.dims + 2 or x.shape[1] != c.in_channels:
             raise InputError(f"x: expected (B, {c.in_channels}, {c.dims} axes), got shape {tuple(x.shape)}")

@@ -33,7 +33,7 @@ FLOORS = [
     ["denoiser", "latents", "runs", "volume_sets"],
     ["latent_diffusion"],
     ["editing", "features", "memory", "segmentation"],
-    ["comparison", "fidelity"],
+    ["comparison", "fidelity", "requests"],
     ["analysis", "evaluation", "memorisation", "report"],
     ["__init__"],
 ]

@@ -3,6 +3,7 @@ what it is told, and refuses what it does not know before any work."""
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,20 @@ def test_sample_compares_the_cases_of_a_part_with_their_targets(run, tmp_path):
     assert set(scores) == {f"{name}{end}" for name in val for end in ("_00", "_01", " mean")}
     assert all(np.isfinite(row["psnr"]) for row in scores.values())
     assert (tmp_path / "out" / "preview.png").exists()
+    model, name = LatentDiffusion.load(run), f"{val[0]}_01"
+    sheet = read(tmp_path / "out" / "sheets" / f"{name}.tif").array
+    source = model.open([f"{model.layout.root}/sources/{val[0]}.tif"], "source")[0, 0]["image"]
+    target = model.open([f"{model.layout.root}/images/{val[0]}.tif"], "image")[0, 0]["image"]
+    assert sheet.dtype == np.float32
+    assert np.allclose(sheet[..., :40], torch.cat([source, target], 2), atol=1e-5)
+    assert sheet.shape[-1] == 60
+
+
+def test_a_target_of_one_value_has_no_score():
+    """Whatever is black there would score without end."""
+    case = {"image": torch.full((1, 8, 8), -1.0)}
+    results = SimpleNamespace(request=SimpleNamespace(places={(0, 0): case}))
+    assert all(np.isnan(v) for v in sample.Results.score(results, torch.zeros(1, 8, 8), 0).values())
 
 
 @pytest.mark.slow

@@ -198,7 +198,9 @@ def score(x: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+    """Of every score, over the rows that have it: no Dice where neither image has an object."""
+    known = {key: [row[key] for row in rows if np.isfinite(row[key])] for key in rows[0]}
+    return {key: float(np.mean(values)) if values else np.nan for key, values in known.items()}
 
 
 @torch.inference_mode()
