@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.cases import AugmentConfig  # noqa: E402
 from ldm3d.checkpoint import load_run  # noqa: E402
-from ldm3d.config import from_dict, replace  # noqa: E402
+from ldm3d.config import from_dict  # noqa: E402
 from ldm3d.data import Data, DataConfig, batches, open_data  # noqa: E402
 from ldm3d.guidance import Guidance  # noqa: E402
 from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     content = load_run(vae, "vae")
     config = from_dict(DataConfig, content["config"]["data"], "data")
     augment = AugmentConfig(flip_axes=(0,), affine=0.7, max_scale=0.05)
-    config = replace(config, {"patch": None, "augment": augment})
+    config = replace(config, patch=None, augment=augment)
     data = open_data(config, "adrenal", content["config"]["run"]["seed"], content["state"]["split"])
     nets = judges(data, args.classifier_steps, out / "classifiers.pt")
     model = LatentDiffusion.load(ldm)
