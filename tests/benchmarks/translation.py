@@ -79,7 +79,8 @@ TASKS = {
  --data.size 48,48,48 --data.patch 32,32,32 --batch_size 4 --vae.channels 32,64 --run.steps 1200
  --run.eval_every 400 --run.save_every 400""",
         """--data.crop random --data.num_variants 64 --data.augment.flip_axes 0 --batch_size 4
- --run.steps 1500 --unet.channels 32,64,128 --unet.num_res_blocks 1 --unet.attention_levels false,false,true""",
+ --run.steps 1500 --unet.channels 32,64,128 --unet.num_res_blocks 1
+ --unet.attention_levels false,false,true""",
         windows=16,
     ),
 }
