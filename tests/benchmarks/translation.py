@@ -241,7 +241,7 @@ def pictures(made: dict[str, list[Tensor]], items: Items, out: Path) -> None:
         flat = [x if x.ndim == 2 else x[..., x.shape[-1] // 2] for x in row]
         page = torch.cat(flat, 1).float().numpy()
         tifffile.imwrite(out / "sheets" / f"{items[i]['id']}_{i:02d}.tif", page, photometric="minisblack")
-    (out / "sheets" / "columns.txt").write_text(", ".join(made) + "\n")
+    (out / "sheets" / "columns.txt").write_text("\n".join(made) + "\n")
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
