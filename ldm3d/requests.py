@@ -32,9 +32,7 @@ from .volumes import Volume
 class RequestConfig:
     num: int | None = None  # volumes to make of each set of conditions; none = 16, of a list 1
     seed: int = 0  # sample i depends on (seed, i) alone
-    condition: tuple[str, ...] = field(
-        default=(), metadata={"repeat": True}
-    )  # NAME=VALUE, as often as needed
+    condition: tuple[str, ...] = field(default=(), metadata={"repeat": True})  # NAME=VALUE, repeatable
     conditions: str | None = None  # CSV, each row a set of conditions, its columns their names (and name)
     cases: Literal["train", "val", "test"] | None = None  # the conditions of the run's own cases, and scores
     guidance: str = "1"  # guidance scale: of all conditions, or of each, such as class=3,text=2
