@@ -71,7 +71,7 @@ class Config(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
     sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
     eta: float = 0.0  # share of fresh noise of ddim
-    batch_size: int = 8  # volumes made at once, on each rank
+    batch_size: int = 8  # volumes, or votes, made at once, on each rank
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
@@ -93,6 +93,10 @@ class Config(RequestConfig):
         at_least(self, 1, "steps", "batch_size")
         if self.maps and self.samples < 2:
             raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
+        default = {f.name: f.default for f in fields(self)}
+        for name in ("votes", "reference", "part", "window", "overlap", "probabilities"):
+            if not self.segment and getattr(self, name) != default[name]:
+                raise InputError(f"{name}: needs segment")
 
 
 def suffix_of(config: Config, state: DataState) -> str:

@@ -270,6 +270,7 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
         (["--cases", "test"], "has no test cases"),
         (["--inpaint", "a.tif"], "one needs the other"),
         (["--strength", "0.3"], "strength: needs"),
+        (["--reference", "labels"], "reference: needs segment"),
         (["--interpolate", "3"], "interpolate: expected two"),
         (["--num", "1", "--maps"], "maps: need at least 2"),
         (["--conditions", "nowhere.csv"], "nowhere.csv"),
