@@ -563,7 +563,18 @@ class Decoder(nn.Module):
         return walk(self.layers, z, self.final_silu, self.checkpointing)
 
 
-# --- time ---------------------------------------------------------------------------------------------------
+# --- place and time -----------------------------------------------------------------------------------------
+
+
+def position_features(size: Sequence[int], num: int, device: torch.device) -> Tensor:
+    """(1, 2 num dims, *size): sin and cos of pi 2^k u, k < num, for each axis; u runs from -1 to 1."""
+    maps = []
+    for axis, n in enumerate(size):
+        u = (torch.arange(n, device=device) + 0.5) * (2 / n) - 1
+        angles = math.pi * 2.0 ** torch.arange(num, device=device)[:, None] * u  # (num, n)
+        both = torch.cat([angles.sin(), angles.cos()])
+        maps.append(both.view(-1, *(n if a == axis else 1 for a in range(len(size)))).expand(-1, *size))
+    return torch.cat(maps)[None]
 
 
 def timestep_embedding(t: Tensor, dim: int, cos_first: bool = True, max_period: float = 10000.0) -> Tensor:

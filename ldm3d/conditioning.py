@@ -15,14 +15,13 @@ the kind `embedding`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import GEGLU, CrossAttention, KeysValues, to_tokens
+from .blocks import GEGLU, CrossAttention, KeysValues, position_features, to_tokens
 from .conditions import Condition, ConditionConfig, absent, blank, check_names, num_heads, shape_of
 from .config import InputError
 
@@ -155,17 +154,6 @@ class TokenCondition(nn.Module):
 def fill(value: Tensor, null: Tensor) -> Tensor:
     """Absent samples of value (B, C, *s) replaced by null (C, 1 ...)."""
     return torch.where(absent(value).view(-1, *(1,) * null.ndim), null, value)
-
-
-def position_features(size: Sequence[int], num: int, device: torch.device) -> Tensor:
-    """(1, 2 num dims, *size): sin and cos of pi 2^k u, k < num, for each axis; u runs from -1 to 1."""
-    maps = []
-    for axis, n in enumerate(size):
-        u = (torch.arange(n, device=device) + 0.5) * (2 / n) - 1
-        angles = math.pi * 2.0 ** torch.arange(num, device=device)[:, None] * u  # (num, n)
-        both = torch.cat([angles.sin(), angles.cos()])
-        maps.append(both.view(-1, *(n if a == axis else 1 for a in range(len(size)))).expand(-1, *size))
-    return torch.cat(maps)[None]
 
 
 class Conditioner(nn.Module):

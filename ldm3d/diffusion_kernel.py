@@ -255,6 +255,11 @@ class DiffusionKernel:
             alpha, sigma = self.sqrt_alphas_cumprod[t.cpu()], self.sqrt_one_minus_alphas_cumprod[t.cpu()]
         return _per_sample(alpha, like), _per_sample(sigma, like)
 
+    def signal_share(self, t: Tensor) -> Tensor:
+        """(B,) float64: alpha_t^2 / (alpha_t^2 + sigma_t^2), from 1 = clean to 0 = noise alone."""
+        alpha, sigma = (v.flatten() for v in self.coefficients(t, torch.empty(1, dtype=torch.float64)))
+        return alpha.square() / (alpha.square() + sigma.square())
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t (B, C, *S). Ho (4), Liu (1)."""
         alpha, sigma = self.coefficients(t, x_start)

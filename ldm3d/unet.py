@@ -17,6 +17,7 @@ input channels), schedules, guidance.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,9 +129,9 @@ class UNet(nn.Module):
     """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
 
     Instead of the context, `forward` takes what `read` has made of it, once for many steps.
-    `registers`, if given, is a module called as `h = registers(h, emb, place)` after every attention layer, h
-    being (B, config.attention_channels[place], *s) and `place` counting these layers in the order of the
-    forward pass.
+    `registers`, if given, is a module called as `h = registers(h, emb, place, maps)` after every attention
+    layer, h being (B, config.attention_channels[place], *s) and `place` counting these layers in the order of
+    the forward pass; `maps` is the list, or None, that was given to `features`.
     """
 
     def __init__(self, config: UNetConfig, registers: nn.Module | None = None):
@@ -172,8 +173,20 @@ class UNet(nn.Module):
         context_mask: Tensor | None = None,
         emb: Tensor | None = None,
     ) -> Tensor:
+        return self.output(self.features(x, t, context, context_mask, emb), x.shape[2:])
+
+    def features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | tuple[KeysValues, ...] | None = None,
+        context_mask: Tensor | None = None,
+        emb: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The finest features of the decoder (B, channels[0], *s), s being padded to `downsampling`; the
+        registers put their attention maps into `maps`."""
         self._check(x, context)
-        size = x.shape[2:]
         emb = self.embed(t, emb)
         place = 0  # attention layers so far
 
@@ -187,7 +200,7 @@ class UNet(nn.Module):
             h = run_layer(layer, h, emb, known, context_mask, checkpointing=self.config.checkpointing)
             if layer.attention is not None:
                 if self.registers is not None:
-                    h = self.registers(h, emb, place)
+                    h = self.registers(h, emb, place, maps)
                 place += 1
             return h
 
@@ -205,6 +218,10 @@ class UNet(nn.Module):
             if isinstance(layer, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = walk(layer, h)
+        return h
+
+    def output(self, h: Tensor, size: Sequence[int]) -> Tensor:
+        """The prediction (B, C_out, *size) from `features`."""
         return crop_to(norm_conv(self.norm_out, self.conv_out, h), size)
 
     def read(self, context: Tensor) -> tuple[KeysValues, ...]:

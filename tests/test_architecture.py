@@ -29,12 +29,13 @@ FLOORS = [
         ),
         "vqvae",
     ],
-    ["cdal", "conditioning", "data", "guidance", "training"],
+    ["cdal", "conditioning", "data", "guidance", "registers", "training"],
     ["denoiser", "latents", "runs", "volume_sets"],
     ["latent_diffusion"],
     ["editing", "features", "memory", "segmentation"],
     ["comparison", "fidelity", "requests"],
-    ["analysis", "evaluation", "memorisation", "report"],
+    ["evaluation", "memorisation", "register_analysis", "report"],
+    ["analysis"],
     ["__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ldm3d import Denoiser, InputError, UNetConfig
-from ldm3d.blocks import CrossAttention
-from ldm3d.conditioning import Conditioner, position_features
+from ldm3d.blocks import CrossAttention, position_features
+from ldm3d.conditioning import Conditioner
 from ldm3d.conditions import (
     Condition,
     ConditionConfig,

@@ -157,7 +157,7 @@ def test_registers_are_called_after_every_attention_layer_with_its_place():
             super().__init__()
             self.calls = []
 
-        def forward(self, h, emb, place):
+        def forward(self, h, emb, place, maps):
             self.calls.append((place, h.shape[1], emb.shape))
             return h + 1
 

@@ -1,0 +1,199 @@
+"""Anatomical registers: learned tokens that the U-Net reads, each bound to a label of the masks.
+
+A bank R of K labels x M registers of width E, K with the background. After every attention layer of the
+U-Net, at the place p (a layer) with features h (B, C, *s),
+
+    r      = R (1 + a) + b,   (a, b) = W silu(emb), zero at first              the bank knows the noise level
+    q      = W_q (norm(h) + W_p u),   u = position_features of the voxel       reading depends on place
+    A      = softmax(q k^T / sqrt(d)),   k, v = W_k r, W_v r                   (B, heads, N, K M)
+    h      = h + gate_p W_o (A v)                   gate_p = 0 at first: a U-Net is left as it was
+
+Masks supervise this in training; sampling needs none. With y (B, K, *s) the share of each label in a voxel,
+A_c the attention to the registers of label c, summed over these and averaged over heads,
+
+    binding = mean over p of CE(A, y)                     a register means its label
+    head    = CE(g, y) + Dice(softmax(g), y)              g: logits from the finest features of the decoder
+    CE(p, y) = -sum_c f_c^(1 - balance) mean_c(log p_c) / sum_c f_c^(1 - balance)
+
+mean_c weighs voxels by y_c, and f_c is the share of label c in the sample: with balance 0 every voxel counts
+alike, with 1 every label. The loss of a sample is that of the diffusion plus
+
+    w(step) alpha_t^2 / (alpha_t^2 + sigma_t^2) (head + binding_weight binding)
+
+since nobody can segment pure noise; w falls from strong over balanced to minimal. The head gives its logits
+at the resolution of the image, a patch for each latent voxel (Shi et al. 2016, arXiv 1609.05158).
+
+Register tokens: Darcet et al. 2023, arXiv 2309.16588; zero gates: Alayrac et al. 2022, arXiv 2204.14198.
+Left out: registers that pass information from one place to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import CrossAttention, DepthToSpace, pad_to_multiple, position_features, to_map, to_tokens
+from .conditions import absent, label_shares
+from .config import InputError, at_least
+from .losses import dice_loss
+from .normconv import Conv, GroupNorm, norm_conv
+from .unet import UNetConfig
+
+NUM_FREQUENCIES = 4  # of the position features: the finest wave spans an eighth of an axis
+
+
+@dataclass(frozen=True)
+class RegistersConfig:
+    registers: Literal["off", "free", "bound"] = "off"  # bound: to the labels of masks; free: the bank alone
+    per_label: int = 4  # registers of each label, the background included
+    dim: int = 128  # width of a register
+    weights: tuple[float, float, float] = (2.0, 1.0, 0.25)  # of the losses: strong, balanced, minimal
+    phases: tuple[float, float, float] = (
+        0.2,
+        0.4,
+        0.8,
+    )  # shares of run.steps: ends of strong, falling, falling
+    binding_weight: float = 1.0  # of the loss on attention, beside that of the head
+    balance: float = 0.5  # 0: every voxel counts alike; 1: every label of a sample does
+    head_width: int = 64  # channels of the head that predicts labels
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_label", "dim", "head_width")
+        at_least(self, 0, "binding_weight")
+        if min(self.weights) < 0:
+            raise InputError(f"weights: expected numbers from 0 on, got {self.weights}")
+        if not 0 <= self.phases[0] <= self.phases[1] <= self.phases[2] <= 1:
+            raise InputError(f"phases: expected three rising shares from 0 to 1, got {self.phases}")
+        if not 0 <= self.balance <= 1:
+            raise InputError(f"balance: expected a number from 0 to 1, got {self.balance}")
+
+
+def anatomy_weight(config: RegistersConfig, step: int, steps: int) -> float:
+    """w of optimizer step `step` (from 0) of `steps`: constant until the first phase ends, then straight
+    lines from one weight to the next."""
+    done = step / max(1, steps)
+    knots = list(zip(config.phases, config.weights, strict=True))
+    for (start, before), (end, after) in pairwise(knots):
+        if done < end:
+            return before + (after - before) * max(0.0, done - start) / max(end - start, 1e-9)
+    return config.weights[-1]
+
+
+# --- the bank -----------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """One place: h (B, C, *s) reads the bank (B, K M, E) by gated cross-attention."""
+
+    def __init__(self, unet: UNetConfig, channels: int, dim: int):
+        super().__init__()
+        self.norm = GroupNorm(channels, unet.num_groups, unet.gn_eps)
+        self.place = nn.Linear(2 * NUM_FREQUENCIES * unet.dims, channels, bias=False)
+        self.attention = CrossAttention(channels, dim, channels // unet.head_channels, gate=True)
+
+    def forward(self, h: Tensor, bank: Tensor, maps: list[Tensor] | None) -> Tensor:
+        size = h.shape[2:]
+        where = to_tokens(position_features(size, NUM_FREQUENCIES, h.device))  # (1, N, P)
+        tokens = to_tokens(self.norm(h)) + self.place(where)  # (B, N, C)
+        if maps is None:
+            return h + to_map(self.attention(tokens, bank), size)
+        out, weights = self.attention(tokens, bank, return_map=True)  # (B, heads, N, K M)
+        maps.append(to_map(weights.mean(1), size))
+        return h + to_map(out, size)
+
+
+class Registers(nn.Module):
+    """The bank and its readers, as a U-Net calls them: registers(h, emb, place, maps) -> h.
+
+    A list `maps` gets the attention (B, K M, *s) that the registers receive at each place, label by label, in
+    fp32 and by an explicit softmax; without it attention is fused. `on`: false leaves h as it is.
+    """
+
+    def __init__(self, config: RegistersConfig, unet: UNetConfig, num_labels: int):
+        super().__init__()
+        self.on = True
+        self.bank = nn.Parameter(torch.randn(num_labels, config.per_label, config.dim))
+        self.modulation = nn.Linear(unet.emb_dim, 2 * config.dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.readers = nn.ModuleList(Reader(unet, width, config.dim) for width in unet.attention_channels)
+
+    def forward(self, h: Tensor, emb: Tensor, place: int, maps: list[Tensor] | None = None) -> Tensor:
+        if not self.on:
+            return h
+        scale, shift = self.modulation(F.silu(emb))[:, None].chunk(2, dim=-1)  # (B, 1, E) each
+        return self.readers[place](h, torch.addcmul(shift, self.bank.flatten(0, 1), 1 + scale), maps)
+
+
+# --- the head -----------------------------------------------------------------------------------------------
+
+
+class LabelHead(nn.Module):
+    """The decoder's finest features (B, C, *s) -> logits (B, K, *(factor s)) of the labels."""
+
+    def __init__(self, config: RegistersConfig, unet: UNetConfig, num_labels: int, factor: Sequence[int]):
+        super().__init__()
+        width, options = config.head_width, (unet.num_groups, unet.gn_eps)
+        self.norm1 = GroupNorm(unet.channels[0], *options)
+        self.conv1 = Conv(unet.dims, unet.channels[0], width)
+        self.norm2 = GroupNorm(width, *options)
+        self.conv2 = Conv(unet.dims, width, num_labels * math.prod(factor), kernel=1)
+        self.to_voxels = DepthToSpace(factor)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = norm_conv(self.norm1, self.conv1, h)
+        return self.to_voxels(norm_conv(self.norm2, self.conv2, h))
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+
+def balanced_cross_entropy(log_p: Tensor, shares: Tensor, balance: float) -> Tensor:
+    """(B,) CE of the module's docstring; log_p and shares (B, K, *s). 0 where all shares are 0."""
+    amount = shares.flatten(2).sum(2)  # (B, K) voxels of each label
+    per_label = -(log_p * shares).flatten(2).sum(2) / amount.clamp(min=1e-6)
+    frequency = amount / amount.sum(1, keepdim=True).clamp(min=1e-6)
+    weight = torch.where(amount > 0, frequency.pow(1 - balance), 0.0)  # a label that is missing has none
+    return (weight * per_label).sum(1) / weight.sum(1).clamp(min=1e-6)
+
+
+def head_loss(logits: Tensor, labels: Tensor, balance: float) -> Tensor:
+    """(B,) of logits (B, K, *s) and labels (B, *S), which may be finer; 0 for samples without labels."""
+    logits, num_labels = logits.float(), logits.shape[1]
+    shares = label_shares(labels, num_labels, logits.shape[2:]).nan_to_num(0.0)
+    loss = balanced_cross_entropy(logits.log_softmax(1), shares, balance)
+    if num_labels > 1:  # Dice leaves the background out
+        loss = loss + dice_loss(logits.softmax(1), shares)
+    return loss * ~absent(labels)
+
+
+def binding_loss(
+    maps: Sequence[Tensor],
+    labels: Tensor,
+    num_labels: int,
+    latent: Sequence[int],
+    multiple: Sequence[int],
+    balance: float,
+) -> Tensor:
+    """(B,) of the maps (B, K M, *s) of all places and labels (B, *S); 0 for samples without labels. latent:
+    the size of x_t, which the U-Net pads to a multiple."""
+    shares, terms = label_shares(labels, num_labels, latent).nan_to_num(0.0), []
+    shares = pad_to_multiple(shares, multiple)
+    pool = F.avg_pool2d if len(latent) == 2 else F.avg_pool3d
+    for weights in maps:
+        attention = by_label(weights, num_labels).sum(2)  # (B, K, *s)
+        factor = [n // m for n, m in zip(shares.shape[2:], weights.shape[2:], strict=True)]
+        terms.append(balanced_cross_entropy((attention + 1e-6).log(), pool(shares, factor), balance))
+    return torch.stack(terms).mean(0)
+
+
+def by_label(weights: Tensor, num_labels: int) -> Tensor:
+    """A map (B, K M, *s) as (B, K, M, *s)."""
+    return weights.unflatten(1, (num_labels, -1))
