@@ -9,8 +9,10 @@ your own data     python train_ldm.py hippocampus --vae runs/vae-mine --run.dir 
 
     z    = (mean + exp(logvar / 2) * noise' - latent_mean) / latent_std
     loss = |denoiser(z_t, t, conditions) - target|^2,   z_t and target as in diffusion_kernel.py
+           + w(step) signal share (head + binding)       with --anatomy.registers bound, see registers.py
 
 with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
+with label maps   python train_ldm.py phantom-anatomy
 
 Data settings and split are the autoencoder's; flags override them. To resume, run the same command again.
 """
@@ -18,6 +20,7 @@ Data settings and split are the autoencoder's; flags override them. To resume, r
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from ldm3d.cases import AugmentConfig
 from ldm3d.checkpoint import load_run
-from ldm3d.conditions import OF_SOURCE, Condition, ConditionConfig, fit_conditions, hide
+from ldm3d.conditions import OF_SOURCE, Condition, ConditionConfig, absent, fit_conditions, hide
 from ldm3d.config import InputError, from_dict, parse, replace, to_dict
 from ldm3d.data import (
     Data,
@@ -59,7 +62,8 @@ from ldm3d.latents import (
 )
 from ldm3d.logger import progress, save_sheet
 from ldm3d.memory import Plan, decode, encode, weight_bytes
-from ldm3d.metrics import set_statistics
+from ldm3d.metrics import dice, set_statistics
+from ldm3d.registers import RegistersConfig, anatomy_weight
 from ldm3d.runs import Run
 from ldm3d.training import (
     EMA,
@@ -94,6 +98,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
+    anatomy: RegistersConfig = field(default_factory=RegistersConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -101,6 +106,11 @@ class Config:
         if not 1 <= self.sample_steps <= self.kernel.num_timesteps:
             limit = self.kernel.num_timesteps
             raise InputError(f"sample_steps: expected 1 to {limit} (kernel), got {self.sample_steps}")
+
+    @property
+    def masks(self) -> bool:
+        """Are masks learned?"""
+        return self.anatomy.registers == "bound"
 
 
 BRATS: dict[str, Any] = {
@@ -217,7 +227,18 @@ def open_latent_data(
     split = split or stage_one["state"]["split"]
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
     known = DataState.from_dict(stage_one["state"]["data"])
-    return dataclasses.replace(data, state=dataclasses.replace(known, size=config.data.size or known.size))
+    known = dataclasses.replace(known, size=config.data.size or known.size, num_labels=data.state.num_labels)
+    if config.anatomy.registers != "off" and known.num_labels is None:
+        raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
+    return dataclasses.replace(data, state=known)
+
+
+def make_denoiser(
+    config: Config, conditions: tuple[Condition, ...], num_labels: int | None, autoencoder: Autoencoder
+) -> Denoiser:
+    """The denoiser of a run, on the CPU."""
+    anatomy = config.anatomy, num_labels or 0, autoencoder.downsampling
+    return Denoiser(config.unet, config.condition, conditions, *anatomy)
 
 
 def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Condition, ...]:
@@ -254,7 +275,8 @@ EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # fixed u, and so fixed noise le
 def evaluate(
     model: LatentDiffusion, net: Denoiser, dataset: LatentDataset, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """Diffusion loss on validation cases at fixed noise and noise levels: the mean and each level's."""
+    """Diffusion loss on validation cases at fixed noise and noise levels: the mean and each level's; with
+    masks also the Dice of the head, of each label and level."""
     means = Mean()
     total = -(-len(dataset) // (config.batch_size * world_size()))
     for batch in progress(evaluation_batches(dataset, config.batch_size), "validation", total):
@@ -264,11 +286,18 @@ def evaluate(
             keyed_normal(0, batch["index"], batch["mean"].shape[1:], f"validation {what}").to(device)
             for what in ("z", "noise")
         )
+        posterior = batch["mean"], batch["logvar"], z_noise
         for level in EVAL_LEVELS:
             u = torch.full((len(z_noise),), level)
             with autocast(config.run.amp, device):
-                loss = model.loss(net, batch["mean"], batch["logvar"], z_noise, u, noise, conditions)
+                loss, _ = model.losses(net, *posterior, u, noise, conditions)
             means.add(loss=loss, **{f"loss_u{level}": loss})
+            if config.masks:
+                z, t = model.draw(*posterior, u)
+                labels = model.label_maps(model.kernel.q_sample(z, t, noise), conditions, config.run.amp, t)
+                truth = batch["mask"].long().cpu()
+                scores = dice(labels, truth, net.num_labels).masked_fill(absent(truth)[:, None], math.nan)
+                means.add(**{f"dice_{k}_u{level}": v for k, v in enumerate(scores.unbind(1), start=1)})
     return means.take()
 
 
@@ -326,19 +355,25 @@ def plan(config: Config) -> None:
     kernel = DiffusionKernel(config.kernel)
     whole = config.data.size or DataState.from_dict(content["state"]["data"]).size
     conditions: tuple[Condition, ...] = ()
-    if config.condition.use:  # vocabularies and sizes are in the data
-        latent_channels = autoencoder.config.latent_channels
-        conditions = conditions_for(config, open_latent_data(config, content), latent_channels)
+    num_labels: int | None = None
+    if config.condition.use or config.anatomy.registers != "off":  # vocabularies and sizes are in the data
+        data = open_latent_data(config, content)
+        conditions = conditions_for(config, data, autoencoder.config.latent_channels)
+        num_labels = data.state.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
 
     def make() -> Denoiser:
-        return Denoiser(config.unet, config.condition, conditions)
+        return make_denoiser(config, conditions, num_labels, autoencoder)
 
     def loss(net: Denoiser, batch: int, size: tuple[int, ...]) -> Tensor:
         z, noise = torch.zeros(2, batch, config.unet.in_channels, *size)
         t = kernel.t_from_uniform(torch.full((batch,), 0.5), size)
-        return kernel.losses(net, z, t, noise).mean()
+        if not config.masks:
+            return kernel.losses(net, z, t, noise).mean()
+        volume = [n * f for n, f in zip(size, autoencoder.downsampling, strict=True)]
+        out = net(z, torch.zeros(batch), labels=torch.zeros(batch, *volume, dtype=torch.int64))
+        return (kernel.loss_of(out.pred, z, t, noise) + out.head + out.binding).mean()
 
     def make_autoencoder() -> Autoencoder:
         return new_like(autoencoder)
@@ -376,7 +411,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     if any(c.kind in OF_SOURCE for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     reseed(config.run.seed, 0)
-    net = Denoiser(config.unet, config.condition, conditions).to(device)
+    net = make_denoiser(config, conditions, data.state.num_labels, autoencoder).to(device)
     kernel = DiffusionKernel(config.kernel)
     run.say()
     logger = run.start(data.split)
@@ -387,7 +422,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         dataset = data.dataset(part, augment=variants > 1)
         key = cache_key(autoencoder, config.data, data.state, data.files(part))
         folder = run.dir / "latents" / f"{part}-{key}"
-        tables = cache_latents(autoencoder, dataset, folder, variants, device, config.run.amp, conditions)
+        how = variants, device, config.run.amp, conditions, config.masks
+        tables = cache_latents(autoencoder, dataset, folder, *how)
         sets[part] = WithConditions(
             LatentDataset(tables, config.run.seed), conditions, dataset.cases, data.folder
         )
@@ -407,7 +443,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
 
     ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
-    run.restore(net, ema, {"denoiser": stepper}, mean=mean)
+    may_miss = () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*")
+    run.restore(net, ema, {"denoiser": stepper}, may_miss, mean=mean)
     sampled = LatentDiffusion(
         autoencoder,
         ema.net,
@@ -442,16 +479,19 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     for group in bar:
         for batch, share in micro_batches(group, model, device, seed, run.step):
             if not config.latent_cache:
-                batch |= encode_batch(autoencoder, batch, conditions, config.run.amp)
+                batch |= encode_batch(autoencoder, batch, conditions, config.run.amp, config.masks)
             shape, positions = batch["mean"].shape[1:], batch["position"]
             told = hide_some(sampled.conditions_of(batch), config.condition, seed, positions)
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
             u = keyed_uniform(seed, positions, "t")
+            labels = batch["mask"].long() if config.masks else None
+            weight = anatomy_weight(config.anatomy, run.step, config.run.steps)
+            posterior = batch["mean"], batch["logvar"], z_noise
             with autocast(config.run.amp, device):
-                loss = sampled.loss(model, batch["mean"], batch["logvar"], z_noise, u, noise, told)
+                loss, terms = sampled.losses(model, *posterior, u, noise, told, labels, weight)
             stepper.backward(loss.mean() * share)
-            mean.add(loss=loss)
+            mean.add(**terms)
         if stepper.step(run.step):
             ema.update(net, run.step)
         run.step += 1

@@ -9,7 +9,8 @@ the measured per-channel scale replaces their single 1 / std of the first batch 
 autoencoder z is the latent before quantisation, whose posterior has no width, and `decode` quantises it.
 
 Conditions that are volumes enter as latents: a source by its posterior's mean, normalised by the statistics
-of the target's latents, labels as shares in each latent voxel.
+of the target's latents, labels as shares in each latent voxel. A denoiser with bound registers (registers.py)
+gives a label map with every sample: that of its head at the sample's own latent, without noise.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import crop_to
 from .checkpoint import load_run, load_weights, save
-from .conditions import OF_SOURCE, OF_VOLUMES, Condition, ConditionConfig, check_names, label_shares
+from .conditions import (
+    OF_SOURCE,
+    OF_VOLUMES,
+    Condition,
+    ConditionConfig,
+    absent,
+    check_names,
+    label_shares,
+)
 from .config import InputError, from_dict
 from .data import DataConfig, DataState, VolumeDataset, open_files
 from .denoiser import Denoiser
@@ -31,6 +41,7 @@ from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .distributed import is_main, keyed_generator
 from .guidance import Guidance, guided
 from .latents import Autoencoder
+from .registers import RegistersConfig
 from .training import autocast
 from .unet import UNetConfig
 from .vae import AutoencoderKL, VAEConfig
@@ -113,10 +124,14 @@ class LatentDiffusion:
         folder = run if run.is_dir() else run.parent
         autoencoder, _ = load_autoencoder(folder / "autoencoder.pt")
         state = content["state"]
+        data = DataState.from_dict(state["data"])
         denoiser = Denoiser(
             from_dict(UNetConfig, content["config"]["unet"], "unet"),
             from_dict(ConditionConfig, content["config"].get("condition", {}), "condition"),
             [Condition.from_dict(c) for c in state.get("conditions", [])],
+            from_dict(RegistersConfig, content["config"].get("anatomy", {}), "anatomy"),
+            data.num_labels or 0,
+            autoencoder.downsampling,
         )
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, content["config"]["kernel"], "kernel"))
@@ -126,7 +141,7 @@ class LatentDiffusion:
             kernel,
             state["latent_mean"].to(device),
             state["latent_std"].to(device),
-            DataState.from_dict(state["data"]),
+            data,
             from_dict(DataConfig, content["config"]["data"], "data"),
         )
 
@@ -150,7 +165,12 @@ class LatentDiffusion:
         """Normalised latent (B, C_z, *s) -> x (B, C, *size)."""
         return self.autoencoder.decode(z * self.latent_std + self.latent_mean, self.state.size)
 
-    def loss(
+    def draw(self, mean: Tensor, logvar: Tensor, z_noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(normalised z drawn from cached posteriors by z_noise, times t (B,) of u (B,) in [0, 1))."""
+        z = self.normalise(mean + torch.exp(0.5 * logvar) * z_noise)
+        return z, self.kernel.t_from_uniform(u, z.shape[2:])
+
+    def losses(
         self,
         model: Any,
         mean: Tensor,
@@ -159,15 +179,28 @@ class LatentDiffusion:
         u: Tensor,
         noise: Tensor,
         conditions: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        """(B,) diffusion loss of `model` (the denoiser, bare or in DDP) on cached posteriors.
+        labels: Tensor | None = None,
+        anatomy_weight: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `model` (the denoiser, bare or in DDP) lowers on cached posteriors, (B,), and what it is made
+        of: "loss", that of the diffusion, and with labels (B, *S) "head" and "binding", NaN for samples whose
+        labels are -1 everywhere.
 
         z_noise draws z from the posterior, noise is the diffusion's, u (B,) in [0, 1) sets t; all keyed by
         the sample.
         """
-        z = self.normalise(mean + torch.exp(0.5 * logvar) * z_noise)
-        t = self.kernel.t_from_uniform(u, z.shape[2:])
-        return self.kernel.losses(model, z, t, noise, conditions=conditions)
+        z, t = self.draw(mean, logvar, z_noise, u)
+        if labels is None:
+            loss = self.kernel.losses(model, z, t, noise, conditions=conditions)
+            return loss, {"loss": loss}
+        time = self.kernel.to_network_time(t).to(z.device)
+        out = model(self.kernel.q_sample(z, t, noise), time, conditions=conditions, labels=labels)
+        loss = self.kernel.loss_of(out.pred, z, t, noise)
+        share = self.kernel.signal_share(t).to(loss)  # pure noise is nobody's to segment
+        anatomy = out.head + self.denoiser.anatomy.binding_weight * out.binding
+        parts = {"head": out.head, "binding": out.binding}
+        parts = {name: part.masked_fill(absent(labels), math.nan) for name, part in parts.items()}
+        return loss + anatomy_weight * share * anatomy, {"loss": loss, **parts}
 
     # Conditions
 
@@ -241,13 +274,18 @@ class LatentDiffusion:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         edit: Edit = NO_EDIT,
-    ) -> Tensor:
-        """New volumes (num, C, *size) on the CPU, in scaled intensities.
+        with_labels: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """New volumes (num, C, *size) on the CPU, in scaled intensities; with_labels: and their label maps
+        (num, *size) int64.
 
         Sample i has its own CPU generator keyed by (seed, i), so that it does not depend on batch size, rank
         or device (to rounding). `first` numbers the first one: sample(2, first=4) gives samples 4 and 5.
         conditions: see `prepare`; those not given are absent. guidance: see guidance.py.
         """
+        if with_labels:
+            self.check_labels()
+        told = self.prepare(conditions or {}, num)
         stream = self.stream(
             range(first, first + num),
             steps,
@@ -256,12 +294,18 @@ class LatentDiffusion:
             batch_size,
             eta,
             amp,
-            self.prepare(conditions or {}, num),
+            told,
             Guidance(guidance_scale, guidance_rescale, guidance_interval),
             edit,
         )
-        batches = [x for x, _ in stream]
-        return torch.cat(batches) if batches else torch.empty(0, self.state.channels, *self.state.size)
+        volumes = [torch.empty(0, self.state.channels, *self.state.size)]
+        labels = [torch.empty(0, *self.state.size, dtype=torch.int64)]
+        for i, (x, z) in enumerate(stream):
+            part = slice(i * batch_size, (i + 1) * batch_size)
+            volumes.append(x)
+            if with_labels:
+                labels.append(self.label_maps(z, {name: v[part] for name, v in told.items()}, amp))
+        return (torch.cat(volumes), torch.cat(labels)) if with_labels else torch.cat(volumes)
 
     def stream(
         self,
@@ -299,6 +343,36 @@ class LatentDiffusion:
                 x = torch.cat([self.decode(one).float().cpu() for one in z.split(1)])  # least memory
                 x = edit.finish(x)
             yield x, z
+
+    @torch.inference_mode()
+    def label_maps(
+        self,
+        z: Tensor,
+        conditions: dict[str, Tensor] | None = None,
+        amp: str = "fp32",
+        t: Tensor | None = None,
+    ) -> Tensor:
+        """(B, *size) int64 on the CPU: what the head sees in normalised latents z (B, C_z, *s), such as those
+        of `stream`, under their conditions. t (B,): the times of noisy ones; none: they are clean."""
+        self.check_labels()
+        told = {name: value.to(z.device) for name, value in (conditions or {}).items()}
+        time = self.kernel.to_network_time(torch.zeros(len(z)) if t is None else t).to(z.device)
+        with autocast(amp, self.device):
+            logits = self.denoiser.label_logits(z, time, told)
+        return crop_to(logits.argmax(1, keepdim=True), self.state.size)[:, 0].cpu()
+
+    def check_labels(self) -> None:
+        """InputError unless the denoiser has learned to give label maps."""
+        if self.denoiser.head is None:
+            raise InputError(
+                "with_labels: the run has not learned any (train_ldm.py --anatomy.registers bound)"
+            )
+
+    def use_registers(self, on: bool) -> None:
+        """Let the U-Net read its registers, as it was trained to, or not, to compare the two."""
+        if self.denoiser.unet.registers is None:
+            raise InputError("registers: the run has none (train_ldm.py --anatomy.registers bound)")
+        self.denoiser.unet.registers.on = on
 
     @property
     def default_sampler(self) -> str:

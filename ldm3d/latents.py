@@ -2,7 +2,7 @@
 
 Stage two trains from a cache of (mean, logvar), so that the encoder runs once a case and not once a step; the
 variance of the posterior is not lost, since z is drawn from it. What volumes give to conditions lies beside
-them: the latent of the source, the shares of the labels, the spacing.
+them: the latent of the source, the shares of the labels, the spacing; and the masks, if registers learn them.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ def cache_key(autoencoder: Autoencoder, data: DataConfig, state: DataState, file
 
 @torch.no_grad()
 def encode_batch(
-    autoencoder: Autoencoder, batch: dict[str, Any], conditions: Sequence[Condition], amp: str = "fp32"
+    autoencoder: Autoencoder,
+    batch: dict[str, Any],
+    conditions: Sequence[Condition],
+    amp: str = "fp32",
+    masks: bool = False,
 ) -> dict[str, Tensor]:
     """What a batch of volumes is to stage two: mean and logvar of the image's posterior (B, C_z, *s) and, as
     far as conditions want them, "source", the posterior mean of the source (B, C_z, *s), "labels", the shares
-    of labels (B, K, *s), and "spacing" (B, dims)."""
+    of labels (B, K, *s), and "spacing" (B, dims). masks: also "mask" (B, *S), -1 where there is none."""
     kinds = {c.kind: c for c in conditions}
     with autocast(amp, batch["image"].device):
         posterior = autoencoder.encode(batch["image"])
@@ -64,6 +68,8 @@ def encode_batch(
         made["source"] = source.float()
     if "labels" in kinds:
         made["labels"] = label_shares(batch["mask"], kinds["labels"].width, posterior.mean.shape[2:])
+    if masks:
+        made["mask"] = batch["mask"].int()
     return made | ({"spacing": batch["spacing"]} if "spacing" in kinds else {})
 
 
@@ -76,27 +82,30 @@ def cache_latents(
     device: torch.device,
     amp: str = "fp32",
     conditions: Sequence[Condition] = (),
+    masks: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What `encode_batch` makes of every case, as float32 memory maps (cases, variants, ...) by name; made
-    once, rank-sharded, then read.
+    """What `encode_batch` makes of every case, as memory maps (cases, variants, ...) by name, masks in the
+    smallest integers that hold them; made once, rank-sharded, then read.
 
     Variant v of case i is the dataset's item (v * cases + i, i): with augmentation on, each is another draw.
     """
     first = collate([dataset[0, 0]])
-    made = encode_batch(autoencoder, to_device(first, device), conditions, amp)
+    made = encode_batch(autoencoder, to_device(first, device), conditions, amp, masks)
     shapes = {name: (len(dataset), num_variants, *value.shape[1:]) for name, value in made.items()}
+    smallest = np.min_scalar_type(-(dataset.state.num_labels or 1))  # -1 to num_labels - 1
+    types = {name: smallest if name == "mask" else np.float32 for name in shapes}
     paths = {name: folder / f"{name}.npy" for name in shapes}
     if not all(path.exists() for path in paths.values()):
         temporary = {name: folder / f"{name}.npy.partial" for name in shapes}
         if is_main():
             for name, shape in shapes.items():
-                reserve(temporary[name], shape)
+                reserve(temporary[name], shape, types[name])
         barrier()
         tables = {name: np.lib.format.open_memmap(path, "r+") for name, path in temporary.items()}
         jobs = [(v, i) for v in range(num_variants) for i in range(len(dataset))][rank() :: world_size()]
         for v, i in progress(jobs, "encoding"):
             batch = to_device(collate([dataset[v * len(dataset) + i, i]]), device)
-            for name, value in encode_batch(autoencoder, batch, conditions, amp).items():
+            for name, value in encode_batch(autoencoder, batch, conditions, amp, masks).items():
                 tables[name][i, v] = value[0].cpu().numpy()
         for table in tables.values():
             table.flush()
@@ -110,19 +119,19 @@ def cache_latents(
     return tables
 
 
-def reserve(path: Path, shape: tuple[int, ...]) -> None:
-    """Make an empty float32 .npy file whose room on the disk is certain: a memory map that runs out of it
+def reserve(path: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
+    """Make an empty .npy file whose room on the disk is certain: a memory map that runs out of it
     later would kill the process without a word."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
         if hasattr(os, "posix_fallocate"):
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     except OSError as e:
         with suppress(OSError):
             path.unlink()
-        gib = 4 * math.prod(shape) / 2**30
+        gib = np.dtype(dtype).itemsize * math.prod(shape) / 2**30
         raise InputError(f"{path}: no room for {gib:.2g} GiB of latents ({e.strerror or e})") from None
 
 

@@ -1,0 +1,315 @@
+"""A register means its label: bound by the masks in training, left alone by a closed gate, read by place; the
+head gives label maps as fine as the image."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm3d import Denoiser, InputError, UNetConfig
+from ldm3d.conditions import label_shares
+from ldm3d.registers import (
+    Registers,
+    RegistersConfig,
+    anatomy_weight,
+    balanced_cross_entropy,
+    binding_loss,
+    by_label,
+    head_loss,
+)
+
+CONFIG = RegistersConfig(registers="bound", per_label=3, dim=16, head_width=8)
+
+
+def unet_config(dims, **changes):
+    small = {"channels": (8, 16), "num_res_blocks": (1,), "attention_levels": (True, True)}
+    return UNetConfig(dims, 3, 3, **{**small, "head_channels": 8, "num_groups": 4, **changes})
+
+
+def make(dims=2, config=CONFIG, num_labels=4, random=True, **changes):
+    """A denoiser with registers; random: the layers and gates that start at zero too."""
+    torch.manual_seed(0)
+    net = Denoiser(unet_config(dims, **changes), anatomy=config, num_labels=num_labels, factor=(4,) * dims)
+    for parameter in net.parameters():
+        if random and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def arguments(dims=2, batch=2):
+    """x_t of odd size, times, and masks that end before the last latent voxel does."""
+    draw, size = torch.Generator().manual_seed(1), (5, 6, 3)[:dims]
+    x = torch.randn(batch, 3, *size, generator=draw)
+    labels = torch.randint(4, (batch, *(4 * n - 1 for n in size)), generator=draw)
+    return x, torch.linspace(20.0, 900.0, batch), labels
+
+
+# --- the bank in the U-Net ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["free", "bound"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_pretrained_unet_is_left_as_it_was_to_the_bit(dims, mode):
+    torch.manual_seed(0)
+    plain = Denoiser(unet_config(dims))
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    config = RegistersConfig(registers=mode, dim=16, head_width=8)
+    net = Denoiser(unet_config(dims), anatomy=config, num_labels=4, factor=(4,) * dims)
+    missing, extra = net.load_state_dict(plain.state_dict(), strict=False)
+    assert not extra
+    assert {name.split(".")[0 if name.startswith("head") else 1] for name in missing} <= {"registers", "head"}
+    x, t, labels = arguments(dims)
+    assert torch.equal(plain(x, t), net(x, t))
+    if mode == "bound":
+        assert torch.equal(plain(x, t), net(x, t, labels=labels).pred)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_attention_that_is_supervised_is_the_fused_one(dims):
+    net, (x, t, labels) = make(dims), arguments(dims)
+    fused, explicit = net(x, t), net(x, t, labels=labels).pred
+    assert (fused - explicit).abs().max() <= 2e-5 * fused.abs().max()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_a_place_reads_is_gated_attention_to_the_modulated_bank(dims):
+    registers = make(dims).unet.registers
+    draw, place = torch.Generator().manual_seed(2), 1
+    h = torch.randn(2, registers.readers[place].norm.num_channels, *(3, 2, 4)[:dims], generator=draw)
+    emb = torch.randn(2, registers.modulation.in_features, generator=draw)
+    maps = []
+    got = registers(h, emb, place, maps)
+    reader = registers.readers[place]
+    scale, shift = registers.modulation(F.silu(emb)).chunk(2, 1)
+    bank = registers.bank.reshape(12, 16) * (1 + scale[:, None]) + shift[:, None]
+    axes = [(torch.arange(n) + 0.5) * 2 / n - 1 for n in h.shape[2:]]
+    where = []
+    for u in torch.meshgrid(*axes, indexing="ij"):
+        where += [f(math.pi * 2**k * u) for f in (torch.sin, torch.cos) for k in range(4)]
+    where = torch.stack(where, -1).flatten(0, -2)  # (N, P)
+    tokens = reader.norm(h).flatten(2).mT + where @ reader.place.weight.T
+    heads = reader.attention.num_heads
+    q = (tokens @ reader.attention.q.weight.T).unflatten(2, (heads, -1))
+    k, v = (bank @ reader.attention.kv.weight.T).chunk(2, 2)
+    k, v = k.unflatten(2, (heads, -1)), v.unflatten(2, (heads, -1))
+    a = (torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
+    out = reader.attention.out_proj(torch.einsum("bhnm,bmhd->bnhd", a, v).flatten(2))
+    expected = h + reader.attention.gate * out.mT.unflatten(2, h.shape[2:])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(maps[0], a.mean(1).mT.unflatten(2, h.shape[2:]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_constant_map_is_read_differently_in_every_place():
+    registers = make(2).unet.registers
+    maps = []
+    registers(torch.ones(1, 8, 6, 5), torch.zeros(1, 32), 0, maps)
+    rows = maps[0][0].flatten(1).T  # (N, K M)
+    assert (torch.cdist(rows, rows) + torch.eye(30)).min() > 1e-4
+
+
+def test_the_noise_level_changes_the_bank_only_once_it_has_learned_to():
+    registers = Registers(CONFIG, unet_config(2), 4)
+    torch.nn.init.ones_(registers.readers[0].attention.gate)
+    h, embs = torch.randn(1, 8, 4, 4), torch.randn(2, 1, 32)
+    assert torch.equal(registers(h, embs[0], 0), registers(h, embs[1], 0))
+    torch.nn.init.normal_(registers.modulation.weight)
+    assert not torch.allclose(registers(h, embs[0], 0), registers(h, embs[1], 0))
+
+
+def test_the_same_weights_run_with_registers_on_or_off():
+    net, (x, t, _) = make(), arguments()
+    net_on = net(x, t)
+    net.unet.registers.on = False
+    plain = Denoiser(unet_config(2))
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict()})
+    assert torch.equal(net(x, t), plain(x, t))
+    assert not torch.allclose(net(x, t), net_on)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_parameter_gets_a_gradient(dims, checkpointing):
+    net, (x, t, labels) = make(dims, checkpointing=checkpointing), arguments(dims)
+    out = net(x, t, labels=labels)
+    (out.pred.square().mean() + out.head.mean() + out.binding.mean()).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_every_parameter_takes_part_where_no_sample_has_a_mask():
+    net, (x, t, labels) = make(), arguments()
+    out = net(x, t, labels=torch.full_like(labels, -1))
+    (out.pred.square().mean() + out.head.mean() + out.binding.mean()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert not any(p.grad.any() for p in net.head.parameters())
+
+
+@pytest.mark.parametrize("dims", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_supervised_forward_is_one_graph(dims):
+    torch._dynamo.reset()
+    net, (x, t, labels) = make(dims), arguments(dims)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for a, b in zip(net(x, t, labels=labels), compiled(x, t, labels=labels), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_the_cross_entropy_weighs_labels_as_its_equation_says(balance):
+    draw = torch.Generator().manual_seed(0)
+    log_p = torch.randn(2, 3, 4, 5, generator=draw, dtype=torch.float64).log_softmax(1)
+    y = torch.rand(2, 3, 4, 5, generator=draw, dtype=torch.float64)
+    y[1, 2] = 0  # a label that is missing
+    y = y / y.sum(1, keepdim=True)
+    got = balanced_cross_entropy(log_p, y, balance)
+    for b in range(2):
+        total = weight = 0.0
+        for c in range(3):
+            f = float(y[b, c].sum() / y[b].sum())
+            if f > 0:
+                total += f ** (1 - balance) * float(-(log_p[b, c] * y[b, c]).sum() / y[b, c].sum())
+                weight += f ** (1 - balance)
+        assert float(got[b]) == pytest.approx(total / weight, rel=1e-6)
+    if balance == 0:
+        assert torch.allclose(got, -(log_p * y).sum(1).flatten(1).mean(1))
+
+
+def test_the_binding_loss_is_least_where_each_label_attends_to_its_own_registers():
+    labels = torch.randint(4, (1, 16, 24), generator=torch.Generator().manual_seed(0))
+    y = label_shares(labels, 4, (4, 6))
+    right = y.repeat_interleave(3, 1) / 3  # (1, K M, 4, 6): the shares of its voxels, spread over a label's
+    wrong = by_label(right, 4).roll(1, 1).flatten(1, 2)
+    even = torch.full_like(right, 1 / 12)
+    best, guess, worst = (
+        float(binding_loss([m], labels, 4, (4, 6), (1, 1), 0.0)) for m in (right, even, wrong)
+    )
+    assert best == pytest.approx(float(torch.special.entr(y).sum(1).mean()), rel=1e-3)
+    assert best < guess == pytest.approx(math.log(4), rel=1e-3)
+    assert guess < worst
+
+
+def test_the_registers_of_a_label_share_its_voxels_as_they_like():
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[:, 4:] = 1
+    y = label_shares(labels, 2, (2, 2))
+    one = torch.stack([y[:, 0], 0 * y[:, 0], y[:, 1], 0 * y[:, 0]], 1)  # one register of each label does all
+    spread = y.repeat_interleave(2, 1) / 2
+    a, b = (binding_loss([m], labels, 2, (2, 2), (1, 1), 0.5) for m in (one, spread))
+    assert torch.allclose(a, b)
+    assert float(a) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(5, 9), (4, 8), (1, 3)])
+def test_maps_of_a_padded_unet_meet_labels_padded_alike(size):
+    net = make(2, channels=(8, 8, 8), attention_levels=(True,))
+    labels = torch.zeros(1, *(4 * n for n in size), dtype=torch.int64)
+    maps = net.attention_maps(torch.randn(1, 3, *size), torch.zeros(1))
+    flat = [m.flatten(1, 2) for m in maps]
+    got = binding_loss(flat, labels, 4, size, net.unet.config.downsampling, 0.5)
+    expected = torch.stack([-m[:, 0].sum(1).log().mean() for m in maps]).mean()  # all is background
+    assert float(got) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_samples_without_a_mask_have_no_anatomical_loss_and_do_not_touch_the_others():
+    net, (x, t, labels) = make(), arguments(batch=3)
+    both = net(x, t, labels=labels)
+    labels[1] = -1
+    some = net(x, t, labels=labels)
+    for a, b in zip(both[1:], some[1:], strict=True):
+        assert b[1] == 0
+        assert torch.allclose(a[[0, 2]], b[[0, 2]], atol=1e-6)
+    assert torch.equal(both.pred, some.pred)
+
+
+@pytest.mark.parametrize("num_labels", [1, 4])
+def test_all_background_and_missing_labels_give_finite_losses_and_gradients(num_labels):
+    net, (x, t, labels) = make(num_labels=num_labels), arguments()
+    labels[0] = 0
+    labels[1] = 0 if num_labels == 1 else labels[1] % 2  # labels 2 and 3 are missing
+    out = net(x, t, labels=labels)
+    (out.head.mean() + out.binding.mean()).backward()
+    assert out.head.isfinite().all()
+    assert out.binding.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+    if num_labels == 1:  # there is nothing to tell apart
+        assert out.binding.abs().max() < 1e-4
+        assert out.head.abs().max() < 1e-4
+
+
+def test_the_head_is_supervised_at_the_resolution_of_the_image():
+    net, (x, t, labels) = make(), arguments()
+    logits = net.label_logits(x, t)
+    assert logits.shape == (2, 4, 20, 24)
+    perfect = 50 * F.one_hot(label_full(labels, (20, 24)), 4).movedim(-1, 1).float()
+    assert head_loss(perfect, labels, 0.5).abs().max() < 1e-3
+    assert head_loss(logits, labels, 0.5).min() > 1.0
+
+
+def label_full(labels, size):
+    """Labels with their edge repeated at the end, as the autoencoder pads images."""
+    for axis, n in enumerate(size, start=1):
+        labels = labels.index_select(axis, torch.arange(n).clamp(max=labels.shape[axis] - 1))
+    return labels
+
+
+# --- schedule and settings ----------------------------------------------------------------------------------
+
+
+def test_the_weight_falls_from_strong_over_balanced_to_minimal():
+    config = RegistersConfig(weights=(2.0, 1.0, 0.1), phases=(0.2, 0.4, 0.8))
+    steps = [0, 199, 200, 300, 400, 600, 800, 999]
+    expected = [2.0, 2.0, 2.0, 1.5, 1.0, 0.55, 0.1, 0.1]
+    assert [anatomy_weight(config, s, 1000) for s in steps] == pytest.approx(expected)
+    constant = RegistersConfig(weights=(1.0, 1.0, 1.0), phases=(0.0, 0.0, 0.0))
+    assert [anatomy_weight(constant, s, 10) for s in range(10)] == [1.0] * 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"weights": (2.0, -1.0, 0.1)}, "weights: expected numbers from 0 on"),
+        ({"phases": (0.5, 0.2, 0.8)}, "phases: expected three rising shares"),
+        ({"balance": 1.5}, "balance: expected a number from 0 to 1"),
+        ({"per_label": 0}, "per_label: expected at least 1, got 0"),
+    ],
+)
+def test_mistakes_name_the_field(changes, match):
+    with pytest.raises(InputError, match=match):
+        RegistersConfig(**changes)
+
+
+# --- learning -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_registers_learn_their_labels(dims):
+    """Objects at random places, whose latent shows them: the binding loss falls, attention finds them."""
+    net = make(dims, RegistersConfig("bound", 2, 16, head_width=8), num_labels=3, random=False)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    draw = torch.Generator().manual_seed(0)
+    losses, hits = [], []
+    for step in range(60):
+        labels = torch.zeros(6, *(16,) * dims, dtype=torch.int64)
+        for b in range(6):
+            for k in (1, 2):
+                corner = torch.randint(2, (dims,), generator=draw) * 8
+                labels[(b, *(slice(c, c + 8) for c in corner.tolist()))] = k
+        y = label_shares(labels, 3, (4,) * dims)
+        x = y + 0.3 * torch.randn(y.shape, generator=draw)
+        out = net(x, torch.full((6,), 100.0), labels=labels)
+        optimizer.zero_grad()
+        (out.head.mean() + out.binding.mean()).backward()
+        optimizer.step()
+        losses.append(float(out.binding.mean().detach()))
+        if step in (0, 59):
+            finest = net.attention_maps(x, torch.full((6,), 100.0))[-1].sum(2).flatten(2)  # (6, K, N)
+            inside = y.flatten(2).gather(2, finest.argmax(2, keepdim=True))[:, 1:, 0]
+            present = y.flatten(2).amax(2)[:, 1:] > 0.5
+            hits.append(float((inside[present] > 0.5).float().mean()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert hits[1] > max(0.8, hits[0])
