@@ -10,6 +10,7 @@ translation       python sample.py RUN --condition image=PATH --num 8 --maps
 editing           python sample.py RUN --inpaint IMAGE --region MASK
                   python sample.py RUN --edit IMAGE --strength 0.5
                   python sample.py RUN --interpolate 3,7          or two images
+with labels       python sample.py runs/ldm-phantom-anatomy --with-labels
 there and back    python sample.py runs/vae-hippocampus --reconstruct FOLDER
 segmentation      python sample.py runs/cdal-hippocampus --segment FILE_OR_FOLDER --votes 5 --reference FOLDER
 
@@ -58,7 +59,7 @@ from ldm3d.metrics import psnr, set_statistics, ssim
 from ldm3d.requests import Request, RequestConfig, guidance_of, read_request
 from ldm3d.scan import load_role
 from ldm3d.scores import new_folder
-from ldm3d.segmentation import SegmentConfig, segment_files
+from ldm3d.segmentation import SegmentConfig, file_labels, overlay, segment_files
 from ldm3d.training import autocast
 from ldm3d.transforms import centred
 from ldm3d.volumes import Volume, spacing_affine, write
@@ -76,6 +77,8 @@ class Config(RequestConfig):
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
     maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples too
+    with_labels: bool = False  # write label maps too, into labels/ (runs with --anatomy.registers bound)
+    registers: bool = True  # false: without the registers that the run has learned, to compare
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
     plan: float | None = None  # GiB of a GPU: only tell how much memory sampling needs, and what would fit
@@ -91,6 +94,8 @@ class Config(RequestConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "steps", "batch_size")
+        if self.with_labels and self.inpaint:
+            raise InputError("with_labels, inpaint: give one of the two")
         if self.maps and self.samples < 2:
             raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
         default = {f.name: f.default for f in fields(self)}
@@ -133,6 +138,10 @@ SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones t
 
 def generate(config: Config, run: Path, device: torch.device) -> None:
     model = LatentDiffusion.load(run, device)
+    if config.with_labels:
+        model.check_labels()
+    if not config.registers:
+        model.use_registers(False)
     if config.compile:
         model.denoiser.compile()
     sampler = model.default_sampler if config.sampler == "auto" else config.sampler
@@ -153,9 +162,11 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     settings = (config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp)
     stream = model.stream(indices, *settings, told, guidance, request.edit)
     batches, done = -(-len(indices) // config.batch_size), 0
-    for x, _ in progress(stream, "sampling", batches):
-        for i, volume in zip(indices[done:], x, strict=False):
-            results.add(i, volume)
+    for x, z in progress(stream, "sampling", batches):
+        own = {name: value[done : done + len(x)] for name, value in told.items()}
+        labels = model.label_maps(z, own, config.amp) if config.with_labels else [None] * len(x)
+        for i, volume, label_map in zip(indices[done:], x, labels, strict=False):
+            results.add(i, volume, label_map)
         done += len(x)
     results.close()
     if is_main():
@@ -171,14 +182,18 @@ class Results:
         self.each, self.suffix = config.samples, suffix_of(config, model.state)
         self.summed = self.each > 1 and (config.maps or request.targets)
         self.shown: dict[int, Tensor] = {}
+        self.shown_labels: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}  # set -> (2, C, *size), of the samples and of their squares
         self.scores: dict[str, dict[str, float]] = {}
 
-    def add(self, i: int, x: Tensor) -> None:
+    def add(self, i: int, x: Tensor, labels: Tensor | None = None) -> None:
         number, name = i // self.each, f"sample_{i:04d}"
         if len(self.request.names) > 1 or self.request.targets:
             name = self.request.names[number] + (f"_{i % self.each:02d}" if self.each > 1 else "")
         self.write(name, number, x)
+        if labels is not None:
+            self.write_labels(name, number, labels)
+            self.shown_labels |= {i: labels} if i < 4 else {}
         if i < SHOWN or (self.request.targets and number < 4 and i % self.each == 0):
             self.shown[i] = x
         if self.summed:
@@ -202,6 +217,12 @@ class Results:
         volume = Volume(torch.cat(row, 2).numpy(), spacing_affine(self.model.state.spacing))
         write(self.folder / "sheets" / f"{name}.tif", volume)
 
+    def write_labels(self, name: str, number: int, labels: Tensor) -> None:
+        """A label map (*size), with the geometry of its volume and the values of the training data's masks."""
+        volume = self.request.volume(number, labels[None], self.model)
+        array = file_labels(volume.array, self.model.layout, self.model.state.num_labels)
+        write(self.folder / "labels" / f"{name}.{self.suffix}", dataclasses.replace(volume, array=array))
+
     def score(self, x: Tensor, number: int) -> dict[str, float]:
         """PSNR (dB) and SSIM beside the target, both in the scaled range [-1, 1]; nan for a target of one
         value, such as an empty slice, that would score without end."""
@@ -214,6 +235,7 @@ class Results:
     def close(self) -> None:
         """Bring together what the ranks have made; write the maps."""
         self.shown = {i: v for part in gather(self.shown) for i, v in part.items()}
+        self.shown_labels = {i: v for part in gather(self.shown_labels) for i, v in part.items()}
         for number, name in enumerate(self.request.names) if self.summed else ():
             shape = (2, self.model.state.channels, *self.model.state.size)
             sums = all_reduce_sum(self.sums.pop(number, torch.zeros(shape, dtype=torch.float64)))
@@ -265,6 +287,9 @@ def report(
         rows = {title: [case[role][0].numpy() for case in some] for title, role in kinds.items()}
         first = [i * results.each for i in range(len(some)) if i * results.each in results.shown]
         rows["generated"] = [results.shown[i][0].numpy() for i in first]
+    if results.shown_labels:
+        pairs = [(results.shown[i], results.shown_labels[i]) for i in sorted(results.shown_labels)]
+        rows["the first with their labels"] = [part for pair in pairs for part in overlay(*pair)]
     picture = save_sheet(folder / "preview.png", rows, limits=(-1, 1))
     content = load_run(run, "ldm")
     how = {

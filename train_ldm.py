@@ -141,19 +141,41 @@ SMALL: dict[str, Any] = {  # for minutes on 2 CPU cores
     "optim.schedule": "cosine",
 }
 
+PHANTOM: dict[str, Any] = SMALL | {
+    "run.steps": 500,
+    "run.eval_every": 250,
+    "run.save_every": 250,
+    "run.ema_decay": 0.99,
+    "unet.channels": (48, 96),
+    "unet.num_res_blocks": (1,),
+    "optim.warmup_steps": 30,
+}
+
+HIPPOCAMPUS: dict[str, Any] = SMALL | {"run.steps": 2500, "data.crop": "random", "data.num_variants": 8}
+
+ANATOMY: dict[str, Any] = {"anatomy.registers": "bound", "unet.attention_levels": (True,)}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "phantom": SMALL
-    | {
-        "run.steps": 500,
-        "run.eval_every": 250,
-        "run.save_every": 250,
-        "run.ema_decay": 0.99,
-        "unet.channels": (48, 96),
-        "unet.num_res_blocks": (1,),
-        "optim.warmup_steps": 30,
-    },
+    "phantom": PHANTOM,
     # About 20 minutes on 2 CPU cores. With one encoding a case the validation loss rises from step 2000 on.
-    "hippocampus": SMALL | {"run.steps": 2500, "data.crop": "random", "data.num_variants": 8},
+    "hippocampus": HIPPOCAMPUS,
+    # Registers bound to the labels of the masks (registers.py), on the autoencoders of these presets. Attention
+    # at every level, so that registers are read as finely as latents go.
+    "phantom-anatomy": PHANTOM | ANATOMY | {"vae": "runs/vae-phantom"},
+    "hippocampus-anatomy": HIPPOCAMPUS | ANATOMY | {"vae": "runs/vae-hippocampus"},
+    "brats2013-anatomy": SMALL
+    | ANATOMY
+    | {
+        "vae": "runs/vae-brats2013",
+        "batch_size": 2,
+        "run.steps": 4000,
+        "run.eval_every": 1000,
+        "data.num_variants": 16,
+        "data.augment.flip_axes": (0,),
+        "data.augment.affine": 0.7,
+        "unet.channels": (64, 96, 128),
+        "unet.attention_levels": (False, True, True),
+    },
     # Source and target are aligned, so the source enters beside x_t; --condition.use tokens is the other way.
     "tiff-translation": SMALL
     | {
@@ -326,8 +348,8 @@ def preview(
     model: LatentDiffusion, real: list[dict[str, Any]], dataset: LatentDataset, config: Config, path: Path
 ) -> tuple[Path | None, Tensor]:
     """A picture of up to four validation cases, with their sources if these are conditions, of four samples
-    under their conditions, and of the first case with noise and what the denoiser makes of it; the samples'
-    latents (4, C_z, *s)."""
+    under their conditions, and of the first case with noise and what the denoiser makes of it, with masks
+    also the true labels and those of the head, in colours; the samples' latents (4, C_z, *s)."""
     shown = [i % len(dataset) for i in range(4)]
     batch = to_device(collate([dataset[i, i] for i in shown]), model.device)
     told = model.conditions_of(batch)
@@ -342,8 +364,20 @@ def preview(
     noised, estimated = denoise_once(model, batch["mean"][:1], told, config)
     levels = ", ".join(map(str, NOISED))
     rows |= {f"the first with noise, u = {levels}": list(noised), "estimates from these": list(estimated)}
-    picture = save_sheet(path, {k: [x[0].numpy() for x in v] for k, v in rows.items()}, limits=(-1, 1))
-    return picture, torch.cat(latents)
+    sheet = {k: [x[0].numpy() for x in v] for k, v in rows.items()}
+    if config.masks:
+        seen = model.label_maps(model.normalise(batch["mean"]), told, config.run.amp)
+        made = model.label_maps(torch.cat(latents), told, config.run.amp)
+        images = [case["image"] for case in real[: len(shown)]]
+        truth = [case["mask"].clamp(min=0) for case in real[: len(shown)]]
+        coloured = {
+            "labels (validation)": (images, truth),
+            "labels of the head (validation)": (images, seen),
+            "labels of the head (generated)": (rows["generated"], made),
+        }
+        for title, pairs in coloured.items():
+            sheet[title] = [part for x, labels in zip(*pairs, strict=False) for part in overlay(x, labels)]
+    return save_sheet(path, sheet, limits=(-1, 1)), torch.cat(latents)
 
 
 # --- train --------------------------------------------------------------------------------------------------
@@ -499,7 +533,8 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
 
         if run.due("log_every"):
             means = mean.take()
-            logger.log(run.step, "train", means | stepper.report() | speed.take())
+            told = {"anatomy_weight": weight} if config.masks else {}
+            logger.log(run.step, "train", means | told | stepper.report() | speed.take())
             bar.set_postfix(loss=f"{means['loss']:.4g}")
         if run.due("eval_every"):
             scores = evaluate(sampled, ema.net, sets["val"], config, device)

@@ -241,6 +241,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vae.channels": (32, 64, 96),
         "vae.latent_channels": 4,
     },
+    # Four whole heads with tumours (BRATS 2013, FLAIR, five labels) at 2 mm; z-scored, with a background that is
+    # another constant in each, hence percentiles.
+    "brats2013": SMALL
+    | {
+        "batch_size": 2,
+        "run.steps": 3000,
+        "run.eval_every": 500,
+        "run.save_every": 500,
+        "run.log_every": 50,
+        "run.ema_decay": 0.995,
+        "data.image": "*/Flair_subtrMeanDivStd.nii.gz",
+        "data.mask": "*/OTMultiClass.nii.gz",
+        "data.num_labels": 5,
+        "data.val_fraction": 0.25,
+        "data.spacing": (2.0, 2.0, 2.0),
+        "data.size": (96, 112, 80),
+        "data.patch": (64, 64, 64),
+        "data.foreground": 0.5,
+        "data.augment.flip_axes": (0,),
+        "vae.channels": (32, 64),
+        "vae.latent_channels": 8,
+    },
     # Medical Segmentation Decathlon Task01, FLAIR at 1.1 mm, after the 3-D LDM tutorial of MONAI (a
     # sum-weighted KL of 1e-7 is 1.4e-2 per latent element here). Validation on 144x176x112.
     "brats-32g": BRATS | {"batch_size": 2},

@@ -30,7 +30,7 @@ from .cases import Case
 from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window, uncertainty
 from .checkpoint import load_run, load_weights
 from .config import InputError, at_least, from_dict, to_dict
-from .data import DataState, VolumeDataset, find_images, scan_images
+from .data import DataConfig, DataState, VolumeDataset, find_images, scan_images
 from .distributed import gather, is_main, print0, rank, world_size
 from .logger import mid_slices, progress, save_sheet
 from .metrics import dice, hd95, iou, precision, sensitivity
@@ -142,6 +142,12 @@ def on_file_grid(values: Tensor, info: CaseInfo, header: Header) -> Volume:
     return dataclasses.replace(volume, affine=header.affine)
 
 
+def file_labels(labels: np.ndarray, layout: DataConfig, num_labels: int) -> np.ndarray:
+    """Labels 0, 1, 2 ... as the values that stand for them in files, in the smallest type."""
+    values = np.array(layout.label_values or range(num_labels))
+    return values[labels].astype(np.uint8 if values.max() < 256 else np.uint16)
+
+
 # --- scores -------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +254,7 @@ def write_case(
     volume = on_file_grid(p, dataset.infos[case.id], header)
     p = torch.from_numpy(volume.array)
     labels, doubt = p.argmax(0), uncertainty(p)
-    values = np.array(layout.label_values or range(len(p)))
-    array = values[labels.numpy()][None].astype(np.uint8 if values.max() < 256 else np.uint16)
+    array = file_labels(labels.numpy()[None], layout, len(p))
     suffix = suffix_of(case.image, config.format, layout.dims)
     write(folder / "labels" / f"{case.id}{suffix}", dataclasses.replace(volume, array=array))
     array = doubt.numpy()[None]
