@@ -218,7 +218,7 @@ class Results:
         write(self.folder / "sheets" / f"{name}.tif", volume)
 
     def write_labels(self, name: str, number: int, labels: Tensor) -> None:
-        """A label map (*size), with the geometry of its volume and the values of the training data's masks."""
+        """A label map (*size), with its volume's geometry and the values of the training masks."""
         volume = self.request.volume(number, labels[None], self.model)
         array = file_labels(volume.array, self.model.layout, self.model.state.num_labels)
         write(self.folder / "labels" / f"{name}.{self.suffix}", dataclasses.replace(volume, array=array))

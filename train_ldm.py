@@ -65,6 +65,7 @@ from ldm3d.memory import Plan, decode, encode, weight_bytes
 from ldm3d.metrics import dice, set_statistics
 from ldm3d.registers import RegistersConfig, anatomy_weight
 from ldm3d.runs import Run
+from ldm3d.segmentation import overlay
 from ldm3d.training import (
     EMA,
     Mean,
@@ -159,8 +160,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "phantom": PHANTOM,
     # About 20 minutes on 2 CPU cores. With one encoding a case the validation loss rises from step 2000 on.
     "hippocampus": HIPPOCAMPUS,
-    # Registers bound to the labels of the masks (registers.py), on the autoencoders of these presets. Attention
-    # at every level, so that registers are read as finely as latents go.
+    # Registers bound to the labels of the masks (registers.py), on the autoencoders of these presets.
+    # Attention at every level, so that registers are read as finely as latents go.
     "phantom-anatomy": PHANTOM | ANATOMY | {"vae": "runs/vae-phantom"},
     "hippocampus-anatomy": HIPPOCAMPUS | ANATOMY | {"vae": "runs/vae-hippocampus"},
     "brats2013-anatomy": SMALL

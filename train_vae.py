@@ -241,8 +241,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vae.channels": (32, 64, 96),
         "vae.latent_channels": 4,
     },
-    # Four whole heads with tumours (BRATS 2013, FLAIR, five labels) at 2 mm; z-scored, with a background that is
-    # another constant in each, hence percentiles.
+    # Four whole heads with tumours (BRATS 2013, FLAIR, five labels) at 2 mm; z-scored, with a background that
+    # is another constant in each, hence percentiles.
     "brats2013": SMALL
     | {
         "batch_size": 2,

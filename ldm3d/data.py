@@ -78,8 +78,8 @@ class DataState:
         return (owner.low, owner.high) if role == "image" else (owner.source_low, owner.source_high)
 
     def to_volume(self, x: Tensor) -> Volume:
-        """A sample x (C, *S), scaled, as a volume in the units of the training data, around the origin; integer
-        x is left as it is."""
+        """A sample x (C, *S), scaled, as a volume in the units of the training data, around the origin;
+        integer x is left as it is."""
         affine = np.diag([*self.spacing, 1.0])
         affine[:-1, -1] = [-(n - 1) / 2 * mm for n, mm in zip(x.shape[1:], self.spacing, strict=True)]
         array = x.detach().cpu().numpy()
