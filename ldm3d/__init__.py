@@ -15,6 +15,7 @@ from .discriminators import (
 from .editing import ImageEdit, Interpolation
 from .guidance import Guidance
 from .latent_diffusion import LatentDiffusion
+from .registers import RegistersConfig
 from .segmentation import load_segmenter
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
@@ -44,6 +45,7 @@ __all__ = [
     "PatchDiscriminator",
     "PatchDiscriminatorConfig",
     "QuantizerConfig",
+    "RegistersConfig",
     "TimeDiscriminator",
     "TimeDiscriminatorConfig",
     "UNet",

@@ -3,6 +3,7 @@
     python -m ldm3d.analysis latents runs/vae-hippocampus                             all cases of the run
     python -m ldm3d.analysis latents RUN --data FOLDER --color-by subject --method umap
     python -m ldm3d.analysis latents RUN --data FOLDER --other runs/ldm-hippocampus/samples-001
+    python -m ldm3d.analysis registers runs/ldm-phantom-anatomy        see register_analysis.py
 
 A case is the mean of its posterior, whole and at the size that the run samples; its channels are shifted and
 scaled so that over the first group each has mean 0 and variance 1. Distances are root mean squares over the
@@ -45,6 +46,7 @@ from .latents import cache_key
 from .logger import new_figure, progress, save_figure
 from .maps import distances, inner_products, pca, place_new, to_centre
 from .pages import embed, escape, page, png, slices_picture, write_page
+from .register_analysis import RegisterReportConfig, registers
 from .scores import new_folder, write_report
 from .training import autocast
 
@@ -529,7 +531,11 @@ def group_names(rows: list[Row], column: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     run = {"run": "run folder, such as runs/vae-phantom, or a checkpoint in one"}
-    tasks = {"latents": (LatentsConfig, run, lambda config, run: latents(config, Path(run)))}
+    of_registers = {"run": "run folder of train_ldm.py --anatomy.registers bound, or a checkpoint in one"}
+    tasks = {
+        "latents": (LatentsConfig, run, lambda config, run: latents(config, Path(run))),
+        "registers": (RegisterReportConfig, of_registers, lambda config, run: registers(config, Path(run))),
+    }
     run_task(tasks, argv, "python -m ldm3d.analysis", __doc__)
 
 

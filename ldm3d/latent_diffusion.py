@@ -15,6 +15,7 @@ gives a label map with every sample: that of its head at the sample's own latent
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ from .conditions import (
     check_names,
     label_shares,
 )
-from .config import InputError, from_dict
-from .data import DataConfig, DataState, VolumeDataset, open_files
+from .config import InputError, from_dict, read_json
+from .data import Data, DataConfig, DataState, VolumeDataset, open_data, open_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .distributed import is_main, keyed_generator
@@ -377,6 +378,15 @@ class LatentDiffusion:
     @property
     def default_sampler(self) -> str:
         return "heun" if self.kernel.process == "flow" else "dpmpp"
+
+
+def run_data(run: str | Path, model: LatentDiffusion) -> Data:
+    """The cases of a run of train_ldm.py in its own split, as they were read in training, opened anew."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    preset = load_run(folder / "autoencoder.pt", "vae")["config"]["preset"]
+    seed = load_run(run, "ldm")["config"]["run"]["seed"]
+    data = open_data(model.layout, preset, seed, read_json(folder / "split.json"))
+    return dataclasses.replace(data, state=model.state)
 
 
 def copy_autoencoder(source: str | Path, run_dir: Path) -> None:
