@@ -178,17 +178,12 @@ def registers(config: RegisterReportConfig, run: Path) -> Path:
     if not data.split[config.part]:
         raise InputError(f"part: the run has no {config.part} cases")
     folder = new_folder(run, config.out, "registers")
-    bank, unet = model.denoiser.unet.registers, model.denoiser.unet
+    bank = model.denoiser.unet.registers
     found, rows = look_at_cases(config, model, data.dataset(config.part), data.folder)
     difference, samples = on_and_off(config, model)
     figures = {**bank_figures(bank.bank.cpu()), **found.figures()}
     figures |= {"gates": [float(r.attention.gate) for r in bank.readers], "difference": difference}
-    report = {**to_dict(config), "run": str(run), "mode": model.denoiser.anatomy.registers}
-    report |= {
-        "widths": list(unet.config.attention_channels),
-        "cases": len(data.split[config.part]),
-        **figures,
-    }
+    report = {**to_dict(config), "run": str(run), "registers": model.denoiser.anatomy.registers, **figures}
     write_report(folder / "registers.json", report)
     picture = save_sheet(folder / "registers.png", rows | samples, limits=(-1, 1))
     names = ("pointing", "attention", "similarity_within")
