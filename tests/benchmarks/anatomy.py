@@ -1,0 +1,355 @@
+"""Anatomical latent diffusion beside plain latent diffusion: the table of the README.
+
+    python tests/benchmarks/anatomy.py hippocampus --steps 2500 --seeds 0,1
+    python tests/benchmarks/anatomy.py hippocampus --minutes 20 --seeds 0,1     as many steps as fit, of each
+    python tests/benchmarks/anatomy.py phantom --steps 500 --seeds 0,1
+    python tests/benchmarks/anatomy.py phantom-2d --steps 300 --samples 32      a try
+
+Rows, of the same autoencoder, U-Net, cases, steps and noise:
+
+    plain     no registers
+    free      the same bank of registers, without masks
+    bound     registers and head learn from the masks of the training cases
+
+Columns: the lowest validation loss of the diffusion; validity of samples, by the labels of a segmentation
+network that has learned from the real training cases, since "plain" and "free" give none ("own labels": by
+those that the samples come with): Wasserstein and Kolmogorov-Smirnov distance of volumes (in standard
+deviations of the real ones) and positions (mm, of the centroid in each axis), mean over labels; share of
+labels that are one connected component; Frechet distance of that network's deepest features. All against
+the real training cases; "real" is how held-out cases compare, with fewer of them. Then the Dice, on test
+subjects that no network has seen, of a segmentation network that has learned from generated pairs alone, from
+real cases alone, and from both.
+
+Subjects are split once (train, val, test). Stopped and started again it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import sample  # noqa: E402
+import train_cdal  # noqa: E402
+import train_ldm  # noqa: E402
+import train_vae  # noqa: E402
+from ldm3d import read  # noqa: E402
+from ldm3d.checkpoint import load_run  # noqa: E402
+from ldm3d.config import from_dict  # noqa: E402
+from ldm3d.data import Data, DataConfig, DataState, open_data  # noqa: E402
+from ldm3d.distributed import choose_device  # noqa: E402
+from ldm3d.metrics import dice, frechet_distance  # noqa: E402
+from ldm3d.morphology import label_components  # noqa: E402
+from ldm3d.phantoms import write_phantoms  # noqa: E402
+from ldm3d.segmentation import SegmentConfig, load_segmenter, open_images, segment_files  # noqa: E402
+
+TEST = ["--data.test_fraction", "0.2"]
+SPLIT = ["--data.subject", "none", "--data.test_fraction", "0"]  # the table tells it
+ATTENTION = ["--unet.attention_levels", "true"]
+SMALL_VAE = """--data.dims 2 --data.patch none --vae.dims 2 --vae.channels 16,32 --vae.latent_channels 4
+ --batch_size 8""".split()
+SMALL_LDM = "--unet.channels 24,48 --unet.head_channels 24 --unet.num_groups 8".split()
+SMALL_CDAL = "--data.dims 2 --data.patch 32,32 --unet.channels 16,32 --generator.encoder_channels 16".split()
+DATA = {  # flags of train_vae.py, train_ldm.py, train_cdal.py
+    "hippocampus": (["hippocampus", *TEST], ["hippocampus", *ATTENTION], ["hippocampus", *SPLIT]),
+    "phantom": (["phantom", *TEST], ["phantom", *ATTENTION], ["phantom", *SPLIT]),
+    "phantom-2d": (
+        ["phantom", *TEST, *SMALL_VAE],
+        ["phantom", *ATTENTION, *SMALL_LDM],
+        ["phantom", *SPLIT, *SMALL_CDAL],
+    ),
+}
+ROWS = {"plain": "off", "free": "free", "bound": "bound"}
+Figures = dict[str, float]
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """The content of a JSON file; where there is none, make(), which is then kept there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(make()))
+    return json.loads(path.read_text())
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def lengths(steps: int, validations: int = 5) -> list[str]:
+    every = max(1, steps // validations)
+    numbers = {"steps": steps, "eval_every": every, "save_every": every, "log_every": max(1, steps // 50)}
+    return [word for name, n in numbers.items() for word in (f"--run.{name}", str(n))]
+
+
+def steps_in(minutes: float, flags: list[str], folder: Path) -> int:
+    """How many steps of train_ldm.py the minutes hold, by the last 10 of 20."""
+    train_ldm.main([*flags, *lengths(20, 1), "--run.log_every", "10", "--run.dir", str(folder)])
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rate = next(line["samples_per_s"] for line in logged if line["split"] == "train" and line["step"] == 20)
+    return max(20, int(60 * minutes * rate / json.loads((folder / "config.json").read_text())["batch_size"]))
+
+
+def train_denoiser(given: argparse.Namespace, row: str, seed: int, out: Path) -> Path:
+    run = out / f"ldm-{row}-{seed}"
+    flags = [*DATA[given.data][1], "--vae", str(out / "vae"), "--anatomy.registers", ROWS[row]]
+    steps = given.steps
+    if given.minutes:
+        speed = out / f"speed-{row}"
+        steps = once(speed.with_suffix(".json"), lambda: steps_in(given.minutes, flags, speed))
+    train_ldm.main([*flags, *lengths(steps), "--run.seed", str(seed), "--run.dir", str(run)])
+    return run
+
+
+def make_samples(run: Path, num: int, labelled: bool) -> Path:
+    folder = run / f"samples-{num}"
+    if not (folder / "samples.json").exists():
+        more = ["--with-labels"] if labelled else []
+        sample.main([str(run), "--num", str(num), "--batch_size", "8", "--out", str(folder), *more])
+    return folder
+
+
+def train_segmenter(
+    given: argparse.Namespace, name: str, cases: Iterable[tuple[Path, Path, str]], seed: int, out: Path
+) -> Path:
+    """A plain segmentation network of (image, mask, part) cases."""
+    run, table = out / f"segment-{name}-{seed}", out / f"cases-{name}-{seed}"
+    table.mkdir(parents=True, exist_ok=True)
+    with open(table / "cases.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "mask", "split"), *cases])
+    flags = [*DATA[given.data][2], "--data.root", str(table), "--data.table", "cases.csv"]
+    flags += ["--cdal.diffusion", "false", "--data.num_labels", str(given.num_labels)]
+    train_cdal.main([*flags, *lengths(given.segment_steps), "--run.seed", str(seed), "--run.dir", str(run)])
+    return run
+
+
+def real_cases(data: Data) -> list[tuple[Path, Path, str]]:
+    chosen = [(data.cases[name], part) for part in ("train", "val") for name in data.split[part]]
+    return [(case.image.resolve(), case.mask.resolve(), part) for case, part in chosen]
+
+
+def made_cases(folder: Path, validate: bool) -> list[tuple[Path, Path, str]]:
+    """Generated pairs; validate: every tenth is for validation."""
+    images = sorted(p.resolve() for p in folder.iterdir() if p.name.endswith((".nii.gz", ".tif")))
+    part = [("val" if validate and i % 10 == 0 else "train") for i in range(len(images))]
+    return [(image, image.parent / "labels" / image.name, p) for image, p in zip(images, part, strict=True)]
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_dice(run: Path, data: Data, device: torch.device) -> list[float]:
+    """Dice of every label, mean over the test cases."""
+    cdal, net, content = load_segmenter(run, device)
+    cases, rows = data.dataset("test", own_size=True), []
+    for i in range(len(cases)):
+        item = cases[i, i]
+        p = cdal.segment(net, item["image"].to(device), 1, content["config"]["window"])
+        rows.append(dice(p.argmax(0)[None], item["mask"][None], len(p))[0])
+    return torch.stack(rows).nanmean(0).tolist()
+
+
+@torch.inference_mode()
+def features(judge: Path, images: Iterable[Tensor], device: torch.device) -> Tensor:
+    """(N, F): the means over space of the deepest map of the judge."""
+    cdal, net, _ = load_segmenter(judge, device)
+    found: list[Tensor] = []
+    net.unet.mid[-1].register_forward_hook(lambda _, __, h: found.append(h.flatten(2).mean(2).cpu()))
+    for x in images:
+        size = x.shape[1:]
+        labels = torch.zeros(1, cdal.num_labels, *size, device=device)
+        z = torch.zeros(1, net.config.latent_dim, device=device)
+        net(labels, torch.zeros(1, device=device), x[None].to(device), z)
+    return torch.cat(found).double()
+
+
+def shape_of_labels(masks: Iterable[np.ndarray], spacing: Iterable[float], num_labels: int) -> np.ndarray:
+    """(N, K - 1, 2 + dims): volume (mm^dims), number of components, centroid (mm from the middle; nan: there
+    is none) of every label but the background."""
+    rows, mm = [], np.asarray(tuple(spacing))
+    for mask in masks:
+        middle = (np.asarray(mask.shape) - 1) / 2
+        row = []
+        for k in range(1, num_labels):
+            inside = mask == k
+            centre = (
+                (np.argwhere(inside).mean(0) - middle) * mm if inside.any() else np.full(mask.ndim, np.nan)
+            )
+            row.append([inside.sum() * mm.prod(), label_components(inside).max(), *centre])
+        rows.append(row)
+    return np.asarray(rows, dtype=np.float64)
+
+
+def validity(made: np.ndarray, real: np.ndarray) -> Figures:
+    """Distances of two results of `shape_of_labels`, means over labels."""
+    from scipy.stats import ks_2samp, wasserstein_distance
+
+    found: dict[str, list[float]] = {
+        name: [] for name in ("volume W", "volume KS", "position W", "position KS")
+    }
+    for k in range(real.shape[1]):
+        a, b = made[:, k, 0], real[:, k, 0]
+        found["volume W"].append(wasserstein_distance(a, b) / max(b.std(), 1e-9))
+        found["volume KS"].append(ks_2samp(a, b).statistic)
+        for axis in range(2, real.shape[2]):
+            a, b = (v[:, k, axis][np.isfinite(v[:, k, axis])] for v in (made, real))
+            if len(a) and len(b):
+                found["position W"].append(wasserstein_distance(a, b))
+                found["position KS"].append(ks_2samp(a, b).statistic)
+    means = {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
+    return means | {"one component": float((made[..., 1] == 1).mean())}
+
+
+class Judge:
+    """The segmentation network of the real training cases, and what it and masks say of these."""
+
+    def __init__(self, run: Path, data: Data, device: torch.device):
+        self.run, self.data, self.device = run, data, device
+        self.num_labels, self.spacing = data.state.num_labels, data.state.spacing
+        self.train = self._real("train")
+
+    def _real(self, *parts: str) -> tuple[np.ndarray, Tensor]:
+        sets = [self.data.dataset(part) for part in parts]
+        items = [(d, i) for d in sets for i in range(len(d))]
+        shapes = shape_of_labels((d[i, i]["mask"].numpy() for d, i in items), self.spacing, self.num_labels)
+        return shapes, features(self.run, (d[i, i]["image"] for d, i in items), self.device)
+
+    def real(self) -> Figures:
+        """How held-out real cases compare with the training cases."""
+        shapes, seen = self._real("val", "test")
+        return {**validity(shapes, self.train[0]), "Frechet": frechet_distance(seen, self.train[1])}
+
+    def samples(self, folder: Path, own: bool) -> Figures:
+        """own: by the labels that came with them, not by the judge's."""
+        labels = folder / "labels"
+        if not own:
+            judged = folder / "judged"
+            if not (judged / "report.json").exists():
+                settings = SegmentConfig(str(folder), votes=1, out=str(judged))
+                segment_files(settings, self.run, self.device)
+            labels = judged / "labels"
+        masks = (read(path).array[0] for path in sorted(labels.iterdir()))
+        figures = validity(shape_of_labels(masks, self.spacing, self.num_labels), self.train[0])
+        if own:
+            return figures
+        opened = open_images(SegmentConfig(str(folder)), load_run(self.run, "cdal"))
+        images = (opened[i, i]["image"] for i in range(len(opened)))
+        return {
+            **figures,
+            "Frechet": frechet_distance(features(self.run, images, self.device), self.train[1]),
+        }
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+COLUMNS = {  # title -> digits
+    "val loss": 4,
+    "volume W": 3,
+    "volume KS": 3,
+    "position W": 2,
+    "position KS": 3,
+    "one component": 3,
+    "Frechet": 3,
+    "Dice, generated": 3,
+    "Dice, real": 3,
+    "Dice, both": 3,
+}
+
+
+def show_table(rows: dict[str, list[Figures]]) -> None:
+    """Means over seeds, and in brackets the lowest and highest."""
+    lines = [f"| row | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, seeds in rows.items():
+        cells = []
+        for title, digits in COLUMNS.items():
+            values = [figures[title] for figures in seeds if title in figures]
+            ends = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.{digits}f}{ends}" if values else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    print("\n".join(["", *lines, ""]), flush=True)
+
+
+def lowest_loss(run: Path) -> float:
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return min(line["loss"] for line in logged if line["split"] == "val")
+
+
+def open_real(out: Path) -> Data:
+    content = load_run(out / "vae", "vae")
+    config, split = content["config"], content["state"]["split"]
+    data = open_data(
+        from_dict(DataConfig, config["data"], "data"), config["preset"], config["run"]["seed"], split
+    )
+    state = DataState.from_dict(content["state"]["data"])
+    return Data(data.config, data.seed, data.root, data.cases, data.infos, data.split, state)
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", choices=list(DATA))
+    parser.add_argument("--steps", type=int, default=2500, help="of every denoiser")
+    parser.add_argument("--minutes", type=float, default=0, help="of every denoiser's training, instead")
+    parser.add_argument("--vae_steps", type=int, default=4500)
+    parser.add_argument("--segment_steps", type=int, default=1500, help="of every segmentation network")
+    parser.add_argument("--samples", type=int, default=200, help="of every denoiser")
+    parser.add_argument("--seeds", default="0,1", help="of denoisers and segmentation networks")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("runs/anatomy"), help="folder of everything")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse_flags()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    out, device = (given.out / given.data).resolve(), choose_device("auto")
+    place = []
+    if given.data == "phantom-2d":
+        place = ["--data.root", str(out / "heads")]
+        if not (out / "heads").exists():
+            write_phantoms(out / "heads", 160, dims=2, size=(56, 48))
+    train_vae.main([*DATA[given.data][0], *place, *lengths(given.vae_steps), "--run.dir", str(out / "vae")])
+    data = open_real(out)
+    given.num_labels = data.state.num_labels
+    rows: dict[str, list[Figures]] = {"real": []}
+    seeds = [int(word) for word in given.seeds.split(",")]
+    judges = {seed: train_segmenter(given, "real", real_cases(data), seed, out) for seed in seeds}
+    judge = Judge(judges[seeds[0]], data, device)
+    for seed in seeds:
+        scores = once(judges[seed] / "test.json", lambda seed=seed: test_dice(judges[seed], data, device))
+        reference = once(out / "real.json", judge.real) if seed == seeds[0] else {}
+        rows["real"].append({**reference, "Dice, real": float(np.mean(scores))})
+    for name in given.rows.split(","):
+        for seed in seeds:
+            run = train_denoiser(given, name, seed, out)
+            folder = make_samples(run, given.samples, labelled=name == "bound")
+            figures = once(folder / "judged.json", lambda folder=folder: judge.samples(folder, own=False))
+            figures = {"val loss": lowest_loss(run), **figures}
+            if name == "bound":
+                own = once(folder / "own.json", lambda folder=folder: judge.samples(folder, own=True))
+                for kind, title in (("generated", "Dice, generated"), ("both", "Dice, both")):
+                    cases = made_cases(folder, validate=kind == "generated")
+                    cases = cases if kind == "generated" else [*real_cases(data), *cases]
+                    net = train_segmenter(given, kind, cases, seed, out)
+                    scores = once(net / "test.json", lambda net=net: test_dice(net, data, device))
+                    own[title] = float(np.mean(scores))
+                rows.setdefault("bound, own labels", []).append(own)
+            rows.setdefault(name, []).append(figures)
+            show_table(rows)
+
+
+if __name__ == "__main__":
+    main()
