@@ -1,0 +1,214 @@
+"""A run with registers does the whole job: it starts from a plain one, learns masks where there are any,
+resumes bit by bit, and writes label maps that lie on their volumes."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROOT, ldm_flags, lines, torchrun, vae_flags
+
+import sample
+import train_ldm
+import train_vae
+from ldm3d import InputError, LatentDiffusion, analysis, read
+from ldm3d.checkpoint import load, step_files
+from ldm3d.phantoms import write_phantoms
+
+BOUND = ["--anatomy.registers", "bound", "--anatomy.dim", "16", "--anatomy.head_width", "8"]
+BOUND += ["--unet.attention_levels", "true"]
+
+
+@pytest.fixture(scope="module")
+def run(vae_run):
+    """The run folder of a denoiser with bound registers, of twelve steps."""
+    folder = vae_run.parent / "bound"
+    train_ldm.main(ldm_flags(vae_run, folder, 12, *BOUND))
+    return folder
+
+
+def test_training_logs_what_it_lowers_and_validation_the_dice_of_every_label_and_level(run):
+    model = LatentDiffusion.load(run)
+    train, val = lines(run)[-1], lines(run, "val")[-1]
+    assert {"loss", "head", "binding", "anatomy_weight"} <= train.keys()
+    wanted = {f"dice_{k}_u{u}" for k in range(1, model.denoiser.num_labels) for u in train_ldm.EVAL_LEVELS}
+    assert wanted <= val.keys()
+    assert lines(run)[0]["anatomy_weight"] == 2.0
+    assert train["anatomy_weight"] == 0.25
+    assert (run / "previews" / "step_0000010.png").exists()
+
+
+def test_masks_lie_beside_the_cached_latents_as_small_integers(run):
+    folder = next((run / "latents").glob("val-*"))
+    masks = np.load(folder / "mask.npy")
+    assert masks.dtype == np.int8
+    val = json.loads((run / "split.json").read_text())["val"]
+    root = LatentDiffusion.load(run).layout.root
+    assert np.array_equal(masks[0, 0], read(f"{root}/labels/{val[0]}.tif").array[0])
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(vae_run, run, tmp_path):
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 12, *BOUND, "--run.save_every", "7"))
+    for path in (tmp_path / "ldm").glob("checkpoint_0000012.pt"):
+        path.unlink()
+    train_ldm.main(["phantom", "--vae", str(vae_run), "--run.dir", str(tmp_path / "ldm")])
+    a, b = (load(step_files(folder)[0]) for folder in (run, tmp_path / "ldm"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+@pytest.mark.slow
+def test_training_without_a_cache_goes_the_same_way(vae_run, run, tmp_path):
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 3, *BOUND, "--latent_cache", "false"))
+    for name in ("loss", "binding"):
+        fresh = [line[name] for line in lines(tmp_path / "ldm")]
+        assert fresh == pytest.approx([line[name] for line in lines(run)][:3], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(vae_run, tmp_path):
+    process = torchrun(ROOT / "train_ldm.py", *ldm_flags(vae_run, tmp_path / "two", 4, *BOUND))
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "one", 4, *BOUND))
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    for name in ("loss", "head", "binding"):
+        one, two = ([line[name] for line in lines(tmp_path / folder)] for folder in ("one", "two"))
+        assert np.allclose(one, two, rtol=1e-3)
+
+
+def test_it_starts_from_a_plain_run_and_its_registers_are_new(vae_run, tmp_path, capsys):
+    level = ["--unet.attention_levels", "true"]
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "plain", 3, *level))
+    start = ["--run.init", tmp_path / "plain", "--optim.lr", "1e-9", "--run.ema_decay", "0"]
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "bound", 1, *BOUND, *start))
+    assert "weights are not in both networks: unet.registers.bank" in capsys.readouterr().out
+    plain, bound = (LatentDiffusion.load(tmp_path / name) for name in ("plain", "bound"))
+    x, t = torch.randn(2, *plain.latent_shape), torch.tensor([100.0, 700.0])
+    assert torch.allclose(plain.denoiser(x, t), bound.denoiser(x, t), atol=1e-4)
+    with pytest.raises(InputError, match=r"the weights do not fit: unet\.registers"):
+        train_ldm.main(ldm_flags(vae_run, tmp_path / "other", 1, *level, "--run.init", tmp_path / "bound"))
+
+
+def test_the_bank_without_masks_has_the_same_registers_and_no_labels(vae_run, run, tmp_path):
+    free = [word if word != "bound" else "free" for word in BOUND]
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "free", 2, *free))
+    assert "head" not in lines(tmp_path / "free")[-1]
+    a, b = (LatentDiffusion.load(folder).denoiser for folder in (run, tmp_path / "free"))
+    assert [p.shape for p in a.unet.parameters()] == [p.shape for p in b.unet.parameters()]
+    with pytest.raises(InputError, match="with_labels: the run has learned none"):
+        sample.main([str(tmp_path / "free"), "--with-labels"])
+
+
+@pytest.fixture(scope="module")
+def some_masks(tmp_path_factory):
+    """3-D heads, of which two in three have no mask, and their autoencoder."""
+    place = tmp_path_factory.mktemp("some")
+    write_phantoms(place / "heads", 9, size=(12, 14, 12), spacing=(16.0, 16.0, 16.0))
+    table = place / "heads" / "cases.csv"
+    rows = list(csv.DictReader(table.open()))
+    for i, row in enumerate(rows):
+        row["mask"] = row["mask"] if i % 3 == 0 else ""
+        row["split"] = "val" if i in (0, 1) else "train"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    flags = ["--data.dims", "3", "--vae.dims", "3", "--data.allow_missing_mask", "true"]
+    train_vae.main(vae_flags(place / "heads", place / "vae", 4, *flags))
+    train_ldm.main(ldm_flags(place / "vae", place / "ldm", 4, *BOUND, "--micro_batch_size", "2"))
+    return place
+
+
+def test_samples_without_a_mask_are_trained_on_beside_those_with_one(some_masks):
+    logged = lines(some_masks / "ldm")
+    assert all(line["skipped_steps"] == 0 and line["loss"] is not None for line in logged)
+    assert any(line["head"] is not None for line in logged)
+    assert lines(some_masks / "ldm", "val")[-1]["dice_1_u0.05"] is not None
+
+
+def test_a_label_that_is_unknown_is_refused_before_training(some_masks, tmp_path):
+    flags = ldm_flags(some_masks / "vae", tmp_path / "ldm", 2, *BOUND, "--data.num_labels", "2")
+    with pytest.raises(InputError, match=r"labels/phantom_0000.nii.gz: label \d, expected 0 to 1 .data.num"):
+        train_ldm.main(flags)
+    assert not (tmp_path / "ldm").exists()
+
+
+def test_data_without_masks_are_refused(vae_run, heads, tmp_path):
+    shutil.copytree(heads, tmp_path / "heads")
+    flags = ldm_flags(vae_run, tmp_path / "ldm", 2, *BOUND, "--data.root", tmp_path / "heads")
+    with pytest.raises(InputError, match=r"anatomy.registers: needs masks \(data.mask, or a column"):
+        train_ldm.main([*flags, "--data.image", "images/*.tif"])
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["run", "some_masks"])
+def test_label_maps_lie_on_their_volumes_and_are_those_of_the_python_door(which, request, tmp_path):
+    folder = request.getfixturevalue(which)
+    folder = folder / "ldm" if which == "some_masks" else folder
+    sample.main([str(folder), "--num", "3", "--steps", "2", "--with-labels", "--out", str(tmp_path / "out")])
+    model = LatentDiffusion.load(folder)
+    x, labels = model.sample(3, steps=2, with_labels=True)
+    assert torch.allclose(x, model.sample(3, steps=2))
+    suffix = "tif" if which == "run" else "nii.gz"
+    names = [f"sample_{i:04d}.{suffix}" for i in range(3)]
+    assert sorted(p.name for p in (tmp_path / "out").glob(f"*.{suffix}")) == names
+    for i, name in enumerate(names):
+        volume, label_map = read(tmp_path / "out" / name), read(tmp_path / "out" / "labels" / name)
+        assert label_map.array.shape == volume.array.shape == (1, *model.state.size)
+        assert np.allclose(label_map.affine, volume.affine)
+        assert label_map.orientation == volume.orientation
+        assert np.array_equal(label_map.array[0], labels[i].numpy())
+        assert set(np.unique(label_map.array)) <= set(range(model.denoiser.num_labels))
+
+
+def test_registers_can_be_switched_off_from_the_same_noise(run, tmp_path):
+    model = LatentDiffusion.load(run)
+    for reader in model.denoiser.unet.registers.readers:  # twelve steps have hardly opened them
+        reader.attention.gate.data.fill_(1.0)
+    on = model.sample(1, steps=2)
+    model.use_registers(False)
+    off = model.sample(1, steps=2)
+    assert not torch.allclose(on, off, atol=1e-4)
+    sample.main(
+        [str(run), "--num", "1", "--steps", "2", "--registers", "false", "--out", str(tmp_path / "o")]
+    )
+    assert json.loads((tmp_path / "o" / "samples.json").read_text())["registers"] is False
+
+
+def test_what_cannot_be_done_is_refused(run, heads):
+    image = str(heads / "images" / "phantom_0000.tif")
+    with pytest.raises(InputError, match="with_labels, inpaint: give one of the two"):
+        sample.main([str(run), "--with-labels", "--inpaint", image, "--region", image])
+
+
+def test_the_plan_counts_registers_and_head(vae_run, tmp_path, capsys):
+    needs = []
+    for more in (["--unet.attention_levels", "true"], BOUND):
+        train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 2, *more, "--plan", "4"))
+        line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("training"))
+        needs.append(line)
+    assert needs[0] != needs[1] or "0.00" in needs[0]
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["run", "some_masks"])
+def test_the_report_tells_what_the_registers_do(which, request, tmp_path):
+    folder = request.getfixturevalue(which)
+    folder = folder / "ldm" if which == "some_masks" else folder
+    flags = ["--steps", "2", "--shown", "1", "--out", str(tmp_path / "out")]
+    analysis.main(["registers", str(folder), *flags])
+    report = json.loads((tmp_path / "out" / "registers.json").read_text())
+    bank = LatentDiffusion.load(folder).denoiser.unet.registers.bank
+    assert np.allclose(report["norms"], bank.norm(dim=2).detach(), rtol=1e-5)
+    assert np.allclose(np.sum(report["usage"], 1), 1)
+    cosine = torch.nn.functional.cosine_similarity(bank[1][:, None], bank[1], dim=-1)
+    pairs = [float(cosine[i, j]) for i in range(4) for j in range(4) if i != j]
+    assert report["similarity_within"][1] == pytest.approx(np.mean(pairs), abs=1e-4)
+    assert len(report["gates"]) == len(report["places"])
+    assert 0 <= report["pointing"][0] <= 1
+    assert (tmp_path / "out" / "registers.png").exists()
