@@ -365,9 +365,7 @@ class LatentDiffusion:
     def check_labels(self) -> None:
         """InputError unless the denoiser has learned to give label maps."""
         if self.denoiser.head is None:
-            raise InputError(
-                "with_labels: the run has not learned any (train_ldm.py --anatomy.registers bound)"
-            )
+            raise InputError("with_labels: the run has learned none (train_ldm.py --anatomy.registers bound)")
 
     def use_registers(self, on: bool) -> None:
         """Let the U-Net read its registers, as it was trained to, or not, to compare the two."""
