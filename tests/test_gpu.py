@@ -54,6 +54,13 @@ def test_each_script_trains_in_half_precision_as_in_fp32(script, amp, place):
     assert lines(half)[-1]["peak_gib"] > 0
 
 
+def test_registers_learn_in_half_precision_as_in_fp32(place):
+    bound = "--anatomy.registers", "bound", "--anatomy.dim", "16", "--unet.attention_levels", "true"
+    exact, half = (train("train_ldm", place, amp, 15, *bound, "--run.amp", amp) for amp in ("fp32", "bf16"))
+    assert_near(exact, half, rel=2e-2)
+    assert lines(half)[-1]["binding"] == pytest.approx(lines(exact)[-1]["binding"], rel=2e-2)
+
+
 @pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
 def test_a_gpu_and_a_cpu_train_alike(script, place):
     on_gpu = train(script, place, "gpu", 5, "--run.amp", "fp32")
