@@ -40,6 +40,20 @@ def test_training_logs_what_it_lowers_and_validation_the_dice_of_every_label_and
     assert (run / "previews" / "step_0000010.png").exists()
 
 
+def test_the_loss_of_a_sample_is_that_of_the_diffusion_plus_the_weighted_terms(run):
+    model, u = LatentDiffusion.load(run), torch.tensor([0.1, 0.8])
+    draw = torch.Generator().manual_seed(0)
+    mean, z_noise, noise = torch.randn(3, 2, *model.latent_shape, generator=draw)
+    labels = torch.randint(model.denoiser.num_labels, (2, *model.state.size), generator=draw)
+    posterior = mean, torch.zeros_like(mean), z_noise
+    loss, terms = model.losses(model.denoiser, *posterior, u, noise, None, labels, 0.5)
+    share = (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+    expected = terms["loss"] + 0.5 * share * (terms["head"] + terms["binding"])
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    alone, _ = model.losses(model.denoiser, *posterior, u, noise)
+    assert torch.allclose(terms["loss"], alone, rtol=1e-4)
+
+
 def test_masks_lie_beside_the_cached_latents_as_small_integers(run):
     folder = next((run / "latents").glob("val-*"))
     masks = np.load(folder / "mask.npy")

@@ -195,6 +195,15 @@ def test_logit_normal_times_have_the_quantiles_of_torch_distributions_then_the_s
     assert ends[1] <= 1
 
 
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_the_share_of_signal_is_that_of_the_variances(prediction):
+    kernel = make_kernel(prediction)
+    t = some_times(kernel)
+    for share, time in zip(kernel.signal_share(t), t.tolist(), strict=True):
+        alpha, sigma = alpha_sigma(kernel, time)
+        assert float(share) == pytest.approx(1 / (1 + (sigma / alpha) ** 2), rel=1e-9)
+
+
 def test_the_network_receives_float_time_on_the_scale_of_the_timesteps():
     vp, flow = make_kernel(), make_kernel("flow")
     assert vp.to_network_time(torch.tensor([0, 999])).tolist() == [0.0, 999.0]
