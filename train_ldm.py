@@ -162,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hippocampus": HIPPOCAMPUS,
     # Registers bound to the labels of the masks (registers.py), on the autoencoders of these presets.
     # Attention at every level, so that registers are read as finely as latents go.
-    "phantom-anatomy": PHANTOM | ANATOMY | {"vae": "runs/vae-phantom"},
+    "phantom-anatomy": PHANTOM | ANATOMY | {"vae": "runs/vae-phantom", "unet.head_channels": 24},
     "hippocampus-anatomy": HIPPOCAMPUS | ANATOMY | {"vae": "runs/vae-hippocampus"},
     "brats2013-anatomy": SMALL
     | ANATOMY

@@ -15,6 +15,7 @@ import train_ldm
 import train_vae
 from ldm3d import InputError, LatentDiffusion, analysis, read
 from ldm3d.checkpoint import load, step_files
+from ldm3d.config import replace
 from ldm3d.phantoms import write_phantoms
 
 BOUND = ["--anatomy.registers", "bound", "--anatomy.dim", "16", "--anatomy.head_width", "8"]
@@ -27,6 +28,11 @@ def run(vae_run):
     folder = vae_run.parent / "bound"
     train_ldm.main(ldm_flags(vae_run, folder, 12, *BOUND))
     return folder
+
+
+@pytest.mark.parametrize("name", train_ldm.PRESETS)
+def test_every_preset_is_a_configuration(name):
+    assert replace(train_ldm.Config(), train_ldm.PRESETS[name]).run.steps > 0
 
 
 def test_training_logs_what_it_lowers_and_validation_the_dice_of_every_label_and_level(run):

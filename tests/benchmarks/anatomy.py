@@ -56,14 +56,15 @@ from ldm3d.segmentation import SegmentConfig, load_segmenter, open_images, segme
 
 TEST = ["--data.test_fraction", "0.2"]
 SPLIT = ["--data.subject", "none", "--data.test_fraction", "0"]  # the table tells it
+HEADS = ["--unet.head_channels", "24"]  # which divide the widths of both levels
 ATTENTION = ["--unet.attention_levels", "true"]
 SMALL_VAE = """--data.dims 2 --data.patch none --vae.dims 2 --vae.channels 16,32 --vae.latent_channels 4
  --batch_size 8""".split()
-SMALL_LDM = "--unet.channels 24,48 --unet.head_channels 24 --unet.num_groups 8".split()
+SMALL_LDM = [*HEADS, *"--unet.channels 24,48 --unet.num_groups 8".split()]
 SMALL_CDAL = "--data.dims 2 --data.patch 32,32 --unet.channels 16,32 --generator.encoder_channels 16".split()
 DATA = {  # flags of train_vae.py, train_ldm.py, train_cdal.py
     "hippocampus": (["hippocampus", *TEST], ["hippocampus", *ATTENTION], ["hippocampus", *SPLIT]),
-    "phantom": (["phantom", *TEST], ["phantom", *ATTENTION], ["phantom", *SPLIT]),
+    "phantom": (["phantom", *TEST], ["phantom", *ATTENTION, *HEADS], ["phantom", *SPLIT]),
     "phantom-2d": (
         ["phantom", *TEST, *SMALL_VAE],
         ["phantom", *ATTENTION, *SMALL_LDM],
