@@ -15,7 +15,8 @@ import train_ldm
 import train_vae
 from ldm3d import InputError, LatentDiffusion, analysis, read
 from ldm3d.checkpoint import load, step_files
-from ldm3d.config import replace
+from ldm3d.config import parse, replace
+from ldm3d.memory import Plan
 from ldm3d.phantoms import write_phantoms
 
 BOUND = ["--anatomy.registers", "bound", "--anatomy.dim", "16", "--anatomy.head_width", "8"]
@@ -204,13 +205,19 @@ def test_what_cannot_be_done_is_refused(run, heads):
         sample.main([str(run), "--with-labels", "--inpaint", image, "--region", image])
 
 
-def test_the_plan_counts_registers_and_head(vae_run, tmp_path, capsys):
-    needs = []
+@pytest.mark.slow
+def test_the_plan_counts_registers_and_head(vae_run, tmp_path, monkeypatch):
+    peaks = []
     for more in (["--unet.attention_levels", "true"], BOUND):
-        train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 2, *more, "--plan", "4"))
-        line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("training"))
-        needs.append(line)
-    assert needs[0] != needs[1] or "0.00" in needs[0]
+        config, _ = parse(
+            train_ldm.Config,
+            ldm_flags(vae_run, tmp_path / "ldm", 2, *more, "--plan", "4"),
+            train_ldm.PRESETS,
+            base=train_ldm.with_autoencoder,
+        )
+        monkeypatch.setattr(Plan, "tell", lambda plan: peaks.append(plan.jobs[0].need(64, (16, 16))))
+        train_ldm.plan(config)
+    assert peaks[1] > 1.05 * peaks[0]
 
 
 # --- the report ---------------------------------------------------------------------------------------------

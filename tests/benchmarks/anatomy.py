@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -114,6 +115,7 @@ def train_denoiser(given: argparse.Namespace, row: str, seed: int, out: Path) ->
 def make_samples(run: Path, num: int, labelled: bool) -> Path:
     folder = run / f"samples-{num}"
     if not (folder / "samples.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # half of them, if it was stopped
         more = ["--with-labels"] if labelled else []
         sample.main([str(run), "--num", str(num), "--batch_size", "8", "--out", str(folder), *more])
     return folder
@@ -236,6 +238,7 @@ class Judge:
         if not own:
             judged = folder / "judged"
             if not (judged / "report.json").exists():
+                shutil.rmtree(judged, ignore_errors=True)
                 settings = SegmentConfig(str(folder), votes=1, out=str(judged))
                 segment_files(settings, self.run, self.device)
             labels = judged / "labels"
