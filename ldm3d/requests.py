@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from .cases import read_csv
-from .checkpoint import load_run
 from .conditions import OF_SOURCE, check_names
-from .config import InputError, at_least, read_json
-from .data import VolumeDataset, collate, open_data, restore
+from .config import InputError, at_least
+from .data import VolumeDataset, collate, restore
 from .distributed import print0
 from .editing import ImageEdit, Interpolation
 from .guidance import Guidance
-from .latent_diffusion import NO_EDIT, Edit, LatentDiffusion
+from .latent_diffusion import NO_EDIT, Edit, LatentDiffusion, run_data
 from .latents import WithConditions, encode_batch
 from .training import to_device
 from .volumes import Volume
@@ -150,11 +149,7 @@ def guidance_of(config: RequestConfig) -> Guidance:
 
 def request_of_cases(config: RequestConfig, run: Path, model: LatentDiffusion, amp: str) -> Request:
     """The conditions of the run's own cases of one part, which are the targets."""
-    content, stored = load_run(run, "ldm"), load_run(run_folder(run) / "autoencoder.pt", "vae")
-    split = read_json(run_folder(run) / "split.json")
-    seed = content["config"]["run"]["seed"]
-    data = open_data(model.layout, stored["config"]["preset"], seed, split)
-    data = dataclasses.replace(data, state=model.state)
+    data = run_data(run, model)
     if not data.split[config.cases]:
         raise InputError(f"cases: the run has no {config.cases} cases")
     places, known = data.dataset(config.cases), model.denoiser.conditions
@@ -198,7 +193,3 @@ def interpolation(config: RequestConfig, model: LatentDiffusion) -> Interpolatio
         dataset = model.open(words, "image")
         ends = [dataset[i, i]["image"] for i in range(2)]
     return Interpolation(model, tuple(ends), config.samples, config.seed, config.strength or 0.3)
-
-
-def run_folder(run: Path) -> Path:
-    return run if run.is_dir() else run.parent
