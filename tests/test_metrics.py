@@ -11,6 +11,7 @@ from ldm3d.metrics import (
     iou,
     ms_ssim,
     ms_ssim_weights,
+    nearest_distances,
     precision,
     psnr,
     sensitivity,
@@ -193,6 +194,37 @@ def test_hd95_equals_monai(dims: int) -> None:
     measured = hd95(pred, target, 3, spacing)
     assert measured.min() > 0.5
     assert torch.allclose(measured, expected.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [3e-5, 0.01, 0.5])
+@pytest.mark.parametrize("size", [(131, 97), (1, 300), (47, 43, 41), (5, 1, 9)])
+def test_distances_to_the_nearest_voxel_are_those_of_scipy(size: tuple[int, ...], share: float) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage", reason="scipy (extra test) is not installed")
+    mask = np.random.default_rng(2).random(size) < share
+    mask[(-1,) * len(size)] = True
+    spacing, everywhere = (0.7, 3.1, 1.3)[: len(size)], torch.ones(size, dtype=torch.bool)
+    expected = ndimage.distance_transform_edt(~mask, sampling=spacing).ravel()
+    assert np.allclose(nearest_distances(everywhere, torch.tensor(mask), spacing), expected, rtol=1e-12)
+    assert nearest_distances(everywhere, ~everywhere, spacing).isinf().all()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_hd95_is_the_percentile_of_distances_between_all_pairs_of_surface_voxels(dims: int) -> None:
+    rng, spacing = np.random.default_rng(3), (0.7, 2.5, 1.3)[:dims]
+    maps = rng.integers(0, 3, (2, *(17, 13, 7)[:dims]))
+    maps[1, :9], maps[:, :, :4] = 0, 2  # far ends, and a solid part that has an inside
+
+    def on_surface(mask: np.ndarray) -> np.ndarray:
+        mask = np.pad(mask, 1)
+        inside = np.all([np.roll(mask, sign, axis) for sign in (-1, 1) for axis in range(dims)], axis=0)
+        return np.argwhere(mask & ~inside) * spacing
+
+    measured = hd95(*torch.tensor(maps)[:, None], 3, spacing)[0]
+    for label in (1, 2):
+        a, b = (on_surface(label_map == label) for label_map in maps)
+        pairs = np.linalg.norm(a[:, None] - b, axis=-1)
+        expected = max(np.percentile(pairs.min(axis), 95) for axis in (0, 1))
+        assert measured[label - 1].item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_hd95_of_two_planes_is_their_distance_in_mm_and_a_label_that_one_map_lacks_has_none() -> None:
