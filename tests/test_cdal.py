@@ -61,12 +61,13 @@ def make(dims: int = 2, seed: int = 0, stem: int = 1, **changes) -> Generator:
 
 
 def make_critic(dims: int = 2, image_channels: int = 1, seed: int = 1) -> TimeDiscriminator:
+    """A small critic, all weights random and large, so that its gradients are far above rounding."""
     torch.manual_seed(seed)
     config = TimeDiscriminatorConfig(dims, 2 * K + image_channels, channels=(4, 8), emb_dim=8)
     critic = TimeDiscriminator(config)
-    for parameter in critic.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.copy_(2.5 * (parameter if parameter.any() else nn.init.normal_(parameter, std=0.1)))
     return critic
 
 
@@ -165,6 +166,10 @@ def test_training_times_have_the_share_that_is_asked_for():
         (lambda: FewStepConfig(num_timesteps=9), "num_timesteps"),
         (lambda: FewStepConfig(schedule="geometric"), "beta_max"),
         (lambda: CDALConfig(ce_weight=0, dice_weight=0), "mse_weight"),
+        (lambda: CDALConfig(adversarial_weight=-0.1), "adversarial_weight"),
+        (lambda: CDALConfig(dice_weight=-1.0), "dice_weight"),
+        (lambda: CDALConfig(attention="input"), "own_estimate"),
+        (lambda: CDALConfig(attention="loss", attention_normalised=False), "attention_normalised"),
         (lambda: CDALConfig(diffusion=False, attention="loss"), "diffusion"),
         (lambda: GeneratorConfig(latent_dim=-1), "latent_dim"),
         (lambda: make(stem=3), "generator.stem"),
@@ -224,25 +229,25 @@ def test_attention_is_the_mean_over_channels_and_normalised_positive_of_mean_1(d
     assert torch.allclose(larger.flatten(1).mean(1), torch.ones(2), atol=1e-5)
 
 
-def test_losses_are_the_plain_formulas_and_a_weight_of_ones_changes_nothing():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_are_the_plain_formulas(weighted):
     logits, labels = torch.randn(2, K, 6, 6), torch.randint(K, (2, 6, 6))
+    weight = torch.rand(2, 6, 6) if weighted else torch.ones(2, 6, 6)
     method = make_method(mse_weight=0.5, ce_weight=2.0, dice_weight=3.0)
-    x_start = make().to_x_start(logits)
-    terms = method.overlap_terms(logits, x_start, labels)
-    p = logits.softmax(1)
+    terms = method.overlap_terms(logits, make().to_x_start(logits), labels, weight if weighted else None)
+    p, w = logits.softmax(1), weight[:, None]
     one_hot = torch.stack([labels == k for k in range(K)], 1).float()
-    assert torch.allclose(terms["mse"], ((2 * p - 1 - (2 * one_hot - 1)) ** 2).flatten(1).mean(1), atol=1e-6)
-    expected = -(p.log() * one_hot).sum(1).flatten(1).mean(1)
-    assert torch.allclose(terms["ce"], expected, atol=1e-5)
+    mse = w * ((2 * p - 1) - (2 * one_hot - 1)) ** 2
+    assert torch.allclose(terms["mse"], mse.flatten(1).mean(1), atol=1e-6)
+    assert torch.allclose(terms["ce"], -(w * p.log() * one_hot).sum(1).flatten(1).mean(1), atol=1e-5)
     overlaps = []
     for k in range(1, K):
-        both, either = (p[:, k] * one_hot[:, k]).sum((1, 2)), (p[:, k] + one_hot[:, k]).sum((1, 2))
+        both = (weight * p[:, k] * one_hot[:, k]).sum((1, 2))
+        either = (weight * (p[:, k] + one_hot[:, k])).sum((1, 2))
         overlaps.append((2 * both + 1) / (either + 1))
     assert torch.allclose(terms["dice"], 1 - torch.stack(overlaps).mean(0), atol=1e-5)
     total = 0.5 * terms["mse"] + 2 * terms["ce"] + 3 * terms["dice"]
     assert torch.allclose(terms["loss"], total)
-    same = method.overlap_terms(logits, x_start, labels, torch.ones(2, 6, 6))
-    assert all(torch.allclose(same[name], value, atol=1e-6) for name, value in terms.items())
 
 
 class Spy(nn.Module):
@@ -267,16 +272,16 @@ def gradients(method: CDAL, net: Generator, critic: nn.Module | None, of: str = 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_the_critics_gradient_reaches_the_generator_exactly_when_the_switch_says_so(weight, attention, sees):
     net, critic = make(), Spy(make_critic(image_channels=int(sees)).requires_grad_(False))
-    switches = {"attention": attention, "critic_sees_image": sees}
+    switches = {"attention": attention, "critic_sees_image": sees, "own_estimate": attention != "input"}
     with_term = gradients(make_method(adversarial_weight=weight, **switches), net, critic)
     assert any(critic.carried) == (weight > 0)
     assert all(p.grad is None for p in critic.parameters())
     if weight:
         without = gradients(make_method(**switches), net, critic)
         term = gradients(make_method(adversarial_weight=weight, **switches), net, critic, "g_loss")
-        assert max(float(g.abs().max()) for g in term) > 0
+        assert max(float(g.abs().max()) for g in term) > 1e-2
         for a, b, c in zip(with_term, without, term, strict=True):
-            assert torch.allclose(a, b + weight * c, atol=1e-5)
+            assert torch.allclose(a, b + weight * c, rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_gets_a_gradient_in_every_mode():
@@ -296,16 +301,61 @@ def test_a_plain_network_sees_nothing_but_the_image():
     assert method.kernel.num_timesteps == 1
 
 
-def test_own_estimates_replace_the_truth_at_all_steps_but_the_noisiest(monkeypatch):
-    net, image_batch, seen = make(), batch(), []
-    original = Generator.predict
-    monkeypatch.setattr(Generator, "predict", lambda self, x, *a: seen.append(x) or original(self, x, *a))
-    for own in (False, True):
-        make_method(2, own_estimate=own).losses(net, net, None, *image_batch)
-    truth, first, own = seen
-    assert len(first) == 2  # u = 0, 0.33 are at t = 0
-    assert torch.equal(truth[2:], own[2:])
-    assert not torch.allclose(truth[:2], own[:2])
+@pytest.mark.parametrize(
+    ("output", "switches"),
+    [
+        ("softmax", {"own_estimate": False}),
+        ("softmax", {"own_estimate": True}),
+        ("tanh", {"own_estimate": False, "attention": "input", "attention_normalised": False}),
+        ("softmax", {"own_estimate": False, "attention": "input", "attention_layer": 0}),
+        ("tanh", {"own_estimate": True, "attention": "loss", "attention_layer": 1}),
+    ],
+)
+def test_a_training_step_is_the_process_by_hand(output, switches):
+    net, critic, T = make(output=output), make_critic(), 4
+    method = make_method(T, mse_weight=0.5, adversarial_weight=0.7, **switches)
+    (image, labels, u, draw), c, kernel = batch(), method.config, method.kernel
+    t = torch.tensor([0, 1, 2, 3])  # of u = 0, 0.33, 0.66, 0.99
+    names = "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "betas"
+    names += "posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance"
+    alpha, sigma, beta, c1, c2, variance = (getattr(kernel, n).float().view(-1, 1, 1, 1) for n in names)
+
+    def noise(purpose):
+        return draw(purpose, K, 8, 8)
+
+    def estimate(x, t, z):
+        out = net(x, t.float(), image, draw(z, 5))
+        return out, out.tanh() if output == "tanh" else 2 * out.softmax(1) - 1
+
+    y = torch.stack([2.0 * (labels == k) - 1 for k in range(K)], 1)
+    x_t = alpha[t] * y + sigma[t] * noise("x_t")
+    x_next = (1 - beta[t + 1]).sqrt() * x_t + beta[t + 1].sqrt() * noise("x_next")
+    seen, weight = x_next, None
+    if c.attention != "none":
+        hidden = critic(x_t, t, x_next, image).features[c.attention_layer]
+        a = attention_map(hidden, (8, 8), c.attention_normalised).detach()
+        weight = a[:, 0] if c.attention == "loss" else None
+        if c.attention == "input":
+            seen = alpha[t + 1] * a * y + sigma[t + 1] * noise("attended")
+    if c.own_estimate:
+        first = estimate(noise("x_T"), torch.full_like(t, T - 1), "z of the estimate")[1]
+        own = alpha[t + 1] * first + sigma[t + 1] * noise("x_next of the estimate")
+        seen = torch.where(t.view(-1, 1, 1, 1) < T - 1, own, seen)
+    out, x_start = estimate(seen, t, "z")
+    made, made_unaided = (
+        c1[t] * start + c2[t] * x_next + variance[t].sqrt() * noise("posterior")
+        for start in (x_start, estimate(x_next, t, "z")[1])
+    )
+    expected = method.overlap_terms(out, x_start, labels, weight)
+    expected["g_loss"] = nn.functional.softplus(-critic(made, t, x_next, image).logits[0])[:, 0]
+    expected["loss"] = expected["loss"] + 0.7 * expected["g_loss"]
+    shown = {"x_t": x_t, "x_next": x_next, "t": t, "made": made_unaided if c.attention == "input" else made}
+
+    both = method.losses(net, net, critic, image, labels, u, draw)
+    for found, wanted in zip(both, (expected, shown), strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
 
 
 def test_the_critic_judges_true_and_made_pairs_in_one_forward_with_r1_scaled_by_its_interval():
@@ -318,10 +368,11 @@ def test_the_critic_judges_true_and_made_pairs_in_one_forward_with_r1_scaled_by_
     real = critic(x := pair["x_t"].clone().requires_grad_(), pair["t"], pair["x_next"], image).logits[0]
     fake = critic(pair["made"], pair["t"], pair["x_next"], image).logits[0]
     expected = nn.functional.softplus(-real) + nn.functional.softplus(fake)
-    assert torch.allclose(plain["loss"], expected[:, 0], atol=1e-5)
+    assert torch.allclose(plain["loss"], expected[:, 0], rtol=1e-5)
     (gradient,) = torch.autograd.grad(real.sum(), x)
     penalty = gradient.square().flatten(1).sum(1)
-    assert torch.allclose(lazy["loss"] - plain["loss"], 0.5 * 4 * penalty, atol=1e-5)
+    assert penalty.min() > 0.01
+    assert torch.allclose(lazy["loss"] - plain["loss"], 0.5 * 4 * penalty, rtol=1e-3)
     lazy["loss"].mean().backward()
     assert all(p.grad is not None for p in critic.parameters())
 
@@ -359,6 +410,19 @@ def test_windows_of_a_pointwise_network_give_the_whole_image_and_seams_do_not_sh
     tiled = method.segment(Pointwise(), image, window=(6, 5), overlap=0.4)
     assert torch.allclose(whole, tiled, atol=1e-6)
     assert torch.allclose(whole.sum(0), torch.ones(13, 11), atol=1e-5)
+
+
+def test_where_windows_overlap_their_probabilities_are_averaged_with_smooth_weights():
+    class Constant(Pointwise):  # the same in all of a window
+        def predict(self, x, t, features, z):
+            return features.mean((2, 3), keepdim=True) * torch.arange(K).view(1, -1, 1, 1) + 0 * x
+
+    image = torch.randn(1, 6, 1)
+    p = make_method(diffusion=False).segment(Constant(), image, window=(4, 1), overlap=0.5)
+    first, second = ((image[0, at : at + 4].mean() * torch.arange(K)).softmax(0)[:, None] for at in (0, 2))
+    rising = torch.tensor([math.sin(math.pi * i / 8) ** 2 for i in (1, 3, 5, 7)])
+    a, b = torch.cat([rising, torch.zeros(2)]), torch.cat([torch.zeros(2), rising])
+    assert torch.allclose(p[..., 0], (a * first + b * second) / (a + b), atol=1e-5)
 
 
 def test_the_noise_of_a_vote_is_the_same_at_a_voxel_in_every_window_that_holds_it():
@@ -529,4 +593,4 @@ def test_gradients_of_two_ranks_are_those_of_one_process_on_the_joined_batch(tmp
     ranks = [torch.load(tmp_path / f"{number}.pt") for number in (0, 1)]
     for alone, a, b in zip(one_step(slice(0, 4)), *ranks, strict=True):
         assert torch.equal(a, b)
-        assert torch.allclose(alone, a, rtol=1e-4, atol=1e-5)
+        assert float((alone - a).abs().max()) <= 1e-4 * float(alone.abs().max()) + 1e-7
