@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import ROOT, ldm_flags, lines, torchrun, vae_flags
+from tiny import ROOT, cdal_flags, ldm_flags, lines, torchrun, vae_flags
 
 import sample
+import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, LatentDiffusion, UNet, UNetConfig, VAEConfig
@@ -22,12 +23,14 @@ NET = UNetConfig(channels=(64, 128), num_res_blocks=(1,), attention_levels=(Fals
 
 
 def train(script: str, place, run: str, steps: int, *more: str):
-    """A run of a script on the heads (train_vae) or on the autoencoder `vae_run` (train_ldm)."""
+    """A run of a script on the heads, or on the autoencoder `vae_run` (train_ldm)."""
     heads, vae_run, folder = place
-    if script == "train_vae":
-        train_vae.main(vae_flags(heads, folder / run, steps, *ON_GPU, *more))
-    else:
-        train_ldm.main(ldm_flags(vae_run, folder / run, steps, *ON_GPU, *more))
+    main, flags, data = {
+        "train_vae": (train_vae.main, vae_flags, heads),
+        "train_ldm": (train_ldm.main, ldm_flags, vae_run),
+        "train_cdal": (train_cdal.main, cdal_flags, heads),
+    }[script]
+    main(flags(data, folder / run, steps, *ON_GPU, *more))
     return folder / run
 
 
@@ -45,7 +48,7 @@ def assert_near(one, other, rel: float) -> None:
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm", "train_cdal"])
 def test_each_script_trains_in_half_precision_as_in_fp32(script, amp, place):
     exact = train(script, place, "fp32", 15, "--run.amp", "fp32")
     half = train(script, place, amp, 15, "--run.amp", amp)
@@ -61,7 +64,7 @@ def test_registers_learn_in_half_precision_as_in_fp32(place):
     assert lines(half)[-1]["binding"] == pytest.approx(lines(exact)[-1]["binding"], rel=2e-2)
 
 
-@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm", "train_cdal"])
 def test_a_gpu_and_a_cpu_train_alike(script, place):
     on_gpu = train(script, place, "gpu", 5, "--run.amp", "fp32")
     on_cpu = train(script, place, "cpu", 5, "--run.device", "cpu")
@@ -69,7 +72,7 @@ def test_a_gpu_and_a_cpu_train_alike(script, place):
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])
-@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm", "train_cdal"])
 def test_compiled_training_is_eager_training(script, amp, place):
     torch._dynamo.reset()
     eager = train(script, place, "eager", 6, "--run.amp", amp)
@@ -79,7 +82,7 @@ def test_compiled_training_is_eager_training(script, amp, place):
     assert keys[0] == keys[1]
 
 
-@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm", "train_cdal"])
 def test_a_deterministic_run_that_was_interrupted_ends_bit_identical(script, place):
     flags = ("--run.deterministic", "--run.amp", "bf16")
     try:

@@ -196,7 +196,7 @@ def test_hd95_equals_monai(dims: int) -> None:
     assert torch.allclose(measured, expected.double(), atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [3e-5, 0.01, 0.5])
+@pytest.mark.parametrize("share", [3e-5, 1e-3, 0.5])
 @pytest.mark.parametrize("size", [(131, 97), (1, 300), (47, 43, 41), (5, 1, 9)])
 def test_distances_to_the_nearest_voxel_are_those_of_scipy(size: tuple[int, ...], share: float) -> None:
     ndimage = pytest.importorskip("scipy.ndimage", reason="scipy (extra test) is not installed")

@@ -1,6 +1,7 @@
 """train_cdal.py and `sample.py RUN --segment` do the whole job: train, go on bit-exactly, segment, score."""
 
 import csv
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,12 +16,13 @@ from tiny import cdal_flags, lines
 import sample
 import train_cdal
 from ldm3d.checkpoint import load, step_files
-from ldm3d.config import flatten, replace
+from ldm3d.config import flatten, replace, show
 from ldm3d.distributed import run_script
 from ldm3d.phantoms import write_phantoms
+from ldm3d.scan import CaseInfo
 from ldm3d.scores import summarise
-from ldm3d.segmentation import calibration, load_segmenter, overlay, score
-from ldm3d.volumes import read
+from ldm3d.segmentation import calibration, on_file_grid, overlay, score
+from ldm3d.volumes import Header, read
 
 STEPS = 60
 
@@ -103,9 +105,13 @@ def test_the_preset_published_is_the_published_method():
     cdal = config.cdal
     assert cdal.kernel.num_timesteps == 4
     assert (cdal.mse_weight, cdal.ce_weight, cdal.dice_weight, cdal.adversarial_weight) == (1, 0, 0, 0)
-    assert (cdal.attention, cdal.attention_normalised, cdal.critic_sees_image) == ("input", False, False)
-    assert config.generator.output == "tanh"
+    assert (cdal.attention, cdal.attention_normalised, cdal.attention_layer) == ("input", False, 1)
+    assert (cdal.own_estimate, cdal.noisiest, cdal.critic_sees_image) == (False, None, False)
     assert (cdal.r1_weight, cdal.r1_every) == (0.5, 10)
+    assert (config.generator.output, config.generator.latent_dim) == ("tanh", 50)
+    assert (config.optim.lr, config.disc_optim.lr, config.run.ema_decay) == (1.6e-4, 1.25e-4, 0.999)
+    for optim in (config.optim, config.disc_optim):
+        assert (optim.adam_betas, optim.schedule) == ((0.5, 0.9), "constant")
 
 
 def test_every_preset_is_a_valid_configuration():
@@ -117,11 +123,12 @@ def test_every_preset_is_a_valid_configuration():
 
 @pytest.mark.parametrize("mode", ["published", "plain"])
 def test_the_published_method_and_a_plain_network_train_with_the_same_command(heads, tmp_path, mode):
-    published = "--cdal.kernel.num_timesteps 4 --cdal.mse_weight 1 --cdal.ce_weight 0 --cdal.dice_weight 0"
-    published += " --cdal.attention input --cdal.attention_normalised false --cdal.critic_sees_image false"
-    published += " --cdal.adversarial_weight 0 --generator.output tanh"
-    plain = "--cdal.diffusion false --cdal.attention none --cdal.adversarial_weight 0"
-    more = (published if mode == "published" else plain).split()
+    faster = {"optim.lr", "run.ema_decay"}  # left as they are in the tiny runs
+    settings = {
+        "published": {k: v for k, v in train_cdal.PUBLISHED.items() if k not in faster},
+        "plain": {"cdal.diffusion": False, "cdal.attention": "none"},
+    }[mode] | {"cdal.adversarial_weight": 0}
+    more = [text for key, value in settings.items() for text in (f"--{key}", show(value))]
     train_cdal.main(cdal_flags(heads, tmp_path / "run", 20, *more))
     steps = lines(tmp_path / "run")
     assert ("d_loss" in steps[0]) == (mode == "published")
@@ -213,6 +220,39 @@ def test_label_maps_have_the_geometry_of_their_image_and_the_label_values_of_the
         assert found.shape == image.shape
         assert np.allclose(found.affine, image.affine, atol=1e-3)
         assert set(np.unique(np.asarray(found.dataobj))) <= {0, 50, 1000}
+    assert_scores_are_those_of_the_files(folder, volumes / "labels")
+
+
+def assert_scores_are_those_of_the_files(folder: Path, references: Path) -> None:
+    """Dice in cases.csv = Dice of the NIfTI files that were written and the references, voxel by voxel."""
+    rows = list(csv.DictReader((folder / "cases.csv").read_text().splitlines()))
+    for row in rows:
+        found, truth = (
+            np.asarray(nib.load(place / f"{row['case']}.nii.gz").dataobj)
+            for place in (folder / "labels", references)
+        )
+        for k, value in enumerate((50, 1000), start=1):
+            a, b = found == value, truth == value
+            expected = 2 * (a & b).sum() / (a.sum() + b.sum())
+            assert float(row[f"dice_{k}"]) == pytest.approx(expected, abs=1e-9)
+    assert max(float(row["dice_1"]) for row in rows) > 0
+
+
+def test_values_at_the_places_of_training_come_to_the_places_of_the_file():
+    def places(shape, spacing):  # mm of the voxels' centres; both grids begin at the same corner
+        axes = (s * (np.arange(n) + 0.5) for n, s in zip(shape, spacing, strict=True))
+        return np.stack(np.meshgrid(*axes, indexing="ij"))
+
+    grids = ((18, 9, 8), (1.0, 2.0, 2.5)), ((9, 12, 7), (2.0, 1.5, 3.0))  # 18 x 18 x 20 (21) mm
+    ramp, wanted = (places(*grid) for grid in grids)
+    shape, spacing = grids[0]
+    affine = [[*row, 0.5 * s] for row, s in zip(np.diag(spacing), spacing, strict=True)] + [[0, 0, 0, 1]]
+    info = CaseInfo(shape, spacing, tuple(map(tuple, affine)), "RAS", (0.0,), (1.0,))
+    header = Header(grids[1][0], 1, grids[1][1], np.diag([*grids[1][1], 1.0]), "RAS", np.dtype(np.int16))
+    found = on_file_grid(torch.from_numpy(ramp).float(), info, header)
+    assert np.array_equal(found.affine, header.affine)
+    inner = (slice(None), *(slice(1, -1),) * 3)  # beyond the outermost centres the border goes on
+    assert np.allclose(found.array[inner], wanted[inner], atol=1e-4)
 
 
 def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volumes, tmp_path):
@@ -224,6 +264,7 @@ def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volu
     found = nib.load(next((tmp_path / "segmentations-001/labels").iterdir()))
     assert found.shape == nib.load(path).shape
     assert np.allclose(found.affine, nib.load(path).affine, atol=1e-3)
+    assert_scores_are_those_of_the_files(tmp_path / "segmentations-001", volumes / "labels")
 
 
 def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, heads, tmp_path, capsys):
@@ -258,16 +299,14 @@ def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, 
     assert "test" in capsys.readouterr().err
 
 
-def test_a_run_that_is_loaded_segments_like_its_validation(run, heads):
-    cdal, net, content = load_segmenter(run)
-    assert content["best"]["step"] == content["step"]
-    flags = cdal_flags(heads, run, STEPS)
-    config = train_cdal.parse(train_cdal.Config, flags, train_cdal.PRESETS, base=train_cdal.with_data)[0]
-    data = train_cdal.open_labelled(config, content["state"]["split"])
-    scores, _ = train_cdal.evaluate(
-        cdal, net, data.dataset("val", own_size=True), config, torch.device("cpu"), run / "again.png"
-    )
-    assert scores["dice"] == pytest.approx(content["best"]["value"], abs=1e-6)
+def test_a_run_segments_its_validation_cases_as_in_training(run, heads):
+    place = ["--segment", str(heads / "images"), "--reference", str(heads / "labels"), "--part", "val"]
+    sample.main([str(run), *place, "--votes", "1", "--out", str(run / "again")])
+    report, step = json.loads((run / "again/report.json").read_text()), load(run / "best.pt")["best"]["step"]
+    (logged,) = (line for line in lines(run, "val") if line["step"] == step)
+    assert report["step"] == step
+    for k in range(1, 5):
+        assert report["metrics"][f"dice_{k}"]["mean"] == pytest.approx(logged[f"dice_{k}"], abs=1e-6)
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -283,6 +322,18 @@ def test_calibration_is_the_correlation_and_the_area_counted_by_hand():
     assert useless["retention_ratio"] == pytest.approx(1, abs=0.02)
     assert useless["error_correlation"] == pytest.approx(0, abs=0.02)
     assert np.isnan(calibration(doubt, ~wrong & wrong)["error_correlation"])
+
+
+def test_voxels_of_equal_uncertainty_are_retained_in_any_order_on_average():
+    wrong = torch.arange(1000) < 300
+    for e in (wrong, wrong.flip(0)):
+        assert calibration(torch.full((1000,), 0.5), e)["retention_ratio"] == pytest.approx(1, abs=2e-3)
+    u, e = np.array([0.2, 0.7, 0.2, 0.2, 0.7, 0.9]), np.array([1, 0, 0, 1, 1, 1])
+    orders = map(list, itertools.permutations(range(6)))
+    areas = [e[order].cumsum().mean() / 6 for order in orders if (np.diff(u[order]) >= 0).all()]
+    assert len(areas) == 6 * 2
+    found = calibration(torch.tensor(u), torch.tensor(e) == 1)["retention_area"]
+    assert found == pytest.approx(np.mean(areas))
 
 
 def test_a_label_that_is_nowhere_gives_no_score_and_one_that_is_missed_is_counted():
