@@ -196,12 +196,15 @@ def test_hd95_equals_monai(dims: int) -> None:
     assert torch.allclose(measured, expected.double(), atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [3e-5, 1e-3, 0.5])
+@pytest.mark.parametrize(("share", "wall"), [(3e-5, False), (1e-3, True), (0.5, False)])
 @pytest.mark.parametrize("size", [(131, 97), (1, 300), (47, 43, 41), (5, 1, 9)])
-def test_distances_to_the_nearest_voxel_are_those_of_scipy(size: tuple[int, ...], share: float) -> None:
+def test_distances_to_the_nearest_voxel_are_those_of_scipy(
+    size: tuple[int, ...], share: float, wall: bool
+) -> None:
     ndimage = pytest.importorskip("scipy.ndimage", reason="scipy (extra test) is not installed")
     mask = np.random.default_rng(2).random(size) < share
     mask[(-1,) * len(size)] = True
+    mask[0] |= wall
     spacing, everywhere = (0.7, 3.1, 1.3)[: len(size)], torch.ones(size, dtype=torch.bool)
     expected = ndimage.distance_transform_edt(~mask, sampling=spacing).ravel()
     assert np.allclose(nearest_distances(everywhere, torch.tensor(mask), spacing), expected, rtol=1e-12)
