@@ -248,7 +248,7 @@ def evaluate(
             p = cdal.segment(net, case["image"].to(device), config.votes, config.window, key=case["id"])
         labels = p.argmax(0)
         scores = dice(labels[None], case["mask"][None], cdal.num_labels)[0]
-        means.add(dice=scores, **{f"dice_{k}": score for k, score in enumerate(scores, start=1)})
+        means.add(dice=scores.nanmean(), **{f"dice_{k}": score for k, score in enumerate(scores, start=1)})
         if is_main() and len(sheet["truth"]) < 4:
             sheet["truth"] += overlay(case["image"], case["mask"])
             sheet["prediction"] += overlay(case["image"], labels)

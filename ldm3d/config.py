@@ -33,7 +33,6 @@ class InputError(ValueError):
 # --- dataclass <-> plain values -----------------------------------------------------------------------------
 
 
-@functools.cache
 def at_least(config: Any, low: float, *names: str) -> None:
     """InputError for the first of these fields that is set and below `low`."""
     for name in names:
@@ -42,6 +41,7 @@ def at_least(config: Any, low: float, *names: str) -> None:
             raise InputError(f"{name}: expected at least {low}, got {value}")
 
 
+@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """The resolved type of every field of a configuration class, in order."""
     hints = typing.get_type_hints(cls)

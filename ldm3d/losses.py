@@ -91,7 +91,8 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
     """(B,) of logits (B, K, *S) and labels (B, *S) int64, mean over voxels, times `weight` (B, *S)."""
-    loss = F.cross_entropy(_full_precision(logits), labels, reduction="none")
+    log_p = _full_precision(logits).log_softmax(1)
+    loss = -log_p.gather(1, labels[:, None])[:, 0]  # F.cross_entropy has no deterministic mode on a GPU
     return (loss if weight is None else loss * weight).flatten(1).mean(1)
 
 
