@@ -149,7 +149,7 @@ def test_each_script_prints_its_plan_and_touches_nothing(heads, vae_run, tmp_pat
     sample.main([str(tmp_path / "ldm"), "--plan", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "plan for a CPU of 1 GiB" in out
-    assert re.search(r"denoising, latents 4 x 4x5 +0\.0\d +\d+ +\d+\^2", out)
+    assert re.search(r"denoising, latents 8 x 4x5 +0\.0\d +\d+ +\d+\^2", out)
     assert re.search(r"decoding 1 x 16x20", out)
     assert not list((tmp_path / "ldm").glob("samples*"))
 
