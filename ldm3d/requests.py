@@ -40,9 +40,7 @@ class RequestConfig:
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
     region: str | None = None  # mask of the region to inpaint: all that is not 0
     edit: str | None = None  # image to start from instead of from noise
-    strength: float | None = (
-        None  # 0 to 1, noise given to images; none = 1 inpaint, 0.5 edit, 0.3 interpolate
-    )
+    strength: float | None = None  # noise given to images, 0 to 1; none = inpaint 1, edit .5, interpolate .3
     interpolate: str | None = None  # two samples, such as 3,7, or two images, to go from one to the other
 
     def __post_init__(self) -> None:
