@@ -223,8 +223,10 @@ def make_map(scores: Tensor, num_first: int, config: LatentsConfig) -> tuple[Ten
 
         neighbors = min(config.neighbors, num_first - 1)
         model = umap.UMAP(n_neighbors=neighbors, min_dist=config.min_dist, random_state=config.seed, n_jobs=1)
+        threads = torch.get_num_threads()
         places = [model.fit_transform(first)]
         places += [model.transform(others.numpy())] if len(others) else []
+        torch.set_num_threads(threads)  # numba sets them for the whole process
         return torch.from_numpy(np.concatenate(places)).double(), {"neighbors": neighbors}
     flat = torch.zeros(len(scores), 2, dtype=scores.dtype)
     flat[:, : scores.shape[1]] = scores[:, :2]

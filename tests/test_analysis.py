@@ -167,7 +167,7 @@ def test_subjects_come_from_a_rule_on_the_names_of_any_folder(run, heads, tmp_pa
 def test_other_methods_map_both_groups_and_the_same_each_time(run, heads, tmp_path, method):
     pytest.importorskip({"tsne": "sklearn", "umap": "umap"}[method])
     flags = ["--method", method, "--other", str(heads / "images"), "--max_cases", "10"]
-    places = []
+    places, threads = [], torch.get_num_threads()
     for name in ("a", "b"):
         analysis.main(["latents", str(run), *flags, "--out", str(tmp_path / name)])
         rows = read_csv(tmp_path / name / "cases.csv")
@@ -175,6 +175,7 @@ def test_other_methods_map_both_groups_and_the_same_each_time(run, heads, tmp_pa
     assert places[0].shape == (20, 2)
     assert np.isfinite(places[0]).all()
     assert np.array_equal(*places)
+    assert torch.get_num_threads() == threads  # those of the process are left as they were
     facts = json.loads((tmp_path / "a" / "latents.json").read_text())
     assert facts["axes"][0].endswith(" 1")
     assert facts.get("perplexity" if method == "tsne" else "neighbors") in (3.0, 9)  # fits ten cases
