@@ -87,18 +87,19 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def lengths(steps: int, validations: int = 5) -> list[str]:
+def run_flags(given: argparse.Namespace, steps: int, validations: int = 5) -> list[str]:
     every = max(1, steps // validations)
     numbers = {"steps": steps, "eval_every": every, "save_every": every, "log_every": max(1, steps // 50)}
-    return [word for name, n in numbers.items() for word in (f"--run.{name}", str(n))]
+    return ["--run.amp", given.amp, *(word for k, n in numbers.items() for word in (f"--run.{k}", str(n)))]
 
 
-def steps_in(minutes: float, flags: list[str], folder: Path) -> int:
+def steps_in(given: argparse.Namespace, flags: list[str], folder: Path) -> int:
     """How many steps of train_ldm.py the minutes hold, by the last 10 of 20."""
-    train_ldm.main([*flags, *lengths(20, 1), "--run.log_every", "10", "--run.dir", str(folder)])
+    length = [*run_flags(given, 20, 1), "--run.log_every", "10"]
+    train_ldm.main([*flags, *length, "--run.dir", str(folder)])
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rate = next(line["samples_per_s"] for line in logged if line["split"] == "train" and line["step"] == 20)
-    return max(20, int(60 * minutes * rate / json.loads((folder / "config.json").read_text())["batch_size"]))
+    return max(20, int(60 * given.minutes * rate / json.loads((folder / "config.json").read_text())["batch_size"]))
 
 
 def train_denoiser(given: argparse.Namespace, row: str, seed: int, out: Path) -> Path:
@@ -107,8 +108,8 @@ def train_denoiser(given: argparse.Namespace, row: str, seed: int, out: Path) ->
     steps = given.steps
     if given.minutes:
         speed = out / f"speed-{row}"
-        steps = once(speed.with_suffix(".json"), lambda: steps_in(given.minutes, flags, speed))
-    train_ldm.main([*flags, *lengths(steps), "--run.seed", str(seed), "--run.dir", str(run)])
+        steps = once(speed.with_suffix(".json"), lambda: steps_in(given, flags, speed))
+    train_ldm.main([*flags, *run_flags(given, steps), "--run.seed", str(seed), "--run.dir", str(run)])
     return run
 
 
@@ -131,7 +132,7 @@ def train_segmenter(
         csv.writer(file).writerows([("image", "mask", "split"), *cases])
     flags = [*DATA[given.data][2], "--data.root", str(table), "--data.table", "cases.csv"]
     flags += ["--cdal.diffusion", "false", "--data.num_labels", str(given.num_labels)]
-    train_cdal.main([*flags, *lengths(given.segment_steps), "--run.seed", str(seed), "--run.dir", str(run)])
+    train_cdal.main([*flags, *run_flags(given, given.segment_steps), "--run.seed", str(seed), "--run.dir", str(run)])
     return run
 
 
@@ -310,6 +311,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=200, help="of every denoiser")
     parser.add_argument("--seeds", default="0,1", help="of denoisers and segmentation networks")
     parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="precision of the training")
     parser.add_argument("--out", type=Path, default=Path("runs/anatomy"), help="folder of everything")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")
     return parser.parse_args()
@@ -325,7 +327,8 @@ def main() -> None:
         place = ["--data.root", str(out / "heads")]
         if not (out / "heads").exists():
             write_phantoms(out / "heads", 160, dims=2, size=(56, 48))
-    train_vae.main([*DATA[given.data][0], *place, *lengths(given.vae_steps), "--run.dir", str(out / "vae")])
+    length = run_flags(given, given.vae_steps)
+    train_vae.main([*DATA[given.data][0], *place, *length, "--run.dir", str(out / "vae")])
     data = open_real(out)
     given.num_labels = data.state.num_labels
     rows: dict[str, list[Figures]] = {"real": []}
