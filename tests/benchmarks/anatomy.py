@@ -99,7 +99,8 @@ def steps_in(given: argparse.Namespace, flags: list[str], folder: Path) -> int:
     train_ldm.main([*flags, *length, "--run.dir", str(folder)])
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rate = next(line["samples_per_s"] for line in logged if line["split"] == "train" and line["step"] == 20)
-    return max(20, int(60 * given.minutes * rate / json.loads((folder / "config.json").read_text())["batch_size"]))
+    batch_size = json.loads((folder / "config.json").read_text())["batch_size"]
+    return max(20, int(60 * given.minutes * rate / batch_size))
 
 
 def train_denoiser(given: argparse.Namespace, row: str, seed: int, out: Path) -> Path:
@@ -132,7 +133,8 @@ def train_segmenter(
         csv.writer(file).writerows([("image", "mask", "split"), *cases])
     flags = [*DATA[given.data][2], "--data.root", str(table), "--data.table", "cases.csv"]
     flags += ["--cdal.diffusion", "false", "--data.num_labels", str(given.num_labels)]
-    train_cdal.main([*flags, *run_flags(given, given.segment_steps), "--run.seed", str(seed), "--run.dir", str(run)])
+    flags += ["--run.seed", str(seed), "--run.dir", str(run)]
+    train_cdal.main([*flags, *run_flags(given, given.segment_steps)])
     return run
 
 
