@@ -132,9 +132,11 @@ def through(model: LatentDiffusion, x: Tensor) -> Tensor:
     return torch.cat([model.decode(model.encode(one)) for one in x.split(1)])
 
 
-def generate(model: LatentDiffusion, labels: np.ndarray, scale: float, steps: int, path: Path) -> Tensor:
-    """(N, 1, D, H, W) float16, made once and kept in `path`."""
-    if not path.exists():
+def generate(run: Path, labels: np.ndarray, scale: float, steps: int, out: Path) -> Tensor:
+    """(N, 1, D, H, W) float16, made once and kept in `out`."""
+    path = out / f"guidance-{scale:g}-{len(labels)}-{steps}.npy"
+    if not path.exists() or path.stat().st_mtime < (run / "best.pt").stat().st_mtime:
+        model = LatentDiffusion.load(run)
         told = model.prepare({"class": labels.tolist()}, len(labels))
         stream = model.stream(
             range(len(labels)), steps, batch_size=8, conditions=told, guidance=Guidance(scale)
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     augment = AugmentConfig(flip_axes=(0,), affine=0.7, max_scale=0.05)
     config = replace(config, patch=None, augment=augment)
     data = open_data(config, "adrenal", content["config"]["run"]["seed"], content["state"]["split"])
-    nets = judges(data, args.classifier_steps, out / "classifiers.pt")
+    nets = judges(data, args.classifier_steps, out / f"classifiers-{args.classifier_steps}.pt")
     model = LatentDiffusion.load(ldm)
     x, labels = held_out(data)
     rows = {
@@ -181,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     wanted = np.arange(2 * args.num) % 2
     sheet = {f"real, class {k}": [v[0].numpy() for v in x[labels == k][:4]] for k in (0, 1)}
     for scale in args.guidance:
-        made = generate(model, wanted, scale, args.steps, out / f"guidance-{scale:g}.npy")
+        made = generate(ldm, wanted, scale, args.steps, out)
         rows[f"guidance {scale:g}"] = auc_row(logits(nets, made), wanted)
         for k in (0, 1):
             sheet[f"guidance {scale:g}, class {k}"] = [v[0].float().numpy() for v in made[wanted == k][:4]]

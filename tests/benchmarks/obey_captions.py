@@ -37,8 +37,8 @@ from ldm3d.transforms import scale
 
 VAE = """phantom --data.dims 2 --data.patch 80,80 --batch_size 8 --vae.channels 32,64,96 --run.steps 1500
  --run.eval_every 500"""
-LDM = """phantom --condition.use text --batch_size 16 --run.steps 2500 --run.eval_every 500
- --run.ema_decay 0.995 --unet.channels 64,128 --unet.attention_levels true --unet.adaptive_norm"""
+LDM = """phantom --condition.use text --batch_size 8 --run.steps 10000 --run.eval_every 2000
+ --unet.channels 64,128 --unet.attention_levels true --unet.adaptive_norm"""
 
 CAPTIONS = [
     f"a {size} lesion in the {side} hemisphere" for size in ("small", "large") for side in ("left", "right")

@@ -205,9 +205,11 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def sample(model: LatentDiffusion, way: str, items: Items, num: int, steps: int, path: Path) -> np.ndarray:
-    """(items, num, C, *size): translations of every item's source, made once and kept in `path`."""
-    if not path.exists():
+def sample(run: Path, way: str, items: Items, num: int, steps: int, out: Path) -> np.ndarray:
+    """(items, num, C, *size): translations of every item's source, made once and kept in `out`."""
+    path = out / f"samples-{way}-{num}-{steps}.npy"
+    if not path.exists() or path.stat().st_mtime < (run / "best.pt").stat().st_mtime:
+        model = LatentDiffusion.load(run)
         z = torch.cat([model.encode(item["source"][None]) for item in items])
         told = {way: z.repeat_interleave(num, 0)}
         stream = model.stream(range(len(items) * num), steps, batch_size=num, conditions=told)
@@ -248,8 +250,7 @@ def pictures(made: dict[str, list[Tensor]], items: Items, out: Path) -> None:
 
 
 def test(name: str, task: Task, runs: dict[str, Path], args: argparse.Namespace) -> None:
-    models = {way: LatentDiffusion.load(runs[way]) for way in task.ways}
-    model, out = models[task.ways[0]], args.out / f"{name}-report"
+    model, out = LatentDiffusion.load(runs[task.ways[0]]), args.out / f"{name}-report"
     out.mkdir(exist_ok=True)
     content = load_run(runs["vae"], "vae")
     data = open_data(
@@ -269,8 +270,7 @@ def test(name: str, task: Task, runs: dict[str, Path], args: argparse.Namespace)
         }
 
     for way in task.ways:
-        path = out / f"samples-{way}.npy"
-        x = torch.from_numpy(np.array(sample(models[way], way, items, args.num, args.sample_steps, path)))
+        x = torch.from_numpy(np.array(sample(runs[way], way, items, args.num, args.sample_steps, out)))
         made[f"{way}, a sample"] = list(x[:, 0])
         scored = [
             mean_of([score(one, c["image"]) for one in several]) for several, c in zip(x, items, strict=True)
@@ -278,10 +278,10 @@ def test(name: str, task: Task, runs: dict[str, Path], args: argparse.Namespace)
         results[f"{way}, single samples"] = {str(i): row for i, row in enumerate(scored)}
         add(f"{way}, mean of {args.num}", list(x.mean(1)))
     if task.regression[0]:
-        steps, fold = task.regression
+        steps, fold = args.regression_steps or task.regression[0], task.regression[1]
         unet = load_run(runs[task.ways[0]], "ldm")["config"]["unet"]
         unet = from_dict(UNetConfig, unet, "unet")
-        net = regress(data, unet, args.regression_steps or steps, fold, out / "regression.pt")
+        net = regress(data, unet, steps, fold, out / f"regression-{steps}.pt")
         add("regression", [regressed(net, c) for c in items])
     for title, function in copies(fitted_on).items():
         add(title, [function(c["source"]) for c in items])
