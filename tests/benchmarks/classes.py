@@ -5,13 +5,15 @@
 Trains the presets "adrenal" of train_vae.py and train_ldm.py, and three small 3-D classifiers, whose logits
 are added up, on the real training shapes (each class with the same weight, no choice by held-out cases).
 Every row of the table is an AUC: the chance that a shape of class 1 gets a higher logit than one of class 0,
-with a 95 % interval (percentile bootstrap within each class, of cases; the classifiers are fixed).
+with a 95 % interval (percentile bootstrap; the classifiers are fixed): real cases are drawn again within each
+class, generated ones by their noise, from which there is a shape of either class.
 
 held-out cases           their classes; of validation and test, which no network was trained on
 ... by the autoencoder   the same, encoded and decoded: what the autoencoder takes away
-guidance 0, 1, 2 ...     generated; the class that was asked for. 0 ignores it: chance. 1 is not guided.
+guidance 0, 1, 2 ...     generated; the class that was asked for. 0 ignores it: 0.5 by construction. 1 is not
+                         guided.
 
-Samples of different rows start from the same noise. What is done is not done again: stopped and started,
+What is done is not done again: stopped and started,
 this script goes on.
 """
 
@@ -99,31 +101,31 @@ def logits(nets: list[Classifier], x: Tensor) -> np.ndarray:
     return torch.cat([sum(net(part.float()) for net in nets) for part in x.split(8)]).double().numpy()
 
 
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+def auc(zeros: np.ndarray, ones: np.ndarray) -> float:
     """P(score of class 1 > score of class 0), ties half: the Mann-Whitney statistic."""
-    difference = scores[labels == 1][:, None] - scores[labels == 0][None]
+    difference = ones[:, None] - zeros[None]
     return float((difference > 0).mean() + (difference == 0).mean() / 2)
 
 
-def auc_row(scores: np.ndarray, labels: np.ndarray, resamples: int = 2000) -> dict[str, float]:
-    """The AUC and its interval, each class resampled by itself."""
-    draw, places = np.random.default_rng(0), [np.flatnonzero(labels == label) for label in (0, 1)]
-    values = []
+def auc_row(scores: list[np.ndarray], paired: bool, resamples: int = 2000) -> dict[str, float]:
+    """The AUC of the scores of class 0 and 1, and its interval; paired: drawn again together."""
+    draw, values = np.random.default_rng(0), []
     for _ in range(resamples):
-        drawn = np.concatenate([draw.choice(place, len(place)) for place in places])
-        values.append(auc(scores[drawn], labels[drawn]))
+        places = [draw.integers(len(s), size=len(s)) for s in scores]
+        places = [places[0], places[0]] if paired else places
+        values.append(auc(*(s[place] for s, place in zip(scores, places, strict=True))))
     low, high = np.percentile(values, [2.5, 97.5])
-    counts = {f"class {label}": len(place) for label, place in enumerate(places)}
-    return {"auc": auc(scores, labels), "low": float(low), "high": float(high), **counts}
+    counts = {f"class {label}": len(s) for label, s in enumerate(scores)}
+    return {"auc": auc(*scores), "low": float(low), "high": float(high), **counts}
 
 
 # --- shapes -------------------------------------------------------------------------------------------------
 
 
-def held_out(data: Data) -> tuple[Tensor, np.ndarray]:
-    """(N, 1, D, H, W) and classes of validation and test cases."""
+def held_out(data: Data) -> list[Tensor]:
+    """(N, 1, D, H, W) of validation and test cases, for each class."""
     items = [d[i, i] for d in (data.dataset("val"), data.dataset("test")) for i in range(len(d))]
-    return torch.stack([item["image"] for item in items]), np.array([item["label"] for item in items])
+    return [torch.stack([item["image"] for item in items if item["label"] == k]) for k in (0, 1)]
 
 
 @torch.inference_mode()
@@ -132,20 +134,19 @@ def through(model: LatentDiffusion, x: Tensor) -> Tensor:
     return torch.cat([model.decode(model.encode(one)) for one in x.split(1)])
 
 
-def generate(run: Path, labels: np.ndarray, scale: float, steps: int, out: Path) -> Tensor:
-    """(N, 1, D, H, W) float16, made once and kept in `out`."""
-    path = out / f"guidance-{scale:g}-{len(labels)}-{steps}.npy"
+def generate(run: Path, num: int, scale: float, steps: int, out: Path) -> list[Tensor]:
+    """(num, 1, D, H, W) float16 of each class, from the same noise; made once and kept in `out`."""
+    path = out / f"guidance-{scale:g}-{num}-{steps}.npy"
     if not path.exists() or path.stat().st_mtime < (run / "best.pt").stat().st_mtime:
-        model = LatentDiffusion.load(run)
-        told = model.prepare({"class": labels.tolist()}, len(labels))
-        stream = model.stream(
-            range(len(labels)), steps, batch_size=8, conditions=told, guidance=Guidance(scale)
-        )
-        made = [x for x, _ in progress(stream, f"guidance {scale:g}", -(-len(labels) // 8))]
+        model, made = LatentDiffusion.load(run), []
+        for label in (0, 1):
+            told = model.prepare({"class": label}, num)
+            stream = model.stream(range(num), steps, batch_size=8, conditions=told, guidance=Guidance(scale))
+            made += [x for x, _ in progress(stream, f"guidance {scale:g}, class {label}", -(-num // 8))]
         partial = path.with_suffix(".partial.npy")
         np.save(partial, torch.cat(made).half().numpy())
         partial.rename(path)
-    return torch.from_numpy(np.load(path))
+    return list(torch.from_numpy(np.load(path)).split(num))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -175,18 +176,18 @@ def main(argv: list[str] | None = None) -> None:
     data = open_data(config, "adrenal", content["config"]["run"]["seed"], content["state"]["split"])
     nets = judges(data, args.classifier_steps, out / f"classifiers-{args.classifier_steps}.pt")
     model = LatentDiffusion.load(ldm)
-    x, labels = held_out(data)
+    real = held_out(data)
+    seen = [through(model, x) for x in real]
     rows = {
-        "held-out cases": auc_row(logits(nets, x), labels),
-        "held-out cases, by the autoencoder": auc_row(logits(nets, through(model, x)), labels),
+        "held-out cases": auc_row([logits(nets, x) for x in real], paired=False),
+        "held-out cases, by the autoencoder": auc_row([logits(nets, x) for x in seen], paired=False),
     }
-    wanted = np.arange(2 * args.num) % 2
-    sheet = {f"real, class {k}": [v[0].numpy() for v in x[labels == k][:4]] for k in (0, 1)}
+    sheet = {f"real, class {k}": [v[0].numpy() for v in x[:4]] for k, x in enumerate(real)}
     for scale in args.guidance:
-        made = generate(ldm, wanted, scale, args.steps, out)
-        rows[f"guidance {scale:g}"] = auc_row(logits(nets, made), wanted)
-        for k in (0, 1):
-            sheet[f"guidance {scale:g}, class {k}"] = [v[0].float().numpy() for v in made[wanted == k][:4]]
+        made = generate(ldm, args.num, scale, args.steps, out)
+        rows[f"guidance {scale:g}"] = auc_row([logits(nets, x) for x in made], paired=True)
+        for k, x in enumerate(made):
+            sheet[f"guidance {scale:g}, class {k}"] = [v[0].float().numpy() for v in x[:4]]
     save_sheet(out / "sheet.png", sheet, limits=(-1, 1))
     write_report(out / "report.json", rows)
     lines = ["| shapes | AUC (95 %) | of class 0 | of class 1 |", "|---|---|---|---|"]
