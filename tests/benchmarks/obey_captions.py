@@ -6,8 +6,8 @@
 Writes 1,024 two-dimensional heads, trains an autoencoder and a denoiser that is told their captions, and asks
 it for each of the five. The latents are small, an eighth of the image along each axis: a caption is about two
 numbers and a place, and the many steps that learning them takes are cheap so. Only the upper noise levels are
-guided, where it is decided whether there is a lesion and where: guided to the end, small ones grow. Stopped and
-started again, the script goes on where it was.
+guided, where it is decided whether there is a lesion and where: guided to the end, small ones grow. Stopped
+and started again, the script goes on where it was.
 
 In a phantom only fat, outside the skull, is as bright as a lesion. So a lesion is what is brighter than white
 matter inside an ellipse that lies within the skull of every head; its area gives a radius, which `describe`
