@@ -59,10 +59,14 @@ class Denoiser(nn.Module):
                 context_dim=condition.context_dim if self.conditioner.has_context else None,
             )
         self.anatomy, self.num_labels = anatomy or RegistersConfig(), num_labels
+        self.unet, self.head = UNet(unet), None
         mode = self.anatomy.registers
-        registers = None if mode == "off" else Registers(self.anatomy, unet, num_labels)
-        self.unet = UNet(unet, registers)
-        self.head = LabelHead(self.anatomy, unet, num_labels, factor) if mode == "bound" else None
+        if mode != "off":
+            if num_labels < 1:
+                raise InputError(f"anatomy.registers: needs a number of labels, got {num_labels}")
+            self.unet.registers = Registers(self.anatomy, unet, num_labels)
+        if mode == "bound":
+            self.head = LabelHead(self.anatomy, unet, num_labels, factor)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -93,6 +97,8 @@ class Denoiser(nn.Module):
         them in every forward, so that every parameter takes part."""
         if labels is None:
             return self.unet(*self._inputs(x_t, t, conditions))
+        if self.head is None:
+            raise InputError(f"labels: need registers that are bound, these are {self.anatomy.registers}")
         maps: list[Tensor] = []
         h = self.unet.features(*self._inputs(x_t, t, conditions), maps)
         size, balance = x_t.shape[2:], self.anatomy.balance

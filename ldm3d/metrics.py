@@ -136,11 +136,11 @@ def _overlap(pred: Tensor, target: Tensor, num_labels: int) -> tuple[Tensor, Ten
     """(B, num_labels - 1) counts of |P and T|, |P|, |T| for every label but the background."""
     _check(pred, target)
     pred, target = pred.flatten(1), target.flatten(1)
-    counts = [
-        torch.stack([(part == label).sum(1) for label in range(1, num_labels)], dim=1).double()
-        for part in (torch.where(pred == target, pred, -1), pred, target)
-    ]
-    return counts[0], counts[1], counts[2]
+    counts = pred.new_zeros(3, len(pred), max(0, num_labels - 1), dtype=torch.float64)
+    for i, part in enumerate((torch.where(pred == target, pred, -1), pred, target)):
+        for label in range(1, num_labels):
+            counts[i, :, label - 1] = (part == label).sum(1)
+    return tuple(counts)
 
 
 def dice(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:

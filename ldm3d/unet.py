@@ -129,15 +129,16 @@ class UNet(nn.Module):
     """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
 
     Instead of the context, `forward` takes what `read` has made of it, once for many steps.
-    `registers`, if given, is a module called as `h = registers(h, emb, place, maps)` after every attention
+    `registers` may be set to a module, called as `h = registers(h, emb, place, maps)` after every attention
     layer, h being (B, config.attention_channels[place], *s) and `place` counting these layers in the order of
-    the forward pass; `maps` is the list, or None, that was given to `features`.
+    the forward pass; `maps` is the list, or None, that was given to `features`. It is set after construction,
+    so that a seed gives the same U-Net with and without.
     """
 
-    def __init__(self, config: UNetConfig, registers: nn.Module | None = None):
+    def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = c = config
-        self.registers = registers
+        self.registers: nn.Module | None = None
         levels, strides = len(c.channels), level_strides(c)
         blocks, attend = per_level(c.num_res_blocks, levels), per_level(c.attention_levels, levels)
         self.time_embed = nn.Sequential(

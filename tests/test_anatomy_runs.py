@@ -2,6 +2,7 @@
 resumes bit by bit, and writes label maps that lie on their volumes."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -13,14 +14,16 @@ from tiny import ROOT, ldm_flags, lines, torchrun, vae_flags
 import sample
 import train_ldm
 import train_vae
-from ldm3d import InputError, LatentDiffusion, analysis, read
+from ldm3d import InputError, LatentDiffusion, analysis, read, write
 from ldm3d.checkpoint import load, step_files
 from ldm3d.config import parse, replace
 from ldm3d.memory import Plan
 from ldm3d.phantoms import write_phantoms
+from ldm3d.register_analysis import Attention
 
 BOUND = ["--anatomy.registers", "bound", "--anatomy.dim", "16", "--anatomy.head_width", "8"]
 BOUND += ["--unet.attention_levels", "true"]
+VALUES = (0, 300, 20, 7, 128)  # of labels 0 to 4 in the files of `some_masks`
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +126,13 @@ def test_the_bank_without_masks_has_the_same_registers_and_no_labels(vae_run, ru
 
 @pytest.fixture(scope="module")
 def some_masks(tmp_path_factory):
-    """3-D heads, of which two in three have no mask, and their autoencoder."""
+    """3-D heads, of which two in three have no mask, the others one of the values VALUES, and their runs."""
     place = tmp_path_factory.mktemp("some")
     write_phantoms(place / "heads", 9, size=(12, 14, 12), spacing=(16.0, 16.0, 16.0))
+    for path in (place / "heads" / "labels").iterdir():
+        volume = read(path)
+        values = np.array(VALUES, np.uint16)[volume.array.astype(int)]
+        write(path, dataclasses.replace(volume, array=values), overwrite=True)
     table = place / "heads" / "cases.csv"
     rows = list(csv.DictReader(table.open()))
     for i, row in enumerate(rows):
@@ -136,6 +143,7 @@ def some_masks(tmp_path_factory):
         writer.writeheader()
         writer.writerows(rows)
     flags = ["--data.dims", "3", "--vae.dims", "3", "--data.allow_missing_mask", "true"]
+    flags += ["--data.label_values", ",".join(map(str, VALUES))]
     train_vae.main(vae_flags(place / "heads", place / "vae", 4, *flags))
     train_ldm.main(ldm_flags(place / "vae", place / "ldm", 4, *BOUND, "--micro_batch_size", "2"))
     return place
@@ -148,9 +156,20 @@ def test_samples_without_a_mask_are_trained_on_beside_those_with_one(some_masks)
     assert lines(some_masks / "ldm", "val")[-1]["dice_1_u0.05"] is not None
 
 
-def test_a_label_that_is_unknown_is_refused_before_training(some_masks, tmp_path):
-    flags = ldm_flags(some_masks / "vae", tmp_path / "ldm", 2, *BOUND, "--data.num_labels", "2")
-    with pytest.raises(InputError, match=r"labels/phantom_0000.nii.gz: label \d, expected 0 to 1 .data.num"):
+def test_masks_of_the_background_alone_are_one_label(vae_run, heads, tmp_path):
+    shutil.copytree(heads, tmp_path / "heads")
+    for path in (tmp_path / "heads" / "labels").iterdir():
+        volume = read(path)
+        write(path, dataclasses.replace(volume, array=np.zeros_like(volume.array)), overwrite=True)
+    run = tmp_path / "ldm"
+    train_ldm.main(ldm_flags(vae_run, run, 2, *BOUND, "--data.root", tmp_path / "heads"))
+    assert not any("dice" in name for name in lines(run, "val")[-1])
+    assert not LatentDiffusion.load(run).sample(1, steps=1, with_labels=True)[1].any()
+
+
+def test_a_label_that_is_unknown_is_refused_before_training(vae_run, tmp_path):
+    flags = ldm_flags(vae_run, tmp_path / "ldm", 2, *BOUND, "--data.num_labels", "2")
+    with pytest.raises(InputError, match=r"labels/phantom_0000.tif: label \d, expected 0 to 1 .data.num"):
         train_ldm.main(flags)
     assert not (tmp_path / "ldm").exists()
 
@@ -181,8 +200,8 @@ def test_label_maps_lie_on_their_volumes_and_are_those_of_the_python_door(which,
         assert label_map.array.shape == volume.array.shape == (1, *model.state.size)
         assert np.allclose(label_map.affine, volume.affine)
         assert label_map.orientation == volume.orientation
-        assert np.array_equal(label_map.array[0], labels[i].numpy())
-        assert set(np.unique(label_map.array)) <= set(range(model.denoiser.num_labels))
+        values = np.array(VALUES if which == "some_masks" else range(5))
+        assert np.array_equal(label_map.array[0], values[labels[i].numpy()])
 
 
 def test_registers_can_be_switched_off_from_the_same_noise(run, tmp_path):
@@ -221,6 +240,32 @@ def test_the_plan_counts_registers_and_head(vae_run, tmp_path, monkeypatch):
 
 
 # --- the report ---------------------------------------------------------------------------------------------
+
+
+def test_figures_of_attention_are_those_of_a_count_by_hand():
+    K, M, size = 3, 2, (4, 5)
+    draw, found = np.random.default_rng(0), Attention(K)
+    places = draw.random((2, 2, K, M, *size))  # of two cases
+    masks = draw.integers(2, size=(2, *size))  # no case has label 2
+    for case in range(2):
+        found.add(list(torch.from_numpy(places[case])), torch.from_numpy(masks[case]))
+    figures = found.figures()
+    for k in (0, 1):
+        labels = places.mean(1)[:, k].sum(1)  # (cases, *size), mean of both places
+        peaks = [np.unravel_index(a.argmax(), size) for a in labels]
+        pointing = np.mean([mask[peak] == k for mask, peak in zip(masks, peaks, strict=True)])
+        inside = np.mean([a[mask == k].mean() for a, mask in zip(labels, masks, strict=True)])
+        assert figures["pointing"][k] == pytest.approx(pointing)
+        assert figures["attention"][k] == pytest.approx(inside)
+        one = [a[mask == k].mean() for a, mask in zip(places[:, 1, k].sum(1), masks, strict=True)]
+        assert figures["places"]["place 1"]["attention"][k] == pytest.approx(np.mean(one))
+    assert np.isnan(figures["pointing"][2])
+    used = places.mean((0, 1, 4, 5))
+    assert np.allclose(figures["usage"], used / used.sum(1, keepdims=True))
+    assert figures["dead"] == []
+    unused = Attention(1)
+    unused.add([torch.tensor([[[1.0, 1.0]], [[0.0, 0.1]]])[None, :, 0]], torch.zeros(2, dtype=torch.int64))
+    assert unused.figures()["dead"] == [[0, 1]]
 
 
 @pytest.mark.parametrize("which", ["run", "some_masks"])

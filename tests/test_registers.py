@@ -66,6 +66,23 @@ def test_a_pretrained_unet_is_left_as_it_was_to_the_bit(dims, mode):
         assert torch.equal(plain(x, t), net(x, t, labels=labels).pred)
 
 
+@pytest.mark.parametrize("mode", ["free", "bound"])
+def test_a_seed_gives_the_same_unet_with_and_without_registers(mode):
+    torch.manual_seed(0)
+    plain = Denoiser(unet_config(2))
+    net = make(config=RegistersConfig(registers=mode), random=False)
+    weights = net.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+
+
+def test_labels_need_registers_that_are_bound_and_registers_a_number_of_labels():
+    x, t, labels = arguments()
+    with pytest.raises(InputError, match="labels: need registers that are bound, these are free"):
+        make(config=RegistersConfig(registers="free"))(x, t, labels=labels)
+    with pytest.raises(InputError, match=r"anatomy\.registers: needs a number of labels, got 0"):
+        make(num_labels=0)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_attention_that_is_supervised_is_the_fused_one(dims):
     net, (x, t, labels) = make(dims), arguments(dims)

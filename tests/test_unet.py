@@ -29,7 +29,8 @@ def close(actual, expected, tolerance=2e-5):
 def make(dims, registers=None, **changes):
     """A U-Net with all weights random, those that start at zero too."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(dims=dims, **{**SMALL, **changes}), registers)
+    net = UNet(UNetConfig(dims=dims, **{**SMALL, **changes}))
+    net.registers = registers
     for parameter in net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
