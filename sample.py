@@ -149,6 +149,7 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
     request = read_request(config, run, model, config.amp)
+    guidance.tell_of_idle(request.conditions)
     calls, each = model.kernel.num_network_calls(sampler, config.steps), config.samples
     total = each * len(request.names)
     folder = new_folder(run, config.out, "samples")
@@ -205,7 +206,7 @@ class Results:
                 self.sheet(name, x, number)
 
     def write(self, name: str, number: int, x: Tensor) -> None:
-        volume = self.request.volume(number, x, self.model, own_units=self.request.paste)
+        volume = self.request.volume(number, x, self.model)
         if self.request.paste:
             volume = pasted(volume, self.request)
         write(self.folder / f"{name}.{self.suffix}", volume)

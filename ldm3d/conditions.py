@@ -178,10 +178,8 @@ def split_words(text: str) -> list[str]:
 def class_name(value: Any) -> str:
     """Values are compared as text; 1, 1.0, "01" are all "1"."""
     text = str(value).strip()
-    try:
-        return str(int(float(text))) if float(text).is_integer() else text
-    except (ValueError, OverflowError):
-        return text
+    whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
+    return whole[1] + whole[2] if whole else text
 
 
 def read_embedding(path: Path) -> Tensor:
@@ -271,9 +269,7 @@ def _of_column(
     if kind == "class":
         names = {class_name(cell) for cell in cells.values()}
         numbered = all(n.isdecimal() for n in names)
-        condition = Condition(
-            kind, name, tuple(map(str, range(max(map(int, names)) + 1))) if numbered else tuple(sorted(names))
-        )
+        condition = Condition(kind, name, tuple(sorted(names, key=int if numbered else None)))
     elif kind == "number":
         rows = [_number(case, name, cells[case]) for case in train if case in cells]
         condition = Condition(kind, name, **_moments(torch.tensor(rows, dtype=torch.float64)[:, None]))
@@ -323,14 +319,17 @@ def absent(value: Tensor) -> Tensor:
     return gone.flatten(1).all(1) if value.ndim > 1 else gone
 
 
-def label_shares(mask: Tensor, num_labels: int, size: Sequence[int]) -> Tensor:
+def label_shares(
+    mask: Tensor, num_labels: int, size: Sequence[int], factor: Sequence[int] | None = None
+) -> Tensor:
     """Labels (B, *S), -1 everywhere in samples without a mask -> (B, K, *size): the share that each label has
     in every latent voxel; NaN for samples without a mask.
 
-    As in the autoencoder, the edge is repeated at the end of axes that the latent's do not divide.
+    factor: voxels of the mask along each axis of a latent voxel; none: the latent's axes divide the mask's.
+    As in the autoencoder, the edge is repeated at the end of axes that they do not divide.
     """
     one_hot = F.one_hot(mask.clamp(min=0), num_labels).movedim(-1, 1).float()
-    factor = [-(-n // m) for n, m in zip(mask.shape[1:], size, strict=True)]
+    factor = factor or [-(-n // m) for n, m in zip(mask.shape[1:], size, strict=True)]
     shares = pad_to_multiple(one_hot, [f * m for f, m in zip(factor, size, strict=True)])
     shares = F.avg_pool2d(shares, factor) if len(factor) == 2 else F.avg_pool3d(shares, factor)
     return hide(shares, (mask < 0).flatten(1).all(1))

@@ -534,17 +534,19 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state
     scaled by the file's own numbers; sources that share those of their image, by the training set's.
     """
     if role == "region":
-        role, config = "mask", replace(config, label_values=(), num_labels=None)
+        role, config = "mask", replace(config, label_values=())
         state = replace(state, num_labels=MAX_LABEL + 1)
     options = {
+        "channel": {"image": config.channel, "source": config.source_channel}.get(role, ()),
         "mask": None,
         "source": None,
         "cache": "none",
         "augment": AugmentConfig(),
         "paired_scaling": "separate",
     }
+    if role == "mask":
+        options["num_labels"] = state.num_labels
     if role == "source":
-        options["channel"] = config.source_channel
         state = replace(state, channels=state.source_channels, low=state.source_low, high=state.source_high)
     paths = [Path(path) for path in paths]
     for path in paths:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import crop_to
+from .blocks import crop_to, pad_to_multiple
 from .conditioning import Conditioned, Conditioner
 from .conditions import Condition, ConditionConfig, check_names
 from .config import InputError
@@ -102,6 +102,7 @@ class Denoiser(nn.Module):
         maps: list[Tensor] = []
         h = self.unet.features(*self._inputs(x_t, t, conditions), maps)
         size, balance = x_t.shape[2:], self.anatomy.balance
+        labels = pad_to_multiple(labels[:, None], self.head.to_voxels.factor)[:, 0]  # as the image was
         return Supervised(
             self.unet.output(h, size),
             head_loss(self._logits(h, size), labels, balance),

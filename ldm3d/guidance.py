@@ -21,15 +21,18 @@ Ho & Salimans 2022 arXiv:2207.12598; Brooks 2023 2211.09800; Lin 2024 2305.08891
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .conditions import Condition, check_names, hide
+from .conditions import Condition, absent, check_names, hide
 from .config import InputError
+from .distributed import print0
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)  # lowest and highest t / T that are guided
 
     def __post_init__(self) -> None:
+        scales = self.scale.values() if isinstance(self.scale, dict) else [self.scale]
+        if not all(isinstance(s, Real) and math.isfinite(s) for s in scales):
+            raise InputError(f"guidance: expected a finite number, or one for each name, got {self.scale!r}")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise InputError(f"guidance_interval: expected 0 <= low < high <= 1, got {low:g},{high:g}")
@@ -56,6 +62,15 @@ class Guidance:
     def check(self, conditions: Sequence[Condition]) -> None:
         """InputError if a scale is for a condition that the model has not."""
         check_names(self.scale if isinstance(self.scale, dict) else (), conditions)
+
+    def tell_of_idle(self, conditions: dict[str, Tensor]) -> None:
+        """A note if a scale acts on nothing: on conditions that no sample is told."""
+        told = {name for name, value in conditions.items() if not absent(value).all()}
+        general = {} if told else {"any condition": self.scale}
+        scales = self.scale if isinstance(self.scale, dict) else general
+        idle = [name for name, scale in scales.items() if scale != 1 and name not in told]
+        if idle:
+            print0(f"note: guidance has no effect, no sample is told {', '.join(idle)}")
 
 
 def branch_weights(scales: Sequence[float]) -> list[float]:

@@ -246,7 +246,12 @@ class LatentDiffusion:
         if tuple(value.shape) != tuple(expected):
             raise InputError(f"condition {c.name}: expected shape {expected}, got {tuple(value.shape)}")
         if labels:
-            return label_shares(value[None].long(), c.width, self.latent_shape[1:])[0]
+            low, high = int(value.min()), int(value.max())
+            if not (0 <= low <= high < c.width or low == high == -1):
+                expected = f"labels from 0 to {c.width - 1}, or -1 everywhere"
+                raise InputError(f"condition {c.name}: expected {expected}, got {low} to {high}")
+            factor = self.autoencoder.downsampling
+            return label_shares(value[None].long(), c.width, self.latent_shape[1:], factor)[0]
         with torch.inference_mode():
             return self.encode(value[None].to(self.device))[0].float().cpu()
 
@@ -287,6 +292,8 @@ class LatentDiffusion:
         if with_labels:
             self.check_labels()
         told = self.prepare(conditions or {}, num)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        guidance.tell_of_idle(told)
         stream = self.stream(
             range(first, first + num),
             steps,
@@ -296,7 +303,7 @@ class LatentDiffusion:
             eta,
             amp,
             told,
-            Guidance(guidance_scale, guidance_rescale, guidance_interval),
+            guidance,
             edit,
         )
         volumes = [torch.empty(0, self.state.channels, *self.state.size)]

@@ -67,7 +67,8 @@ def encode_batch(
     if source is not None:
         made["source"] = source.float()
     if "labels" in kinds:
-        made["labels"] = label_shares(batch["mask"], kinds["labels"].width, posterior.mean.shape[2:])
+        size, factor = posterior.mean.shape[2:], autoencoder.downsampling
+        made["labels"] = label_shares(batch["mask"], kinds["labels"].width, size, factor)
     if masks:
         made["mask"] = batch["mask"].int()
     return made | ({"spacing": batch["spacing"]} if "spacing" in kinds else {})

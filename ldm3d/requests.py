@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from .editing import ImageEdit, Interpolation
 from .guidance import Guidance
 from .latent_diffusion import NO_EDIT, Edit, LatentDiffusion, run_data
 from .latents import WithConditions, encode_batch
+from .scan import distance, keeps_grid, load_role
 from .training import to_device
 from .volumes import Volume
 
@@ -75,12 +77,13 @@ class Request:
     edit: Edit = NO_EDIT
     paste: bool = False  # into the place's own volume
 
-    def volume(self, number: int, x: Tensor, model: LatentDiffusion, own_units: bool = False) -> Volume:
-        """A sample of set `number` as a volume, in the units of the training data or of the place itself."""
+    def volume(self, number: int, x: Tensor, model: LatentDiffusion) -> Volume:
+        """A sample of set `number` as a volume, in the units of the training data or, if an image is edited,
+        of that image."""
         if self.places is None:
             return model.state.to_volume(x)
         info = self.places.infos[self.places.cases[number].id]
-        if not own_units:
+        if not isinstance(self.edit, ImageEdit):
             info = dataclasses.replace(info, low=model.state.low, high=model.state.high)
         return restore(x, model.state, info)
 
@@ -170,16 +173,31 @@ def with_edit(request: Request, config: RequestConfig, model: LatentDiffusion) -
         raise InputError("conditions: editing takes one set of conditions (--condition)")
     if path is None:
         return dataclasses.replace(request, edit=interpolation(config, model))
-    places, region = model.open([path], "image"), None
-    if config.region:
-        mask = model.open([config.region], "region")
-        shapes = [next(iter(d.infos.values())).shape for d in (places, mask)]
-        if shapes[0] != shapes[1]:
-            raise InputError(f"region: {config.region} has shape {shapes[1]}, the image {path} {shapes[0]}")
-        region = mask[0, 0]["mask"] > 0
-    strength = config.strength or (1.0 if config.inpaint else 0.5)
+    places = model.open([path], "image")
+    region = read_region(config.region, places, model) if config.region else None
+    usual = 1.0 if config.inpaint else 0.5
+    strength = usual if config.strength is None else config.strength
     edit = ImageEdit(model, places[0, 0]["image"], region, strength)
     return dataclasses.replace(request, places=places, edit=edit, paste=region is not None)
+
+
+def read_region(path: str, places: VolumeDataset, model: LatentDiffusion) -> Tensor:
+    """The region (*size) bool to inpaint in the one image of `places`; it must lie where the image lies, and
+    within the middle of it that the run sees."""
+    regions, file = model.open([path], "region"), places.cases[0].image
+    here, there = (next(iter(dataset.infos.values())) for dataset in (regions, places))
+    if not keeps_grid(file, "image", places.config):
+        raise InputError(f"inpaint: {file} would be resampled to the run's grid, and not stay as it is")
+    if here.shape != there.shape:
+        raise InputError(f"region: {path} has shape {here.shape}, the image {file} {there.shape}")
+    if model.layout.check_affine and (off := distance(here, there)) > max(there.spacing):
+        raise InputError(f"region: {path} lies up to {off:.3g} mm off the image {file}")
+    region = regions[0, 0]["mask"] > 0
+    seen, whole = regions.restore(0, region[None]).array, load_role(Path(path), "mask", regions.config).array
+    if np.count_nonzero(whole) > np.count_nonzero(seen):
+        size = "x".join(map(str, model.state.size))
+        raise InputError(f"region: {path} reaches beyond the middle {size} of the image, all that is made")
+    return region
 
 
 def interpolation(config: RequestConfig, model: LatentDiffusion) -> Interpolation:
@@ -190,4 +208,5 @@ def interpolation(config: RequestConfig, model: LatentDiffusion) -> Interpolatio
     if len(ends) < 2:
         dataset = model.open(words, "image")
         ends = [dataset[i, i]["image"] for i in range(2)]
-    return Interpolation(model, tuple(ends), config.samples, config.seed, config.strength or 0.3)
+    strength = 0.3 if config.strength is None else config.strength
+    return Interpolation(model, tuple(ends), config.samples, config.seed, strength)

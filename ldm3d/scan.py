@@ -82,6 +82,12 @@ def _new_spacing(
     return None if np.allclose(wanted, spacing, rtol=1e-4, atol=0) else wanted
 
 
+def keeps_grid(path: Path, role: str, config: DataConfig) -> bool:
+    """Is the training grid of a file its own?"""
+    header = read_header(path, **_options(role, config))
+    return _new_spacing(header.shape, header.spacing, config) is None
+
+
 def _grid(header: Header, config: DataConfig) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray]:
     """Shape, spacing and affine of the training grid, from the header alone: those of what `load_role`
     returns."""
@@ -215,16 +221,22 @@ def _unfit(
         return None
     if header.shape != image.shape:
         return f"{role} has shape {header.shape}, its image {{image}} has {image.shape}"
-    if config.check_affine and header.orientation and image.orientation:  # else a file does not tell
-        ends = np.stack(np.meshgrid(*((0, n - 1) for n in image.shape)), -1).reshape(-1, config.dims)
-        shift = header.affine - image.affine
-        distance = np.linalg.norm(ends @ shift[:-1, :-1].T + shift[:-1, -1], axis=1).max()
-        if distance > max(image.spacing):
-            return (
-                f"{role} lies up to {distance:.3g} mm off its image {{image}} "
-                "(by their affines; --data.check_affine false lets it pass)"
-            )
+    if config.check_affine and (off := distance(header, image)) > max(image.spacing):
+        return (
+            f"{role} lies up to {off:.3g} mm off its image {{image}} "
+            "(by their affines; --data.check_affine false lets it pass)"
+        )
     return None
+
+
+def distance(one: Header | CaseInfo, other: Header | CaseInfo) -> float:
+    """How far apart, in mm, the affines put the corners of two grids of one shape; 0 if a file does not
+    tell."""
+    if not (one.orientation and other.orientation):
+        return 0.0
+    ends = np.stack(np.meshgrid(*((0, n - 1) for n in one.shape)), -1).reshape(-1, len(one.shape))
+    shift = np.asarray(one.affine) - np.asarray(other.affine)
+    return float(np.linalg.norm(ends @ shift[:-1, :-1].T + shift[:-1, -1], axis=1).max())
 
 
 def _scan_voxels(cases: list[Case], config: DataConfig, cache: Path | None) -> dict[tuple[Path, str], dict]:

@@ -3,6 +3,7 @@ what it is told, and refuses what it does not know before any work."""
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,27 +14,32 @@ from tiny import ROOT, ldm_flags, lines, torchrun, vae_flags
 import sample
 import train_ldm
 import train_vae
-from ldm3d import InputError, LatentDiffusion, read
+from ldm3d import InputError, LatentDiffusion, Volume, read, write
 from ldm3d.cases import DataConfig, find_cases, split_cases
 from ldm3d.checkpoint import load, step_files
+from ldm3d.conditions import absent
 from ldm3d.data import open_data
 from ldm3d.distributed import run_script
 from ldm3d.phantoms import write_phantoms
+from ldm3d.requests import RequestConfig, read_region, request_of_cases
 
-USE = ["--condition.use", "class,text,number:age,spacing,image,labels", "--condition.context_dim", "16"]
+KINDS = "class,text,number:age,spacing,image,labels,tokens,embedding:report"
+USE = ["--condition.use", KINDS, "--condition.context_dim", "16"]
 USE += ["--condition.dropout", "0.2", "--condition.text_layers", "1"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """2-D heads with one column more and some blanks, an autoencoder of both contrasts."""
+    """2-D heads of two classes with two columns more and some blanks, an autoencoder of both contrasts."""
     place = tmp_path_factory.mktemp("conditional")
     write_phantoms(place / "heads", 12, dims=2, size=(16, 20), spacing=(12.0, 11.0))
+    np.savez(place / "heads" / "report.npz", embedding=np.ones((3, 4), np.float32), mask=np.array([1, 1, 0]))
     table = place / "heads" / "cases.csv"
     rows = list(csv.DictReader(table.open()))
     for i, row in enumerate(rows):
         row["age"] = "" if i % 4 == 0 else str(40 + i)
         row["text"] = "" if i % 5 == 0 else row["text"]
+        row["report"], row["class"] = "report.npz", str(i % 2)
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -57,6 +63,8 @@ def test_the_checkpoint_knows_the_conditions(run):
         "spacing",
         "image",
         "labels",
+        "tokens",
+        "report",
     ]
     assert model.denoiser.conditions[2].mean[0] == pytest.approx(46, abs=3)
     assert (run / "previews" / "step_0000010.png").exists()
@@ -76,6 +84,21 @@ def test_the_cache_holds_the_latent_of_the_source_and_the_shares_of_the_labels(r
     assert np.allclose(labels.sum(0), 1)
     mask = read(f"{root}/labels/{val}.tif").array[0]
     assert labels[0].mean() == pytest.approx((mask == 0).mean())
+
+
+def test_sampling_sees_what_training_saw(run):
+    """The conditions of a case, read from its files and cells as `sample` reads what it is given."""
+    model = LatentDiffusion.load(run)
+    request = request_of_cases(RequestConfig(cases="val"), run, model, "fp32")
+    case = request.places.cases[0]
+    given = {c.name: case.columns.get(c.name) for c in model.denoiser.conditions}
+    given |= {"image": case.source, "tokens": case.source, "labels": case.mask, "spacing": (12.0, 11.0)}
+    given["report"] = f"{model.layout.root}/{case.columns['report']}"
+    told = model.prepare(given)
+    assert list(told) == [c.name for c in model.denoiser.conditions]
+    for name, value in told.items():
+        assert torch.allclose(value, request.conditions[name][:1].to(value), atol=1e-5, equal_nan=True)
+        assert absent(value).tolist() == [given[name] == ""]
 
 
 def test_training_without_a_cache_goes_the_same_way(place, tmp_path):
@@ -134,6 +157,10 @@ def test_the_plan_counts_the_conditions(place, tmp_path, capsys):
 
 
 # --- sample.py ----------------------------------------------------------------------------------------------
+
+
+def sample_main(run, out, *flags):
+    sample.main([*map(str, [run, *flags, "--steps", 2, "--out", out])])
 
 
 def files_of(folder):
@@ -257,6 +284,76 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
     assert [len(files_of(tmp_path / name)) for name in ("edit", "way", "two")] == [1, 3, 2]
 
 
+def test_an_edited_image_and_the_maps_of_inpainting_are_in_the_units_of_the_image(run, tmp_path):
+    root = LatentDiffusion.load(run).layout.root
+    bright = read(f"{root}/images/phantom_0001.tif")
+    bright = replace(bright, array=1000 * bright.array)
+    write(tmp_path / "bright.tif", bright)
+    edit = ["--edit", tmp_path / "bright.tif", "--strength", "0.1", "--num", "1"]
+    sample_main(run, tmp_path / "edit", *edit)
+    made = read(tmp_path / "edit" / "sample_0000.tif").array
+    assert made.mean() == pytest.approx(bright.array.mean(), rel=0.5)
+    inpaint = ["--inpaint", tmp_path / "bright.tif", "--region", f"{root}/labels/phantom_0001.tif"]
+    sample_main(run, tmp_path / "in", *inpaint, "--num", "2", "--maps")
+    both = [read(tmp_path / "in" / f"sample_000{i}.tif").array for i in range(2)]
+    std = read(tmp_path / "in" / "set_0000_std.tif").array
+    assert np.allclose(std, np.std(both, 0), rtol=1e-3, atol=1e-3 * np.ptp(both))
+
+
+def test_labels_that_the_run_does_not_know_are_refused(run, tmp_path):
+    model = LatentDiffusion.load(run)
+    mask = read(f"{model.layout.root}/labels/phantom_0001.tif")
+    for value in (40, 256):
+        array = mask.array.astype(np.uint16)
+        array[0, 3, 3] = value
+        write(tmp_path / f"{value}.tif", replace(mask, array=array))
+        with pytest.raises(InputError, match=rf"{value}\.tif: label {value}, expected 0 to "):
+            model.prepare({"labels": tmp_path / f"{value}.tif"})
+    good = torch.from_numpy(mask.array[0].astype(np.int64))
+    assert model.prepare({"labels": torch.full_like(good, -1)})["labels"].isnan().all()
+    for value, words in ((40, "got 0 to 40"), (-1, "got -1 to")):
+        bad = good.clone()
+        bad[3, 3] = value
+        with pytest.raises(InputError, match=f"condition labels: expected labels from 0 to .*{words}"):
+            model.prepare({"labels": bad})
+
+
+def test_masks_have_one_channel_whichever_the_images_are_taken_from(run):
+    model = LatentDiffusion.load(run)
+    path = f"{model.layout.root}/labels/phantom_0001.tif"
+    before = {role: model.open([path], role)[0, 0]["mask"] for role in ("mask", "region")}
+    model.layout = replace(model.layout, channel=(1,))
+    for role, mask in before.items():
+        assert torch.equal(model.open([path], role)[0, 0]["mask"], mask)
+
+
+def test_a_region_must_lie_where_the_image_lies_and_within_what_is_made(run, tmp_path):
+    model, affine, far = LatentDiffusion.load(run), *np.tile(np.diag([12.0, 11.0, 1.0]), (2, 1, 1))
+    far[0, 2] = 5000
+    image, region = np.zeros((1, 24, 20), np.float32), np.zeros((1, 24, 20), np.uint8)
+    image[0, 8:16, 4:9], region[0, 12, 9] = 1, 1
+    wide = region.copy()
+    wide[0, 1, 9] = 1  # 16 of the 24 rows are made
+    for name, array, at in (
+        ("image", image, affine), ("good", region, affine), ("far", region, far), ("wide", wide, affine),
+        ("small", region[:, :20], affine),
+    ):  # fmt: skip
+        write(tmp_path / f"{name}.nii", Volume(array, at, "RA"))
+    places = model.open([tmp_path / "image.nii"], "image")
+    assert read_region(tmp_path / "good.nii", places, model).nonzero().tolist() == [[8, 9]]
+    for name, words in (
+        ("far", r"far\.nii lies up to 5e\+03 mm off the image"),
+        ("wide", r"wide\.nii reaches beyond the middle 16x20"),
+        ("small", r"small\.nii has shape \(20, 20\), the image"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_region(tmp_path / f"{name}.nii", places, model)
+    model.layout = replace(model.layout, spacing=(12.0, 10.0))
+    places = model.open([tmp_path / "image.nii"], "image")
+    with pytest.raises(InputError, match=r"image\.nii would be resampled"):
+        read_region(tmp_path / "good.nii", places, model)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -266,6 +363,9 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
         (["--condition", "image=nowhere.tif"], "nowhere.tif: no such file"),
         (["--guidance", "strong"], "guidance: expected a number"),
         (["--guidance", "klass=2"], "condition klass"),
+        (["--guidance", "nan", "--condition", "class=1"], "guidance: expected a finite number"),
+        (["--edit", "IMAGE", "--strength", "0"], "strength: expected above 0"),
+        (["--interpolate", "0,1", "--strength", "0"], "strength: expected above 0"),
         (["--guidance_interval", "0.7,0.2"], "guidance_interval"),
         (["--cases", "test"], "has no test cases"),
         (["--inpaint", "a.tif"], "one needs the other"),
@@ -278,6 +378,8 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
 )
 def test_what_the_run_does_not_know_is_told_before_any_work(run, flags, words, capsys):
     before = sorted(run.iterdir())
+    image = f"{LatentDiffusion.load(run).layout.root}/images/phantom_0001.tif"
+    flags = [image if flag == "IMAGE" else flag for flag in flags]
     assert run_script(sample.main, [str(run), "--steps", "2", *flags]) == 2
     err = capsys.readouterr().err
     assert words in err

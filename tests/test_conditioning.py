@@ -12,6 +12,7 @@ from ldm3d.conditioning import Conditioner
 from ldm3d.conditions import (
     Condition,
     ConditionConfig,
+    absent,
     blank,
     fit_conditions,
     hide,
@@ -20,6 +21,8 @@ from ldm3d.conditions import (
     read_embedding,
     split_words,
 )
+from ldm3d.registers import RegistersConfig
+from train_ldm import hide_some
 
 ALL = {
     "class": Condition("class", "class", ("0", "1", "2")),
@@ -132,14 +135,16 @@ def test_words_in_another_order_are_another_caption():
     assert not torch.allclose(emb[0], emb[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-def test_label_shares_are_the_count_of_each_label_in_each_latent_voxel(dims):
-    size, latent = (5, 8, 6)[:dims], (3, 4, 2)[:dims]  # axis 0 does not divide: its edge is repeated
+@pytest.mark.parametrize(
+    ("size", "factor"), [((5, 8), (2, 2)), ((5, 8, 6), (2, 2, 3)), ((41, 4), (8, 8)), ((42, 9), (8, 4))]
+)
+def test_label_shares_are_the_count_of_each_label_in_each_latent_voxel(size, factor):
+    """Where an axis does not divide, its edge is repeated."""
     torch.manual_seed(0)
     mask = torch.randint(0, 3, (2, *size))
     mask[1] = -1
-    shares = label_shares(mask, 3, latent)
-    factor = (2, 2, 3)[:dims]
+    latent = [math.ceil(n / f) for n, f in zip(size, factor, strict=True)]
+    shares = label_shares(mask, 3, latent, factor)
     for index in np.ndindex(*latent):
         block = mask[0]
         for axis, (i, f) in enumerate(zip(index, factor, strict=True)):
@@ -150,12 +155,55 @@ def test_label_shares_are_the_count_of_each_label_in_each_latent_voxel(dims):
     assert shares[1].isnan().all()
 
 
+def test_labels_of_registers_lie_where_the_encoder_put_them():
+    """41 voxels are 6 latent voxels of 8: the edge is repeated, no voxel moves."""
+    anatomy = RegistersConfig("bound", 1, 8, head_width=8)
+    net = noisy(Denoiser(UNET, None, (), anatomy, num_labels=3, factor=(8, 8)))
+    labels = torch.randint(0, 3, (1, 41, 41), generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(labels[:, None].float(), (0, 7, 0, 7), mode="replicate")[:, 0].long()
+    out, expected = (net(torch.zeros(1, 3, 6, 6), T[:1], labels=value) for value in (labels, padded))
+    assert torch.equal(out.binding, expected.binding)
+    assert torch.equal(out.head, expected.head)
+
+
 @pytest.mark.parametrize("size", [(7,), (4, 6), (3, 5, 2)])
 def test_no_two_places_have_the_same_position_features(size):
     features = position_features(size, 5, torch.device("cpu")).flatten(2)[0].T
     distance = torch.cdist(features, features) + 1e3 * torch.eye(len(features))
     assert distance.min() > 0.1
     assert features.shape == (math.prod(size), 10 * len(size))
+
+
+# --- dropout in training ------------------------------------------------------------------------------------
+
+
+def test_training_hides_each_condition_as_often_as_it_should_and_all_at_once():
+    values = {name: value[:1].repeat(4000, *(1,) * (value.ndim - 1)) for name, value in values_of().items()}
+    values = {name: values[name] for name in ("class", "age", "image")}
+    positions = torch.arange(4000)
+    config = ConditionConfig(use=("class", "number:age", "image"), dropout=(0.1, 0.0, 0.5), dropout_all=0.2)
+    gone = {name: absent(v) for name, v in hide_some(values, config, 0, positions).items()}
+    for name, p in (("class", 0.1), ("age", 0.0), ("image", 0.5)):
+        assert float(gone[name].float().mean()) == pytest.approx(p + 0.2 - p * 0.2, abs=0.03)
+    assert torch.equal(gone["age"], torch.stack(list(gone.values())).all(0))  # hidden with all others alone
+    alone = gone["class"] & ~gone["age"], gone["image"] & ~gone["age"]
+    both = (alone[0] & alone[1]).float().mean() / 0.8
+    assert float(both) == pytest.approx(0.1 * 0.5, abs=0.02)  # independent of each other
+
+
+def test_what_is_hidden_depends_on_the_sample_and_not_on_its_place_in_the_batch():
+    config = ConditionConfig(use=("class", "text"), dropout=(0.5,), dropout_all=0.1)
+    values = {"class": torch.ones(64, dtype=torch.int64), "text": torch.ones(64, 3, dtype=torch.int64)}
+    positions = torch.arange(64) + 100
+    whole = hide_some(values, config, 7, positions)
+    turned = hide_some(values, config, 7, positions.flip(0))
+    half = hide_some({name: v[:32] for name, v in values.items()}, config, 7, positions[32:])
+    other = hide_some(values, config, 8, positions)
+    for name in values:
+        assert torch.equal(whole[name], turned[name].flip(0))
+        assert torch.equal(whole[name][32:], half[name])
+        assert not torch.equal(whole[name], other[name])
+    assert not torch.equal(absent(whole["class"]), absent(whole["text"]))
 
 
 # --- fitting ------------------------------------------------------------------------------------------------
@@ -197,6 +245,16 @@ def test_conditions_are_fitted_to_the_training_cases(folder):
     assert (fitted["image"].width, fitted["labels"].width) == (3, 4)
     again = {c.name: Condition.from_dict(c.to_dict()) for c in fitted.values()}
     assert again == fitted
+
+
+def test_the_values_of_a_class_are_those_that_occur_in_the_order_of_numbers(folder):
+    cells = ["10", "02", "20191231000000001", "20191231000000002", "2.0"]
+    cases = {name: {"class": cell} for name, cell in zip("abcde", cells, strict=True)}
+    (condition,) = fit(folder, "class", cases=cases)
+    assert condition.values == ("2", "10", "20191231000000001", "20191231000000002")
+    assert [int(condition.encode(value)) for value in (2, "10.0", 20191231000000002)] == [0, 1, 3]
+    with pytest.raises(InputError, match="got 3, expected one of 2, 10"):
+        condition.encode(3)
 
 
 def test_cells_become_tensors_and_blanks_are_absent(folder):

@@ -1,5 +1,7 @@
 """Guidance is the nested formula, computed in as few branches as it needs, in one forward a step."""
 
+import math
+
 import pytest
 import torch
 
@@ -146,10 +148,30 @@ def test_every_sampler_takes_it(net, values, prediction, sampler):
     assert not torch.allclose(other, plain, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("scale", "told", "names"),
+    [
+        (3.0, ["class", "text"], None),
+        (3.0, [], "any condition"),
+        (1.0, [], None),
+        ({"class": 3.0, "text": 2.0}, ["class"], "text"),
+        ({"class": 1.0, "text": 2.0}, ["text"], None),
+    ],
+)
+def test_a_scale_that_acts_on_nothing_is_told(values, scale, told, names, capsys):
+    nobody = torch.ones(2, dtype=torch.bool)
+    Guidance(scale).tell_of_idle({n: v if n in told else hide(v, nobody) for n, v in values.items()})
+    expected = f"note: guidance has no effect, no sample is told {names}\n" if names else ""
+    assert capsys.readouterr().out == expected
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(InputError, match="guidance_interval"):
         Guidance(interval=(0.5, 0.5))
     with pytest.raises(InputError, match="guidance_rescale"):
         Guidance(rescale=2.0)
+    for scale in (math.nan, math.inf, [3, 2], "3", {"class": math.nan}, {"class": None}):
+        with pytest.raises(InputError, match="guidance: expected a finite number"):
+            Guidance(scale)
     with pytest.raises(InputError, match="condition klass: the model has no such condition"):
         Guidance({"klass": 2.0}).check(CONDITIONS)
