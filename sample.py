@@ -96,6 +96,8 @@ class Config(RequestConfig):
         at_least(self, 1, "steps", "batch_size")
         if self.with_labels and self.inpaint:
             raise InputError("with_labels, inpaint: give one of the two")
+        if self.interpolate and (self.sampler == "ddpm" or self.eta):
+            raise InputError("interpolate: needs a sampler that draws no fresh noise, and eta 0")
         if self.maps and self.samples < 2:
             raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
         default = {f.name: f.default for f in fields(self)}
@@ -150,11 +152,13 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     guidance.check(model.denoiser.conditions)
     request = read_request(config, run, model, config.amp)
     guidance.tell_of_idle(request.conditions)
-    calls, each = model.kernel.num_network_calls(sampler, config.steps), config.samples
+    times = model.kernel.sampling_times(sampler, config.steps, model.latent_shape[1:])
+    _, times = request.edit.start(torch.zeros(1, *model.latent_shape, device=device), times, [0])
+    calls, each = model.kernel.num_network_calls(sampler, times), config.samples
     total = each * len(request.names)
     folder = new_folder(run, config.out, "samples")
     size = "x".join(map(str, model.state.size))
-    print0(f"{total} volumes of {size}, {sampler}, {config.steps} steps = {calls} network calls each")
+    print0(f"{total} volumes of {size}, {sampler}, {len(times)} steps = {calls} network calls each")
 
     indices = list(range(total))[rank() :: world_size()]
     sets = torch.tensor(indices, dtype=torch.long) // each
@@ -189,7 +193,7 @@ class Results:
 
     def add(self, i: int, x: Tensor, labels: Tensor | None = None) -> None:
         number, name = i // self.each, f"sample_{i:04d}"
-        if len(self.request.names) > 1 or self.request.targets:
+        if self.config.conditions or self.request.targets:
             name = self.request.names[number] + (f"_{i % self.each:02d}" if self.each > 1 else "")
         self.write(name, number, x)
         if labels is not None:

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from .cases import Case, DataConfig, find_cases
 from .checkpoint import write_atomically
+from .conditions import class_name
 from .config import InputError, at_least, from_dict, run_task, to_dict
 from .data import DataState, VolumeDataset, open_data, open_folder
 from .distributed import gather, is_main, print0, rank, run_script, setup, world_size
@@ -118,7 +119,7 @@ def rows_of(cases: list[Case], group: str, split: dict[str, list[str]]) -> list[
             "case": case.id,
             "group": group,
             "subject": case.subject,
-            "class": "" if case.label is None else f"class {case.label}",
+            "class": f"class {class_name(cell)}" if (cell := case.columns.get("class")) else "",
             "split": part_of.get(case.id, ""),
         }
         for case in cases

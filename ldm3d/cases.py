@@ -130,7 +130,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `label` is the class (None: blank); `split` is None where it is to be drawn."""
+    """One row of the table. `label` is the class (None: blank, or a name, which `columns` has); `split` is
+    None where it is to be drawn."""
 
     id: str
     image: Path
@@ -199,12 +200,9 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
         if row[role] is None and not (role == "mask" and config.allow_missing_mask):
             hint = "; --data.allow_missing_mask lets such cases take part" if role == "mask" else ""
             problems.append(f"case {name}: no {role} for {row['image']} ({where}{hint})")
-    split, label = row.get("split") or None, row.get("class") or None
+    split, label = row.get("split") or None, row.get("class") or ""
     if split not in (None, *SPLITS):
         problems.append(f"case {name}: split is {split!r}, expected one of {', '.join(SPLITS)}")
-    if label is not None and not re.fullmatch("[0-9]+", label):
-        problems.append(f"case {name}: class is {label!r}, expected 0, 1, 2 ...")
-        label = None
     return Case(
         id=name,
         image=row["image"],
@@ -212,7 +210,7 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
         source=row.get("source"),
         subject=row.get("subject") or name,
         split=split,
-        label=None if label is None else int(label),
+        label=int(label) if re.fullmatch("[0-9]+", label) else None,
         text=row.get("text") or "",
         columns={k: v or "" for k, v in row.items() if k not in ROLES},
     )

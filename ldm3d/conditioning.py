@@ -73,6 +73,7 @@ class TextEncoder(nn.Module):
         self.words = nn.Embedding(num_words + 1, width)  # 0: unknown
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.zeros_(self.words.weight[0])  # where training has no unknown word it stays, and says nothing
         heads = num_heads(width)
         self.attentions = nn.ModuleList(CrossAttention(width, width, heads) for _ in range(layers))
         self.ffs = nn.ModuleList(GEGLU(width) for _ in range(layers))

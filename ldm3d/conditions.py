@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ Columns = dict[str, str]  # of one case: column of the table -> cell, "" = blank
 COLUMNS = {"class": "class", "number": None, "text": "text", "embedding": None}  # kind -> default column
 OF_VOLUMES = ("spacing", "image", "tokens", "labels")  # kinds that the case's volumes give
 OF_SOURCE = ("image", "tokens")
+OF_FILES = (*OF_SOURCE, "labels", "embedding")  # kinds whose values may be named as files
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ConditionConfig:
             raise InputError(f"use: expected different conditions, got {','.join(self.use)}")
         if len(self.dropout) not in (1, len(self.use)):
             raise InputError(
-                f"dropout: expected 1 or {len(self.use)} values (one per use), got {self.dropout}"
+                f"dropout: expected one value for all, or one for each of use, got {self.dropout}"
             )
         for name, values in (("dropout", self.dropout), ("dropout_all", (self.dropout_all,))):
             if not all(0 <= p < 1 for p in values):
@@ -132,12 +134,12 @@ class Condition:
         assert self.kind == "embedding", self.kind
         vectors = torch.full((self.length, self.width), math.nan)
         if value is not None:
-            given = value.float() if isinstance(value, Tensor) else read_embedding((folder or Path()) / value)
+            is_file = isinstance(value, (str, Path))
+            given = read_embedding((folder or Path()) / value) if is_file else torch.as_tensor(value).float()
             if given.ndim != 2 or given.shape[1] != self.width:
+                where = f"{value}: " if is_file else ""
                 expected, got = f"(L, {self.width})", tuple(given.shape)
-                raise InputError(
-                    f"condition {self.name}: expected {expected}, got shape {got} ({value!s:.80})"
-                )
+                raise InputError(f"condition {self.name}: {where}expected {expected}, got shape {got}")
             given = given[: self.length]
             vectors[: len(given)] = given
         return vectors
@@ -162,12 +164,15 @@ class Condition:
             raise InputError(f"condition {self.name}: expected {count} finite number(s), got {value!r}")
         return torch.tensor(numbers)
 
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.values, start=1)}
+
     def word_ids(self, text: str) -> list[int]:
-        known = {word: i + 1 for i, word in enumerate(self.values)}
-        return [known.get(word, 0) for word in split_words(text)]
+        return [self._ids.get(word, 0) for word in split_words(text)]
 
     def unknown_words(self, text: str) -> list[str]:
-        return [word for word in split_words(text) if word not in self.values]
+        return [word for word in split_words(text) if word not in self._ids]
 
 
 def split_words(text: str) -> list[str]:
@@ -177,7 +182,7 @@ def split_words(text: str) -> list[str]:
 
 def class_name(value: Any) -> str:
     """Values are compared as text; 1, 1.0, "01" are all "1"."""
-    text = str(value).strip()
+    text = str(value.item() if isinstance(value, Tensor) and value.ndim == 0 else value).strip()
     whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
     return whole[1] + whole[2] if whole else text
 
@@ -281,6 +286,8 @@ def _of_column(
     else:
         vectors = [read_embedding(folder / cell) for cell in fitted]
         length, width = max(len(v) for v in vectors), vectors[0].shape[1]
+        if not length:
+            raise InputError(f"condition.use: column {name!r}: the masks of all training cases leave nothing")
         condition = Condition(kind, name, length=length, width=width)
     for case, cell in cells.items():
         try:
@@ -351,6 +358,15 @@ def blank(condition: Condition, like: Tensor) -> Tensor:
     """The value that is absent from all samples."""
     empty, dtype = (-1, torch.int64) if condition.kind in ("class", "text") else (math.nan, torch.float32)
     return torch.full(shape_of(condition, like), empty, dtype=dtype, device=like.device)
+
+
+def check_indices(values: dict[str, Tensor], conditions: Sequence[Condition]) -> None:
+    """InputError if a class or a word is beyond those of its condition; the row behind the classes is the
+    null."""
+    for c in (c for c in conditions if c.kind in ("class", "text") and c.name in values):
+        last, value = len(c.values) - (c.kind == "class"), values[c.name]
+        if value.numel() and (highest := int(value.max())) > last:
+            raise InputError(f"condition {c.name}: expected integers up to {last}, got {highest}")
 
 
 def check_names(given: Sequence[str] | dict[str, Any], conditions: Sequence[Condition]) -> None:

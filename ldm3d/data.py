@@ -550,7 +550,7 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state
         state = replace(state, channels=state.source_channels, low=state.source_low, high=state.source_high)
     paths = [Path(path) for path in paths]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises for names that are too long
             raise InputError(f"{path}: no such file")
     cases = [
         Case(f"{i}_{strip_suffix(path)}", path, mask=path if role == "mask" else None)

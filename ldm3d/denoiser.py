@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
         conditions: dict[str, Tensor] | Conditioned | None = None,
         labels: Tensor | None = None,
     ) -> Tensor | Supervised:
-        """conditions: see conditioning.py; or what `condition` has made of them, for many steps. labels:
+        """conditions: see conditions.py; or what `condition` has made of them, for many steps. labels:
         masks (B, *S), -1 everywhere in samples without one, for registers that are bound; training gives
         them in every forward, so that every parameter takes part."""
         if labels is None:

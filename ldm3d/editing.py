@@ -97,7 +97,7 @@ class Interpolation(Edit):
 
     Ends that are numbers are samples of `seed`: the noise in between is spherical. Ends that are images
     (C, *size), in scaled intensities, are encoded; what lies between them is given noise of `strength`, the
-    same for all, and made clean.
+    same for all, and made clean. Samplers that draw fresh noise (ddpm, ddim with eta) leave the ends.
     """
 
     def __init__(
@@ -128,6 +128,8 @@ class Interpolation(Edit):
         return torch.randn(self.model.latent_shape, generator=draw).to(self.model.device)
 
     def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:
+        if not 0 <= min(indices) <= max(indices) < self.num:
+            raise InputError(f"interpolation: has samples 0 to {self.num - 1}, asked for {max(indices)}")
         between = torch.stack([slerp(*self.ends, i / (self.num - 1)) for i in indices])
         if not self.images:
             return between, times

@@ -32,6 +32,7 @@ from .conditions import (
     Condition,
     ConditionConfig,
     absent,
+    check_indices,
     check_names,
     label_shares,
 )
@@ -215,12 +216,13 @@ class LatentDiffusion:
                 values[c.name] = batch[c.kind] if c.kind in OF_VOLUMES else batch["conditions"][c.name]
         return values
 
-    def prepare(self, conditions: dict[str, Any], num: int = 1) -> dict[str, Tensor]:
+    def prepare(self, conditions: dict[str, Any], num: int = 1, amp: str = "fp32") -> dict[str, Tensor]:
         """Plain values -> tensors (num, ...) for `stream`: one value for all samples, or a list of num.
 
         class: 1 or its name; number: 63.5; text: a caption; embedding: a file or (L, E); spacing: a tuple;
         image, tokens: a file, or a source (C, *size) in scaled intensities; labels: a file, or integers
-        (*size). None is blank. InputError for whatever the run does not know.
+        (*size). None is blank. amp: the precision to encode sources with. InputError for whatever the run
+        does not know.
         """
         check_names(conditions, self.denoiser.conditions)
         prepared = {}
@@ -228,20 +230,24 @@ class LatentDiffusion:
             values = conditions[c.name]
             values = values if isinstance(values, list) else [values] * num
             if len(values) != num:
-                raise InputError(f"condition {c.name}: expected one value or {num}, got {len(values)}")
-            tensors = {id(value): self._tensor(c, value) for value in values}
+                raise InputError(
+                    f"condition {c.name}: expected one value or a list of {num}, got {len(values)}"
+                )
+            distinct = {id(value): value for value in values}
+            tensors = {key: self._tensor(c, value, amp) for key, value in distinct.items()}
             prepared[c.name] = torch.stack([tensors[id(value)] for value in values])
         return prepared
 
-    def _tensor(self, c: Condition, value: Any) -> Tensor:
+    def _tensor(self, c: Condition, value: Any, amp: str) -> Tensor:
         """One value of one condition, without batch axis."""
         if c.kind not in (*OF_SOURCE, "labels"):
             return c.encode(value)
         if value is None or (isinstance(value, str) and not value.strip()):
             return torch.full((c.width, *self.latent_shape[1:]), math.nan)
         labels = c.kind == "labels"
-        if not isinstance(value, Tensor):
+        if isinstance(value, (str, Path)):
             value = self.open([value], "mask" if labels else "source")[0, 0]["mask" if labels else "image"]
+        value = torch.as_tensor(value)
         expected = self.state.size if labels else (self.state.source_channels, *self.state.size)
         if tuple(value.shape) != tuple(expected):
             raise InputError(f"condition {c.name}: expected shape {expected}, got {tuple(value.shape)}")
@@ -252,8 +258,8 @@ class LatentDiffusion:
                 raise InputError(f"condition {c.name}: expected {expected}, got {low} to {high}")
             factor = self.autoencoder.downsampling
             return label_shares(value[None].long(), c.width, self.latent_shape[1:], factor)[0]
-        with torch.inference_mode():
-            return self.encode(value[None].to(self.device))[0].float().cpu()
+        with torch.inference_mode(), autocast(amp, self.device):
+            return self.encode(value[None].float().to(self.device))[0].float().cpu()
 
     def open(self, paths: Sequence[str | Path], role: str) -> VolumeDataset:
         """Files as the training data's "image", "source" or "mask" were read, or a "region"; centred to the
@@ -291,7 +297,9 @@ class LatentDiffusion:
         """
         if with_labels:
             self.check_labels()
-        told = self.prepare(conditions or {}, num)
+        if num < 1:
+            raise InputError(f"num: expected 1 or more, got {num}")
+        told = self.prepare(conditions or {}, num, amp)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         guidance.tell_of_idle(told)
         stream = self.stream(
@@ -306,8 +314,7 @@ class LatentDiffusion:
             guidance,
             edit,
         )
-        volumes = [torch.empty(0, self.state.channels, *self.state.size)]
-        labels = [torch.empty(0, *self.state.size, dtype=torch.int64)]
+        volumes, labels = [], []
         for i, (x, z) in enumerate(stream):
             part = slice(i * batch_size, (i + 1) * batch_size)
             volumes.append(x)
@@ -333,6 +340,7 @@ class LatentDiffusion:
         sampler = sampler or self.default_sampler
         self.kernel.check_sampler(sampler, eta)
         guidance.check(self.denoiser.conditions)
+        check_indices(conditions or {}, self.denoiser.conditions)
         for start in range(0, len(indices), batch_size):
             part = slice(start, start + batch_size)
             with torch.inference_mode(), autocast(amp, self.device):

@@ -178,7 +178,7 @@ def latent_statistics(tables: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 class WithConditions(Dataset):
-    """A data set whose items also hold "conditions": name -> value (conditioning.py), of those conditions
+    """A data set whose items also hold "conditions": name -> value (conditions.py), of those conditions
     that columns of the table give. `cases` are the data set's, in order."""
 
     def __init__(

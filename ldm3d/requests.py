@@ -7,6 +7,8 @@ targets. Everything is checked, and the files are read, before anything is made.
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cases import read_csv
-from .conditions import OF_SOURCE, check_names
+from .conditions import OF_FILES, OF_SOURCE, Condition, absent, check_names, split_words
 from .config import InputError, at_least
 from .data import VolumeDataset, collate, restore
 from .distributed import print0
@@ -24,7 +26,7 @@ from .editing import ImageEdit, Interpolation
 from .guidance import Guidance
 from .latent_diffusion import NO_EDIT, Edit, LatentDiffusion, run_data
 from .latents import WithConditions, encode_batch
-from .scan import distance, keeps_grid, load_role
+from .scan import CaseInfo, distance, keeps_grid, load_role
 from .training import to_device
 from .volumes import Volume
 
@@ -65,13 +67,14 @@ class RequestConfig:
 class Request:
     """Sets of conditions, and where the volumes made under them belong.
 
-    conditions: by name, (sets, ...). places: volumes of the same geometry as the samples of each set, or
-    None. targets: are these what the samples should be? edit: see editing.py.
+    conditions: by name, (sets, ...). infos: of each set, the file whose geometry its samples take; none: the
+    run's. places: the cases that are the targets, or the image that is edited. edit: see editing.py.
     """
 
     names: list[str]
     conditions: dict[str, Tensor]
     given: list[dict[str, Any]]
+    infos: list[CaseInfo | None]
     places: VolumeDataset | None = None
     targets: bool = False
     edit: Edit = NO_EDIT
@@ -80,9 +83,11 @@ class Request:
     def volume(self, number: int, x: Tensor, model: LatentDiffusion) -> Volume:
         """A sample of set `number` as a volume, in the units of the training data or, if an image is edited,
         of that image."""
-        if self.places is None:
+        info, spacing = self.infos[number], self.conditions.get("spacing")
+        if info is None and spacing is not None and not absent(spacing)[number]:
+            return dataclasses.replace(model.state, spacing=tuple(spacing[number].tolist())).to_volume(x)
+        if info is None:
             return model.state.to_volume(x)
-        info = self.places.infos[self.places.cases[number].id]
         if not isinstance(self.edit, ImageEdit):
             info = dataclasses.replace(info, low=model.state.low, high=model.state.high)
         return restore(x, model.state, info)
@@ -92,47 +97,87 @@ def read_request(config: RequestConfig, run: Path, model: LatentDiffusion, amp: 
     """All that is asked of the model of a run. amp: the precision to encode sources with."""
     if config.cases:
         return request_of_cases(config, run, model, amp)
-    rows = [pairs(config.condition)] if not config.conditions else read_rows(config.conditions)
-    check_names([name for row in rows for name in row if name != "name"], model.denoiser.conditions)
-    names = [row.pop("name", "") or f"set_{i:04d}" for i, row in enumerate(rows)]
-    if len(set(names)) < len(names):
-        raise InputError(f"{config.conditions}: two rows have the same name")
-    for c in model.denoiser.conditions:
-        words = sorted({w for row in rows if c.kind == "text" for w in c.unknown_words(row.get(c.name, ""))})
-        if words:
-            print0(f"note: words that the run does not know: {', '.join(words)}")
-    sources = [
-        c for c in model.denoiser.conditions if c.kind in OF_SOURCE and any(row.get(c.name) for row in rows)
-    ]
-    places, given = None, rows
-    if sources and all(row.get(sources[0].name) for row in rows):  # the samples take its geometry
-        places = model.open([row[sources[0].name] for row in rows], "source")
-        given = [{**row, sources[0].name: places[i, i]["image"]} for i, row in enumerate(rows)]
-    used = {name for row in rows for name in row}
-    values = {name: [row.get(name) for row in given] for name in used}
-    request = Request(names, model.prepare(values, len(rows)), rows, places)
-    return with_edit(request, config, model)
+    known = model.denoiser.conditions
+    names, rows = ["set_0000"], [pairs(config.condition)]
+    if config.conditions:
+        names, rows = read_rows(config.conditions, [c.name for c in known if c.kind in OF_FILES])
+    check_names([name for row in rows for name in row], known)
+    tell_of_captions(rows, known)
+    infos, given = with_sources(rows, model)
+    used, told = {name for row in rows for name in row}, []
+    for set_name, row in zip(names, given, strict=True):
+        try:
+            told.append(model.prepare({name: row.get(name) for name in used}, amp=amp))
+        except InputError as e:
+            raise InputError(
+                f"{config.conditions}: {set_name}: {e}" if config.conditions else str(e)
+            ) from None
+    conditions = {name: torch.cat([values[name] for values in told]) for name in told[0]}
+    return with_edit(Request(names, conditions, rows, infos), config, model)
 
 
-def pairs(words: tuple[str, ...]) -> dict[str, str]:
-    """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}."""
+def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
+    """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}. key: what errors name."""
+    made: dict[str, str] = {}
     for word in words:
-        if "=" not in word:
-            raise InputError(f"condition: expected NAME=VALUE, got {word!r}")
-    return dict(word.split("=", 1) for word in words)
+        name, mark, value = word.partition("=")
+        if not mark:
+            raise InputError(f"{key}: expected NAME=VALUE, got {word!r}")
+        if name in made:
+            raise InputError(f"{key}: {name} is given twice")
+        made[name] = value
+    return made
 
 
-def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows of a CSV of conditions; files in it are looked for beside it."""
-    rows = read_csv(Path(path), [])
+def read_rows(path: str, files: list[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """Names and rows of a CSV of conditions; what the columns `files` name is looked for beside it."""
+    if not os.path.isfile(path):
+        raise InputError(f"conditions: no file {path}")
+    rows, beside = read_csv(Path(path), []), Path(path).parent
     if not rows:
         raise InputError(f"{path}: lists no conditions")
-    beside = Path(path).parent
+    names = [row.pop("name", f"set_{i:04d}") for i, row in enumerate(rows)]
+    for name in names:
+        if not name or Path(name).name != name or "\\" in name:
+            raise InputError(f"{path}: name is {name!r}, expected one that a file can have")
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: two rows have the same name")
+    for row in rows:
+        row |= {k: str(beside / row[k]) for k in files if row.get(k) and os.path.isfile(beside / row[k])}
+    return names, rows
 
-    def found(cell: str) -> str:
-        return str(beside / cell) if cell and "/" not in cell[:1] and (beside / cell).is_file() else cell
 
-    return [{k: found(v) for k, v in row.items()} for row in rows]
+def tell_of_captions(rows: list[dict[str, str]], known: Sequence[Condition]) -> None:
+    """Notes of words that the run does not know, and of those beyond the length that it reads."""
+    for c in (c for c in known if c.kind == "text"):
+        captions = [row.get(c.name, "") for row in rows]
+        if words := sorted({word for caption in captions for word in c.unknown_words(caption)}):
+            print0(f"note: words that the run does not know: {', '.join(words)}")
+        if long := [caption for caption in captions if len(split_words(caption)) > c.length]:
+            print0(
+                f"note: captions are read up to word {c.length}, the length in training, such as {long[0]!r}"
+            )
+
+
+def with_sources(
+    rows: list[dict[str, str]], model: LatentDiffusion
+) -> tuple[list[CaseInfo | None], list[dict[str, Any]]]:
+    """(of each row what the scan found of its source, rows with the source itself in place of its path)."""
+    kinds = [c.name for c in model.denoiser.conditions if c.kind in OF_SOURCE]
+    infos, given = [None] * len(rows), [dict(row) for row in rows]
+    name = next((name for name in kinds if any(row.get(name) for row in rows)), None)
+    having = [i for i, row in enumerate(rows) if name and row.get(name)]
+    if not having:
+        return infos, given
+    places = model.open([rows[i][name] for i in having], "source")
+    for j, i in enumerate(having):
+        given[i][name], infos[i] = places[j, j]["image"], places.infos[places.cases[j].id]
+        if max(np.subtract(infos[i].shape, model.state.size)) > 0:
+            print0(f"note: {rows[i][name]} has shape {infos[i].shape}, only its middle is taken")
+        if not np.allclose(infos[i].spacing, model.state.spacing, rtol=0.1):
+            there = "x".join(f"{mm:g}" for mm in model.state.spacing)
+            print0(f"note: {rows[i][name]} has another spacing than the training data, {there} mm")
+    return infos, given
 
 
 def guidance_of(config: RequestConfig) -> Guidance:
@@ -140,7 +185,10 @@ def guidance_of(config: RequestConfig) -> Guidance:
     text, scale = config.guidance, {}
     try:
         if "=" in text:
-            scale = {name.strip(): float(value) for name, value in pairs(tuple(text.split(","))).items()}
+            scale = {
+                name.strip(): float(value)
+                for name, value in pairs(tuple(text.split(",")), "guidance").items()
+            }
         else:
             scale = float(text)
     except ValueError:
@@ -161,7 +209,8 @@ def request_of_cases(config: RequestConfig, run: Path, model: LatentDiffusion, a
         parts.append({name: value.cpu() for name, value in model.conditions_of(batch).items()})
     conditions = {c.name: torch.cat([part[c.name] for part in parts]) for c in known}
     names = [case.id for case in places.cases]
-    return Request(names, conditions, [{"case": name} for name in names], places, targets=True)
+    given, infos = [{"case": name} for name in names], [places.infos[name] for name in names]
+    return Request(names, conditions, given, infos, places, targets=True)
 
 
 def with_edit(request: Request, config: RequestConfig, model: LatentDiffusion) -> Request:
@@ -178,7 +227,8 @@ def with_edit(request: Request, config: RequestConfig, model: LatentDiffusion) -
     usual = 1.0 if config.inpaint else 0.5
     strength = usual if config.strength is None else config.strength
     edit = ImageEdit(model, places[0, 0]["image"], region, strength)
-    return dataclasses.replace(request, places=places, edit=edit, paste=region is not None)
+    infos = list(places.infos.values())
+    return dataclasses.replace(request, infos=infos, places=places, edit=edit, paste=region is not None)
 
 
 def read_region(path: str, places: VolumeDataset, model: LatentDiffusion) -> Tensor:

@@ -21,7 +21,7 @@ from ldm3d.conditions import absent
 from ldm3d.data import open_data
 from ldm3d.distributed import run_script
 from ldm3d.phantoms import write_phantoms
-from ldm3d.requests import RequestConfig, read_region, request_of_cases
+from ldm3d.requests import RequestConfig, read_region, read_request, request_of_cases
 
 KINDS = "class,text,number:age,spacing,image,labels,tokens,embedding:report"
 USE = ["--condition.use", KINDS, "--condition.context_dim", "16"]
@@ -282,6 +282,66 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
         [str(run), "--interpolate", "0,1", "--num", "2", "--steps", "4", "--out", str(tmp_path / "two")]
     )
     assert [len(files_of(tmp_path / name)) for name in ("edit", "way", "two")] == [1, 3, 2]
+    calls = [
+        json.loads((tmp_path / n / "samples.json").read_text())["network_calls"] for n in ("edit", "two")
+    ]
+    assert calls == [4, 8]  # of 4 steps of heun, and of the half of them that strength 0.5 visits
+
+
+def read_table(run, model, path, text, **more):
+    path.write_text(text)
+    return read_request(RequestConfig(conditions=str(path), **more), run, model)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name;class\n../zz;1\n", r"told\.csv: name is '\.\./zz', expected one that a file can have"),
+        ("name;class\na;1\n;1\n", r"told\.csv: name is ''"),
+        ("name;class\na;1\nb;9\n", r"told\.csv: b: condition class: got '9'"),
+        ("name;klass\na;1\n", "condition klass: the model has no such condition"),
+    ],
+)
+def test_a_wrong_table_of_conditions_is_told(run, tmp_path, text, words):
+    with pytest.raises(InputError, match=words):
+        read_table(run, LatentDiffusion.load(run), tmp_path / "told.csv", text)
+
+
+def test_each_row_of_a_table_is_written_where_its_own_source_lies(run, tmp_path, capsys):
+    model = LatentDiffusion.load(run)
+    source = read(f"{model.layout.root}/sources/phantom_0003.tif")
+    write(tmp_path / "beside.tif", source)
+    large = np.pad(source.array, [(0, 0), (4, 4), (4, 4)], mode="edge")
+    write(tmp_path / "large.tif", Volume(large, np.diag([24.0, 22.0, 1.0])))
+    caption = "a lesion " * 40
+    rows = f"a;beside.tif;{caption};\nb;;;30,20\nc;;;\nd;large.tif;;30,20\n"
+    request = read_table(run, model, tmp_path / "told.csv", "name;image;text;spacing\n" + rows)
+    volumes = [request.volume(i, torch.zeros(1, 16, 20), model) for i in range(4)]
+    assert np.allclose(volumes[0].affine, source.affine)
+    assert [v.spacing for v in volumes[1:]] == [(30.0, 20.0), pytest.approx((12.0, 11.0)), (24.0, 22.0)]
+    out = capsys.readouterr().out
+    assert f"words are read; longer is '{caption.strip()}'" in out
+    assert f"{tmp_path}/large.tif has shape (24, 28), only its middle is taken" in out
+    assert f"{tmp_path}/large.tif has another spacing than the training data, 12x11 mm" in out
+    assert out.count("beside.tif") == 0
+
+
+def test_a_table_of_one_row_names_the_sample(run, tmp_path):
+    (tmp_path / "told.csv").write_text("name;spacing\nfirst;30,20\n")
+    sample_main(run, tmp_path / "out", "--conditions", tmp_path / "told.csv")
+    assert files_of(tmp_path / "out") == ["first.tif"]
+    assert read(tmp_path / "out" / "first.tif").spacing == pytest.approx((30, 20))
+
+
+def test_arrays_serve_as_tensors_do_and_are_encoded_once(run):
+    model, calls = LatentDiffusion.load(run), []
+    encode, model.encode = model.encode, lambda x: calls.append(len(x)) or encode(x)
+    x = np.arange(320, dtype=np.int64).reshape(1, 16, 20) % 2
+    told = model.prepare({"image": x, "labels": x[0], "class": torch.tensor(1)}, 8)
+    assert calls == [1]
+    given = {"image": torch.tensor(x).float(), "labels": torch.tensor(x[0]), "class": 1}
+    for name, value in model.prepare(given, 8).items():
+        assert torch.equal(told[name], value)
 
 
 def test_an_edited_image_and_the_maps_of_inpainting_are_in_the_units_of_the_image(run, tmp_path):
@@ -372,6 +432,9 @@ def test_a_region_must_lie_where_the_image_lies_and_within_what_is_made(run, tmp
         (["--strength", "0.3"], "strength: needs"),
         (["--reference", "labels"], "reference: needs segment"),
         (["--interpolate", "3"], "interpolate: expected two"),
+        (["--interpolate", "0,1", "--sampler", "ddpm"], "interpolate: needs a sampler that draws no fresh"),
+        (["--condition", "class=0", "--condition", "class=1"], "condition: class is given twice"),
+        (["--condition", "image=" + 300 * "x"], "no such file"),
         (["--num", "1", "--maps"], "maps: need at least 2"),
         (["--conditions", "nowhere.csv"], "nowhere.csv"),
     ],

@@ -14,6 +14,7 @@ from ldm3d.conditions import (
     ConditionConfig,
     absent,
     blank,
+    check_indices,
     fit_conditions,
     hide,
     label_shares,
@@ -128,6 +129,20 @@ def test_padding_of_a_caption_changes_nothing():
     assert a.context_mask.tolist() == [[True, True, False]]
 
 
+def test_an_unknown_word_says_nothing_until_training_has_one():
+    encoder = Conditioner(CONFIG, [ALL["text"]], 2, 8).parts[0].encoder
+    assert not encoder.words.weight[0].any()
+    assert encoder.words.weight[1:].any(1).all()
+
+
+@pytest.mark.parametrize(("name", "last"), [("class", 2), ("text", 5)])
+def test_indices_beyond_the_last_are_refused(name, last):
+    """The row behind the classes is the null, and no class."""
+    check_indices({name: torch.tensor([-1, last])}, list(ALL.values()))
+    with pytest.raises(InputError, match=f"condition {name}: expected integers up to {last}, got {last + 1}"):
+        check_indices({name: torch.tensor([0, last + 1])}, list(ALL.values()))
+
+
 def test_words_in_another_order_are_another_caption():
     encoder = noisy(Conditioner(CONFIG, [ALL["text"]], 2, 8))
     ids = torch.tensor([[1, 4, 3, -1, -1, -1], [3, 4, 1, -1, -1, -1]])
@@ -209,7 +224,14 @@ def test_what_is_hidden_depends_on_the_sample_and_not_on_its_place_in_the_batch(
 # --- fitting ------------------------------------------------------------------------------------------------
 
 CASES = {
-    "a": {"class": "0", "sex": "F", "age": "40", "text": "A lesion, left", "report": "a.npz"},
+    "a": {
+        "class": "0",
+        "sex": "F",
+        "age": "40",
+        "text": "A lesion, left",
+        "report": "a.npz",
+        "empty": "0.npz",
+    },
     "b": {"class": "2", "sex": "M", "age": "60", "text": "a lesion; 5.5 mm", "report": "b.pt"},
     "c": {"class": "", "sex": "F", "age": "", "text": "", "report": ""},
     "d": {"class": "1", "sex": "M", "age": "50", "text": "a rare lesion", "report": "a.npz"},
@@ -220,6 +242,7 @@ CASES = {
 def folder(tmp_path):
     np.savez(tmp_path / "a.npz", embedding=np.ones((3, 5), np.float32), mask=np.array([1, 1, 0]))
     torch.save(torch.zeros(4, 5), tmp_path / "b.pt")
+    np.savez(tmp_path / "0.npz", embedding=np.ones((3, 5), np.float32), mask=np.zeros(3))
     return tmp_path
 
 
@@ -268,7 +291,9 @@ def test_cells_become_tensors_and_blanks_are_absent(folder):
     vectors = fitted["report"].encode("a.npz", folder)
     assert vectors[:2].tolist() == [[1.0] * 5] * 2  # the third row is masked
     assert vectors[2:].isnan().all()
-    assert torch.equal(fitted["report"].encode(torch.ones(2, 5))[:2], vectors[:2])
+    for given in (torch.ones(2, 5), np.ones((2, 5))):
+        assert torch.equal(fitted["report"].encode(given)[:2], vectors[:2])
+    assert int(fitted["class"].encode(torch.tensor(1))) == 1
 
 
 @pytest.mark.parametrize(
@@ -280,7 +305,7 @@ def test_cells_become_tensors_and_blanks_are_absent(folder):
         ("age", "1,2", "condition age: expected 1 finite number"),
         ("report", "b.txt", "expected a .npz or .pt"),
         ("report", "none.pt", "none.pt: cannot be read"),
-        ("report", torch.ones(2, 3), r"expected \(L, 5\)"),
+        ("report", torch.ones(2, 3), r"expected \(L, 5\), got shape \(2, 3\)$"),
     ],
 )
 def test_wrong_values_are_told_in_a_line_that_names_the_condition(folder, name, value, words):
@@ -308,6 +333,9 @@ def test_a_bad_cell_names_its_case(folder):
     cases = {**CASES, "d": {**CASES["d"], "age": "fifty"}}
     with pytest.raises(InputError, match="case d: condition age"):
         fit(folder, "number:age", cases=cases)
+    cases = {**CASES, "a": {"empty": "0.npz"}}
+    with pytest.raises(InputError, match="column 'empty': the masks of all training cases leave nothing"):
+        fit(folder, "embedding:empty", cases=cases)
     with pytest.raises(InputError, match="image needs sources"):
         fit_conditions(ConditionConfig(use=("image",)), {}, [], [], 3, False, None, folder)
 

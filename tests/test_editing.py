@@ -153,6 +153,13 @@ def test_interpolation_begins_and_ends_with_the_two_samples():
     assert far[1] < far[2] < far[3]
 
 
+def test_an_interpolation_has_no_samples_beyond_its_ends():
+    model = make_model()
+    for indices in (range(4, 6), [-1]):
+        with pytest.raises(InputError, match="interpolation: has samples 0 to 3"):
+            next(model.stream(indices, 1, edit=Interpolation(model, (3, 7), 4)))
+
+
 def test_interpolation_of_images_goes_from_one_to_the_other():
     model = make_model()
     a, b = image_of(model), image_of(model, 6)
@@ -161,6 +168,11 @@ def test_interpolation_of_images_goes_from_one_to_the_other():
     to_a, to_b = ((path - end).flatten(1).norm(dim=1) for end in ends)
     assert to_a.argmin() == 0
     assert to_b.argmin() == 4
+
+
+def test_there_is_at_least_one_sample():
+    with pytest.raises(InputError, match="num: expected 1 or more, got 0"):
+        make_model().sample(0)
 
 
 @pytest.mark.parametrize(
