@@ -231,7 +231,7 @@ class LatentDiffusion:
             values = values if isinstance(values, list) else [values] * num
             if len(values) != num:
                 raise InputError(
-                    f"condition {c.name}: expected one value or a list of {num}, got {len(values)}"
+                    f"condition {c.name}: expected one value or {num} in a list, got {len(values)}"
                 )
             distinct = {id(value): value for value in values}
             tensors = {key: self._tensor(c, value, amp) for key, value in distinct.items()}

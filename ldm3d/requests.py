@@ -109,9 +109,8 @@ def read_request(config: RequestConfig, run: Path, model: LatentDiffusion, amp: 
         try:
             told.append(model.prepare({name: row.get(name) for name in used}, amp=amp))
         except InputError as e:
-            raise InputError(
-                f"{config.conditions}: {set_name}: {e}" if config.conditions else str(e)
-            ) from None
+            where = f"{config.conditions}: {set_name}: " if config.conditions else ""
+            raise InputError(f"{where}{e}") from None
     conditions = {name: torch.cat([values[name] for values in told]) for name in told[0]}
     return with_edit(Request(names, conditions, rows, infos), config, model)
 
@@ -154,9 +153,7 @@ def tell_of_captions(rows: list[dict[str, str]], known: Sequence[Condition]) -> 
         if words := sorted({word for caption in captions for word in c.unknown_words(caption)}):
             print0(f"note: words that the run does not know: {', '.join(words)}")
         if long := [caption for caption in captions if len(split_words(caption)) > c.length]:
-            print0(
-                f"note: captions are read up to word {c.length}, the length in training, such as {long[0]!r}"
-            )
+            print0(f"note: of captions, {c.length} words are read; longer is {long[0]!r}")
 
 
 def with_sources(

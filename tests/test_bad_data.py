@@ -226,7 +226,6 @@ def test_a_setting_that_does_not_fit_the_folder_is_named(root, changes, parts):
         ("image,mask\nimages/a.nii.gz,\n", ["case a", "no mask"]),
         ("image\nimages/x.nii.gz\n", ["images/x.nii.gz", "no file"]),
         ("image\nimages/a.nii.gz\nimages/a.nii.gz\n", ["listed twice"]),
-        ("image,class\nimages/a.nii.gz,old\n", ["case a", "'old'"]),
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,\n", ["case b", "no split"]),
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,learn\n", ["case b", "'learn'"]),
         ("image\n", ["lists no case"]),

@@ -282,10 +282,11 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
         [str(run), "--interpolate", "0,1", "--num", "2", "--steps", "4", "--out", str(tmp_path / "two")]
     )
     assert [len(files_of(tmp_path / name)) for name in ("edit", "way", "two")] == [1, 3, 2]
-    calls = [
-        json.loads((tmp_path / n / "samples.json").read_text())["network_calls"] for n in ("edit", "two")
-    ]
-    assert calls == [4, 8]  # of 4 steps of heun, and of the half of them that strength 0.5 visits
+    told = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("edit", "two")]
+    assert [how["network_calls"] for how in told] == [
+        4,
+        8,
+    ]  # of 4 steps of heun, and of the half of them that strength 0.5 visits
 
 
 def read_table(run, model, path, text, **more):

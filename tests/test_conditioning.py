@@ -224,14 +224,7 @@ def test_what_is_hidden_depends_on_the_sample_and_not_on_its_place_in_the_batch(
 # --- fitting ------------------------------------------------------------------------------------------------
 
 CASES = {
-    "a": {
-        "class": "0",
-        "sex": "F",
-        "age": "40",
-        "text": "A lesion, left",
-        "report": "a.npz",
-        "empty": "0.npz",
-    },
+    "a": {"class": "0", "sex": "F", "age": "40", "text": "A lesion, left", "report": "a.npz"},
     "b": {"class": "2", "sex": "M", "age": "60", "text": "a lesion; 5.5 mm", "report": "b.pt"},
     "c": {"class": "", "sex": "F", "age": "", "text": "", "report": ""},
     "d": {"class": "1", "sex": "M", "age": "50", "text": "a rare lesion", "report": "a.npz"},
