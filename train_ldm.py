@@ -231,7 +231,7 @@ def with_autoencoder(config: Config) -> Config:
 def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
     """Refuse data settings that the autoencoder was not trained with, and those that would have no effect."""
     ours, theirs = to_dict(config.data), stage_one["config"]["data"]
-    for name in ("dims", "channel", "scaling", "percentiles", "window"):
+    for name in ("dims", "channel", "scaling", "percentiles", "window", "spacing", "resize"):
         if ours[name] != theirs[name]:
             raise InputError(
                 f"data.{name}: the autoencoder was trained with {theirs[name]}, got {ours[name]}"

@@ -514,6 +514,13 @@ def open_data(
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     infos = scan_cases(cases, config, Path(config.cache_dir) / f"scan-{digest}.json")
     state = make_state(cases, infos, split, config, multiple)
+    labels = {label for info in infos.values() for label in info.labels}
+    if not config.num_labels and 2 * len(labels) < (state.num_labels or 0):
+        listed = ",".join(map(str, sorted(labels)))
+        print0(
+            f"note: masks hold {len(labels)} labels and count as {state.num_labels}; if labels are not "
+            f"numbered: --data.label_values {listed}"
+        )
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, state)
 
 

@@ -20,8 +20,10 @@ alike, with 1 every label. The loss of a sample is that of the diffusion plus
 
     w(step) alpha_t^2 / (alpha_t^2 + sigma_t^2) (head + binding_weight binding)
 
-since nobody can segment pure noise; w falls from strong over balanced to minimal. The head gives its logits
-at the resolution of the image, a patch for each latent voxel (Shi et al. 2016, arXiv 1609.05158).
+since nobody can segment pure noise; w falls from strong over balanced to minimal. A sample without a mask
+adds 0 to the mean over the batch, so that each mask weighs alike, however many there are and wherever they
+lie. The head gives its logits at the resolution of the image, a patch for each latent voxel (Shi et al. 2016,
+arXiv 1609.05158).
 
 Register tokens: Darcet et al. 2023, arXiv 2309.16588; zero gates: Alayrac et al. 2022, arXiv 2204.14198.
 Left out: registers that pass information from one place to the next.

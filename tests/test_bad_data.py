@@ -134,6 +134,16 @@ def test_label_values_that_were_not_announced_are_refused(root):
     refused(settings(root, label_values=(0, 2)), "labels/a.nii.gz", "label 1", "(0, 2)")
 
 
+def test_labels_that_are_not_numbered_one_by_one_are_told(root, capsys):
+    for name in "abcd":
+        save(root / f"labels/{name}.nii.gz", (mask() > 0).astype(np.uint8) * 255)
+    assert open_data(settings(root), "heads", seed=0).state.num_labels == 256
+    assert "masks hold 2 labels and count as 256; if" in (told := capsys.readouterr().out)
+    assert "--data.label_values 0,255\n" in told
+    assert open_data(settings(root, label_values=(0, 255)), "heads", seed=0).state.num_labels == 2
+    assert "note" not in capsys.readouterr().out
+
+
 def test_an_image_in_the_place_of_a_label_map_is_found_by_its_values(root):
     save(root / "labels/b.nii.gz", (image() * 1000).astype(np.int32))
     refused(settings(root), "labels/b.nii.gz", "is this a mask?")
