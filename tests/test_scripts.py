@@ -289,7 +289,7 @@ def test_stage_two_can_encode_anew_at_every_step_with_fresh_augmentation(place):
     ("flags", "words"),
     [
         (["--data.scaling", "minmax"], "data.scaling: the autoencoder was trained with percentile"),
-        (["--data.spacing", "20,20"], "data.spacing: the autoencoder was trained with None"),
+        (["--data.percentiles", "1,99"], "data.percentiles: the autoencoder was trained with"),
         (["--data.augment.flip_axes", "1"], "data.num_variants"),
         (["--data.num_variants", "3"], "data.augment"),
     ],
