@@ -67,6 +67,10 @@ from ldm3d.volumes import Volume, spacing_affine, write
 # --- Config -------------------------------------------------------------------------------------------------
 
 
+SEGMENTING = {f.name for f in fields(SegmentConfig)} | {"device"}  # the settings that it reads
+RECONSTRUCTING = {"reconstruct", "out", "format", "amp", "device"}
+
+
 @dataclass(frozen=True)
 class Config(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
@@ -100,10 +104,13 @@ class Config(RequestConfig):
             raise InputError("interpolate: needs a sampler that draws no fresh noise, and eta 0")
         if self.maps and self.samples < 2:
             raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
-        default = {f.name: f.default for f in fields(self)}
-        for name in ("votes", "reference", "part", "window", "overlap", "probabilities"):
-            if not self.segment and getattr(self, name) != default[name]:
-                raise InputError(f"{name}: needs segment")
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        alone = {"votes", "reference", "part", "window", "overlap", "probabilities"}
+        if not self.segment and (alone := alone & given):
+            raise InputError(f"{min(alone)}: needs segment")
+        for job, used in (("segment", SEGMENTING), ("reconstruct", RECONSTRUCTING)):
+            if job in given and (idle := given - used):
+                raise InputError(f"{min(idle)}: has no effect with {job}")
 
 
 def suffix_of(config: Config, state: DataState) -> str:

@@ -222,6 +222,9 @@ def test_what_cannot_be_done_is_refused(run, heads):
     image = str(heads / "images" / "phantom_0000.tif")
     with pytest.raises(InputError, match="with_labels, inpaint: give one of the two"):
         sample.main([str(run), "--with-labels", "--inpaint", image, "--region", image])
+    for job in ("segment", "reconstruct"):
+        with pytest.raises(InputError, match=f"with_labels: has no effect with {job}"):
+            sample.main([str(run), f"--{job}", image, "--with-labels"])
 
 
 @pytest.mark.slow
