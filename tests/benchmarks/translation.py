@@ -14,8 +14,9 @@ PSNR, SSIM, Dice and IoU of the object, by Otsu's threshold of the target (compa
 bright     Dice of what is brighter than mean + std of the target's object
 fine       power in the upper half of frequencies beside the target's, dB: below 0 is blur, above 0 is grain
 
-Copies take the source's values through a map that is fitted on training cases: the best straight line, and
-the best function of one value at all (the mean target value of each of 128 source values). Cases whose target
+Copies take the source's values through a map that is fitted on training cases: the best straight line, the
+one that gives them the histogram of targets, and the best function of one value at all (the mean target value
+of each of 128 source values), which knows more than intensity matching does. Cases whose target
 has one value everywhere, as slices above the head have, are left out: whatever is black there scores without
 end. Intervals in report.json are over cases, which here are slices or patches of one patient. What is done is
 not done again: stopped and started, this script goes on.
@@ -170,8 +171,11 @@ def copies(items: Items) -> dict[str, object]:
     means = torch.bincount(bins(x), y, minlength=128) / counts.clamp(min=1)
     known = counts.nonzero()[:, 0].numpy()  # of values that never occur: between their neighbours'
     means = torch.from_numpy(np.interp(np.arange(128), known, means.numpy()[known])).float()
+    levels, places = (np.quantile(v.numpy(), np.linspace(0, 1, 513)) for v in (y, x))
+    places, first = np.unique(places, return_index=True)  # of many equal values, the background: the lowest
     return {
         "copy, straight line": lambda source: (slope * source + offset).float(),
+        "copy, histogram": lambda source: torch.from_numpy(np.interp(source, places, levels[first])).float(),
         "copy, any function": lambda source: means[bins(source)],
     }
 
