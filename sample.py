@@ -80,7 +80,7 @@ class Config(RequestConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
-    maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples too
+    maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples, into maps/
     with_labels: bool = False  # write label maps too, into labels/ (runs with --anatomy.registers bound)
     registers: bool = True  # false: without the registers that the run has learned, to compare
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
@@ -256,10 +256,10 @@ class Results:
                 self.scores[f"{name} mean"] = self.score(mean.float(), number)
             if is_main() and self.config.maps:
                 std = (sums[1] / self.each - mean.square()).clamp(min=0).sqrt()
-                self.write(f"{name}_mean", number, mean.float())
+                self.write(f"maps/{name}_mean", number, mean.float())
                 zero, width = (self.request.volume(number, v.float(), self.model) for v in (0 * std, std))
                 volume = dataclasses.replace(width, array=width.array - zero.array)  # no offset
-                write(self.folder / f"{name}_std.{self.suffix}", volume)
+                write(self.folder / "maps" / f"{name}_std.{self.suffix}", volume)
         self.scores = {k: v for part in gather(self.scores) for k, v in part.items()}
         barrier()
 

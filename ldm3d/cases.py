@@ -172,6 +172,8 @@ def find_cases(config: DataConfig, root: Path) -> list[Case]:
         raise InputError(f"data.image: missing beside data.{min(globs)}")
     problems: list[str] = []
     if globs:
+        if (root / "cases.csv").exists():
+            print0(f"note: {root / 'cases.csv'} is not read, data.{min(globs)} names the files")
         rows, origin = _rows_of_globs(globs, root, problems)
     else:
         rows, origin = _rows_of_table(config.table, root, problems)
@@ -317,7 +319,15 @@ def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
             raise InputError(
                 f"{path}: no column {column!r}, only {', '.join(reader.fieldnames) or 'nothing'}"
             )
-    return [{column: (cell or "").strip() for column, cell in row.items() if column} for row in reader]
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path}: line {reader.line_num} has not the {len(reader.fieldnames)} cells of the header "
+                f"(cells that hold {mark!r} need quotes)"
+            )
+        rows.append({column: cell.strip() for column, cell in row.items() if column})
+    return rows
 
 
 def _read_msd(path: Path) -> list[dict[str, Any]]:

@@ -176,8 +176,8 @@ class Condition:
 
 
 def split_words(text: str) -> list[str]:
-    """Words, numbers and single marks of a caption, in lower case: "5.2 mm, left" -> 5.2 mm , left."""
-    return re.findall(r"\d+(?:\.\d+)?|\w+|[^\w\s]", text.casefold())
+    """Words and numbers of a caption, in lower case, without marks: "5.2 mm, Left" -> 5.2 mm left."""
+    return re.findall(r"\d+(?:\.\d+)?|\w+", text.casefold())
 
 
 def class_name(value: Any) -> str:

@@ -558,7 +558,9 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state
     paths = [Path(path) for path in paths]
     for path in paths:
         if not os.path.isfile(path):  # Path.is_file raises for names that are too long
-            raise InputError(f"{path}: no such file")
+            raise InputError(
+                f"{path}: " + ("a folder, expected a file" if os.path.isdir(path) else "no such file")
+            )
     cases = [
         Case(f"{i}_{strip_suffix(path)}", path, mask=path if role == "mask" else None)
         for i, path in enumerate(paths)

@@ -301,6 +301,7 @@ class LatentDiffusion:
             raise InputError(f"num: expected 1 or more, got {num}")
         told = self.prepare(conditions or {}, num, amp)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        guidance.check(self.denoiser.conditions)
         guidance.tell_of_idle(told)
         stream = self.stream(
             range(first, first + num),

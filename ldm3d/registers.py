@@ -56,7 +56,7 @@ class RegistersConfig:
     registers: Literal["off", "free", "bound"] = "off"  # bound: to the labels of masks; free: the bank alone
     per_label: int = 4  # registers of each label, the background included
     dim: int = 128  # width of a register
-    weights: tuple[float, float, float] = (2.0, 1.0, 0.25)  # of the losses: strong, balanced, minimal
+    weights: tuple[float, float, float] = (0.5, 0.25, 0.0625)  # of the losses: strong, balanced, minimal
     phases: tuple[float, float, float] = (0.2, 0.4, 0.8)  # shares of run.steps where they stand
     binding_weight: float = 1.0  # of the loss on attention, beside that of the head
     balance: float = 0.5  # 0: every voxel counts alike; 1: every label of a sample does

@@ -38,7 +38,9 @@ class RequestConfig:
     condition: tuple[str, ...] = field(default=(), metadata={"repeat": True})  # NAME=VALUE, repeatable
     conditions: str | None = None  # CSV, each row a set of conditions, its columns their names (and name)
     cases: Literal["train", "val", "test"] | None = None  # the conditions of the run's own cases, and scores
-    guidance: str = "1"  # guidance scale: of all conditions, or of each, such as class=3,text=2
+    guidance: tuple[str, ...] = field(
+        default=("1",), metadata={"repeat": True}
+    )  # 3, of all; or class=3,text=2
     guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions get back their standard deviation
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T between which there is guidance
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
@@ -153,7 +155,8 @@ def tell_of_captions(rows: list[dict[str, str]], known: Sequence[Condition]) -> 
         if words := sorted({word for caption in captions for word in c.unknown_words(caption)}):
             print0(f"note: words that the run does not know: {', '.join(words)}")
         if long := [caption for caption in captions if len(split_words(caption)) > c.length]:
-            print0(f"note: of captions, {c.length} words are read; longer is {long[0]!r}")
+            words = " ".join(split_words(long[0])[: c.length])
+            print0(f"note: captions are read up to {c.length} words; of {long[0]!r} that is {words!r}")
 
 
 def with_sources(
@@ -169,25 +172,27 @@ def with_sources(
     places = model.open([rows[i][name] for i in having], "source")
     for j, i in enumerate(having):
         given[i][name], infos[i] = places[j, j]["image"], places.infos[places.cases[j].id]
-        if max(np.subtract(infos[i].shape, model.state.size)) > 0:
-            print0(f"note: {rows[i][name]} has shape {infos[i].shape}, only its middle is taken")
-        if not np.allclose(infos[i].spacing, model.state.spacing, rtol=0.1):
-            there = "x".join(f"{mm:g}" for mm in model.state.spacing)
-            print0(f"note: {rows[i][name]} has another spacing than the training data, {there} mm")
+    tell_of_places(places, model)
     return infos, given
+
+
+def tell_of_places(places: VolumeDataset, model: LatentDiffusion) -> None:
+    """Notes of files that are larger than what the run makes, or of another spacing."""
+    for case in places.cases:
+        info = places.infos[case.id]
+        if max(np.subtract(info.shape, model.state.size)) > 0:
+            print0(f"note: {case.image} has shape {info.shape}, only its middle is taken")
+        if not np.allclose(info.spacing, model.state.spacing, rtol=0.1):
+            there = "x".join(f"{mm:g}" for mm in model.state.spacing)
+            print0(f"note: {case.image} has another spacing than the training data, {there} mm")
 
 
 def guidance_of(config: RequestConfig) -> Guidance:
     """Guidance of "3", one scale for all conditions, or of "class=3,text=2"."""
-    text, scale = config.guidance, {}
+    text = ",".join(config.guidance)
+    named = pairs(tuple(text.split(",")), "guidance") if "=" in text else {}
     try:
-        if "=" in text:
-            scale = {
-                name.strip(): float(value)
-                for name, value in pairs(tuple(text.split(",")), "guidance").items()
-            }
-        else:
-            scale = float(text)
+        scale = {name.strip(): float(value) for name, value in named.items()} or float(text)
     except ValueError:
         raise InputError(f"guidance: expected a number, or NAME=NUMBER,..., got {text!r}") from None
     return Guidance(scale, config.guidance_rescale, config.guidance_interval)
@@ -218,8 +223,10 @@ def with_edit(request: Request, config: RequestConfig, model: LatentDiffusion) -
     if len(request.names) > 1:
         raise InputError("conditions: editing takes one set of conditions (--condition)")
     if path is None:
-        return dataclasses.replace(request, edit=interpolation(config, model))
+        edit, infos = interpolation(config, model)
+        return dataclasses.replace(request, edit=edit, infos=infos)
     places = model.open([path], "image")
+    tell_of_places(places, model)
     region = read_region(config.region, places, model) if config.region else None
     usual = 1.0 if config.inpaint else 0.5
     strength = usual if config.strength is None else config.strength
@@ -247,13 +254,19 @@ def read_region(path: str, places: VolumeDataset, model: LatentDiffusion) -> Ten
     return region
 
 
-def interpolation(config: RequestConfig, model: LatentDiffusion) -> Interpolation:
+def interpolation(
+    config: RequestConfig, model: LatentDiffusion
+) -> tuple[Interpolation, list[CaseInfo | None]]:
+    """(what is between two samples or images, where it lies: of images where the first lies)."""
     words = [word.strip() for word in config.interpolate.split(",")]
     if len(words) != 2:
         raise InputError(f"interpolate: expected two samples or two images, got {config.interpolate!r}")
-    ends: Any = [int(word) for word in words if word.isdecimal()]
-    if len(ends) < 2:
-        dataset = model.open(words, "image")
-        ends = [dataset[i, i]["image"] for i in range(2)]
+    ends, info = [int(word) for word in words if word.isdecimal()], None
+    if len(ends) == 1:
+        raise InputError(f"interpolate: expected two samples or two images, got {config.interpolate!r}")
+    if not ends:
+        places = model.open(words, "image")
+        tell_of_places(places, model)
+        ends, info = [places[i, i]["image"] for i in range(2)], places.infos[places.cases[0].id]
     strength = 0.3 if config.strength is None else config.strength
-    return Interpolation(model, tuple(ends), config.samples, config.seed, strength)
+    return Interpolation(model, tuple(ends), config.samples, config.seed, strength), [info]

@@ -95,6 +95,12 @@ class Run:
             self._resume(given if given is not None else flatten(config))
         elif self._holds_something_else():
             raise InputError(f"{self.dir}: is not empty, and not a run folder (it has no config.json)")
+        self.initial: dict[str, Any] | None = None
+        if config.run.init and not self.resumed:
+            try:
+                self.initial = load_run(config.run.init, kind)
+            except InputError as e:
+                raise InputError(f"run.init: {e}") from None
         self.step = self.resumed["step"] if self.resumed else 0
         self.best: dict[str, Any] | None = self.resumed["best"] if self.resumed else None
         steps = gather(self.step)
@@ -223,17 +229,14 @@ class Run:
                 thing.load_state_dict(self.resumed["optimizers" if name in optimizers else "others"][name])
             for part in ("model", "ema", "optimizers", "others"):  # they are as large as the run itself
                 del self.resumed[part]
-        elif self.config.run.init:
-            path = self.config.run.init
-            try:
-                content = load_run(path, self.kind)
-            except InputError as e:
-                raise InputError(f"run.init: {e}") from None
-            other = load_weights(net, content["ema"], f"run.init {path}", may_miss, may_have)
+        elif self.initial:
+            where = f"run.init {self.config.run.init}"
+            other = load_weights(net, self.initial["ema"], where, may_miss, may_have)
             ema.net.load_state_dict(net.state_dict())
-            print0(f"weights of {path} (step {content['step']}) taken as the start")
+            print0(f"{where}: weights of step {self.initial['step']} taken as the start")
             if other:
-                print0(f"note: {len(other)} weights are not in both networks: {', '.join(other)}")
+                print0(f"note: {len(other)} weights are not in both networks: {', '.join(other[:3])} ...")
+            self.initial = None
 
     def due(self, every: str) -> bool:
         """Is `run.<every>` due after the step that was just counted? The last step is due for everything."""

@@ -45,8 +45,8 @@ def test_training_logs_what_it_lowers_and_validation_the_dice_of_every_label_and
     assert {"loss", "head", "binding", "anatomy_weight"} <= train.keys()
     wanted = {f"dice_{k}_u{u}" for k in range(1, model.denoiser.num_labels) for u in train_ldm.EVAL_LEVELS}
     assert wanted <= val.keys()
-    assert lines(run)[0]["anatomy_weight"] == 2.0
-    assert train["anatomy_weight"] == 0.25
+    assert lines(run)[0]["anatomy_weight"] == 0.5
+    assert train["anatomy_weight"] == 0.0625
     assert (run / "previews" / "step_0000010.png").exists()
 
 

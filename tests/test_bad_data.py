@@ -240,6 +240,8 @@ def test_a_setting_that_does_not_fit_the_folder_is_named(root, changes, parts):
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,learn\n", ["case b", "'learn'"]),
         ("image\n", ["lists no case"]),
         ("", ["no column 'image'"]),
+        ("image,text\nimages/a.nii.gz,a small, round lesion\n", ["cases.csv: line 2", "2 cells", "quotes"]),
+        ("image,text\nimages/a.nii.gz,\nimages/b.nii.gz\n", ["cases.csv: line 3 has not the 2 cells"]),
     ],
 )
 def test_a_bad_table_is_named_with_the_row(root, text, parts):

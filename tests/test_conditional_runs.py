@@ -181,14 +181,10 @@ def test_sample_takes_conditions_and_puts_the_result_where_its_source_lies(run, 
     ]
     flags += ["--guidance", "class=3,text=2", "--maps", "--out", str(tmp_path / "out")]
     sample.main([str(run), *flags, "--condition", f"image={source}"])
-    assert "does not know: ,, strange" in capsys.readouterr().out
-    assert files_of(tmp_path / "out") == [
-        "sample_0000.tif",
-        "sample_0001.tif",
-        "set_0000_mean.tif",
-        "set_0000_std.tif",
-    ]
-    volumes = [read(tmp_path / "out" / name) for name in files_of(tmp_path / "out")]
+    assert "does not know: strange" in capsys.readouterr().out
+    assert files_of(tmp_path / "out") == ["sample_0000.tif", "sample_0001.tif"]
+    assert files_of(tmp_path / "out" / "maps") == ["set_0000_mean.tif", "set_0000_std.tif"]
+    volumes = [read(f) for place in ("out", "out/maps") for f in sorted((tmp_path / place).glob("*.tif"))]
     assert np.allclose(volumes[0].affine, read(source).affine, atol=1e-3)
     both = np.stack([v.array for v in volumes[:2]])
     assert np.allclose(volumes[2].array, both.mean(0), rtol=1e-3, atol=1e-2 * np.ptp(both))
@@ -282,6 +278,8 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
         [str(run), "--interpolate", "0,1", "--num", "2", "--steps", "4", "--out", str(tmp_path / "two")]
     )
     assert [len(files_of(tmp_path / name)) for name in ("edit", "way", "two")] == [1, 3, 2]
+    between = read(tmp_path / "way" / "sample_0001.tif")
+    assert np.allclose(between.affine, read(a).affine, atol=1e-3)
     told = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("edit", "two")]
     assert [how["network_calls"] for how in told] == [
         4,
@@ -321,7 +319,7 @@ def test_each_row_of_a_table_is_written_where_its_own_source_lies(run, tmp_path,
     assert np.allclose(volumes[0].affine, source.affine)
     assert [v.spacing for v in volumes[1:]] == [(30.0, 20.0), pytest.approx((12.0, 11.0)), (24.0, 22.0)]
     out = capsys.readouterr().out
-    assert f"words are read; longer is '{caption.strip()}'" in out
+    assert f"words; of '{caption.strip()}' that is '" in out
     assert f"{tmp_path}/large.tif has shape (24, 28), only its middle is taken" in out
     assert f"{tmp_path}/large.tif has another spacing than the training data, 12x11 mm" in out
     assert out.count("beside.tif") == 0
@@ -357,7 +355,7 @@ def test_an_edited_image_and_the_maps_of_inpainting_are_in_the_units_of_the_imag
     inpaint = ["--inpaint", tmp_path / "bright.tif", "--region", f"{root}/labels/phantom_0001.tif"]
     sample_main(run, tmp_path / "in", *inpaint, "--num", "2", "--maps")
     both = [read(tmp_path / "in" / f"sample_000{i}.tif").array for i in range(2)]
-    std = read(tmp_path / "in" / "set_0000_std.tif").array
+    std = read(tmp_path / "in" / "maps" / "set_0000_std.tif").array
     assert np.allclose(std, np.std(both, 0), rtol=1e-3, atol=1e-3 * np.ptp(both))
 
 
@@ -427,12 +425,16 @@ def test_a_region_must_lie_where_the_image_lies_and_within_what_is_made(run, tmp
         (["--guidance", "nan", "--condition", "class=1"], "guidance: expected a finite number"),
         (["--edit", "IMAGE", "--strength", "0"], "strength: expected above 0"),
         (["--interpolate", "0,1", "--strength", "0"], "strength: expected above 0"),
+        (["--guidance", "class=2", "--guidance", "class=3"], "guidance: class is given twice"),
+        (["--guidance", "2", "--guidance", "class=3"], "guidance: expected NAME=VALUE, got '2'"),
         (["--guidance_interval", "0.7,0.2"], "guidance_interval"),
+        (["--edit", "."], ".: a folder, expected a file"),
         (["--cases", "test"], "has no test cases"),
         (["--inpaint", "a.tif"], "one needs the other"),
         (["--strength", "0.3"], "strength: needs"),
         (["--reference", "labels"], "reference: needs segment"),
         (["--interpolate", "3"], "interpolate: expected two"),
+        (["--interpolate", "3,a.tif"], "interpolate: expected two samples or two images, got '3,a.tif'"),
         (["--interpolate", "0,1", "--sampler", "ddpm"], "interpolate: needs a sampler that draws no fresh"),
         (["--condition", "class=0", "--condition", "class=1"], "condition: class is given twice"),
         (["--condition", "image=" + 300 * "x"], "no such file"),
