@@ -38,6 +38,7 @@ from ldm3d.data import (
     DataConfig,
     DataState,
     batches,
+    check_labels,
     collate,
     evaluation_batches,
     open_data,
@@ -253,6 +254,8 @@ def open_latent_data(
     known = dataclasses.replace(known, size=config.data.size or known.size, num_labels=data.state.num_labels)
     if config.anatomy.registers != "off" and known.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
+    if config.anatomy.registers != "off" or "labels" in config.condition.use:
+        check_labels(data)
     return dataclasses.replace(data, state=known)
 
 

@@ -485,6 +485,18 @@ class Data:
         return [str(path) for c in cases for path in (c.image, c.mask, c.source) if path is not None]
 
 
+def check_labels(data: Data) -> None:
+    """InputError if the masks, which a network shall learn, hold few of the labels that it would have: those
+    of 0 and 255 count as 256."""
+    found, num = sorted({k for info in data.infos.values() for k in info.labels}), data.state.num_labels or 0
+    if not data.config.num_labels and 4 * len(found) < num:
+        listed = ",".join(map(str, found))
+        raise InputError(
+            f"data.label_values: the masks hold {len(found)} labels and count as {num}; give {listed}, or "
+            f"data.num_labels {num} if the others are meant"
+        )
+
+
 def open_data(
     config: DataConfig,
     preset: str,
@@ -514,13 +526,6 @@ def open_data(
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     infos = scan_cases(cases, config, Path(config.cache_dir) / f"scan-{digest}.json")
     state = make_state(cases, infos, split, config, multiple)
-    labels = {label for info in infos.values() for label in info.labels}
-    if not config.num_labels and 2 * len(labels) < (state.num_labels or 0):
-        listed = ",".join(map(str, sorted(labels)))
-        print0(
-            f"note: masks hold {len(labels)} labels and count as {state.num_labels}; if labels are not "
-            f"numbered: --data.label_values {listed}"
-        )
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, state)
 
 

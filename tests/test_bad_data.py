@@ -12,7 +12,7 @@ import tifffile
 import ldm3d.scan as scan_module
 from ldm3d.cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
 from ldm3d.config import InputError
-from ldm3d.data import batches, open_data
+from ldm3d.data import batches, check_labels, open_data
 from ldm3d.scan import scan_cases
 
 SHAPE = (8, 9, 7)
@@ -134,14 +134,15 @@ def test_label_values_that_were_not_announced_are_refused(root):
     refused(settings(root, label_values=(0, 2)), "labels/a.nii.gz", "label 1", "(0, 2)")
 
 
-def test_labels_that_are_not_numbered_one_by_one_are_told(root, capsys):
+def test_labels_that_are_hardly_numbered_one_by_one_are_not_learned(root):
     for name in "abcd":
         save(root / f"labels/{name}.nii.gz", (mask() > 0).astype(np.uint8) * 255)
-    assert open_data(settings(root), "heads", seed=0).state.num_labels == 256
-    assert "masks hold 2 labels and count as 256; if" in (told := capsys.readouterr().out)
-    assert "--data.label_values 0,255\n" in told
-    assert open_data(settings(root, label_values=(0, 255)), "heads", seed=0).state.num_labels == 2
-    assert "note" not in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"data\.label_values: the masks hold 2 labels .* 256; give 0,255,"):
+        check_labels(open_data(settings(root), "heads", seed=0))
+    for changes, num in (({"label_values": (0, 255)}, 2), ({"num_labels": 256}, 256)):
+        data = open_data(settings(root, **changes), "heads", seed=0)
+        check_labels(data)
+        assert data.state.num_labels == num
 
 
 def test_an_image_in_the_place_of_a_label_map_is_found_by_its_values(root):
