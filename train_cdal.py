@@ -316,6 +316,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     critic = make_critic(config, channels, num_labels).to(device) if config.cdal.has_critic else None
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
+    run.initialise(net)
     run.say()
     logger = run.start(data.split)
     ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())

@@ -451,6 +451,11 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     reseed(config.run.seed, 0)
     net = make_denoiser(config, conditions, data.state.num_labels, autoencoder).to(device)
     kernel = DiffusionKernel(config.kernel)
+    ours = [c.name for c in conditions]
+    if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
+        told = [",".join(names) or "nothing" for names in (theirs, ours)]
+        raise InputError(f"run.init: {config.run.init} is told {told[0]}, this run {told[1]}")
+    run.initialise(net, () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*"))
     run.say()
     logger = run.start(data.split)
     copy_autoencoder(source, run.dir)
@@ -481,8 +486,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
 
     ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
-    may_miss = () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*")
-    run.restore(net, ema, {"denoiser": stepper}, may_miss, mean=mean)
+    run.restore(net, ema, {"denoiser": stepper}, mean=mean)
     sampled = LatentDiffusion(
         autoencoder,
         ema.net,

@@ -487,6 +487,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         critic.check_size(train_set.size)
     state = {"data": data.state.to_dict(), "split": data.split}
     run.check_data(state["data"])
+    run.initialise(net)
     run.say()
     logger = run.start(data.split)
     ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())

@@ -157,18 +157,13 @@ def load_weights(
     state: dict[str, Tensor],
     where: str,
     may_miss: Iterable[str] = (),
-    may_have: Iterable[str] = (),
 ) -> list[str]:
-    """Copy `state` into `net`, strictly: missing and left-over keys must match the shell patterns of the
-    allow-lists.
-
-    Returns the keys that were allowed to be missing or left over, for the caller to tell.
-    """
+    """Copy `state` into `net`, strictly: keys that are missing must match one of the shell patterns
+    `may_miss`, and none may be left over. Returns the keys that were missing, for the caller to tell."""
     own = net.state_dict()
     missing = [k for k in own if k not in state]
-    extra = [k for k in state if k not in own]
     bad = [f"{k} is missing" for k in missing if not any(fnmatch.fnmatch(k, p) for p in may_miss)]
-    bad += [f"{k} is left over" for k in extra if not any(fnmatch.fnmatch(k, p) for p in may_have)]
+    bad += [f"{k} is left over" for k in state if k not in own]
     bad += [
         f"{k} is {tuple(state[k].shape)}, the network wants {tuple(own[k].shape)}"
         for k in own
@@ -178,4 +173,4 @@ def load_weights(
         more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
         raise InputError(f"{where}: the weights do not fit: {'; '.join(bad[:3])}{more}")
     net.load_state_dict(state, strict=False)
-    return missing + extra
+    return missing

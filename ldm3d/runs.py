@@ -206,20 +206,26 @@ class Run:
                     f"now {now[key]}. Put the files back, or start anew with --run.fresh"
                 )
 
+    def initialise(self, net: nn.Module, may_miss: Iterable[str] = ()) -> None:
+        """Give a new run's net the weights of run.init, if there is one; those that match `may_miss` may be
+        missing there."""
+        if self.initial is None:
+            return
+        where = f"run.init {self.config.run.init}"
+        new = load_weights(net, self.initial["ema"], where, may_miss)
+        print0(f"{where}: weights of step {self.initial['step']} taken as the start")
+        if new:
+            print0(f"note: {len(new)} weights are new, such as {new[0]}")
+        self.initial = None
+
     def restore(
         self,
         net: nn.Module,
         ema: EMA,
         optimizers: dict[str, Stepper],
-        may_miss: Iterable[str] = (),
-        may_have: Iterable[str] = (),
         **others: Any,
     ) -> None:
-        """Put the checkpoint's state back (resume), or start from the weights of run.init, or leave all as it
-        is.
-
-        may_miss, may_have: patterns of the weights that run.init's checkpoint may lack or have beside ours.
-        """
+        """Put the checkpoint's state back, if the run goes on."""
         self.sigterm = SigtermFlag()  # until here SIGTERM just ended the process: there was nothing to save
         if self.resumed:
             where = f"{self.dir} step {self.step}"
@@ -229,14 +235,6 @@ class Run:
                 thing.load_state_dict(self.resumed["optimizers" if name in optimizers else "others"][name])
             for part in ("model", "ema", "optimizers", "others"):  # they are as large as the run itself
                 del self.resumed[part]
-        elif self.initial:
-            where = f"run.init {self.config.run.init}"
-            other = load_weights(net, self.initial["ema"], where, may_miss, may_have)
-            ema.net.load_state_dict(net.state_dict())
-            print0(f"{where}: weights of step {self.initial['step']} taken as the start")
-            if other:
-                print0(f"note: {len(other)} weights are not in both networks: {', '.join(other[:3])} ...")
-            self.initial = None
 
     def due(self, every: str) -> bool:
         """Is `run.<every>` due after the step that was just counted? The last step is due for everything."""

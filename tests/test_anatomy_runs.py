@@ -106,12 +106,18 @@ def test_it_starts_from_a_plain_run_and_its_registers_are_new(vae_run, tmp_path,
     train_ldm.main(ldm_flags(vae_run, tmp_path / "plain", 3, *level))
     start = ["--run.init", tmp_path / "plain", "--optim.lr", "1e-9", "--run.ema_decay", "0"]
     train_ldm.main(ldm_flags(vae_run, tmp_path / "bound", 1, *BOUND, *start))
-    assert "weights are not in both networks: unet.registers.bank" in capsys.readouterr().out
+    assert "weights are new, such as unet.registers.bank" in capsys.readouterr().out
     plain, bound = (LatentDiffusion.load(tmp_path / name) for name in ("plain", "bound"))
     x, t = torch.randn(2, *plain.latent_shape), torch.tensor([100.0, 700.0])
     assert torch.allclose(plain.denoiser(x, t), bound.denoiser(x, t), atol=1e-4)
-    with pytest.raises(InputError, match=r"the weights do not fit: unet\.registers"):
-        train_ldm.main(ldm_flags(vae_run, tmp_path / "other", 1, *level, "--run.init", tmp_path / "bound"))
+    for more, words in (
+        ([], r"the weights do not fit: unet\.registers"),
+        (["--condition.use", "class"], "plain is told nothing, this run class"),
+    ):
+        other = ["--run.init", tmp_path / ("plain" if more else "bound")]
+        with pytest.raises(InputError, match=words):
+            train_ldm.main(ldm_flags(vae_run, tmp_path / "other", 1, *level, *more, *other))
+        assert not (tmp_path / "other").exists()
 
 
 def test_the_bank_without_masks_has_the_same_registers_and_no_labels(vae_run, run, tmp_path):

@@ -255,14 +255,11 @@ def test_init_takes_the_weights_of_another_run_and_starts_at_zero(tmp_path):
     config = replace(Config(), {"run.dir": str(tmp_path / "new"), "run.init": str(tmp_path / "run")})
     run = Run("test", config, {})
     other = nn.Linear(2, 1)
-    ema = EMA(other, 0.9)
-    run.restore(other, ema, {})
+    run.initialise(other)
     assert run.step == 0
     assert torch.equal(other.weight, net.weight)
-    assert torch.equal(ema.net.weight, net.weight)
-    bad = Run("test", replace(config, {"run.init": str(tmp_path / "gone")}), {})
     with pytest.raises(InputError, match=r"run\.init.*gone"):
-        bad.restore(other, ema, {})
+        Run("test", replace(config, {"run.init": str(tmp_path / "gone")}), {})
 
 
 def test_the_best_is_kept_apart_and_patience_ends_a_run(tmp_path):
