@@ -323,8 +323,11 @@ def report(
     print(table(scores))
     for title in ("", "mean") if results.scores else ():
         rows = [v for k, v in results.scores.items() if k.endswith(" mean") == bool(title)]
-        rows = [row for row in rows if math.isfinite(row["psnr"])]
-        if rows:
+        known = [row for row in rows if math.isfinite(row["psnr"])]
+        if len(known) < len(rows):
+            left = f"{len(rows) - len(known)} of {len(rows)} {title or 'samples'}"
+            print(f"note: {left} are not scored, their target has one value everywhere")
+        if rows := known:
             means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
             print(table({f"{title or 'samples'} beside targets, {len(rows)}": means}))
     print(f"{total} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))

@@ -284,7 +284,10 @@ def _of_column(
         length = max(len(split_words(cell)) for cell in fitted)
         condition = Condition(kind, name, tuple(words), length=min(length, config.text_length))
     else:
-        vectors = [read_embedding(folder / cell) for cell in fitted]
+        try:
+            vectors = [read_embedding(folder / cell) for cell in fitted]
+        except InputError as e:
+            raise InputError(f"condition.use: column {name!r}: {e}") from None
         length, width = max(len(v) for v in vectors), vectors[0].shape[1]
         if not length:
             raise InputError(f"condition.use: column {name!r}: the masks of all training cases leave nothing")
