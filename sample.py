@@ -106,8 +106,8 @@ class Config(RequestConfig):
             raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         alone = {"votes", "reference", "part", "window", "overlap", "probabilities"}
-        if not self.segment and (alone := alone & given):
-            raise InputError(f"{min(alone)}: needs segment")
+        if not self.segment and (idle := given & alone):
+            raise InputError(f"{min(idle)}: needs segment")
         for job, used in (("segment", SEGMENTING), ("reconstruct", RECONSTRUCTING)):
             if job in given and (idle := given - used):
                 raise InputError(f"{min(idle)}: has no effect with {job}")

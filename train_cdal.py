@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window
 from ldm3d.config import InputError, at_least, parse
-from ldm3d.data import Data, DataConfig, VolumeDataset, batches, check_labels, open_data
+from ldm3d.data import Data, DataConfig, VolumeDataset, batches, check_numbering, open_data
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.distributed import is_main, rank, run_script, setup, world_size, wrap
 from ldm3d.logger import progress, save_sheet
@@ -221,7 +221,7 @@ def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> 
         raise InputError(f"case {without}: has no label map; name them with --data.mask, or in the table")
     if data.state.num_labels < 2:
         raise InputError("data.mask: the label maps hold no label but the background")
-    check_labels(data)
+    check_numbering(data)
     return data
 
 

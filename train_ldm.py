@@ -38,7 +38,7 @@ from ldm3d.data import (
     DataConfig,
     DataState,
     batches,
-    check_labels,
+    check_numbering,
     collate,
     evaluation_batches,
     open_data,
@@ -255,7 +255,7 @@ def open_latent_data(
     if config.anatomy.registers != "off" and known.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
     if config.anatomy.registers != "off" or "labels" in config.condition.use:
-        check_labels(data)
+        check_numbering(data)
     return dataclasses.replace(data, state=known)
 
 

@@ -329,18 +329,14 @@ def absent(value: Tensor) -> Tensor:
     return gone.flatten(1).all(1) if value.ndim > 1 else gone
 
 
-def label_shares(
-    mask: Tensor, num_labels: int, size: Sequence[int], factor: Sequence[int] | None = None
-) -> Tensor:
-    """Labels (B, *S), -1 everywhere in samples without a mask -> (B, K, *size): the share that each label has
-    in every latent voxel; NaN for samples without a mask.
+def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int]) -> Tensor:
+    """Labels (B, *S), -1 everywhere in samples without a mask -> (B, K, *s): the share that each label has in
+    every latent voxel, `factor` voxels of the mask along each axis; NaN for samples without a mask.
 
-    factor: voxels of the mask along each axis of a latent voxel; none: the latent's axes divide the mask's.
-    As in the autoencoder, the edge is repeated at the end of axes that they do not divide.
+    As in the autoencoder, the edge is repeated at the end of axes that the factor does not divide.
     """
     one_hot = F.one_hot(mask.clamp(min=0), num_labels).movedim(-1, 1).float()
-    factor = factor or [-(-n // m) for n, m in zip(mask.shape[1:], size, strict=True)]
-    shares = pad_to_multiple(one_hot, [f * m for f, m in zip(factor, size, strict=True)])
+    shares = pad_to_multiple(one_hot, factor)
     shares = F.avg_pool2d(shares, factor) if len(factor) == 2 else F.avg_pool3d(shares, factor)
     return hide(shares, (mask < 0).flatten(1).all(1))
 

@@ -485,7 +485,7 @@ class Data:
         return [str(path) for c in cases for path in (c.image, c.mask, c.source) if path is not None]
 
 
-def check_labels(data: Data) -> None:
+def check_numbering(data: Data) -> None:
     """InputError if the masks, which a network shall learn, hold few of the labels that it would have: those
     of 0 and 255 count as 256."""
     found, num = sorted({k for info in data.infos.values() for k in info.labels}), data.state.num_labels or 0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import crop_to, pad_to_multiple
+from .blocks import crop_to
 from .conditioning import Conditioned, Conditioner
 from .conditions import Condition, ConditionConfig, check_names
 from .config import InputError
@@ -101,12 +101,11 @@ class Denoiser(nn.Module):
             raise InputError(f"labels: need registers that are bound, these are {self.anatomy.registers}")
         maps: list[Tensor] = []
         h = self.unet.features(*self._inputs(x_t, t, conditions), maps)
-        size, balance = x_t.shape[2:], self.anatomy.balance
-        labels = pad_to_multiple(labels[:, None], self.head.to_voxels.factor)[:, 0]  # as the image was
+        size, factor, balance = x_t.shape[2:], self.head.to_voxels.factor, self.anatomy.balance
         return Supervised(
             self.unet.output(h, size),
             head_loss(self._logits(h, size), labels, balance),
-            binding_loss(maps, labels, self.num_labels, size, self.unet.config.downsampling, balance),
+            binding_loss(maps, labels, self.num_labels, factor, self.unet.config.downsampling, balance),
         )
 
     def label_logits(

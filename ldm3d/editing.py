@@ -61,8 +61,7 @@ class ImageEdit(Edit):
             self.z = model.encode(x[None].to(model.device)).float()  # (1, C_z, *s)
         self.inside = torch.ones_like(self.z[:, :1], dtype=torch.bool)
         if region is not None:
-            factor = model.autoencoder.downsampling
-            shares = label_shares(self.region[None].long(), 2, self.z.shape[2:], factor)[:, 1:]
+            shares = label_shares(self.region[None].long(), 2, model.autoencoder.downsampling)[:, 1:]
             self.inside = neighbours(shares > 0, max_pool).to(self.z.device)  # (1, 1, *s)
 
     def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:

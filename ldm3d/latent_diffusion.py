@@ -256,8 +256,7 @@ class LatentDiffusion:
             if not (0 <= low <= high < c.width or low == high == -1):
                 expected = f"labels from 0 to {c.width - 1}, or -1 everywhere"
                 raise InputError(f"condition {c.name}: expected {expected}, got {low} to {high}")
-            factor = self.autoencoder.downsampling
-            return label_shares(value[None].long(), c.width, self.latent_shape[1:], factor)[0]
+            return label_shares(value[None].long(), c.width, self.autoencoder.downsampling)[0]
         with torch.inference_mode(), autocast(amp, self.device):
             return self.encode(value[None].float().to(self.device))[0].float().cpu()
 

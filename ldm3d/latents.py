@@ -67,8 +67,7 @@ def encode_batch(
     if source is not None:
         made["source"] = source.float()
     if "labels" in kinds:
-        size, factor = posterior.mean.shape[2:], autoencoder.downsampling
-        made["labels"] = label_shares(batch["mask"], kinds["labels"].width, size, factor)
+        made["labels"] = label_shares(batch["mask"], kinds["labels"].width, autoencoder.downsampling)
     if masks:
         made["mask"] = batch["mask"].int()
     return made | ({"spacing": batch["spacing"]} if "spacing" in kinds else {})

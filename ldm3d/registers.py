@@ -163,9 +163,11 @@ def balanced_cross_entropy(log_p: Tensor, shares: Tensor, balance: float) -> Ten
 
 
 def head_loss(logits: Tensor, labels: Tensor, balance: float) -> Tensor:
-    """(B,) of logits (B, K, *s) and labels (B, *S), which may be finer; 0 for samples without labels."""
-    logits, num_labels = logits.float(), logits.shape[1]
-    shares = label_shares(labels, num_labels, logits.shape[2:]).nan_to_num(0.0)
+    """(B,) of logits (B, K, *S) and labels (B, *S), whose edge is repeated where logits go beyond them, as
+    the autoencoder pads images; 0 for samples without labels."""
+    logits, num_labels, size = logits.float(), logits.shape[1], logits.shape[2:]
+    labels = pad_to_multiple(labels[:, None], size)[:, 0]
+    shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
     loss = balanced_cross_entropy(logits.log_softmax(1), shares, balance)
     if num_labels > 1:  # Dice leaves the background out
         loss = loss + dice_loss(logits.softmax(1), shares)
@@ -176,19 +178,19 @@ def binding_loss(
     maps: Sequence[Tensor],
     labels: Tensor,
     num_labels: int,
-    latent: Sequence[int],
+    factor: Sequence[int],
     multiple: Sequence[int],
     balance: float,
 ) -> Tensor:
-    """(B,) of the maps (B, K M, *s) of all places and labels (B, *S); 0 for samples without labels. latent:
-    the size of x_t, which the U-Net pads to a multiple."""
-    shares, terms = label_shares(labels, num_labels, latent).nan_to_num(0.0), []
+    """(B,) of the maps (B, K M, *s) of all places and labels (B, *S); 0 for samples without labels. factor:
+    of the autoencoder, labels' voxels in one of x_t, which the U-Net pads to a multiple."""
+    shares, terms = label_shares(labels, num_labels, factor).nan_to_num(0.0), []
     shares = pad_to_multiple(shares, multiple)
-    pool = F.avg_pool2d if len(latent) == 2 else F.avg_pool3d
+    pool = F.avg_pool2d if len(factor) == 2 else F.avg_pool3d
     for weights in maps:
         attention = by_label(weights, num_labels).sum(2)  # (B, K, *s)
-        factor = [n // m for n, m in zip(shares.shape[2:], weights.shape[2:], strict=True)]
-        terms.append(balanced_cross_entropy((attention + 1e-6).log(), pool(shares, factor), balance))
+        window = [n // m for n, m in zip(shares.shape[2:], weights.shape[2:], strict=True)]
+        terms.append(balanced_cross_entropy((attention + 1e-6).log(), pool(shares, window), balance))
     return torch.stack(terms).mean(0)
 
 

@@ -38,9 +38,7 @@ class RequestConfig:
     condition: tuple[str, ...] = field(default=(), metadata={"repeat": True})  # NAME=VALUE, repeatable
     conditions: str | None = None  # CSV, each row a set of conditions, its columns their names (and name)
     cases: Literal["train", "val", "test"] | None = None  # the conditions of the run's own cases, and scores
-    guidance: tuple[str, ...] = field(
-        default=("1",), metadata={"repeat": True}
-    )  # 3, of all; or class=3,text=2
+    guidance: tuple[str, ...] = field(default=("1",), metadata={"repeat": True})  # scale; or class=3,text=2
     guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions get back their standard deviation
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T between which there is guidance
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly

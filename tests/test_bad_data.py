@@ -12,7 +12,7 @@ import tifffile
 import ldm3d.scan as scan_module
 from ldm3d.cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
 from ldm3d.config import InputError
-from ldm3d.data import batches, check_labels, open_data
+from ldm3d.data import batches, check_numbering, open_data
 from ldm3d.scan import scan_cases
 
 SHAPE = (8, 9, 7)
@@ -138,10 +138,10 @@ def test_labels_that_are_hardly_numbered_one_by_one_are_not_learned(root):
     for name in "abcd":
         save(root / f"labels/{name}.nii.gz", (mask() > 0).astype(np.uint8) * 255)
     with pytest.raises(InputError, match=r"data\.label_values: the masks hold 2 labels .* 256; give 0,255,"):
-        check_labels(open_data(settings(root), "heads", seed=0))
+        check_numbering(open_data(settings(root), "heads", seed=0))
     for changes, num in (({"label_values": (0, 255)}, 2), ({"num_labels": 256}, 256)):
         data = open_data(settings(root, **changes), "heads", seed=0)
-        check_labels(data)
+        check_numbering(data)
         assert data.state.num_labels == num
 
 

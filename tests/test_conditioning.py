@@ -159,7 +159,7 @@ def test_label_shares_are_the_count_of_each_label_in_each_latent_voxel(size, fac
     mask = torch.randint(0, 3, (2, *size))
     mask[1] = -1
     latent = [math.ceil(n / f) for n, f in zip(size, factor, strict=True)]
-    shares = label_shares(mask, 3, latent, factor)
+    shares = label_shares(mask, 3, factor)
     for index in np.ndindex(*latent):
         block = mask[0]
         for axis, (i, f) in enumerate(zip(index, factor, strict=True)):

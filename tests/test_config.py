@@ -1,12 +1,17 @@
 """A configuration survives JSON and the command line; every mistake in one is a line that names the key."""
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from ldm3d.config import InputError, field_comments, flatten, from_dict, parse, replace, to_dict
+import sample
+import train_cdal
+import train_ldm
+import train_vae
+from ldm3d.config import InputError, field_comments, field_types, flatten, from_dict, parse, replace, to_dict
 
 
 # fmt: off
@@ -154,6 +159,18 @@ def test_help_lists_every_field_with_type_default_and_comment(capsys):
     assert all(f"--{key}" in text for key in flatten(Outer()))
     assert "100 % of the steps (int; default 3)" in text
     assert "a kind (one | two; default one)" in text
+
+
+@pytest.mark.parametrize("script", [train_vae, train_ldm, train_cdal, sample])
+def test_every_setting_of_a_script_is_explained(script):
+    def explained(cls):
+        for name, kind in field_types(cls).items():
+            if dataclasses.is_dataclass(kind):
+                explained(kind)
+            else:
+                assert field_comments(cls).get(name), f"{cls.__name__}.{name}"
+
+    explained(script.Config)
 
 
 def test_the_help_of_a_field_is_found_where_the_formatter_wrapped_its_value():

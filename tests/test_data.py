@@ -119,6 +119,15 @@ def test_an_msd_folder_is_recognised_and_its_validation_list_is_the_split(root, 
     assert split_cases(cases, DataConfig(), 0)["val"] == ["case_1"]
 
 
+def test_a_table_beside_globs_is_told_not_to_be_read(tmp_path, capsys):
+    (tmp_path / "a.tif").touch()
+    find_cases(DataConfig(image="*.tif"), tmp_path)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "cases.csv").write_text("image,subject\na.tif,anna\n")
+    assert find_cases(DataConfig(image="*.tif"), tmp_path)[0].subject == "a"
+    assert f"note: {tmp_path}/cases.csv is not read, data.image names the files" in capsys.readouterr().out
+
+
 def test_a_folder_per_case_gives_ids_from_the_paths(root, tmp_path):
     for i in range(2):
         save(tmp_path / f"p{i}/T1.nii", np.arange(64, dtype=np.float32).reshape(4, 4, 4))

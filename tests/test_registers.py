@@ -198,12 +198,12 @@ def test_the_cross_entropy_weighs_labels_as_its_equation_says(balance):
 
 def test_the_binding_loss_is_least_where_each_label_attends_to_its_own_registers():
     labels = torch.randint(4, (1, 16, 24), generator=torch.Generator().manual_seed(0))
-    y = label_shares(labels, 4, (4, 6))
+    y = label_shares(labels, 4, (4, 4))
     right = y.repeat_interleave(3, 1) / 3  # (1, K M, 4, 6): the shares of its voxels, spread over a label's
     wrong = by_label(right, 4).roll(1, 1).flatten(1, 2)
     even = torch.full_like(right, 1 / 12)
     best, guess, worst = (
-        float(binding_loss([m], labels, 4, (4, 6), (1, 1), 0.0)) for m in (right, even, wrong)
+        float(binding_loss([m], labels, 4, (4, 4), (1, 1), 0.0)) for m in (right, even, wrong)
     )
     assert best == pytest.approx(float(torch.special.entr(y).sum(1).mean()), rel=1e-3)
     assert best < guess == pytest.approx(math.log(4), rel=1e-3)
@@ -213,10 +213,10 @@ def test_the_binding_loss_is_least_where_each_label_attends_to_its_own_registers
 def test_the_registers_of_a_label_share_its_voxels_as_they_like():
     labels = torch.zeros(1, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
-    y = label_shares(labels, 2, (2, 2))
+    y = label_shares(labels, 2, (4, 4))
     one = torch.stack([y[:, 0], 0 * y[:, 0], y[:, 1], 0 * y[:, 0]], 1)  # one register of each label does all
     spread = y.repeat_interleave(2, 1) / 2
-    a, b = (binding_loss([m], labels, 2, (2, 2), (1, 1), 0.5) for m in (one, spread))
+    a, b = (binding_loss([m], labels, 2, (4, 4), (1, 1), 0.5) for m in (one, spread))
     assert torch.allclose(a, b)
     assert float(a) < 1e-5
 
@@ -227,7 +227,7 @@ def test_maps_of_a_padded_unet_meet_labels_padded_alike(size):
     labels = torch.zeros(1, *(4 * n for n in size), dtype=torch.int64)
     maps = net.attention_maps(torch.randn(1, 3, *size), torch.zeros(1))
     flat = [m.flatten(1, 2) for m in maps]
-    got = binding_loss(flat, labels, 4, size, net.unet.config.downsampling, 0.5).detach()
+    got = binding_loss(flat, labels, 4, (4, 4), net.unet.config.downsampling, 0.5).detach()
     expected = torch.stack([-m[:, 0].sum(1).log().mean() for m in maps]).mean().detach()  # background
     assert float(got) == pytest.approx(float(expected), rel=1e-3)
 

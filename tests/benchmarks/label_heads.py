@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from anatomy import open_real  # noqa: E402
 
-from ldm3d.blocks import ResBlock  # noqa: E402
+from ldm3d.blocks import ResBlock, crop_to  # noqa: E402
 from ldm3d.data import VolumeDataset  # noqa: E402
 from ldm3d.latent_diffusion import Autoencoder, load_autoencoder  # noqa: E402
 from ldm3d.logger import progress  # noqa: E402
@@ -95,8 +95,8 @@ def score(net: Head, cases: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     rows = []
     for z, image, mask in zip(*(part.split(1) for part in cases), strict=True):
         logits = net(z, image)
-        size = tuple(slice(n) for n in mask.shape[1:])
-        rows.append(dice(logits.argmax(1)[(slice(None), *size)], mask, logits.shape[1]))
+        found = crop_to(logits.argmax(1, keepdim=True), mask.shape[1:])[:, 0]
+        rows.append(dice(found, mask, logits.shape[1]))
     return torch.cat(rows).nanmean(0)
 
 
@@ -116,7 +116,8 @@ def main() -> None:
     sets = [encode(autoencoder, data.dataset(part)) for part in ("train", "test")]
     std, mean = torch.std_mean(sets[0][0], dim=(0, *range(2, sets[0][0].ndim)), keepdim=True)
     learned, held_out = (((z - mean) / std, image, mask) for z, image, mask in sets)
-    lines = []
+    labels = " | ".join(f"label {k}" for k in range(1, data.state.num_labels))
+    lines = [f"| head | {labels} | mean Dice | s / step |", "|---" * (data.state.num_labels + 2) + "|"]
     for kind in ("patch", "upsampled", "decoder"):
         scores, seconds = [], 0.0
         for seed in range(args.seeds):
@@ -129,16 +130,7 @@ def main() -> None:
         mean = torch.stack(scores).mean(0)
         cells = " | ".join(f"{v:.3f}" for v in (*mean, mean.mean()))
         lines.append(f"| {kind} | {cells} | {seconds:.2f} |")
-    labels = " | ".join(f"label {k}" for k in range(1, data.state.num_labels))
-    print(
-        "\n".join(
-            [
-                f"| head | {labels} | mean Dice | s / step |",
-                "|---" * (data.state.num_labels + 2) + "|",
-                *lines,
-            ]
-        )
-    )
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
