@@ -218,13 +218,7 @@ class Run:
             print0(f"note: {len(new)} weights are new, such as {new[0]}")
         self.initial = None
 
-    def restore(
-        self,
-        net: nn.Module,
-        ema: EMA,
-        optimizers: dict[str, Stepper],
-        **others: Any,
-    ) -> None:
+    def restore(self, net: nn.Module, ema: EMA, optimizers: dict[str, Stepper], **others: Any) -> None:
         """Put the checkpoint's state back, if the run goes on."""
         self.sigterm = SigtermFlag()  # until here SIGTERM just ended the process: there was nothing to save
         if self.resumed:

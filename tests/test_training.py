@@ -258,6 +258,10 @@ def test_init_takes_the_weights_of_another_run_and_starts_at_zero(tmp_path):
     run.initialise(other)
     assert run.step == 0
     assert torch.equal(other.weight, net.weight)
+    ema = EMA(other, 0.9)
+    run.restore(other, ema, {})
+    assert torch.equal(other.weight, net.weight)
+    assert torch.equal(ema.net.weight, net.weight)
     with pytest.raises(InputError, match=r"run\.init.*gone"):
         Run("test", replace(config, {"run.init": str(tmp_path / "gone")}), {})
 
