@@ -1,6 +1,8 @@
 """Latents are encoded once, normalised by the statistics of the set, and sampling undoes exactly what
 encoding did."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +18,7 @@ from ldm3d import (
     UNetConfig,
     VAEConfig,
 )
+from ldm3d.cases import AugmentConfig
 from ldm3d.data import DataConfig, open_data
 from ldm3d.latents import LatentDataset, cache_key, cache_latents, latent_statistics
 from ldm3d.phantoms import write_phantoms
@@ -62,6 +65,20 @@ def test_the_cache_holds_what_the_encoder_says_and_is_made_once(data, tmp_path):
     )  # would differ if it were made anew
     assert all(np.array_equal(again[name], tables[name]) for name in tables)
     assert not list((tmp_path / "a").glob("*.partial"))
+
+
+def test_cached_masks_move_with_their_images(data, tmp_path):
+    config = dataclasses.replace(data.config, augment=AugmentConfig(flip_axes=(0, 1)), num_variants=6)
+    flipping = dataclasses.replace(data, config=config).dataset("train", augment=True)
+    vae, still, found = make_vae(), data.dataset("train"), set()
+    tables = cache_latents(vae, flipping, tmp_path, 6, CPU, masks=True)
+    for i, v in np.ndindex(len(still), 6):
+        item, mask = still[i, i], torch.from_numpy(tables["mask"][i, v].astype(np.int64))
+        [axes] = [a for a in [(), (0,), (1,), (0, 1)] if torch.equal(item["mask"].flip(a), mask)]
+        mean = vae.encode(item["image"].flip([1 + a for a in axes])[None]).mean[0]
+        assert torch.allclose(mean, torch.from_numpy(tables["mean"][i, v].copy()), atol=1e-5)
+        found.add(axes)
+    assert len(found) == 4
 
 
 def test_the_key_changes_with_weights_settings_and_files(data):
