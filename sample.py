@@ -321,15 +321,15 @@ def report(
     }
     write_json(folder / "samples.json", how)
     print(table(scores))
-    for title in ("", "mean") if results.scores else ():
-        rows = [v for k, v in results.scores.items() if k.endswith(" mean") == bool(title)]
+    for what in ("samples", "means") if results.scores else ():
+        rows = [row for name, row in results.scores.items() if name.endswith(" mean") == (what == "means")]
         known = [row for row in rows if math.isfinite(row["psnr"])]
         if len(known) < len(rows):
-            left = f"{len(rows) - len(known)} of {len(rows)} {title or 'samples'}"
+            left = f"{len(rows) - len(known)} of {len(rows)} {what}"
             print(f"note: {left} are not scored, their target has one value everywhere")
-        if rows := known:
-            means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
-            print(table({f"{title or 'samples'} beside targets, {len(rows)}": means}))
+        if known:
+            means = {k: sum(row[k] for row in known) / len(known) for k in known[0]}
+            print(table({f"{what} beside targets, {len(known)}": means}))
     print(f"{total} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
 
 

@@ -4,7 +4,7 @@ what it is told, and refuses what it does not know before any work."""
 import csv
 import json
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,11 +221,24 @@ def test_sample_compares_the_cases_of_a_part_with_their_targets(run, tmp_path):
     assert sheet.shape[-1] == 60
 
 
-def test_a_target_of_one_value_has_no_score():
+def test_a_target_of_one_value_has_no_score(run, tmp_path, capsys):
     """Whatever is black there would score without end."""
-    case = {"image": torch.full((1, 8, 8), -1.0)}
-    results = SimpleNamespace(request=SimpleNamespace(places={(0, 0): case}))
-    assert all(np.isnan(v) for v in sample.Results.score(results, torch.zeros(1, 8, 8), 0).values())
+    root = LatentDiffusion.load(run).layout.root
+    name = json.loads((run / "split.json").read_text())["val"][0]
+    path = Path(f"{root}/images/{name}.tif")
+    kept, volume = path.read_bytes(), read(path)
+    write(path, replace(volume, array=np.zeros_like(volume.array)), overwrite=True)
+    try:
+        sample.main([str(run), "--cases", "val", "--num", "2", "--steps", "2", "--out", str(tmp_path)])
+    finally:
+        path.write_bytes(kept)
+    scores = json.loads((tmp_path / "samples.json").read_text())["cases_scores"]
+    blank = {f"{name}{end}" for end in ("_00", "_01", " mean")}
+    assert {k for k, row in scores.items() if set(row.values()) == {None}} == blank
+    said, num = capsys.readouterr().out, len(scores) // 3
+    assert f"note: 2 of {2 * num} samples are not scored" in said
+    assert f"note: 1 of {num} means are not scored" in said
+    assert f"samples beside targets, {2 * num - 2}" in said
 
 
 @pytest.mark.slow
