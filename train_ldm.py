@@ -181,14 +181,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Source and target are aligned, so the source enters beside x_t; --condition.use tokens is the other way.
     "tiff-translation": SMALL
     | {
-        "run.steps": 2000,
+        "batch_size": 4,
+        "run.steps": 2500,
         "data.num_variants": 16,
         "data.augment.flip_axes": (1,),
         "data.augment.affine": 0.7,
         "condition.use": ("image",),
         "unet.channels": (32, 64, 128),
         "unet.num_res_blocks": (1,),
-        "unet.attention_levels": (False, True, False),
+        "unet.attention_levels": (False, False, True),
     },
     # Small rotations and shifts; hardly any scaling, since the size of a shape tells of its class.
     "adrenal": SMALL

@@ -101,11 +101,13 @@ class Denoiser(nn.Module):
             raise InputError(f"labels: need registers that are bound, these are {self.anatomy.registers}")
         maps: list[Tensor] = []
         h = self.unet.features(*self._inputs(x_t, t, conditions), maps)
-        size, factor, balance = x_t.shape[2:], self.head.to_voxels.factor, self.anatomy.balance
+        size, factor = x_t.shape[2:], self.head.to_voxels.factor
         return Supervised(
             self.unet.output(h, size),
-            head_loss(self._logits(h, size), labels, balance),
-            binding_loss(maps, labels, self.num_labels, factor, self.unet.config.downsampling, balance),
+            head_loss(self._logits(h, size), labels),
+            binding_loss(
+                maps, labels, self.num_labels, factor, self.unet.config.downsampling, self.anatomy.balance
+            ),
         )
 
     def label_logits(

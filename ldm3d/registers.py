@@ -11,12 +11,13 @@ U-Net, at the place p (a layer) with features h (B, C, *s),
 Masks supervise this in training; sampling needs none. With y (B, K, *s) the share of each label in a voxel,
 A_c the attention to the registers of label c, summed over these and averaged over heads,
 
-    binding = mean over p of CE(A, y)                     a register means its label
-    head    = CE(g, y) + Dice(softmax(g), y)              g: logits from the finest features of the decoder
-    CE(p, y) = -sum_c f_c^(1 - balance) mean_c(log p_c) / sum_c f_c^(1 - balance)
+    binding = mean over p of CE_b(A, y)                   a register means its label
+    head    = CE_0(g, y) + Dice(softmax(g), y)            g: logits from the finest features of the decoder
+    CE_b(p, y) = -sum_c f_c^(1 - b) mean_c(log p_c) / sum_c f_c^(1 - b)
 
-mean_c weighs voxels by y_c, and f_c is the share of label c in the sample: with balance 0 every voxel counts
-alike, with 1 every label. The loss of a sample is that of the diffusion plus
+mean_c weighs voxels by y_c, and f_c is the share of label c in the sample: with b = 0 every voxel counts
+alike, with b = 1 every label. The head's is 0, and Dice minds small labels (Isensee et al. 2021, nnU-Net):
+with more, labels come out too large. The loss of a sample is that of the diffusion plus
 
     w(step) alpha_t^2 / (alpha_t^2 + sigma_t^2) (head + binding_weight binding)
 
@@ -59,7 +60,7 @@ class RegistersConfig:
     weights: tuple[float, float, float] = (0.5, 0.25, 0.0625)  # of the losses: strong, balanced, minimal
     phases: tuple[float, float, float] = (0.2, 0.4, 0.8)  # shares of run.steps where they stand
     binding_weight: float = 1.0  # of the loss on attention, beside that of the head
-    balance: float = 0.5  # 0: every voxel counts alike; 1: every label of a sample does
+    balance: float = 0.5  # in the loss on attention, 0: every voxel counts alike; 1: every label of a sample
     head_width: int = 64  # channels of the head that predicts labels
 
     def __post_init__(self) -> None:
@@ -162,14 +163,14 @@ def balanced_cross_entropy(log_p: Tensor, shares: Tensor, balance: float) -> Ten
     return (weight * per_label).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
-def head_loss(logits: Tensor, labels: Tensor, balance: float) -> Tensor:
+def head_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) of logits (B, K, *S) and labels (B, *S), whose edge is repeated where logits go beyond them, as
     the autoencoder pads images; 0 for samples without labels."""
     logits, num_labels, size = logits.float(), logits.shape[1], logits.shape[2:]
-    labels = pad_to_multiple(labels[:, None], size)[:, 0]
-    shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
-    loss = balanced_cross_entropy(logits.log_softmax(1), shares, balance)
+    labels = pad_to_multiple(labels[:, None], size)[:, 0].long()
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none").flatten(1).mean(1)
     if num_labels > 1:  # Dice leaves the background out
+        shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
         loss = loss + dice_loss(logits.softmax(1), shares)
     return loss * ~absent(labels)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ldm3d import Denoiser, InputError, UNetConfig
 from ldm3d.blocks import SpaceToDepth
 from ldm3d.conditions import label_shares
+from ldm3d.losses import dice_loss
 from ldm3d.phantoms import make_phantom
 from ldm3d.register_analysis import Attention
 from ldm3d.registers import (
@@ -268,8 +269,17 @@ def test_the_head_is_supervised_at_the_resolution_of_the_image():
     logits = net.label_logits(x, t)
     assert logits.shape == (2, 4, 20, 24)
     perfect = 50 * F.one_hot(label_full(labels, (20, 24)), 4).movedim(-1, 1).float()
-    assert head_loss(perfect, labels, 0.5).abs().max() < 1e-3
-    assert head_loss(logits, labels, 0.5).min() > 1.0
+    assert head_loss(perfect, labels).abs().max() < 1e-3
+    assert head_loss(logits, labels).min() > 1.0
+
+
+def test_the_loss_of_the_head_is_cross_entropy_of_every_voxel_alike_and_dice():
+    _, _, labels = arguments()
+    logits = torch.randn(2, 4, *labels.shape[1:])
+    p, y = logits.softmax(1), F.one_hot(labels, 4).movedim(-1, 1)
+    entropy = -(p * y).sum(1).log().flatten(1).mean(1)
+    assert torch.allclose(head_loss(logits, labels), entropy + dice_loss(p, y.float()), atol=1e-5)
+    assert torch.equal(head_loss(logits, torch.full_like(labels, -1)), torch.zeros(2))
 
 
 def label_full(labels, size):
