@@ -167,10 +167,10 @@ def head_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) of logits (B, K, *S) and labels (B, *S), whose edge is repeated where logits go beyond them, as
     the autoencoder pads images; 0 for samples without labels."""
     logits, num_labels, size = logits.float(), logits.shape[1], logits.shape[2:]
-    labels = pad_to_multiple(labels[:, None], size)[:, 0].long()
-    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none").flatten(1).mean(1)
+    labels = pad_to_multiple(labels[:, None], size)[:, 0]
+    shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
+    loss = -(shares * logits.log_softmax(1)).sum(1).flatten(1).mean(1)
     if num_labels > 1:  # Dice leaves the background out
-        shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
         loss = loss + dice_loss(logits.softmax(1), shares)
     return loss * ~absent(labels)
 
