@@ -81,9 +81,7 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
         strides = [2 if size >= 4 else 1 for size in error.shape[2:]]
         if max(strides) == 1:
             break
-        for axis, stride in enumerate(
-            strides, start=2
-        ):  # not avg_pool3d: on a GPU its gradient is not bit-exact
+        for axis, stride in enumerate(strides, start=2):  # avg_pool3d's gradient is not bit-exact on a GPU
             pairs = error.narrow(axis, 0, error.shape[axis] // stride * stride).unflatten(axis, (-1, stride))
             error = pairs.mean(axis + 1) if stride > 1 else error
     return torch.stack(terms).mean(0)

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from .blocks import CrossAttention, DepthToSpace, pad_to_multiple, position_features, to_map, to_tokens
 from .conditions import absent, label_shares
 from .config import InputError, at_least
-from .losses import dice_loss
+from .losses import cross_entropy_loss, dice_loss
 from .normconv import Conv, GroupNorm, norm_conv
 from .unet import UNetConfig
 
@@ -166,12 +166,12 @@ def balanced_cross_entropy(log_p: Tensor, shares: Tensor, balance: float) -> Ten
 def head_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) of logits (B, K, *S) and labels (B, *S), whose edge is repeated where logits go beyond them, as
     the autoencoder pads images; 0 for samples without labels."""
-    logits, num_labels, size = logits.float(), logits.shape[1], logits.shape[2:]
-    labels = pad_to_multiple(labels[:, None], size)[:, 0]
-    shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
-    loss = -(shares * logits.log_softmax(1)).sum(1).flatten(1).mean(1)
+    num_labels = logits.shape[1]
+    labels = pad_to_multiple(labels[:, None], logits.shape[2:])[:, 0]
+    known = labels.clamp(min=0)
+    loss = cross_entropy_loss(logits, known)
     if num_labels > 1:  # Dice leaves the background out
-        loss = loss + dice_loss(logits.softmax(1), shares)
+        loss = loss + dice_loss(logits.softmax(1), F.one_hot(known, num_labels).movedim(-1, 1))
     return loss * ~absent(labels)
 
 
