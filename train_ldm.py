@@ -156,6 +156,7 @@ PHANTOM: dict[str, Any] = SMALL | {
 HIPPOCAMPUS: dict[str, Any] = SMALL | {"run.steps": 2500, "data.crop": "random", "data.num_variants": 8}
 
 ANATOMY: dict[str, Any] = {"anatomy.registers": "bound", "unet.attention_levels": (True,)}
+RARE: dict[str, Any] = ANATOMY | {"anatomy.head_balance": 0.5}  # lesions are a few voxels in a thousand
 
 PRESETS: dict[str, dict[str, Any]] = {
     "phantom": PHANTOM,
@@ -163,10 +164,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hippocampus": HIPPOCAMPUS,
     # Registers bound to the labels of the masks (registers.py), on the autoencoders of these presets.
     # Attention at every level, so that registers are read as finely as latents go.
-    "phantom-anatomy": PHANTOM | ANATOMY | {"vae": "runs/vae-phantom", "unet.head_channels": 24},
+    "phantom-anatomy": PHANTOM | RARE | {"vae": "runs/vae-phantom", "unet.head_channels": 24},
     "hippocampus-anatomy": HIPPOCAMPUS | ANATOMY | {"vae": "runs/vae-hippocampus"},
     "brats2013-anatomy": SMALL
-    | ANATOMY
+    | RARE
     | {
         "vae": "runs/vae-brats2013",
         "batch_size": 2,

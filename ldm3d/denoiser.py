@@ -101,13 +101,12 @@ class Denoiser(nn.Module):
             raise InputError(f"labels: need registers that are bound, these are {self.anatomy.registers}")
         maps: list[Tensor] = []
         h = self.unet.features(*self._inputs(x_t, t, conditions), maps)
-        size, factor = x_t.shape[2:], self.head.to_voxels.factor
+        size, factor, config = x_t.shape[2:], self.head.to_voxels.factor, self.anatomy
+        multiple = self.unet.config.downsampling
         return Supervised(
             self.unet.output(h, size),
-            head_loss(self._logits(h, size), labels),
-            binding_loss(
-                maps, labels, self.num_labels, factor, self.unet.config.downsampling, self.anatomy.balance
-            ),
+            head_loss(self._logits(h, size), labels, config.head_balance),
+            binding_loss(maps, labels, self.num_labels, factor, multiple, config.balance),
         )
 
     def label_logits(

@@ -11,13 +11,14 @@ U-Net, at the place p (a layer) with features h (B, C, *s),
 Masks supervise this in training; sampling needs none. With y (B, K, *s) the share of each label in a voxel,
 A_c the attention to the registers of label c, summed over these and averaged over heads,
 
-    binding = mean over p of CE_b(A, y)                   a register means its label
-    head    = CE_0(g, y) + Dice(softmax(g), y)            g: logits from the finest features of the decoder
+    binding = mean over p of CE_b(A, y),  b = balance             a register means its label
+    head    = CE_b(g, y) + Dice(softmax(g), y),  b = head_balance
     CE_b(p, y) = -sum_c f_c^(1 - b) mean_c(log p_c) / sum_c f_c^(1 - b)
 
-mean_c weighs voxels by y_c, and f_c is the share of label c in the sample: with b = 0 every voxel counts
-alike, with b = 1 every label. The head's is 0, and Dice minds small labels (Isensee et al. 2021, nnU-Net):
-with more, labels come out too large. The loss of a sample is that of the diffusion plus
+with g the logits from the finest features of the decoder. mean_c weighs voxels by y_c, and f_c is the share
+of label c in the sample: with b = 0 every voxel counts alike, with b = 1 every label. The head's is 0, since
+with more its labels come out too large; where some are a few voxels in a thousand it learns them sooner with
+more. The loss of a sample is that of the diffusion plus
 
     w(step) alpha_t^2 / (alpha_t^2 + sigma_t^2) (head + binding_weight binding)
 
@@ -45,7 +46,7 @@ from torch import Tensor, nn
 from .blocks import CrossAttention, DepthToSpace, pad_to_multiple, position_features, to_map, to_tokens
 from .conditions import absent, label_shares
 from .config import InputError, at_least
-from .losses import cross_entropy_loss, dice_loss
+from .losses import dice_loss
 from .normconv import Conv, GroupNorm, norm_conv
 from .unet import UNetConfig
 
@@ -61,6 +62,7 @@ class RegistersConfig:
     phases: tuple[float, float, float] = (0.2, 0.4, 0.8)  # shares of run.steps where they stand
     binding_weight: float = 1.0  # of the loss on attention, beside that of the head
     balance: float = 0.5  # in the loss on attention, 0: every voxel counts alike; 1: every label of a sample
+    head_balance: float = 0.0  # in that of the head, where more than 0 makes labels larger, rare ones sooner
     head_width: int = 64  # channels of the head that predicts labels
 
     def __post_init__(self) -> None:
@@ -70,8 +72,9 @@ class RegistersConfig:
             raise InputError(f"weights: expected numbers from 0 on, got {self.weights}")
         if not 0 <= self.phases[0] <= self.phases[1] <= self.phases[2] <= 1:
             raise InputError(f"phases: expected three rising shares from 0 to 1, got {self.phases}")
-        if not 0 <= self.balance <= 1:
-            raise InputError(f"balance: expected a number from 0 to 1, got {self.balance}")
+        for name in ("balance", "head_balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
 
 
 def anatomy_weight(config: RegistersConfig, step: int, steps: int) -> float:
@@ -163,15 +166,15 @@ def balanced_cross_entropy(log_p: Tensor, shares: Tensor, balance: float) -> Ten
     return (weight * per_label).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
-def head_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def head_loss(logits: Tensor, labels: Tensor, balance: float) -> Tensor:
     """(B,) of logits (B, K, *S) and labels (B, *S), whose edge is repeated where logits go beyond them, as
     the autoencoder pads images; 0 for samples without labels."""
-    num_labels = logits.shape[1]
-    labels = pad_to_multiple(labels[:, None], logits.shape[2:])[:, 0]
-    known = labels.clamp(min=0)
-    loss = cross_entropy_loss(logits, known)
+    logits, num_labels, size = logits.float(), logits.shape[1], logits.shape[2:]
+    labels = pad_to_multiple(labels[:, None], size)[:, 0]
+    shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
+    loss = balanced_cross_entropy(logits.log_softmax(1), shares, balance)
     if num_labels > 1:  # Dice leaves the background out
-        loss = loss + dice_loss(logits.softmax(1), F.one_hot(known, num_labels).movedim(-1, 1))
+        loss = loss + dice_loss(logits.softmax(1), shares)
     return loss * ~absent(labels)
 
 

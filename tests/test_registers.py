@@ -269,17 +269,17 @@ def test_the_head_is_supervised_at_the_resolution_of_the_image():
     logits = net.label_logits(x, t)
     assert logits.shape == (2, 4, 20, 24)
     perfect = 50 * F.one_hot(label_full(labels, (20, 24)), 4).movedim(-1, 1).float()
-    assert head_loss(perfect, labels).abs().max() < 1e-3
-    assert head_loss(logits, labels).min() > 1.0
+    assert head_loss(perfect, labels, 0.5).abs().max() < 1e-3
+    assert head_loss(logits, labels, 0.5).min() > 1.0
 
 
-def test_the_loss_of_the_head_is_cross_entropy_of_every_voxel_alike_and_dice():
+def test_the_loss_of_the_head_is_cross_entropy_and_dice():
     _, _, labels = arguments()
     logits = torch.randn(2, 4, *labels.shape[1:])
     p, y = logits.softmax(1), F.one_hot(labels, 4).movedim(-1, 1)
     entropy = -(p * y).sum(1).log().flatten(1).mean(1)
-    assert torch.allclose(head_loss(logits, labels), entropy + dice_loss(p, y.float()), atol=1e-5)
-    assert torch.equal(head_loss(logits, torch.full_like(labels, -1)), torch.zeros(2))
+    assert torch.allclose(head_loss(logits, labels, 0.0), entropy + dice_loss(p, y.float()), atol=1e-5)
+    assert torch.equal(head_loss(logits, torch.full_like(labels, -1), 0.0), torch.zeros(2))
 
 
 def label_full(labels, size):
@@ -306,7 +306,8 @@ def test_the_weight_falls_from_strong_over_balanced_to_minimal():
     [
         ({"weights": (2.0, -1.0, 0.1)}, "weights: expected numbers from 0 on"),
         ({"phases": (0.5, 0.2, 0.8)}, "phases: expected three rising shares"),
-        ({"balance": 1.5}, "balance: expected a number from 0 to 1"),
+        ({"balance": 1.5}, "^balance: expected a number from 0 to 1"),
+        ({"head_balance": -1}, "head_balance: expected a number from 0 to 1"),
         ({"per_label": 0}, "per_label: expected at least 1, got 0"),
     ],
 )

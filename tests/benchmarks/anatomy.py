@@ -73,6 +73,7 @@ DATA = {  # flags of train_vae.py, train_ldm.py, train_cdal.py
     ),
 }
 ROWS = {"plain": "off", "free": "free", "bound": "bound"}
+RARE = ["--anatomy.head_balance", "0.5"]  # as the preset phantom-anatomy has it
 Figures = dict[str, float]
 
 
@@ -106,6 +107,7 @@ def steps_in(given: argparse.Namespace, flags: list[str], folder: Path) -> int:
 def train_denoiser(given: argparse.Namespace, row: str, seed: int, out: Path) -> Path:
     run = out / f"ldm-{row}-{seed}"
     flags = [*DATA[given.data][1], "--vae", str(out / "vae"), "--anatomy.registers", ROWS[row]]
+    flags += RARE if row == "bound" and given.data != "hippocampus" else []
     steps = given.steps
     if given.minutes:
         speed = out / f"speed-{row}"

@@ -84,7 +84,7 @@ def train(net: Head, cases: tuple[Tensor, Tensor, Tensor], steps: int, batch_siz
         drawn = torch.randint(len(cases[0]), (batch_size,))
         z, image, mask = (part[drawn] for part in cases)
         optimizer.zero_grad()
-        head_loss(net(z, image), mask).mean().backward()
+        head_loss(net(z, image), mask, 0.0).mean().backward()
         optimizer.step()
         schedule.step()
 
