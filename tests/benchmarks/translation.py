@@ -306,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=Path("runs/translation"), help="folder of the runs")
+    parser.add_argument("--ways", default="", help="image,tokens: how the source enters; else the task's")
     parser.add_argument("--num", type=int, default=8, help="samples of every test case")
     parser.add_argument("--sample_steps", type=int, default=20)
     parser.add_argument("--regression_steps", type=int, default=0, help="0 = the task's own")
@@ -316,6 +317,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     task = TASKS[args.task]
+    if args.ways:
+        task = dataclasses.replace(task, ways=tuple(args.ways.split(",")))
     args.out.mkdir(parents=True, exist_ok=True)
     runs = train(args.task, task, args.out, {"vae": args.vae.split(), "ldm": args.ldm.split()})
     test(args.task, task, runs, args)
