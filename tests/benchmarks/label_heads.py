@@ -77,14 +77,16 @@ def encode(autoencoder: Autoencoder, dataset: VolumeDataset) -> tuple[Tensor, Te
     return tuple(torch.cat(column).clone() for column in zip(*rows, strict=True))
 
 
-def train(net: Head, cases: tuple[Tensor, Tensor, Tensor], steps: int, batch_size: int) -> None:
+def train(
+    net: Head, cases: tuple[Tensor, Tensor, Tensor], steps: int, batch_size: int, balance: float
+) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in progress(range(steps), net.kind):
         drawn = torch.randint(len(cases[0]), (batch_size,))
         z, image, mask = (part[drawn] for part in cases)
         optimizer.zero_grad()
-        head_loss(net(z, image), mask, 0.0).mean().backward()
+        head_loss(net(z, image), mask, balance).mean().backward()
         optimizer.step()
         schedule.step()
 
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--balance", type=float, default=0.0, help="head_balance of registers.py")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")
     args = parser.parse_args()
     if args.threads:
@@ -124,7 +127,7 @@ def main() -> None:
             torch.manual_seed(seed)
             net = Head(kind, autoencoder, data.state.channels, data.state.num_labels)
             start = time.process_time()
-            train(net, learned, args.steps, args.batch_size)
+            train(net, learned, args.steps, args.batch_size, args.balance)
             seconds += (time.process_time() - start) / (args.steps * args.seeds)
             scores.append(score(net, held_out))
         mean = torch.stack(scores).mean(0)
