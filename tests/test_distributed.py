@@ -114,36 +114,36 @@ def overflow_on_one_rank() -> tuple[list[bool], list[float]]:
 
 
 def on_each_rank(number: int, port: int, folder: str) -> None:
-    tiny.join(number, port)
-    result = {"step": train_two_steps(), "adversarial": train_against_a_critic()}
-    result["overflow"] = overflow_on_one_rank()
-    mean = Mean()
-    if rank() == 0:
-        mean.add(only_here=torch.tensor([1.0, 3.0]))  # a rank without cases adds nothing
-    result["only here"] = mean.take()
-    for batch in evaluation_batches(Numbers(), 2):  # 7 cases: 4 on rank 0, 3 on rank 1
-        mean.add(index=batch["index"].double())
-    result["mean"] = mean.take()["index"]
-    result["cases"] = gather([b["index"].tolist() for b in evaluation_batches(Numbers(), 2)])
-    mean.add(kept=torch.tensor(0.1 + rank()))
-    half_way, mean = mean.state_dict(), Mean()  # a checkpoint between two log lines
-    mean.load_state_dict(half_way)
-    result["kept"] = mean.take()
-    result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
-    result["any"] = (any_rank(rank() == 1), any_rank(False))
-    result["share"] = share({"from": rank()})
-    with main_first():
-        path = Path(folder) / "made_by"
-        result["made"] = path.read_text() if path.exists() else path.write_text(str(rank()))
-    net = nn.Linear(2, 1)
-    stepper = Stepper(net, OptimConfig(), RunConfig(), 4, CPU)
-    with torch.no_grad():
-        net.weight.fill_(1.0)
-    stepper.backward(net(torch.full((1, 2), float("nan") if rank() else 1.0)).mean())
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        result["bad step taken"] = stepper.step(0)
-    result["said"] = said.getvalue()
-    torch.save(result, f"{folder}/{number}.pt")
+    with tiny.rank_of_two(number, port):
+        result = {"step": train_two_steps(), "adversarial": train_against_a_critic()}
+        result["overflow"] = overflow_on_one_rank()
+        mean = Mean()
+        if rank() == 0:
+            mean.add(only_here=torch.tensor([1.0, 3.0]))  # a rank without cases adds nothing
+        result["only here"] = mean.take()
+        for batch in evaluation_batches(Numbers(), 2):  # 7 cases: 4 on rank 0, 3 on rank 1
+            mean.add(index=batch["index"].double())
+        result["mean"] = mean.take()["index"]
+        result["cases"] = gather([b["index"].tolist() for b in evaluation_batches(Numbers(), 2)])
+        mean.add(kept=torch.tensor(0.1 + rank()))
+        half_way, mean = mean.state_dict(), Mean()  # a checkpoint between two log lines
+        mean.load_state_dict(half_way)
+        result["kept"] = mean.take()
+        result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
+        result["any"] = (any_rank(rank() == 1), any_rank(False))
+        result["share"] = share({"from": rank()})
+        with main_first():
+            path = Path(folder) / "made_by"
+            result["made"] = path.read_text() if path.exists() else path.write_text(str(rank()))
+        net = nn.Linear(2, 1)
+        stepper = Stepper(net, OptimConfig(), RunConfig(), 4, CPU)
+        with torch.no_grad():
+            net.weight.fill_(1.0)
+        stepper.backward(net(torch.full((1, 2), float("nan") if rank() else 1.0)).mean())
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            result["bad step taken"] = stepper.step(0)
+        result["said"] = said.getvalue()
+        torch.save(result, f"{folder}/{number}.pt")
 
 
 @pytest.fixture(scope="module")

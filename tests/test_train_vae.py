@@ -207,9 +207,9 @@ JOBS = {"codebook": codebook_updates, "adaptive weight": adaptive_weight_of, "cr
 
 
 def on_each_rank(number: int, port: int, folder: str) -> None:
-    tiny.join(number, port)
-    part = slice(2 * number, 2 * number + 2)
-    torch.save({name: job(part) for name, job in JOBS.items()}, f"{folder}/{number}.pt")
+    with tiny.rank_of_two(number, port):
+        part = slice(2 * number, 2 * number + 2)
+        torch.save({name: job(part) for name, job in JOBS.items()}, f"{folder}/{number}.pt")
 
 
 def test_codebook_adaptive_weight_and_critic_of_two_ranks_are_those_of_the_joined_batch(tmp_path):

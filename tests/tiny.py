@@ -67,12 +67,16 @@ def torchrun(*arguments: object, ranks: int = 2, port: int = 0, **more: object) 
     )
 
 
-def join(number: int, port: int) -> None:
-    """In a spawned process: be rank `number` of two on this machine, on one thread."""
+@contextlib.contextmanager
+def rank_of_two(number: int, port: int):
+    """Be rank `number` of two, on one thread, in a spawned process, which ends with the block."""
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     setup("cpu")
+    yield
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # as run_script does: threads of gloo may abort a process whose work is done
 
 
 def descendants(pid: int) -> list[int]:
