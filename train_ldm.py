@@ -163,7 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # About 20 minutes on 2 CPU cores. With one encoding a case the validation loss rises from step 2000 on.
     "hippocampus": HIPPOCAMPUS,
     # Registers bound to the labels of the masks (registers.py), on the autoencoders of these presets.
-    # Attention at every level, so that registers are read as finely as latents go.
+    # Attention at every level (BRATS: but the finest), so that registers are read as finely as latents go.
     "phantom-anatomy": PHANTOM | RARE | {"vae": "runs/vae-phantom", "unet.head_channels": 24},
     "hippocampus-anatomy": HIPPOCAMPUS | ANATOMY | {"vae": "runs/vae-hippocampus"},
     "brats2013-anatomy": SMALL

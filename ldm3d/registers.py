@@ -12,13 +12,13 @@ Masks supervise this in training; sampling needs none. With y (B, K, *s) the sha
 A_c the attention to the registers of label c, summed over these and averaged over heads,
 
     binding = mean over p of CE_b(A, y),  b = balance             a register means its label
-    head    = CE_b(g, y) + Dice(softmax(g), y),  b = head_balance
-    CE_b(p, y) = -sum_c f_c^(1 - b) mean_c(log p_c) / sum_c f_c^(1 - b)
+    head    = CE_b(p, y) + Dice(p, y),  b = head_balance,  p = softmax of the head's logits
+    CE_b(q, y) = -sum_c f_c^(1 - b) mean_c(log q_c) / sum_c f_c^(1 - b)
 
-with g the logits from the finest features of the decoder. mean_c weighs voxels by y_c, and f_c is the share
-of label c in the sample: with b = 0 every voxel counts alike, with b = 1 every label. The head's is 0, since
-with more its labels come out too large; where some are a few voxels in a thousand it learns them sooner with
-more. The loss of a sample is that of the diffusion plus
+The logits come from the finest features of the decoder. mean_c weighs voxels by y_c, and f_c is the share of
+label c in the sample: with b = 0 every voxel counts alike, with b = 1 every label. head_balance is 0: with
+more, labels come out too large, but those of a few voxels in a thousand are learned sooner. The loss of a
+sample is that of the diffusion plus
 
     w(step) alpha_t^2 / (alpha_t^2 + sigma_t^2) (head + binding_weight binding)
 
@@ -61,8 +61,8 @@ class RegistersConfig:
     weights: tuple[float, float, float] = (0.5, 0.25, 0.0625)  # of the losses: strong, balanced, minimal
     phases: tuple[float, float, float] = (0.2, 0.4, 0.8)  # shares of run.steps where they stand
     binding_weight: float = 1.0  # of the loss on attention, beside that of the head
-    balance: float = 0.5  # in the loss on attention, 0: every voxel counts alike; 1: every label of a sample
-    head_balance: float = 0.0  # in that of the head, where more than 0 makes labels larger, rare ones sooner
+    balance: float = 0.5  # of the loss on attention; 0: every voxel counts alike, 1: every label of a sample
+    head_balance: float = 0.0  # the same of the head; above 0 rare labels are learned sooner, too large
     head_width: int = 64  # channels of the head that predicts labels
 
     def __post_init__(self) -> None:

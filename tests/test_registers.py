@@ -282,6 +282,15 @@ def test_the_loss_of_the_head_is_cross_entropy_and_dice():
     assert torch.equal(head_loss(logits, torch.full_like(labels, -1), 0.0), torch.zeros(2))
 
 
+def test_each_of_the_two_losses_has_a_balance_of_its_own():
+    net, (x, t, labels) = make(config=dataclasses.replace(CONFIG, balance=1.0, head_balance=0.0)), arguments()
+    labels[:, 3:] = 0  # most of it is background
+    out, multiple = net(x, t, labels=labels), net.unet.config.downsampling
+    maps = [m.flatten(1, 2) for m in net.attention_maps(x, t)]
+    assert torch.allclose(out.head, head_loss(net.label_logits(x, t), labels, 0.0), atol=1e-5)
+    assert torch.allclose(out.binding, binding_loss(maps, labels, 4, (4, 4), multiple, 1.0), atol=1e-5)
+
+
 def label_full(labels, size):
     """Labels with their edge repeated at the end, as the autoencoder pads images."""
     for axis, n in enumerate(size, start=1):
