@@ -73,7 +73,7 @@ DATA = {  # flags of train_vae.py, train_ldm.py, train_cdal.py
     ),
 }
 ROWS = {"plain": "off", "free": "free", "bound": "bound"}
-RARE = ["--anatomy.head_balance", "0.5"]  # as the preset phantom-anatomy has it
+RARE = ["--anatomy.head_balance", str(train_ldm.RARE["anatomy.head_balance"])]  # for phantoms
 Figures = dict[str, float]
 
 

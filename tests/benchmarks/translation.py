@@ -306,7 +306,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=Path("runs/translation"), help="folder of the runs")
-    parser.add_argument("--ways", default="", help="image,tokens: how the source enters; else the task's")
+    ways = ("image", "tokens")
+    parser.add_argument("--ways", nargs="+", choices=ways, help="how the source enters; else the task's own")
     parser.add_argument("--num", type=int, default=8, help="samples of every test case")
     parser.add_argument("--sample_steps", type=int, default=20)
     parser.add_argument("--regression_steps", type=int, default=0, help="0 = the task's own")
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     task = TASKS[args.task]
     if args.ways:
-        task = dataclasses.replace(task, ways=tuple(args.ways.split(",")))
+        task = dataclasses.replace(task, ways=tuple(args.ways))
     args.out.mkdir(parents=True, exist_ok=True)
     runs = train(args.task, task, args.out, {"vae": args.vae.split(), "ldm": args.ldm.split()})
     test(args.task, task, runs, args)
