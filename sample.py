@@ -36,11 +36,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm3d.checkpoint import load_run
 from ldm3d.config import InputError, at_least, read_command, to_dict
-from ldm3d.data import DataState, open_folder
+from ldm3d.data.dataset import DataState, open_folder
+from ldm3d.data.scan import load_role
+from ldm3d.data.transforms import centred
+from ldm3d.data.volumes import Volume, spacing_affine, write
 from ldm3d.denoiser import Denoiser
-from ldm3d.distributed import (
+from ldm3d.engine.checkpoint import load_run
+from ldm3d.engine.distributed import (
     all_reduce_sum,
     barrier,
     gather,
@@ -51,18 +54,15 @@ from ldm3d.distributed import (
     setup,
     world_size,
 )
+from ldm3d.engine.logger import progress, save_sheet
+from ldm3d.engine.memory_plan import Plan, decode, weight_bytes
+from ldm3d.engine.training import autocast
+from ldm3d.evaluation.statistics import new_folder
 from ldm3d.guidance import branch_weights
+from ldm3d.inference.sampling_request import Request, RequestConfig, guidance_of, read_request
+from ldm3d.inference.segmentation import SegmentConfig, file_labels, overlay, segment_files
 from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder, new_like
-from ldm3d.logger import progress, save_sheet
-from ldm3d.memory import Plan, decode, weight_bytes
 from ldm3d.metrics import psnr, set_statistics, ssim
-from ldm3d.requests import Request, RequestConfig, guidance_of, read_request
-from ldm3d.scan import load_role
-from ldm3d.scores import new_folder
-from ldm3d.segmentation import SegmentConfig, file_labels, overlay, segment_files
-from ldm3d.training import autocast
-from ldm3d.transforms import centred
-from ldm3d.volumes import Volume, spacing_affine, write
 
 # --- Config -------------------------------------------------------------------------------------------------
 

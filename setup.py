@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VIZ = ["matplotlib", "tensorboard"]
@@ -17,8 +17,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["ldm3d"],
-    package_data={"ldm3d": ["*.css", "*.js"]},
+    packages=find_packages(include=["ldm3d", "ldm3d.*"]),
+    package_data={"ldm3d": ["py.typed"], "ldm3d.reports": ["*.css", "*.js"]},
     scripts=["train_vae.py", "train_ldm.py", "train_cdal.py", "sample.py"],
     install_requires=["torch>=2.6", "numpy", "nibabel", "tifffile", "tqdm"],
     extras_require={

@@ -31,16 +31,14 @@ from torch import Tensor
 
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window
 from ldm3d.config import InputError, at_least, parse
-from ldm3d.data import Data, DataConfig, VolumeDataset, batches, check_numbering, open_data
+from ldm3d.data.dataset import Data, DataConfig, VolumeDataset, batches, check_numbering, open_data
+from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
-from ldm3d.distributed import is_main, rank, run_script, setup, world_size, wrap
-from ldm3d.logger import progress, save_sheet
-from ldm3d.memory import Plan, weight_bytes
-from ldm3d.metrics import dice
-from ldm3d.phantoms import phantom_folder
-from ldm3d.runs import Run
-from ldm3d.segmentation import overlay
-from ldm3d.training import (
+from ldm3d.engine.distributed import is_main, rank, run_script, setup, world_size, wrap
+from ldm3d.engine.logger import progress, save_sheet
+from ldm3d.engine.memory_plan import Plan, weight_bytes
+from ldm3d.engine.runs import Run
+from ldm3d.engine.training import (
     EMA,
     Mean,
     OptimConfig,
@@ -54,6 +52,8 @@ from ldm3d.training import (
     ranks_share,
     reseed,
 )
+from ldm3d.inference.segmentation import overlay
+from ldm3d.metrics import dice
 from ldm3d.unet import UNetConfig
 
 # --- Config and presets -------------------------------------------------------------------------------------

@@ -29,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm3d.cases import AugmentConfig
-from ldm3d.checkpoint import load_run
 from ldm3d.conditions import OF_SOURCE, Condition, ConditionConfig, absent, fit_conditions, hide
 from ldm3d.config import InputError, from_dict, parse, replace, to_dict
-from ldm3d.data import (
+from ldm3d.data.cases import AugmentConfig
+from ldm3d.data.dataset import (
     Data,
     DataConfig,
     DataState,
@@ -45,7 +44,27 @@ from ldm3d.data import (
 )
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.distributed import is_main, print0, run_script, setup, world_size, wrap
+from ldm3d.engine.checkpoint import load_run
+from ldm3d.engine.distributed import is_main, print0, run_script, setup, world_size, wrap
+from ldm3d.engine.logger import progress, save_sheet
+from ldm3d.engine.memory_plan import Plan, decode, encode, weight_bytes
+from ldm3d.engine.runs import Run
+from ldm3d.engine.training import (
+    EMA,
+    Mean,
+    OptimConfig,
+    RunConfig,
+    Speed,
+    Stepper,
+    autocast,
+    keyed_normal,
+    keyed_uniform,
+    micro_batches,
+    ranks_share,
+    reseed,
+    to_device,
+)
+from ldm3d.inference.segmentation import overlay
 from ldm3d.latent_diffusion import (
     Autoencoder,
     LatentDiffusion,
@@ -61,27 +80,8 @@ from ldm3d.latents import (
     encode_batch,
     latent_statistics,
 )
-from ldm3d.logger import progress, save_sheet
-from ldm3d.memory import Plan, decode, encode, weight_bytes
 from ldm3d.metrics import dice, set_statistics
 from ldm3d.registers import RegistersConfig, anatomy_weight
-from ldm3d.runs import Run
-from ldm3d.segmentation import overlay
-from ldm3d.training import (
-    EMA,
-    Mean,
-    OptimConfig,
-    RunConfig,
-    Speed,
-    Stepper,
-    autocast,
-    keyed_normal,
-    keyed_uniform,
-    micro_batches,
-    ranks_share,
-    reseed,
-    to_device,
-)
 from ldm3d.unet import UNetConfig
 
 # --- Config and presets -------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ldm3d.blocks import Conv
 from ldm3d.config import InputError, at_least, parse
-from ldm3d.data import (
+from ldm3d.data.dataset import (
     BothRoles,
     Data,
     DataConfig,
@@ -42,8 +42,9 @@ from ldm3d.data import (
     evaluation_batches,
     open_data,
 )
+from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
-from ldm3d.distributed import (
+from ldm3d.engine.distributed import (
     is_main,
     keyed_generator,
     print0,
@@ -52,8 +53,24 @@ from ldm3d.distributed import (
     world_size,
     wrap,
 )
+from ldm3d.engine.logger import progress, save_sheet
+from ldm3d.engine.memory_plan import Plan, weight_bytes
+from ldm3d.engine.runs import Run
+from ldm3d.engine.training import (
+    EMA,
+    Mean,
+    OptimConfig,
+    RunConfig,
+    Speed,
+    Stepper,
+    autocast,
+    keyed_normal,
+    micro_batches,
+    ranks_share,
+    reseed,
+    to_device,
+)
 from ldm3d.latent_diffusion import Autoencoder, make_autoencoder
-from ldm3d.logger import progress, save_sheet
 from ldm3d.losses import (
     AdversarialKind,
     PerceptualConfig,
@@ -69,24 +86,7 @@ from ldm3d.losses import (
     ramp,
     reconstruction_loss,
 )
-from ldm3d.memory import Plan, weight_bytes
 from ldm3d.metrics import ms_ssim, psnr, ssim
-from ldm3d.phantoms import phantom_folder
-from ldm3d.runs import Run
-from ldm3d.training import (
-    EMA,
-    Mean,
-    OptimConfig,
-    RunConfig,
-    Speed,
-    Stepper,
-    autocast,
-    keyed_normal,
-    micro_batches,
-    ranks_share,
-    reseed,
-    to_device,
-)
 from ldm3d.vae import Posterior, VAEConfig
 from ldm3d.vqvae import Quantized, QuantizerConfig, quantizer_loss
 

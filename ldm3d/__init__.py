@@ -3,7 +3,8 @@
 from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from .conditions import Condition, ConditionConfig
 from .config import InputError
-from .data import DataConfig, VolumeDataset
+from .data.dataset import DataConfig, VolumeDataset
+from .data.volumes import Volume, read, write
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .discriminators import (
@@ -12,14 +13,13 @@ from .discriminators import (
     TimeDiscriminator,
     TimeDiscriminatorConfig,
 )
-from .editing import ImageEdit, Interpolation
 from .guidance import Guidance
+from .inference.editing import ImageEdit, Interpolation
+from .inference.segmentation import load_segmenter
 from .latent_diffusion import LatentDiffusion
 from .registers import RegistersConfig
-from .segmentation import load_segmenter
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
-from .volumes import Volume, read, write
 from .vqvae import VQVAE, QuantizerConfig
 
 __version__ = "0.1.0"

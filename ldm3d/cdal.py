@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from .blocks import DepthToSpace, Encoder, SpaceToDepth, crop_to, pad_to_multiple, per_level
 from .config import InputError, at_least, show
 from .diffusion_kernel import posterior_coefficients
-from .distributed import keyed_generator
+from .engine.distributed import keyed_generator
 from .losses import (
     critic_accuracy,
     cross_entropy_loss,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import crop_to
-from .conditioning import Conditioned, Conditioner
+from .conditioner import Conditioned, Conditioner
 from .conditions import Condition, ConditionConfig, check_names
 from .config import InputError
 from .registers import LabelHead, Registers, RegistersConfig, binding_loss, by_label, head_loss

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .conditions import Condition, absent, check_names, hide
 from .config import InputError
-from .distributed import print0
+from .engine.distributed import print0
 
 
 @dataclass(frozen=True)

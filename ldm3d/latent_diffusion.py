@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .blocks import crop_to
-from .checkpoint import load_run, load_weights, save
 from .conditions import (
     OF_SOURCE,
     OF_VOLUMES,
@@ -37,14 +36,15 @@ from .conditions import (
     label_shares,
 )
 from .config import InputError, from_dict, read_json
-from .data import Data, DataConfig, DataState, VolumeDataset, open_data, open_files
+from .data.dataset import Data, DataConfig, DataState, VolumeDataset, open_data, open_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .distributed import is_main, keyed_generator
+from .engine.checkpoint import load_run, load_weights, save
+from .engine.distributed import is_main, keyed_generator
+from .engine.training import autocast
 from .guidance import Guidance, guided
 from .latents import Autoencoder
 from .registers import RegistersConfig
-from .training import autocast
 from .unet import UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 from .vqvae import VQVAE, QuantizerConfig

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .cases import Case
 from .conditions import OF_SOURCE, OF_VOLUMES, Condition, label_shares
 from .config import InputError
-from .data import DataConfig, DataState, VolumeDataset, collate
-from .distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
-from .logger import progress
-from .training import autocast, to_device
+from .data.cases import Case
+from .data.dataset import DataConfig, DataState, VolumeDataset, collate
+from .engine.distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
+from .engine.logger import progress
+from .engine.training import autocast, to_device
 from .vae import AutoencoderKL
 from .vqvae import VQVAE
 

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import InputError
-from .distributed import all_reduce_sum, world_size
+from .engine.distributed import all_reduce_sum, world_size
 
 AdversarialKind = Literal["hinge", "lsgan", "non_saturating"]
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from .blocks import Conv, Decoder, Encoder, crop_to, pad_to_multiple, trunk_options
 from .config import InputError, at_least
-from .distributed import all_reduce_sum, rank, world_size
+from .engine.distributed import all_reduce_sum, rank, world_size
 
 CHUNK = 2**23  # entries of the largest table of distances at a time: 32 MiB
 

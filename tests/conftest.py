@@ -50,7 +50,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def heads(tmp_path_factory) -> Path:
     """A folder of twelve 2-D heads of 16 x 20 voxels, the data of tests/tiny.py."""
-    from ldm3d.phantoms import write_phantoms
+    from ldm3d.data.phantoms import write_phantoms
 
     place = tmp_path_factory.mktemp("tiny")
     write_phantoms(place / "heads", 12, dims=2, size=(16, 20), spacing=(12.0, 11.0))

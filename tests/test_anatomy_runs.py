@@ -14,12 +14,13 @@ from tiny import ROOT, ldm_flags, lines, torchrun, vae_flags
 import sample
 import train_ldm
 import train_vae
-from ldm3d import InputError, LatentDiffusion, analysis, read, write
-from ldm3d.checkpoint import load, step_files
+from ldm3d import InputError, LatentDiffusion, read, write
 from ldm3d.config import parse, replace
-from ldm3d.memory import Plan
-from ldm3d.phantoms import write_phantoms
-from ldm3d.register_analysis import Attention
+from ldm3d.data.phantoms import write_phantoms
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.memory_plan import Plan
+from ldm3d.reports.__main__ import main as reports_main
+from ldm3d.reports.register_analysis import Attention
 
 BOUND = ["--anatomy.registers", "bound", "--anatomy.dim", "16", "--anatomy.head_width", "8"]
 BOUND += ["--unet.attention_levels", "true"]
@@ -286,7 +287,7 @@ def test_the_report_tells_what_the_registers_do(which, request, tmp_path):
     folder = request.getfixturevalue(which)
     folder = folder / "ldm" if which == "some_masks" else folder
     flags = ["--steps", "2", "--shown", "1", "--out", str(tmp_path / "out")]
-    analysis.main(["registers", str(folder), *flags])
+    reports_main(["registers", str(folder), *flags])
     report = json.loads((tmp_path / "out" / "registers.json").read_text())
     bank = LatentDiffusion.load(folder).denoiser.unet.registers.bank
     assert np.allclose(report["norms"], bank.norm(dim=2).detach(), rtol=1e-5)

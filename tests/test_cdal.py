@@ -26,11 +26,11 @@ from ldm3d.cdal import (
     window_weight,
 )
 from ldm3d.config import InputError
+from ldm3d.data.phantoms import make_phantom
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
-from ldm3d.distributed import keyed_generator, rank, wrap
+from ldm3d.engine.distributed import keyed_generator, rank, wrap
+from ldm3d.engine.training import autocast, keyed_normal
 from ldm3d.metrics import dice
-from ldm3d.phantoms import make_phantom
-from ldm3d.training import autocast, keyed_normal
 from ldm3d.unet import UNetConfig
 
 CPU = torch.device("cpu")

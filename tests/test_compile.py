@@ -10,7 +10,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, Denoiser, UNetConfig, VAEConfig
-from ldm3d.checkpoint import load, step_files
+from ldm3d.engine.checkpoint import load, step_files
 
 
 @pytest.fixture(autouse=True)

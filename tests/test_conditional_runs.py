@@ -15,13 +15,13 @@ import sample
 import train_ldm
 import train_vae
 from ldm3d import InputError, LatentDiffusion, Volume, read, write
-from ldm3d.cases import DataConfig, find_cases, split_cases
-from ldm3d.checkpoint import load, step_files
 from ldm3d.conditions import absent
-from ldm3d.data import open_data
-from ldm3d.distributed import run_script
-from ldm3d.phantoms import write_phantoms
-from ldm3d.requests import RequestConfig, read_region, read_request, request_of_cases
+from ldm3d.data.cases import DataConfig, find_cases, split_cases
+from ldm3d.data.dataset import open_data
+from ldm3d.data.phantoms import write_phantoms
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.distributed import run_script
+from ldm3d.inference.sampling_request import RequestConfig, read_region, read_request, request_of_cases
 
 KINDS = "class,text,number:age,spacing,image,labels,tokens,embedding:report"
 USE = ["--condition.use", KINDS, "--condition.context_dim", "16"]
@@ -525,7 +525,7 @@ def test_validation_within_subjects_leaves_a_gap_and_whole_subjects_are_the_test
 
 
 def test_an_autoencoder_of_both_roles_sees_the_sources_too(place, tmp_path):
-    from ldm3d.data import BothRoles
+    from ldm3d.data.dataset import BothRoles
 
     config = DataConfig(root=str(place / "heads"), dims=2, cache_dir=str(tmp_path))
     dataset = open_data(config, "phantom", 0).dataset("train")

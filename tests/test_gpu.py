@@ -11,9 +11,9 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, LatentDiffusion, UNet, UNetConfig, VAEConfig
-from ldm3d.checkpoint import load, step_files
-from ldm3d.memory import Plan, decode
-from ldm3d.training import EMA, autocast
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.memory_plan import Plan, decode
+from ldm3d.engine.training import EMA, autocast
 
 pytestmark = pytest.mark.gpu
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

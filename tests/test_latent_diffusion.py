@@ -18,10 +18,10 @@ from ldm3d import (
     UNetConfig,
     VAEConfig,
 )
-from ldm3d.cases import AugmentConfig
-from ldm3d.data import DataConfig, open_data
+from ldm3d.data.cases import AugmentConfig
+from ldm3d.data.dataset import DataConfig, open_data
+from ldm3d.data.phantoms import write_phantoms
 from ldm3d.latents import LatentDataset, cache_key, cache_latents, latent_statistics
-from ldm3d.phantoms import write_phantoms
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, DiffusionKernel, KernelConfig, VAEConfig
 from ldm3d.blocks import GroupNorm
-from ldm3d.checkpoint import load, step_files
-from ldm3d.training import EMA, OptimConfig, RunConfig, Stepper, amp_dtype, autocast
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.training import EMA, OptimConfig, RunConfig, Stepper, amp_dtype, autocast
 
 CPU = torch.device("cpu")
 

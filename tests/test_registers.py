@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from ldm3d import Denoiser, InputError, UNetConfig
 from ldm3d.blocks import SpaceToDepth
 from ldm3d.conditions import label_shares
+from ldm3d.data.phantoms import make_phantom
 from ldm3d.losses import dice_loss
-from ldm3d.phantoms import make_phantom
-from ldm3d.register_analysis import Attention
 from ldm3d.registers import (
     Registers,
     RegistersConfig,
@@ -24,6 +23,7 @@ from ldm3d.registers import (
     by_label,
     head_loss,
 )
+from ldm3d.reports.register_analysis import Attention
 
 CONFIG = RegistersConfig(registers="bound", per_label=3, dim=16, head_width=8)
 

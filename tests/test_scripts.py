@@ -18,9 +18,9 @@ import sample
 import train_ldm
 import train_vae
 from ldm3d import InputError, LatentDiffusion, read
-from ldm3d.checkpoint import load, step_files
-from ldm3d.distributed import run_script
-from ldm3d.phantoms import write_phantoms
+from ldm3d.data.phantoms import write_phantoms
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.distributed import run_script
 
 ROOT = Path(__file__).parents[1]
 VAE = """--vae.channels 8,16 --vae.num_groups 4 --vae.num_res_blocks 1 --vae.stem 2 --vae.latent_channels 3

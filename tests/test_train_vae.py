@@ -17,13 +17,14 @@ from torch import nn
 import sample
 import train_ldm
 import train_vae
-from ldm3d import LatentDiffusion, evaluation, read
-from ldm3d.checkpoint import load, step_files
+from ldm3d import LatentDiffusion, read
+from ldm3d.data.phantoms import write_phantoms
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
-from ldm3d.distributed import run_script, wrap
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.distributed import run_script, wrap
+from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.latent_diffusion import load_autoencoder
 from ldm3d.losses import VGG16, adaptive_weight
-from ldm3d.phantoms import write_phantoms
 from ldm3d.vqvae import VQVAE, QuantizerConfig, VectorQuantizer
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ def test_stage_two_and_sampling_run_on_a_codebook(place):
     sample.main([str(place / "ldm"), "--num", "1", "--steps", "2"])
     sample.main([str(place / "vq"), "--reconstruct", str(place / "heads" / "images")])
     assert read(next((place / "ldm" / "samples-001").glob("sample_*"))).shape == (24, 28)
-    evaluation.main(["reconstruct", str(place / "vq"), "--resamples", "5"])
+    evaluation_main(["reconstruct", str(place / "vq"), "--resamples", "5"])
     report = json.loads((place / "vq" / "evaluation-001" / "report.json").read_text())
     assert report["codebook"]["codes"] == 32
     assert 1 < report["codebook"]["perplexity"] <= report["codebook"]["used"] <= 32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ldm3d.distributed import setup
+from ldm3d.engine.distributed import setup
 
 ROOT = Path(__file__).parents[1]
 RUN = """--run.eval_every 10 --run.save_every 5 --run.log_every 1 --run.ema_decay 0.9 --optim.warmup_steps 0

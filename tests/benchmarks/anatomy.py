@@ -46,14 +46,14 @@ import train_cdal  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d import read  # noqa: E402
-from ldm3d.checkpoint import load_run  # noqa: E402
 from ldm3d.config import from_dict  # noqa: E402
-from ldm3d.data import Data, DataConfig, DataState, open_data  # noqa: E402
-from ldm3d.distributed import choose_device  # noqa: E402
+from ldm3d.data.dataset import Data, DataConfig, DataState, open_data  # noqa: E402
+from ldm3d.data.phantoms import write_phantoms  # noqa: E402
+from ldm3d.engine.checkpoint import load_run  # noqa: E402
+from ldm3d.engine.distributed import choose_device  # noqa: E402
+from ldm3d.evaluation.morphology import label_components  # noqa: E402
+from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, open_images, segment_files  # noqa: E402
 from ldm3d.metrics import dice, frechet_distance  # noqa: E402
-from ldm3d.morphology import label_components  # noqa: E402
-from ldm3d.phantoms import write_phantoms  # noqa: E402
-from ldm3d.segmentation import SegmentConfig, load_segmenter, open_images, segment_files  # noqa: E402
 
 TEST = ["--data.test_fraction", "0.2"]
 SPLIT = ["--data.subject", "none", "--data.test_fraction", "0"]  # the table tells it

@@ -34,15 +34,15 @@ sys.path.insert(0, str(ROOT))
 
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
-from ldm3d.cases import AugmentConfig  # noqa: E402
-from ldm3d.checkpoint import load_run  # noqa: E402
 from ldm3d.config import from_dict  # noqa: E402
-from ldm3d.data import Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.data.cases import AugmentConfig  # noqa: E402
+from ldm3d.data.dataset import Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.engine.checkpoint import load_run  # noqa: E402
+from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
+from ldm3d.engine.training import OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
+from ldm3d.evaluation.statistics import write_report  # noqa: E402
 from ldm3d.guidance import Guidance  # noqa: E402
 from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
-from ldm3d.logger import progress, save_sheet  # noqa: E402
-from ldm3d.scores import write_report  # noqa: E402
-from ldm3d.training import OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
 
 # --- the judge ----------------------------------------------------------------------------------------------
 

@@ -25,10 +25,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_cdal  # noqa: E402
-from ldm3d.cases import resolve_root  # noqa: E402
 from ldm3d.config import from_dict, replace, show  # noqa: E402
-from ldm3d.data import DataConfig  # noqa: E402
-from ldm3d.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
+from ldm3d.data.cases import resolve_root  # noqa: E402
+from ldm3d.data.dataset import DataConfig  # noqa: E402
+from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
 
 Z = {"generator.latent_dim": 64}  # the ablation's own rows have it: each changes one thing of "z"
 ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes

@@ -41,17 +41,17 @@ sys.path.insert(0, str(ROOT))
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.blocks import DepthToSpace, SpaceToDepth  # noqa: E402
-from ldm3d.cases import AugmentConfig  # noqa: E402
-from ldm3d.checkpoint import load_run  # noqa: E402
-from ldm3d.comparison import object_of, overlap  # noqa: E402
 from ldm3d.config import from_dict, replace  # noqa: E402
-from ldm3d.data import Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.data.cases import AugmentConfig  # noqa: E402
+from ldm3d.data.dataset import Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.engine.checkpoint import load_run  # noqa: E402
+from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
+from ldm3d.engine.training import EMA, OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
+from ldm3d.evaluation.morphology import otsu_threshold  # noqa: E402
+from ldm3d.evaluation.pairs import object_of, overlap  # noqa: E402
+from ldm3d.evaluation.statistics import summarise, write_report  # noqa: E402
 from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
-from ldm3d.logger import progress, save_sheet  # noqa: E402
 from ldm3d.metrics import power_spectrum, psnr, ssim  # noqa: E402
-from ldm3d.morphology import otsu_threshold  # noqa: E402
-from ldm3d.scores import summarise, write_report  # noqa: E402
-from ldm3d.training import EMA, OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
 from ldm3d.unet import UNet, UNetConfig  # noqa: E402
 
 

@@ -1,0 +1,19 @@
+"""Files to batches: volumes, cases, their check, transforms, and data sets with keyed randomness."""
+
+from .cases import AugmentConfig, Case, DataConfig
+from .dataset import Data, DataState, VolumeDataset, open_data, open_folder
+from .volumes import Volume, read, write
+
+__all__ = [
+    "AugmentConfig",
+    "Case",
+    "Data",
+    "DataConfig",
+    "DataState",
+    "Volume",
+    "VolumeDataset",
+    "open_data",
+    "open_folder",
+    "read",
+    "write",
+]

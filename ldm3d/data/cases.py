@@ -1,0 +1,442 @@
+"""Which cases there are: the settings of the data, roles paired by case id, subjects, split.
+
+A case is one image with what belongs to it: a label map (role "mask"), a volume of another contrast to
+translate from (role "source"), a class, a text. The table of cases comes from one glob a role, from a CSV
+(columns image, and any of mask, source, class, text, subject, split, id) or from an MSD dataset.json. A case
+that lacks a partner is an error that names it. No file is opened here; that is scan.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..config import InputError, at_least
+from ..engine.distributed import keyed_generator, print0
+
+ROLES = ("image", "mask", "source")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training cases, the same for image, source and mask; all off by default."""
+
+    flip_axes: tuple[int, ...] = ()  # axes flipped with probability 1/2 (3-D volumes: 0 is left-right)
+    rot90_axes: tuple[int, ...] = ()  # two axes of random quarter turns
+    affine: float = 0.0  # probability of a small rotation, scaling and shift
+    max_rotation: float = 10.0  # degrees, of affine, about every axis
+    max_scale: float = 0.1  # relative, of affine, all axes alike
+    max_shift: float = 0.05  # part of the patch, of affine
+    elastic: float = 0.0  # probability of a smooth random deformation
+    max_elastic: float = 0.03  # part of the patch, of elastic
+    intensity: float = 0.0  # probability of a random gain and bias of the scaled intensities
+    max_gain: float = 0.1  # relative, of intensity
+    max_bias: float = 0.1  # of intensity (the scaled range is 2)
+    colour: float = 0.0  # probability of such a gain and bias for each channel of the image by itself
+
+    def __post_init__(self) -> None:
+        if len(self.rot90_axes) not in (0, 2) or len(set(self.rot90_axes)) != len(self.rot90_axes):
+            raise InputError(f"rot90_axes: expected two different axes, got {self.rot90_axes}")
+        for name in ("affine", "elastic", "intensity", "colour"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: expected a probability, got {getattr(self, name)}")
+
+    @property
+    def is_on(self) -> bool:
+        probabilities = self.affine, self.elastic, self.intensity, self.colour
+        return bool(self.flip_axes or self.rot90_axes or any(probabilities))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str | None = None  # folder of the data; none = $LDM3D_DATA/<name>, else data/<name>
+    name: str | None = None  # folder to look for where no root is given; none = the preset
+    image: str | None = None  # glob, "images/*.nii.gz": the first * (or each {id}) is the case id
+    mask: str | None = None  # glob of the label maps, paired with the images by case id
+    source: str | None = None  # glob of the volumes to translate from, paired by case id
+    table: str | None = None  # instead of globs; none = cases.csv or dataset.json, where there is one
+    subject: str | None = None  # regular expression with one group on the case id, or a CSV (name, subject)
+    split: str | None = None  # expression on the image's path giving train, val, test, or a CSV (name, split)
+    val_fraction: float = 0.1  # of the subjects, for validation
+    test_fraction: float = 0.0  # of the subjects, never looked at in training
+    val_gap: int | None = None  # validate within each subject: on its middle cases, this many left out beside
+    test_subjects: tuple[str, ...] = ()  # subjects that are the test set, whatever is drawn
+    fold: tuple[int, int] | None = None  # (k, n): validate on part k = 0 ... n - 1 of n parts of the subjects
+    subset: int | None = None  # take only this many cases, to try things out
+    allow_missing_mask: bool = False  # cases without a mask take part, their mask is -1 everywhere
+    check_affine: bool = True  # mask and source must lie where their image lies, within one voxel
+    dims: Literal[2, 3] = 3  # pictures or volumes
+    channel: tuple[int, ...] = ()  # channels taken of the images; empty = all
+    source_channel: tuple[int, ...] = ()  # channels taken of the sources; empty = all
+    file_spacing: tuple[float, ...] | None = None  # mm, of files that do not tell (npy, npz, PNG, most TIFF)
+    spacing: tuple[float, ...] | None = None  # mm, resample every case to it; none = keep the voxels
+    size: tuple[int, ...] | None = None  # voxels of cases and samples; none = largest in training, rounded up
+    resize: bool = False  # stretch every case to data.size instead of padding and cropping it
+    patch: tuple[int, ...] | None = None  # voxels of the training patches; none = data.size
+    crop: Literal["random", "centre"] = "random"  # where training patches are taken from larger cases
+    foreground: float = 0.0  # share of the random patches that are taken around a voxel of the mask
+    scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] = "percentile"  # kind
+    percentiles: tuple[float, float] = (0.5, 99.5)  # of a volume that become -1 and 1, clipped (percentile)
+    window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1, clipped (window)
+    paired_scaling: Literal["separate", "shared"] = "separate"  # shared = source by its image's numbers
+    num_labels: int | None = None  # of the masks, background included; none = found in the data
+    label_values: tuple[int, ...] = ()  # values in mask files that stand for 0, 1, 2 ...; empty = the labels
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    learn_sources: bool = False  # the autoencoder learns the sources as well (to translate from them)
+    num_variants: int = 1  # encodings cached per case for stage two; above 1 they are augmented
+    cache: Literal["ram", "disk", "none"] = "ram"  # decoded volumes: in memory, memory-mapped, not kept
+    cache_gb: float = 8.0  # GiB in memory, of training and of validation cases; the rest is read each time
+    cache_dir: str = "runs/cache"  # where the findings of the scan and the files of cache "disk" lie
+
+    def __post_init__(self) -> None:
+        for name in ("file_spacing", "spacing", "size", "patch"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != self.dims or min(value) <= 0):
+                raise InputError(f"{name}: expected {self.dims} positive numbers (data.dims), got {value}")
+        at_least(self, 1, "subset", "num_labels", "num_variants")
+        axes = self.augment.flip_axes + self.augment.rot90_axes
+        checks = {
+            "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "0 <= low < high <= 100"),
+            "window": (self.window[0] < self.window[1], "low < high"),
+            "val_fraction": (0 <= self.val_fraction < 1, "0 <= fraction < 1"),
+            "foreground": (0 <= self.foreground <= 1, "a share from 0 to 1"),
+            "test_fraction": (0 <= self.test_fraction < 1 - self.val_fraction, "something left to train on"),
+            "val_gap": (
+                self.val_gap is None or (self.val_gap >= 0 and self.val_fraction > 0 and not self.fold),
+                "0 or more, with a data.val_fraction and no data.fold",
+            ),
+            "fold": (self.fold is None or 0 <= self.fold[0] < self.fold[1] != 1, "k, n with 0 <= k < n"),
+            "resize": (not self.resize or self.size is not None, "a data.size to stretch to"),
+            "label_values": (
+                len(set(self.label_values)) == len(self.label_values)
+                and (not self.label_values or self.num_labels in (None, len(self.label_values))),
+                "data.num_labels different values",
+            ),
+            "augment": (all(0 <= axis < self.dims for axis in axes), f"axes from 0 to {self.dims - 1}"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `label` is the class (None: blank, or a name, which `columns` has); `split` is
+    None where it is to be drawn."""
+
+    id: str
+    image: Path
+    mask: Path | None = None
+    source: Path | None = None
+    subject: str = ""
+    split: str | None = None
+    label: int | None = None
+    text: str = ""
+    columns: dict[str, str] = field(default_factory=dict)  # all of the table's that name no file of a role
+
+
+def resolve_root(config: DataConfig, preset: str) -> Path:
+    """The folder of the data: data.root, else $LDM3D_DATA/<name>, else data/<name>; the name is by default
+    the preset's."""
+    name, base = config.name or preset, os.environ.get("LDM3D_DATA")
+    places = [Path(base).expanduser() / name] if base else []
+    places = [Path(config.root).expanduser()] if config.root is not None else [*places, Path("data") / name]
+    for place in places:
+        if place.is_dir():
+            return place
+    hint = "" if config.root is not None else "; put it there, set LDM3D_DATA, or name it with --data.root"
+    raise InputError(f"no data folder {' or '.join(map(str, places))}{hint}")
+
+
+def find_cases(config: DataConfig, root: Path) -> list[Case]:
+    """All cases under `root`, sorted by id, roles paired; data.subset keeps the first ones.
+
+    InputError if a case lacks a partner, if a partner has no image, or if there is no case.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"data.root: {root} is not a folder")
+    globs = {role: getattr(config, role) for role in ROLES if getattr(config, role) is not None}
+    if globs and config.table:
+        raise InputError(f"data.table, data.{min(globs)}: give one of the two")
+    if globs and "image" not in globs:
+        raise InputError(f"data.image: missing beside data.{min(globs)}")
+    problems: list[str] = []
+    if globs:
+        if (root / "cases.csv").exists():
+            print0(f"note: {root / 'cases.csv'} is not read, data.{min(globs)} names the files")
+        rows, origin = _rows_of_globs(globs, root, problems)
+    else:
+        rows, origin = _rows_of_table(config.table, root, problems)
+    for column in ("subject", "split"):
+        if getattr(config, column):
+            _assign(getattr(config, column), column, rows, root, problems)
+    cases = [_case(name, row, origin, config, problems) for name, row in sorted(rows.items())]
+    raise_all(problems)
+    given = [case.split is not None for case in cases]
+    if any(given) and not all(given):
+        raise InputError(f"case {cases[given.index(False)].id}: has no split, other cases have one")
+    return cases[: config.subset]
+
+
+def raise_all(problems: list[str]) -> None:
+    """One line for all problems: the first two, and how many there are."""
+    if len(problems) > 1:
+        raise InputError(f"{problems[0]} [and {len(problems) - 1} more, the next: {problems[1]}]")
+    if problems:
+        raise InputError(problems[0])
+
+
+def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, problems: list[str]) -> Case:
+    """A row, checked. `origin` tells for every role of the data set where its files are named."""
+    for role, where in origin.items():
+        if row[role] is None and not (role == "mask" and config.allow_missing_mask):
+            hint = "; --data.allow_missing_mask lets such cases take part" if role == "mask" else ""
+            problems.append(f"case {name}: no {role} for {row['image']} ({where}{hint})")
+    split, label = row.get("split") or None, row.get("class") or ""
+    if split not in (None, *SPLITS):
+        problems.append(f"case {name}: split is {split!r}, expected one of {', '.join(SPLITS)}")
+    return Case(
+        id=name,
+        image=row["image"],
+        mask=row.get("mask"),
+        source=row.get("source"),
+        subject=row.get("subject") or name,
+        split=split,
+        label=int(label) if re.fullmatch("[0-9]+", label) else None,
+        text=row.get("text") or "",
+        columns={k: v or "" for k, v in row.items() if k not in ROLES},
+    )
+
+
+def _rows_of_globs(globs: dict[str, str], root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
+    """({case id: {role: file or None}}, {role: its pattern})."""
+    found = {role: _glob(pattern, root, f"data.{role}") for role, pattern in globs.items()}
+    rows = {name: {role: files.get(name) for role, files in found.items()} for name in found["image"]}
+    for role, files in found.items():
+        for name in files.keys() - rows.keys():
+            problems.append(f"{files[name]}: {role} of case {name}, which has no image ({globs['image']})")
+    problems.sort()
+    return rows, globs
+
+
+def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
+    """Case id -> file. The id is what the first * matched, or what the {id}s matched, joined by _.
+
+    Other * match anything, but an id must be left with one file. Where the pattern ends in * the id goes
+    without the file's suffix. Names that begin with a dot are passed over: some archives carry such twins of
+    every file.
+    """
+    marked = pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
+    if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise InputError(f"{key}: expected a pattern below the root with * for the case id, got {pattern!r}")
+    meaning = {"{id}": "([^/]+)", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\{id\}|\*\*/|\*|\?)", marked)
+    expression = re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
+    files: dict[str, Path] = {}
+    try:
+        found = sorted(root.glob(pattern.replace("[", "[[]").replace("{id}", "*")))
+    except ValueError as e:  # such as ** within a name
+        raise InputError(f"{key}: {pattern!r} is no pattern of files ({e})") from None
+    for path in found:
+        match = expression.fullmatch(path.relative_to(root).as_posix())
+        if not match or path.name.startswith(".") or not path.is_file():
+            continue
+        name = "_".join(match.groups())
+        name = _stem(name) if pattern.endswith(("*", "{id}")) else name
+        if name in files:
+            raise InputError(
+                f"{key}: case {name} has two files, {files[name]} and {path}; make the pattern {pattern!r} "
+                "narrower, or write {id} for each part of the path that names the case"
+            )
+        files[name] = path
+    if not files:
+        raise InputError(f"{key}: no file in {root} fits {pattern!r}")
+    return files
+
+
+def _stem(name: str) -> str:
+    """ "a.nii.gz" -> "a", "a.b.tif" -> "a.b"."""
+    return re.sub(r"(\.nii)?\.\w+$", "", name)
+
+
+def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
+    """({case id: columns, with files as paths}, {role: the table}) of a CSV or an MSD dataset.json.
+
+    The id is the column `id`, else the image's file name, or its path where names repeat (a folder per case).
+    """
+    names = [name] if name else ["cases.csv", "dataset.json"]
+    table = next((root / n for n in names if (root / n).is_file()), None)
+    if table is None and name:
+        raise InputError(f"data.table: no file {root / name}")
+    if table is None:
+        raise InputError(
+            f"{root}: which files are the images? --data.image 'images/*.nii.gz', or a cases.csv"
+        )
+    listed = _read_msd(table) if table.suffix == ".json" else read_csv(table, ["image"])
+    if not listed:
+        raise InputError(f"{table}: lists no case")
+    stems = [_stem(Path(row["image"]).name) for row in listed]
+    if len(set(stems)) < len(stems):
+        stems = ["_".join(Path(_stem(row["image"])).parts) for row in listed]
+    rows: dict[str, dict] = {}
+    for stem, row in zip(stems, listed, strict=True):
+        case = row.get("id") or stem
+        if case in rows:
+            problems.append(f"{table}: case {case} is listed twice")
+        files = {role: table.parent / row[role] if row.get(role) else None for role in ROLES}
+        for role, path in files.items():
+            if path is not None and not path.is_file():
+                problems.append(f"{table}: {role} of case {case}: no file {path}")
+        rows[case] = row | files
+    return rows, {role: str(table) for role in ROLES if role in listed[0]}
+
+
+def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
+    """Rows of a CSV with a header line (comma or semicolon), cells stripped. InputError if a column is
+    missing."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such CSV (data.subject, data.split or data.table names it)")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read as a CSV ({e})") from None
+    head = text.partition("\n")[0]
+    mark = ";" if head.count(";") > head.count(",") else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
+    reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
+    for column in required:
+        if column not in reader.fieldnames:
+            raise InputError(
+                f"{path}: no column {column!r}, only {', '.join(reader.fieldnames) or 'nothing'}"
+            )
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path}: line {reader.line_num} has not the {len(reader.fieldnames)} cells of the header "
+                f"(cells that hold {mark!r} need quotes)"
+            )
+        rows.append({column: cell.strip() for column, cell in row.items() if column})
+    return rows
+
+
+def _read_msd(path: Path) -> list[dict[str, Any]]:
+    """Rows of an MSD dataset.json: lists "training" and, if there, "validation" of {image, label}."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        parts = {"train": content["training"], "val": content.get("validation") or []}
+        rows = [
+            {
+                "image": str(entry["image"]),
+                "mask": entry.get("label"),
+                "split": part if parts["val"] else None,
+            }
+            for part, entries in parts.items()
+            for entry in entries
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(
+            f'{path}: expected JSON with "training": [{{"image": ..., "label": ...}} ...]'
+        ) from None
+    if not any(row["mask"] for row in rows):
+        return [{column: row[column] for column in ("image", "split")} for row in rows]
+    return rows
+
+
+def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems: list[str]) -> None:
+    """Fill the column subject or split, by a CSV (name, column) or a regular expression with one group."""
+    if rule.endswith(".csv"):
+        listed = {row["name"]: row[column] for row in read_csv(root / rule, ["name", column])}
+        for name, row in rows.items():
+            row[column] = listed.get(name)
+            if not row[column]:
+                problems.append(f"{root / rule}: no {column} for case {name}")
+        return
+    try:
+        expression = re.compile(rule)
+    except re.error as e:
+        raise InputError(f"data.{column}: {rule!r} is neither a .csv nor an expression ({e})") from None
+    if expression.groups != 1:
+        raise InputError(f"data.{column}: expected one group ( ) in {rule!r}, got {expression.groups}")
+    for name, row in rows.items():
+        text = name if column == "subject" else Path(os.path.relpath(row["image"] or "", root)).as_posix()
+        match = expression.search(text)
+        row[column] = match and match[1]
+        if not row[column]:
+            problems.append(f"data.{column}: {rule!r} does not fit {text!r}")
+
+
+def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, list[str]]:
+    """{"train": ids, "val": ids, "test": ids}: as the table says, else drawn by subject with `seed`.
+
+    A drawn split keeps all cases of a subject together. val, then test, gets at least one subject if its
+    fraction is not 0 and training is left with one; val_fraction 0 validates on the training cases. data.fold
+    (k, n) validates on the k-th of n equal parts and tests on none. data.val_gap validates within subjects.
+    """
+    subjects = sorted({case.subject for case in cases} - set(config.test_subjects))
+    if unknown := set(config.test_subjects) - {case.subject for case in cases}:
+        raise InputError(f"data.test_subjects: no case is of subject {min(unknown)}")
+    if cases and cases[0].split is not None:
+        part_of = {case.id: case.split for case in cases}
+        _warn_of_leaks(cases)
+    elif config.val_gap is not None:
+        part_of = {
+            name: part for subject in subjects for name, part in _within(subject, cases, config).items()
+        }
+    else:
+        n = len(subjects)
+        order = torch.randperm(n, generator=keyed_generator(seed, 0, "split")).tolist()
+        num_val = num_test = 0
+        if config.fold:
+            k, folds = config.fold
+            order = order[k::folds] + [i for place, i in enumerate(order) if place % folds != k]
+            num_val = len(range(k, n, folds))
+        elif config.val_fraction:
+            num_val = min(max(1, round(config.val_fraction * n)), n - 1)
+        if config.test_fraction and not config.fold:
+            num_test = min(max(1, round(config.test_fraction * n)), n - 1 - num_val)
+        parts = ["val"] * num_val + ["test"] * num_test + ["train"] * (n - num_val - num_test)
+        of_subject = {subjects[i]: part for i, part in zip(order, parts, strict=True)}
+        part_of = {case.id: of_subject.get(case.subject) for case in cases}
+    part_of |= {case.id: "test" for case in cases if case.subject in config.test_subjects}
+    split = {part: [case.id for case in cases if part_of[case.id] == part] for part in SPLITS}
+    if not config.val_fraction and not config.fold and not split["val"]:
+        split["val"] = split["train"]
+        print0("note: data.val_fraction is 0, so validation is on the training cases")
+    for part, what in (("train", "train"), ("val", "validate")):
+        if not split[part]:
+            raise InputError(
+                f"the split of {len(cases)} cases leaves none to {what} on (one subject? --data.subject)"
+            )
+    return split
+
+
+def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, str | None]:
+    """Case id -> part, for the cases of one subject in the order of their ids, such as slices of a volume.
+
+    The middle val_fraction of them is for validation; val_gap cases on both sides of it, which are too alike,
+    belong to no part.
+    """
+    names = sorted(case.id for case in cases if case.subject == subject)
+    count = max(1, round(config.val_fraction * len(names)))
+    first = (len(names) - count) // 2
+    parts: dict[str, str | None] = dict.fromkeys(names, "train")
+    parts |= dict.fromkeys(names[max(0, first - config.val_gap) : first + count + config.val_gap])
+    return parts | dict.fromkeys(names[first : first + count], "val")
+
+
+def _warn_of_leaks(cases: list[Case]) -> None:
+    subjects = {part: {case.subject for case in cases if case.split == part} for part in SPLITS}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        if both := subjects[a] & subjects[b]:
+            print0(f"note: subject {min(both)} is in both {a} and {b} of the given split")

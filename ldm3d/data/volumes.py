@@ -1,0 +1,486 @@
+"""Files <-> arrays with a true affine: NIfTI, TIFF, NumPy, PNG and JPEG.
+
+An array is (C, *S); its axes are never transposed. A NIfTI file is turned to its closest canonical
+orientation when it is read (RAS+: index i grows to the patient's right, j to the front, k to the head) and
+back to its own when written. `affine` maps a voxel index to mm, the centre of voxel 0 is `affine[:-1, -1]`:
+
+    world = affine[:-1, :-1] @ index + affine[:-1, -1]        (4 x 4 in 3-D, 3 x 3 over (row, column) in 2-D)
+
+Cropping at `start` moves the origin to the world position of `start`. Resampling from spacing s to s' keeps
+the outer corner of the first voxel, so new index i' lies at old index (i' + 1/2) s'/s - 1/2. TIFF pages are
+D; a TIFF written here keeps its affine in the image description. Left out: DICOM, the spacing of OME-XML.
+"""
+
+import gzip
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import tifffile
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+from ..config import InputError
+
+NIFTI, TIFF = (".nii.gz", ".nii"), (".tiff", ".tif")
+NUMPY, PICTURE = (".npy", ".npz"), (".png", ".jpg", ".jpeg")
+SUFFIXES = NIFTI + TIFF + NUMPY + PICTURE
+MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "inch": 25.4}
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels with their place in the world (mm)."""
+
+    array: np.ndarray  # (C, *S)
+    affine: np.ndarray  # (dims + 1, dims + 1) float64, voxel index -> mm
+    orientation: str | None = None  # the file's own axis codes, restored by `write`: "LPS"; one slice: "LA"
+
+    def __post_init__(self) -> None:
+        assert self.array.ndim == self.affine.shape[0], (self.array.shape, self.affine.shape)
+
+    @property
+    def dims(self) -> int:
+        return self.affine.shape[0] - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Spatial shape *S."""
+        return self.array.shape[1:]
+
+    @property
+    def channels(self) -> int:
+        return self.array.shape[0]
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel size in mm, one number an axis."""
+        return affine_spacing(self.affine)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about its volume, in canonical axes and with the chosen channels only."""
+
+    shape: tuple[int, ...]  # *S
+    channels: int
+    spacing: tuple[float, ...]  # mm
+    affine: np.ndarray  # (dims + 1, dims + 1) float64
+    orientation: str | None
+    dtype: np.dtype  # as stored
+
+
+class _Opened(NamedTuple):
+    """A file whose header was read; `load(picks)` gives the chosen channels (len(picks), *shape)."""
+
+    channels: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    affine: np.ndarray | None  # None: the file does not say
+    orientation: str | None
+    load: Callable[[tuple[int, ...]], np.ndarray]
+
+
+# --- names and affines ------------------------------------------------------------------------------------
+
+
+def _suffix(path: str | Path) -> str:
+    name = Path(path).name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def is_volume_file(path: str | Path) -> bool:
+    """True if the name ends like a format that `read` knows; hidden files are not volumes."""
+    return bool(_suffix(path)) and not Path(path).name.startswith(".")
+
+
+def strip_suffix(name: str | Path) -> str:
+    """The file name without folder and volume suffix: "a/b.nii.gz" -> "b"."""
+    name = Path(name).name
+    return name[: len(name) - len(_suffix(name))]
+
+
+def affine_spacing(affine: np.ndarray) -> tuple[float, ...]:
+    """Lengths of the affine's columns, mm."""
+    return tuple(float(length) for length in np.linalg.norm(affine[:-1, :-1], axis=0))
+
+
+def spacing_affine(spacing: tuple[float, ...]) -> np.ndarray:
+    """Axis-parallel affine with voxel 0 at the origin."""
+    return np.diag([*map(float, spacing), 1.0])
+
+
+# --- one opener a format ----------------------------------------------------------------------------------
+
+
+def _nifti_affine(path: Path, image: nib.Nifti1Pair) -> np.ndarray:
+    """nibabel's choice of sform, qform or pixel size, in mm; an affine that collapses an axis is an error."""
+    affine = np.asarray(image.affine, dtype=np.float64).copy()
+    affine[:3] *= MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
+    volume, lengths = abs(np.linalg.det(affine[:3, :3])), np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or volume <= 1e-6 * lengths.prod():
+        raise InputError(f"{path}: its affine is singular or not finite, so its voxels have no place")
+    return affine
+
+
+def _slice_affine(affine: np.ndarray, keep: list[int]) -> np.ndarray:
+    """3 x 3 affine of the axes `keep` of a 4 x 4 one; an oblique plane keeps its spacing."""
+    matrix = affine[np.ix_(keep, keep)]
+    flat = np.eye(3)
+    flat[:2, :2] = matrix / np.linalg.norm(matrix, axis=0) * np.linalg.norm(affine[:3, keep], axis=0)
+    flat[:2, 2] = affine[keep, 3]
+    return flat
+
+
+def _open_nifti(path: Path, dims: int | None) -> _Opened:
+    image = nib.load(path)
+    if not isinstance(image, nib.Nifti1Pair):
+        raise InputError(f"{path}: a {type(image).__name__} file, not an image on a voxel grid")
+    dtype, shape = image.get_data_dtype(), image.shape
+    if len(shape) == 5 and shape[3] == 1:  # vector images keep an empty time axis
+        shape = (*shape[:3], shape[4])
+    if not 2 <= len(shape) <= 4 or (dtype.fields and len(shape) == 4):
+        raise InputError(f"{path}: shape {image.shape}, expected 2-D, 3-D or 4-D (the last axis = channels)")
+    grid = (*shape, 1)[:3]
+    channels = len(dtype.fields) if dtype.fields else (shape[3] if len(shape) == 4 else 1)
+    affine = _nifti_affine(path, image)
+    codes, to_ras = nib.aff2axcodes(affine), io_orientation(affine)
+    affine = affine @ inv_ornt_aff(to_ras, grid)
+    ras_grid = tuple(grid[axis] for axis in np.argsort(to_ras[:, 0]))
+    keep, dropped = [0, 1, 2], None  # canonical axes that stay; the canonical axis of a slice's thickness
+    if (dims or min(len(shape), 3)) == 2:
+        own = next((axis for axis in (2, 1, 0) if grid[axis] == 1), None)
+        if own is None:
+            raise InputError(f"{path}: a volume of shape {grid}, expected a single slice (dims = 2)")
+        dropped = int(to_ras[own, 0])
+        keep.remove(dropped)
+        affine, codes = _slice_affine(affine, keep), codes[:own] + codes[own + 1 :]
+
+    def load(picks: tuple[int, ...]) -> np.ndarray:
+        if len(image.shape) == 4 and len(picks) == 1:  # read one channel, not all
+            data, picks = np.asanyarray(image.dataobj[..., picks[0]]), (0,)
+        else:
+            data = np.asanyarray(image.dataobj)  # slope and intercept applied by nibabel
+        if data.dtype.fields:
+            data = np.stack([data[name] for name in data.dtype.fields], axis=-1)
+        data = np.moveaxis(apply_orientation(data.reshape(*grid, -1), to_ras), -1, 0)
+        data = data if picks == tuple(range(len(data))) else data[list(picks)]
+        return data if dropped is None else data.squeeze(dropped + 1)
+
+    dtype = np.dtype(np.uint8) if dtype.fields else dtype
+    return _Opened(channels, tuple(ras_grid[axis] for axis in keep), dtype, affine, "".join(codes), load)
+
+
+def _tiff_spacing(file: tifffile.TiffFile, dims: int) -> tuple[float, ...] | None:
+    """(D,) H, W in mm from ImageJ's fields or the resolution tags; None if they have no unit of length."""
+    page, fields = file.pages[0], file.imagej_metadata or {}
+    names = ("XResolution", "YResolution", "ResolutionUnit")
+    tags = {name: page.tags[name].value for name in names if name in page.tags}
+    unit = str(fields.get("unit", "")).replace("\\u00B5", "µ")
+    scale = MM_PER_UNIT.get(unit, {2: 25.4, 3: 10.0}.get(int(tags.get("ResolutionUnit", 1))))
+    rates = [tags[name][0] / max(tags[name][1], 1) for name in ("YResolution", "XResolution") if name in tags]
+    if scale is None or len(rates) < 2 or min(rates) <= 0:
+        return None
+    plane = tuple(scale / rate for rate in rates)  # rates: pixels per unit
+    depth = float(fields["spacing"]) * scale if "spacing" in fields else plane[0]
+    return plane if dims == 2 else (depth, *plane)
+
+
+def _open_tiff(path: Path, dims: int | None) -> _Opened:
+    with tifffile.TiffFile(path) as file:
+        if len(file.series) != 1:
+            raise InputError(f"{path}: holds {len(file.series)} images of different shape, expected one")
+        axes, shape, dtype = file.series[0].axes, file.series[0].shape, file.series[0].dtype
+        affine = (file.shaped_metadata or ({},))[0].get("affine")  # written by `write`
+        affine = None if affine is None else np.array(affine, dtype=np.float64)
+        if affine is not None and dims is None:
+            dims = len(affine) - 1
+        color = [axis for axis, name in enumerate(axes) if name in "CS"]
+        stack = [axis for axis, name in enumerate(axes) if name not in "CSYX"]
+        if dims == 2 and len(stack) == 1 and not color:
+            color, stack = stack, []
+        if len(stack) > 1 or (dims == 2 and stack) or not {"Y", "X"} <= set(axes):
+            raise InputError(
+                f"{path}: axes {axes}, shape {shape}; expected one image or stack (dims = {dims})"
+            )
+        dims = dims or 2 + len(stack)
+        if affine is not None and len(affine) != dims + 1:
+            affine = None
+        if affine is None and (spacing := _tiff_spacing(file, dims)):
+            affine = spacing_affine(spacing)
+    space = [*stack, axes.index("Y"), axes.index("X")]
+    out = (1,) * (dims - len(space)) + tuple(shape[axis] for axis in space)  # one page as a stack of one
+    channels = int(np.prod([shape[axis] for axis in color], dtype=int))
+
+    def load(picks: tuple[int, ...]) -> np.ndarray:
+        data = tifffile.imread(path, series=0).reshape(shape).transpose(color + space)
+        return data.reshape(channels, *out)[list(picks)]
+
+    return _Opened(channels, out, dtype, affine, None, load)
+
+
+def _open_numpy(path: Path, dims: int | None) -> _Opened:
+    data = np.load(path, mmap_mode="r" if _suffix(path) == ".npy" else None, allow_pickle=False)
+    if not isinstance(data, np.ndarray):
+        with data:
+            arrays = [data[name] for name in sorted(data.files)]
+            if len({a.shape for a in arrays}) != 1:
+                raise InputError(
+                    f"{path}: holds arrays of shape {[a.shape for a in arrays]}, expected one shape"
+                )
+            data = arrays[0] if len(arrays) == 1 else np.stack(arrays)  # several arrays are channels, by name
+    dims = dims or min(data.ndim, 3)
+    if data.ndim not in (dims, dims + 1) or dims < 2:
+        raise InputError(f"{path}: an array of shape {data.shape}, expected (*S) or (C, *S), *S of 2 or 3")
+    data = data.reshape(-1, *data.shape[-dims:]) if data.size else data[None]
+    return _Opened(len(data), data.shape[-dims:], data.dtype, None, None, lambda picks: data[list(picks)])
+
+
+def _open_picture(path: Path, dims: int | None) -> _Opened:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(f"{path}: PNG and JPEG need Pillow; pip install 'ldm3d[viz]'") from error
+    if dims == 3:
+        raise InputError(f"{path}: a 2-D picture, expected a volume (dims = 3)")
+    with Image.open(path) as image:  # a palette picture gives its indices: that is how label maps are stored
+        data = np.asarray(image)
+    data = data[None] if data.ndim == 2 else np.moveaxis(data, -1, 0)
+    return _Opened(len(data), data.shape[1:], data.dtype, None, None, lambda picks: data[list(picks)])
+
+
+# --- read -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a format library raises on broken bytes becomes one line that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"cannot read {path}: {reason or type(error).__name__}") from error
+
+
+def _open(path: Path, channel: Any, spacing: Any, dims: int | None) -> tuple[Header, Callable]:
+    """The header, and a function without arguments that gives the chosen channels in canonical axes."""
+    suffix = _suffix(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
+    if not suffix:
+        raise InputError(f"{path}: unknown kind of file, expected one of {' '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty (0 bytes)")
+    openers = {NIFTI: _open_nifti, TIFF: _open_tiff, NUMPY: _open_numpy, PICTURE: _open_picture}
+    with _reading(path):
+        opened = next(opener for suffixes, opener in openers.items() if suffix in suffixes)(path, dims)
+    if 0 in (opened.channels, *opened.shape):
+        raise InputError(f"{path}: an image without voxels, shape {opened.shape}")
+    if opened.dtype.kind not in "biuf":
+        raise InputError(f"{path}: voxels of type {opened.dtype}, expected integers or floats")
+    picks = tuple(range(opened.channels)) if channel is None else tuple(np.atleast_1d(channel).tolist())
+    if not picks or not all(0 <= pick < opened.channels for pick in picks):
+        raise InputError(f"{path}: no channel {channel}, the file has {opened.channels} (0 is the first)")
+    affine = opened.affine
+    if affine is None or (spacing is not None and suffix not in NIFTI):
+        spacing = (1.0,) * len(opened.shape) if spacing is None else tuple(spacing)
+        if len(spacing) != len(opened.shape) or min(spacing) <= 0:
+            raise InputError(f"{path}: spacing {spacing}, expected {len(opened.shape)} positive numbers (mm)")
+        affine = spacing_affine(spacing)
+    dtype, lengths = opened.dtype.newbyteorder("="), affine_spacing(affine)
+    header = Header(opened.shape, len(picks), lengths, affine, opened.orientation, dtype)
+    return header, lambda: opened.load(picks)
+
+
+def read_header(
+    path: str | Path,
+    channel: int | tuple[int, ...] | None = None,
+    spacing: tuple[float, ...] | None = None,
+    dims: Literal[2, 3] | None = None,
+) -> Header:
+    """What `read` with the same arguments will give; the voxels of NIfTI, TIFF and .npy are not read."""
+    return _open(Path(path), channel, spacing, dims)[0]
+
+
+def read(
+    path: str | Path,
+    channel: int | tuple[int, ...] | None = None,
+    spacing: tuple[float, ...] | None = None,
+    dims: Literal[2, 3] | None = None,
+    dtype: Any = np.float32,
+) -> Volume:
+    """The file as a volume; a file that is damaged, not an image or does not fit is an `InputError`.
+
+    channel: which of the channels (last axis of a 4-D NIfTI, colours, first axis of a NumPy array with one
+    axis more than `dims`); None = all. spacing: mm, for all but NIfTI; it replaces the spacing that a TIFF
+    may state. dims: 3 reads one page as a stack of one; 2 reads a NIfTI of one slice as an image, TIFF pages
+    as channels. dtype: values are rounded, not cut, when it is an integer type. NaN voxels are kept as they
+    are.
+    """
+    path = Path(path)
+    header, load = _open(path, channel, spacing, dims)
+    with _reading(path):
+        array = _cast(load(), np.dtype(dtype), path)
+    return Volume(np.ascontiguousarray(array), header.affine, header.orientation)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, path: Path) -> np.ndarray:
+    """To `dtype`; integers are rounded, and must fit."""
+    if dtype.kind not in "iu" or array.dtype.kind == "b":
+        return array.astype(dtype, copy=False)
+    array = np.rint(array) if array.dtype.kind == "f" else array
+    low, high, limits = array.min(), array.max(), np.iinfo(dtype)
+    if not (low >= limits.min and high <= limits.max):  # also catches NaN
+        raise InputError(f"{path}: values {low} to {high} do not fit {dtype}")
+    return array.astype(dtype, copy=False)
+
+
+# --- write ------------------------------------------------------------------------------------------------
+
+
+def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str | None) -> bytes:
+    """A NIfTI-1 file in the orientation asked for (default RAS); a 2-D image becomes one slice of a plane."""
+    if len(affine) == 3:
+        orientation = orientation or "RA"
+        axes = sorted({"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}[code] for code in orientation)
+        thin = ({0, 1, 2} - set(axes)).pop()
+        array, flat, affine = np.expand_dims(array, thin + 1), affine, np.eye(4)
+        affine[np.ix_(axes, axes)], affine[axes, 3] = flat[:2, :2], flat[:2, 2]
+        orientation += "RAS"[thin]
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation or "RAS"))
+    affine = affine @ inv_ornt_aff(turn, array.shape[1:])
+    array = apply_orientation(np.moveaxis(array, 0, -1), turn)  # (X, Y, Z, C)
+    image = nib.Nifti1Image(array[..., 0] if array.shape[-1] == 1 else array, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.allclose(cosines.T @ cosines, np.eye(3), atol=1e-4):  # a qform cannot hold shear
+        image.set_qform(affine, code=1)
+    return image.to_bytes()
+
+
+def _write_tiff(file: Any, array: np.ndarray, affine: np.ndarray) -> None:
+    """Uncompressed pages, one a channel and depth; spacing as resolution, affine in the description."""
+    axes = "ZYX"[-len(affine) + 1 :]
+    array, axes = (array[0], axes) if len(array) == 1 else (array, "C" + axes)
+    per_cm = [10.0 / length for length in affine_spacing(affine)]
+    tifffile.imwrite(
+        file,
+        np.ascontiguousarray(array),
+        photometric="minisblack",
+        planarconfig="separate" if axes == "CYX" else None,
+        resolution=(per_cm[-1], per_cm[-2]),
+        resolutionunit="CENTIMETER",
+        metadata={"axes": axes, "affine": affine.tolist()},
+    )
+
+
+def write(path: str | Path, volume: Volume, dtype: Any = None, overwrite: bool = False) -> Path:
+    """Writes NIfTI (in `volume.orientation`, mm) or TIFF; the file appears complete or not at all.
+
+    dtype None: floats as float32, booleans as uint8, 64-bit integers as int32, other integers as is.
+    An existing file is an error unless `overwrite`; so is a value that does not fit `dtype`.
+    """
+    path, suffix = Path(path), _suffix(path)
+    if suffix not in NIFTI + TIFF:
+        raise InputError(f"{path}: can write {' '.join(NIFTI + TIFF)}, not this kind of file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already and is not overwritten")
+    if dtype is None:
+        own = volume.array.dtype
+        dtype = {"f": np.float32, "b": np.uint8}.get(own.kind, np.int32 if own.itemsize == 8 else own)
+    array = _cast(volume.array, np.dtype(dtype), path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if suffix in TIFF:
+                _write_tiff(file, array, volume.affine)
+            else:
+                data = _nifti_bytes(array, volume.affine, volume.orientation)
+                file.write(gzip.compress(data, 3, mtime=0) if suffix == ".nii.gz" else data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return path
+
+
+# --- geometry ---------------------------------------------------------------------------------------------
+
+
+def crop_or_pad(volume: Volume, start: tuple[int, ...], size: tuple[int, ...], mode: str = "edge") -> Volume:
+    """The box of `size` voxels whose first voxel is `start` (may be negative); the affine moves with it.
+
+    Outside the volume the values are those of `numpy.pad(mode)`: "edge" repeats the border, "constant" is 0.
+    """
+    overlap, pads = [slice(None)], [(0, 0)]
+    for first, length, extent in zip(start, size, volume.shape, strict=True):
+        low, high = max(first, 0), min(first + length, extent)
+        if low >= high:
+            raise InputError(f"the box at {start} of size {size} misses the volume of shape {volume.shape}")
+        overlap.append(slice(low, high))
+        pads.append((low - first, first + length - high))
+    array = volume.array[tuple(overlap)]
+    array = np.pad(array, pads, mode=mode) if any(map(any, pads)) else array.copy()
+    affine = volume.affine.copy()
+    affine[:-1, -1] += affine[:-1, :-1] @ np.asarray(start, dtype=np.float64)
+    return replace(volume, array=array, affine=affine)
+
+
+def _resample_axis(array: np.ndarray, axis: int, size: int, ratio: float, labels: bool) -> np.ndarray:
+    """One axis onto `size` samples, `ratio` old voxels apart; the border voxels go on outside.
+
+    Linear interpolation; where the grid gets coarser, its mean over a width of ratio - 1 old voxels, so that
+    detail is averaged, not aliased. A linear ramp stays exact, hence positions stay true.
+    """
+    last, edges = array.shape[axis] - 1, np.arange(size) + 0.5
+    if labels:
+        return array.take(np.clip(np.floor(edges * ratio).astype(int), 0, last), axis)
+    centres, half = edges * ratio - 0.5, max(0.0, ratio - 1) / 2
+    num_taps = int(np.floor(2 * (1 + half))) + 1
+    taps = np.floor(centres - 1 - half).astype(int)[:, None] + 1 + np.arange(num_taps)  # (size, taps)
+    offset = centres[:, None] - taps
+    if half > 1e-6:  # the integral of max(0, 1 - |u|) from -1 to u is 1/2 + u - u |u| / 2
+        upper, lower = (np.clip(offset + side, -1, 1) for side in (half, -half))
+        weights = (upper - upper * np.abs(upper) / 2 - lower + lower * np.abs(lower) / 2) / (2 * half)
+    else:
+        weights = np.clip(1 - np.abs(offset), 0, None)
+    taps = taps.clip(0, last)
+    column = [1] * array.ndim
+    column[axis] = size
+    out = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), dtype=array.dtype)
+    for tap in range(num_taps):
+        weight = weights[:, tap].astype(array.dtype).reshape(column)
+        # Not just weight * value: a NaN of no weight stays out
+        out += np.where(weight > 0, weight * array.take(taps[:, tap], axis), 0)
+    return out
+
+
+def resample(volume: Volume, spacing: tuple[float, ...], labels: bool = False) -> Volume:
+    """The same field of view on voxels of `spacing` mm; images become float32, `labels` keep their dtype.
+
+    Images: linear, averaged where the grid gets coarser; labels: the nearest voxel. Size max(1, round(extent
+    / spacing)). Spacing and the outer corner of voxel 0 are exact, so the far end may move by half a new
+    voxel.
+    """
+    if len(spacing) != volume.dims or min(spacing) <= 0:
+        raise InputError(f"spacing {tuple(spacing)}, expected {volume.dims} positive numbers (mm)")
+    array, affine = volume.array, volume.affine.copy()
+    array = array if labels else array.astype(np.float32)
+    ratios = np.asarray(spacing, dtype=np.float64) / volume.spacing
+    for axis, ratio in enumerate(ratios):
+        if abs(ratio - 1) > 1e-6:
+            size = max(1, round(volume.shape[axis] / ratio))
+            array = _resample_axis(array, axis + 1, size, ratio, labels)
+        affine[:-1, axis] *= ratio
+    affine[:-1, -1] += volume.affine[:-1, :-1] @ ((ratios - 1) / 2)
+    return replace(volume, array=array, affine=affine)

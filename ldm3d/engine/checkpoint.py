@@ -1,0 +1,176 @@
+"""Checkpoints: anything with a state_dict, written so that nothing is ever lost and read so that nothing can
+run.
+
+A checkpoint is a dict ``{format, kind, config, state, model, ema, optimizers, others, step, best}`` of
+tensors and plain values; a loss scaler is with its optimizer, a critic in `others`. It is written to a
+temporary file, flushed and renamed, so that a file that has its name is whole; it is read with
+``weights_only=True``, so that a file from a stranger cannot execute code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import InputError
+from .distributed import print0
+
+FORMAT = 1  # raised when older code could no longer read what we write
+STEP_FILE = re.compile(r"checkpoint_(\d{7,})\.pt$")
+
+
+def save(path: str | Path, content: dict[str, Any]) -> None:
+    """Write atomically. A full disk or read-only folder is an InputError, and what was there stays."""
+    try:
+        write_atomically(Path(path), lambda file: torch.save({"format": FORMAT, **content}, file))
+    except (OSError, RuntimeError) as e:  # torch reports a failed write of its zip archive as a RuntimeError
+        cause = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
+        raise InputError(
+            f"{path}: could not be saved ({reason}); the checkpoints before it are intact: make room, then "
+            "run the same command again"
+        ) from None
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """write(file) to a temporary file, which takes the name when all of it is on the disk."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def maker(kind: str) -> str:
+    """Who writes checkpoints of this kind, for messages."""
+    return f"a checkpoint of train_{kind}.py" if kind in ("vae", "ldm", "cdal") else f"a {kind!r} checkpoint"
+
+
+def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; `kind` ("vae", "ldm", ...) is checked if given. InputError names what
+    is wrong."""
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():  # of foreign pickles, which are refused anyway
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path}: refused: not a checkpoint of plain tensors and values (it may run code)"
+        ) from None
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        reason = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
+        raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "kind" not in content:
+        raise InputError(f"{path}: not a checkpoint of ldm3d")
+    if content["format"] > FORMAT:
+        raise InputError(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
+    if kind is not None and content["kind"] != kind:
+        raise InputError(f"{path}: is {maker(content['kind'])}, expected {maker(kind)}")
+    return content
+
+
+def step_files(run_dir: str | Path) -> list[Path]:
+    """The numbered checkpoints of a run, newest first."""
+    found = [p for p in Path(run_dir).glob("checkpoint_*.pt") if STEP_FILE.match(p.name)]
+    return sorted(found, key=lambda p: int(STEP_FILE.match(p.name)[1]), reverse=True)
+
+
+def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
+    """The newest readable checkpoint, or None; a damaged newer one is passed over, saying so."""
+    files = step_files(run_dir)
+    for path in files:
+        try:
+            return load(path, kind)
+        except InputError as e:
+            if path is files[-1]:
+                raise
+            print0(f"{e}; falling back to the checkpoint before it")
+    return None
+
+
+def load_run(run: str | Path, kind: str) -> dict[str, Any]:
+    """What a user means by a run: a checkpoint file, or a folder, of which best.pt, else the newest, is
+    taken."""
+    run = Path(run)
+    if run.is_file():
+        return load(run, kind)
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run folder or checkpoint")
+    content = load(run / "best.pt", kind) if (run / "best.pt").exists() else load_latest(run, kind)
+    if content is None:
+        raise InputError(f"{run}: no checkpoint in this folder")
+    return content
+
+
+def prune(run_dir: str | Path, keep: int, step: int) -> None:
+    """Delete all but the `keep` newest numbered checkpoints up to `step`, the one just saved.
+
+    Those of later steps are damaged, or they would have been gone on from: they are deleted too. best.pt is
+    not touched.
+    """
+    files = step_files(run_dir)
+    late = [path for path in files if int(STEP_FILE.match(path.name)[1]) > step]
+    for path in late + files[len(late) + max(keep, 1) :]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def sweep(run_dir: str | Path) -> None:
+    """Delete temporaries that a killed process left behind."""
+    for path in Path(run_dir).glob("*.tmp[0-9]*"):
+        path.unlink(missing_ok=True)
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    """The state_dict without the prefixes that DDP and torch.compile put in front."""
+    return {
+        re.sub(r"(^|\.)(module|_orig_mod)\.", r"\1", key): value for key, value in net.state_dict().items()
+    }
+
+
+def load_weights(
+    net: nn.Module,
+    state: dict[str, Tensor],
+    where: str,
+    may_miss: Iterable[str] = (),
+) -> list[str]:
+    """Copy `state` into `net`, strictly: keys that are missing must match one of the shell patterns
+    `may_miss`, and none may be left over. Returns the keys that were missing, for the caller to tell."""
+    own = net.state_dict()
+    missing = [k for k in own if k not in state]
+    bad = [f"{k} is missing" for k in missing if not any(fnmatch.fnmatch(k, p) for p in may_miss)]
+    bad += [f"{k} is left over" for k in state if k not in own]
+    bad += [
+        f"{k} is {tuple(state[k].shape)}, the network wants {tuple(own[k].shape)}"
+        for k in own
+        if k in state and own[k].shape != state[k].shape
+    ]
+    if bad:
+        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
+        raise InputError(f"{where}: the weights do not fit: {'; '.join(bad[:3])}{more}")
+    net.load_state_dict(state, strict=False)
+    return missing

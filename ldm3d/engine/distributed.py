@@ -1,0 +1,257 @@
+"""One process or many: raw torch.distributed behind a few functions that also work with no process group at
+all.
+
+Under torchrun every rank runs the same script; without it all of this is a no-op. gloo on CPU, NCCL on GPU.
+Randomness is keyed by the position of the sample in the run and not by the rank, so that a run does not
+depend on how it is spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import inspect
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import InputError
+
+EXIT_USER, EXIT_OURS, EXIT_TERMINATED = 2, 1, 143
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Terminated(Exception):
+    """SIGTERM or Ctrl-C arrived, all ranks agreed on it, the state is saved. The exit code is 143."""
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def print0(*words: Any) -> None:
+    """Print on rank 0 only."""
+    if is_main():
+        print(*words, flush=True)
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Join the process group if torchrun started us, and choose this rank's device ("auto": CUDA where there
+    is one)."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if launched() and not dist.is_initialized():
+        # gloo beside NCCL: decisions and counts are CPU tensors, and cost the GPU no synchronisation. The
+        # timeout is for rank 0 alone with the data (a first scan); a rank that fails ends all at once.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return chosen
+
+
+def launched() -> bool:
+    """Did torchrun (or something like it) start this process as one rank?"""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of the flag, the rank's own under torchrun; InputError if there is none such."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if chosen.type == "cpu":
+        return chosen
+    if not torch.cuda.is_available():
+        raise InputError(f"device: {device!r} asked for, but torch sees no CUDA device")
+    local = int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+    if chosen.index is not None and local:
+        raise InputError(f"device: {device!r} is one device, but every rank needs its own; say cuda")
+    chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+    if chosen.index >= torch.cuda.device_count():
+        raise InputError(
+            f"device: {chosen} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return chosen
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over ranks, in place; the tensor itself without a process group. CPU and GPU tensors both work."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is True on one: how ranks take decisions together."""
+    return bool(all_reduce_sum(torch.tensor(float(flag))).item() > 0)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    all_reduce_sum(torch.zeros(()))
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block while the others wait, then they run it (downloads, caches, folders).
+
+    If rank 0 fails, it raises and the others are ended by torchrun.
+    """
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def share(value: Any) -> Any:
+    """Rank 0's value (plain Python) on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values (plain Python) of all ranks, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def wrap(net: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around `net` if there is a process group, else `net` itself.
+
+    Our networks have no buffers that training changes and no unused parameters, so DDP needs neither of its
+    searches. The gradients live in its buckets, so that it costs no second copy of them.
+    """
+    if not dist.is_initialized():
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    ddp = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # since torch 2.13
+    quiet = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return ddp(net, device_ids=ids, gradient_as_bucket_view=True, **quiet)
+
+
+def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Accumulation: gradients are reduced once, in the last micro-batch of a step."""
+    if last or not isinstance(model, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def keyed_generator(seed: int, position: int, purpose: str) -> torch.Generator:
+    """A CPU generator for one purpose of the sample at one position of the run: the same on every machine.
+
+    `position` counts samples over the whole run (step * batch_size + place in the batch), so that noise, t,
+    condition dropout and augmentation depend on neither ranks, micro-batches nor workers, and nothing random
+    need be stored.
+    """
+    digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class SigtermFlag:
+    """Remembers that SIGTERM or Ctrl-C arrived; the loop looks at it between steps, where all can be saved.
+
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.raised, self.before = False, {}
+        with contextlib.suppress(ValueError):  # not in the main thread: somebody imports us
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._handle)
+
+    def release(self) -> None:
+        """The signals end the process again, or whatever they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.raised = True
+        if signum == signal.SIGINT:
+            signal.signal(signum, self.before[signum])
+
+
+def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Run a script's main and turn how it ended into an exit code: 0 done, 2 the user's mistake, 1 ours, 143
+    SIGTERM.
+
+    An error on one rank ends the others as well: the process exits without waiting for them, they lose the
+    connection, and torchrun stops what is left.
+    """
+    try:
+        main(argv)
+        code = 0
+    except Terminated as e:
+        print0(e)
+        code = EXIT_TERMINATED
+    except KeyboardInterrupt:
+        print0("interrupted; the same command goes on from the last checkpoint, if there is one")
+        code = 130
+    except Exception as e:
+        who = f"rank {rank()}: " if world_size() > 1 else ""
+        try:
+            message, code = explain(e)
+        except RuntimeError as late:  # the signal of a dead worker process may come only now, as an exception
+            message, code = explain(late)
+        print(f"{who}{message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        # No orderly exit: after an error it would wait for other ranks, which wait for us in a collective,
+        # and after success threads of gloo that are not done yet may abort a process whose work is done
+        if code == 0:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def explain(e: Exception) -> tuple[str, int]:
+    """(message, exit code) of an exception: one line where the user can do something, else the traceback."""
+    first = (str(e).splitlines() or [""])[0]
+    if isinstance(e, InputError):
+        return f"error: {e}", EXIT_USER
+    if isinstance(e, torch.OutOfMemoryError):
+        return (
+            f"error: the GPU's memory is full ({first}); try a lower micro_batch_size, a smaller data.patch, "
+            "or checkpointing of the network; --plan GIB tells beforehand what fits"
+        ), EXIT_USER
+    if isinstance(e, OSError) and e.errno in NO_ROOM:
+        return f"error: {e.filename or 'a file could not be written'}: {e.strerror}", EXIT_USER
+    if isinstance(e, RuntimeError) and "DataLoader worker" in first:  # raised wherever the main process is
+        return (
+            f"error: run.workers: a data-loading process died ({first.strip()}); often memory, or shared "
+            "memory, ran out: the same command with fewer --run.workers goes on from the last checkpoint"
+        ), EXIT_USER
+    if isinstance(e, dist.DistError) or "gloo/transport" in first:
+        return f"stopped, because the connection to another rank was lost ({first})", EXIT_OURS
+    return traceback.format_exc(), EXIT_OURS

@@ -1,0 +1,242 @@
+"""What a run tells: one JSON line per log step, always; the console; TensorBoard when asked; preview
+pictures.
+
+The JSON lines are the record: every other view (console, TensorBoard, a later report) shows what they hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import InputError
+from .distributed import is_main
+
+
+class Logger:
+    """Appends to ``run_dir/log.jsonl`` on rank 0; on resume the file is first cut back to the checkpoint's
+    step."""
+
+    def __init__(self, run_dir: str | Path, step: int, tensorboard: bool = False):
+        self.path, self.file, self.board = Path(run_dir) / "log.jsonl", None, None
+        if not is_main():
+            return
+        with self._writing():
+            self.start = time.perf_counter() - cut_back(self.path, step)
+            self.file = open(self.path, "a")  # noqa: SIM115 (closed by close)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError('run.tensorboard: needs the extra "viz": pip install "ldm3d[viz]"') from None
+            self.board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=step + 1)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A log that cannot be written ends the run: what it trained on would leave no record."""
+        try:
+            yield
+        except OSError as e:
+            raise InputError(
+                f"{self.path.parent}: the log cannot be written ({e.strerror or e}); the checkpoints are "
+                "intact: make room, then run the same command again"
+            ) from None
+
+    def log(self, step: int, split: str, scalars: dict[str, Any], echo: bool = True) -> None:
+        """One line: ``{"step": ..., "split": "train" | "val", "seconds": of training, **scalars}``.
+
+        What is not finite becomes null, since JSON has no word for it.
+        """
+        if self.file is None:
+            return
+        line = {"step": step, "split": split, "seconds": round(time.perf_counter() - self.start, 2)}
+        line |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
+        with self._writing():
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+            self.file.flush()
+        if echo:
+            words = "  ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars.items()
+            )
+            tqdm.write(f"step {step:>7}  {split:<5}  {words}")
+        if self.board is not None:
+            with self._writing():
+                for name, value in scalars.items():
+                    if isinstance(value, (int, float)):
+                        self.board.add_scalar(f"{split}/{name}", value, step)
+                self.board.flush()
+
+    def picture(self, step: int, name: str, path: Path | None) -> None:
+        """Show a preview that was saved as a PNG in TensorBoard too."""
+        if self.board is not None and path is not None:
+            import matplotlib.image
+
+            with self._writing():
+                self.board.add_image(name, matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Show the distribution of latents (B, C_z, *s) in TensorBoard, channel by channel."""
+        if self.board is not None:
+            with self._writing():
+                for c, channel in enumerate(values.float().cpu().unbind(1)):
+                    self.board.add_histogram(f"{name}/channel {c}", channel.numpy(), step)
+
+    def close(self) -> None:
+        for target in (self.file, self.board):
+            if target is not None:
+                with self._writing():
+                    target.close()
+
+
+def cut_back(path: Path, step: int) -> float:
+    """Drop the lines after `step`, which a killed run wrote before it could save, and a last line that is
+    torn.
+
+    Returns the seconds of training that the last line tells of. Atomic: another kill must not cost the log.
+    """
+    if not path.exists():
+        return 0.0
+    kept, seconds = [], 0.0
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+            if record["step"] <= step:
+                kept.append(line)
+                seconds = record["seconds"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+    return seconds
+
+
+class Profile:
+    """torch.profiler over three steps, after three that warm up: a trace for chrome://tracing or Perfetto in
+    `folder`, and the ten operators that took most time on the console."""
+
+    SKIP, STEPS = 3, 3
+
+    def __init__(self, folder: Path):
+        self.path, self.count = folder / "profile.json", 0
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+
+    def step(self) -> None:
+        """To be called after every step."""
+        self.count += 1
+        if self.count == self.SKIP:
+            self.profiler.start()
+        elif self.count == self.SKIP + self.STEPS:
+            self._tell()
+
+    def close(self) -> None:
+        """There are no more steps: tell of those that there were."""
+        if self.SKIP < self.count < self.SKIP + self.STEPS:
+            self._tell()
+        elif self.count <= self.SKIP:
+            tqdm.write(f"note: run.profile: a run of {self.count} steps is too short to profile")
+
+    def _tell(self) -> None:
+        self.profiler.stop()
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = self.profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40)
+        try:
+            self.profiler.export_chrome_trace(str(self.path))
+            tqdm.write(f"{table}\nprofile of {self.count - self.SKIP} steps: {self.path}")
+        except (OSError, RuntimeError) as e:
+            tqdm.write(f"{table}\nnote: {self.path} could not be written ({e})")
+
+
+def progress(items: Iterable, what: str, total: int | None = None, initial: int = 0) -> tqdm:
+    """A tqdm bar on rank 0 of a terminal; silent elsewhere."""
+    quiet = not is_main() or not sys.stderr.isatty()
+    return tqdm(
+        items, desc=what, total=total, initial=initial, disable=quiet, leave=False, dynamic_ncols=True
+    )
+
+
+def mid_slices(volume: np.ndarray) -> list[np.ndarray]:
+    """A 3-D volume (D, H, W) in RAS -> its sagittal, coronal and axial middle slices, upright; a slice (H, W)
+    or a coloured one, uint8 (H, W, 3) -> itself."""
+    if volume.ndim == 2 or volume.dtype == np.uint8:
+        return [volume]
+    i, j, k = (s // 2 for s in volume.shape)
+    return [np.rot90(s) for s in (volume[i], volume[:, j], volume[:, :, k])]
+
+
+def tile(slices: Sequence[np.ndarray]) -> np.ndarray:
+    """Slices of any size side by side, centred in the height of the tallest, a dark column between."""
+    height = max(s.shape[0] for s in slices)
+    columns = []
+    for s in slices:
+        top, dark = (height - s.shape[0]) // 2, 0 if s.dtype == np.uint8 else np.nan
+        edges = [(top, height - s.shape[0] - top), (0, 2), (0, 0)][: s.ndim]
+        columns.append(np.pad(s, edges, constant_values=dark))
+    return np.concatenate(columns, axis=1)
+
+
+def new_figure(**options: Any) -> Any:
+    """An empty matplotlib figure that needs no screen; None where matplotlib (extra viz) is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> Path | None:
+    """Write a figure of `new_figure` as PNG; without room on the disk None: pictures never stop a run."""
+    try:
+        figure.canvas.print_png(str(path))
+    except OSError as e:
+        tqdm.write(f"note: {path} could not be written ({e.strerror or e})")
+        return None
+    return Path(path)
+
+
+def save_sheet(
+    path: str | Path, rows: dict[str, Sequence[np.ndarray]], limits: tuple[float, float] | None = None
+) -> Path | None:
+    """A picture with one titled row per entry, every volume (*S) shown by its middle slices.
+
+    `limits` is the grey range; None takes the 1st to 99.5th percentile of each row. Without matplotlib, or
+    room on the disk, nothing is written and None is returned: pictures never stop a run.
+    """
+    figure = new_figure(dpi=100, facecolor="black")
+    if figure is None:
+        return None
+    images = {title: tile([s for v in volumes for s in mid_slices(v)]) for title, volumes in rows.items()}
+    width = max(i.shape[1] for i in images.values())
+    height = sum(i.shape[0] for i in images.values())
+    scale = min(2.5, max(0.5, 1600 / width)) / 100
+    figure.set_size_inches(width * scale + 0.2, height * scale + 0.3 * len(images))
+    axes = figure.subplots(
+        len(images), 1, squeeze=False, gridspec_kw={"height_ratios": [i.shape[0] for i in images.values()]}
+    )
+    for ax, (title, image) in zip(axes[:, 0], images.items(), strict=True):
+        low, high = limits or np.nanpercentile(image, [1, 99.5])
+        ax.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
+        ax.set_title(title, color="white", fontsize=9, loc="left", pad=3)
+        ax.axis("off")
+    figure.subplots_adjust(
+        left=0.005, right=0.995, bottom=0.005, top=1 - 0.25 / figure.get_figheight(), hspace=0.15
+    )
+    return save_figure(figure, path)

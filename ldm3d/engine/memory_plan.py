@@ -1,0 +1,229 @@
+"""Memory planning: what a job needs, before a GPU is asked for it. Backs the --plan flag of the scripts.
+
+The job itself runs once on fake tensors (torch._subclasses.FakeTensorMode: shapes and types without data, a
+second or so on the CPU whatever the size), and every storage that an operator makes is counted from birth to
+death:
+
+    peak = copies * weights + max over time of the bytes of all other tensors alive
+    copies = 1, in training 4: weights, EMA, and the two moments of AdamW (all fp32)
+
+The second term holds what autograd keeps for backward (backward runs too, so that what checkpointed blocks
+compute again is counted), gradients, inputs and outputs of each operator, and autocast's copies of the
+weights. Not seen: the workspaces inside a kernel (cuDNN, oneDNN), the CUDA context, and what the allocator
+loses in fragments; so a plan gives away only 90 % of the budget less 0.7 GiB. Under DDP the gradients live in
+buckets that stay: one copy of the weights more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..blocks import CrossAttention, SelfAttention
+from ..config import InputError
+from .training import autocast
+
+GIB = 2**30
+CPU = torch.device("cpu")
+CONTEXT, SHARE = 0.7 * GIB, 0.9  # of a GPU's memory: not for tensors; of the rest, what a plan may use
+
+
+# --- accounting ---------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make while it is on: `live` now, `peak` at most."""
+
+    def __init__(self, known: Sequence[Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages = {t.untyped_storage()._cdata: None for t in known}  # alive before, not counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+
+        def die(_: Any) -> None:
+            del self.storages[key]
+            self.live -= size
+
+        self.storages[key] = weakref.ref(storage, die)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def like_gpu(net: nn.Module) -> None:
+    """What differs on a GPU: under autocast its norms run in fp32, and its fused attention takes dropout."""
+    for module in net.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        elif isinstance(module, (SelfAttention, CrossAttention)):
+            module.dropout = 0.0
+
+
+def peak_bytes(
+    make: Callable[[], nn.Module], work: Callable[[nn.Module], Any], gpu: bool = True
+) -> tuple[int, int]:
+    """(bytes of the weights of make(), most bytes of other tensors alive during work(module)); nothing is
+    allocated."""
+    with ExitStack() as modes:
+        modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        net = make()
+        if gpu:
+            like_gpu(net)
+        weights = [*net.parameters(), *net.buffers()]
+        live = modes.enter_context(LiveBytes(weights))
+        work(net)
+    return weight_bytes(net), live.peak
+
+
+def weight_bytes(net: nn.Module) -> int:
+    return sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
+
+
+# --- the plan -----------------------------------------------------------------------------------------------
+
+Make = Callable[[], nn.Module]
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to plan: need(batch, size) in bytes. `step`: sizes (*S) are tried in multiples of it."""
+
+    name: str
+    need: Callable[[int, Size], int]
+    batch: int
+    size: Size
+    step: int
+
+
+class Plan:
+    """Jobs for one device of `budget` GiB: a GPU with bf16, unless `amp` and `device` say otherwise."""
+
+    def __init__(self, budget: float, amp: str = "auto", device: str = "auto"):
+        if budget * GIB <= CONTEXT:
+            raise InputError(f"plan: expected more than {CONTEXT / GIB:.1f} GiB, got {budget:g}")
+        self.budget, self.gpu = budget, not device.startswith("cpu")
+        self.amp = ("bf16" if self.gpu else "fp32") if amp == "auto" else amp
+        self.room = SHARE * (budget * GIB - CONTEXT)  # for tensors
+        self.jobs: list[Job] = []
+
+    def training(
+        self,
+        name: str,
+        make: Make,
+        loss: Callable[[Any, int, Size], Tensor],
+        batch: int,
+        size: Size,
+        step: int = 1,
+        rounds: int = 1,
+        beside: int = 0,
+    ) -> Job:
+        """Steps on loss(net, batch, size), a scalar, `rounds` micro-batches each; `beside`: bytes of other
+        things."""
+
+        def need(batch: int, size: Size) -> int:
+            def work(net: nn.Module) -> None:
+                for _ in range(min(2, rounds)):  # the second and later ones find gradients there
+                    with autocast(self.amp, CPU):
+                        value = loss(net, batch, size)
+                    value.backward()
+
+            weights, rest = peak_bytes(make, work, self.gpu)
+            return 4 * weights + rest + beside
+
+        return self._add(Job(name, need, batch, size, step))
+
+    def inference(
+        self,
+        name: str,
+        make: Make,
+        call: Callable[[Any, int, Size], Any],
+        batch: int,
+        size: Size,
+        step: int = 1,
+        beside: int = 0,
+    ) -> Job:
+        """call(net, batch, size) without gradients."""
+
+        def need(batch: int, size: Size) -> int:
+            def work(net: nn.Module) -> None:
+                with torch.inference_mode(), autocast(self.amp, CPU):
+                    call(net, batch, size)
+
+            return sum(peak_bytes(make, work, self.gpu)) + beside
+
+        return self._add(Job(name, need, batch, size, step))
+
+    def _add(self, job: Job) -> Job:
+        self.jobs.append(replace(job, need=functools.cache(job.need)))
+        return self.jobs[-1]
+
+    def largest_batch(self, job: Job) -> int:
+        """The largest batch of the job's size that fits, to 1 %; 0 if none does."""
+        return self._largest(lambda batch: job.need(batch, job.size), job.batch, power=1)
+
+    def largest_cube(self, job: Job) -> int:
+        """The longest side, in steps, of a cube that fits at the job's batch, to 1 %; 0 if none does."""
+        dims = len(job.size)
+        side = round(math.prod(job.size) ** (1 / dims) / job.step)
+        return job.step * self._largest(lambda n: job.need(job.batch, (n * job.step,) * dims), side, dims)
+
+    def _largest(self, need: Callable[[int], int], start: int, power: int) -> int:
+        """The largest n with need(n) <= room. The need is nearly affine in n^power: secants, then a walk."""
+        low, n = max(1, start), 2 * max(1, start)
+        for _ in range(4):
+            slope = (need(n) - need(low)) / (n**power - low**power)
+            better = max(1.0, n**power + (self.room - need(n)) / slope) ** (1 / power)
+            low, n = n, max(1, int(better))
+            if low == n:
+                break
+        while n > 0 and need(n) > self.room:
+            n -= max(1, n // 100)
+        while n > 0 and need(n + max(1, n // 100)) <= self.room:
+            n += max(1, n // 100)
+        return n
+
+    def tell(self) -> None:
+        """Print what each job needs, and the largest batch and the largest cube that would fit."""
+        device, room = "GPU" if self.gpu else "CPU", self.room / GIB
+        print(f"plan for a {device} of {self.budget:g} GiB, {room:.1f} of them for tensors, in {self.amp}")
+        print(f"{'':38}{'needs':>8}   {'largest batch':>14}{'largest cube':>14}")
+        for job in self.jobs:
+            need = job.need(job.batch, job.size)
+            what = f"{job.name} {job.batch} x {'x'.join(map(str, job.size))}"
+            cube = self.largest_cube(job)
+            side = f"{cube}^{len(job.size)}" if cube else "none"
+            verdict = "" if need <= self.room else "   does not fit"
+            batch = self.largest_batch(job) or "none"
+            print(f"{what:38}{need / GIB:>8.2f}   {batch:>14}{side:>14}{verdict}", flush=True)
+
+
+def encode(net: Any, batch: int, size: Size) -> None:
+    """An autoencoder's encoding of images of this size, as a job of a plan."""
+    net.encode(torch.zeros(batch, net.config.in_channels, *size))
+
+
+def decode(net: Any, batch: int, size: Size) -> None:
+    """An autoencoder's decoding of images of this size, as a job of a plan."""
+    net.decode(torch.zeros(batch, *net.latent_shape(size)), size)

@@ -1,0 +1,398 @@
+"""Are generated volumes copies of training cases? A question that users of medical data must answer.
+
+    python -m ldm3d.evaluation copies runs/ldm-mine/samples-001 runs/ldm-mine    its own cases
+    python -m ldm3d.evaluation copies GENERATED TRAIN --holdout OTHER_REAL_CASES
+
+For each sample, and each held-out real case, the distances d_1 <= d_2 ... to all training cases, in two
+spaces:
+
+image     1 - max over shifts and flips of <x', y> / (|x'| |y|), by FFT, of volumes that were averaged to at
+          most 32 (2-D: 96) voxels along an axis and lost their local mean (what all cases share is mostly
+          smooth)
+feature   Euclidean distance of the features of a network (features.py), least over flips; means over space,
+          so that a shift hardly counts
+
+An unsharp volume lies near to everything, so what counts is how much nearer the nearest case is than others:
+
+    r = d_1 / mean(d_1 ... d_50)                              Carlini et al. 2023 (2301.13188), section 5.1
+
+A sample is called a copy if its r is below that of each of n held-out cases and its logarithm more than 4 (1
++ 4 / n) robust standard deviations (1.4826 x median absolute deviation) below their median: the fewer there
+are to tell what is usual, the clearer it has to be. That is asked in image space; or in feature space if both
+spaces name the same training case, since features alone take what looks alike for the same. Without held-out
+cases each training case takes their part, against those of other subjects. All samples together: the rank
+test of Meehan et al. 2020 (2004.05675), z of Mann and Whitney's U of the samples' r against the held-out
+ones'; z < -3 says that samples lie nearer to training cases than new cases do, copies or not.
+
+The folder that is made holds cases.csv, report.json and nearest.png (sample, training case as it was turned
+and shifted, difference). Copies of parts of a volume, and copies after a rotation or deformation, are not
+looked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import InputError, at_least, to_dict
+from ..data.dataset import VolumeDataset
+from ..engine.distributed import choose_device
+from ..engine.logger import progress, save_sheet
+from ..metrics import psnr
+from .networks import Extractor, whole_features
+from .openers import SetConfig, VolumeSets, is_run, locate, open_sets, volumes_of
+from .statistics import check_out, new_folder, table, write_report, write_rows
+
+LARGEST = {2: 96, 3: 32}  # voxels along an axis of the volumes that are searched
+NEAREST = 50  # training cases whose mean distance is the yardstick
+SPREADS = 4.0  # robust standard deviations that make a copy
+
+
+@dataclass(frozen=True)
+class MemorisationConfig:
+    holdout: str | None = None  # real cases not trained on; none = of a run its val and test cases, else none
+    features: str = "own"  # own (trained on TRAIN), run, none, or a file (TorchScript, torch.export)
+    feature_steps: int = 200  # of training an own network
+    run: str | None = None  # run folder whose grid, scaling and encoder count; none = TRAIN, if it is one
+    flip_axes: tuple[int, ...] | None = None  # axes along which copies may be flipped; none = all
+    max_shift: float = 0.25  # part of the size by which copies may be shifted
+    shown: int = 8  # samples on the picture, nearest first; all copies are
+    seed: int = 0  # of the own network
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    cache_dir: str = "runs/cache"  # where own networks are kept
+    out: str | None = None  # new folder for the report; none = memorisation-001 (-002, ...) beside GENERATED
+    data: SetConfig = field(default_factory=SetConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_shift <= 0.5:
+            raise InputError(f"max_shift: expected 0 to 0.5, got {self.max_shift}")
+        at_least(self, 0, "shown")
+        at_least(self, 1, "feature_steps")
+
+
+# --- distances ----------------------------------------------------------------------------------------------
+
+
+def flips_of(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All combinations of flips along spatial axes, none first."""
+    return [some for n in range(len(axes) + 1) for some in itertools.combinations(axes, n)]
+
+
+class ImageSearch:
+    """The training cases, ready for the greatest correlation over shifts. Volumes are (C, *S)."""
+
+    def __init__(self, volumes: Any, size: tuple[int, ...], max_shift: float, device: torch.device):
+        dims = len(size)
+        self.size, self.dims, self.device = size, dims, device
+        self.pool = tuple(min(n, -(-max(size) // LARGEST[dims])) for n in size)
+        small = [n // p for n, p in zip(size, self.pool, strict=True)]
+        self.reach = [int(max_shift * n) for n in small]
+        self.room = [
+            n + r for n, r in zip(small, self.reach, strict=True)
+        ]  # shifts up to `reach` do not wrap
+        self.spectra = torch.stack(
+            [torch.fft.rfftn(self.detail(x), s=self.room, dim=self.over) for x in volumes]
+        )
+
+    @property
+    def over(self) -> tuple[int, ...]:
+        return tuple(range(-self.dims, 0))
+
+    def detail(self, x: Tensor) -> Tensor:
+        """(C, *s) what is searched of x: averaged, its local mean (5 voxels wide) taken away, of norm 1."""
+        pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[self.dims]
+        x = pool(x[None].to(self.device).float(), self.pool)
+        x = (x - pool(x, 5, stride=1, padding=2, count_include_pad=False))[0]
+        return x / x.norm().clamp(min=1e-12)
+
+    def correlations(self, x: Tensor, flips: list[tuple[int, ...]]) -> tuple[Tensor, list[tuple]]:
+        """(N,) greatest correlation of x with every training case, and [(flip, shift in voxels)] that gives
+        it.
+
+        A copy is the training case shifted: x'(p) = y(p - shift), x' being x after the flip.
+        """
+        best, found = (
+            torch.full((len(self.spectra),), -math.inf),
+            [((), (0,) * self.dims)] * len(self.spectra),
+        )
+        detail = self.detail(x)
+        for axes in flips:
+            spectrum = torch.fft.rfftn(detail.flip([a + 1 for a in axes]), s=self.room, dim=self.over)
+            for start in range(0, len(self.spectra), 64):
+                product = (spectrum * self.spectra[start : start + 64].conj()).sum(1)
+                surface = torch.fft.irfftn(product, s=self.room, dim=self.over)  # (n, *room), [s]: shift s
+                values, places = self._within_reach(surface).flatten(1).max(1)
+                for k, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True), start):
+                    if value > best[k]:
+                        best[k] = value
+                        shift = np.unravel_index(place, self.room)
+                        signed = (
+                            s - n if s > r else s
+                            for s, n, r in zip(shift, self.room, self.reach, strict=True)
+                        )
+                        found[k] = (axes, tuple(int(s) * p for s, p in zip(signed, self.pool, strict=True)))
+        return best, found
+
+    def _within_reach(self, surface: Tensor) -> Tensor:
+        """The surface with -inf where the shift is too large."""
+        for axis, (n, reach) in enumerate(zip(self.room, self.reach, strict=True), start=1):
+            far = torch.arange(reach + 1, n - reach, device=surface.device)
+            surface = surface.index_fill(axis, far, -math.inf)
+        return surface
+
+
+def aligned(y: Tensor, turned: tuple[int, ...], shift: tuple[int, ...]) -> Tensor:
+    """A training case y (C, *S) as the sample shows it: shifted, then flipped back; the edge goes on."""
+    for axis, s in enumerate(shift, start=1):
+        places = (torch.arange(y.shape[axis]) - s).clamp(0, y.shape[axis] - 1)
+        y = y.index_select(axis, places)
+    return y.flip([a + 1 for a in turned])
+
+
+def nearness(distances: Tensor) -> tuple[float, int, float]:
+    """(r, index of the nearest, its distance) of the distances (N,) of one case to all training cases."""
+    ordered, order = distances.double().clamp(min=0).sort()
+    known = ordered[ordered.isfinite()]
+    yardstick = known[:NEAREST].mean().clamp(min=1e-12)
+    return (ordered[0] / yardstick).item(), int(order[0]), ordered[0].item()
+
+
+def rank_z(values: np.ndarray, others: np.ndarray) -> float:
+    """z of Mann and Whitney's U: below 0 if `values` tend to be smaller than `others`; ties share their
+    ranks."""
+    n, m = len(values), len(others)
+    both = np.concatenate([values, others])
+    _, place, counts = np.unique(both, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    u = ranks[:n].sum() - n * (n + 1) / 2
+    ties = (counts**3 - counts).sum() / ((n + m) * (n + m - 1))
+    spread = math.sqrt(n * m / 12 * (n + m + 1 - ties))
+    return float((u - n * m / 2) / spread) if spread > 0 else math.nan
+
+
+def limit_of(held_out: np.ndarray) -> float:
+    """The r below which a sample is a copy, from the r (n,) of held-out cases."""
+    logs = np.log(np.maximum(held_out, 1e-12))
+    spread = max(0.02, 1.4826 * np.median(np.abs(logs - np.median(logs))))
+    return float(np.exp(min(logs.min(), np.median(logs) - SPREADS * (1 + 4 / len(logs)) * spread)))
+
+
+# --- the audit ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Nearest:
+    """What was found for one case in one space."""
+
+    ratio: float
+    index: int
+    distance: float
+    turned: tuple[int, ...] = ()
+    shift: tuple[int, ...] = ()
+
+
+def in_image_space(
+    sets: VolumeSets, names: list[str], config: MemorisationConfig, device: torch.device
+) -> dict[str, list[Nearest]]:
+    """The nearest training case of each case of the sets with these names."""
+    train = sets.sets["train"]
+    axes = _flip_axes(config, train.state.dims)
+    search = ImageSearch(volumes_of(train), train.state.size, config.max_shift, device)
+    found: dict[str, list[Nearest]] = {}
+    for name in names:
+        found[name] = []
+        for i, x in enumerate(
+            progress(volumes_of(sets.sets[name]), f"searching {name}", len(sets.sets[name]))
+        ):
+            correlations, how = search.correlations(x, flips_of(axes))
+            distances = 1 - correlations
+            if name == "train":
+                distances = _without(distances, train, i)
+            ratio, index, distance = nearness(distances)
+            found[name].append(Nearest(ratio, index, distance, *how[index]))
+    return found
+
+
+def in_feature_space(
+    sets: VolumeSets, names: list[str], config: MemorisationConfig, network: Extractor
+) -> dict[str, list[Nearest]]:
+    """The same for the features of a network."""
+    train = sets.sets["train"]
+    flips = flips_of(_flip_axes(config, train.state.dims))
+    known = torch.cat(
+        [network(x[None]) for x in progress(volumes_of(train), "features", len(train))]
+    ).double()
+    found: dict[str, list[Nearest]] = {}
+    for name in names:
+        found[name] = []
+        for i, x in enumerate(progress(volumes_of(sets.sets[name]), "features", len(sets.sets[name]))):
+            turned = torch.cat([network(x[None].flip([a + 2 for a in axes])) for axes in flips]).double()
+            distances = torch.cdist(turned, known, compute_mode="donot_use_mm_for_euclid_dist").min(0).values
+            if name == "train":
+                distances = _without(distances, train, i)
+            found[name].append(Nearest(*nearness(distances)))
+    return found
+
+
+def _flip_axes(config: MemorisationConfig, dims: int) -> tuple[int, ...]:
+    axes = tuple(range(dims)) if config.flip_axes is None else config.flip_axes
+    if not all(0 <= a < dims for a in axes):
+        raise InputError(f"flip_axes: expected axes from 0 to {dims - 1}, got {axes}")
+    return axes
+
+
+def _without(distances: Tensor, train: VolumeDataset, index: int) -> Tensor:
+    """Distances with inf for the case itself and all others of its subject."""
+    subjects = [case.subject for case in train.cases]
+    same = torch.tensor([s == subjects[index] for s in subjects])
+    return distances.masked_fill(same.to(distances.device), math.inf)
+
+
+def check_subjects(subjects: list[str]) -> None:
+    """InputError where training cases, of these subjects, cannot stand in for held-out ones: r = d_1 / d_1
+    = 1 of a case that has one other to be near to would hide every copy."""
+    for subject in dict.fromkeys(subjects):
+        others = len(subjects) - subjects.count(subject)
+        if others < 2:
+            raise InputError(
+                f"train: {others} of {len(subjects)} cases are not of subject {subject}, expected at least 2 "
+                "to measure by; give held-out cases with --holdout"
+            )
+
+
+def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
+    """Look for copies and write the report; returns its folder."""
+    check_out(config.out)
+    device = choose_device(config.device)
+    real = {"train": (train, "train")}
+    if config.holdout is not None or is_run(train):
+        real["holdout"] = (config.holdout or train, "held-out")
+    sets = open_sets(generated, real, config.data, config.run)
+    if len(sets.sets["train"]) < 3:
+        raise InputError(f"train: {len(sets.sets['train'])} cases, expected at least 3 to tell near from far")
+    reference = "holdout" if "holdout" in real else "train"
+    if reference == "train":
+        check_subjects([case.subject for case in sets.sets["train"].cases])
+    names = ["generated", reference]
+    network = whole_features(sets, "train", config, device)
+    spaces = {"image": in_image_space(sets, names, config, device)}
+    if network is not None:
+        spaces["feature"] = in_feature_space(sets, names, config, network)
+    rows, verdicts = judge(sets, spaces, reference)
+    copies = [name for name, row in rows.items() if row["copy"]]
+    report = {
+        **to_dict(config),
+        "generated": generated,
+        "train": train,
+        "cases": {name: len(dataset) for name, dataset in sets.sets.items()},
+        "reference": "held-out cases" if reference == "holdout" else "training cases against other subjects'",
+        "protocol": sets.protocol,
+        "network": network and network.describe(),
+        "spaces": verdicts,
+        "copies": copies,
+        "share_of_copies": len(copies) / len(rows),
+        "verdict": verdict(len(copies), len(rows), verdicts, len(sets.sets[reference]), reference),
+    }
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "memorisation")
+    write_rows(folder / "cases.csv", rows)
+    write_report(folder / "report.json", report)
+    picture = draw(folder / "nearest.png", sets, spaces["image"]["generated"], rows, config.shown)
+    tell(report, rows)
+    print(f"{folder}" + (f", {picture}" if picture else ""))
+    return folder
+
+
+def judge(
+    sets: VolumeSets, spaces: dict[str, dict[str, list[Nearest]]], reference: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    """(a row for every sample, what was found in each space)."""
+    names = {name: [case.id for case in dataset.cases] for name, dataset in sets.sets.items()}
+    rows: dict[str, dict[str, Any]] = {name: {"copy": False} for name in names["generated"]}
+    found = {}
+    for space, nearest in spaces.items():
+        ours, theirs = (np.array([n.ratio for n in nearest[name]]) for name in ("generated", reference))
+        limit = limit_of(theirs)
+        for row, one in zip(rows.values(), nearest["generated"], strict=True):
+            row[f"{space}_nearest"] = names["train"][one.index]
+            row[f"{space}_ratio"], row[f"{space}_distance"] = one.ratio, one.distance
+            row[f"{space}_copy"] = one.ratio < limit
+            if space == "image":
+                row["flipped_axes"] = " ".join(map(str, one.turned))
+                row["shift_voxels"] = " ".join(map(str, one.shift))
+            row["copy"] |= row[f"{space}_copy"] and row[f"{space}_nearest"] == row["image_nearest"]
+        found[space] = {
+            "limit": limit,
+            "copies": int((ours < limit).sum()),
+            "generated_median": float(np.median(ours)),
+            "reference_median": float(np.median(theirs)),
+            "reference_min": float(theirs.min()),
+            "rank_z": rank_z(ours, theirs),
+        }
+    return rows, found
+
+
+def verdict(
+    copies: int, samples: int, spaces: dict[str, dict[str, float]], references: int, kind: str
+) -> str:
+    """One sentence for the reader who reads nothing else, and what weakens it."""
+    words = (
+        f"{copies} of {samples} samples are copies of training cases"
+        if copies
+        else (f"no copies of training cases among {samples} samples")
+    )
+    lowest = min((s["rank_z"] for s in spaces.values() if not math.isnan(s["rank_z"])), default=math.nan)
+    if lowest < -3:
+        words += f"; samples lie nearer to training cases than new real cases do (rank z = {lowest:.1f})"
+    if kind == "train":
+        words += "; measured by training cases, since no held-out cases were given: --holdout is surer"
+    if references < 20:
+        words += f"; only {references} real cases to measure by, so only clear copies are found"
+    return words
+
+
+def draw(
+    path: Path, sets: VolumeSets, nearest: list[Nearest], rows: dict[str, dict[str, Any]], shown: int
+) -> Path | None:
+    """Samples beside their nearest training case as they show it: all copies, then the nearest ones."""
+    generated, train = sets.sets["generated"], sets.sets["train"]
+    listed = list(rows.items())
+    order = sorted(range(len(listed)), key=lambda i: (not listed[i][1]["copy"], listed[i][1]["image_ratio"]))
+    order = order[: max(shown, sum(row["copy"] for row in rows.values()))][:64]  # a picture has its limits
+    sheet = {}
+    for i in order:
+        name, row = listed[i]
+        x = generated[i, i]["image"]
+        y = aligned(train[nearest[i].index, nearest[i].index]["image"], nearest[i].turned, nearest[i].shift)
+        near = psnr(x[None], y[None], 2.0).item()
+        title = (
+            f"{'COPY: ' if row['copy'] else ''}{name} | {row['image_nearest']} | difference   {near:.1f} dB"
+        )
+        sheet[title] = [v[0].numpy() for v in (x, y, x - y)]
+    return save_sheet(path, sheet, limits=(-1, 1)) if sheet else None
+
+
+def tell(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """The verdict and the copies on the console."""
+    lines = [("space", "copies", "limit of r", "samples", "reference", "least", "rank z")]
+    for name, s in report["spaces"].items():
+        numbers = (s["generated_median"], s["reference_median"], s["reference_min"], s["rank_z"])
+        lines.append((name, s["copies"], s["limit"], *numbers))
+    print(table(lines))
+    for name in report["copies"]:
+        row = rows[name]
+        where = ", ".join(
+            f"{space} r {row[f'{space}_ratio']:.3f} {row[f'{space}_nearest']}" for space in report["spaces"]
+        )
+        print(f"copy  {name}: {where}")
+    print(report["verdict"])
+
+
+# --- main ---------------------------------------------------------------------------------------------------

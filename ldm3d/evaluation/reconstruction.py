@@ -1,0 +1,258 @@
+"""How good is it? An autoencoder's reconstructions and latents, generated volumes, paired results.
+
+    python -m ldm3d.evaluation reconstruct RUN               this file
+    python -m ldm3d.evaluation samples GENERATED REAL        fidelity.py: are they distributed like real ones?
+    python -m ldm3d.evaluation compare GENERATED TARGET      comparison.py: each against its own target
+
+    python -m ldm3d.evaluation reconstruct runs/vae-hippocampus                   the run's validation cases
+    python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --part test
+    python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --data FOLDER     any other images
+
+Every case goes whole, at its own size, through encoder (mean) and decoder. The folder that is made holds
+cases.csv (a row a case: PSNR, SSIM, MS-SSIM, mean absolute error in the file's units, sharpness),
+report.json (means with bootstrap confidence intervals, how they were made, the latent report) and worst.png
+(lowest PSNR).
+
+Latent report, per channel over all cases, with z = mean + exp(logvar / 2) * xi as diffusion sees it:
+
+    noise share   s^2 = E exp(logvar) / Var z: what of a latent is the posterior's noise and not the image's
+    loss floor    a network that knew the posterior's mean would predict y = c z + d eps from x_t = a z +
+                  b eps with the error that conditioning a Gaussian leaves (Var z = s^2, Var eps = 1):
+                      Var(y | x_t, mean) = s^2 (a d - b c)^2 / (a^2 s^2 + b^2)
+                  averaged over training times and voxels: no diffusion loss can fall below it. For flow with
+                  shift 1 it is s pi / 2.
+    dead          a channel that is nearly all noise, or that hardly varies
+    correlation   of the means of two channels, over all voxels
+
+Intervals are percentile bootstrap over cases (Efron & Tibshirani 1993, chapter 13).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import InputError, at_least, from_dict, to_dict
+from ..data.dataset import DataConfig, DataState, VolumeDataset, open_data, open_folder
+from ..diffusion_kernel import DiffusionKernel, KernelConfig
+from ..engine.distributed import gather, is_main, rank, setup, world_size
+from ..engine.logger import mid_slices, progress, save_sheet
+from ..engine.training import autocast
+from ..latent_diffusion import load_autoencoder
+from ..metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
+from ..vqvae import VQVAE, perplexity_of
+from .openers import autoencoder_path
+from .statistics import new_folder, summarise, write_report, write_rows
+
+# --- Config -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str | None = None  # folder of images to reconstruct; none = cases of the run itself
+    part: Literal["train", "val", "test"] = "val"  # which of the run's own cases
+    out: str | None = None  # new folder for the report; none = evaluation-001 (-002, ...) in the run folder
+    worst: int = 4  # cases of lowest PSNR that are shown
+    resamples: int = 2000  # of the bootstrap
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # precision of the networks
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "worst")
+        at_least(self, 1, "resamples")
+
+
+def cases_of(run: dict[str, Any], config: Config) -> VolumeDataset:
+    """The cases to reconstruct, each at its own size, scaled as the autoencoder of the checkpoint `run` was
+    trained."""
+    if config.data is not None:
+        if not Path(config.data).is_dir():
+            raise InputError(f"data: {config.data}: no such folder")
+        return open_folder(config.data, run)
+    preset, seed = run["config"]["preset"], run["config"]["run"]["seed"]
+    layout = from_dict(DataConfig, run["config"]["data"], "data")
+    data = open_data(layout, preset, seed, run["state"]["split"])
+    state = dataclasses.replace(DataState.from_dict(run["state"]["data"]), source_channels=0, num_labels=None)
+    cases = [data.cases[name] for name in data.split[config.part]]
+    if not cases:
+        raise InputError(f"part: the run has no {config.part} cases")
+    return VolumeDataset(cases, data.infos, state, data.config, own_size=True)
+
+
+# --- latents ------------------------------------------------------------------------------------------------
+
+
+def loss_floor(noise_share: Tensor, kernel: DiffusionKernel, size: tuple[int, ...]) -> Tensor:
+    """The mean squared diffusion loss that no network can fall below, for latents of spatial `size`.
+
+    noise_share: any shape, the variance s^2 of the posterior's noise in latents of unit variance.
+    """
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    t = kernel.t_from_uniform(u, size)
+    one = torch.ones(1000, 1, dtype=torch.float64)
+    a, b = (v.flatten() for v in kernel.coefficients(t, one))
+    c, d = (kernel.target(x, t, y).flatten() for x, y in ((one, 0 * one), (0 * one, one)))
+    s2 = noise_share.double()[..., None]
+    return (s2 * (a * d - b * c) ** 2 / (a**2 * s2 + b**2).clamp(min=1e-300)).mean(-1)
+
+
+class LatentStatistics:
+    """Sums over all voxels of all cases, from which `report` makes the latent report; in float64.
+
+    Variances are kept as a histogram of their logarithm too, since the loss floor is not linear in them.
+    """
+
+    edges = torch.linspace(-30, 20, 401, dtype=torch.float64)
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.first = torch.zeros(channels, dtype=torch.float64)  # sum of the means
+        self.second = torch.zeros(channels, channels, dtype=torch.float64)  # sum of their products
+        self.noise = torch.zeros(channels, dtype=torch.float64)  # sum of the variances
+        self.histogram = torch.zeros(channels, len(self.edges) - 1, dtype=torch.float64)
+
+    def add(self, mean: Tensor, logvar: Tensor) -> None:
+        """One posterior, (1, C_z, *s) each."""
+        mean, logvar = (v[0].flatten(1).double().cpu() for v in (mean, logvar))  # (C_z, voxels)
+        self.count += mean.shape[1]
+        self.first += mean.sum(1)
+        self.second += mean @ mean.T
+        self.noise += logvar.exp().sum(1)
+        bins = torch.bucketize(logvar, self.edges[1:-1])
+        self.histogram += torch.stack([torch.bincount(b, minlength=self.histogram.shape[1]) for b in bins])
+
+    def merge(self, others: list[LatentStatistics]) -> None:
+        """Become the sums of all `others`."""
+        for name in ("count", "first", "second", "noise", "histogram"):
+            setattr(self, name, sum(getattr(other, name) for other in others))
+
+    def report(self, size: tuple[int, ...]) -> dict[str, Any]:
+        """The latent report; `size`: spatial shape of a latent, which sets the shift of flow."""
+        mean, noise = self.first / self.count, self.noise / self.count
+        covariance = self.second / self.count - mean[:, None] * mean
+        signal = covariance.diagonal().clamp(min=0)
+        variance = signal + noise
+        share = noise / variance.clamp(min=1e-300)
+        dead = (share > 0.95) | (signal.sqrt() < 1e-3 * signal.sqrt().max())
+        weight = self.histogram / self.count  # (C_z, bins)
+        centres = ((self.edges[1:] + self.edges[:-1]) / 2).exp()
+        # A bin is as wide as 13 % of its variance: scale them so that the channel's mean variance is exact
+        exact = noise / (weight @ centres)
+        shares = centres * (exact / variance.clamp(min=1e-300))[:, None]
+        floors = {}
+        for kind in ("flow", "eps", "v"):
+            kernel = DiffusionKernel(KernelConfig(prediction=kind))
+            floors[kind] = float((weight * loss_floor(shares, kernel, size)).sum(1).mean())
+        return {
+            "size": list(size),
+            "mean": mean.tolist(),
+            "std": variance.sqrt().tolist(),
+            "noise_share": share.tolist(),
+            "dead_channels": dead.nonzero().flatten().tolist(),
+            "correlation": (covariance / (signal[:, None] * signal).sqrt()).tolist(),
+            "loss_floor": floors,
+        }
+
+
+# --- reconstruction -----------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def reconstruct(config: Config, run: Path) -> Path:
+    """Reconstruct all cases and write the report; returns its folder."""
+    device = setup(config.device)
+    autoencoder, content = load_autoencoder(autoencoder_path(run))
+    autoencoder.to(device)
+    dataset = cases_of(content, config)
+    folder = new_folder(run, config.out, "evaluation")
+    rows, pictures = {}, {}
+    latents, codes = LatentStatistics(autoencoder.config.latent_channels), torch.zeros(1)
+    for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
+        x = dataset[i, i]["image"][None].to(device)
+        with autocast(config.amp, device):
+            posterior = autoencoder.encode(x)
+            recon = autoencoder.decode(posterior.mode(), x.shape[2:])
+        recon, name = recon.float(), dataset.cases[i].id
+        latents.add(posterior.mean, posterior.logvar)
+        if isinstance(autoencoder, VQVAE):
+            codes = codes + autoencoder.quantizer.usage(posterior.mean).cpu()
+        rows[name] = scores_of(recon, x, dataset, i)
+        pictures[name] = [s for v in (x, recon, 2 * (recon - x)) for s in slices_of(v)]
+        for other in sorted(rows, key=lambda n: rows[n]["psnr"])[config.worst :]:
+            pictures.pop(other, None)
+    rows = {k: v for part in gather(rows) for k, v in part.items()}
+    pictures = {k: v for part in gather(pictures) for k, v in part.items()}
+    latents.merge(gather(latents))
+    codes = sum(gather(codes))
+    if is_main():
+        rows = dict(sorted(rows.items()))
+        size = autoencoder.latent_shape(dataset.state.size)[1:]
+        weights = [ms_ssim_weights(dataset.infos[case.id].shape) for case in dataset.cases]
+        report = {
+            **to_dict(config),
+            "run": str(run),
+            "step": content["step"],
+            "weights": "EMA",
+            "cases": len(rows),
+            "interval": f"95 % percentile bootstrap over cases, {config.resamples} resamples, seed 0",
+            "data_range": 2.0,
+            "ssim_window": 7,
+            "ms_ssim_weights": {len(w): w for w in weights},  # by the number of scales that fit
+            "metrics": summarise(rows, config.resamples),
+            "latent": latents.report(size),
+        }
+        if isinstance(autoencoder, VQVAE):
+            used, perplexity = int((codes > 0).sum()), perplexity_of(codes).item()
+            report["codebook"] = {"codes": len(codes), "used": used, "perplexity": perplexity}
+        write_rows(folder / "cases.csv", rows)
+        write_report(folder / "report.json", report)
+        tell(report)
+        worst = sorted(rows, key=lambda n: rows[n]["psnr"])[: config.worst]
+        sheet = {f"{n}: {rows[n]['psnr']:.2f} dB": pictures[n] for n in worst}
+        picture = save_sheet(folder / "worst.png", sheet, limits=(-1, 1)) if sheet else None
+        print(f"{len(rows)} cases: {folder}" + (f", {picture}" if picture else ""))
+    return folder
+
+
+def scores_of(recon: Tensor, x: Tensor, dataset: VolumeDataset, index: int) -> dict[str, float]:
+    """Of one case (1, C, *S): PSNR (dB), SSIM and MS-SSIM of the scaled intensities, whose range is 2.
+
+    MAE in the file's units, of the intensities as clipped by the scaling, mean over channels. Sharpness: mean
+    difference of neighbouring voxels over that of the original; 1 is as sharp, nan where that is constant.
+    """
+    made, real = (dataset.restore(index, v[0].cpu()).array.astype(np.float64) for v in (recon, x))
+    detail = sharpness(x)
+    return {
+        "psnr": psnr(recon, x, data_range=2.0).item(),
+        "ssim": ssim(recon, x, data_range=2.0).item(),
+        "ms_ssim": ms_ssim(recon, x, data_range=2.0).item(),
+        "mae": float(np.abs(made - real).mean()),
+        "sharpness": sharpness(recon) / detail if detail else math.nan,
+    }
+
+
+def slices_of(x: Tensor) -> list[np.ndarray]:
+    """The middle slices of the first channel of (1, C, *S)."""
+    return mid_slices(x[0, 0].float().cpu().numpy())
+
+
+def tell(report: dict[str, Any]) -> None:
+    """The means on the console."""
+    for name, s in report["metrics"].items():
+        print(f"{name:>8}  {s['mean']:.5g}  [{s['low']:.5g}, {s['high']:.5g}]")
+    latent = report["latent"]
+    shares = ", ".join(f"{v:.3g}" for v in latent["noise_share"])
+    floors = ", ".join(f"{k} {v:.3g}" for k, v in latent["loss_floor"].items())
+    if "codebook" in report:
+        print(f"codebook  {report['codebook']}")
+    print(f"  latent  noise share {shares}; dead channels {latent['dead_channels']}; loss floor {floors}")
+
+
+# --- main ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,370 @@
+"""Are generated volumes distributed like real ones? Distances of two sets, with all that they depend on.
+
+    python -m ldm3d.evaluation samples runs/ldm-mine/samples-001 runs/ldm-mine      its held-out cases
+    python -m ldm3d.evaluation samples runs/ldm-mine/samples-001 runs/ldm-mine --part train
+    python -m ldm3d.evaluation samples FOLDER "OTHER/images/*.nii.gz" --features net.ts --slice_features none
+
+whole     features of whole volumes (pictures in 2-D): Frechet and kernel distance, precision, recall,
+          density, coverage
+plane     features of slices across each axis, 2.5-D: Frechet and kernel distance, and their mean over planes.
+          In the kernel distance the pairs are slices of different cases: those of one case are not
+          independent
+diversity mean MS-SSIM of pairs within each set (of generated ones about as low as of real ones)
+intensity Wasserstein distance of the histograms (range 2), root mean square difference of the spectra (dB)
+
+The equations are in metrics.py. An interval is that of half-sampling the cases (scores.py). Beside every
+figure stands that of a part of the real set, as many cases as are generated but at most half of it, against
+its rest: what volumes of the same kind get, with so few cases. The folder that is made holds report.json and,
+with matplotlib, figure.png.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import at_least, to_dict
+from ..data.dataset import VolumeDataset
+from ..engine.distributed import choose_device
+from ..engine.logger import new_figure, progress, save_figure
+from ..metrics import (
+    cubic_kernel,
+    frechet_distance,
+    histogram_distance,
+    kernel_distance,
+    ms_ssim,
+    ms_ssim_weights,
+    neighbour_scores,
+    power_spectrum,
+    spectrum_distance,
+)
+from .networks import (
+    Extractor,
+    FeatureConfig,
+    file_features,
+    own_features,
+    pool_for,
+    whole_features,
+)
+from .openers import SetConfig, VolumeSets, locate, open_sets, stamp, volumes_of
+from .statistics import check_out, half_sample_intervals, new_folder, table, write_report
+
+BINS = 256  # of the histograms
+HALVINGS = 10  # partings of the real set, for what equal distributions get
+MAX_SLICES = 6000  # that the network of slices learns from
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    part: Literal["train", "val", "test", "all"] = "val"  # cases of REAL, where it is a run folder
+    run: str | None = None  # run folder whose grid, scaling and encoder count; none = REAL, if it is one
+    features: str = "own"  # of whole volumes: own, run, none, or a file (TorchScript, torch.export)
+    slice_features: str = "own"  # of slices of volumes: own, none, or a file
+    feature_steps: int = 200  # of training an own network
+    slices: int = 16  # of each plane of each volume, evenly spaced over the middle 80 %
+    neighbours: int = 5  # k of precision, recall, density and coverage
+    pairs: int = 100  # of each set, for diversity
+    resamples: int = 200  # half-samples of the cases, for the intervals
+    seed: int = 0  # of the own networks, pairs and half-samples
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    cache_dir: str = "runs/cache"  # where own networks are kept
+    out: str | None = None  # new folder for the report; none = fidelity-001 (-002, ...) beside GENERATED
+    data: SetConfig = field(default_factory=SetConfig)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "feature_steps", "slices", "neighbours", "pairs")
+        at_least(self, 2, "resamples")
+
+
+# --- features -----------------------------------------------------------------------------------------------
+
+
+def planes_of(x: Tensor, slices: int) -> list[Tensor]:
+    """x (C, D, H, W) -> for each axis its slices (num, C, h, w), evenly spaced over the middle 80 %."""
+    found = []
+    for axis, n in enumerate(x.shape[1:], start=1):
+        num = min(slices, max(1, round(0.8 * n)))
+        places = (0.1 * n + 0.8 * n * (torch.arange(num) + 0.5) / num).long().clamp(max=n - 1)
+        found.append(x.index_select(axis, places).movedim(axis, 0))
+    return found
+
+
+def slice_extractor(config: FidelityConfig, real: VolumeDataset, device: torch.device) -> Extractor | None:
+    """The network of slices that was asked for; pictures have no slices."""
+    if config.slice_features == "none" or real.state.dims == 2:
+        return None
+    if config.slice_features != "own":
+        return file_features(config.slice_features, 2, device)
+    state, per_plane = real.state, max(1, min(config.slices, MAX_SLICES // (3 * len(real))))
+    pool = max(pool_for(state.size[:2]), pool_for(state.size[1:]))
+    network = FeatureConfig(2, state.channels, pool, config.feature_steps, batch_size=32, seed=config.seed)
+
+    def planes(pooled: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        each = [[pooled(plane) for plane in planes_of(x, per_plane)] for x in volumes_of(real)]
+        return [torch.cat([case[axis] for case in each]) for axis in range(3)]
+
+    return own_features(planes, (stamp(real), per_plane), network, Path(config.cache_dir), device)
+
+
+# --- what is measured of a case, and of two sets ------------------------------------------------------------
+
+
+class Measured:
+    """All cases of both sets, generated first: what the figures are made of. Rows are cases.
+
+    features (N, F), slice_features [(N, slices, F)] by plane, histograms (N, C, BINS), spectra (N, C, bins),
+    and similarity (N, N) with nan where a pair was not compared; the matrices of distances and kernel
+    values are made once, so that a half-sample only picks rows and columns.
+    """
+
+    def __init__(self, features: Tensor | None, slices: list[Tensor], histograms: Tensor, spectra: Tensor):
+        self.features, self.slices, self.histograms, self.spectra = features, slices, histograms, spectra
+        self.similarity = torch.full((len(histograms),) * 2, math.nan, dtype=torch.float64)
+        self.distances = self.kernel = None
+        if features is not None:
+            self.distances = torch.cdist(
+                features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            self.kernel = cubic_kernel(features, features)
+        self.slice_kernels = [
+            torch.stack([cubic_kernel(a, f.flatten(0, 1)).view(len(a), *f.shape[:2]).mean((0, 2)) for a in f])
+            for f in slices
+        ]
+
+    def figures(self, generated: Tensor, real: Tensor, width: float, neighbours: int) -> dict[str, float]:
+        """Every figure for the cases with these indices; `width` of a histogram bin."""
+        found = {}
+        if self.features is not None:
+            d, k = self.distances, self.kernel
+            found["whole/frechet"] = frechet_distance(self.features[generated], self.features[real])
+            found["whole/kernel"] = _kernel_distance(k, generated, real)
+            near = (_block(d, real, real), _block(d, generated, generated), _block(d, real, generated))
+            found |= {f"whole/{n}": v for n, v in neighbour_scores(*near, neighbours).items()}
+        for axis, (f, k) in enumerate(zip(self.slices, self.slice_kernels, strict=True)):
+            found[f"plane{axis}/frechet"] = frechet_distance(
+                f[generated].flatten(0, 1), f[real].flatten(0, 1)
+            )
+            found[f"plane{axis}/kernel"] = _kernel_distance(k, generated, real)
+        for name in ("frechet", "kernel") if self.slices else ():
+            found[f"planes/{name}"] = sum(found[f"plane{axis}/{name}"] for axis in range(3)) / 3
+        for name, who in (("generated", generated), ("real", real)):
+            found[f"ms_ssim/{name}"] = _block(self.similarity, who, who).nanmean().item()
+        h, s = self.histograms, self.spectra
+        found["histogram"] = histogram_distance(h[generated].mean(0), h[real].mean(0), width)
+        found["spectrum_db"] = spectrum_distance(s[generated].mean(0), s[real].mean(0))
+        return found
+
+
+def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return matrix[rows][:, columns]
+
+
+def _kernel_distance(kernel: Tensor, x: Tensor, y: Tensor) -> float:
+    return kernel_distance(_block(kernel, x, x), _block(kernel, y, y), _block(kernel, x, y))
+
+
+def measure(
+    config: FidelityConfig, sets: VolumeSets, whole: Extractor | None, slices: Extractor | None
+) -> tuple[Measured, float, float]:
+    """One pass over the volumes of both sets; and where the histograms begin, and the width of a bin.
+
+    Where intensities have no bounds the histogram spans those of the real set; what lies outside counts in
+    the outer bins.
+    """
+    real, generated = sets.sets["real"], sets.sets["generated"]
+    low, high = _limits(sets)
+    shells = max(2, min(32, min(real.state.size) // 2))
+    rows: dict[str, list] = {"features": [], "slices": [], "histograms": [], "spectra": []}
+    cases = itertools.chain(volumes_of(generated), volumes_of(real))
+    for x in progress(cases, "measuring", len(generated) + len(real)):
+        counts = torch.stack([torch.histc(c.clamp(low, high), BINS, low, high) for c in x.flatten(1)])
+        rows["histograms"].append(counts.double() / counts.sum(1, keepdim=True))
+        rows["spectra"].append(power_spectrum(x, shells))
+        if whole is not None:
+            rows["features"].append(whole(x[None])[0])
+        if slices is not None:
+            rows["slices"].append([slices(plane) for plane in planes_of(x, config.slices)])
+    features = torch.stack(rows["features"]) if rows["features"] else None
+    by_plane = [torch.stack(plane) for plane in zip(*rows["slices"], strict=True)]
+    measured = Measured(features, by_plane, torch.stack(rows["histograms"]), torch.stack(rows["spectra"]))
+    draw = np.random.default_rng(config.seed)
+    for dataset, first in ((generated, 0), (real, len(generated))):
+        _compare_pairs(dataset, measured.similarity, first, config.pairs, high - low, draw)
+    return measured, low, (high - low) / BINS
+
+
+def _limits(sets: VolumeSets) -> tuple[float, float]:
+    """Of the histograms: the scaled range, or what the real volumes hold."""
+    if sets.protocol["intensity_range"]:
+        return tuple(sets.protocol["intensity_range"])
+    ends = [(x.min().item(), x.max().item()) for x in volumes_of(sets.sets["real"])]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+def _compare_pairs(
+    dataset: VolumeDataset, similarity: Tensor, first: int, pairs: int, data_range: float, draw: Any
+) -> None:
+    """MS-SSIM of up to `pairs` random pairs of a set, into both halves of the matrix from row `first` on."""
+    n = len(dataset)
+    if n * (n - 1) // 2 <= pairs:
+        chosen = set(itertools.combinations(range(n), 2))
+    else:
+        chosen = set()
+        while len(chosen) < pairs:
+            chosen.add(tuple(sorted(draw.choice(n, 2, replace=False).tolist())))
+    for i, j in progress(sorted(chosen), "comparing pairs"):
+        x, y = (dataset[k, k]["image"][None] for k in (i, j))
+        value = ms_ssim(x, y, data_range).item()
+        similarity[first + i, first + j] = similarity[first + j, first + i] = value
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def samples(config: FidelityConfig, generated: str, real: str) -> Path:
+    """Compare the two sets and write the report; returns its folder."""
+    check_out(config.out)
+    device = choose_device(config.device)
+    sets = open_sets(generated, {"real": (real, config.part)}, config.data, config.run)
+    num_generated, num_real = len(sets.sets["generated"]), len(sets.sets["real"])
+    whole = whole_features(sets, "real", config, device)
+    slices = slice_extractor(config, sets.sets["real"], device)
+    measured, low_end, width = measure(config, sets, whole, slices)
+
+    def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
+        chosen = torch.from_numpy(i), torch.from_numpy(num_generated + j)
+        return measured.figures(*chosen, width, config.neighbours)
+
+    counts = (num_generated, num_real)
+    figures = half_sample_intervals(statistic, counts, config.resamples, config.seed)
+    expected, parts = real_halves(measured, num_generated, width, config)
+    for name, f in figures.items():
+        low, high = _bounds(name)
+        f["low"], f["high"] = max(f["low"], low), min(f["high"], high)
+        f["real_halves"] = expected.get(name, math.nan)
+    report = {
+        **to_dict(config),
+        "generated": generated,
+        "real": real,
+        "cases": {"generated": num_generated, "real": num_real},
+        "interval": f"95 %, half-sampling of cases without replacement, {config.resamples} draws",
+        "real_halves": {"cases": parts[0], "others": parts[1], "draws": HALVINGS},
+        "protocol": sets.protocol,
+        "networks": {
+            name: {**network.describe(), "features": int(table_.shape[-1])}
+            for name, network, table_ in (
+                ("whole", whole, measured.features),
+                ("slices", slices, measured.slices[0] if measured.slices else None),
+            )
+            if network is not None
+        },
+        "ms_ssim_weights": ms_ssim_weights(sets.sets["real"].state.size),
+        "warnings": warnings_of(config, measured, counts),
+        "figures": figures,
+    }
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "fidelity")
+    write_report(folder / "report.json", report)
+    picture = draw_figure(folder / "figure.png", measured, num_generated, low_end, width)
+    tell(report)
+    print(f"{num_generated} generated, {num_real} real: {folder}" + (f", {picture}" if picture else ""))
+    return folder
+
+
+def _bounds(name: str) -> tuple[float, float]:
+    """What a figure can be at all: the unbiased kernel distance may be negative, a share is at most 1."""
+    share = name.endswith(("precision", "recall", "coverage")) or name.startswith("ms_ssim")
+    return -math.inf if name.endswith("kernel") else 0.0, 1.0 if share else math.inf
+
+
+def real_halves(
+    measured: Measured, first: int, width: float, config: FidelityConfig
+) -> tuple[dict[str, float], tuple[int, int]]:
+    """The mean figures of random real cases (those from row `first` on) against the rest; how many each.
+
+    As many as are generated, `first`, but at most half: figures depend on both numbers. {} of under four.
+    """
+    rows, draw = torch.arange(first, len(measured.histograms)), torch.Generator().manual_seed(config.seed)
+    m, found = min(first, len(rows) // 2), []
+    for _ in range(HALVINGS if len(rows) >= 4 else 0):
+        mixed = rows[torch.randperm(len(rows), generator=draw)]
+        found.append(measured.figures(mixed[:m], mixed[m:], width, config.neighbours))
+    means = {name: float(np.mean([f[name] for f in found])) for name in (found[0] if found else ())}
+    return means, (m, len(rows) - m)
+
+
+def warnings_of(config: FidelityConfig, measured: Measured, counts: tuple[int, int]) -> list[str]:
+    """Why the figures may not mean what they seem to."""
+    words, least = [], min(counts)
+    if least < 4:
+        words.append(f"{least} cases in the smaller set: no intervals, they need 4")
+    if measured.features is not None:
+        num = measured.features.shape[1]
+        if least < 2 * num:
+            words.append(
+                f"whole/frechet: {least} cases for {num} features are too few for a stable covariance "
+                f"(at least {2 * num}); trust whole/kernel, which has no bias, and compare with real_halves"
+            )
+        if least <= config.neighbours:
+            words.append(
+                f"{least} cases have no {config.neighbours} neighbours each: no precision, recall ..."
+            )
+        elif least <= 2 * config.neighbours + 1:
+            words.append(
+                f"precision, recall, density, coverage: half of {least} cases have no {config.neighbours} "
+                "neighbours each: no intervals"
+            )
+        if config.neighbours < least < 50:
+            words.append(f"precision, recall, density, coverage: {least} cases are too few for stable shares")
+    if measured.slices and least * measured.slices[0].shape[1] < 2 * measured.slices[0].shape[-1]:
+        words.append("planes/frechet: too few slices for a stable covariance; trust planes/kernel")
+    if max(counts) > 1.5 * least:
+        words.append(f"{counts[0]} generated, {counts[1]} real: the Frechet distance depends on both numbers")
+    if config.features == "run":
+        words.append(
+            "features of the run's own encoder: figures compare within this run, with no other model"
+        )
+    return words
+
+
+def tell(report: dict[str, Any]) -> None:
+    """The figures on the console."""
+    lines = [("", "value", "low", "high", "real halves")]
+    for name, f in report["figures"].items():
+        lines.append((name, f["value"], f["low"], f["high"], f["real_halves"]))
+    print(table(lines))
+    for line in report["warnings"]:
+        print(f"note: {line}")
+
+
+def draw_figure(path: Path, measured: Measured, first: int, low: float, width: float) -> Path | None:
+    """Histograms (from `low` on), spectra, and the features on their two main axes; None without
+    matplotlib."""
+    figure = new_figure(figsize=(13, 4), dpi=100, layout="constrained")
+    if figure is None:
+        return None
+    histogram, spectrum, scatter = figure.subplots(1, 3)
+    centres = (np.arange(BINS) + 0.5) * width + low
+    for name, rows, colour in (("real", slice(first, None), "C0"), ("generated", slice(0, first), "C1")):
+        density = measured.histograms[rows].mean((0, 1)) / width
+        histogram.semilogy(centres, density.clamp(min=1e-5), colour, label=name)
+        spectra = measured.spectra[rows].mean((0, 1))
+        spectrum.plot((np.arange(len(spectra)) + 0.5) / (2 * len(spectra)), spectra, colour, label=name)
+        if measured.features is not None:
+            centred = measured.features - measured.features[first:].mean(0)
+            axes = torch.linalg.svd(centred[first:], full_matrices=False).Vh[:2]
+            places = torch.zeros(len(centred[rows]), 2)  # one case, or one feature, has one axis only
+            places[:, : len(axes)] = centred[rows] @ axes.T
+            scatter.scatter(*places.T, s=12, c=colour, alpha=0.7, label=name)
+    histogram.set(title="intensities", xlabel="scaled intensity", ylabel="density")
+    spectrum.set(title="power spectrum", xlabel="cycles per voxel", ylabel="dB")
+    scatter.set(title="features: main axes of the real ones")
+    histogram.legend()
+    return save_figure(figure, path)

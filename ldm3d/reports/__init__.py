@@ -1,0 +1,1 @@
+"""Pages and maps that show a run; `python -m ldm3d.reports`."""

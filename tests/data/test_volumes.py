@@ -1,0 +1,416 @@
+"""Every voxel keeps its value and its place in the world: read, cropped, resampled and written."""
+
+import gzip
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torch.nn.functional as F
+
+from ldm3d.config import InputError
+from ldm3d.data.volumes import (
+    Volume,
+    crop_or_pad,
+    is_volume_file,
+    read,
+    read_header,
+    resample,
+    spacing_affine,
+    strip_suffix,
+    write,
+)
+
+DATA = Path(os.environ.get("LDM3D_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+TRAPS = sorted(p for p in (DATA / "traps").rglob("*") if is_volume_file(p))
+REFUSED = {"row_major.dconn.nii": "Cifti2Image"}  # brain models along a surface, not a grid
+if importlib.util.find_spec("imagecodecs") is None:
+    REFUSED["lzw.tif"] = "imagecodecs"
+
+
+def oblique_affine(codes: str, spacing: tuple[float, ...], angle: float = 0.3) -> np.ndarray:
+    """Axes named by `codes`, then turned by `angle` about two axes, with the spacing of each file axis."""
+    c, s = np.cos(angle), np.sin(angle)
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    axes = np.zeros((3, 3))
+    for column, code in enumerate(codes):
+        row, sign = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}[code]
+        axes[row, column] = sign * spacing[column]
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn @ axes, (11.0, -7.5, 40.0)
+    return affine
+
+
+def world_image(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """(*shape, dims): each voxel holds its own position in mm."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return index @ affine[:-1, :-1].T + affine[:-1, -1]
+
+
+# --- the real files that break careless loaders -------------------------------------------------------------
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not TRAPS, reason=f"no real data at {DATA}")
+@pytest.mark.parametrize("path", TRAPS, ids=[p.name for p in TRAPS])
+def test_a_trap_loads_as_its_reference_library_reads_it_or_is_refused_by_name(path: Path) -> None:
+    if path.name in REFUSED:
+        with pytest.raises(InputError, match=REFUSED[path.name]) as info:
+            read(path)
+        assert path.name in str(info.value)
+        assert "\n" not in str(info.value)
+        return
+    volume, header = read(path), read_header(path)
+    assert (header.shape, header.channels, header.spacing) == (volume.shape, volume.channels, volume.spacing)
+    if path.suffix == ".tif":
+        pages = tifffile.TiffFile(path).pages
+        expected = np.stack([page.asarray() for page in pages])
+        affine = np.eye(4) if len(pages) > 1 else None
+        expected = expected[None] if len(pages) > 1 else np.moveaxis(expected[0], -1, 0)
+    else:
+        image = nib.as_closest_canonical(nib.load(path))
+        expected, affine = np.atleast_3d(image.get_fdata()), image.affine
+        expected = np.moveaxis(expected.reshape(*image.shape[:3], -1), -1, 0)
+    assert np.array_equal(volume.array, expected.astype(np.float32), equal_nan=True)
+    assert affine is None or np.allclose(volume.affine, affine, atol=1e-12)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not TRAPS, reason=f"no real data at {DATA}")
+@pytest.mark.parametrize(
+    "path", [p for p in TRAPS if p.name.endswith(("t2.nii.gz", "anatomical.nii", "tsnr.nii.gz"))]
+)
+def test_a_trap_written_back_has_the_voxels_and_affine_of_the_original(path: Path, tmp_path: Path) -> None:
+    original, copy = nib.load(path), nib.load(write(tmp_path / "copy.nii.gz", read(path)))
+    assert np.array_equal(copy.get_fdata(), original.get_fdata(), equal_nan=True)
+    assert np.allclose(copy.affine, original.affine, atol=1e-4)
+
+
+@pytest.mark.real_data
+def test_a_scaled_integer_mask_becomes_exact_when_an_integer_type_is_asked_for() -> None:
+    path = DATA / "brats2013" / "brats_2013_pat0003_1" / "brainmask.nii.gz"
+    if not path.exists():
+        pytest.skip(f"no real data at {DATA}")
+    assert np.unique(read(path, dtype=np.uint8).array).tolist() == [0, 1]
+
+
+# --- world coordinates -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PSR", "AIL", "SLA", "IRP"])
+def test_world_coordinates_survive_load_crop_resample_and_save(codes: str, tmp_path: Path) -> None:
+    affine = oblique_affine(codes, (0.8, 1.5, 2.4))
+    image = nib.Nifti1Image(world_image((22, 18, 14), affine).astype(np.float32), affine)
+    image.to_filename(tmp_path / "in.nii.gz")
+    volume = read(tmp_path / "in.nii.gz")
+    assert volume.orientation == codes
+    assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+    assert np.allclose(np.moveaxis(volume.array, 0, -1), world_image(volume.shape, volume.affine), atol=1e-4)
+    size = [n - 5 for n in volume.shape]
+    size[1] += 4  # beyond the end: padded there
+    volume = resample(crop_or_pad(volume, (2, 3, -1), tuple(size)), (1.0, 1.1, 1.3))
+    saved = nib.load(write(tmp_path / "out.nii.gz", volume))
+    assert "".join(nib.aff2axcodes(saved.affine)) == codes
+    # What is not interpolated with padding says where it is
+    world = world_image(saved.shape[:3], saved.affine)
+    index = (world - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    inside = ((index > 1) & (index < np.array(image.shape[:3]) - 2)).all(axis=-1)
+    edge = np.ones(saved.shape[:3], dtype=bool)
+    edge[2:-2, 2:-2, 2:-2] = False
+    inside &= ~edge
+    assert inside.mean() > 0.2
+    assert np.allclose(saved.get_fdata()[inside], world[inside], atol=1e-3)
+    assert np.allclose(saved.get_qform(), saved.get_sform(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_cropping_and_padding_repeat_the_edge_and_move_the_affine(dims: int) -> None:
+    affine = spacing_affine((2.0, 0.5, 3.0)[:dims])
+    volume = Volume(np.random.default_rng(0).random((2, 6, 7, 8)[: dims + 1]), affine)
+    start, size = (-2, 3, 1)[:dims], (9, 9, 4)[:dims]
+    box = crop_or_pad(volume, start, size)
+    index = [
+        np.clip(np.arange(s, s + n), 0, extent - 1)
+        for s, n, extent in zip(start, size, volume.shape, strict=True)
+    ]
+    assert np.array_equal(box.array, volume.array[np.ix_(range(2), *index)])
+    assert np.allclose(box.affine[:-1, -1], np.array(start) * volume.spacing)
+    back = crop_or_pad(box, tuple(-s for s in start), volume.shape)
+    assert np.allclose(back.affine, affine)
+    with pytest.raises(InputError, match="misses"):
+        crop_or_pad(volume, (6,) * dims, (2,) * dims)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_refining_the_grid_is_linear_interpolation(dims: int) -> None:
+    array = np.random.default_rng(1).random((2, 9, 7, 5)[: dims + 1], dtype=np.float32)
+    spacing, fine = (1.0, 2.0, 3.0)[:dims], (0.7, 2.0, 1.25)[:dims]
+    out = resample(Volume(array, spacing_affine(spacing)), fine)
+    assert out.shape == tuple(
+        round(n * a / b) for n, a, b in zip(array.shape[1:], spacing, fine, strict=True)
+    )
+    # grid_sample over the same world positions
+    world = world_image(out.shape, out.affine)
+    grid = torch.tensor((2 * world / spacing + 1) / array.shape[1:] - 1, dtype=torch.float32).flip(-1)
+    expected = F.grid_sample(
+        torch.tensor(array)[None], grid[None], padding_mode="border", align_corners=False
+    )
+    assert np.allclose(out.array, expected[0].numpy(), atol=1e-5)
+
+
+def test_coarsening_the_grid_averages_the_linear_interpolant() -> None:
+    values = np.random.default_rng(2).random(60)
+    out = resample(Volume(values[None, :, None], spacing_affine((1.0, 1.0))), (2.6, 1.0))
+    centres = world_image(out.shape, out.affine)[:, 0, 0]
+    box = np.linspace(-0.8, 0.8, 4001)  # 2.6 - 1 wide
+    expected = [np.interp(centre + box, np.arange(60), values).mean() for centre in centres]
+    assert np.allclose(out.array[0, :, 0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("spacing", [(0.6, 1.7, 1.0), (2.3, 0.9, 1.0)])
+def test_resampled_labels_are_the_nearest_ones_exactly(dtype: type, spacing: tuple[float, ...]) -> None:
+    array = np.random.default_rng(3).integers(0, 5, (1, 11, 9, 4)).astype(dtype)
+    out = resample(Volume(array, spacing_affine((1.0, 1.0, 1.0))), spacing, labels=True)
+    nearest = np.rint(world_image(out.shape, out.affine) - 1e-9).astype(int)
+    nearest = tuple(np.clip(nearest[..., a], 0, array.shape[a + 1] - 1) for a in range(3))
+    assert out.array.dtype == dtype
+    assert np.array_equal(out.array[0], array[0][nearest])
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.5), (1.7, 3.0), (9.0, 0.3)])
+def test_resampling_keeps_the_outer_corner_of_the_first_voxel(spacing: tuple[float, ...]) -> None:
+    volume = Volume(np.zeros((1, 13, 10)), spacing_affine((1.0, 1.2)))
+    out = resample(volume, spacing)
+    corner = [-0.5, -0.5, 1]
+    assert np.allclose(out.affine @ corner, volume.affine @ corner)
+    assert np.allclose(out.spacing, spacing)
+
+
+def test_a_nan_voxel_is_read_and_spreads_no_further_than_its_neighbours(tmp_path: Path) -> None:
+    array = np.ones((12, 12, 12), dtype=np.float32)
+    array[6, 6, 6] = np.nan
+    nib.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "nan.nii")
+    volume = read(tmp_path / "nan.nii")
+    assert np.isnan(volume.array).sum() == 1
+    assert np.isnan(resample(volume, (0.5, 0.5, 0.5)).array).sum() == 4**3
+    with pytest.raises(InputError, match="nan"):
+        read(tmp_path / "nan.nii", dtype=np.uint8)
+
+
+# --- formats -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (1, 6, 7), (5, 6)])
+def test_a_written_volume_is_read_back_equal(
+    suffix: str, channels: int, shape: tuple, tmp_path: Path
+) -> None:
+    array = np.random.default_rng(4).standard_normal((channels, *shape), dtype=np.float32)
+    affine = spacing_affine((0.5, 1.25, 3.0)[: len(shape)])
+    affine[:-1, -1] = (-8.0, 2.5, 4.0)[: len(shape)]
+    dims = 2 if suffix != ".tif" and len(shape) == 2 else None
+    volume = read(write(tmp_path / f"a{suffix}", Volume(array, affine)), dims=dims)
+    assert np.array_equal(volume.array, array)
+    assert np.allclose(volume.affine, affine)
+    one = read(tmp_path / f"a{suffix}", channel=channels - 1, dims=dims)
+    assert np.array_equal(one.array, array[-1:])
+
+
+@pytest.mark.parametrize(("codes", "thin"), [("LPS", 2), ("RSA", 2), ("PSR", 2), ("LAS", 1)])
+def test_a_nifti_slice_is_a_2d_image_and_goes_back_to_its_plane(
+    codes: str, thin: int, tmp_path: Path
+) -> None:
+    shape = [5, 6, 7]
+    shape[thin] = 1
+    affine = oblique_affine(codes, (1.0, 2.0, 3.0), angle=0.0)
+    affine[:3, 3] = 0
+    image = nib.Nifti1Image(np.random.default_rng(5).random(shape, dtype=np.float32), affine)
+    image.to_filename(tmp_path / "slice.nii.gz")
+    assert read(tmp_path / "slice.nii.gz").dims == 3
+    volume = read(tmp_path / "slice.nii.gz", dims=2)
+    assert volume.dims == 2
+    assert len(volume.orientation) == 2
+    copy = nib.load(write(tmp_path / "copy.nii.gz", volume))
+    plane = [axis for axis in range(3) if axis != thin]
+    assert np.array_equal(copy.get_fdata()[..., 0], image.get_fdata().squeeze(thin))
+    assert nib.aff2axcodes(copy.affine)[:2] == tuple(codes[axis] for axis in plane)
+    assert np.allclose(copy.header.get_zooms()[:2], [image.header.get_zooms()[axis] for axis in plane])
+
+
+def test_a_2d_nifti_and_an_rgb_nifti_have_the_axes_and_channels_they_should(tmp_path: Path) -> None:
+    nib.Nifti1Image(np.zeros((5, 6), dtype=np.int16), np.eye(4)).to_filename(tmp_path / "flat.nii")
+    assert read(tmp_path / "flat.nii").shape == (5, 6)
+    assert read(tmp_path / "flat.nii", dims=3).shape == (5, 6, 1)
+    rgb = np.zeros((3, 4, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    rgb["G"] = 7
+    nib.Nifti1Image(rgb, np.eye(4)).to_filename(tmp_path / "rgb.nii")
+    assert read(tmp_path / "rgb.nii").array[:, 0, 0, 0].tolist() == [0, 7, 0]
+
+
+def test_units_of_a_nifti_become_millimetres(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), dtype=np.uint8), np.diag([500.0, 250, 1000, 1]))
+    image.header.set_xyzt_units("micron")
+    image.to_filename(tmp_path / "micron.nii")
+    assert np.allclose(read_header(tmp_path / "micron.nii").spacing, (0.5, 0.25, 1.0))
+
+
+def test_a_tiff_gives_pages_as_depth_colours_as_channels_and_its_resolution_as_spacing(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(6)
+    stack = rng.integers(0, 9, (4, 5, 6), dtype=np.uint16)
+    color = rng.integers(0, 9, (5, 6, 3), dtype=np.uint8)
+    tags = {"resolution": (20, 40), "resolutionunit": "CENTIMETER", "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "stack.tif", stack, **tags)
+    tifffile.imwrite(tmp_path / "color.tif", color, photometric="rgb")
+    fiji = {"axes": "ZYX", "spacing": 3.0, "unit": "mm"}
+    tifffile.imwrite(tmp_path / "fiji.tif", stack, imagej=True, resolution=(2, 4), metadata=fiji)
+    volume = read(tmp_path / "stack.tif")
+    assert np.array_equal(volume.array[0], stack)
+    assert volume.spacing == (0.25, 0.25, 0.5)
+    assert read(tmp_path / "stack.tif", dims=2).array.shape == (4, 5, 6)  # pages as channels
+    assert read(tmp_path / "stack.tif", spacing=(3, 2, 1)).spacing == (3, 2, 1)
+    assert read(tmp_path / "fiji.tif").spacing == (3.0, 0.25, 0.5)
+    assert np.array_equal(read(tmp_path / "color.tif").array, np.moveaxis(color, -1, 0))
+    assert read(tmp_path / "color.tif").spacing == (1, 1)
+    assert np.array_equal(
+        read(tmp_path / "color.tif", channel=(2, 0)).array, color[..., [2, 0]].transpose(2, 0, 1)
+    )
+
+
+def test_numpy_arrays_and_pictures_are_read_with_the_spacing_given(tmp_path: Path) -> None:
+    array = np.random.default_rng(7).random((2, 4, 5, 6))
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "a.npz", image=array)
+    for name in ("a.npy", "a.npz"):
+        volume = read(tmp_path / name, spacing=(1, 2, 3), dtype=np.float64)
+        assert np.array_equal(volume.array, array)
+        assert volume.spacing == (1, 2, 3)
+    assert read_header(tmp_path / "a.npy", channel=1).channels == 1
+    np.save(tmp_path / "b.npy", array[0])
+    assert read(tmp_path / "b.npy").array.shape == (1, 4, 5, 6)
+    assert read(tmp_path / "b.npy", dims=2).array.shape == (4, 5, 6)
+    image = pytest.importorskip("PIL.Image", reason="Pillow (extra viz) is not installed")
+    gray = np.arange(30, dtype=np.uint16).reshape(5, 6) * 1000
+    image.fromarray(gray).save(tmp_path / "gray.png")
+    image.fromarray(np.stack([gray // 256] * 3, -1).astype(np.uint8)).save(tmp_path / "color.png")
+    assert np.array_equal(read(tmp_path / "gray.png").array[0], gray)
+    assert read(tmp_path / "color.png").array.shape == (3, 5, 6)
+
+
+def test_arrays_of_one_npz_file_are_channels_in_the_order_of_their_names(tmp_path):
+    low, high = np.random.default_rng(0).normal(size=(2, 4, 5, 6)).astype(np.float32)
+    np.savez(tmp_path / "pair.npz", low=low, high=high)
+    assert np.array_equal(read(tmp_path / "pair.npz", channel=1, dims=3).array[0], low)
+    assert np.array_equal(read(tmp_path / "pair.npz", dims=3).array, np.stack([high, low]))
+
+
+def test_names_of_volumes_are_told_from_others() -> None:
+    assert all(map(is_volume_file, ("a.nii", "b/a.NII.GZ", "a.tiff", "a.npz", "a.jpg")))
+    assert not any(map(is_volume_file, ("a.txt", "a.gz", ".a.nii.gz", "nii", "a.nii.gz.7.tmp")))
+    assert [strip_suffix(name) for name in ("x/a.b.nii.gz", "a.tif", "a.txt")] == ["a.b", "a", "a.txt"]
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+
+def broken_files(folder: Path) -> dict[str, str]:
+    """Writes one file a mistake; name -> words that the message must hold."""
+    image = nib.Nifti1Image(np.random.default_rng(8).random((9, 9, 9)), np.eye(4))
+    whole = gzip.compress(image.to_bytes())
+    (folder / "empty.nii.gz").write_bytes(b"")
+    (folder / "text.nii").write_text("not an image at all")
+    (folder / "text.tif").write_text("not an image at all")
+    (folder / "text.npy").write_text("not an image at all")
+    (folder / "plain.nii.gz").write_bytes(image.to_bytes())
+    (folder / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.nii").write_bytes(image.to_bytes()[:2000])
+    (folder / "notes.txt").write_text("")
+    flat = bytearray(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)).to_bytes())
+    flat[280:296] = bytes(16)  # the first row of the sform
+    (folder / "flat.nii").write_bytes(flat)
+    nib.Nifti1Image(np.zeros((3, 3, 3), np.complex64), np.eye(4)).to_filename(folder / "complex.nii")
+    nib.Nifti1Image(np.zeros((3, 3, 3, 2, 2), np.uint8), np.eye(4)).to_filename(folder / "five.nii")
+    with tifffile.TiffWriter(folder / "mixed.tif") as file:
+        file.write(np.zeros((4, 4), np.uint8))
+        file.write(np.zeros((5, 5), np.uint8))
+    np.savez(folder / "two.npz", a=np.zeros((3, 3)), b=np.zeros((3, 4)))
+    np.save(folder / "line.npy", np.zeros(5))
+    np.save(folder / "code.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (folder / "folder.nii.gz").mkdir()
+    return {
+        "empty.nii.gz": "empty",
+        "text.nii": "read",
+        "text.tif": "read",
+        "text.npy": "read",
+        "plain.nii.gz": "read",
+        "cut.nii.gz": "read",
+        "cut.nii": "read",
+        "notes.txt": "unknown kind",
+        "flat.nii": "singular",
+        "complex.nii": "complex64",
+        "five.nii": "shape",
+        "mixed.tif": "different shape",
+        "two.npz": "expected one shape",
+        "line.npy": "shape",
+        "code.npy": "read",
+        "folder.nii.gz": "a folder",
+        "missing.nii.gz": "no such file",
+    }
+
+
+def test_a_file_that_cannot_be_an_image_is_named_in_one_line(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, words in broken_files(tmp_path).items():
+            with pytest.raises(InputError) as info:
+                read(tmp_path / name)
+            message = str(info.value)
+            assert name in message, message
+            assert words in message, message
+            assert "\n" not in message
+
+
+def test_a_wrong_channel_spacing_or_number_of_axes_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.nii", Volume(np.zeros((2, 4, 5, 6)), np.eye(4)))
+    for channel in (2, -1, (0, 5)):
+        with pytest.raises(InputError, match="the file has 2"):
+            read(path, channel=channel)
+    with pytest.raises(InputError, match="single slice"):
+        read_header(path, dims=2)
+    np.save(tmp_path / "a.npy", np.zeros((4, 5)))
+    for spacing in ((1.0,), (1.0, 0.0)):
+        with pytest.raises(InputError, match="2 positive numbers"):
+            read(tmp_path / "a.npy", spacing=spacing)
+
+
+def test_writing_replaces_nothing_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    volume = Volume(np.full((1, 3, 4, 5), 300.0), np.eye(4))
+    path = write(tmp_path / "new" / "a.nii.gz", volume)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="not overwritten"):
+        write(path, volume)
+    with pytest.raises(InputError, match="do not fit uint8"):
+        write(path, volume, dtype=np.uint8, overwrite=True)
+    with pytest.raises(InputError, match="cannot write"):
+        write(path / "b.nii", volume)  # a file where a folder is needed
+    with pytest.raises(InputError, match=r"can write \.nii\.gz"):
+        write(tmp_path / "a.png", volume)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["a.nii.gz"]
+    assert write(path, volume, dtype=np.int16, overwrite=True).read_bytes() != before
+
+
+def test_labels_are_written_as_integers(tmp_path: Path) -> None:
+    labels = np.arange(24).reshape(1, 2, 3, 4)  # int64, which many programs cannot open
+    assert nib.load(write(tmp_path / "a.nii", Volume(labels, np.eye(4)))).get_data_dtype() == np.int32
+    path = write(tmp_path / "b.tif", Volume(labels + 0.2, np.eye(4)), dtype=np.uint8)
+    assert tifffile.imread(path).dtype == np.uint8
+    assert np.array_equal(read(path).array, labels)

@@ -1,0 +1,222 @@
+"""A plan predicts the bytes of tensors that a real step needs to 20 %, and what it says fits, fits."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from tiny import ldm_flags, vae_flags
+
+import sample
+import train_ldm
+import train_vae
+from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig
+from ldm3d.config import replace
+from ldm3d.engine.memory_plan import CONTEXT, GIB, SHARE, Plan, decode, encode, peak_bytes
+from ldm3d.engine.training import autocast
+
+CPU = torch.device("cpu")
+AE = VAEConfig(channels=(16, 32), num_res_blocks=(1,), num_groups=8)
+NET = UNetConfig(channels=(32, 64), num_res_blocks=(1,), attention_levels=(False, True))
+
+
+def measured(work, folder) -> int:
+    """Peak of the bytes that the allocator hands out during work(), by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        work()
+    run.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    live = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def autoencoder_loss(net, batch, size):
+    x = torch.zeros(batch, 1, *size)
+    recon, posterior = net(x, torch.zeros(batch, *net.latent_shape(size)))
+    return (recon.float() - x).abs().mean() + posterior.mean.square().mean()
+
+
+def denoiser_loss(net, batch, size):
+    x_t = torch.zeros(batch, 4, *size)
+    return (net(x_t, torch.zeros(batch)).float() - x_t).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "amp"),
+    [
+        ("autoencoder", False, "fp32"),
+        ("autoencoder", True, "bf16"),
+        ("u-net", False, "bf16"),
+        ("u-net", True, "fp32"),
+    ],
+)
+def test_a_training_step_needs_what_the_plan_says(kind, checkpointing, amp, tmp_path):
+    if kind == "autoencoder":
+        config, loss, size = (
+            dataclasses.replace(AE, checkpointing=checkpointing),
+            autoencoder_loss,
+            (40, 40, 40),
+        )
+        cls = AutoencoderKL
+    else:
+        config, loss, size = (
+            dataclasses.replace(NET, checkpointing=checkpointing),
+            denoiser_loss,
+            (20, 20, 20),
+        )
+        cls = UNet
+    plan = Plan(16, amp, "cpu")
+    predicted = plan.training("training", lambda: cls(config), loss, 2, size).need(2, size)
+    net = cls(config)
+    weights = 4 * sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
+
+    def step() -> None:
+        with autocast(amp, CPU):
+            value = loss(net, 2, size)
+        value.backward()
+
+    found = weights + measured(step, tmp_path)
+    assert predicted == pytest.approx(found, rel=0.2)
+
+
+@pytest.mark.parametrize("call", [encode, decode])
+def test_encoding_and_decoding_need_what_the_plan_says(call, tmp_path):
+    size = (48, 48, 48)
+    need = Plan(16, "fp32", "cpu").inference("", lambda: AutoencoderKL(AE), call, 2, size).need
+    net = AutoencoderKL(AE)
+
+    def work() -> None:
+        with torch.inference_mode():
+            call(net, 2, size)
+
+    weights = sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
+    assert need(2, size) == pytest.approx(weights + measured(work, tmp_path), rel=0.2)
+
+
+def test_checkpointing_and_smaller_batches_need_less_and_a_gpu_in_bf16_less_than_fp32():
+    def need(batch=2, amp="fp32", device="cpu", **more):
+        make = lambda: AutoencoderKL(dataclasses.replace(AE, **more))  # noqa: E731
+        return (
+            Plan(16, amp, device)
+            .training("", make, autoencoder_loss, batch, (64, 64, 64))
+            .need(batch, (64, 64, 64))
+        )
+
+    assert need(checkpointing=True) < 0.95 * need()
+    assert need(1) < 0.6 * need(2)
+    assert need(amp="auto", device="auto") < 0.8 * need()
+
+
+def test_gradients_of_earlier_micro_batches_are_counted():
+    job = [Plan(16).training("", lambda: UNet(NET), denoiser_loss, 1, (4, 4, 4), rounds=n) for n in (1, 2, 5)]
+    once, twice, more = (j.need(1, (4, 4, 4)) for j in job)
+    assert once < twice == more
+
+
+def test_nothing_is_allocated_however_large_the_volume():
+    huge = (2048, 2048, 2048)  # 32 GiB an image
+    with torch.inference_mode():
+        _, peak = peak_bytes(lambda: AutoencoderKL(AE), lambda net: encode(net, 1, huge))
+    assert peak > 500 * GIB
+
+
+@pytest.mark.parametrize(("budget", "size"), [(2, (48, 48, 48)), (0.702, (48, 48, 48))])
+def test_the_largest_batch_and_cube_fit_and_the_next_ones_do_not(budget, size):
+    plan = Plan(budget)
+    room = SHARE * (budget * GIB - CONTEXT)
+    job = plan.training("", lambda: AutoencoderKL(AE), autoencoder_loss, 1, size, step=2)
+    batch, side = plan.largest_batch(job), plan.largest_cube(job)
+    assert batch == 0 or job.need(batch, job.size) <= room
+    assert job.need(batch + 1, job.size) > room
+    assert side == 0 or job.need(1, (side,) * 3) <= room
+    assert job.need(1, (side + 2,) * 3) > room
+
+
+# --- the flag -----------------------------------------------------------------------------------------------
+
+
+def test_each_script_prints_its_plan_and_touches_nothing(heads, vae_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Plan, "_largest", lambda *_, **__: 7)  # the search has its own test
+    train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "1"))
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "new", 10, "--plan", "1"))
+    assert not (tmp_path / "new").exists()
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 2))
+    capsys.readouterr()
+    sample.main([str(tmp_path / "ldm"), "--plan", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "plan for a CPU of 1 GiB" in out
+    assert re.search(r"denoising, latents 8 x 4x5 +0\.0\d +\d+ +\d+\^2", out)
+    assert re.search(r"decoding 1 x 16x20", out)
+    assert not list((tmp_path / "ldm").glob("samples*"))
+
+
+def test_plans_hold_the_critic_and_know_codebooks(heads, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Plan, "_largest", lambda *_, **__: 7)
+    critic = (
+        "--disc_weight 0.1 --feature_weight 1 --r1_weight 1 --disc.channels 4 --disc.num_layers 1".split()
+    )
+    codes = "--autoencoder vq --quantizer.codebook_size 16".split()
+    train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes, *critic, "--plan", "1"))
+    assert "its critic 4 x 16x20" in capsys.readouterr().out
+    train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes))
+    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2, "--plan", "1"))
+    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2))
+    sample.main([str(tmp_path / "ldm"), "--plan", "1"])
+    assert capsys.readouterr().out.count("decoding 1 x 16x20") == 2
+
+
+def test_a_budget_that_cannot_hold_anything_is_refused_and_one_that_is_too_small_says_so(
+    heads, tmp_path, capsys
+):
+    with pytest.raises(InputError, match=r"plan: expected more than 0\.7 GiB, got 0\.5"):
+        train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "0.5"))
+    plan = Plan(0.71)
+    plan.training("training", lambda: AutoencoderKL(AE), autoencoder_loss, 8, (64, 64, 64))
+    plan.tell()
+    assert "does not fit" in capsys.readouterr().out
+
+
+def promises(presets) -> list:
+    return [(name, int(m[1])) for name in presets if (m := re.search(r"-(\d+)g$", name))]
+
+
+@pytest.mark.parametrize(("name", "budget"), promises(train_vae.PRESETS))
+def test_an_autoencoder_preset_fits_the_gpu_that_it_is_named_after(name, budget, monkeypatch):
+    check(train_vae, replace(train_vae.Config(), {**train_vae.PRESETS[name], "plan": budget}), monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "budget"), promises(train_ldm.PRESETS))
+def test_a_diffusion_preset_fits_the_gpu_that_it_is_named_after(name, budget, monkeypatch):
+    stage_one = replace(train_vae.Config(), train_vae.PRESETS[name])
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL(stage_one.vae)
+    data = {"size": stage_one.data.size}
+    monkeypatch.setattr(train_ldm, "load_autoencoder", lambda _: (autoencoder, {"state": {"data": data}}))
+    monkeypatch.setattr(train_ldm.DataState, "from_dict", lambda d: stage_one.data)
+    latent = {
+        "unet.in_channels": stage_one.vae.latent_channels,
+        "unet.out_channels": stage_one.vae.latent_channels,
+    }
+    check(
+        train_ldm,
+        replace(train_ldm.Config(), {**latent, **train_ldm.PRESETS[name], "plan": budget}),
+        monkeypatch,
+    )
+
+
+def check(script, config, monkeypatch) -> None:
+    """Every job of the script's plan fits; the search for the largest ones is left out."""
+    seen = []
+
+    def tell(plan: Plan) -> None:
+        seen.extend((job.name, job.need(job.batch, job.size), plan.room) for job in plan.jobs)
+
+    monkeypatch.setattr(Plan, "tell", tell)
+    script.plan(config)
+    assert len(seen) >= 2
+    for name, need, room in seen:
+        assert need <= room, (name, need / GIB)

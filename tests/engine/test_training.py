@@ -1,0 +1,322 @@
+"""The parts of a training loop do what their formulas say, and a bad step never reaches the weights."""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+from ldm3d.config import InputError, replace
+from ldm3d.engine.distributed import keyed_generator
+from ldm3d.engine.logger import Logger, mid_slices, save_sheet
+from ldm3d.engine.runs import Run
+from ldm3d.engine.training import (
+    EMA,
+    Mean,
+    OptimConfig,
+    RunConfig,
+    Stepper,
+    keyed_normal,
+    keyed_uniform,
+    lr_at,
+    micro_batches,
+    ranks_share,
+    reseed,
+)
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "p"  # name
+    width: int = 2  # of the net
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def make_stepper(net, **run):
+    return Stepper(net, OptimConfig(lr=0.1, grad_clip=None), RunConfig(steps=10, **run), 4, CPU)
+
+
+# --- learning rate, randomness, averages --------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_and_follows_its_schedule():
+    config = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine", min_lr_ratio=0.1)
+    rates = [lr_at(s, 110, config, 8) for s in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[110] == pytest.approx(0.1)
+    steps = OptimConfig(lr=1.0, schedule="multistep", milestones=(5, 8), gamma=0.1)
+    assert [round(lr_at(s, 10, steps, 8), 6) for s in (4, 5, 7, 8)] == [1, 0.1, 0.1, 0.01]
+
+
+def test_the_learning_rate_scales_with_the_batch():
+    for scaling, factor in [("none", 1), ("sqrt", 2), ("linear", 4)]:
+        config = OptimConfig(lr=1.0, lr_scaling=scaling, reference_batch_size=8)
+        assert lr_at(0, 10, config, 32) == pytest.approx(factor)
+
+
+def test_randomness_depends_on_the_sample_and_the_purpose_alone():
+    together = keyed_normal(3, torch.tensor([5, 6, 7]), (2, 3), "noise")
+    alone = keyed_normal(3, torch.tensor([6]), (2, 3), "noise")
+    assert torch.equal(together[1], alone[0])
+    assert not torch.equal(keyed_normal(3, torch.tensor([6]), (2, 3), "other")[0], alone[0])
+    assert not torch.equal(keyed_normal(4, torch.tensor([6]), (2, 3), "noise")[0], alone[0])
+    draws = keyed_normal(0, torch.arange(20_000), (1,), "noise").flatten()
+    assert abs(float(draws.mean())) < 0.02
+    assert abs(float(draws.std()) - 1) < 0.02
+    u = keyed_uniform(0, torch.arange(20_000), "t")
+    assert float((u.sort()[0] - torch.linspace(0, 1, 20_000)).abs().max()) < 0.02  # Kolmogorov-Smirnov
+
+
+def test_neighbouring_keys_give_unrelated_numbers():
+    a = torch.randn(1000, generator=keyed_generator(0, 1, "noise"))
+    b = torch.randn(1000, generator=keyed_generator(0, 2, "noise"))
+    assert abs(float((a * b).mean())) < 0.1
+
+
+def test_dropout_is_keyed_by_step_rank_and_micro_batch():
+    def draw(*key):
+        reseed(*key)
+        return torch.rand(4)
+
+    assert torch.equal(draw(0, 5, 1, 2), draw(0, 5, 1, 2))
+    assert not torch.equal(draw(0, 5, 1, 2), draw(0, 5, 1, 3))
+    assert not torch.equal(draw(0, 5, 1, 2), draw(0, 6, 1, 2))
+
+
+def test_the_ema_follows_its_recursion_and_copies_buffers():
+    net = nn.BatchNorm1d(2)
+    ema, expected = EMA(net, 0.5), net.weight.detach().double().clone()
+    for step in range(6):
+        with torch.no_grad():
+            net.weight.add_(1.0)
+            net.running_mean.add_(1.0)
+        ema.update(net, step)
+        d = min(0.5, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * net.weight.detach().double()
+    assert torch.allclose(ema.net.weight.double(), expected, atol=1e-6)
+    assert torch.equal(ema.net.running_mean, net.running_mean)
+    assert not any(p.requires_grad for p in ema.net.parameters())
+
+
+def test_means_are_over_samples_leave_nan_out_and_start_anew():
+    mean = Mean()
+    mean.add(a=torch.tensor([1.0, 2.0, math.nan]), b=torch.tensor(5.0))
+    mean.add(a=torch.tensor([6.0]))
+    assert mean.take() == {"a": 3.0, "b": 5.0}
+    assert mean.take() == {}
+
+
+# --- the step -----------------------------------------------------------------------------------------------
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_joined_batch():
+    torch.manual_seed(0)
+    net, x = nn.Linear(3, 1), torch.randn(6, 3)
+    net(x).square().mean().backward()
+    joined, net.weight.grad = net.weight.grad.clone(), None
+    parts = [{"x": x[:4], "position": torch.arange(4)}, {"x": x[4:], "position": torch.arange(4, 6)}]
+    for batch, share in micro_batches(parts, net, CPU, 0, 0):
+        (net(batch["x"]).square().mean() * share).backward()
+    assert torch.allclose(net.weight.grad, joined, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_step_is_skipped_counted_and_named_and_the_next_good_one_trains_on(bad, capsys):
+    net = nn.Linear(2, 1)
+    stepper, before = make_stepper(net), net.weight.detach().clone()
+    stepper.backward(net(torch.full((1, 2), bad)).mean())
+    assert not stepper.step(0)
+    assert torch.equal(net.weight, before)
+    assert "step 0: the loss is not finite" in capsys.readouterr().out
+    stepper.backward(net(torch.ones(1, 2)).mean())
+    assert stepper.step(1)
+    assert (stepper.skipped, stepper.bad_in_a_row) == (1, 0)
+    assert not torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, None])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_gradient_that_is_not_finite_is_the_one_that_is_named(grad_clip, bad, capsys):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    stepper = Stepper(net, OptimConfig(grad_clip=grad_clip), RunConfig(), 4, CPU)
+    net[1].bias.register_hook(lambda grad: grad + bad)
+    stepper.backward(net(torch.ones(1, 2)).mean())
+    assert not stepper.step(0)
+    assert "the gradient of 1.bias is not finite" in capsys.readouterr().out
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_what_to_do():
+    net = nn.Linear(2, 1)
+    stepper = make_stepper(net, max_bad_steps=3)
+    for step in range(3):
+        stepper.backward(net(torch.full((1, 2), math.nan)).mean())
+        if step == 2:
+            with pytest.raises(InputError, match=r"3 steps in a row.*optim\.lr"):
+                stepper.step(step)
+        else:
+            stepper.step(step)
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    net = nn.Linear(2, 1, bias=False)
+    stepper = Stepper(net, OptimConfig(grad_clip=0.5), RunConfig(), 4, CPU)
+    stepper.backward(net(torch.full((1, 2), 100.0)).sum())
+    seen = []
+    stepper.optimizer.register_step_pre_hook(lambda *_: seen.append(float(net.weight.grad.norm())))
+    stepper.step(0)
+    assert seen == [pytest.approx(0.5, rel=1e-4)]
+    assert stepper.grad_norm == pytest.approx(math.sqrt(2) * 100, rel=1e-4)
+
+
+def test_fp16_on_cpu_scales_the_loss_and_an_overflow_lowers_the_scale():
+    net = nn.Linear(2, 1)
+    stepper = make_stepper(net, amp="fp16")
+    scale = stepper.scaler.get_scale()
+    stepper.backward(net(torch.full((1, 2), 1e38)).sum() * 1e3)
+    assert not stepper.step(0)
+    assert stepper.scaler.get_scale() == scale / 2
+    stepper.backward(net(torch.ones(1, 2)).mean())
+    assert stepper.step(1)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    assert ranks_share(8, None) == 8
+    assert ranks_share(8, 3) == 3
+    with pytest.raises(InputError, match="micro_batch_size"):
+        ranks_share(8, 0)
+
+
+# --- the run folder -----------------------------------------------------------------------------------------
+
+
+def start(tmp_path, given=None, step=0, **changes):
+    """Open a run and, if asked, save a checkpoint of a tiny network at `step`."""
+    config = replace(Config(), {"run.dir": str(tmp_path / "run"), **(given or {}), **changes})
+    run = Run("test", config, given or {})
+    net = nn.Linear(run.config.width, 1)
+    ema, stepper = EMA(net, 0.9), make_stepper(net)
+    if step:
+        run.start({"train": ["a"]}).close()
+        run.step = step
+        run.save({"about": 1}, net, ema, {"net": stepper})
+    return run, net, ema, stepper
+
+
+def test_the_same_command_goes_on_from_the_newest_checkpoint(tmp_path):
+    _, net, _, _ = start(tmp_path, step=7)
+    run, other, ema, stepper = start(tmp_path)
+    assert run.step == 7
+    assert run.split() == {"train": ["a"]}
+    run.restore(other, ema, {"net": stepper})
+    assert torch.equal(other.weight, net.weight)
+
+
+def test_another_setting_on_resume_is_refused_with_the_difference_and_lengths_may_change(tmp_path):
+    start(tmp_path, {"width": 3}, step=7)
+    assert start(tmp_path)[0].config.width == 3  # not given again: the stored one is the base
+    with pytest.raises(InputError, match=r"width was 3, now 4.*--run\.fresh"):
+        start(tmp_path, {"width": 4})
+    with pytest.raises(InputError, match="preset was 'p', now 'q'"):
+        start(tmp_path, preset="q")
+    assert start(tmp_path, {"run.steps": 9, "run.keep": 5})[0].config.run.steps == 9
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    start(tmp_path, step=1000)
+    run = start(tmp_path)[0]
+    assert run.finished
+    run.say()
+    assert "finished at step 1000" in capsys.readouterr().out
+    assert not start(tmp_path, {"run.steps": 2000})[0].finished
+
+
+def test_fresh_moves_the_old_folder_aside_and_loses_nothing(tmp_path):
+    start(tmp_path, step=7)
+    run = start(tmp_path, {"run.fresh": True})[0]
+    assert run.step == 0
+    aside = [p for p in tmp_path.iterdir() if p.name.startswith("run.old-")]
+    assert (aside[0] / "checkpoint_0000007.pt").exists()
+
+
+def test_a_folder_of_another_kind_of_run_is_refused(tmp_path):
+    start(tmp_path, step=1)
+    with pytest.raises(InputError, match=r"belongs to a 'test' run, this is 'other'"):
+        Run("other", replace(Config(), {"run.dir": str(tmp_path / "run")}), {})
+
+
+def test_init_takes_the_weights_of_another_run_and_starts_at_zero(tmp_path):
+    _, net, _, _ = start(tmp_path, step=7)
+    config = replace(Config(), {"run.dir": str(tmp_path / "new"), "run.init": str(tmp_path / "run")})
+    run = Run("test", config, {})
+    other = nn.Linear(2, 1)
+    run.initialise(other)
+    assert run.step == 0
+    assert torch.equal(other.weight, net.weight)
+    ema = EMA(other, 0.9)
+    run.restore(other, ema, {})
+    assert torch.equal(other.weight, net.weight)
+    assert torch.equal(ema.net.weight, net.weight)
+    with pytest.raises(InputError, match=r"run\.init.*gone"):
+        Run("test", replace(config, {"run.init": str(tmp_path / "gone")}), {})
+
+
+def test_the_best_is_kept_apart_and_patience_ends_a_run(tmp_path):
+    run, _, ema, _ = start(tmp_path, step=1, **{"run.patience": 2, "run.eval_every": 10})
+    assert run.keep_best("loss", 1.0, {}, ema)
+    assert not run.keep_best("loss", 1.5, {}, ema)
+    assert not run.keep_best("loss", math.nan, {}, ema)
+    assert not run.finished
+    run.step = 21
+    assert run.finished
+    assert run.best == {"name": "loss", "value": 1.0, "step": 1}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "run").write_text("a file in the way")
+    run = start(tmp_path)[0]
+    with pytest.raises(InputError, match="run"):
+        run.start({})
+
+
+# --- the log ------------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
+    logger = Logger(tmp_path, 0)
+    for step in (1, 2, 3):
+        logger.log(step, "train", {"loss": float(step)}, echo=False)
+    logger.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "spl')
+    logger = Logger(tmp_path, 2)
+    logger.log(3, "val", {"loss": 9.0}, echo=False)
+    logger.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["split"], r["loss"]) for r in lines] == [
+        (1, "train", 1.0),
+        (2, "train", 2.0),
+        (3, "val", 9.0),
+    ]
+
+
+def test_a_sheet_shows_the_three_middle_planes_upright(tmp_path):
+    volume = torch.zeros(4, 6, 8).numpy()
+    volume[2, 3, 7] = 1  # the top of the head, where the middle sagittal and coronal planes meet
+    sagittal, coronal, axial = mid_slices(volume)
+    assert (sagittal.shape, coronal.shape, axial.shape) == ((8, 6), (8, 4), (6, 4))
+    assert sagittal[0, 3] == coronal[0, 2] == 1
+    path = save_sheet(tmp_path / "a.png", {"row": [volume, volume]})
+    assert path.stat().st_size > 500
+
+
+def test_a_folder_that_holds_something_else_is_not_filled(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty, and not a run folder"):
+        start(tmp_path)

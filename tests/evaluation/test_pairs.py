@@ -1,0 +1,259 @@
+"""Every pair gets the scores that scikit-image and counting give it; files pair by name or not at all."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ldm3d.data.volumes import Volume, write
+from ldm3d.engine.distributed import run_script
+from ldm3d.evaluation.__main__ import main as evaluation_main
+from ldm3d.evaluation.pairs import describe, move
+
+SHAPES = {2: (40, 36), 3: (20, 18, 22)}
+SPACING = {2: (1.0, 2.0), 3: (1.0, 1.5, 2.0)}
+SUFFIX = {2: "tif", 3: "nii.gz"}
+
+
+def save(folder, name: str, array: np.ndarray) -> None:
+    dims = array.ndim
+    write(folder / f"{name}.{SUFFIX[dims]}", Volume(array[None], np.diag([*SPACING[dims], 1.0])))
+
+
+def blob(dims: int, middle: float, radius: float) -> np.ndarray:
+    """A bright ball of a radius in voxels on a dark ground."""
+    places = np.indices(SHAPES[dims]) - middle
+    return np.where((places**2).sum(0) <= radius**2, 100.0, 10.0).astype(np.float32)
+
+
+@pytest.fixture(params=[2, 3], ids=["2d", "3d"])
+def pairs(request, tmp_path):
+    """Five balls and their noisy likenesses; that of `shifted` has moved by two voxels along each axis."""
+    dims, draw = request.param, np.random.default_rng(0)
+    for i in range(5):
+        target = blob(dims, 8.0, 5 + 0.5 * i)
+        noise = draw.normal(0, 4, target.shape).astype(np.float32)
+        made = blob(dims, 10.0, 7.0) if i == 4 else target
+        name = "shifted" if i == 4 else f"case_{i}"
+        save(tmp_path / "target", name, target)
+        save(tmp_path / "made", name, made + noise)
+    return dims, tmp_path
+
+
+def run(place, *flags: str):
+    """(rows by case, report) of the command."""
+    evaluation_main(
+        ["compare", str(place / "made"), str(place / "target"), "--out", str(place / "out"), *flags]
+    )
+    rows = {row.pop("case"): row for row in csv.DictReader((place / "out" / "cases.csv").open())}
+    rows = {name: {k: float(v) for k, v in row.items()} for name, row in rows.items()}
+    return rows, json.loads((place / "out" / "report.json").read_text())
+
+
+def read_array(folder, name: str, dims: int) -> np.ndarray:
+    from ldm3d.data.volumes import read
+
+    return read(folder / f"{name}.{SUFFIX[dims]}").array[0]
+
+
+def test_intensity_scores_are_scikit_images(pairs):
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image (extra test) is not installed")
+    dims, place = pairs
+    rows, report = run(place, "--resamples", "50")
+    assert report["data_range"] == pytest.approx(90)
+    for name in ("case_0", "shifted"):
+        made, target = (read_array(place / f, name, dims).astype(np.float64) for f in ("made", "target"))
+        assert rows[name]["psnr"] == pytest.approx(
+            metrics.peak_signal_noise_ratio(target, made, data_range=90)
+        )
+        assert rows[name]["ssim"] == pytest.approx(metrics.structural_similarity(target, made, data_range=90))
+        assert rows[name]["mse"] == pytest.approx(metrics.mean_squared_error(target, made))
+
+
+def test_objects_are_found_and_measured(pairs):
+    dims, place = pairs
+    rows, report = run(place, "--resamples", "50")
+    for i in range(4):
+        row = rows[f"case_{i}"]
+        assert row["dice"] == pytest.approx(1, abs=0.01)
+        assert row["height_difference"] == 0
+    mask, moved = blob(dims, 8.0, 7.0) > 50, blob(dims, 10.0, 7.0) > 50
+    row = rows["shifted"]
+    assert row["dice"] == pytest.approx(2 * (mask & moved).sum() / (mask.sum() + moved.sum()), abs=0.01)
+    assert row["iou"] == pytest.approx((mask & moved).sum() / (mask | moved).sum(), abs=0.01)
+    axis = {2: 0, 3: 2}[dims]
+    assert row["height_target"] == 15 * SPACING[dims][axis]
+    width = "width_50" if dims == 2 else "width1_50"
+    assert row[f"{width}_target"] == 15 * SPACING[dims][1]
+    assert report["metrics"]["dice"]["worst_case"] == "shifted"
+    assert report["metrics"]["dice"]["outliers_iqr"] == ["shifted"]
+    assert report["metrics"]["height_ratio"]["above"]["0.97"] == 5
+    assert (place / "out" / "worst.png").stat().st_size > 1000
+    assert (place / "out" / "histograms.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("align", ["shift", "rigid"])
+def test_alignment_takes_a_shift_back(pairs, align):
+    _, place = pairs
+    rows, _ = run(place, "--resamples", "5", "--align", align)
+    assert rows["shifted"]["dice"] > 0.97
+    assert rows["shifted"]["psnr"] > 20
+
+
+def test_masks_from_a_folder_replace_the_threshold(pairs):
+    dims, place = pairs
+    for name in ("case_0", "case_1", "case_2", "case_3", "shifted"):
+        save(place / "masks", name, (blob(dims, 8.0, 3.0) > 50).astype(np.uint8))
+    rows, _ = run(place, "--masks", str(place / "masks"), "--generated_masks", str(place / "masks"))
+    assert {row["dice"] for row in rows.values()} == {1.0}
+    assert {row["height_target"] for row in rows.values()} == {7 * SPACING[dims][{2: 0, 3: 2}[dims]]}
+
+
+def test_an_empty_target_has_no_object(tmp_path):
+    for name, made in (("empty", np.zeros(SHAPES[2], np.float32)), ("filled", blob(2, 9.0, 5.0) - 10)):
+        save(tmp_path / "target", name, np.zeros(SHAPES[2], np.float32))
+        save(tmp_path / "made", name, made)
+    rows, _ = run(tmp_path, "--data_range", "100")
+    assert math.isnan(rows["empty"]["dice"])
+    assert math.isnan(rows["empty"]["height_generated"])
+    assert rows["filled"]["dice"] == 0
+    assert rows["filled"]["height_generated"] == 11
+
+
+def test_label_maps_are_compared_label_by_label(tmp_path):
+    target = np.zeros((12, 12), dtype=np.uint8)
+    target[:6], target[6:, :4] = 1, 2
+    made = target.copy()
+    made[0], made[6:, :4] = 0, 0
+    for folder, array in (("target", target), ("made", made)):
+        save(tmp_path / folder, "a", array)
+        save(tmp_path / folder, "b", target)
+    rows, report = run(tmp_path, "--labels")
+    assert rows["a"] == pytest.approx(
+        {
+            **{"dice_1": 2 * 60 / (60 + 72), "dice_2": 0, "iou_1": 60 / 72, "iou_2": 0},
+            **{"precision_1": 1, "precision_2": math.nan, "sensitivity_1": 60 / 72, "sensitivity_2": 0},
+            "dice_mean": 60 / 132,
+        },
+        nan_ok=True,
+    )
+    assert report["metrics"]["precision_2"]["cases"] == 1
+    assert report["metrics"]["dice_mean"]["worst_case"] == "a"
+
+
+def test_only_labels_that_occur_have_columns(tmp_path):
+    target = np.zeros((12, 12), dtype=np.uint16)
+    target[:6], target[6:, :4] = 3, 1000
+    for folder in ("target", "made"):
+        save(tmp_path / folder, "a", target)
+    rows, _ = run(tmp_path, "--labels")
+    assert [name for name in rows["a"] if name.startswith("dice")] == ["dice_3", "dice_1000", "dice_mean"]
+    assert set(rows["a"].values()) == {1.0}
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0])
+def test_what_is_no_label_map_is_refused_by_name(tmp_path, capsys, value):
+    for folder, high in (("target", 1.0), ("made", value)):
+        save(tmp_path / folder, "a", np.where(blob(2, 9, 5) > 50, high, 0).astype(np.float32))
+    places = [str(tmp_path / "made"), str(tmp_path / "target")]
+    assert run_script(evaluation_main, ["compare", *places, "--labels"]) == 2
+    assert f"made/a.tif: labels: expected 0, 1, 2 ..., found {value:g}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [1.005, 1.05])
+def test_spacings_may_differ_by_rounding_only(tmp_path, capsys, factor):
+    for folder, mm in (("target", 2.0), ("made", 2.0 * factor)):
+        write(tmp_path / folder / "a.nii.gz", Volume(blob(3, 9, 5)[None], np.diag([1, 1, mm, 1.0])))
+    places = [str(tmp_path / "made"), str(tmp_path / "target")]
+    assert run_script(evaluation_main, ["compare", *places]) == (0 if factor < 1.01 else 2)
+    error = capsys.readouterr().err
+    assert ("made/a.nii.gz: voxels of 1 x 1 x 2.1 mm" in error) == (factor > 1.01)
+    assert ("target/a.nii.gz 1 x 1 x 2 mm" in error) == (factor > 1.01)
+
+
+def test_the_report_lies_beside_the_images_and_a_mistake_leaves_none(tmp_path, monkeypatch):
+    for folder in ("target", "made"):
+        save(tmp_path / folder, "a", blob(2, 9, 5))
+    monkeypatch.chdir(tmp_path / "made")
+    assert run_script(evaluation_main, ["compare", ".", "../target", "--height_axis", "2"]) == 2
+    assert not (tmp_path / "comparison-001").exists()
+    evaluation_main(["compare", ".", "../target", "--resamples", "5"])
+    assert (tmp_path / "comparison-001" / "report.json").is_file()
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["a.tif"]
+
+
+def test_features_of_a_network_tell_how_alike_two_images_are(pairs):
+    dims, place = pairs
+    if dims == 3:
+        pytest.skip("the network is two-dimensional")
+    torch.manual_seed(0)
+    net = torch.jit.trace(torch.nn.Conv2d(1, 5, 3), torch.zeros(1, 1, 8, 8))
+    net.save(str(place / "net.ts"))
+    rows, report = run(place, "--features", str(place / "net.ts"))
+    assert rows["case_0"]["feature_cosine"] > rows["case_0"]["feature_cosine"] ** 2 > 0.9
+    assert len(report["network"]["sha256"]) == 64
+    assert "[-1, 1]" in report["network"]["input"]
+    made, target = (
+        torch.from_numpy(read_array(place / f, "case_0", 2))[None, None] for f in ("made", "target")
+    )
+    low, high = min(made.min(), target.min()), max(made.max(), target.max())
+    a, b = (net((v - low) / (high - low) * 2 - 1).mean((2, 3)) for v in (made, target))
+    assert rows["case_0"]["feature_distance"] == pytest.approx((a - b).norm().item(), rel=1e-3)
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_moving_by_whole_voxels_is_a_roll_inside(dims):
+    x = np.random.default_rng(0).random((1, *SHAPES[dims])).astype(np.float32)
+    shift = np.array([2.0, 1.0, 3.0][:dims]) * SPACING[dims]
+    moved = move(x, np.eye(dims), shift, SPACING[dims], "bilinear")
+    inside = tuple([slice(None), *(slice(0, n - 4) for n in SHAPES[dims])])
+    expected = np.roll(x, [-2, -1, -3][:dims], axis=range(1, dims + 1))
+    assert np.allclose(moved[inside], expected[inside], atol=1e-4)
+
+
+def test_a_description_counts_what_lies_outside_the_normal_interval():
+    rows = {
+        str(i): {"psnr": float(v), "x_ratio": 0.96, "x_difference": 7.0} for i, v in enumerate([1, 2, 3, 10])
+    }
+    found = describe(rows, 50)
+    half = 1.96 * np.std([1, 2, 3, 10], ddof=1) / 2
+    assert found["psnr"]["normal_high"] == pytest.approx(4 + half)
+    assert found["psnr"]["outside"]["1"] == int((np.abs(np.array([1, 2, 3, 10]) - 4) > half).sum())
+    assert (found["psnr"]["worst"], found["psnr"]["worst_case"]) == (1.0, "0")
+    assert found["x_ratio"]["above"] == {"0.9": 4, "0.95": 4, "0.97": 0}
+    assert found["x_difference"]["below_mm"] == {"5.0": 0, "10.0": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        ("lost", [], "no partner named case_1 in generated"),
+        ("extra", [], "no partner named new in target"),
+        ("shape", [], "shape (1, 9, 9), expected (1, 40, 36)"),
+        (None, ["--labels", "--upright"], "labels"),
+        (None, ["--height_axis", "2"], "height_axis: expected 0 to 1"),
+        (None, ["--data_range", "-1"], "data_range"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, capsys, change, flags, words):
+    for i in range(3):
+        for folder in ("made", "target"):
+            if (folder, i, change) == ("made", 1, "lost"):
+                continue
+            shape = (
+                np.zeros((9, 9), np.float32) if (folder, i, change) == ("made", 2, "shape") else blob(2, 9, 5)
+            )
+            save(tmp_path / folder, f"case_{i}", shape)
+    if change == "extra":
+        save(tmp_path / "made", "new", blob(2, 9, 5))
+    places = [str(tmp_path / "made"), str(tmp_path / "target")]
+    assert run_script(evaluation_main, ["compare", *places, *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

@@ -1,0 +1,289 @@
+"""Figures of generated sets put them in the right order, say what they depend on, and warn where they mean
+little."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ldm3d.data.phantoms import make_phantom
+from ldm3d.data.volumes import Volume, write
+from ldm3d.engine.checkpoint import load
+from ldm3d.engine.distributed import run_script
+from ldm3d.evaluation import sets as fidelity
+from ldm3d.evaluation.__main__ import main as evaluation_main
+from ldm3d.evaluation.networks import FeatureConfig, contrastive_loss, train_features
+from ldm3d.evaluation.sets import (
+    BINS,
+    FidelityConfig,
+    Measured,
+    draw_figure,
+    planes_of,
+    real_halves,
+    warnings_of,
+)
+from ldm3d.evaluation.statistics import half_sample_intervals
+
+SIZES = {2: (28, 24), 3: (16, 18, 16)}
+SUFFIX = {2: "tif", 3: "nii.gz"}
+FAST = ["--resamples", "10", "--feature_steps", "30", "--pairs", "12", "--slices", "4"]
+
+
+def blurred(x: np.ndarray) -> np.ndarray:
+    for axis in range(1, x.ndim):
+        x = (x + np.roll(x, 1, axis) + np.roll(x, -1, axis)) / 3
+    return x
+
+
+CHANGES = {
+    "same": lambda x, draw: x,
+    "blurred": lambda x, draw: blurred(x),
+    "noise": lambda x, draw: draw.normal(size=x.shape).astype(np.float32),
+}
+
+
+def write_heads(folder, dims: int, change: str, first: int, num: int) -> str:
+    """Heads first ... of one population, after a change; as float32 files."""
+    draw = np.random.default_rng(first)
+    for i in range(first, first + num):
+        head = make_phantom(i, dims, SIZES[dims], tuple(200 / n for n in SIZES[dims]))
+        array = CHANGES[change](head.image, draw).astype(np.float32)
+        write(folder / f"head_{i}.{SUFFIX[dims]}", Volume(array, head.affine))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2d", "3d"])
+def reports(request, tmp_path_factory):
+    """{change: report of 16 changed heads against 24 other real ones}, and where they lie."""
+    dims, place = request.param, tmp_path_factory.mktemp("fidelity")
+    real, found = write_heads(place / "real", dims, "same", 0, 24), {}
+    for change in CHANGES:
+        made = write_heads(place / change, dims, change, 100, 16)
+        where = ["--out", str(place / f"report-{change}"), "--cache_dir", str(place / "cache")]
+        evaluation_main(["samples", made, real, *where, *FAST])
+        found[change] = json.loads((place / f"report-{change}" / "report.json").read_text())
+    return dims, place, found
+
+
+def test_more_of_the_same_is_nearer_than_a_blur_and_that_than_noise(reports):
+    dims, _, found = reports
+    names = ["whole/frechet", "whole/kernel"] + (["planes/frechet", "planes/kernel"] if dims == 3 else [])
+    for name in names:
+        values = [found[change]["figures"][name]["value"] for change in CHANGES]
+        assert values == sorted(values), name
+    assert found["same"]["figures"]["whole/precision"]["value"] >= 0.7
+    assert found["noise"]["figures"]["whole/precision"]["value"] == 0
+    assert found["noise"]["figures"]["whole/coverage"]["value"] < 0.2
+    assert (
+        found["blurred"]["figures"]["spectrum_db"]["value"]
+        > 3
+        > found["same"]["figures"]["spectrum_db"]["value"]
+    )
+    assert (
+        found["noise"]["figures"]["histogram"]["value"] > 2 * found["same"]["figures"]["histogram"]["value"]
+    )
+
+
+def test_more_of_the_same_gets_what_halves_of_the_real_set_get_and_noise_does_not(reports):
+    _, _, found = reports
+    same, noise = (found[change]["figures"]["whole/kernel"] for change in ("same", "noise"))
+    assert abs(same["value"]) < 0.1 * noise["low"]
+    assert noise["low"] > 10 * abs(noise["real_halves"])
+
+
+def test_noise_is_as_diverse_as_can_be_and_heads_are_as_alike_as_the_real_ones(reports):
+    _, _, found = reports
+    same, noise = (found[change]["figures"] for change in ("same", "noise"))
+    assert same["ms_ssim/generated"]["value"] == pytest.approx(same["ms_ssim/real"]["value"], abs=0.15)
+    assert noise["ms_ssim/generated"]["value"] < 0.2
+
+
+def test_the_report_says_what_its_figures_depend_on(reports):
+    dims, place, found = reports
+    report = found["same"]
+    assert report["cases"] == {"generated": 16, "real": 24}
+    assert report["protocol"]["size"] == list(SIZES[dims])
+    assert report["protocol"]["intensity_range"] == [-1, 1]
+    assert report["protocol"]["scaling_numbers"] == [0.5, 99.5]
+    assert report["protocol"]["axes"].startswith("RAS" if dims == 3 else "row")
+    assert report["real_halves"] == {"cases": 12, "others": 12, "draws": 10}
+    assert set(report["networks"]) == ({"whole", "slices"} if dims == 3 else {"whole"})
+    hashes = {r["networks"]["whole"]["sha256"] for r in found.values()}
+    assert len(hashes) == 1  # trained on the real set once, then read
+    assert load(report["networks"]["whole"]["network"], "features")
+    assert any("too few" in words for words in report["warnings"])
+    assert (place / "report-same" / "figure.png").stat().st_size > 1000
+    for figure in report["figures"].values():
+        assert figure["low"] <= figure["high"]
+        assert math.isfinite(figure["value"])
+
+
+def made_up(cases: int, features: int) -> Measured:
+    x = torch.randn(cases, features, generator=torch.Generator().manual_seed(0))
+    return Measured(x, [], torch.full((cases, 1, BINS), 1 / BINS), torch.zeros(cases, 1, 4))
+
+
+@pytest.mark.parametrize(("generated", "parts"), [(3, (3, 17)), (10, (10, 10)), (15, (10, 10))])
+def test_real_cases_are_parted_as_the_two_sets_are_as_far_as_they_suffice(monkeypatch, generated, parts):
+    measured, seen, figures = made_up(generated + 20, 4), [], Measured.figures
+    monkeypatch.setattr(Measured, "figures", lambda *a: seen.append(a[1:3]) or figures(*a))
+    found, numbers = real_halves(measured, generated, 1.0, FidelityConfig())
+    assert numbers == parts
+    for ours, rest in seen:
+        assert (len(ours), len(rest)) == parts
+        assert sorted([*ours.tolist(), *rest.tolist()]) == list(range(generated, generated + 20))
+    values = [figures(measured, *both, 1.0, 5)["whole/frechet"] for both in seen]
+    assert found["whole/frechet"] == pytest.approx(np.mean(values))
+
+
+@pytest.mark.parametrize(("cases", "features"), [((1, 1), 6), ((4, 5), 1), ((4, 1), 6)])
+def test_the_figure_is_drawn_of_one_case_and_of_one_feature(tmp_path, monkeypatch, cases, features):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(fidelity, "save_figure", lambda figure, path: drawn.append(figure))
+    draw_figure(tmp_path / "figure.png", made_up(sum(cases), features), cases[0], -1.0, 2 / BINS)
+    centres = drawn[0].axes[0].lines[0].get_xdata()
+    assert [centres[0], centres[-1]] == pytest.approx([-1 + 1 / BINS, 1 - 1 / BINS])
+    assert [len(c.get_offsets()) for c in drawn[0].axes[2].collections] == [cases[1], cases[0]]
+
+
+@pytest.mark.parametrize(("cases", "words"), [(5, "no precision"), (11, "no intervals"), (12, None)])
+def test_neighbours_that_half_of_the_cases_do_not_have_are_warned_of(cases, words):
+    measured, counts = made_up(2 * cases, 4), (cases, cases)
+    found = " ".join(warnings_of(FidelityConfig(), measured, counts))
+    assert [w for w in ("no precision", "no intervals") if w in found] == [w for w in [words] if w]
+
+    def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
+        return measured.figures(torch.from_numpy(i), torch.from_numpy(cases + j), 1.0, 5)
+
+    recall = half_sample_intervals(statistic, counts, 3)["whole/recall"]
+    assert math.isnan(recall["low"]) == (cases < 12)
+
+
+# --- networks -----------------------------------------------------------------------------------------------
+
+
+def test_the_contrastive_loss_is_its_definition():
+    a, b = (
+        torch.randn(3, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1)
+    )
+    z = torch.cat([a, b])
+    z = z / z.norm(dim=1, keepdim=True)
+    losses = []
+    for i in range(6):
+        weights = [math.exp(float(z[i] @ z[k]) / 0.5) for k in range(6) if k != i]
+        losses.append(-math.log(math.exp(float(z[i] @ z[(i + 3) % 6]) / 0.5) / sum(weights)))
+    assert contrastive_loss(a, b, 0.5).item() == pytest.approx(np.mean(losses))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_own_network_is_the_same_for_the_same_seed_and_tells_cases_apart(dims):
+    heads = [make_phantom(i, dims, SIZES[dims], tuple(200 / n for n in SIZES[dims])).image for i in range(12)]
+    x = torch.from_numpy(np.stack(heads)) / 1000
+    config = FeatureConfig(dims, steps=5, batch_size=8)
+    device = torch.device("cpu")
+    net, again = train_features([x], config, device), train_features([x], config, device)
+    other = train_features([x], FeatureConfig(dims, steps=5, batch_size=8, seed=1), device)
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert not torch.equal(net(x), other(x))
+    assert torch.allclose(net(x).mean(0), torch.zeros(32), atol=1e-4)
+    assert net(x).std(0, correction=0).max() < 1.001
+
+
+def test_training_brings_views_of_a_case_together_and_others_apart():
+    heads = [make_phantom(i, 2, SIZES[2], tuple(200 / n for n in SIZES[2])).image for i in range(24)]
+    x = torch.from_numpy(np.stack(heads)) / 1000
+    losses = []
+    for steps in (1, 150):
+        net = train_features([x], FeatureConfig(2, steps=steps), torch.device("cpu"))
+        with torch.no_grad():
+            losses.append(contrastive_loss(net.head(net(x)), net.head(net(x.roll(1, 2))), 0.2).item())
+    assert losses[1] < 0.9 * losses[0]
+
+
+class Means(nn.Module):
+    """A stand-in for a published network: three channels in, (B, F, *s) maps out."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims](3, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("kind", ["script", "export"])
+def test_a_network_from_a_file_gives_the_features(tmp_path, kind, capsys):
+    torch.manual_seed(0)
+    net, path = Means(2).eval(), tmp_path / f"net.{kind}"
+    example = torch.zeros(1, 3, *SIZES[2])
+    if kind == "script":
+        torch.jit.script(net).save(str(path))
+    else:
+        torch.export.save(torch.export.export(net, (example,)), path)
+    real, made = (write_heads(tmp_path / n, 2, "same", f, 5) for n, f in (("real", 0), ("made", 9)))
+    evaluation_main(
+        ["samples", made, real, "--features", str(path), "--out", str(tmp_path / "report"), *FAST]
+    )
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["networks"]["whole"]["features"] == 6
+    assert len(report["networks"]["whole"]["sha256"]) == 64
+    assert "5 cases for 6 features are too few" in capsys.readouterr().out
+
+
+def test_the_encoder_of_a_run_serves_its_own_held_out_cases_and_the_report_says_so(vae_run, heads, tmp_path):
+    flags = ["--features", "run", "--out", str(tmp_path / "report"), "--resamples", "5"]
+    evaluation_main(["samples", str(heads / "images"), str(vae_run), *flags])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    split = json.loads((vae_run / "split.json").read_text())
+    assert report["cases"] == {"generated": 12, "real": len(split["val"])}
+    assert report["networks"]["whole"]["features"] == 3 * 4
+    assert any("within this run" in words for words in report["warnings"])
+
+
+def test_slices_are_spread_over_the_middle_of_every_axis():
+    x = torch.arange(20)[:, None, None].expand(20, 6, 8)[None]
+    planes = planes_of(x, 4)
+    assert [p.shape for p in planes] == [(4, 1, 6, 8), (4, 1, 20, 8), (4, 1, 20, 6)]
+    assert planes[0][:, 0, 0, 0].tolist() == [4, 8, 12, 16]
+
+
+def test_pairs_of_slices_of_one_case_do_not_count_in_the_kernel_distance():
+    f = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    measured = Measured(None, [f], torch.ones(7, 1, 4) / 4, torch.zeros(7, 1, 3))
+    block = measured.slice_kernels[0]
+    expected = np.mean([(float(a @ b) / 3 + 1) ** 3 for a in f[1] for b in f[4]])
+    assert block.shape == (7, 7)
+    assert block[1, 4].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["REAL"], "which REAL"),
+        (["REAL", "/nowhere"], "/nowhere: no such folder"),
+        (["REAL", "REAL", "--features", "/no.pt"], "/no.pt: no such file"),
+        (["REAL", "REAL", "--features", "JUNK"], "neither TorchScript"),
+        (["REAL", "REAL", "--features", "run"], "needs a run folder"),
+        (["REAL", "REAL", "--run", "/nowhere"], "not a run folder"),
+        (["REAL", "REAL", "--data.sise", "3,3"], "did you mean --data.size"),
+        (["REAL", "REAL", "--slices", "0"], "slices"),
+        (["REAL", "EMPTY"], "EMPTY"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, capsys, flags, words):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "JUNK").write_bytes(b"junk")
+    write_heads(tmp_path / "REAL", 2, "same", 0, 4)
+    places = {name: str(tmp_path / name) for name in ("REAL", "EMPTY", "JUNK")}
+    flags = [places.get(flag, flag) for flag in flags]
+    flags += ["--cache_dir", str(tmp_path), "--feature_steps", "1"]
+    assert run_script(evaluation_main, ["samples", *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

@@ -1,0 +1,357 @@
+"""train_cdal.py and `sample.py RUN --segment` do the whole job: train, go on bit-exactly, segment, score."""
+
+import csv
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tifffile
+import torch
+from tiny import cdal_flags, lines
+
+import sample
+import train_cdal
+from ldm3d.config import flatten, replace, show
+from ldm3d.data.phantoms import write_phantoms
+from ldm3d.data.scan import CaseInfo
+from ldm3d.data.volumes import Header, read
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.distributed import run_script
+from ldm3d.evaluation.statistics import summarise
+from ldm3d.inference.segmentation import calibration, on_file_grid, overlay, score
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def run(heads) -> Path:
+    """A run of train_cdal.py on the 2-D heads."""
+    folder = heads.parent / "cdal"
+    train_cdal.main(cdal_flags(heads, folder, STEPS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory) -> Path:
+    """Oblique, flipped, anisotropic 3-D heads of different shapes with labels 0, 50 and 1000, and a run on
+    them."""
+    place = tmp_path_factory.mktemp("volumes")
+    write_phantoms(place / "heads", 6, size=(14, 16, 12), spacing=(14.0, 13.0, 16.0))
+    turn = np.array([[-0.9, 0.3, 0.1], [0.2, 0.2, -0.95], [0.3, 0.9, 0.3]])
+    for i, path in enumerate(sorted((place / "heads/images").iterdir())):
+        affine = np.eye(4)
+        affine[:3, :3] = turn * [14.0, 13.0, 16.0]
+        affine[:3, 3] = (5 * i, -7, 9)
+        for role in ("images", "labels"):
+            array = np.asarray(nib.load(place / "heads" / role / path.name).dataobj)[: 14 - i, :, : 9 + i % 3]
+            if role == "labels":
+                array = np.array([0, 50, 50, 1000, 1000], dtype=np.int16)[array.astype(int)]
+            (place / role).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(array, affine), place / role / path.name)
+    flags = cdal_flags(place / "images", place / "run", 3, "--data.dims", 3, "--data.patch", "8,8,8")
+    flags += ["--data.root", str(place), "--data.image", "images/*.nii.gz", "--data.mask", "labels/*.nii.gz"]
+    flags += ["--data.label_values", "0,50,1000", "--run.eval_every", "3", "--generator.stem", "2"]
+    train_cdal.main(flags)
+    return place
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_the_best_checkpoint_is_that_of_the_highest_validation_dice(run):
+    steps = [line["loss"] for line in lines(run)]
+    assert np.mean(steps[-5:]) < 0.6 * np.mean(steps[:2])
+    assert {"ce", "dice", "mse", "g_loss", "d_loss", "critic_accuracy"} <= lines(run)[1].keys()
+    assert ["r1" in line for line in lines(run)] == [step % 2 == 0 for step in range(STEPS)]
+    scores = {line["step"]: line["dice"] for line in lines(run, "val")}
+    best = load(run / "best.pt")["best"]
+    assert best["name"] == "dice"
+    assert best["value"] == max(scores.values()) == scores[best["step"]]
+    assert {"dice_1", "dice_2"} <= lines(run, "val")[0].keys()
+    assert list((run / "previews").glob("*.png"))
+
+
+def test_a_run_in_two_parts_ends_bit_identical_with_all_that_learns(heads, tmp_path):
+    more = ["--micro_batch_size", 2, "--unet.dropout", 0.1]
+    train_cdal.main(cdal_flags(heads, tmp_path / "whole", 8, *more))
+    train_cdal.main(cdal_flags(heads, tmp_path / "parts", 5, *more))
+    train_cdal.main(cdal_flags(heads, tmp_path / "parts", 8, *more))
+    whole, parts = (load(step_files(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert set(whole["optimizers"]) == {"generator", "critic"}
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
+    critics = (content["others"]["discriminator"] for content in (whole, parts))
+    assert all(torch.equal(a, b) for a, b in zip(*(c.values() for c in critics), strict=True))
+    assert [line["loss"] for line in lines(tmp_path / "whole")] == [
+        line["loss"] for line in lines(tmp_path / "parts")
+    ]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_trains_like_fp32(heads, tmp_path, amp):
+    for run, precision in (("exact", "fp32"), ("half", amp)):
+        train_cdal.main(cdal_flags(heads, tmp_path / run, 6, "--run.amp", precision))
+    for a, b in zip(lines(tmp_path / "exact"), lines(tmp_path / "half"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=5e-2)
+    assert lines(tmp_path / "half")[-1]["skipped_steps"] == 0
+
+
+def test_the_preset_published_is_the_published_method():
+    config = replace(train_cdal.Config(), train_cdal.PRESETS["published"])
+    cdal = config.cdal
+    assert cdal.kernel.num_timesteps == 4
+    assert (cdal.mse_weight, cdal.ce_weight, cdal.dice_weight, cdal.adversarial_weight) == (1, 0, 0, 0)
+    assert (cdal.attention, cdal.attention_normalised, cdal.attention_layer) == ("input", False, 1)
+    assert (cdal.own_estimate, cdal.noisiest, cdal.critic_sees_image) == (False, None, False)
+    assert (cdal.r1_weight, cdal.r1_every) == (0.5, 10)
+    assert (config.generator.output, config.generator.latent_dim) == ("tanh", 50)
+    assert (config.optim.lr, config.disc_optim.lr, config.run.ema_decay) == (1.6e-4, 1.25e-4, 0.999)
+    for optim in (config.optim, config.disc_optim):
+        assert (optim.adam_betas, optim.schedule) == ((0.5, 0.9), "constant")
+
+
+def test_every_preset_is_a_valid_configuration():
+    known = flatten(train_cdal.Config())
+    for name, preset in train_cdal.PRESETS.items():
+        assert preset.keys() <= known.keys(), name
+        replace(train_cdal.Config(), preset)
+
+
+@pytest.mark.parametrize("mode", ["published", "plain"])
+def test_the_published_method_and_a_plain_network_train_with_the_same_command(heads, tmp_path, mode):
+    faster = {"optim.lr", "run.ema_decay"}  # left as they are in the tiny runs
+    settings = {
+        "published": {k: v for k, v in train_cdal.PUBLISHED.items() if k not in faster},
+        "plain": {"cdal.diffusion": False, "cdal.attention": "none"},
+    }[mode] | {"cdal.adversarial_weight": 0}
+    more = [text for key, value in settings.items() for text in (f"--{key}", show(value))]
+    train_cdal.main(cdal_flags(heads, tmp_path / "run", 20, *more))
+    steps = lines(tmp_path / "run")
+    assert ("d_loss" in steps[0]) == (mode == "published")
+    name = "mse" if mode == "published" else "dice"
+    assert np.mean([line[name] for line in steps[-4:]]) < 0.9 * steps[0][name]
+
+
+def test_the_plan_counts_generator_critic_and_votes_and_makes_no_run(heads, tmp_path, monkeypatch):
+    def needs(self):
+        found.update({job.name: job.need(job.batch, job.size) for job in self.jobs})
+
+    monkeypatch.setattr(train_cdal.Plan, "tell", needs)
+    found: dict[str, int] = {}
+    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "4"])
+    with_critic = dict(found)
+    plain = ["--cdal.adversarial_weight", 0, "--cdal.attention", "none", "--votes", 5]
+    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3, *plain), "--plan", "4"])
+    assert found["training"] < with_critic["training"]
+    assert found["validation, votes"] > with_critic["validation, votes"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--cdal.attention_layer", "5"], ["cdal.attention_layer", "2 blocks"]),
+        (["--unet.dims", "3"], ["unet.dims", "data.dims"]),
+        (["--cdal.kernel.num_timesteps", "9"], ["num_timesteps", "1 to 8"]),
+        (["--data.image", "images/*.tif"], ["phantom_0000", "no label map", "--data.mask"]),
+        (["--votes", "0"], ["votes"]),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_training(heads, tmp_path, capsys, more, words):
+    assert run_script(train_cdal.main, cdal_flags(heads, tmp_path / "never", 3, *more)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "never").exists()
+
+
+# --- segmenting files ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_segmented_scored_and_shown(run, heads, capsys):
+    images, labels = str(heads / "images"), str(heads / "labels")
+    sample.main([str(run), "--segment", images, "--reference", labels, "--votes", "3", "--probabilities"])
+    folder = run / "segmentations-001"
+    for name in ("labels", "uncertainty", "probability"):
+        assert len(list((folder / name).iterdir())) == 12
+    rows = list(csv.DictReader((folder / "cases.csv").read_text().splitlines()))
+    report = json.loads((folder / "report.json").read_text())
+    assert (len(rows), report["cases"], report["votes"]) == (12, 12, 3)
+    for row in rows[:3]:
+        truth = torch.from_numpy(tifffile.imread(heads / "labels" / f"{row['case']}.tif").astype(np.int64))
+        found = torch.from_numpy(read(folder / "labels" / f"{row['case']}.tif").array[0].astype(np.int64))
+        both, one, other = ((found == 1) & (truth == 1)).sum(), (found == 1).sum(), (truth == 1).sum()
+        assert float(row["dice_1"]) == pytest.approx(float(2 * both / (one + other)))
+        assert float(row["precision_1"]) == pytest.approx(float(both / one))
+        p = read(folder / "probability" / f"{row['case']}.tif").array
+        assert np.array_equal(p.argmax(0), found.numpy())
+        doubt = read(folder / "uncertainty" / f"{row['case']}.tif").array[0]
+        assert np.allclose(doubt, -(p * np.log(p.clip(1e-12))).sum(0) / np.log(len(p)), atol=1e-5)
+        assert float(row["seconds"]) > 0
+    mean = np.mean([float(row["dice"]) for row in rows])
+    assert report["metrics"]["dice"]["mean"] == pytest.approx(mean)
+    assert report["metrics"]["dice"]["low"] <= mean <= report["metrics"]["dice"]["high"]
+    assert {"hd95_1", "iou_2", "sensitivity_1", "error_correlation", "retention_ratio"} <= report[
+        "metrics"
+    ].keys()
+    assert (folder / "overlays.png").stat().st_size > 1000
+    assert "error_correlation" in capsys.readouterr().out
+
+
+def test_one_file_and_one_part_of_the_split_can_be_asked_for(run, heads):
+    first = sorted((heads / "images").iterdir())[0]
+    sample.main([str(run), "--segment", str(first), "--votes", "1", "--out", str(run / "one")])
+    assert [p.name for p in (run / "one/labels").iterdir()] == [first.name]
+    sample.main([str(run), "--segment", str(heads / "images"), "--part", "val", "--out", str(run / "val")])
+    split = json.loads((run / "split.json").read_text())
+    assert sorted(p.stem for p in (run / "val/labels").iterdir()) == sorted(split["val"])
+
+
+def test_label_maps_have_the_geometry_of_their_image_and_the_label_values_of_the_data(volumes):
+    place = ["--segment", str(volumes / "images"), "--reference", str(volumes / "labels")]
+    sample.main([str(volumes / "run"), *place, "--window", "8,6,8", "--votes", "2"])
+    folder = volumes / "run/segmentations-001"
+    for path in sorted((volumes / "images").iterdir()):
+        image, found = nib.load(path), nib.load(folder / "labels" / path.name)
+        assert found.shape == image.shape
+        assert np.allclose(found.affine, image.affine, atol=1e-3)
+        assert set(np.unique(np.asarray(found.dataobj))) <= {0, 50, 1000}
+    assert_scores_are_those_of_the_files(folder, volumes / "labels")
+
+
+def assert_scores_are_those_of_the_files(folder: Path, references: Path) -> None:
+    """Dice in cases.csv = Dice of the NIfTI files that were written and the references, voxel by voxel."""
+    rows = list(csv.DictReader((folder / "cases.csv").read_text().splitlines()))
+    for row in rows:
+        found, truth = (
+            np.asarray(nib.load(place / f"{row['case']}.nii.gz").dataobj)
+            for place in (folder / "labels", references)
+        )
+        for k, value in enumerate((50, 1000), start=1):
+            a, b = found == value, truth == value
+            expected = 2 * (a & b).sum() / (a.sum() + b.sum())
+            assert float(row[f"dice_{k}"]) == pytest.approx(expected, abs=1e-9)
+    assert max(float(row["dice_1"]) for row in rows) > 0
+
+
+def test_values_at_the_places_of_training_come_to_the_places_of_the_file():
+    def places(shape, spacing):  # mm of the voxels' centres; both grids begin at the same corner
+        axes = (s * (np.arange(n) + 0.5) for n, s in zip(shape, spacing, strict=True))
+        return np.stack(np.meshgrid(*axes, indexing="ij"))
+
+    grids = ((18, 9, 8), (1.0, 2.0, 2.5)), ((9, 12, 7), (2.0, 1.5, 3.0))  # 18 x 18 x 20 (21) mm
+    ramp, wanted = (places(*grid) for grid in grids)
+    shape, spacing = grids[0]
+    affine = [[*row, 0.5 * s] for row, s in zip(np.diag(spacing), spacing, strict=True)] + [[0, 0, 0, 1]]
+    info = CaseInfo(shape, spacing, tuple(map(tuple, affine)), "RAS", (0.0,), (1.0,))
+    header = Header(grids[1][0], 1, grids[1][1], np.diag([*grids[1][1], 1.0]), "RAS", np.dtype(np.int16))
+    found = on_file_grid(torch.from_numpy(ramp).float(), info, header)
+    assert np.array_equal(found.affine, header.affine)
+    inner = (slice(None), *(slice(1, -1),) * 3)  # beyond the outermost centres the border goes on
+    assert np.allclose(found.array[inner], wanted[inner], atol=1e-4)
+
+
+def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volumes, tmp_path):
+    content = torch.load(volumes / "run/best.pt", weights_only=True)
+    content["config"]["data"]["spacing"] = [10.0, 15.0, 11.0]
+    torch.save(content, tmp_path / "finer.pt")
+    path = sorted((volumes / "images").iterdir())[2]
+    sample.main([str(tmp_path / "finer.pt"), "--segment", str(path), "--reference", str(volumes / "labels")])
+    found = nib.load(next((tmp_path / "segmentations-001/labels").iterdir()))
+    assert found.shape == nib.load(path).shape
+    assert np.allclose(found.affine, nib.load(path).affine, atol=1e-3)
+    assert_scores_are_those_of_the_files(tmp_path / "segmentations-001", volumes / "labels")
+
+
+def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, heads, tmp_path, capsys):
+    shutil.copytree(volumes / "labels", tmp_path / "labels")
+    broken = sorted((tmp_path / "labels").iterdir())[1]
+    image = nib.Nifti1Image(nib.load(broken).get_fdata(), nib.load(broken).affine)
+    flags = [
+        str(volumes / "run"),
+        "--segment",
+        str(volumes / "images"),
+        "--reference",
+        str(tmp_path / "labels"),
+    ]
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine), broken)
+    assert run_script(sample.main, flags) == 2
+    err = capsys.readouterr().err
+    assert str(broken) in err
+    assert str(volumes / "images" / broken.name) in err
+    moved = image.affine.copy()
+    moved[:3, 3] += 60
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), moved), broken)
+    assert run_script(sample.main, flags) == 2
+    err = capsys.readouterr().err
+    assert str(broken) in err
+    assert str(volumes / "images" / broken.name) in err
+    broken.unlink()
+    assert run_script(sample.main, flags) == 2
+    assert str(volumes / "images" / broken.name) in capsys.readouterr().err
+    assert run_script(sample.main, [str(run), "--segment", str(heads / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert run_script(sample.main, [str(run), "--segment", str(heads / "images"), "--part", "test"]) == 2
+    assert "test" in capsys.readouterr().err
+
+
+def test_a_run_segments_its_validation_cases_as_in_training(run, heads):
+    place = ["--segment", str(heads / "images"), "--reference", str(heads / "labels"), "--part", "val"]
+    sample.main([str(run), *place, "--votes", "1", "--out", str(run / "again")])
+    report, step = json.loads((run / "again/report.json").read_text()), load(run / "best.pt")["best"]["step"]
+    (logged,) = (line for line in lines(run, "val") if line["step"] == step)
+    assert report["step"] == step
+    for k in range(1, 5):
+        assert report["metrics"][f"dice_{k}"]["mean"] == pytest.approx(logged[f"dice_{k}"], abs=1e-6)
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_the_correlation_and_the_area_counted_by_hand():
+    doubt = torch.tensor([[0.1, 0.9], [0.3, 0.7]])
+    wrong = torch.tensor([[False, True], [False, True]])
+    found = calibration(doubt, wrong)
+    assert found["error_correlation"] == pytest.approx(np.corrcoef([0.1, 0.9, 0.3, 0.7], [0, 1, 0, 1])[0, 1])
+    assert found["retention_area"] == pytest.approx((0 + 0 + 0.25 + 0.5) / 4)
+    useless = calibration(torch.rand(100_000), torch.rand(100_000) < 0.3)
+    assert useless["retention_ratio"] == pytest.approx(1, abs=0.02)
+    assert useless["error_correlation"] == pytest.approx(0, abs=0.02)
+    assert np.isnan(calibration(doubt, ~wrong & wrong)["error_correlation"])
+
+
+def test_voxels_of_equal_uncertainty_are_retained_in_any_order_on_average():
+    wrong = torch.arange(1000) < 300
+    for e in (wrong, wrong.flip(0)):
+        assert calibration(torch.full((1000,), 0.5), e)["retention_ratio"] == pytest.approx(1, abs=2e-3)
+    u, e = np.array([0.2, 0.7, 0.2, 0.2, 0.7, 0.9]), np.array([1, 0, 0, 1, 1, 1])
+    orders = map(list, itertools.permutations(range(6)))
+    areas = [e[order].cumsum().mean() / 6 for order in orders if (np.diff(u[order]) >= 0).all()]
+    assert len(areas) == 6 * 2
+    found = calibration(torch.tensor(u), torch.tensor(e) == 1)["retention_area"]
+    assert found == pytest.approx(np.mean(areas))
+
+
+def test_a_label_that_is_nowhere_gives_no_score_and_one_that_is_missed_is_counted():
+    truth = torch.zeros(6, 6, dtype=torch.long)
+    truth[1:3, 1:3] = 1
+    rows = {"a": score(truth, truth, 4, (1.0, 1.0)), "b": score(0 * truth, truth, 4, (1.0, 1.0))}
+    assert rows["a"]["dice"] == rows["a"]["dice_1"] == 1
+    assert np.isnan(rows["a"]["dice_3"])
+    metrics = summarise(rows, 10)
+    assert metrics["dice"]["mean"] == 0.5
+    assert (metrics["hd95_1"]["mean"], metrics["hd95_1"]["cases"]) == (0, 1)
+    assert metrics["dice_3"]["cases"] == 0
+
+
+def test_an_overlay_colours_the_labels_and_leaves_the_rest_grey():
+    image, labels = torch.zeros(1, 4, 5), torch.zeros(4, 5, dtype=torch.long)
+    labels[1, 2] = 1
+    (picture,) = overlay(image, labels)
+    grey = (picture == picture[..., :1]).all(-1)
+    assert np.argwhere(~grey).tolist() == [[1, 2]]
+    assert len(overlay(torch.zeros(1, 4, 5, 6), None)) == 3
