@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ldm3d.config import InputError, at_least, read_command, to_dict
-from ldm3d.data.dataset import DataState, open_folder
+from ldm3d.data.dataset import DataSpec, open_folder
 from ldm3d.data.scan import load_role
 from ldm3d.data.transforms import centred
 from ldm3d.data.volumes import Volume, spacing_affine, write
@@ -113,8 +113,8 @@ class Config(RequestConfig):
                 raise InputError(f"{min(idle)}: has no effect with {job}")
 
 
-def suffix_of(config: Config, state: DataState) -> str:
-    return config.format if config.format != "auto" else {2: "tif", 3: "nii.gz"}[state.dims]
+def suffix_of(config: Config, spec: DataSpec) -> str:
+    return config.format if config.format != "auto" else {2: "tif", 3: "nii.gz"}[spec.dims]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -164,7 +164,7 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     calls, each = model.kernel.num_network_calls(sampler, times), config.samples
     total = each * len(request.names)
     folder = new_folder(run, config.out, "samples")
-    size = "x".join(map(str, model.state.size))
+    size = "x".join(map(str, model.spec.size))
     print0(f"{total} volumes of {size}, {sampler}, {len(times)} steps = {calls} network calls each")
 
     indices = list(range(total))[rank() :: world_size()]
@@ -191,7 +191,7 @@ class Results:
 
     def __init__(self, config: Config, model: LatentDiffusion, request: Request, folder: Path):
         self.config, self.model, self.request, self.folder = config, model, request, folder
-        self.each, self.suffix = config.samples, suffix_of(config, model.state)
+        self.each, self.suffix = config.samples, suffix_of(config, model.spec)
         self.summed = self.each > 1 and (config.maps or request.targets)
         self.shown: dict[int, Tensor] = {}
         self.shown_labels: dict[int, Tensor] = {}
@@ -213,7 +213,7 @@ class Results:
             self.sums[number] = self.sums[number] + pair if number in self.sums else pair
         if self.request.targets:
             self.scores[name] = self.score(x, number)
-            if self.model.state.dims == 2:
+            if self.model.spec.dims == 2:
                 self.sheet(name, x, number)
 
     def write(self, name: str, number: int, x: Tensor) -> None:
@@ -226,13 +226,13 @@ class Results:
         """sheets/NAME.tif: source, target and sample side by side, first channels, scaled, float32."""
         case = self.request.places[number, number]
         row = [case[role][:1] for role in ("source", "image") if role in case] + [x[:1].float()]
-        volume = Volume(torch.cat(row, 2).numpy(), spacing_affine(self.model.state.spacing))
+        volume = Volume(torch.cat(row, 2).numpy(), spacing_affine(self.model.spec.spacing))
         write(self.folder / "sheets" / f"{name}.tif", volume)
 
     def write_labels(self, name: str, number: int, labels: Tensor) -> None:
         """A label map (*size), with its volume's geometry and the values of the training masks."""
         volume = self.request.volume(number, labels[None], self.model)
-        array = file_labels(volume.array, self.model.layout, self.model.state.num_labels)
+        array = file_labels(volume.array, self.model.layout, self.model.spec.num_labels)
         write(self.folder / "labels" / f"{name}.{self.suffix}", dataclasses.replace(volume, array=array))
 
     def score(self, x: Tensor, number: int) -> dict[str, float]:
@@ -241,7 +241,7 @@ class Results:
         target = self.request.places[number, number]["image"][None]
         if target.min() == target.max():
             return {"psnr": math.nan, "ssim": math.nan}
-        x = x[None].float().clamp(-1, 1) if self.model.state.clipped else x[None].float()
+        x = x[None].float().clamp(-1, 1) if self.model.spec.clipped else x[None].float()
         return {"psnr": float(psnr(x, target, 2.0)), "ssim": float(ssim(x, target, 2.0))}
 
     def close(self) -> None:
@@ -249,7 +249,7 @@ class Results:
         self.shown = {i: v for part in gather(self.shown) for i, v in part.items()}
         self.shown_labels = {i: v for part in gather(self.shown_labels) for i, v in part.items()}
         for number, name in enumerate(self.request.names) if self.summed else ():
-            shape = (2, self.model.state.channels, *self.model.state.size)
+            shape = (2, self.model.spec.channels, *self.model.spec.size)
             sums = all_reduce_sum(self.sums.pop(number, torch.zeros(shape, dtype=torch.float64)))
             mean = sums[0] / self.each
             if is_main() and self.request.targets:
@@ -288,7 +288,7 @@ def report(
 ) -> None:
     """Preview sheet and scores of the first volumes, and the JSON that tells how all were made."""
     x = torch.stack([results.shown[i] for i in sorted(results.shown)])
-    scores = {"generated": set_statistics(x), "real (validation)": model.state.reference}
+    scores = {"generated": set_statistics(x), "real (validation)": model.spec.reference}
     request, total = results.request, results.each * len(results.request.names)
     rows = {
         f"samples {i} to {min(i + 3, len(x) - 1)}": list(x[i : i + 4, 0].numpy()) for i in range(0, len(x), 4)
@@ -313,8 +313,8 @@ def report(
         "network_calls": calls,
         "seconds": round(seconds, 2),
         "seconds_per_volume": round(seconds / max(1, total), 3),
-        "size": list(model.state.size),
-        "spacing": list(model.state.spacing),
+        "size": list(model.spec.size),
+        "spacing": list(model.spec.spacing),
         "scores": scores,
         "sets": dict(zip(request.names, request.given, strict=True)),
         "cases_scores": results.scores,
@@ -359,7 +359,7 @@ def plan(config: Config, run: Path) -> None:
     steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)
     latent = model.latent_shape[1:]
     plan.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
-    plan.inference("decoding", make_autoencoder, decode, 1, model.state.size, steps[1], both)
+    plan.inference("decoding", make_autoencoder, decode, 1, model.spec.size, steps[1], both)
     plan.tell()
 
 
@@ -383,7 +383,7 @@ def reconstruct(config: Config, run: Path, device: torch.device) -> None:
         name = dataset.cases[i].id
         scores = {"psnr": psnr(recon, x, data_range=2.0), "ssim": ssim(recon, x, data_range=2.0)}
         rows[name] = {k: float(v) for k, v in scores.items()}
-        write(folder / f"{name}.{suffix_of(config, dataset.state)}", dataset.restore(i, recon[0].cpu()))
+        write(folder / f"{name}.{suffix_of(config, dataset.spec)}", dataset.restore(i, recon[0].cpu()))
         if len(sheet["original"]) < 4:
             sheet["original"].append(x[0, 0].cpu().numpy())
             sheet["reconstruction"].append(recon[0, 0].cpu().numpy())

@@ -219,7 +219,7 @@ def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> 
     without = next((case.id for case in data.cases.values() if case.mask is None), None)
     if without is not None:
         raise InputError(f"case {without}: has no label map; name them with --data.mask, or in the table")
-    if data.state.num_labels < 2:
+    if data.spec.num_labels < 2:
         raise InputError("data.mask: the label maps hold no label but the background")
     check_numbering(data)
     return data
@@ -262,22 +262,22 @@ def evaluate(
 
 def plan(config: Config) -> None:
     """--plan: what training and inference need, in memory, and the largest batch and cube that would fit."""
-    state = open_labelled(config).state
+    spec = open_labelled(config).spec
     # The generator's own estimates, made without gradients, need less than the step that follows
-    cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=False), state.num_labels)
+    cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=False), spec.num_labels)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
-    patch = config.data.patch or state.size
+    patch = config.data.patch or spec.size
 
     def make() -> Generator:
-        return Generator(config.generator, config.unet, state.channels, state.num_labels)
+        return Generator(config.generator, config.unet, spec.channels, spec.num_labels)
 
     def loss(net: Generator, batch: int, size: tuple[int, ...]) -> Tensor:
-        critic = make_critic(config, state.channels, state.num_labels) if config.cdal.has_critic else None
+        critic = make_critic(config, spec.channels, spec.num_labels) if config.cdal.has_critic else None
 
         def draw(purpose: str, *shape: int) -> Tensor:
             return torch.zeros(batch, *shape)
 
-        image, labels = torch.zeros(batch, state.channels, *size), torch.zeros(batch, *size).long()
+        image, labels = torch.zeros(batch, spec.channels, *size), torch.zeros(batch, *size).long()
         terms, pair = cdal.losses(net, net, critic, image, labels, torch.zeros(batch), draw)
         both = [terms["loss"]] + ([cdal.critic_losses(critic, image, pair, 1)["loss"]] if critic else [])
         return sum(both).mean()
@@ -285,15 +285,15 @@ def plan(config: Config) -> None:
     def infer(net: Generator, batch: int, size: tuple[int, ...]) -> None:
         cdal.vote(
             net,
-            net.encode(torch.zeros(1, state.channels, *size)),
-            torch.zeros(batch, cdal.kernel.num_timesteps, state.num_labels, *size),
+            net.encode(torch.zeros(1, spec.channels, *size)),
+            torch.zeros(batch, cdal.kernel.num_timesteps, spec.num_labels, *size),
             torch.zeros(batch, cdal.kernel.num_timesteps, config.generator.latent_dim),
         )
 
     plan = Plan(config.plan, config.run.amp, config.run.device)
     step, rounds = max(config.unet.downsampling), -(-config.batch_size // micro)
     plan.training("training", make, loss, micro, patch, step, rounds)
-    whole = config.window or state.size
+    whole = config.window or spec.size
     plan.inference("validation, votes", make, infer, config.votes, whole, step, 3 * weight_bytes(make()))
     plan.tell()
 
@@ -309,12 +309,12 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
 
     data = open_labelled(config, run.split())
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val", own_size=True)
-    channels, num_labels = data.state.channels, data.state.num_labels
+    channels, num_labels = data.spec.channels, data.spec.num_labels
     reseed(config.run.seed, 0)
     cdal = CDAL(config.cdal, num_labels)
     net = Generator(config.generator, config.unet, channels, num_labels).to(device)
     critic = make_critic(config, channels, num_labels).to(device) if config.cdal.has_critic else None
-    state = {"data": data.state.to_dict(), "split": data.split}
+    state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.initialise(net)
     run.say()

@@ -35,7 +35,7 @@ from ldm3d.data.cases import AugmentConfig
 from ldm3d.data.dataset import (
     Data,
     DataConfig,
-    DataState,
+    DataSpec,
     batches,
     check_numbering,
     collate,
@@ -81,7 +81,7 @@ from ldm3d.latents import (
     latent_statistics,
 )
 from ldm3d.metrics import dice, set_statistics
-from ldm3d.registers import RegistersConfig, anatomy_weight
+from ldm3d.registers import AnatomyConfig, anatomy_weight
 from ldm3d.unet import UNetConfig
 
 # --- Config and presets -------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
-    anatomy: RegistersConfig = field(default_factory=RegistersConfig)
+    anatomy: AnatomyConfig = field(default_factory=AnatomyConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -252,13 +252,13 @@ def open_latent_data(
     """The checked data of a run, scaled as the autoencoder was trained, in its split if there is no other."""
     split = split or stage_one["state"]["split"]
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
-    known = DataState.from_dict(stage_one["state"]["data"])
-    known = dataclasses.replace(known, size=config.data.size or known.size, num_labels=data.state.num_labels)
+    known = DataSpec.from_dict(stage_one["state"]["data"])
+    known = dataclasses.replace(known, size=config.data.size or known.size, num_labels=data.spec.num_labels)
     if config.anatomy.registers != "off" and known.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
     if config.anatomy.registers != "off" or "labels" in config.condition.use:
         check_numbering(data)
-    return dataclasses.replace(data, state=known)
+    return dataclasses.replace(data, spec=known)
 
 
 def make_denoiser(
@@ -277,8 +277,8 @@ def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Co
         data.split["train"],
         [data.infos[name].spacing for name in data.split["train"]],
         latent_channels,
-        data.state.source_channels > 0,
-        data.state.num_labels,
+        data.spec.source_channels > 0,
+        data.spec.num_labels,
         data.folder,
     )
 
@@ -393,13 +393,13 @@ def plan(config: Config) -> None:
     """--plan: what training, encoding and decoding need, in memory, and the largest batch and cube to fit."""
     autoencoder, content = load_autoencoder(autoencoder_of(config))
     kernel = DiffusionKernel(config.kernel)
-    whole = config.data.size or DataState.from_dict(content["state"]["data"]).size
+    whole = config.data.size or DataSpec.from_dict(content["state"]["data"]).size
     conditions: tuple[Condition, ...] = ()
     num_labels: int | None = None
     if config.condition.use or config.anatomy.registers != "off":  # vocabularies and sizes are in the data
         data = open_latent_data(config, content)
         conditions = conditions_for(config, data, autoencoder.config.latent_channels)
-        num_labels = data.state.num_labels
+        num_labels = data.spec.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
 
@@ -442,7 +442,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     check_settings(config, stage_one)
     autoencoder.to(device)
     data = open_latent_data(config, stage_one, run.split())
-    run.check_data(data.state.to_dict())
+    run.check_data(data.spec.to_dict())
     conditions = conditions_for(config, data, autoencoder.config.latent_channels)
     if run.resumed and [c.to_dict() for c in conditions] != run.resumed["state"].get("conditions", []):
         raise InputError(
@@ -451,7 +451,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     if any(c.kind in OF_SOURCE for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     reseed(config.run.seed, 0)
-    net = make_denoiser(config, conditions, data.state.num_labels, autoencoder).to(device)
+    net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder).to(device)
     kernel = DiffusionKernel(config.kernel)
     ours = [c.name for c in conditions]
     if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
@@ -465,7 +465,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     sets = {}
     for part, variants in (("train", config.data.num_variants if config.latent_cache else 1), ("val", 1)):
         dataset = data.dataset(part, augment=variants > 1)
-        key = cache_key(autoencoder, config.data, data.state, data.files(part))
+        key = cache_key(autoencoder, config.data, data.spec, data.files(part))
         folder = run.dir / "latents" / f"{part}-{key}"
         how = variants, device, config.run.amp, conditions, config.masks
         tables = cache_latents(autoencoder, dataset, folder, *how)
@@ -478,7 +478,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     real = [val_set[i, i] for i in range(min(16, len(val_set)))]
     scores = set_statistics(torch.stack([case["image"] for case in real]))
     state = {
-        "data": dataclasses.replace(data.state, reference=scores).to_dict(),
+        "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
         "latent_mean": latent_mean,
         "latent_std": latent_std,
         "conditions": [c.to_dict() for c in conditions],
@@ -495,7 +495,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         kernel,
         state["latent_mean"].to(device),
         state["latent_std"].to(device),
-        data.state,
+        data.spec,
         config.data,
     )
     if config.run.compile:

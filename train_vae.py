@@ -333,9 +333,9 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
     if config.preset == "phantom" and config.data.root is None:
         phantom_folder()
     data = open_data(config.data, config.preset, config.run.seed, split, config.vae.downsampling)
-    if config.vae.in_channels != data.state.channels:
+    if config.vae.in_channels != data.spec.channels:
         raise InputError(
-            f"vae.in_channels: {config.vae.in_channels}, but the images have {data.state.channels} channels "
+            f"vae.in_channels: {config.vae.in_channels}, but the images have {data.spec.channels} channels "
             "(all of them, or those that data.channel names)"
         )
     return data
@@ -418,7 +418,7 @@ def critic_terms(model: nn.Module, x: Tensor, recon: Tensor, config: Config, ste
 
 def plan(config: Config) -> None:
     """--plan: what training and validation need, in memory, and the largest batch and cube that would fit."""
-    whole, step = config.data.size or open_volumes(config).state.size, max(config.vae.downsampling)
+    whole, step = config.data.size or open_volumes(config).spec.size, max(config.vae.downsampling)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
 
     def make() -> Autoencoder:
@@ -485,7 +485,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     if config.has_critic:
         critic = PatchDiscriminator(config.disc).to(device)
         critic.check_size(train_set.size)
-    state = {"data": data.state.to_dict(), "split": data.split}
+    state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.initialise(net)
     run.say()

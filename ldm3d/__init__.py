@@ -17,7 +17,7 @@ from .guidance import Guidance
 from .inference.editing import ImageEdit, Interpolation
 from .inference.segmentation import load_segmenter
 from .latent_diffusion import LatentDiffusion
-from .registers import RegistersConfig
+from .registers import AnatomyConfig
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 from .vqvae import VQVAE, QuantizerConfig
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CDAL",
     "VQVAE",
+    "AnatomyConfig",
     "AutoencoderKL",
     "CDALConfig",
     "Condition",
@@ -45,7 +46,6 @@ __all__ = [
     "PatchDiscriminator",
     "PatchDiscriminatorConfig",
     "QuantizerConfig",
-    "RegistersConfig",
     "TimeDiscriminator",
     "TimeDiscriminatorConfig",
     "UNet",

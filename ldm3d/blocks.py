@@ -205,7 +205,7 @@ class CrossAttention(nn.Module):
     A sample whose mask is False everywhere attends to nothing. `gate` multiplies the result by one learned
     number that starts at zero, so that a pretrained network is unchanged. With `return_map` the result is
     (out, map (B, heads, N, M)), the map by an explicit, differentiable softmax, for small M. Instead of the
-    context, forward takes what `read` has made of it, which serves as long as the context stays the same.
+    context, forward takes its `keys_values`, which serve as long as the context stays the same.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
 
-    def read(self, context: Tensor) -> KeysValues:
+    def keys_values(self, context: Tensor) -> KeysValues:
         k, v = self.kv(context).chunk(2, dim=-1)
         return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
@@ -230,7 +230,7 @@ class CrossAttention(nn.Module):
         return_map: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         q = split_heads(self.q(tokens), self.num_heads)  # (B, heads, N, d)
-        k, v = context if isinstance(context, tuple) else self.read(context)
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         dropout = self.dropout if self.training else 0.0
         mask, some = None, None
         if context_mask is not None:

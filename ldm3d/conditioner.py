@@ -29,7 +29,7 @@ from .config import InputError
 class Conditioned(NamedTuple):
     """What conditions become; None: nothing of this kind."""
 
-    context: Tensor | tuple[KeysValues, ...] | None = None  # (B, M, E) tokens, or what UNet.read made of them
+    context: Tensor | tuple[KeysValues, ...] | None = None  # (B, M, E) tokens, or their UNet.kv_cache
     context_mask: Tensor | None = None  # (B, M) bool, True = use
     channels: Tensor | None = None  # (B, C, *s) to concatenate to x_t
     emb: Tensor | None = None  # (B, emb_dim) to add to that of t

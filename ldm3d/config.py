@@ -67,9 +67,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     """The inverse of `to_dict`. Missing keys take their defaults; unknown keys and wrong types raise
-    InputError."""
+    InputError.
+
+    Files outlive names: a class may have a static method `upgrade(values) -> values` that turns what an older
+    version stored into today's keys.
+    """
     if not isinstance(values, dict):
         raise InputError(f"{where or cls.__name__}: expected an object of keys, got {values!r}")
+    if hasattr(cls, "upgrade"):
+        values = cls.upgrade(dict(values))
     known = field_types(cls)
     kwargs = {}
     for name, value in values.items():

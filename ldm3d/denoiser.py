@@ -17,7 +17,7 @@ from .blocks import crop_to
 from .conditioner import Conditioned, Conditioner
 from .conditions import Condition, ConditionConfig, check_names
 from .config import InputError
-from .registers import LabelHead, Registers, RegistersConfig, binding_loss, by_label, head_loss
+from .registers import AnatomyConfig, LabelHead, Registers, binding_loss, by_label, head_loss
 from .unet import UNet, UNetConfig
 
 
@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
         unet: UNetConfig,
         condition: ConditionConfig | None = None,
         conditions: Sequence[Condition] = (),
-        anatomy: RegistersConfig | None = None,
+        anatomy: AnatomyConfig | None = None,
         num_labels: int = 0,
         factor: Sequence[int] = (),
     ):
@@ -58,7 +58,7 @@ class Denoiser(nn.Module):
                 in_channels=unet.in_channels + self.conditioner.num_channels,
                 context_dim=condition.context_dim if self.conditioner.has_context else None,
             )
-        self.anatomy, self.num_labels = anatomy or RegistersConfig(), num_labels
+        self.anatomy, self.num_labels = anatomy or AnatomyConfig(), num_labels
         self.unet, self.head = UNet(unet), None
         mode = self.anatomy.registers
         if mode != "off":
@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
         """The part of forward that does not depend on t, for x_t like `like`, keys and values of the context
         included; names not given are absent."""
         known = self._told(conditions, like)
-        return known if known.context is None else known._replace(context=self.unet.read(known.context))
+        return known if known.context is None else known._replace(context=self.unet.kv_cache(known.context))
 
     def _told(self, conditions: dict[str, Tensor] | None, like: Tensor) -> Conditioned:
         if self.conditioner is None:

@@ -36,7 +36,7 @@ from .conditions import (
     label_shares,
 )
 from .config import InputError, from_dict, read_json
-from .data.dataset import Data, DataConfig, DataState, VolumeDataset, open_data, open_files
+from .data.dataset import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .engine.checkpoint import load_run, load_weights, save
@@ -44,7 +44,7 @@ from .engine.distributed import is_main, keyed_generator
 from .engine.training import autocast
 from .guidance import Guidance, guided
 from .latents import Autoencoder
-from .registers import RegistersConfig
+from .registers import AnatomyConfig
 from .unet import UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 from .vqvae import VQVAE, QuantizerConfig
@@ -100,7 +100,7 @@ NO_EDIT, NO_GUIDANCE = Edit(), Guidance()
 class LatentDiffusion:
     """What samples: autoencoder, denoiser and kernel with the latent statistics and the data's geometry.
 
-    latent_mean, latent_std: (C_z,). `state` tells the size, spacing and intensity of the volumes it makes.
+    latent_mean, latent_std: (C_z,). `spec` tells the size, spacing and intensity of the volumes it makes.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class LatentDiffusion:
         kernel: DiffusionKernel,
         latent_mean: Tensor,
         latent_std: Tensor,
-        state: DataState,
+        spec: DataSpec,
         layout: DataConfig | None = None,
     ):
-        self.autoencoder, self.denoiser, self.kernel, self.state = autoencoder, denoiser, kernel, state
+        self.autoencoder, self.denoiser, self.kernel, self.spec = autoencoder, denoiser, kernel, spec
         self.layout = layout  # how files are read and scaled; without it conditions must be tensors
-        per_channel = (1, -1) + (1,) * len(state.size)
+        per_channel = (1, -1) + (1,) * len(spec.size)
         self.latent_mean, self.latent_std = latent_mean.view(per_channel), latent_std.view(per_channel)
 
     @classmethod
@@ -126,12 +126,12 @@ class LatentDiffusion:
         folder = run if run.is_dir() else run.parent
         autoencoder, _ = load_autoencoder(folder / "autoencoder.pt")
         state = content["state"]
-        data = DataState.from_dict(state["data"])
+        data = DataSpec.from_dict(state["data"])
         denoiser = Denoiser(
             from_dict(UNetConfig, content["config"]["unet"], "unet"),
             from_dict(ConditionConfig, content["config"].get("condition", {}), "condition"),
             [Condition.from_dict(c) for c in state.get("conditions", [])],
-            from_dict(RegistersConfig, content["config"].get("anatomy", {}), "anatomy"),
+            from_dict(AnatomyConfig, content["config"].get("anatomy", {}), "anatomy"),
             data.num_labels or 0,
             autoencoder.downsampling,
         )
@@ -154,7 +154,7 @@ class LatentDiffusion:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C_z, *s) of a volume of the run's size."""
-        return self.autoencoder.latent_shape(self.state.size)
+        return self.autoencoder.latent_shape(self.spec.size)
 
     def normalise(self, z: Tensor) -> Tensor:
         return (z - self.latent_mean) / self.latent_std
@@ -165,7 +165,7 @@ class LatentDiffusion:
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latent (B, C_z, *s) -> x (B, C, *size)."""
-        return self.autoencoder.decode(z * self.latent_std + self.latent_mean, self.state.size)
+        return self.autoencoder.decode(z * self.latent_std + self.latent_mean, self.spec.size)
 
     def draw(self, mean: Tensor, logvar: Tensor, z_noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """(normalised z drawn from cached posteriors by z_noise, times t (B,) of u (B,) in [0, 1))."""
@@ -248,7 +248,7 @@ class LatentDiffusion:
         if isinstance(value, (str, Path)):
             value = self.open([value], "mask" if labels else "source")[0, 0]["mask" if labels else "image"]
         value = torch.as_tensor(value)
-        expected = self.state.size if labels else (self.state.source_channels, *self.state.size)
+        expected = self.spec.size if labels else (self.spec.source_channels, *self.spec.size)
         if tuple(value.shape) != tuple(expected):
             raise InputError(f"condition {c.name}: expected shape {expected}, got {tuple(value.shape)}")
         if labels:
@@ -265,7 +265,7 @@ class LatentDiffusion:
         run's size."""
         if self.layout is None:
             raise InputError(f"{paths[0]}: the model does not know how files are read; give tensors")
-        return open_files(paths, role, self.layout, self.state)
+        return open_files(paths, role, self.layout, self.spec)
 
     # Sampling
 
@@ -375,7 +375,7 @@ class LatentDiffusion:
         time = self.kernel.to_network_time(torch.zeros(len(z)) if t is None else t).to(z.device)
         with autocast(amp, self.device):
             logits = self.denoiser.label_logits(z, time, told)
-        return crop_to(logits.argmax(1, keepdim=True), self.state.size)[:, 0].cpu()
+        return crop_to(logits.argmax(1, keepdim=True), self.spec.size)[:, 0].cpu()
 
     def check_labels(self) -> None:
         """InputError unless the denoiser has learned to give label maps."""
@@ -399,7 +399,7 @@ def run_data(run: str | Path, model: LatentDiffusion) -> Data:
     preset = load_run(folder / "autoencoder.pt", "vae")["config"]["preset"]
     seed = load_run(run, "ldm")["config"]["run"]["seed"]
     data = open_data(model.layout, preset, seed, read_json(folder / "split.json"))
-    return dataclasses.replace(data, state=model.state)
+    return dataclasses.replace(data, spec=model.spec)
 
 
 def copy_autoencoder(source: str | Path, run_dir: Path) -> None:

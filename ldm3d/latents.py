@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from .conditions import OF_SOURCE, OF_VOLUMES, Condition, label_shares
 from .config import InputError
 from .data.cases import Case
-from .data.dataset import DataConfig, DataState, VolumeDataset, collate
+from .data.dataset import DataConfig, DataSpec, VolumeDataset, collate
 from .engine.distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
 from .engine.logger import progress
 from .engine.training import autocast, to_device
@@ -33,7 +33,7 @@ from .vqvae import VQVAE
 Autoencoder = AutoencoderKL | VQVAE
 
 
-def cache_key(autoencoder: Autoencoder, data: DataConfig, state: DataState, files: list[str]) -> str:
+def cache_key(autoencoder: Autoencoder, data: DataConfig, spec: DataSpec, files: list[str]) -> str:
     """A hash of all that a cached latent depends on: encoder weights, data settings, and the files' paths,
     sizes, times."""
     digest = hashlib.sha256()
@@ -44,7 +44,7 @@ def cache_key(autoencoder: Autoencoder, data: DataConfig, state: DataState, file
         stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
     except OSError as e:
         raise InputError(f"{e.filename}: is gone, it was there when the data were checked") from None
-    digest.update(repr((data, state.to_dict(), stats)).encode())
+    digest.update(repr((data, spec.to_dict(), stats)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -92,7 +92,7 @@ def cache_latents(
     first = collate([dataset[0, 0]])
     made = encode_batch(autoencoder, to_device(first, device), conditions, amp, masks)
     shapes = {name: (len(dataset), num_variants, *value.shape[1:]) for name, value in made.items()}
-    smallest = np.min_scalar_type(-(dataset.state.num_labels or 1))  # -1 to num_labels - 1
+    smallest = np.min_scalar_type(-(dataset.spec.num_labels or 1))  # -1 to num_labels - 1
     types = {name: smallest if name == "mask" else np.float32 for name in shapes}
     paths = {name: folder / f"{name}.npy" for name in shapes}
     if not all(path.exists() for path in paths.values()):

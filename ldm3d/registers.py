@@ -54,7 +54,7 @@ NUM_FREQUENCIES = 4  # of the position features: the finest wave spans an eighth
 
 
 @dataclass(frozen=True)
-class RegistersConfig:
+class AnatomyConfig:
     registers: Literal["off", "free", "bound"] = "off"  # bound: to the labels of masks; free: the bank alone
     per_label: int = 4  # registers of each label, the background included
     dim: int = 128  # width of a register
@@ -77,7 +77,7 @@ class RegistersConfig:
                 raise InputError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
 
 
-def anatomy_weight(config: RegistersConfig, step: int, steps: int) -> float:
+def anatomy_weight(config: AnatomyConfig, step: int, steps: int) -> float:
     """w of optimizer step `step` (from 0) of `steps`: constant until the first phase ends, then straight
     lines from one weight to the next."""
     done = step / max(1, steps)
@@ -118,7 +118,7 @@ class Registers(nn.Module):
     fp32 and by an explicit softmax; without it attention is fused. `on`: false leaves h as it is.
     """
 
-    def __init__(self, config: RegistersConfig, unet: UNetConfig, num_labels: int):
+    def __init__(self, config: AnatomyConfig, unet: UNetConfig, num_labels: int):
         super().__init__()
         self.on = True
         self.bank = nn.Parameter(torch.randn(num_labels, config.per_label, config.dim))
@@ -140,7 +140,7 @@ class Registers(nn.Module):
 class LabelHead(nn.Module):
     """The decoder's finest features (B, C, *s) -> logits (B, K, *(factor s)) of the labels."""
 
-    def __init__(self, config: RegistersConfig, unet: UNetConfig, num_labels: int, factor: Sequence[int]):
+    def __init__(self, config: AnatomyConfig, unet: UNetConfig, num_labels: int, factor: Sequence[int]):
         super().__init__()
         width, options = config.head_width, (unet.num_groups, unet.gn_eps)
         self.norm1 = GroupNorm(unet.channels[0], *options)

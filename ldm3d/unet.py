@@ -128,7 +128,7 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
 
-    Instead of the context, `forward` takes what `read` has made of it, once for many steps.
+    Instead of the context, `forward` takes its `kv_cache`, made once for many steps.
     `registers` may be set to a module, called as `h = registers(h, emb, place, maps)` after every attention
     layer, h being (B, config.attention_channels[place], *s) and `place` counting these layers in the order of
     the forward pass; `maps` is the list, or None, that was given to `features`. It is set after construction,
@@ -225,11 +225,11 @@ class UNet(nn.Module):
         """The prediction (B, C_out, *size) from `features`."""
         return crop_to(norm_conv(self.norm_out, self.conv_out, h), size)
 
-    def read(self, context: Tensor) -> tuple[KeysValues, ...]:
+    def kv_cache(self, context: Tensor) -> tuple[KeysValues, ...]:
         """Keys and values of context tokens (B, M, E) at every attention layer, in the order of the forward
         pass."""
         stages = [layer for layer in (*self.down, *self.mid, *self.up) if isinstance(layer, Stage)]
-        return tuple(s.attention.cross_attn.read(context) for s in stages if s.attention is not None)
+        return tuple(s.attention.cross_attn.keys_values(context) for s in stages if s.attention is not None)
 
     def embed(self, t: Tensor, emb: Tensor | None = None) -> Tensor:
         """t (B,) on the 0..T scale, and the extra embedding (B, emb_dim) -> (B, emb_dim)."""

@@ -55,7 +55,7 @@ def test_the_loss_of_a_sample_is_that_of_the_diffusion_plus_the_weighted_terms(r
     model, u = LatentDiffusion.load(run), torch.tensor([0.1, 0.8])
     draw = torch.Generator().manual_seed(0)
     mean, z_noise, noise = torch.randn(3, 2, *model.latent_shape, generator=draw)
-    labels = torch.randint(model.denoiser.num_labels, (2, *model.state.size), generator=draw)
+    labels = torch.randint(model.denoiser.num_labels, (2, *model.spec.size), generator=draw)
     posterior = mean, torch.zeros_like(mean), z_noise
     loss, terms = model.losses(model.denoiser, *posterior, u, noise, None, labels, 0.5)
     share = (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
@@ -208,7 +208,7 @@ def test_label_maps_lie_on_their_volumes_and_are_those_of_the_python_door(which,
     assert sorted(p.name for p in (tmp_path / "out").glob(f"*.{suffix}")) == names
     for i, name in enumerate(names):
         volume, label_map = read(tmp_path / "out" / name), read(tmp_path / "out" / "labels" / name)
-        assert label_map.array.shape == volume.array.shape == (1, *model.state.size)
+        assert label_map.array.shape == volume.array.shape == (1, *model.spec.size)
         assert np.allclose(label_map.affine, volume.affine)
         assert label_map.orientation == volume.orientation
         values = np.array(VALUES if which == "some_masks" else range(5))

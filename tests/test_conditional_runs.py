@@ -202,7 +202,7 @@ def test_sample_takes_a_table_of_conditions(run, tmp_path):
     model = LatentDiffusion.load(run)
     x = model.sample(2, steps=2, conditions={"class": [1, None], "text": ["a lesion", None]})
     written = read(tmp_path / "out" / "second.tif").array
-    assert np.allclose(written, model.state.to_volume(x[1]).array, rtol=1e-3, atol=0.5)
+    assert np.allclose(written, model.spec.to_volume(x[1]).array, rtol=1e-3, atol=0.5)
 
 
 def test_sample_compares_the_cases_of_a_part_with_their_targets(run, tmp_path):

@@ -22,7 +22,7 @@ from ldm3d.conditions import (
     read_embedding,
     split_words,
 )
-from ldm3d.registers import RegistersConfig
+from ldm3d.registers import AnatomyConfig
 from train_ldm import hide_some
 
 ALL = {
@@ -172,7 +172,7 @@ def test_label_shares_are_the_count_of_each_label_in_each_latent_voxel(size, fac
 
 def test_labels_of_registers_lie_where_the_encoder_put_them():
     """41 voxels are 6 latent voxels of 8: the edge is repeated, no voxel moves."""
-    anatomy = RegistersConfig("bound", 1, 8, head_width=8)
+    anatomy = AnatomyConfig("bound", 1, 8, head_width=8)
     net = noisy(Denoiser(UNET, None, (), anatomy, num_labels=3, factor=(8, 8)))
     labels = torch.randint(0, 3, (1, 41, 41), generator=torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(labels[:, None].float(), (0, 7, 0, 7), mode="replicate")[:, 0].long()

@@ -49,7 +49,7 @@ def model(data):
     for p in denoiser.parameters():
         torch.nn.init.normal_(p, std=0.05)
     mean, std = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 0.5, 1.0])
-    return LatentDiffusion(make_vae(), denoiser, DiffusionKernel(KernelConfig()), mean, std, data.state)
+    return LatentDiffusion(make_vae(), denoiser, DiffusionKernel(KernelConfig()), mean, std, data.spec)
 
 
 def test_the_cache_holds_what_the_encoder_says_and_is_made_once(data, tmp_path):
@@ -84,7 +84,7 @@ def test_cached_masks_move_with_their_images(data, tmp_path):
 def test_the_key_changes_with_weights_settings_and_files(data):
     def key(seed=0, num_variants=1, part="train"):
         config = DataConfig(root=data.config.root, num_variants=num_variants)
-        return cache_key(make_vae(seed), config, data.state, data.files(part))
+        return cache_key(make_vae(seed), config, data.spec, data.files(part))
 
     assert key() == key()
     assert len({key(), key(seed=1), key(num_variants=2), key(part="val")}) == 4
@@ -120,7 +120,7 @@ def test_decode_undoes_the_normalisation_of_encode(model, data):
     z = model.autoencoder.encode(x).mean
     assert torch.allclose(model.encode(x)[0, 1], (z[0, 1] + 2.0) / 0.5, atol=1e-5)
     assert torch.allclose(
-        model.decode(model.encode(x)), model.autoencoder.decode(z, data.state.size), atol=1e-4
+        model.decode(model.encode(x)), model.autoencoder.decode(z, data.spec.size), atol=1e-4
     )
 
 
@@ -139,7 +139,7 @@ def test_the_loss_is_that_of_the_formula(model):
 
 def test_samples_are_numbered_and_independent_of_the_batch(model):
     all_four = model.sample(4, steps=3, seed=5, batch_size=4)
-    assert all_four.shape == (4, 1, *model.state.size)
+    assert all_four.shape == (4, 1, *model.spec.size)
     assert torch.allclose(model.sample(2, steps=3, seed=5, batch_size=1, first=2), all_four[2:], atol=1e-4)
     stochastic = LatentDiffusion(
         model.autoencoder,
@@ -147,7 +147,7 @@ def test_samples_are_numbered_and_independent_of_the_batch(model):
         DiffusionKernel(KernelConfig(prediction="eps")),
         model.latent_mean.flatten(),
         model.latent_std.flatten(),
-        model.state,
+        model.spec,
     )
     one = stochastic.sample(3, steps=4, sampler="ddpm", batch_size=3)
     assert torch.allclose(stochastic.sample(1, steps=4, sampler="ddpm", first=2), one[2:], atol=1e-3)
@@ -161,7 +161,7 @@ def test_a_sampler_of_the_other_process_is_refused_before_any_work(model):
 def test_the_preview_shows_noised_latents_and_what_a_true_denoiser_estimates_from_them(vae_run, tmp_path):
     train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "ldm", 1))
     model = LatentDiffusion.load(tmp_path / "ldm")
-    mean = model.autoencoder.encode(torch.randn(1, 1, *model.state.size)).mean
+    mean = model.autoencoder.encode(torch.randn(1, 1, *model.spec.size)).mean
     z = model.normalise(mean)
 
     class Truth(torch.nn.Module):

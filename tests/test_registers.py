@@ -15,8 +15,8 @@ from ldm3d.conditions import label_shares
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.losses import dice_loss
 from ldm3d.registers import (
+    AnatomyConfig,
     Registers,
-    RegistersConfig,
     anatomy_weight,
     balanced_cross_entropy,
     binding_loss,
@@ -25,7 +25,7 @@ from ldm3d.registers import (
 )
 from ldm3d.reports.register_analysis import Attention
 
-CONFIG = RegistersConfig(registers="bound", per_label=3, dim=16, head_width=8)
+CONFIG = AnatomyConfig(registers="bound", per_label=3, dim=16, head_width=8)
 
 
 def unet_config(dims, **changes):
@@ -61,7 +61,7 @@ def test_a_pretrained_unet_is_left_as_it_was_to_the_bit(dims, mode):
     plain = Denoiser(unet_config(dims))
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    config = RegistersConfig(registers=mode, dim=16, head_width=8)
+    config = AnatomyConfig(registers=mode, dim=16, head_width=8)
     net = Denoiser(unet_config(dims), anatomy=config, num_labels=4, factor=(4,) * dims)
     missing, extra = net.load_state_dict(plain.state_dict(), strict=False)
     assert not extra
@@ -76,7 +76,7 @@ def test_a_pretrained_unet_is_left_as_it_was_to_the_bit(dims, mode):
 def test_a_seed_gives_the_same_unet_with_and_without_registers(mode):
     torch.manual_seed(0)
     plain = Denoiser(unet_config(2))
-    net = make(config=RegistersConfig(registers=mode), random=False)
+    net = make(config=AnatomyConfig(registers=mode), random=False)
     weights = net.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
 
@@ -84,7 +84,7 @@ def test_a_seed_gives_the_same_unet_with_and_without_registers(mode):
 def test_labels_need_registers_that_are_bound_and_registers_a_number_of_labels():
     x, t, labels = arguments()
     with pytest.raises(InputError, match="labels: need registers that are bound, these are free"):
-        make(config=RegistersConfig(registers="free"))(x, t, labels=labels)
+        make(config=AnatomyConfig(registers="free"))(x, t, labels=labels)
     with pytest.raises(InputError, match=r"anatomy\.registers: needs a number of labels, got 0"):
         make(num_labels=0)
 
@@ -302,11 +302,11 @@ def label_full(labels, size):
 
 
 def test_the_weight_falls_from_strong_over_balanced_to_minimal():
-    config = RegistersConfig(weights=(2.0, 1.0, 0.1), phases=(0.2, 0.4, 0.8))
+    config = AnatomyConfig(weights=(2.0, 1.0, 0.1), phases=(0.2, 0.4, 0.8))
     steps = [0, 199, 200, 300, 400, 600, 800, 999]
     expected = [2.0, 2.0, 2.0, 1.5, 1.0, 0.55, 0.1, 0.1]
     assert [anatomy_weight(config, s, 1000) for s in steps] == pytest.approx(expected)
-    constant = RegistersConfig(weights=(1.0, 1.0, 1.0), phases=(0.0, 0.0, 0.0))
+    constant = AnatomyConfig(weights=(1.0, 1.0, 1.0), phases=(0.0, 0.0, 0.0))
     assert [anatomy_weight(constant, s, 10) for s in range(10)] == [1.0] * 10
 
 
@@ -322,7 +322,7 @@ def test_the_weight_falls_from_strong_over_balanced_to_minimal():
 )
 def test_mistakes_name_the_field(changes, match):
     with pytest.raises(InputError, match=match):
-        RegistersConfig(**changes)
+        AnatomyConfig(**changes)
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_registers_learn_the_anatomy_of_phantoms(dims):
     unet = dataclasses.replace(
         unet_config(dims, channels=(16, 32)), in_channels=4**dims, out_channels=4**dims
     )
-    config = RegistersConfig("bound", 2, 32, head_width=16)
+    config = AnatomyConfig("bound", 2, 32, head_width=16)
     net = Denoiser(unet, anatomy=config, num_labels=5, factor=factor)
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     draw = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
 """Files to batches: volumes, cases, their check, transforms, and data sets with keyed randomness."""
 
 from .cases import AugmentConfig, Case, DataConfig
-from .dataset import Data, DataState, VolumeDataset, open_data, open_folder
+from .dataset import Data, DataSpec, VolumeDataset, open_data, open_folder
 from .volumes import Volume, read, write
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "Case",
     "Data",
     "DataConfig",
-    "DataState",
+    "DataSpec",
     "Volume",
     "VolumeDataset",
     "open_data",

@@ -42,7 +42,7 @@ from .volumes import PICTURE, SUFFIXES, Volume, is_volume_file, strip_suffix
 
 
 @dataclass(frozen=True)
-class DataState:
+class DataSpec:
     """What a checkpoint keeps of the training data: size, spacing, units and orientation of samples."""
 
     dims: int
@@ -64,7 +64,7 @@ class DataState:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DataState:
+    def from_dict(cls, values: dict[str, Any]) -> DataSpec:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     @property
@@ -88,13 +88,13 @@ class DataState:
         return Volume(array, affine, self.orientation)
 
 
-def make_state(
+def make_spec(
     cases: list[Case],
     infos: dict[str, CaseInfo],
     split: dict[str, list[str]],
     config: DataConfig,
     multiple: tuple[int, ...] | None = None,
-) -> DataState:
+) -> DataSpec:
     """Sizes, medians and counts. The default size is the largest training shape, rounded up to `multiple`."""
     train = [infos[name] for name in split["train"]]
     largest = [max(info.shape[axis] for info in train) for axis in range(config.dims)]
@@ -105,7 +105,7 @@ def make_state(
     low, high = _typical([info.low for info in train], [info.high for info in train], config.scaling)
     source = ([info.source_low for info in train], [info.source_high for info in train])
     source_low, source_high = _typical(*source, config.scaling)
-    return DataState(
+    return DataSpec(
         dims=config.dims,
         channels=len(low),
         source_channels=len(source_low),
@@ -134,7 +134,7 @@ def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tu
 
 
 def restore(
-    x: Tensor, state: DataState, info: CaseInfo, start: tuple[int, ...] | None = None, role: str = "image"
+    x: Tensor, spec: DataSpec, info: CaseInfo, start: tuple[int, ...] | None = None, role: str = "image"
 ) -> Volume:
     """A window x (C, *S) of a case -> a volume in the file's units, with the case's affine and orientation.
 
@@ -144,7 +144,7 @@ def restore(
     """
     array = x.detach().cpu().numpy()
     if x.is_floating_point():
-        array = unscale(array.astype(np.float32), *state.numbers(info, role), state.clipped)
+        array = unscale(array.astype(np.float32), *spec.numbers(info, role), spec.clipped)
     start = tuple(map(int, centred(info.shape, array.shape[1:]) if start is None else start))
     inside = [slice(max(0, -s), n - s) for n, s in zip(info.shape, start, strict=True)]
     affine = np.array(info.affine)
@@ -160,7 +160,7 @@ class VolumeDataset(Dataset):
     spacing (dims,) mm; start (dims,): the window's first voxel in the case, negative = padding;
     label: the class, -1 = none; position, index; id, text: str.
 
-    training: patches at random places and augmentation, by (seed, position); else windows of state.size,
+    training: patches at random places and augmentation, by (seed, position); else windows of spec.size,
     centred. own_size: every case as large as it is, neither padded nor cropped.
     """
 
@@ -168,16 +168,16 @@ class VolumeDataset(Dataset):
         self,
         cases: list[Case],
         infos: dict[str, CaseInfo],
-        state: DataState,
+        spec: DataSpec,
         config: DataConfig,
         training: bool = False,
         seed: int = 0,
         own_size: bool = False,
     ):
-        self.cases, self.infos, self.state, self.config = cases, infos, state, config
+        self.cases, self.infos, self.spec, self.config = cases, infos, spec, config
         self.training, self.seed, self.own_size = training, seed, own_size
-        self.size = config.patch if training and config.patch else state.size
-        present = {"image": True, "source": state.source_channels > 0, "mask": state.num_labels is not None}
+        self.size = config.patch if training and config.patch else spec.size
+        present = {"image": True, "source": spec.source_channels > 0, "mask": spec.num_labels is not None}
         self.roles = [role for role, there in present.items() if there]
         self._ram: dict[tuple[int, str], np.ndarray] = {}
         if config.cache == "ram":
@@ -189,7 +189,7 @@ class VolumeDataset(Dataset):
         """Notes of padded and of cut cases, where the sizes were not chosen by the data."""
         shapes = {case.id: self.infos[case.id].shape for case in self.cases}
         small = [name for name, shape in shapes.items() if min(np.subtract(shape, self.size)) < 0]
-        large = [name for name, shape in shapes.items() if max(np.subtract(shape, self.state.size)) > 0]
+        large = [name for name, shape in shapes.items() if max(np.subtract(shape, self.spec.size)) > 0]
         if small and (self.config.patch or self.config.size):
             print0(
                 f"note: {len(small)} of {len(shapes)} cases are smaller than the patch {self.size} and are "
@@ -197,7 +197,7 @@ class VolumeDataset(Dataset):
             )
         if large:
             print0(
-                f"note: {len(large)} of {len(shapes)} cases are larger than data.size {self.state.size}; "
+                f"note: {len(large)} of {len(shapes)} cases are larger than data.size {self.spec.size}; "
                 f"validation and samples hold their middle only (case {large[0]}: {shapes[large[0]]})"
             )
 
@@ -214,16 +214,14 @@ class VolumeDataset(Dataset):
         images, mask, spacing = [], None, torch.tensor(info.spacing)
         for role in (role for role in self.roles if role != "mask"):
             window = cut(self._volume(index, role), start, size)
-            images.append(
-                torch.from_numpy(scale(window, *self.state.numbers(info, role), self.state.clipped))
-            )
+            images.append(torch.from_numpy(scale(window, *self.spec.numbers(info, role), self.spec.clipped)))
         if "mask" in self.roles and case.mask is None:
             mask = torch.full(size, -1)
         elif "mask" in self.roles:
             mask = torch.from_numpy(cut(self._volume(index, "mask"), start, size)[0].astype(np.int64))
         if self.training and config.augment.is_on:
             images, mask, spacing = augment(images, mask, spacing, config.augment, draw)
-            images = [x.clamp(-1, 1) for x in images] if self.state.clipped else images
+            images = [x.clamp(-1, 1) for x in images] if self.spec.clipped else images
         volumes = dict(zip(self.roles, [*images, mask], strict=False))
         return {
             **{role: volume.contiguous() for role, volume in volumes.items()},
@@ -238,7 +236,7 @@ class VolumeDataset(Dataset):
 
     def restore(self, index: int, x: Tensor, start: tuple[int, ...] | None = None) -> Volume:
         """A window of the image of the case at `index` as a volume: the function of this name."""
-        return restore(x, self.state, self.infos[self.cases[index].id], start)
+        return restore(x, self.spec, self.infos[self.cases[index].id], start)
 
     def _start(
         self, index: int, shape: tuple[int, ...], size: tuple[int, ...], draw: torch.Generator
@@ -283,12 +281,12 @@ class VolumeDataset(Dataset):
         array = load_role(getattr(case, role), role, self.config).array
         if array.shape[1:] != self.infos[case.id].shape:
             raise InputError(f"{getattr(case, role)}: has changed since it was checked; start again")
-        return array.astype(np.uint8) if role == "mask" and self.state.num_labels <= 256 else array
+        return array.astype(np.uint8) if role == "mask" and self.spec.num_labels <= 256 else array
 
     def _fill(self) -> None:
         """Read volumes into memory, as far as data.cache_gb goes; forked workers share them."""
         room, jobs = self.config.cache_gb * 2**30, []
-        channels = {"image": self.state.channels, "source": self.state.source_channels, "mask": 1}
+        channels = {"image": self.spec.channels, "source": self.spec.source_channels, "mask": 1}
         for index, case in enumerate(self.cases):
             for role in (role for role in self.roles if getattr(case, role) is not None):
                 room -= 4 * channels[role] * int(np.prod(self.infos[case.id].shape))
@@ -309,7 +307,7 @@ class VolumeDataset(Dataset):
         path = getattr(case, role).resolve()
         what = (str(path), path.stat().st_size, path.stat().st_mtime_ns, role, c.channel, c.source_channel)
         how = (c.dims, c.file_spacing, c.spacing, self.infos[case.id].shape)
-        how += (c.label_values, self.state.num_labels)
+        how += (c.label_values, self.spec.num_labels)
         target = Path(c.cache_dir) / f"{hashlib.sha256(repr((what, how)).encode()).hexdigest()[:24]}.npy"
         if not target.exists():
             temporary = target.with_name(f"{target.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -329,10 +327,10 @@ class BothRoles(Dataset):
     both learns from."""
 
     def __init__(self, dataset: VolumeDataset):
-        state = dataset.state
-        if state.source_channels != state.channels:
+        spec = dataset.spec
+        if spec.source_channels != spec.channels:
             raise InputError(
-                f"data.learn_sources: images have {state.channels} channels, sources {state.source_channels}"
+                f"data.learn_sources: images have {spec.channels} channels, sources {spec.source_channels}"
             )
         self.dataset, self.size = dataset, dataset.size
 
@@ -466,13 +464,13 @@ class Data:
     cases: dict[str, Case]
     infos: dict[str, CaseInfo]
     split: dict[str, list[str]]
-    state: DataState
+    spec: DataSpec
 
     def dataset(self, part: str, augment: bool = False, own_size: bool = False) -> VolumeDataset:
         """The cases of "train", "val" or "test". augment: random patches and augmentation, as in training;
         own_size: every case as large as it is."""
         cases = [self.cases[name] for name in self.split[part]]
-        return VolumeDataset(cases, self.infos, self.state, self.config, augment, self.seed, own_size)
+        return VolumeDataset(cases, self.infos, self.spec, self.config, augment, self.seed, own_size)
 
     @property
     def folder(self) -> Path:
@@ -488,7 +486,7 @@ class Data:
 def check_numbering(data: Data) -> None:
     """InputError if the masks, which a network shall learn, hold few of the labels that it would have: those
     of 0 and 255 count as 256."""
-    found, num = sorted({k for info in data.infos.values() for k in info.labels}), data.state.num_labels or 0
+    found, num = sorted({k for info in data.infos.values() for k in info.labels}), data.spec.num_labels or 0
     if not data.config.num_labels and 4 * len(found) < num:
         listed = ",".join(map(str, found))
         raise InputError(
@@ -525,8 +523,8 @@ def open_data(
         cases = [case for case in cases if case.id in listed]
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     infos = scan_cases(cases, config, Path(config.cache_dir) / f"scan-{digest}.json")
-    state = make_state(cases, infos, split, config, multiple)
-    return Data(config, seed, root, {case.id: case for case in cases}, infos, split, state)
+    spec = make_spec(cases, infos, split, config, multiple)
+    return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
 
 
 def own_images(folder: Path) -> str | None:
@@ -539,7 +537,7 @@ def own_images(folder: Path) -> str | None:
     return f"*{suffixes[0]}" if suffixes else None
 
 
-def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state: DataState) -> VolumeDataset:
+def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, spec: DataSpec) -> VolumeDataset:
     """Single files, read, scaled and centred as those of a role in training; every one a case.
 
     Items hold "image" (roles image and source) or "mask". A "region" is a mask of any labels. Intensities are
@@ -547,7 +545,7 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state
     """
     if role == "region":
         role, config = "mask", replace(config, label_values=())
-        state = replace(state, num_labels=MAX_LABEL + 1)
+        spec = replace(spec, num_labels=MAX_LABEL + 1)
     options = {
         "channel": {"image": config.channel, "source": config.source_channel}.get(role, ()),
         "mask": None,
@@ -557,9 +555,9 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state
         "paired_scaling": "separate",
     }
     if role == "mask":
-        options["num_labels"] = state.num_labels
+        options["num_labels"] = spec.num_labels
     if role == "source":
-        state = replace(state, channels=state.source_channels, low=state.source_low, high=state.source_high)
+        spec = replace(spec, channels=spec.source_channels, low=spec.source_low, high=spec.source_high)
     paths = [Path(path) for path in paths]
     for path in paths:
         if not os.path.isfile(path):  # Path.is_file raises for names that are too long
@@ -575,11 +573,11 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, state
     infos = scan_cases(cases, config)
     for case in cases:
         info = infos[case.id]
-        if role != "mask" and info.channels != state.channels:
-            raise InputError(f"{case.image}: has {info.channels} channels, the model wants {state.channels}")
-        infos[case.id] = replace(info, low=state.low, high=state.high) if shared else info
-    state = replace(state, source_channels=0, num_labels=state.num_labels if role == "mask" else None)
-    return VolumeDataset(cases, infos, state, config)
+        if role != "mask" and info.channels != spec.channels:
+            raise InputError(f"{case.image}: has {info.channels} channels, the model wants {spec.channels}")
+        infos[case.id] = replace(info, low=spec.low, high=spec.high) if shared else info
+    spec = replace(spec, source_channels=0, num_labels=spec.num_labels if role == "mask" else None)
+    return VolumeDataset(cases, infos, spec, config)
 
 
 def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
@@ -589,19 +587,19 @@ def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
     the training data.
     """
     config, cases = find_images(folder, content)
-    state = DataState.from_dict(content["state"]["data"])
-    infos = scan_images(cases, config, state)
-    state = replace(state, source_channels=0, num_labels=None)
-    return VolumeDataset(cases, infos, state, config, own_size=True)
+    spec = DataSpec.from_dict(content["state"]["data"])
+    infos = scan_images(cases, config, spec)
+    spec = replace(spec, source_channels=0, num_labels=None)
+    return VolumeDataset(cases, infos, spec, config, own_size=True)
 
 
-def scan_images(cases: list[Case], config: DataConfig, state: DataState) -> dict[str, CaseInfo]:
+def scan_images(cases: list[Case], config: DataConfig, spec: DataSpec) -> dict[str, CaseInfo]:
     """What the scan finds of other cases than those of training, which must have their channels."""
     infos = scan_cases(cases, config)
     channels = infos[cases[0].id].channels
-    if channels != state.channels:
+    if channels != spec.channels:
         raise InputError(
-            f"{cases[0].image}: has {channels} channels, the model was trained on {state.channels}"
+            f"{cases[0].image}: has {channels} channels, the model was trained on {spec.channels}"
         )
     return infos
 

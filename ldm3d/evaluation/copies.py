@@ -204,8 +204,8 @@ def in_image_space(
 ) -> dict[str, list[Nearest]]:
     """The nearest training case of each case of the sets with these names."""
     train = sets.sets["train"]
-    axes = _flip_axes(config, train.state.dims)
-    search = ImageSearch(volumes_of(train), train.state.size, config.max_shift, device)
+    axes = _flip_axes(config, train.spec.dims)
+    search = ImageSearch(volumes_of(train), train.spec.size, config.max_shift, device)
     found: dict[str, list[Nearest]] = {}
     for name in names:
         found[name] = []
@@ -226,7 +226,7 @@ def in_feature_space(
 ) -> dict[str, list[Nearest]]:
     """The same for the features of a network."""
     train = sets.sets["train"]
-    flips = flips_of(_flip_axes(config, train.state.dims))
+    flips = flips_of(_flip_axes(config, train.spec.dims))
     known = torch.cat(
         [network(x[None]) for x in progress(volumes_of(train), "features", len(train))]
     ).double()

@@ -304,10 +304,10 @@ def whole_features(
             raise InputError("features: run: needs a run folder, as the real set or as --run")
         return encoder_features(load_autoencoder(autoencoder_path(sets.run))[0], device)
     if choice.features != "own":
-        return file_features(choice.features, dataset.state.dims, device)
-    state = dataset.state
+        return file_features(choice.features, dataset.spec.dims, device)
+    spec = dataset.spec
     config = FeatureConfig(
-        state.dims, state.channels, pool_for(state.size), choice.feature_steps, seed=choice.seed
+        spec.dims, spec.channels, pool_for(spec.size), choice.feature_steps, seed=choice.seed
     )
 
     def volumes(pooled: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import InputError, from_dict
 from ..data.cases import DataConfig, find_cases, resolve_root
-from ..data.dataset import DataState, VolumeDataset, make_state, own_images
+from ..data.dataset import DataSpec, VolumeDataset, make_spec, own_images
 from ..data.scan import CaseInfo, scan_cases
 from ..data.volumes import is_volume_file, read_header
 from ..engine.checkpoint import load_run
@@ -164,14 +164,14 @@ def open_sets(
         raise InputError(
             f"the sets differ in their number of channels: {channels}; choose with --data.channel"
         )
-    state = make_state(found[first], infos[first], {"train": [c.id for c in found[first]]}, rule)
+    spec = make_spec(found[first], infos[first], {"train": [c.id for c in found[first]]}, rule)
     if content is not None:
-        stored = DataState.from_dict(content["state"]["data"])
+        stored = DataSpec.from_dict(content["state"]["data"])
         numbers = {"low": stored.low, "high": stored.high} if rule.scaling == "dataset" else {}
-        state = dataclasses.replace(state, size=rule.size or stored.size, **numbers)
-    state = dataclasses.replace(state, source_channels=0, num_labels=None)
-    sets = {name: VolumeDataset(cases, infos[name], state, rule) for name, cases in found.items()}
-    return VolumeSets(sets, run, _protocol(rule, state))
+        spec = dataclasses.replace(spec, size=rule.size or stored.size, **numbers)
+    spec = dataclasses.replace(spec, source_channels=0, num_labels=None)
+    sets = {name: VolumeDataset(cases, infos[name], spec, rule) for name, cases in found.items()}
+    return VolumeSets(sets, run, _protocol(rule, spec))
 
 
 def _common_spacing(
@@ -189,17 +189,17 @@ def _common_spacing(
     return rule, infos
 
 
-def _protocol(rule: DataConfig, state: DataState) -> dict[str, Any]:
+def _protocol(rule: DataConfig, spec: DataSpec) -> dict[str, Any]:
     """What figures have to be told with, or they cannot be compared with others."""
     how = {"percentile": list(rule.percentiles), "window": list(rule.window)}
     return {
-        "size": list(state.size),
-        "spacing_mm": [round(float(mm), 6) for mm in rule.spacing or state.spacing],
+        "size": list(spec.size),
+        "spacing_mm": [round(float(mm), 6) for mm in rule.spacing or spec.spacing],
         "axes": "RAS: i to the right, j to the front, k to the head" if rule.dims == 3 else "row, column",
-        "channels": state.channels,
+        "channels": spec.channels,
         "scaling": rule.scaling,
         "scaling_numbers": how.get(rule.scaling),
-        "intensity_range": [-1.0, 1.0] if state.clipped or rule.scaling == "minmax" else None,
+        "intensity_range": [-1.0, 1.0] if spec.clipped or rule.scaling == "minmax" else None,
         "padding": "edge repeated; larger volumes: their middle",
     }
 
@@ -209,9 +209,9 @@ def stamp(dataset: VolumeDataset) -> Any:
     files = [
         (str(c.image.resolve()), c.image.stat().st_size, c.image.stat().st_mtime_ns) for c in dataset.cases
     ]
-    state, rule = dataset.state, dataset.config
-    scaling = (rule.scaling, rule.percentiles, rule.window, state.low, state.high)
-    return files, state.size, rule.spacing, rule.file_spacing, rule.channel, scaling
+    spec, rule = dataset.spec, dataset.config
+    scaling = (rule.scaling, rule.percentiles, rule.window, spec.low, spec.high)
+    return files, spec.size, rule.spacing, rule.file_spacing, rule.channel, scaling
 
 
 def volumes_of(dataset: VolumeDataset) -> Iterator[Tensor]:

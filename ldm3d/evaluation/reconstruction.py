@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError, at_least, from_dict, to_dict
-from ..data.dataset import DataConfig, DataState, VolumeDataset, open_data, open_folder
+from ..data.dataset import DataConfig, DataSpec, VolumeDataset, open_data, open_folder
 from ..diffusion_kernel import DiffusionKernel, KernelConfig
 from ..engine.distributed import gather, is_main, rank, setup, world_size
 from ..engine.logger import mid_slices, progress, save_sheet
@@ -79,11 +79,11 @@ def cases_of(run: dict[str, Any], config: Config) -> VolumeDataset:
     preset, seed = run["config"]["preset"], run["config"]["run"]["seed"]
     layout = from_dict(DataConfig, run["config"]["data"], "data")
     data = open_data(layout, preset, seed, run["state"]["split"])
-    state = dataclasses.replace(DataState.from_dict(run["state"]["data"]), source_channels=0, num_labels=None)
+    spec = dataclasses.replace(DataSpec.from_dict(run["state"]["data"]), source_channels=0, num_labels=None)
     cases = [data.cases[name] for name in data.split[config.part]]
     if not cases:
         raise InputError(f"part: the run has no {config.part} cases")
-    return VolumeDataset(cases, data.infos, state, data.config, own_size=True)
+    return VolumeDataset(cases, data.infos, spec, data.config, own_size=True)
 
 
 # --- latents ------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def reconstruct(config: Config, run: Path) -> Path:
     codes = sum(gather(codes))
     if is_main():
         rows = dict(sorted(rows.items()))
-        size = autoencoder.latent_shape(dataset.state.size)[1:]
+        size = autoencoder.latent_shape(dataset.spec.size)[1:]
         weights = [ms_ssim_weights(dataset.infos[case.id].shape) for case in dataset.cases]
         report = {
             **to_dict(config),

@@ -99,13 +99,13 @@ def planes_of(x: Tensor, slices: int) -> list[Tensor]:
 
 def slice_extractor(config: FidelityConfig, real: VolumeDataset, device: torch.device) -> Extractor | None:
     """The network of slices that was asked for; pictures have no slices."""
-    if config.slice_features == "none" or real.state.dims == 2:
+    if config.slice_features == "none" or real.spec.dims == 2:
         return None
     if config.slice_features != "own":
         return file_features(config.slice_features, 2, device)
-    state, per_plane = real.state, max(1, min(config.slices, MAX_SLICES // (3 * len(real))))
-    pool = max(pool_for(state.size[:2]), pool_for(state.size[1:]))
-    network = FeatureConfig(2, state.channels, pool, config.feature_steps, batch_size=32, seed=config.seed)
+    spec, per_plane = real.spec, max(1, min(config.slices, MAX_SLICES // (3 * len(real))))
+    pool = max(pool_for(spec.size[:2]), pool_for(spec.size[1:]))
+    network = FeatureConfig(2, spec.channels, pool, config.feature_steps, batch_size=32, seed=config.seed)
 
     def planes(pooled: Callable[[Tensor], Tensor]) -> list[Tensor]:
         each = [[pooled(plane) for plane in planes_of(x, per_plane)] for x in volumes_of(real)]
@@ -181,7 +181,7 @@ def measure(
     """
     real, generated = sets.sets["real"], sets.sets["generated"]
     low, high = _limits(sets)
-    shells = max(2, min(32, min(real.state.size) // 2))
+    shells = max(2, min(32, min(real.spec.size) // 2))
     rows: dict[str, list] = {"features": [], "slices": [], "histograms": [], "spectra": []}
     cases = itertools.chain(volumes_of(generated), volumes_of(real))
     for x in progress(cases, "measuring", len(generated) + len(real)):
@@ -266,7 +266,7 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
             )
             if network is not None
         },
-        "ms_ssim_weights": ms_ssim_weights(sets.sets["real"].state.size),
+        "ms_ssim_weights": ms_ssim_weights(sets.sets["real"].spec.size),
         "warnings": warnings_of(config, measured, counts),
         "figures": figures,
     }

@@ -173,7 +173,7 @@ def neighbours(x: Tensor, pool: Callable[..., Tensor]) -> Tensor:
 
 
 def check_image(model: LatentDiffusion, x: Tensor) -> None:
-    expected = (model.state.channels, *model.state.size)
+    expected = (model.spec.channels, *model.spec.size)
     if tuple(x.shape) != expected:
         raise InputError(f"image: expected shape {expected}, got {tuple(x.shape)}")
 

@@ -85,12 +85,12 @@ class Request:
         of that image."""
         info, spacing = self.infos[number], self.conditions.get("spacing")
         if info is None and spacing is not None and not absent(spacing)[number]:
-            return dataclasses.replace(model.state, spacing=tuple(spacing[number].tolist())).to_volume(x)
+            return dataclasses.replace(model.spec, spacing=tuple(spacing[number].tolist())).to_volume(x)
         if info is None:
-            return model.state.to_volume(x)
+            return model.spec.to_volume(x)
         if not isinstance(self.edit, ImageEdit):
-            info = dataclasses.replace(info, low=model.state.low, high=model.state.high)
-        return restore(x, model.state, info)
+            info = dataclasses.replace(info, low=model.spec.low, high=model.spec.high)
+        return restore(x, model.spec, info)
 
 
 def read_request(config: RequestConfig, run: Path, model: LatentDiffusion, amp: str = "fp32") -> Request:
@@ -178,10 +178,10 @@ def tell_of_places(places: VolumeDataset, model: LatentDiffusion) -> None:
     """Notes of files that are larger than what the run makes, or of another spacing."""
     for case in places.cases:
         info = places.infos[case.id]
-        if max(np.subtract(info.shape, model.state.size)) > 0:
+        if max(np.subtract(info.shape, model.spec.size)) > 0:
             print0(f"note: {case.image} has shape {info.shape}, only its middle is taken")
-        if not np.allclose(info.spacing, model.state.spacing, rtol=0.1):
-            there = "x".join(f"{mm:g}" for mm in model.state.spacing)
+        if not np.allclose(info.spacing, model.spec.spacing, rtol=0.1):
+            there = "x".join(f"{mm:g}" for mm in model.spec.spacing)
             print0(f"note: {case.image} has another spacing than the training data, {there} mm")
 
 
@@ -247,7 +247,7 @@ def read_region(path: str, places: VolumeDataset, model: LatentDiffusion) -> Ten
     region = regions[0, 0]["mask"] > 0
     seen, whole = regions.restore(0, region[None]).array, load_role(Path(path), "mask", regions.config).array
     if np.count_nonzero(whole) > np.count_nonzero(seen):
-        size = "x".join(map(str, model.state.size))
+        size = "x".join(map(str, model.spec.size))
         raise InputError(f"region: {path} reaches beyond the middle {size} of the image, all that is made")
     return region
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window, uncertainty
 from ..config import InputError, at_least, from_dict, to_dict
 from ..data.cases import Case
-from ..data.dataset import DataConfig, DataState, VolumeDataset, find_images, scan_images
+from ..data.dataset import DataConfig, DataSpec, VolumeDataset, find_images, scan_images
 from ..data.scan import CaseInfo, load_role
 from ..data.volumes import (
     NIFTI,
@@ -84,15 +84,15 @@ def load_segmenter(
 ) -> tuple[CDAL, Generator, dict[str, Any]]:
     """(method, generator with the EMA weights, the checkpoint's content) of a run of train_cdal.py."""
     content = load_run(run, "cdal")
-    config, state = content["config"], DataState.from_dict(content["state"]["data"])
+    config, spec = content["config"], DataSpec.from_dict(content["state"]["data"])
     net = Generator(
         from_dict(GeneratorConfig, config["generator"], "generator"),
         from_dict(UNetConfig, config["unet"], "unet"),
-        state.channels,
-        state.num_labels,
+        spec.channels,
+        spec.num_labels,
     )
     load_weights(net, content["ema"], str(run))
-    cdal = CDAL(from_dict(CDALConfig, config["cdal"], "cdal"), state.num_labels)
+    cdal = CDAL(from_dict(CDALConfig, config["cdal"], "cdal"), spec.num_labels)
     return cdal, net.to(device).eval().requires_grad_(False), content
 
 
@@ -102,7 +102,7 @@ def load_segmenter(
 def open_images(config: SegmentConfig, content: dict[str, Any]) -> VolumeDataset:
     """The images to segment, each at its own size, with their references as masks of their cases."""
     layout, cases = find_images(config.segment, content)
-    state = DataState.from_dict(content["state"]["data"])
+    spec = DataSpec.from_dict(content["state"]["data"])
     if config.part != "all":
         names = set(content["state"]["split"][config.part])
         cases = [case for case in cases if case.id in names]
@@ -111,11 +111,11 @@ def open_images(config: SegmentConfig, content: dict[str, Any]) -> VolumeDataset
     if config.reference is not None:
         cases = with_references(cases, Path(config.reference))
     if not layout.label_values:
-        layout = dataclasses.replace(layout, num_labels=state.num_labels)
-    infos = scan_images(cases, layout, state)
-    num_labels = state.num_labels if config.reference else None  # none: items have no mask
-    state = dataclasses.replace(state, source_channels=0, num_labels=num_labels)
-    return VolumeDataset(cases, infos, state, layout, own_size=True)
+        layout = dataclasses.replace(layout, num_labels=spec.num_labels)
+    infos = scan_images(cases, layout, spec)
+    num_labels = spec.num_labels if config.reference else None  # none: items have no mask
+    spec = dataclasses.replace(spec, source_channels=0, num_labels=num_labels)
+    return VolumeDataset(cases, infos, spec, layout, own_size=True)
 
 
 def with_references(cases: list[Case], folder: Path) -> list[Case]:

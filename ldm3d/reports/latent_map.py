@@ -38,7 +38,7 @@ from torch import Tensor
 from ..conditions import class_name
 from ..config import InputError, at_least, from_dict, to_dict
 from ..data.cases import Case, DataConfig, find_cases
-from ..data.dataset import DataState, VolumeDataset, open_data, open_folder
+from ..data.dataset import DataSpec, VolumeDataset, open_data, open_folder
 from ..engine.checkpoint import write_atomically
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import new_figure, progress, save_figure
@@ -88,8 +88,8 @@ def open_group(folder: str | None, content: dict[str, Any], config: LatentsConfi
     """
     layout = from_dict(DataConfig, content["config"]["data"], "data")
     layout = dataclasses.replace(layout, cache="none", mask=None, source=None, allow_missing_mask=True)
-    state = DataState.from_dict(content["state"]["data"])
-    state = dataclasses.replace(state, source_channels=0, num_labels=None)
+    spec = DataSpec.from_dict(content["state"]["data"])
+    spec = dataclasses.replace(spec, source_channels=0, num_labels=None)
     rule = config.subject or layout.subject
     if folder is None:
         layout = dataclasses.replace(layout, subject=rule)
@@ -106,7 +106,7 @@ def open_group(folder: str | None, content: dict[str, Any], config: LatentsConfi
                 raise
             cases = find_cases(layout, Path(folder))
     cases = cases[: config.max_cases]
-    return VolumeDataset(cases, infos, state, layout), cases
+    return VolumeDataset(cases, infos, spec, layout), cases
 
 
 def rows_of(cases: list[Case], group: str, split: dict[str, list[str]]) -> list[Row]:
@@ -160,9 +160,9 @@ def cache_folder(run: Path, autoencoder: Autoencoder, data: VolumeDataset, amp: 
         "window",
     )
     layout = DataConfig(**{name: getattr(c, name) for name in reading})
-    state = dataclasses.replace(data.state, reference=None)
+    spec = dataclasses.replace(data.spec, reference=None)
     base = run if run.is_dir() else run.parent
-    return base / "latents" / f"cases-{cache_key(autoencoder, layout, state, [])}-{amp}"
+    return base / "latents" / f"cases-{cache_key(autoencoder, layout, spec, [])}-{amp}"
 
 
 def file_key(path: Path) -> str:

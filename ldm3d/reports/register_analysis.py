@@ -120,7 +120,7 @@ def on_image(model: LatentDiffusion, weights: Tensor) -> Tensor:
     multiple = model.denoiser.unet.config.downsampling  # to which the U-Net pads
     padded = [-(-n // d) * d * f for n, d, f in zip(shape, multiple, factor, strict=True)]
     mode = "bilinear" if len(shape) == 2 else "trilinear"
-    return crop_to(F.interpolate(weights.float(), padded, mode=mode), model.state.size)
+    return crop_to(F.interpolate(weights.float(), padded, mode=mode), model.spec.size)
 
 
 @torch.inference_mode()

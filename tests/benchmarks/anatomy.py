@@ -47,7 +47,7 @@ import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d import read  # noqa: E402
 from ldm3d.config import from_dict  # noqa: E402
-from ldm3d.data.dataset import Data, DataConfig, DataState, open_data  # noqa: E402
+from ldm3d.data.dataset import Data, DataConfig, DataSpec, open_data  # noqa: E402
 from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.distributed import choose_device  # noqa: E402
@@ -223,7 +223,7 @@ class Judge:
 
     def __init__(self, run: Path, data: Data, device: torch.device):
         self.run, self.data, self.device = run, data, device
-        self.num_labels, self.spacing = data.state.num_labels, data.state.spacing
+        self.num_labels, self.spacing = data.spec.num_labels, data.spec.spacing
         self.train = self._real("train")
 
     def _real(self, *parts: str) -> tuple[np.ndarray, Tensor]:
@@ -299,7 +299,7 @@ def open_real(out: Path) -> Data:
     data = open_data(
         from_dict(DataConfig, config["data"], "data"), config["preset"], config["run"]["seed"], split
     )
-    state = DataState.from_dict(content["state"]["data"])
+    state = DataSpec.from_dict(content["state"]["data"])
     return Data(data.config, data.seed, data.root, data.cases, data.infos, data.split, state)
 
 
@@ -334,7 +334,7 @@ def main() -> None:
     length = run_flags(given, given.vae_steps)
     train_vae.main([*DATA[given.data][0], *place, *length, "--run.dir", str(out / "vae")])
     data = open_real(out)
-    given.num_labels = data.state.num_labels
+    given.num_labels = data.spec.num_labels
     rows: dict[str, list[Figures]] = {"real": []}
     seeds = [int(word) for word in given.seeds.split(",")]
     judges = {seed: train_segmenter(given, "real", real_cases(data), seed, out) for seed in seeds}

@@ -35,7 +35,7 @@ from ldm3d.engine.logger import progress  # noqa: E402
 from ldm3d.latent_diffusion import Autoencoder, load_autoencoder  # noqa: E402
 from ldm3d.metrics import dice  # noqa: E402
 from ldm3d.normconv import Conv  # noqa: E402
-from ldm3d.registers import LabelHead, RegistersConfig, head_loss  # noqa: E402
+from ldm3d.registers import AnatomyConfig, LabelHead, head_loss  # noqa: E402
 from ldm3d.unet import UNetConfig  # noqa: E402
 
 WIDTH = 64
@@ -53,7 +53,7 @@ class Head(nn.Module):
         )
         factor = autoencoder.downsampling if kind == "patch" else (1,) * dims
         unet = UNetConfig(dims=dims, channels=(WIDTH,), attention_levels=(False,))
-        self.head = LabelHead(RegistersConfig(head_width=WIDTH), unet, num_labels, factor)
+        self.head = LabelHead(AnatomyConfig(head_width=WIDTH), unet, num_labels, factor)
         if kind == "decoder":
             first = Conv(dims, num_labels + channels, 16)
             self.fine = nn.Sequential(first, nn.SiLU(), Conv(dims, 16, num_labels))
@@ -119,13 +119,13 @@ def main() -> None:
     sets = [encode(autoencoder, data.dataset(part)) for part in ("train", "test")]
     std, mean = torch.std_mean(sets[0][0], dim=(0, *range(2, sets[0][0].ndim)), keepdim=True)
     learned, held_out = (((z - mean) / std, image, mask) for z, image, mask in sets)
-    labels = " | ".join(f"label {k}" for k in range(1, data.state.num_labels))
-    lines = [f"| head | {labels} | mean Dice | s / step |", "|---" * (data.state.num_labels + 2) + "|"]
+    labels = " | ".join(f"label {k}" for k in range(1, data.spec.num_labels))
+    lines = [f"| head | {labels} | mean Dice | s / step |", "|---" * (data.spec.num_labels + 2) + "|"]
     for kind in ("patch", "upsampled", "decoder"):
         scores, seconds = [], 0.0
         for seed in range(args.seeds):
             torch.manual_seed(seed)
-            net = Head(kind, autoencoder, data.state.channels, data.state.num_labels)
+            net = Head(kind, autoencoder, data.spec.channels, data.spec.num_labels)
             start = time.process_time()
             train(net, learned, args.steps, args.batch_size, args.balance)
             seconds += (time.process_time() - start) / (args.steps * args.seeds)

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             guidance_scale=guidance,
             guidance_interval=tuple(args.interval),
         )
-        said = [judge(image[0] + 1, model.state.spacing) for image in x]
+        said = [judge(image[0] + 1, model.spec.spacing) for image in x]
         obeyed = sum(a == b for a, b in zip(said, captions, strict=True))
         print(f"guidance {guidance:g}: {obeyed} of {len(captions)} obey ({obeyed / len(captions):.0%})")
         report[f"guidance {guidance:g}"] = obeyed / len(captions)

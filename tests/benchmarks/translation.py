@@ -119,7 +119,7 @@ def regress(data: Data, unet: UNetConfig, steps: int, fold: int, path: Path) -> 
     """The regression with the highest PSNR on validation cases; trained on the autoencoder's patches."""
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
     reseed(0, 0)
-    net, every = Regression(unet, data.state.channels, fold), max(1, steps // 8)
+    net, every = Regression(unet, data.spec.channels, fold), max(1, steps // 8)
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()

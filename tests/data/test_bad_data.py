@@ -142,7 +142,7 @@ def test_labels_that_are_hardly_numbered_one_by_one_are_not_learned(root):
     for changes, num in (({"label_values": (0, 255)}, 2), ({"num_labels": 256}, 256)):
         data = open_data(settings(root, **changes), "heads", seed=0)
         check_numbering(data)
-        assert data.state.num_labels == num
+        assert data.spec.num_labels == num
 
 
 def test_an_image_in_the_place_of_a_label_map_is_found_by_its_values(root):

@@ -12,7 +12,7 @@ import torch
 import ldm3d.data.dataset as data_module
 from ldm3d.config import field_comments, to_dict
 from ldm3d.data.cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
-from ldm3d.data.dataset import DataState, batches, evaluation_batches, open_data, open_folder, restore
+from ldm3d.data.dataset import DataSpec, batches, evaluation_batches, open_data, open_folder, restore
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.data.scan import load_role, scaling_numbers, scan_cases
 from ldm3d.data.transforms import augment, scale, unscale
@@ -266,14 +266,14 @@ def test_unscale_inverts_scale_per_channel():
 
 def test_the_state_has_the_medians_of_the_training_cases_and_survives_json(settings):
     opened_data = opened(settings, multiple=(4, 4, 8))
-    state = opened_data.state
+    state = opened_data.spec
     train = [opened_data.infos[name] for name in opened_data.split["train"]]
     assert state.low == pytest.approx(np.median([info.low for info in train], axis=0))
     assert state.size == tuple(
         -(-max(info.shape[a] for info in train) // m) * m for a, m in enumerate((4, 4, 8))
     )
     assert (state.channels, state.source_channels, state.num_labels, state.num_classes) == (1, 1, 4, None)
-    assert DataState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+    assert DataSpec.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
 # --- there and back -----------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_an_item_restored_is_the_file_again_in_values_place_and_orientation(tmp_
     item, case = dataset[0, 1], dataset.cases[1]
     assert item["image"].shape == (1, *size)
     info = opened_data.infos[case.id]
-    path = write(tmp_path / "back.nii.gz", restore(item["image"], dataset.state, info, item["start"]))
+    path = write(tmp_path / "back.nii.gz", restore(item["image"], dataset.spec, info, item["start"]))
     original, back = nib.load(case.image), nib.load(path)
     assert nib.aff2axcodes(back.affine) == nib.aff2axcodes(original.affine) == ("L", "P", "S")
     values = np.clip(original.get_fdata(), info.low, info.high)
@@ -306,7 +306,7 @@ def test_padding_repeats_the_edge(settings):
     item = dataset[0, 0]
     shape, start = dataset.infos[dataset.cases[0].id].shape, item["start"]
     index = [(torch.arange(20) + s).clamp(0, n - 1) for s, n in zip(start, shape, strict=True)]
-    whole = scale(read(dataset.cases[0].image).array, *dataset.state.numbers(dataset.infos[item["id"]]), True)
+    whole = scale(read(dataset.cases[0].image).array, *dataset.spec.numbers(dataset.infos[item["id"]]), True)
     assert np.array_equal(item["image"], whole[np.ix_([0], *index)])
 
 
@@ -314,7 +314,7 @@ def test_a_sample_gets_median_spacing_training_units_and_orientation(tmp_path):
     affine = np.diag([-2.0, 1.5, 3.0, 1.0])
     make_folder(tmp_path, 4, affine=affine, masks=False)
     config = DataConfig(root=str(tmp_path), image="images/*.nii.gz", cache_dir=str(tmp_path / "c"))
-    state = opened(config, multiple=(8, 8, 8)).state
+    state = opened(config, multiple=(8, 8, 8)).spec
     volume = state.to_volume(torch.full((1, *state.size), -1.0))
     back = nib.load(write(tmp_path / "sample.nii.gz", volume))
     assert nib.aff2axcodes(back.affine) == ("L", "A", "S")
@@ -384,7 +384,7 @@ def test_the_tiff_pairs_open(real_data, tmp_path):
         DataConfig(root=root, dims=2, cache="none", cache_dir=str(tmp_path), subset=50, **roles)
     )
     item = opened_data.dataset("val")[0, 0]
-    assert opened_data.state.num_labels == 2
+    assert opened_data.spec.num_labels == 2
     assert item["image"].shape == item["source"].shape == (1, *item["mask"].shape) == (1, 256, 256)
     assert {case.subject for case in opened_data.cases.values()} == {"p07", "p19"}
 
@@ -410,7 +410,7 @@ def test_mask_values_can_be_named(tmp_path):
     config = DataConfig(root=str(tmp_path), label_values=(0, 255), cache_dir=cache, **ROLES)
     opened_data = opened(config)
     item = opened_data.dataset("val")[0, 0]
-    assert opened_data.state.num_labels == 2
+    assert opened_data.spec.num_labels == 2
     assert item["mask"].unique().tolist() == [0, 1]
 
 
@@ -424,7 +424,7 @@ def test_phantoms_are_an_ordinary_data_set(tmp_path):
 
 def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_own_size(settings, tmp_path):
     opened_data = opened(settings)
-    content = {"config": {"data": to_dict(settings)}, "state": {"data": opened_data.state.to_dict()}}
+    content = {"config": {"data": to_dict(settings)}, "state": {"data": opened_data.spec.to_dict()}}
     volume = save(
         tmp_path / "other/new.nii.gz", np.random.default_rng(9).random((5, 30, 6), dtype=np.float32), OBLIQUE
     )
@@ -441,7 +441,7 @@ def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_
 
 def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
     opened_data = opened(settings)
-    content = {"config": {"data": to_dict(settings)}, "state": {"data": opened_data.state.to_dict()}}
+    content = {"config": {"data": to_dict(settings)}, "state": {"data": opened_data.spec.to_dict()}}
     values = np.random.default_rng(9).random((5, 30, 6), dtype=np.float32)
     path = save(tmp_path / "other/new.nii.gz", values, OBLIQUE)
     save(tmp_path / "other/another.nii.gz", values, OBLIQUE)
@@ -684,7 +684,7 @@ def test_a_stored_split_is_kept_and_cases_it_lacks_are_left_out(settings):
 def test_a_sample_beyond_the_clipped_range_is_written_within_the_data_s_own(tmp_path):
     write_phantoms(tmp_path / "heads", 4, size=(8, 8, 8), spacing=(24.0, 28.0, 24.0))
     config = DataConfig(root=str(tmp_path / "heads"), cache_dir=str(tmp_path), val_fraction=0.25)
-    state = open_data(config, "heads", 0).state
+    state = open_data(config, "heads", 0).spec
     array = state.to_volume(torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1)).array.flatten()
     low, high = state.low[0], state.high[0]
     assert array.tolist() == pytest.approx([low, (low + high) / 2, high], rel=1e-5)

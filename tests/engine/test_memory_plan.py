@@ -196,7 +196,7 @@ def test_a_diffusion_preset_fits_the_gpu_that_it_is_named_after(name, budget, mo
         autoencoder = AutoencoderKL(stage_one.vae)
     data = {"size": stage_one.data.size}
     monkeypatch.setattr(train_ldm, "load_autoencoder", lambda _: (autoencoder, {"state": {"data": data}}))
-    monkeypatch.setattr(train_ldm.DataState, "from_dict", lambda d: stage_one.data)
+    monkeypatch.setattr(train_ldm.DataSpec, "from_dict", lambda d: stage_one.data)
     latent = {
         "unet.in_channels": stage_one.vae.latent_channels,
         "unet.out_channels": stage_one.vae.latent_channels,

@@ -15,7 +15,7 @@ from ldm3d import (
     UNetConfig,
     VAEConfig,
 )
-from ldm3d.data.dataset import DataState
+from ldm3d.data.dataset import DataSpec
 from ldm3d.inference.editing import ImageEdit, Interpolation, last_part, slerp
 
 SAMPLERS = [("flow", s) for s in ("euler", "heun", "ab2")] + [("v", s) for s in ("ddpm", "ddim", "dpmpp")]
@@ -34,7 +34,7 @@ def make_model(dims=2, prediction="flow", size=(16, 20, 12), channels=(4, 8)):
     for p in denoiser.parameters():
         torch.nn.init.normal_(p, std=0.1)
     one = {"low": (0.0,), "high": (1.0,), "source_low": (), "source_high": ()}
-    state = DataState(
+    state = DataSpec(
         dims=dims, channels=1, source_channels=0, size=size, spacing=(1.0,) * dims, orientation=None,
         scaling="minmax", num_labels=None, num_classes=None, **one,
     )  # fmt: skip
@@ -44,12 +44,12 @@ def make_model(dims=2, prediction="flow", size=(16, 20, 12), channels=(4, 8)):
 
 
 def image_of(model, seed=5):
-    return torch.randn(1, *model.state.size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, *model.spec.size, generator=torch.Generator().manual_seed(seed))
 
 
 def box_of(model):
-    region = torch.zeros(model.state.size, dtype=torch.bool)
-    region[tuple(slice(5, 11) for _ in model.state.size)] = True
+    region = torch.zeros(model.spec.size, dtype=torch.bool)
+    region[tuple(slice(5, 11) for _ in model.spec.size)] = True
     return region
 
 
@@ -75,7 +75,7 @@ def test_the_known_part_of_the_latent_ends_where_it_was(prediction, sampler):
 
 def test_the_region_is_a_latent_voxel_wider_in_latent_space():
     model = make_model()
-    region = torch.zeros(model.state.size, dtype=torch.bool)
+    region = torch.zeros(model.spec.size, dtype=torch.bool)
     region[8, 9] = True  # lies in latent voxel (4, 4)
     inside = ImageEdit(model, image_of(model), region).inside[0, 0]
     assert inside.nonzero().tolist() == [[i, j] for i in (3, 4, 5) for j in (3, 4, 5)]
@@ -84,7 +84,7 @@ def test_the_region_is_a_latent_voxel_wider_in_latent_space():
 def test_the_region_lies_in_the_latent_where_the_encoder_puts_it():
     """41 voxels are 6 latent voxels of 8."""
     model = make_model(size=(41, 41), channels=(4, 4, 4, 4))
-    region = torch.zeros(model.state.size, dtype=torch.bool)
+    region = torch.zeros(model.spec.size, dtype=torch.bool)
     region[7, 24] = True  # lies in latent voxel (0, 3)
     inside = ImageEdit(model, image_of(model), region).inside[0, 0]
     assert inside.nonzero().tolist() == [[i, j] for i in (0, 1) for j in (2, 3, 4)]
@@ -93,7 +93,7 @@ def test_the_region_lies_in_the_latent_where_the_encoder_puts_it():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_seam_is_smoothed_where_the_autoencoder_is_off(dims):
     model = make_model(dims)
-    grids = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in model.state.size), indexing="ij")
+    grids = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in model.spec.size), indexing="ij")
     x, region = sum(grids)[None], box_of(model)
     decoded = (x + 0.5)[None]  # off by a constant
 

@@ -52,7 +52,7 @@ def latents(run, heads) -> tuple[list[str], np.ndarray]:
     """(ids, posterior means (N, C_z, *s)) of all heads, encoded one by one."""
     net, content = load_autoencoder(run)
     opened = open_folder(heads / "images", content)
-    data = VolumeDataset(opened.cases, opened.infos, opened.state, opened.config)
+    data = VolumeDataset(opened.cases, opened.infos, opened.spec, opened.config)
     with torch.inference_mode():
         z = [net.encode(data[i, i]["image"][None]).mean[0].numpy() for i in range(len(data))]
     return [case.id for case in data.cases], np.stack(z)
