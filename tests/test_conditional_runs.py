@@ -494,7 +494,13 @@ def test_the_python_lines_on_conditions_in_the_readme_run_as_written(tmp_path, m
         "1",
     ]
     train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "runs" / "ldm-told", 1, *told))
-    text = (ROOT / "README.md").read_text().split("## Conditions")[1].split("## ")[0].split("In Python:")[1]
+    text = (
+        (ROOT / "ldm3d/inference/README.md")
+        .read_text()
+        .split("## Conditions")[1]
+        .split("## ")[0]
+        .split("In Python:")[1]
+    )
     lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
     assert len(lines) <= 6
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / ".github" / "tutorial.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "ldm3d" / "tutorial.ipynb"
 
 
 def cells(kind: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Anatomical latent diffusion beside plain latent diffusion: the table of the README.
+"""Anatomical latent diffusion beside plain latent diffusion: the table in README.md, in this folder.
 
     python tests/benchmarks/anatomy.py hippocampus --steps 2500 --seeds 0,1
     python tests/benchmarks/anatomy.py hippocampus --minutes 20 --seeds 0,1     as many steps as fit, of each

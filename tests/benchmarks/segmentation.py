@@ -1,4 +1,4 @@
-"""Segmentation by cDAL beside a plain U-Net and the published method: the table of the README.
+"""Segmentation by cDAL beside a plain U-Net and the published method: the table in README.md, in this folder.
 
     python tests/benchmarks/segmentation.py hippocampus --minutes 30 --amp bf16 --rows plain default published
     python tests/benchmarks/segmentation.py hippocampus --minutes 6 --rows ablation
