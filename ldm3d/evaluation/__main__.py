@@ -13,11 +13,10 @@ from pathlib import Path
 
 from ..config import run_task
 from ..engine.distributed import run_script
-from .copies import MemorisationConfig, audit
-from .pairs import ComparisonConfig, compare
-from .reconstruction import Config as ReconstructionConfig
-from .reconstruction import reconstruct
-from .sets import FidelityConfig, samples
+from .copies import CopiesConfig, find_copies
+from .pairs import PairsConfig, compare_pairs
+from .reconstruction import ReconstructionConfig, reconstruct
+from .sets import SetsConfig, compare_sets
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     train = {"TRAIN": "training cases: their folder, a pattern in quotes, or the run folder"}
     tasks = {
         "reconstruct": (ReconstructionConfig, run, lambda config, run: reconstruct(config, Path(run))),
-        "samples": (FidelityConfig, generated | real, samples),
-        "compare": (ComparisonConfig, generated | target, compare),
-        "copies": (MemorisationConfig, generated | train, audit),
+        "samples": (SetsConfig, generated | real, compare_sets),
+        "compare": (PairsConfig, generated | target, compare_pairs),
+        "copies": (CopiesConfig, generated | train, find_copies),
     }
     run_task(tasks, argv, "python -m ldm3d.evaluation", __doc__)
 

@@ -9,7 +9,7 @@ spaces:
 image     1 - max over shifts and flips of <x', y> / (|x'| |y|), by FFT, of volumes that were averaged to at
           most 32 (2-D: 96) voxels along an axis and lost their local mean (what all cases share is mostly
           smooth)
-feature   Euclidean distance of the features of a network (features.py), least over flips; means over space,
+feature   Euclidean distance of the features of a network (networks.py), least over flips; means over space,
           so that a shift hardly counts
 
 An unsharp volume lies near to everything, so what counts is how much nearer the nearest case is than others:
@@ -48,7 +48,7 @@ from ..engine.distributed import choose_device
 from ..engine.logger import progress, save_sheet
 from ..metrics import psnr
 from .networks import Extractor, whole_features
-from .openers import SetConfig, VolumeSets, is_run, locate, open_sets, volumes_of
+from .openers import OpenConfig, VolumeSets, is_run, locate, open_sets, volumes_of
 from .statistics import check_out, new_folder, table, write_report, write_rows
 
 LARGEST = {2: 96, 3: 32}  # voxels along an axis of the volumes that are searched
@@ -57,7 +57,7 @@ SPREADS = 4.0  # robust standard deviations that make a copy
 
 
 @dataclass(frozen=True)
-class MemorisationConfig:
+class CopiesConfig:
     holdout: str | None = None  # real cases not trained on; none = of a run its val and test cases, else none
     features: str = "own"  # own (trained on TRAIN), run, none, or a file (TorchScript, torch.export)
     feature_steps: int = 200  # of training an own network
@@ -68,8 +68,8 @@ class MemorisationConfig:
     seed: int = 0  # of the own network
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     cache_dir: str = "runs/cache"  # where own networks are kept
-    out: str | None = None  # new folder for the report; none = memorisation-001 (-002, ...) beside GENERATED
-    data: SetConfig = field(default_factory=SetConfig)
+    out: str | None = None  # new folder for the report; none = copies-001 (-002, ...) beside GENERATED
+    data: OpenConfig = field(default_factory=OpenConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_shift <= 0.5:
@@ -200,7 +200,7 @@ class Nearest:
 
 
 def in_image_space(
-    sets: VolumeSets, names: list[str], config: MemorisationConfig, device: torch.device
+    sets: VolumeSets, names: list[str], config: CopiesConfig, device: torch.device
 ) -> dict[str, list[Nearest]]:
     """The nearest training case of each case of the sets with these names."""
     train = sets.sets["train"]
@@ -222,7 +222,7 @@ def in_image_space(
 
 
 def in_feature_space(
-    sets: VolumeSets, names: list[str], config: MemorisationConfig, network: Extractor
+    sets: VolumeSets, names: list[str], config: CopiesConfig, network: Extractor
 ) -> dict[str, list[Nearest]]:
     """The same for the features of a network."""
     train = sets.sets["train"]
@@ -242,7 +242,7 @@ def in_feature_space(
     return found
 
 
-def _flip_axes(config: MemorisationConfig, dims: int) -> tuple[int, ...]:
+def _flip_axes(config: CopiesConfig, dims: int) -> tuple[int, ...]:
     axes = tuple(range(dims)) if config.flip_axes is None else config.flip_axes
     if not all(0 <= a < dims for a in axes):
         raise InputError(f"flip_axes: expected axes from 0 to {dims - 1}, got {axes}")
@@ -268,7 +268,7 @@ def check_subjects(subjects: list[str]) -> None:
             )
 
 
-def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
+def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
     """Look for copies and write the report; returns its folder."""
     check_out(config.out)
     device = choose_device(config.device)
@@ -301,7 +301,7 @@ def audit(config: MemorisationConfig, generated: str, train: str) -> Path:
         "share_of_copies": len(copies) / len(rows),
         "verdict": verdict(len(copies), len(rows), verdicts, len(sets.sets[reference]), reference),
     }
-    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "memorisation")
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "copies")
     write_rows(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
     picture = draw(folder / "nearest.png", sets, spaces["image"]["generated"], rows, config.shown)
@@ -393,6 +393,3 @@ def tell(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
         )
         print(f"copy  {name}: {where}")
     print(report["verdict"])
-
-
-# --- main ---------------------------------------------------------------------------------------------------

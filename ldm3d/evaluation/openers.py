@@ -34,7 +34,7 @@ Scaling = Literal["percentile", "window", "minmax", "zscore", "dataset", "none"]
 
 
 @dataclass(frozen=True)
-class SetConfig:
+class OpenConfig:
     dims: Literal[2, 3] | None = None  # pictures or volumes; none = as the first real file is
     channel: tuple[int, ...] | None = None  # channels taken; none = the run's, else all
     file_spacing: tuple[float, ...] | None = None  # mm, of files that do not tell
@@ -91,7 +91,7 @@ def _first_file(root: Path, pattern: str | None, key: str) -> Path:
         raise InputError(f"{key}: {e}") from None
 
 
-def _rule(config: SetConfig, run: dict[str, Any] | None, root: Path, pattern: str | None) -> DataConfig:
+def _rule(config: OpenConfig, run: dict[str, Any] | None, root: Path, pattern: str | None) -> DataConfig:
     """How both sets are read and scaled."""
     if run is not None:
         base = from_dict(DataConfig, run["config"]["data"], "data")
@@ -135,7 +135,7 @@ def _part_of_run(run: dict[str, Any], rule: DataConfig, part: str) -> list:
 
 
 def open_sets(
-    generated: str, real: dict[str, tuple[str, str]], config: SetConfig, run: str | None = None
+    generated: str, real: dict[str, tuple[str, str]], config: OpenConfig, run: str | None = None
 ) -> VolumeSets:
     """real: name of each real set -> (place, part of the split if the place is a run folder).
 

@@ -54,7 +54,7 @@ DIFFERENCES = (5.0, 10.0)  # mm: how many cases stay below
 
 
 @dataclass(frozen=True)
-class ComparisonConfig:
+class PairsConfig:
     masks: str | None = None  # folder of the targets' masks, by the same names; none = from the threshold
     generated_masks: str | None = None  # folder of the generated images' masks; none = from the threshold
     threshold: float | None = None  # value above which a voxel is of the object; none = Otsu's of the target
@@ -68,7 +68,7 @@ class ComparisonConfig:
     worst: int = 4  # pairs that are shown, lowest PSNR (labels: Dice) first
     resamples: int = 2000  # of the bootstrap
     device: str = "auto"  # of the feature network: auto, cpu, cuda, cuda:1, ...
-    out: str | None = None  # new folder for the report; none = comparison-001 (-002, ...) beside GENERATED
+    out: str | None = None  # new folder for the report; none = pairs-001 (-002, ...) beside GENERATED
 
     def __post_init__(self) -> None:
         at_least(self, 0, "worst")
@@ -113,7 +113,7 @@ def pair_files(places: dict[str, str]) -> dict[str, dict[str, Path]]:
     return {name: {role: roles[role][name] for role in roles} for name in next(iter(roles.values()))}
 
 
-def read_pair(files: dict[str, Path], config: ComparisonConfig) -> dict[str, Volume]:
+def read_pair(files: dict[str, Path], config: PairsConfig) -> dict[str, Volume]:
     """The volumes of a pair, of one shape and spacing; masks and label maps as integers."""
     found, target = {}, files["target"]
     for role, path in files.items():
@@ -181,7 +181,7 @@ def overlap(pred: np.ndarray, target: np.ndarray, labels: Sequence[int] = (1,)) 
 
 
 def compare_pair(
-    volumes: dict[str, Volume], config: ComparisonConfig, data_range: float, network: Extractor | None
+    volumes: dict[str, Volume], config: PairsConfig, data_range: float, network: Extractor | None
 ) -> tuple[dict[str, float], np.ndarray]:
     """(scores, the generated array as it was compared) of one pair of images."""
     target, generated, spacing = (
@@ -237,7 +237,7 @@ def feature_similarity(network: Extractor, x: Tensor, y: Tensor) -> dict[str, fl
 # --- all pairs ----------------------------------------------------------------------------------------------
 
 
-def compare(config: ComparisonConfig, generated: str, target: str) -> Path:
+def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
     """Compare all pairs and write the report; returns its folder."""
     places = {"target": target, "generated": generated}
     places |= {key: getattr(config, key) for key in ("masks", "generated_masks") if getattr(config, key)}
@@ -277,7 +277,7 @@ def compare(config: ComparisonConfig, generated: str, target: str) -> Path:
         "interval": f"95 % percentile bootstrap over cases, {config.resamples} resamples, seed 0",
         "metrics": metrics,
     }
-    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "comparison")
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "pairs")
     write_rows(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
     sheet = {f"{n}: {rows[n][key]:.3g}": pictures[n] for n in _worst(rows, key)[: config.worst]}
@@ -293,7 +293,7 @@ def _worst(rows: Rows, key: str) -> list[str]:
     return sorted(rows, key=lambda n: (math.isnan(rows[n][key]), rows[n][key]))
 
 
-def _range_of(pairs: dict[str, dict[str, Path]], config: ComparisonConfig) -> tuple[float | None, list[int]]:
+def _range_of(pairs: dict[str, dict[str, Path]], config: PairsConfig) -> tuple[float | None, list[int]]:
     """(range of intensities: given, or that of all targets; the labels that occur in label maps)."""
     if config.data_range is not None:
         return config.data_range, []

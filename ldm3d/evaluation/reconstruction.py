@@ -1,8 +1,8 @@
 """How good is it? An autoencoder's reconstructions and latents, generated volumes, paired results.
 
     python -m ldm3d.evaluation reconstruct RUN               this file
-    python -m ldm3d.evaluation samples GENERATED REAL        fidelity.py: are they distributed like real ones?
-    python -m ldm3d.evaluation compare GENERATED TARGET      comparison.py: each against its own target
+    python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are they distributed like real ones?
+    python -m ldm3d.evaluation compare GENERATED TARGET      pairs.py: each against its own target
 
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus                   the run's validation cases
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --part test
@@ -55,7 +55,7 @@ from .statistics import new_folder, summarise, write_report, write_rows
 
 
 @dataclass(frozen=True)
-class Config:
+class ReconstructionConfig:
     data: str | None = None  # folder of images to reconstruct; none = cases of the run itself
     part: Literal["train", "val", "test"] = "val"  # which of the run's own cases
     out: str | None = None  # new folder for the report; none = evaluation-001 (-002, ...) in the run folder
@@ -69,7 +69,7 @@ class Config:
         at_least(self, 1, "resamples")
 
 
-def cases_of(run: dict[str, Any], config: Config) -> VolumeDataset:
+def cases_of(run: dict[str, Any], config: ReconstructionConfig) -> VolumeDataset:
     """The cases to reconstruct, each at its own size, scaled as the autoencoder of the checkpoint `run` was
     trained."""
     if config.data is not None:
@@ -165,7 +165,7 @@ class LatentStatistics:
 
 
 @torch.inference_mode()
-def reconstruct(config: Config, run: Path) -> Path:
+def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
     """Reconstruct all cases and write the report; returns its folder."""
     device = setup(config.device)
     autoencoder, content = load_autoencoder(autoencoder_path(run))
@@ -253,6 +253,3 @@ def tell(report: dict[str, Any]) -> None:
     if "codebook" in report:
         print(f"codebook  {report['codebook']}")
     print(f"  latent  noise share {shares}; dead channels {latent['dead_channels']}; loss floor {floors}")
-
-
-# --- main ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ plane     features of slices across each axis, 2.5-D: Frechet and kernel distanc
 diversity mean MS-SSIM of pairs within each set (of generated ones about as low as of real ones)
 intensity Wasserstein distance of the histograms (range 2), root mean square difference of the spectra (dB)
 
-The equations are in metrics.py. An interval is that of half-sampling the cases (scores.py). Beside every
+The equations are in metrics.py. An interval is that of half-sampling the cases (statistics.py). Beside every
 figure stands that of a part of the real set, as many cases as are generated but at most half of it, against
 its rest: what volumes of the same kind get, with so few cases. The folder that is made holds report.json and,
 with matplotlib, figure.png.
@@ -54,7 +54,7 @@ from .networks import (
     pool_for,
     whole_features,
 )
-from .openers import SetConfig, VolumeSets, locate, open_sets, stamp, volumes_of
+from .openers import OpenConfig, VolumeSets, locate, open_sets, stamp, volumes_of
 from .statistics import check_out, half_sample_intervals, new_folder, table, write_report
 
 BINS = 256  # of the histograms
@@ -63,7 +63,7 @@ MAX_SLICES = 6000  # that the network of slices learns from
 
 
 @dataclass(frozen=True)
-class FidelityConfig:
+class SetsConfig:
     part: Literal["train", "val", "test", "all"] = "val"  # cases of REAL, where it is a run folder
     run: str | None = None  # run folder whose grid, scaling and encoder count; none = REAL, if it is one
     features: str = "own"  # of whole volumes: own, run, none, or a file (TorchScript, torch.export)
@@ -76,8 +76,8 @@ class FidelityConfig:
     seed: int = 0  # of the own networks, pairs and half-samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     cache_dir: str = "runs/cache"  # where own networks are kept
-    out: str | None = None  # new folder for the report; none = fidelity-001 (-002, ...) beside GENERATED
-    data: SetConfig = field(default_factory=SetConfig)
+    out: str | None = None  # new folder for the report; none = sets-001 (-002, ...) beside GENERATED
+    data: OpenConfig = field(default_factory=OpenConfig)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "feature_steps", "slices", "neighbours", "pairs")
@@ -97,7 +97,7 @@ def planes_of(x: Tensor, slices: int) -> list[Tensor]:
     return found
 
 
-def slice_extractor(config: FidelityConfig, real: VolumeDataset, device: torch.device) -> Extractor | None:
+def slice_extractor(config: SetsConfig, real: VolumeDataset, device: torch.device) -> Extractor | None:
     """The network of slices that was asked for; pictures have no slices."""
     if config.slice_features == "none" or real.spec.dims == 2:
         return None
@@ -172,7 +172,7 @@ def _kernel_distance(kernel: Tensor, x: Tensor, y: Tensor) -> float:
 
 
 def measure(
-    config: FidelityConfig, sets: VolumeSets, whole: Extractor | None, slices: Extractor | None
+    config: SetsConfig, sets: VolumeSets, whole: Extractor | None, slices: Extractor | None
 ) -> tuple[Measured, float, float]:
     """One pass over the volumes of both sets; and where the histograms begin, and the width of a bin.
 
@@ -229,7 +229,7 @@ def _compare_pairs(
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def samples(config: FidelityConfig, generated: str, real: str) -> Path:
+def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
     """Compare the two sets and write the report; returns its folder."""
     check_out(config.out)
     device = choose_device(config.device)
@@ -270,7 +270,7 @@ def samples(config: FidelityConfig, generated: str, real: str) -> Path:
         "warnings": warnings_of(config, measured, counts),
         "figures": figures,
     }
-    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "fidelity")
+    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "sets")
     write_report(folder / "report.json", report)
     picture = draw_figure(folder / "figure.png", measured, num_generated, low_end, width)
     tell(report)
@@ -285,7 +285,7 @@ def _bounds(name: str) -> tuple[float, float]:
 
 
 def real_halves(
-    measured: Measured, first: int, width: float, config: FidelityConfig
+    measured: Measured, first: int, width: float, config: SetsConfig
 ) -> tuple[dict[str, float], tuple[int, int]]:
     """The mean figures of random real cases (those from row `first` on) against the rest; how many each.
 
@@ -300,7 +300,7 @@ def real_halves(
     return means, (m, len(rows) - m)
 
 
-def warnings_of(config: FidelityConfig, measured: Measured, counts: tuple[int, int]) -> list[str]:
+def warnings_of(config: SetsConfig, measured: Measured, counts: tuple[int, int]) -> list[str]:
     """Why the figures may not mean what they seem to."""
     words, least = [], min(counts)
     if least < 4:

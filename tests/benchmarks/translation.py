@@ -10,7 +10,7 @@ on validation cases (slices: the middle of the training patient, with a gap on b
 cases) and tried once, at the end, on test cases: the other patient. Scores are in the scaled range [-1, 1],
 means over test cases:
 
-PSNR, SSIM, Dice and IoU of the object, by Otsu's threshold of the target (comparison.py)
+PSNR, SSIM, Dice and IoU of the object, by Otsu's threshold of the target (pairs.py)
 bright     Dice of what is brighter than mean + std of the target's object
 fine       power in the upper half of frequencies beside the target's, dB: below 0 is blur, above 0 is grain
 

@@ -13,7 +13,6 @@ from ldm3d.config import InputError
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.data.volumes import Volume, write
 from ldm3d.engine.distributed import run_script
-from ldm3d.evaluation import copies as memorisation
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.copies import (
     ImageSearch,
@@ -56,7 +55,7 @@ def save(folder, name: str, array: np.ndarray) -> None:
 @pytest.fixture(scope="module", params=[2, 3], ids=["2d", "3d"])
 def audit(request, tmp_path_factory):
     """(rows by sample, report, folder): six planted copies, six new heads; 14 training, 10 held-out."""
-    dims, place = request.param, tmp_path_factory.mktemp("memorisation")
+    dims, place = request.param, tmp_path_factory.mktemp("copies")
     draw = np.random.default_rng(0)
     for i in range(14):
         save(place / "train", f"train_{i}", head(i, dims))
@@ -68,7 +67,7 @@ def audit(request, tmp_path_factory):
         save(place / "made", f"new_{i}", head(i, dims))
     places = [str(place / name) for name in ("made", "train")]
     flags = ["--holdout", str(place / "held"), "--cache_dir", str(place), "--out", str(place / "out")]
-    memorisation.main([*places, *flags, "--feature_steps", "30"])
+    evaluation_main(["copies", *places, *flags, "--feature_steps", "30"])
     rows = {row.pop("case"): row for row in csv.DictReader((place / "out" / "cases.csv").open())}
     return rows, json.loads((place / "out" / "report.json").read_text()), place
 
@@ -95,7 +94,7 @@ def test_the_way_a_copy_was_turned_and_shifted_is_told(audit):
 def test_without_held_out_cases_training_cases_take_their_part(audit, tmp_path):
     _, _, place = audit
     places = [str(place / name) for name in ("made", "train")]
-    memorisation.main([*places, "--features", "none", "--out", str(tmp_path / "out"), "--shown", "0"])
+    evaluation_main(["copies", *places, "--features", "none", "--out", str(tmp_path / "out"), "--shown", "0"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert sorted(report["copies"]) == sorted(f"copy_{name}" for name in PLANTED)
     assert "no held-out cases" in report["verdict"]
@@ -199,9 +198,9 @@ def test_training_cases_of_one_subject_are_refused_and_leave_no_report(tmp_path,
     lines = [f"images/case_{i}.tif,one" for i in range(4)]
     (tmp_path / "train" / "cases.csv").write_text("\n".join(["image,subject", *lines]) + "\n")
     monkeypatch.chdir(tmp_path / "made")
-    assert run_script(memorisation.main, [".", "../train", "--features", "none"]) == 2
+    assert run_script(evaluation_main, ["copies", ".", "../train", "--features", "none"]) == 2
     assert "0 of 4 cases are not of subject one" in capsys.readouterr().err
-    assert not list(tmp_path.glob("**/memorisation-*"))
+    assert not list(tmp_path.glob("**/copies-*"))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_a_model_that_was_trained_on_four_volumes_is_caught(tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    memorisation.main([str(tmp_path / "made"), str(tmp_path / "ldm"), *flags])
+    evaluation_main(["copies", str(tmp_path / "made"), str(tmp_path / "ldm"), *flags])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["cases"] == {"train": 4, "holdout": 16, "generated": 8}
     assert report["share_of_copies"] >= 0.5

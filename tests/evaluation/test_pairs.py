@@ -179,9 +179,9 @@ def test_the_report_lies_beside_the_images_and_a_mistake_leaves_none(tmp_path, m
         save(tmp_path / folder, "a", blob(2, 9, 5))
     monkeypatch.chdir(tmp_path / "made")
     assert run_script(evaluation_main, ["compare", ".", "../target", "--height_axis", "2"]) == 2
-    assert not (tmp_path / "comparison-001").exists()
+    assert not (tmp_path / "pairs-001").exists()
     evaluation_main(["compare", ".", "../target", "--resamples", "5"])
-    assert (tmp_path / "comparison-001" / "report.json").is_file()
+    assert (tmp_path / "pairs-001" / "report.json").is_file()
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["a.tif"]
 
 

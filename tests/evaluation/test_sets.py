@@ -13,13 +13,13 @@ from ldm3d.data.phantoms import make_phantom
 from ldm3d.data.volumes import Volume, write
 from ldm3d.engine.checkpoint import load
 from ldm3d.engine.distributed import run_script
-from ldm3d.evaluation import sets as fidelity
+from ldm3d.evaluation import sets
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.networks import FeatureConfig, contrastive_loss, train_features
 from ldm3d.evaluation.sets import (
     BINS,
-    FidelityConfig,
     Measured,
+    SetsConfig,
     draw_figure,
     planes_of,
     real_halves,
@@ -58,7 +58,7 @@ def write_heads(folder, dims: int, change: str, first: int, num: int) -> str:
 @pytest.fixture(scope="module", params=[2, 3], ids=["2d", "3d"])
 def reports(request, tmp_path_factory):
     """{change: report of 16 changed heads against 24 other real ones}, and where they lie."""
-    dims, place = request.param, tmp_path_factory.mktemp("fidelity")
+    dims, place = request.param, tmp_path_factory.mktemp("sets")
     real, found = write_heads(place / "real", dims, "same", 0, 24), {}
     for change in CHANGES:
         made = write_heads(place / change, dims, change, 100, 16)
@@ -130,7 +130,7 @@ def made_up(cases: int, features: int) -> Measured:
 def test_real_cases_are_parted_as_the_two_sets_are_as_far_as_they_suffice(monkeypatch, generated, parts):
     measured, seen, figures = made_up(generated + 20, 4), [], Measured.figures
     monkeypatch.setattr(Measured, "figures", lambda *a: seen.append(a[1:3]) or figures(*a))
-    found, numbers = real_halves(measured, generated, 1.0, FidelityConfig())
+    found, numbers = real_halves(measured, generated, 1.0, SetsConfig())
     assert numbers == parts
     for ours, rest in seen:
         assert (len(ours), len(rest)) == parts
@@ -143,7 +143,7 @@ def test_real_cases_are_parted_as_the_two_sets_are_as_far_as_they_suffice(monkey
 def test_the_figure_is_drawn_of_one_case_and_of_one_feature(tmp_path, monkeypatch, cases, features):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(fidelity, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(sets, "save_figure", lambda figure, path: drawn.append(figure))
     draw_figure(tmp_path / "figure.png", made_up(sum(cases), features), cases[0], -1.0, 2 / BINS)
     centres = drawn[0].axes[0].lines[0].get_xdata()
     assert [centres[0], centres[-1]] == pytest.approx([-1 + 1 / BINS, 1 - 1 / BINS])
@@ -153,7 +153,7 @@ def test_the_figure_is_drawn_of_one_case_and_of_one_feature(tmp_path, monkeypatc
 @pytest.mark.parametrize(("cases", "words"), [(5, "no precision"), (11, "no intervals"), (12, None)])
 def test_neighbours_that_half_of_the_cases_do_not_have_are_warned_of(cases, words):
     measured, counts = made_up(2 * cases, 4), (cases, cases)
-    found = " ".join(warnings_of(FidelityConfig(), measured, counts))
+    found = " ".join(warnings_of(SetsConfig(), measured, counts))
     assert [w for w in ("no precision", "no intervals") if w in found] == [w for w in [words] if w]
 
     def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
