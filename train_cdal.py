@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window
 from ldm3d.config import InputError, at_least, parse
-from ldm3d.data.dataset import Data, DataConfig, VolumeDataset, batches, check_numbering, open_data
+from ldm3d.data import Data, DataConfig, VolumeDataset, batches, open_data
+from ldm3d.data.opening import check_numbering
 from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import is_main, rank, run_script, setup, world_size, wrap

@@ -31,17 +31,17 @@ from torch import Tensor
 
 from ldm3d.conditions import OF_SOURCE, Condition, ConditionConfig, absent, fit_conditions, hide
 from ldm3d.config import InputError, from_dict, parse, replace, to_dict
-from ldm3d.data.cases import AugmentConfig
-from ldm3d.data.dataset import (
+from ldm3d.data import (
+    AugmentConfig,
     Data,
     DataConfig,
     DataSpec,
     batches,
-    check_numbering,
     collate,
     evaluation_batches,
     open_data,
 )
+from ldm3d.data.opening import check_numbering
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run

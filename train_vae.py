@@ -33,15 +33,8 @@ from torch import Tensor, nn
 
 from ldm3d.blocks import Conv
 from ldm3d.config import InputError, at_least, parse
-from ldm3d.data.dataset import (
-    BothRoles,
-    Data,
-    DataConfig,
-    VolumeDataset,
-    batches,
-    evaluation_batches,
-    open_data,
-)
+from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
+from ldm3d.data.dataset import BothRoles
 from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.engine.distributed import (

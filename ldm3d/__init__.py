@@ -3,8 +3,7 @@
 from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from .conditions import Condition, ConditionConfig
 from .config import InputError
-from .data.dataset import DataConfig, VolumeDataset
-from .data.volumes import Volume, read, write
+from .data import DataConfig, Volume, VolumeDataset, read, write
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .discriminators import (

@@ -36,7 +36,7 @@ from .conditions import (
     label_shares,
 )
 from .config import InputError, from_dict, read_json
-from .data.dataset import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_files
+from .data import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .engine.checkpoint import load_run, load_weights, save

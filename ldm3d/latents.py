@@ -22,8 +22,7 @@ from torch.utils.data import Dataset
 
 from .conditions import OF_SOURCE, OF_VOLUMES, Condition, label_shares
 from .config import InputError
-from .data.cases import Case
-from .data.dataset import DataConfig, DataSpec, VolumeDataset, collate
+from .data import Case, DataConfig, DataSpec, VolumeDataset, collate
 from .engine.distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
 from .engine.logger import progress
 from .engine.training import autocast, to_device

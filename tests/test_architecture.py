@@ -37,12 +37,12 @@ def top_level_imports(path: Path):
 
 
 def name_of(path: Path) -> str:
-    """ldm3d/data/scan.py -> data.scan"""
+    """ldm3d/data/cases.py -> data.cases"""
     return ".".join(path.relative_to(ROOT / "ldm3d").with_suffix("").parts)
 
 
 def relative_imports(path: Path) -> set[str]:
-    """The modules of the package that a module imports anywhere, as data.scan."""
+    """The modules of the package that a module imports anywhere, as data.cases."""
     here, found = name_of(path).split(".")[:-1], set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:

@@ -16,8 +16,8 @@ import train_ldm
 import train_vae
 from ldm3d import InputError, LatentDiffusion, Volume, read, write
 from ldm3d.conditions import absent
-from ldm3d.data.cases import DataConfig, find_cases, split_cases
-from ldm3d.data.dataset import open_data
+from ldm3d.data import DataConfig, open_data
+from ldm3d.data.cases import find_cases, split_cases
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import run_script

@@ -18,8 +18,7 @@ from ldm3d import (
     UNetConfig,
     VAEConfig,
 )
-from ldm3d.data.cases import AugmentConfig
-from ldm3d.data.dataset import DataConfig, open_data
+from ldm3d.data import AugmentConfig, DataConfig, open_data
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.latents import LatentDataset, cache_key, cache_latents, latent_statistics
 

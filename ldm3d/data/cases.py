@@ -1,9 +1,9 @@
-"""Which cases there are: the settings of the data, roles paired by case id, subjects, split.
+"""Which cases there are: roles paired by case id, subjects, split.
 
 A case is one image with what belongs to it: a label map (role "mask"), a volume of another contrast to
 translate from (role "source"), a class, a text. The table of cases comes from one glob a role, from a CSV
 (columns image, and any of mask, source, class, text, subject, split, id) or from an MSD dataset.json. A case
-that lacks a partner is an error that names it. No file is opened here; that is scan.py.
+that lacks a partner is an error that names it. No file is opened here; that is inspection.py.
 """
 
 from __future__ import annotations
@@ -15,117 +15,16 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ..config import InputError, at_least
+from ..config import InputError
 from ..engine.distributed import keyed_generator, print0
+from .settings import DataConfig
 
 ROLES = ("image", "mask", "source")
 SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Random changes of training cases, the same for image, source and mask; all off by default."""
-
-    flip_axes: tuple[int, ...] = ()  # axes flipped with probability 1/2 (3-D volumes: 0 is left-right)
-    rot90_axes: tuple[int, ...] = ()  # two axes of random quarter turns
-    affine: float = 0.0  # probability of a small rotation, scaling and shift
-    max_rotation: float = 10.0  # degrees, of affine, about every axis
-    max_scale: float = 0.1  # relative, of affine, all axes alike
-    max_shift: float = 0.05  # part of the patch, of affine
-    elastic: float = 0.0  # probability of a smooth random deformation
-    max_elastic: float = 0.03  # part of the patch, of elastic
-    intensity: float = 0.0  # probability of a random gain and bias of the scaled intensities
-    max_gain: float = 0.1  # relative, of intensity
-    max_bias: float = 0.1  # of intensity (the scaled range is 2)
-    colour: float = 0.0  # probability of such a gain and bias for each channel of the image by itself
-
-    def __post_init__(self) -> None:
-        if len(self.rot90_axes) not in (0, 2) or len(set(self.rot90_axes)) != len(self.rot90_axes):
-            raise InputError(f"rot90_axes: expected two different axes, got {self.rot90_axes}")
-        for name in ("affine", "elastic", "intensity", "colour"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: expected a probability, got {getattr(self, name)}")
-
-    @property
-    def is_on(self) -> bool:
-        probabilities = self.affine, self.elastic, self.intensity, self.colour
-        return bool(self.flip_axes or self.rot90_axes or any(probabilities))
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    root: str | None = None  # folder of the data; none = $LDM3D_DATA/<name>, else data/<name>
-    name: str | None = None  # folder to look for where no root is given; none = the preset
-    image: str | None = None  # glob, "images/*.nii.gz": the first * (or each {id}) is the case id
-    mask: str | None = None  # glob of the label maps, paired with the images by case id
-    source: str | None = None  # glob of the volumes to translate from, paired by case id
-    table: str | None = None  # instead of globs; none = cases.csv or dataset.json, where there is one
-    subject: str | None = None  # regular expression with one group on the case id, or a CSV (name, subject)
-    split: str | None = None  # expression on the image's path giving train, val, test, or a CSV (name, split)
-    val_fraction: float = 0.1  # of the subjects, for validation
-    test_fraction: float = 0.0  # of the subjects, never looked at in training
-    val_gap: int | None = None  # validate within each subject: on its middle cases, this many left out beside
-    test_subjects: tuple[str, ...] = ()  # subjects that are the test set, whatever is drawn
-    fold: tuple[int, int] | None = None  # (k, n): validate on part k = 0 ... n - 1 of n parts of the subjects
-    subset: int | None = None  # take only this many cases, to try things out
-    allow_missing_mask: bool = False  # cases without a mask take part, their mask is -1 everywhere
-    check_affine: bool = True  # mask and source must lie where their image lies, within one voxel
-    dims: Literal[2, 3] = 3  # pictures or volumes
-    channel: tuple[int, ...] = ()  # channels taken of the images; empty = all
-    source_channel: tuple[int, ...] = ()  # channels taken of the sources; empty = all
-    file_spacing: tuple[float, ...] | None = None  # mm, of files that do not tell (npy, npz, PNG, most TIFF)
-    spacing: tuple[float, ...] | None = None  # mm, resample every case to it; none = keep the voxels
-    size: tuple[int, ...] | None = None  # voxels of cases and samples; none = largest in training, rounded up
-    resize: bool = False  # stretch every case to data.size instead of padding and cropping it
-    patch: tuple[int, ...] | None = None  # voxels of the training patches; none = data.size
-    crop: Literal["random", "centre"] = "random"  # where training patches are taken from larger cases
-    foreground: float = 0.0  # share of the random patches that are taken around a voxel of the mask
-    scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] = "percentile"  # kind
-    percentiles: tuple[float, float] = (0.5, 99.5)  # of a volume that become -1 and 1, clipped (percentile)
-    window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1, clipped (window)
-    paired_scaling: Literal["separate", "shared"] = "separate"  # shared = source by its image's numbers
-    num_labels: int | None = None  # of the masks, background included; none = found in the data
-    label_values: tuple[int, ...] = ()  # values in mask files that stand for 0, 1, 2 ...; empty = the labels
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    learn_sources: bool = False  # the autoencoder learns the sources as well (to translate from them)
-    num_variants: int = 1  # encodings cached per case for stage two; above 1 they are augmented
-    cache: Literal["ram", "disk", "none"] = "ram"  # decoded volumes: in memory, memory-mapped, not kept
-    cache_gb: float = 8.0  # GiB in memory, of training and of validation cases; the rest is read each time
-    cache_dir: str = "runs/cache"  # where the findings of the scan and the files of cache "disk" lie
-
-    def __post_init__(self) -> None:
-        for name in ("file_spacing", "spacing", "size", "patch"):
-            value = getattr(self, name)
-            if value is not None and (len(value) != self.dims or min(value) <= 0):
-                raise InputError(f"{name}: expected {self.dims} positive numbers (data.dims), got {value}")
-        at_least(self, 1, "subset", "num_labels", "num_variants")
-        axes = self.augment.flip_axes + self.augment.rot90_axes
-        checks = {
-            "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "0 <= low < high <= 100"),
-            "window": (self.window[0] < self.window[1], "low < high"),
-            "val_fraction": (0 <= self.val_fraction < 1, "0 <= fraction < 1"),
-            "foreground": (0 <= self.foreground <= 1, "a share from 0 to 1"),
-            "test_fraction": (0 <= self.test_fraction < 1 - self.val_fraction, "something left to train on"),
-            "val_gap": (
-                self.val_gap is None or (self.val_gap >= 0 and self.val_fraction > 0 and not self.fold),
-                "0 or more, with a data.val_fraction and no data.fold",
-            ),
-            "fold": (self.fold is None or 0 <= self.fold[0] < self.fold[1] != 1, "k, n with 0 <= k < n"),
-            "resize": (not self.resize or self.size is not None, "a data.size to stretch to"),
-            "label_values": (
-                len(set(self.label_values)) == len(self.label_values)
-                and (not self.label_values or self.num_labels in (None, len(self.label_values))),
-                "data.num_labels different values",
-            ),
-            "augment": (all(0 <= axis < self.dims for axis in axes), f"axes from 0 to {self.dims - 1}"),
-        }
-        for name, (fine, expected) in checks.items():
-            if not fine:
-                raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,44 @@ pairs; rotations are rigid in mm, whatever the spacing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import AugmentConfig
+from ..config import InputError
+
+
+def scaling_numbers(
+    values: np.ndarray, kind: str, percentiles: tuple[float, float], window: tuple[float, float]
+) -> tuple[float, float]:
+    """(low, high): the values of one channel that become -1 and 1. Equal if the volume is constant."""
+    if kind == "none":
+        return -1.0, 1.0
+    if kind == "window":
+        return window
+    low, high = float(values.min()), float(values.max())
+    if kind == "percentile":
+        a, b = (float(v) for v in np.percentile(values, percentiles))
+        return (a, b) if a < b else (low, high)  # an image of few values: its whole range
+    if kind == "minmax" or low == high:
+        return low, high
+    values = _foreground(values) if kind == "zscore" else values
+    mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    return mean - std, mean + std
+
+
+def _foreground(values: np.ndarray) -> np.ndarray:
+    """Voxels off the background: the most frequent value, if more than a tenth of the voxels have exactly it.
+
+    The background need not be 0: z-scored files carry a negative constant there.
+    """
+    some = values.reshape(-1)[:: max(1, values.size // 100_000)]
+    candidates, counts = np.unique(some, return_counts=True)
+    inside = values[values != candidates[counts.argmax()]]
+    return inside if inside.size < 0.9 * values.size and np.ptp(inside) > 0 else values
 
 
 def _middle_half(low: tuple[float, ...], high: tuple[float, ...], ndim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +81,36 @@ def cut(array: np.ndarray, start: tuple[int, ...], size: tuple[int, ...]) -> np.
     before = [max(0, -s) for s in start]
     after = [m - b - n for m, b, n in zip(size, before, window.shape[1:], strict=True)]
     return np.pad(window, [(0, 0), *zip(before, after, strict=True)], mode="edge")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training cases, the same for image, source and mask; all off by default."""
+
+    flip_axes: tuple[int, ...] = ()  # axes flipped with probability 1/2 (3-D volumes: 0 is left-right)
+    rot90_axes: tuple[int, ...] = ()  # two axes of random quarter turns
+    affine: float = 0.0  # probability of a small rotation, scaling and shift
+    max_rotation: float = 10.0  # degrees, of affine, about every axis
+    max_scale: float = 0.1  # relative, of affine, all axes alike
+    max_shift: float = 0.05  # part of the patch, of affine
+    elastic: float = 0.0  # probability of a smooth random deformation
+    max_elastic: float = 0.03  # part of the patch, of elastic
+    intensity: float = 0.0  # probability of a random gain and bias of the scaled intensities
+    max_gain: float = 0.1  # relative, of intensity
+    max_bias: float = 0.1  # of intensity (the scaled range is 2)
+    colour: float = 0.0  # probability of such a gain and bias for each channel of the image by itself
+
+    def __post_init__(self) -> None:
+        if len(self.rot90_axes) not in (0, 2) or len(set(self.rot90_axes)) != len(self.rot90_axes):
+            raise InputError(f"rot90_axes: expected two different axes, got {self.rot90_axes}")
+        for name in ("affine", "elastic", "intensity", "colour"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: expected a probability, got {getattr(self, name)}")
+
+    @property
+    def is_on(self) -> bool:
+        probabilities = self.affine, self.elastic, self.intensity, self.colour
+        return bool(self.flip_axes or self.rot90_axes or any(probabilities))
 
 
 def augment(

@@ -61,7 +61,7 @@ def setup(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if launched() and not dist.is_initialized():
         # gloo beside NCCL: decisions and counts are CPU tensors, and cost the GPU no synchronisation. The
-        # timeout is for rank 0 alone with the data (a first scan); a rank that fails ends all at once.
+        # timeout is for rank 0 alone with the data (first reading); a rank that fails ends all at once.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     return chosen

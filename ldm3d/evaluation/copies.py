@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import InputError, at_least, to_dict
-from ..data.dataset import VolumeDataset
+from ..data import VolumeDataset
 from ..engine.distributed import choose_device
 from ..engine.logger import progress, save_sheet
 from ..metrics import psnr

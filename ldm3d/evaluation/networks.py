@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import InputError, from_dict, to_dict
-from ..data.cases import AugmentConfig
+from ..data import AugmentConfig
 from ..data.transforms import augment
 from ..engine.checkpoint import load, load_weights, save
 from ..engine.distributed import keyed_generator, print0

@@ -23,9 +23,11 @@ import numpy as np
 from torch import Tensor
 
 from ..config import InputError, from_dict
-from ..data.cases import DataConfig, find_cases, resolve_root
-from ..data.dataset import DataSpec, VolumeDataset, make_spec, own_images
-from ..data.scan import CaseInfo, scan_cases
+from ..data import CaseInfo, DataConfig, DataSpec, VolumeDataset
+from ..data.cases import find_cases, resolve_root
+from ..data.images import own_images
+from ..data.inspection import inspect_cases
+from ..data.spec import make_spec
 from ..data.volumes import is_volume_file, read_header
 from ..engine.checkpoint import load_run
 from ..engine.distributed import print0
@@ -178,14 +180,14 @@ def _common_spacing(
     rule: DataConfig, found: dict[str, list], first: str
 ) -> tuple[DataConfig, dict[str, dict[str, CaseInfo]]]:
     """Look into all files; where their spacings differ, look again on the grid of the real set's median."""
-    infos = {name: scan_cases(cases, rule) for name, cases in found.items()}
+    infos = {name: inspect_cases(cases, rule) for name, cases in found.items()}
     spacings = np.array([info.spacing for part in infos.values() for info in part.values()])
     median = np.median([info.spacing for info in infos[first].values()], axis=0)
     if rule.spacing is None and not rule.resize and not np.allclose(spacings, median, rtol=0.01, atol=0):
         rule = dataclasses.replace(rule, spacing=tuple(map(float, median)))
         words = " x ".join(f"{mm:.3g}" for mm in median)
         print0(f"note: the files differ in spacing; all are resampled to {words} mm (--data.spacing)")
-        infos = {name: scan_cases(cases, rule) for name, cases in found.items()}
+        infos = {name: inspect_cases(cases, rule) for name, cases in found.items()}
     return rule, infos
 
 

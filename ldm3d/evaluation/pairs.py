@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import InputError, at_least, to_dict
-from ..data.volumes import Volume, is_volume_file, read, read_header, strip_suffix
+from ..data import Volume, read
+from ..data.volumes import is_volume_file, read_header, strip_suffix
 from ..engine.distributed import choose_device
 from ..engine.logger import new_figure, progress, save_figure, save_sheet
 from ..metrics import dice, iou, precision, psnr, sensitivity, ssim

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError, at_least, from_dict, to_dict
-from ..data.dataset import DataConfig, DataSpec, VolumeDataset, open_data, open_folder
+from ..data import DataConfig, DataSpec, VolumeDataset, open_data, open_folder
 from ..diffusion_kernel import DiffusionKernel, KernelConfig
 from ..engine.distributed import gather, is_main, rank, setup, world_size
 from ..engine.logger import mid_slices, progress, save_sheet

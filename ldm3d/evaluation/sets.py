@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..config import at_least, to_dict
-from ..data.dataset import VolumeDataset
+from ..data import VolumeDataset
 from ..engine.distributed import choose_device
 from ..engine.logger import new_figure, progress, save_figure
 from ..metrics import (

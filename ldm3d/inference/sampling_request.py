@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..conditions import OF_FILES, OF_SOURCE, Condition, absent, check_names, split_words
 from ..config import InputError, at_least
+from ..data import CaseInfo, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
-from ..data.dataset import VolumeDataset, collate, restore
-from ..data.scan import CaseInfo, distance, keeps_grid, load_role
-from ..data.volumes import Volume
+from ..data.inspection import distance
+from ..data.loading import keeps_grid, load_role
 from ..engine.distributed import print0
 from ..engine.training import to_device
 from ..guidance import Guidance
@@ -160,7 +160,7 @@ def tell_of_captions(rows: list[dict[str, str]], known: Sequence[Condition]) -> 
 def with_sources(
     rows: list[dict[str, str]], model: LatentDiffusion
 ) -> tuple[list[CaseInfo | None], list[dict[str, Any]]]:
-    """(of each row what the scan found of its source, rows with the source itself in place of its path)."""
+    """(of each row what was found in its source, rows with the source itself in place of its path)."""
     kinds = [c.name for c in model.denoiser.conditions if c.kind in OF_SOURCE]
     infos, given = [None] * len(rows), [dict(row) for row in rows]
     name = next((name for name in kinds if any(row.get(name) for row in rows)), None)

@@ -28,20 +28,18 @@ from torch import Tensor
 
 from ..cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window, uncertainty
 from ..config import InputError, at_least, from_dict, to_dict
-from ..data.cases import Case
-from ..data.dataset import DataConfig, DataSpec, VolumeDataset, find_images, scan_images
-from ..data.scan import CaseInfo, load_role
+from ..data import Case, CaseInfo, DataConfig, DataSpec, Volume, VolumeDataset, write
+from ..data.images import find_images, scan_images
+from ..data.loading import load_role
 from ..data.volumes import (
     NIFTI,
     TIFF,
     Header,
-    Volume,
     crop_or_pad,
     is_volume_file,
     read_header,
     resample,
     strip_suffix,
-    write,
 )
 from ..engine.checkpoint import load_run, load_weights
 from ..engine.distributed import gather, is_main, print0, rank, world_size

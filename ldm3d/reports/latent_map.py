@@ -37,8 +37,8 @@ from torch import Tensor
 
 from ..conditions import class_name
 from ..config import InputError, at_least, from_dict, to_dict
-from ..data.cases import Case, DataConfig, find_cases
-from ..data.dataset import DataSpec, VolumeDataset, open_data, open_folder
+from ..data import Case, DataConfig, DataSpec, VolumeDataset, open_data, open_folder
+from ..data.cases import find_cases
 from ..engine.checkpoint import write_atomically
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import new_figure, progress, save_figure

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from ..config import InputError
-from ..data.volumes import Volume, resample
+from ..data import Volume
+from ..data.volumes import resample
 from ..engine.checkpoint import write_text
 from ..engine.logger import mid_slices, tile
 

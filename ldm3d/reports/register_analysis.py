@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..blocks import crop_to
 from ..config import InputError, at_least, to_dict
-from ..data.dataset import VolumeDataset, collate
+from ..data import VolumeDataset, collate
 from ..engine.distributed import setup
 from ..engine.logger import progress, save_sheet
 from ..engine.training import autocast, keyed_normal, to_device

@@ -47,7 +47,7 @@ import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d import read  # noqa: E402
 from ldm3d.config import from_dict  # noqa: E402
-from ldm3d.data.dataset import Data, DataConfig, DataSpec, open_data  # noqa: E402
+from ldm3d.data import Data, DataConfig, DataSpec, open_data  # noqa: E402
 from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.distributed import choose_device  # noqa: E402

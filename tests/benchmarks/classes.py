@@ -35,8 +35,7 @@ sys.path.insert(0, str(ROOT))
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.config import from_dict  # noqa: E402
-from ldm3d.data.cases import AugmentConfig  # noqa: E402
-from ldm3d.data.dataset import Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.data import AugmentConfig, Data, DataConfig, batches, open_data  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import OptimConfig, RunConfig, Stepper, reseed  # noqa: E402

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from anatomy import open_real  # noqa: E402
 
 from ldm3d.blocks import ResBlock, crop_to  # noqa: E402
-from ldm3d.data.dataset import VolumeDataset  # noqa: E402
+from ldm3d.data import VolumeDataset  # noqa: E402
 from ldm3d.engine.logger import progress  # noqa: E402
 from ldm3d.latent_diffusion import Autoencoder, load_autoencoder  # noqa: E402
 from ldm3d.metrics import dice  # noqa: E402

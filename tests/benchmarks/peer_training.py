@@ -26,8 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from monai_weights import twin_autoencoder  # noqa: E402
 from peer_monai import moments  # noqa: E402
 
-from ldm3d.data.cases import DataConfig  # noqa: E402
-from ldm3d.data.dataset import VolumeDataset, batches, open_data  # noqa: E402
+from ldm3d.data import DataConfig, VolumeDataset, batches, open_data  # noqa: E402
 from ldm3d.engine.training import OptimConfig, keyed_normal, lr_at  # noqa: E402
 from ldm3d.losses import reconstruction_loss  # noqa: E402
 from ldm3d.metrics import psnr, ssim  # noqa: E402

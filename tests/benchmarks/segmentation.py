@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_cdal  # noqa: E402
 from ldm3d.config import from_dict, replace, show  # noqa: E402
+from ldm3d.data import DataConfig  # noqa: E402
 from ldm3d.data.cases import resolve_root  # noqa: E402
-from ldm3d.data.dataset import DataConfig  # noqa: E402
 from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
 
 Z = {"generator.latent_dim": 64}  # the ablation's own rows have it: each changes one thing of "z"

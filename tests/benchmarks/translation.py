@@ -42,8 +42,7 @@ import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.blocks import DepthToSpace, SpaceToDepth  # noqa: E402
 from ldm3d.config import from_dict, replace  # noqa: E402
-from ldm3d.data.cases import AugmentConfig  # noqa: E402
-from ldm3d.data.dataset import Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.data import AugmentConfig, Data, DataConfig, batches, open_data  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import EMA, OptimConfig, RunConfig, Stepper, reseed  # noqa: E402

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tifffile
 
-import ldm3d.data.scan as scan_module
+import ldm3d.data.inspection as inspection
 from ldm3d.config import InputError
-from ldm3d.data.cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
-from ldm3d.data.dataset import batches, check_numbering, open_data
-from ldm3d.data.scan import scan_cases
+from ldm3d.data import AugmentConfig, Case, DataConfig, batches, open_data
+from ldm3d.data.cases import find_cases, resolve_root, split_cases
+from ldm3d.data.inspection import inspect_cases
+from ldm3d.data.opening import check_numbering
 
 SHAPE = (8, 9, 7)
 
@@ -177,7 +178,7 @@ def test_the_extra_files_of_hippocampus_are_all_caught(real_data, tmp_path):
 def test_files_that_break_careless_loaders_are_refused_before_training(real_data, tmp_path, name, reason):
     path = real_data / "traps" / name
     with pytest.raises(InputError, match=reason) as caught:
-        scan_cases([Case("x", path)], DataConfig())
+        inspect_cases([Case("x", path)], DataConfig())
     assert path.name in str(caught.value)
 
 
@@ -292,7 +293,7 @@ def test_a_case_of_the_stored_split_that_is_gone_is_named(root):
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(root, monkeypatch):
     dataset = open_data(settings(root), "heads", 0).dataset("train")
-    monkeypatch.setattr("ldm3d.data.dataset.world_size", lambda: 2)
+    monkeypatch.setattr("ldm3d.data.batching.world_size", lambda: 2)
     with pytest.raises(InputError, match="batch_size: 3 does not divide over 2 ranks"):
         next(batches(dataset, 3, 1, 0, 0, 1))
 
@@ -309,10 +310,8 @@ def test_a_given_split_that_shares_subjects_is_noted(capsys):
 @pytest.fixture
 def measured(monkeypatch):
     """The names of files whose voxels were read."""
-    names, measure = [], scan_module._measure
-    monkeypatch.setattr(
-        scan_module, "_measure", lambda path, *a: names.append(path.name) or measure(path, *a)
-    )
+    names, measure = [], inspection._measure
+    monkeypatch.setattr(inspection, "_measure", lambda path, *a: names.append(path.name) or measure(path, *a))
     return names
 
 
@@ -320,7 +319,7 @@ def test_voxels_are_read_once_and_again_when_a_file_or_the_rule_changes(root, tm
     def look(**changes):
         measured.clear()
         config = settings(root, **{"mask": None} | changes)
-        infos = scan_cases(find_cases(config, root), config, tmp_path / "scan.json")
+        infos = inspect_cases(find_cases(config, root), config, tmp_path / "scan.json")
         return sorted(measured), infos
 
     names = [f"{name}.nii.gz" for name in "abcd"]

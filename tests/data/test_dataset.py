@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -9,14 +10,26 @@ import pytest
 import tifffile
 import torch
 
-import ldm3d.data.dataset as data_module
+import ldm3d.data.batching as batching
 from ldm3d.config import field_comments, to_dict
-from ldm3d.data.cases import AugmentConfig, Case, DataConfig, find_cases, resolve_root, split_cases
-from ldm3d.data.dataset import DataSpec, batches, evaluation_batches, open_data, open_folder, restore
+from ldm3d.data import (
+    AugmentConfig,
+    Case,
+    DataConfig,
+    DataSpec,
+    batches,
+    evaluation_batches,
+    open_data,
+    open_folder,
+    read,
+    restore,
+    write,
+)
+from ldm3d.data.cases import find_cases, resolve_root, split_cases
+from ldm3d.data.inspection import inspect_cases
+from ldm3d.data.loading import load_role
 from ldm3d.data.phantoms import write_phantoms
-from ldm3d.data.scan import load_role, scaling_numbers, scan_cases
-from ldm3d.data.transforms import augment, scale, unscale
-from ldm3d.data.volumes import read, write
+from ldm3d.data.transforms import augment, scale, scaling_numbers, unscale
 from ldm3d.engine.distributed import keyed_generator
 
 OBLIQUE = np.array(
@@ -329,7 +342,7 @@ def test_the_grid_told_from_the_header_is_the_one_that_is_loaded(tmp_path, chang
     config = DataConfig(image=ROLES["image"], mask=ROLES["mask"], **change)
     cases = find_cases(config, tmp_path)
     for case in cases:
-        info = scan_cases(cases, config)[case.id]
+        info = inspect_cases(cases, config)[case.id]
         for role in ("image", "mask"):
             volume = load_role(getattr(case, role), role, config)
             assert volume.shape == info.shape
@@ -598,9 +611,9 @@ def test_samples_do_not_depend_on_workers_ranks_micro_batches_or_restarts(traini
     check(joined(batches(training_set, 6, 2, 0, 0, 4, workers=2)))
     check(joined([*batches(training_set, 6, 6, 0, 0, 1), *batches(training_set, 6, 3, 0, 1, 4)]))
     ranked = []
-    monkeypatch.setattr(data_module, "world_size", lambda: 3)
+    monkeypatch.setattr(batching, "world_size", lambda: 3)
     for r in range(3):
-        monkeypatch.setattr(data_module, "rank", lambda r=r: r)
+        monkeypatch.setattr(batching, "rank", lambda r=r: r)
         groups = list(batches(training_set, 6, 1, 0, 0, 4))
         assert [[len(batch["id"]) for batch in group] for group in groups] == [[1, 1]] * 4
         ranked += groups
@@ -637,10 +650,10 @@ def test_loading_leaves_the_loops_random_state_alone(training_set):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_evaluation_takes_every_case_once_over_all_ranks(settings, monkeypatch, ranks):
     dataset = opened(settings).dataset("train")
-    monkeypatch.setattr(data_module, "world_size", lambda: ranks)
+    monkeypatch.setattr(batching, "world_size", lambda: ranks)
     seen = []
     for r in range(ranks):
-        monkeypatch.setattr(data_module, "rank", lambda r=r: r)
+        monkeypatch.setattr(batching, "rank", lambda r=r: r)
         seen += [i for batch in evaluation_batches(dataset, 2) for i in batch["index"].tolist()]
     assert sorted(seen) == list(range(len(dataset)))
 
@@ -651,7 +664,7 @@ def test_every_cache_gives_the_same_items(settings, change, capsys):
     cached = opened(replace(settings, **change)).dataset("train")
     for _ in range(2):
         assert all(equal(plain[i, i], cached[i, i]) for i in range(len(plain)))
-    files = list((data_module.Path(settings.cache_dir)).glob("*.npy"))
+    files = list((Path(settings.cache_dir)).glob("*.npy"))
     assert len(files) == (3 * len(plain) if change == {"cache": "disk"} else 0)
     assert ("cache_gb" in capsys.readouterr().out) == ("cache_gb" in change)
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from ldm3d.config import InputError
-from ldm3d.data import phantoms
+from ldm3d.data import phantoms, read
 from ldm3d.data.phantoms import CLASS_NAMES, FIELD_OF_VIEW, NUM_LABELS, describe, make_phantom, write_phantoms
-from ldm3d.data.volumes import read
 
 NUM = 40
 BRAIN, VENTRICLES, NUCLEI, LESION = range(1, NUM_LABELS)

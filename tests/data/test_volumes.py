@@ -14,16 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from ldm3d.config import InputError
+from ldm3d.data import Volume, read, write
 from ldm3d.data.volumes import (
-    Volume,
     crop_or_pad,
     is_volume_file,
-    read,
     read_header,
     resample,
     spacing_affine,
     strip_suffix,
-    write,
 )
 
 DATA = Path(os.environ.get("LDM3D_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")

@@ -19,7 +19,7 @@ from torch import nn
 import sample
 import train_ldm
 from ldm3d import AutoencoderKL, VAEConfig, read
-from ldm3d.data.dataset import batches, evaluation_batches
+from ldm3d.data import batches, evaluation_batches
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import all_reduce_sum, any_rank, gather, main_first, rank, share, wrap

@@ -17,7 +17,7 @@ import train_ldm
 import train_vae
 from ldm3d import latents
 from ldm3d.config import InputError
-from ldm3d.data.dataset import VolumeDataset
+from ldm3d.data import VolumeDataset
 from ldm3d.engine import runs, training
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import run_script
@@ -333,7 +333,7 @@ def test_an_error_on_one_rank_in_the_middle_of_training_ends_all_within_seconds(
 def test_a_process_ends_though_its_workers_ignore_sigterm_and_their_stream_is_still_held():
     code = (
         "import builtins, gc, torch\n"
-        "from ldm3d.data.dataset import batches\n"
+        "from ldm3d.data import batches\n"
         "class Numbers(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 8\n"
         "    def __getitem__(self, item): return {'image': torch.zeros(1), 'index': item[1]}\n"

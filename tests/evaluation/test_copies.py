@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ldm3d.config import InputError
+from ldm3d.data import Volume, write
 from ldm3d.data.phantoms import make_phantom
-from ldm3d.data.volumes import Volume, write
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.copies import (

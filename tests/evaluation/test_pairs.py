@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm3d.data.volumes import Volume, write
+from ldm3d.data import Volume, write
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.pairs import describe, move
@@ -54,7 +54,7 @@ def run(place, *flags: str):
 
 
 def read_array(folder, name: str, dims: int) -> np.ndarray:
-    from ldm3d.data.volumes import read
+    from ldm3d.data import read
 
     return read(folder / f"{name}.{SUFFIX[dims]}").array[0]
 

@@ -13,7 +13,7 @@ import torch
 
 import train_vae
 from ldm3d import read
-from ldm3d.data.dataset import open_folder
+from ldm3d.data import open_folder
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.distributed import run_script

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ldm3d.data import Volume, write
 from ldm3d.data.phantoms import make_phantom
-from ldm3d.data.volumes import Volume, write
 from ldm3d.engine.checkpoint import load
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation import sets

@@ -15,7 +15,7 @@ from ldm3d import (
     UNetConfig,
     VAEConfig,
 )
-from ldm3d.data.dataset import DataSpec
+from ldm3d.data import DataSpec
 from ldm3d.inference.editing import ImageEdit, Interpolation, last_part, slerp
 
 SAMPLERS = [("flow", s) for s in ("euler", "heun", "ab2")] + [("v", s) for s in ("ddpm", "ddim", "dpmpp")]

@@ -16,9 +16,9 @@ from tiny import cdal_flags, lines
 import sample
 import train_cdal
 from ldm3d.config import flatten, replace, show
+from ldm3d.data import CaseInfo, read
 from ldm3d.data.phantoms import write_phantoms
-from ldm3d.data.scan import CaseInfo
-from ldm3d.data.volumes import Header, read
+from ldm3d.data.volumes import Header
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation.statistics import summarise

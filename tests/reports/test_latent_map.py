@@ -17,7 +17,7 @@ from tiny import vae_flags
 
 import train_vae
 from ldm3d.config import InputError
-from ldm3d.data.dataset import VolumeDataset, open_folder
+from ldm3d.data import VolumeDataset, open_folder
 from ldm3d.engine.distributed import run_script
 from ldm3d.latent_diffusion import load_autoencoder
 from ldm3d.reports import latent_map as analysis

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from tqdm import tqdm
 
 from ..config import InputError
 from ..engine.distributed import is_main, main_first, print0
-from .cases import ROLES, Case, DataConfig, raise_all
-from .volumes import Header, Volume, read, read_header, resample
+from .cases import ROLES, Case, raise_all
+from .loading import read_options, training_grid
+from .settings import DataConfig
+from .transforms import scaling_numbers
+from .volumes import Header, read, read_header
 
 MAX_LABEL = 65535
 
@@ -51,58 +54,7 @@ class CaseInfo:
         return len(self.low)
 
 
-def load_role(path: Path, role: str, config: DataConfig) -> Volume:
-    """The whole volume of a role on the training grid: float32 in the file's units, or int32 labels of a
-    mask."""
-    volume = read(path, **_options(role, config))
-    if role == "mask":
-        values = np.rint(volume.array).astype(np.int32)  # files with a slope read as 0.9999999
-        labels = np.zeros_like(values)
-        for label, value in enumerate(config.label_values):
-            labels[values == value] = label
-        volume = replace(volume, array=labels if config.label_values else values)
-    spacing = _new_spacing(volume.shape, volume.spacing, config)
-    return volume if spacing is None else resample(volume, spacing, labels=role == "mask")
-
-
-def _options(role: str, config: DataConfig) -> dict[str, Any]:
-    """How the files of a role are read."""
-    channel = {"image": config.channel, "source": config.source_channel, "mask": ()}[role] or None
-    return {"channel": channel, "spacing": config.file_spacing, "dims": config.dims}
-
-
-def _new_spacing(
-    shape: tuple[int, ...], spacing: tuple[float, ...], config: DataConfig
-) -> tuple[float, ...] | None:
-    """Of the training grid, mm; None if the file's grid stays. A stretched case keeps its field of view."""
-    if config.resize:
-        wanted = tuple(n * d / m for n, d, m in zip(shape, spacing, config.size, strict=True))
-    else:
-        wanted = config.spacing or spacing
-    return None if np.allclose(wanted, spacing, rtol=1e-4, atol=0) else wanted
-
-
-def keeps_grid(path: Path, role: str, config: DataConfig) -> bool:
-    """Is the training grid of a file its own?"""
-    header = read_header(path, **_options(role, config))
-    return _new_spacing(header.shape, header.spacing, config) is None
-
-
-def _grid(header: Header, config: DataConfig) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray]:
-    """Shape, spacing and affine of the training grid, from the header alone: those of what `load_role`
-    returns."""
-    spacing = _new_spacing(header.shape, header.spacing, config)
-    if spacing is None:
-        return header.shape, header.spacing, header.affine
-    ratios = np.asarray(spacing) / header.spacing
-    shape = tuple(max(1, round(n / ratio)) for n, ratio in zip(header.shape, ratios, strict=True))
-    affine = header.affine.copy()
-    affine[:-1, :-1] *= ratios
-    affine[:-1, -1] += header.affine[:-1, :-1] @ ((ratios - 1) / 2)  # the first voxel's outer corner stays
-    return shape, spacing, affine
-
-
-def scan_cases(cases: list[Case], config: DataConfig, cache: Path | None = None) -> dict[str, CaseInfo]:
+def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = None) -> dict[str, CaseInfo]:
     """Look into every file; case id -> CaseInfo. One InputError tells of everything that is wrong with them.
 
     Headers are read every time. Voxels are read once: the findings are kept in the JSON file `cache`, by
@@ -120,7 +72,7 @@ def scan_cases(cases: list[Case], config: DataConfig, cache: Path | None = None)
             if len(source["low"]) != len(image["low"]):
                 problems.append(f"{case.source}: paired_scaling shared needs the channels of {case.image}")
             source = image
-        shape, spacing, affine = _grid(header, config)
+        shape, spacing, affine = training_grid(header, config)
         infos[case.id] = CaseInfo(
             shape=shape,
             spacing=tuple(map(float, spacing)),
@@ -188,7 +140,7 @@ def _scan_headers(cases: list[Case], config: DataConfig) -> dict[tuple[Path, str
     problems: list[str] = []
 
     def look(path: Path, role: str) -> Header:
-        return read_header(path, **_options(role, config))
+        return read_header(path, **read_options(role, config))
 
     headers = _each(look, _jobs(cases), "headers", problems)
     first: dict[str, tuple[Path, Header]] = {}
@@ -243,7 +195,7 @@ def _scan_voxels(cases: list[Case], config: DataConfig, cache: Path | None) -> d
     """What `_measure` says of all files; from the cache where neither file nor rule has changed."""
     known, found, new = _read_cache(cache), {}, {}
     for path, role in _jobs(cases):
-        rule = (config.scaling, config.percentiles, config.window, _options(role, config))
+        rule = (config.scaling, config.percentiles, config.window, read_options(role, config))
         key = f"{path.resolve()} {'labels' if role == 'mask' else rule}"
         stat = path.stat()
         entry = known.get(key)
@@ -263,7 +215,7 @@ def _scan_voxels(cases: list[Case], config: DataConfig, cache: Path | None) -> d
 def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
     """Look at every voxel: {"low", "high"} per channel of an image or source, or the {"labels"} of a mask
     file."""
-    array = read(path, **_options(role, config)).array
+    array = read(path, **read_options(role, config)).array
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
         raise InputError(f"{path}: {bad} of {array.size} voxels are NaN or infinite")
@@ -277,36 +229,6 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
         return {"labels": np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()}
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
     return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs]}
-
-
-def scaling_numbers(
-    values: np.ndarray, kind: str, percentiles: tuple[float, float], window: tuple[float, float]
-) -> tuple[float, float]:
-    """(low, high): the values of one channel that become -1 and 1. Equal if the volume is constant."""
-    if kind == "none":
-        return -1.0, 1.0
-    if kind == "window":
-        return window
-    low, high = float(values.min()), float(values.max())
-    if kind == "percentile":
-        a, b = (float(v) for v in np.percentile(values, percentiles))
-        return (a, b) if a < b else (low, high)  # an image of few values: its whole range
-    if kind == "minmax" or low == high:
-        return low, high
-    values = _foreground(values) if kind == "zscore" else values
-    mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
-    return mean - std, mean + std
-
-
-def _foreground(values: np.ndarray) -> np.ndarray:
-    """Voxels off the background: the most frequent value, if more than a tenth of the voxels have exactly it.
-
-    The background need not be 0: z-scored files carry a negative constant there.
-    """
-    some = values.reshape(-1)[:: max(1, values.size // 100_000)]
-    candidates, counts = np.unique(some, return_counts=True)
-    inside = values[values != candidates[counts.argmax()]]
-    return inside if inside.size < 0.9 * values.size and np.ptp(inside) > 0 else values
 
 
 def _read_cache(cache: Path | None) -> dict[str, list]:

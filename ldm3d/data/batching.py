@@ -1,0 +1,120 @@
+"""The order of samples and their batches."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import InputError
+from ..engine.distributed import keyed_generator, rank, world_size
+
+
+class _Order:
+    """The micro-batches of this rank, step after step, as lists of (position, index): a batch sampler."""
+
+    def __init__(self, num: int, batch_size: int, micro_batch_size: int, seed: int, steps: range):
+        self.num, self.batch_size, self.micro_batch_size = num, batch_size, micro_batch_size
+        self.seed, self.steps = seed, steps
+        self.share = batch_size // world_size()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, []
+        for step in self.steps:
+            first = step * self.batch_size + rank() * self.share
+            items = []
+            for position in range(first, first + self.share):
+                if position // self.num != epoch:
+                    epoch = position // self.num
+                    draw = keyed_generator(self.seed, epoch, "order")
+                    order = torch.randperm(self.num, generator=draw).tolist()
+                items.append((position, order[position % self.num]))
+            for i in range(0, self.share, self.micro_batch_size):
+                yield items[i : i + self.micro_batch_size]
+
+    def __len__(self) -> int:
+        return len(self.steps) * -(-self.share // self.micro_batch_size)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors are stacked, numbers become tensors (B,), strings stay lists; of dicts, each entry."""
+    batch = {}
+    for key, first in items[0].items():
+        values = [item[key] for item in items]
+        if isinstance(first, dict):
+            batch[key] = collate(values)
+        elif isinstance(first, Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = values if isinstance(first, str) else torch.tensor(values)
+    return batch
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    workers: int = 0,
+) -> Iterator[list[dict[str, Any]]]:
+    """For every optimizer step from first_step to last_step - 1, the list of this rank's micro-batches.
+
+    `dataset` takes (position, index), as VolumeDataset does. batch_size is global and must divide over the
+    ranks. Worker processes load ahead over the ends of steps and epochs; what comes out does not depend on
+    them.
+    """
+    if batch_size % world_size():
+        raise InputError(f"batch_size: {batch_size} does not divide over {world_size()} ranks")
+    order = _Order(len(dataset), batch_size, micro_batch_size, seed, range(first_step, last_step))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares the cache
+        generator=torch.Generator(),  # its own, so that the loop's random state stays untouched
+    )
+    stream = iter(loader)
+    if workers:
+        atexit.register(_end_workers)
+    for _ in range(first_step, last_step):
+        yield [_next(stream) for _ in range(len(order) // len(order.steps))]
+
+
+def _ignore_signals(worker: int) -> None:
+    """A scheduler and Ctrl-C signal all processes of a job: workers must live until the loop has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the interpreter's exit, which asks its processes to end by SIGTERM and waits: these ignore it."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def _next(stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The next micro-batch; an InputError of a worker process without the traceback that it brings along."""
+    try:
+        return next(stream)
+    except InputError as e:
+        raise InputError(str(e).strip().splitlines()[-1].removeprefix("ldm3d.config.InputError: ")) from None
+
+
+def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Every case once, spread over the ranks: none twice, none left out. Ranks may differ in number."""
+    mine = range(rank(), len(dataset), world_size())
+    for i in range(0, len(mine), batch_size):
+        yield collate([dataset[index, index] for index in mine[i : i + batch_size]])

@@ -1,0 +1,88 @@
+"""The data of a run, opened."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import InputError
+from ..engine.distributed import print0
+from .cases import Case, find_cases, resolve_root, split_cases
+from .dataset import VolumeDataset
+from .inspection import CaseInfo, inspect_cases
+from .settings import DataConfig
+from .spec import DataSpec, make_spec
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened and checked data set. `cases` and what the scan found, `infos`, are by case id."""
+
+    config: DataConfig
+    seed: int
+    root: Path
+    cases: dict[str, Case]
+    infos: dict[str, CaseInfo]
+    split: dict[str, list[str]]
+    spec: DataSpec
+
+    def dataset(self, part: str, augment: bool = False, own_size: bool = False) -> VolumeDataset:
+        """The cases of "train", "val" or "test". augment: random patches and augmentation, as in training;
+        own_size: every case as large as it is."""
+        cases = [self.cases[name] for name in self.split[part]]
+        return VolumeDataset(cases, self.infos, self.spec, self.config, augment, self.seed, own_size)
+
+    @property
+    def folder(self) -> Path:
+        """What the paths in the table of cases start from."""
+        return (self.root / (self.config.table or "cases.csv")).parent
+
+    def files(self, part: str) -> list[str]:
+        """Paths of all files of a part."""
+        cases = [self.cases[name] for name in self.split[part]]
+        return [str(path) for c in cases for path in (c.image, c.mask, c.source) if path is not None]
+
+
+def check_numbering(data: Data) -> None:
+    """InputError if the masks, which a network shall learn, hold few of the labels that it would have: those
+    of 0 and 255 count as 256."""
+    found, num = sorted({k for info in data.infos.values() for k in info.labels}), data.spec.num_labels or 0
+    if not data.config.num_labels and 4 * len(found) < num:
+        listed = ",".join(map(str, found))
+        raise InputError(
+            f"data.label_values: the masks hold {len(found)} labels and count as {num}; give {listed}, or "
+            f"data.num_labels {num} if the others are meant"
+        )
+
+
+def open_data(
+    config: DataConfig,
+    preset: str,
+    seed: int,
+    split: dict[str, list[str]] | None = None,
+    multiple: tuple[int, ...] | None = None,
+) -> Data:
+    """Find, split and check the data of a run; any fault of the files is an InputError here, before training.
+
+    `split`: as stored by the run that is resumed, or by the autoencoder's run; cases it does not list are
+    left out.
+    """
+    root = resolve_root(config, preset)
+    cases = find_cases(config, root)
+    if split is None:
+        split = split_cases(cases, config, seed)
+    else:
+        listed = {name for part in split.values() for name in part}
+        gone = sorted(listed - {case.id for case in cases})
+        if gone:
+            raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")
+        if len(cases) > len(listed):
+            print0(
+                f"note: {len(cases) - len(listed)} cases of {root} are left out, the stored split lacks them"
+            )
+        cases = [case for case in cases if case.id in listed]
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    infos = inspect_cases(cases, config, Path(config.cache_dir) / f"scan-{digest}.json")
+    spec = make_spec(cases, infos, split, config, multiple)
+    return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)

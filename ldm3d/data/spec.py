@@ -1,0 +1,128 @@
+"""What a run keeps of its training data, and the way back from tensors to volumes."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .cases import Case
+from .inspection import CaseInfo
+from .settings import DataConfig
+from .transforms import centred, unscale
+from .volumes import Volume
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a checkpoint keeps of the training data: size, spacing, units and orientation of samples."""
+
+    dims: int
+    channels: int
+    source_channels: int  # 0: no such role
+    size: tuple[int, ...]  # voxels of whole cases and samples
+    spacing: tuple[float, ...]  # mm, median of the training cases
+    orientation: str | None  # axis codes that files are written in, the most frequent in training
+    scaling: str
+    low: tuple[float, ...]  # file's units that become -1 and 1, per channel: medians of the training cases
+    high: tuple[float, ...]
+    source_low: tuple[float, ...]
+    source_high: tuple[float, ...]
+    num_labels: int | None  # of the masks, background included; None: no such role
+    num_classes: int | None  # of the class column; None: no such column
+    reference: dict[str, float] | None = None  # scores of real cases, to compare samples with
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataSpec:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    @property
+    def clipped(self) -> bool:
+        """Do scaled intensities stay within [-1, 1]?"""
+        return self.scaling in ("percentile", "window")
+
+    def numbers(self, info: CaseInfo | None, role: str = "image") -> tuple[tuple[float, ...], ...]:
+        """(low, high) of a case, or of the training set if `info` is None or the scaling is by data set."""
+        owner = self if info is None or self.scaling == "dataset" else info
+        return (owner.low, owner.high) if role == "image" else (owner.source_low, owner.source_high)
+
+    def to_volume(self, x: Tensor) -> Volume:
+        """A sample x (C, *S), scaled, as a volume in the units of the training data, around the origin;
+        integer x is left as it is."""
+        affine = np.diag([*self.spacing, 1.0])
+        affine[:-1, -1] = [-(n - 1) / 2 * mm for n, mm in zip(x.shape[1:], self.spacing, strict=True)]
+        array = x.detach().cpu().numpy()
+        if x.is_floating_point():
+            array = unscale(array.astype(np.float32), *self.numbers(None), self.clipped)
+        return Volume(array, affine, self.orientation)
+
+
+def make_spec(
+    cases: list[Case],
+    infos: dict[str, CaseInfo],
+    split: dict[str, list[str]],
+    config: DataConfig,
+    multiple: tuple[int, ...] | None = None,
+) -> DataSpec:
+    """Sizes, medians and counts. The default size is the largest training shape, rounded up to `multiple`."""
+    train = [infos[name] for name in split["train"]]
+    largest = [max(info.shape[axis] for info in train) for axis in range(config.dims)]
+    rounded = tuple(-(-n // m) * m for n, m in zip(largest, multiple or (1,) * config.dims, strict=True))
+    labels = [label for case in cases if case.mask for label in infos[case.id].labels]
+    num_labels = config.num_labels or len(config.label_values) or max(labels, default=0) + 1
+    classes = [case.label for case in cases if case.label is not None]
+    low, high = _typical([info.low for info in train], [info.high for info in train], config.scaling)
+    source = ([info.source_low for info in train], [info.source_high for info in train])
+    source_low, source_high = _typical(*source, config.scaling)
+    return DataSpec(
+        dims=config.dims,
+        channels=len(low),
+        source_channels=len(source_low),
+        size=config.size or rounded,
+        spacing=tuple(statistics.median(info.spacing[axis] for info in train) for axis in range(config.dims)),
+        orientation=Counter(info.orientation for info in train).most_common(1)[0][0],
+        scaling=config.scaling,
+        low=low,
+        high=high,
+        source_low=source_low,
+        source_high=source_high,
+        num_labels=num_labels if any(case.mask for case in cases) else None,
+        num_classes=max(classes) + 1 if classes else None,
+    )
+
+
+def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Medians of the cases' numbers; or mean -+ std of all their voxels, each case with the same weight."""
+    a, b = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)  # (cases, C)
+    if scaling == "dataset":
+        means, stds = (a + b) / 2, (b - a) / 2
+        mean = means.mean(0)
+        std = np.sqrt((stds**2 + means**2).mean(0) - mean**2)
+        return tuple((mean - std).tolist()), tuple((mean + std).tolist())
+    return tuple(np.median(a, 0).tolist()), tuple(np.median(b, 0).tolist())
+
+
+def restore(
+    x: Tensor, spec: DataSpec, info: CaseInfo, start: tuple[int, ...] | None = None, role: str = "image"
+) -> Volume:
+    """A window x (C, *S) of a case -> a volume in the file's units, with the case's affine and orientation.
+
+    The window begins at the case's voxel `start` (an item's "start"; default: it is centred). What lies
+    outside the case is padding and is cropped. Intensities are un-scaled by the case's own numbers; integer x
+    is left as it is.
+    """
+    array = x.detach().cpu().numpy()
+    if x.is_floating_point():
+        array = unscale(array.astype(np.float32), *spec.numbers(info, role), spec.clipped)
+    start = tuple(map(int, centred(info.shape, array.shape[1:]) if start is None else start))
+    inside = [slice(max(0, -s), n - s) for n, s in zip(info.shape, start, strict=True)]
+    affine = np.array(info.affine)
+    affine[:-1, -1] += affine[:-1, :-1] @ np.maximum(start, 0)
+    return Volume(np.ascontiguousarray(array[(slice(None), *inside)]), affine, info.orientation)
