@@ -61,7 +61,7 @@ from ldm3d.evaluation.statistics import new_folder
 from ldm3d.guidance import branch_weights
 from ldm3d.inference.sampling_request import Request, RequestConfig, guidance_of, read_request
 from ldm3d.inference.segmentation import SegmentConfig, file_labels, overlay, segment_files
-from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder, new_like
+from ldm3d.latent_diffusion import LatentDiffusion, load_autoencoder
 from ldm3d.metrics import psnr, set_statistics, ssim
 
 # --- Config -------------------------------------------------------------------------------------------------
@@ -352,14 +352,11 @@ def plan(config: Config, run: Path) -> None:
     def make_denoiser() -> torch.nn.Module:
         return Denoiser(*model.denoiser.arguments)
 
-    def make_autoencoder() -> torch.nn.Module:
-        return new_like(model.autoencoder)
-
     plan = Plan(config.plan, config.amp, config.device)
     steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)
     latent = model.latent_shape[1:]
     plan.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
-    plan.inference("decoding", make_autoencoder, decode, 1, model.spec.size, steps[1], both)
+    plan.inference("decoding", model.autoencoder.fresh_copy, decode, 1, model.spec.size, steps[1], both)
     plan.tell()
 
 

@@ -66,11 +66,9 @@ from ldm3d.engine.training import (
 )
 from ldm3d.inference.segmentation import overlay
 from ldm3d.latent_diffusion import (
-    Autoencoder,
     LatentDiffusion,
     copy_autoencoder,
     load_autoencoder,
-    new_like,
 )
 from ldm3d.latents import (
     LatentDataset,
@@ -83,6 +81,7 @@ from ldm3d.latents import (
 from ldm3d.metrics import dice, set_statistics
 from ldm3d.registers import AnatomyConfig, anatomy_weight
 from ldm3d.unet import UNetConfig
+from ldm3d.vae import Autoencoder
 
 # --- Config and presets -------------------------------------------------------------------------------------
 
@@ -415,16 +414,14 @@ def plan(config: Config) -> None:
         out = net(z, torch.zeros(batch), labels=torch.zeros(batch, *volume, dtype=torch.int64))
         return (kernel.loss_of(out.pred, z, t, noise) + out.head + out.binding).mean()
 
-    def make_autoencoder() -> Autoencoder:
-        return new_like(autoencoder)
-
     plan = Plan(config.plan, config.run.amp, config.run.device)
     rounds, beside = -(-config.batch_size // micro), weight_bytes(autoencoder)
     plan.training(
         "training, latents", make, loss, micro, latent, max(config.unet.downsampling), rounds, beside
     )
-    plan.inference("encoding", make_autoencoder, encode, 1, whole, step)
-    plan.inference("decoding", make_autoencoder, decode, 1, whole, step, beside=4 * weight_bytes(make()))
+    plan.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step)
+    beside = 4 * weight_bytes(make())
+    plan.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside)
     plan.tell()
 
 

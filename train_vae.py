@@ -63,7 +63,6 @@ from ldm3d.engine.training import (
     reseed,
     to_device,
 )
-from ldm3d.latent_diffusion import Autoencoder, make_autoencoder
 from ldm3d.losses import (
     AdversarialKind,
     PerceptualConfig,
@@ -80,8 +79,8 @@ from ldm3d.losses import (
     reconstruction_loss,
 )
 from ldm3d.metrics import ms_ssim, psnr, ssim
-from ldm3d.vae import Posterior, VAEConfig
-from ldm3d.vqvae import Quantized, QuantizerConfig, quantizer_loss
+from ldm3d.vae import Autoencoder, Posterior, VAEConfig
+from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_loss
 
 # --- Config and presets -------------------------------------------------------------------------------------
 

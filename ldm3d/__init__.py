@@ -18,7 +18,7 @@ from .inference.segmentation import load_segmenter
 from .latent_diffusion import LatentDiffusion
 from .registers import AnatomyConfig
 from .unet import UNet, UNetConfig
-from .vae import AutoencoderKL, VAEConfig
+from .vae import Autoencoder, AutoencoderKL, VAEConfig
 from .vqvae import VQVAE, QuantizerConfig
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "CDAL",
     "VQVAE",
     "AnatomyConfig",
+    "Autoencoder",
     "AutoencoderKL",
     "CDALConfig",
     "Condition",

@@ -43,22 +43,10 @@ from .engine.checkpoint import load_run, load_weights, save
 from .engine.distributed import is_main, keyed_generator
 from .engine.training import autocast
 from .guidance import Guidance, guided
-from .latents import Autoencoder
 from .registers import AnatomyConfig
 from .unet import UNetConfig
-from .vae import AutoencoderKL, VAEConfig
-from .vqvae import VQVAE, QuantizerConfig
-
-
-def make_autoencoder(kind: str, vae: VAEConfig, quantizer: QuantizerConfig) -> Autoencoder:
-    """A new autoencoder: "kl", or "vq" with the same trunks and a codebook."""
-    return VQVAE(vae, quantizer) if kind == "vq" else AutoencoderKL(vae)
-
-
-def new_like(autoencoder: Autoencoder) -> Autoencoder:
-    """Another autoencoder with the same settings and fresh weights."""
-    quantizer = (autoencoder.quantizer.config,) if isinstance(autoencoder, VQVAE) else ()
-    return type(autoencoder)(autoencoder.config, *quantizer)
+from .vae import Autoencoder, VAEConfig
+from .vqvae import QuantizerConfig, make_autoencoder
 
 
 def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:

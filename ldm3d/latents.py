@@ -26,10 +26,7 @@ from .data import Case, DataConfig, DataSpec, VolumeDataset, collate
 from .engine.distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
 from .engine.logger import progress
 from .engine.training import autocast, to_device
-from .vae import AutoencoderKL
-from .vqvae import VQVAE
-
-Autoencoder = AutoencoderKL | VQVAE
+from .vae import Autoencoder
 
 
 def cache_key(autoencoder: Autoencoder, data: DataConfig, spec: DataSpec, files: list[str]) -> str:

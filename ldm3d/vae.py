@@ -85,6 +85,11 @@ class Posterior:
         mean, raw = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
         return cls(mean, raw + (raw.clamp(-30.0, 20.0) - raw).detach())
 
+    @classmethod
+    def point(cls, mean: Tensor) -> Posterior:
+        """All mass at `mean`: a Gaussian of variance exp(-inf) = 0, for encoders without noise."""
+        return cls(mean, torch.full_like(mean, -math.inf))
+
     @property
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
@@ -97,58 +102,85 @@ class Posterior:
         return self.mean
 
 
-class AutoencoderKL(nn.Module):
-    """Encoder, 1x1 `quant_conv` to (mean, logvar), 1x1 `post_quant_conv`, decoder; the posterior is fp32."""
+class Autoencoder(nn.Module):
+    """What every autoencoder is made of: encoder, `quant_conv`, `post_quant_conv`, decoder; any image size.
+
+    A subclass builds the parts, in the order in which checkpoints and optimizers keep their parameters, and
+    says in `posterior` how the encoder's output becomes a distribution of latents.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config = c = config
-        shared = trunk_options(c)
-        width = c.latent_channels * (1 + c.double_z)
-        self.encoder = Encoder(c.dims, c.in_channels, width, **shared, down_pad=c.down_pad)
-        self.quant_conv = Conv(c.dims, width, 2 * c.latent_channels, kernel=1)
+        self.config = config
+
+    def build_encoder(self, width: int, num_moments: int) -> None:
+        """Encoder that ends in `width` channels, then the 1x1 `quant_conv` to `num_moments` channels."""
+        c = self.config
+        self.encoder = Encoder(c.dims, c.in_channels, width, **trunk_options(c), down_pad=c.down_pad)
+        self.quant_conv = Conv(c.dims, width, num_moments, kernel=1)
+
+    def build_decoder(self) -> None:
+        """The 1x1 `post_quant_conv`, then the decoder."""
+        c = self.config
         self.post_quant_conv = Conv(c.dims, c.latent_channels, c.latent_channels, kernel=1)
         self.decoder = Decoder(
             c.dims,
             c.latent_channels,
             c.in_channels,
-            **shared,
+            **trunk_options(c),
             upsample=c.upsample,
             extra_up_block=c.extra_up_block,
         )
 
+    def fresh_copy(self) -> Autoencoder:
+        """Another autoencoder with the same settings and newly initialised weights."""
+        return type(self)(self.config)
+
     @property
     def downsampling(self) -> tuple[int, ...]:
-        """Total factor per axis between image and latent."""
+        """Image voxels per latent voxel along each axis."""
         return self.config.downsampling
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """(C_z, *s) of images of `size` voxels."""
-        return (
-            self.config.latent_channels,
-            *(-(-n // f) for n, f in zip(size, self.downsampling, strict=True)),
-        )
+        """(C_z, *s), the shape of the latent of one image of `size` voxels."""
+        latent_size = (math.ceil(n / f) for n, f in zip(size, self.downsampling, strict=True))
+        return (self.config.latent_channels, *latent_size)
+
+    def posterior(self, moments: Tensor) -> Posterior:
+        """The distribution of latents that the output of `quant_conv` stands for."""
+        raise NotImplementedError
 
     def encode(self, x: Tensor) -> Posterior:
-        """x (B, C, *S), any size -> posterior of z (B, C_z, *latent_shape(S)[1:])."""
+        """Image x (B, C, *S) of any size -> posterior of its latent, (B, C_z, *s)."""
         self._check(x, self.config.in_channels, "image")
-        x = pad_to_multiple(x, self.downsampling)
-        return Posterior.from_moments(self.quant_conv(self.encoder(x)))
+        return self.posterior(self.quant_conv(self.encoder(pad_to_multiple(x, self.downsampling))))
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """z (B, C_z, *s) -> (B, C, *(s * downsampling)), cropped to `size` if given."""
+        """Latent z (B, C_z, *s) -> image (B, C, *(s * downsampling)), cropped to `size` where given."""
         self._check(z, self.config.latent_channels, "latent")
         x = self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
         return x if size is None else crop_to(x, size)
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
-        """(recon, posterior) with recon = decode(mean + std * noise); without noise, decode(mean)."""
-        posterior = self.encode(x)
-        z = posterior.mode() if noise is None else posterior.sample(noise)
-        return self.decode(z, x.shape[2:]), posterior
 
     def _check(self, x: Tensor, channels: int, what: str) -> None:
         if x.ndim != self.config.dims + 2 or x.shape[1] != channels:
             raise InputError(
                 f"{what}: expected (B, {channels}, {self.config.dims} axes), got shape {tuple(x.shape)}"
             )
+
+
+class AutoencoderKL(Autoencoder):
+    """The autoencoder whose posterior is a Gaussian, kept near N(0, 1) by the KL term of its loss."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__(config)
+        self.build_encoder(config.latent_channels * (1 + config.double_z), 2 * config.latent_channels)
+        self.build_decoder()
+
+    def posterior(self, moments: Tensor) -> Posterior:
+        return Posterior.from_moments(moments)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
+        """(recon, posterior) with recon = decode(mean + std * noise); without noise, decode(mean)."""
+        posterior = self.encode(x)
+        z = posterior.mode() if noise is None else posterior.sample(noise)
+        return self.decode(z, x.shape[2:]), posterior

@@ -25,18 +25,17 @@ al. 2020, arXiv 2005.00341, sec. 3.1. [4] Rombach et al. 2022, arXiv 2112.10752,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Conv, Decoder, Encoder, crop_to, pad_to_multiple, trunk_options
 from .config import InputError, at_least
 from .engine.distributed import all_reduce_sum, rank, world_size
+from .vae import Autoencoder, AutoencoderKL, Posterior, VAEConfig
 
 CHUNK = 2**23  # entries of the largest table of distances at a time: 32 MiB
 
@@ -102,28 +101,6 @@ class Quantized(NamedTuple):
     indices: Tensor  # (B, *s) int64
     codebook_loss: Tensor  # (B,) |sg(z) - e|^2; zeros where the codes are running means
     commitment_loss: Tensor  # (B,) |z - sg(e)|^2
-
-
-@dataclass(frozen=True)
-class PointPosterior:
-    """The posterior of an encoder without noise, with the interface of vae.Posterior: all mass at `mean`."""
-
-    mean: Tensor  # (B, C_z, *s)
-
-    @property
-    def logvar(self) -> Tensor:
-        """-inf everywhere: exp gives a variance of exactly 0."""
-        return torch.full_like(self.mean, -math.inf)
-
-    @property
-    def std(self) -> Tensor:
-        return torch.zeros_like(self.mean)
-
-    def sample(self, noise: Tensor) -> Tensor:
-        return self.mean
-
-    def mode(self) -> Tensor:
-        return self.mean
 
 
 @dataclass(frozen=True)
@@ -225,64 +202,39 @@ class VectorQuantizer(nn.Module):
         return num
 
 
-class VQVAE(nn.Module):
-    """Encoder, 1x1 `quant_conv`, quantiser, 1x1 `post_quant_conv`, decoder; to be used like AutoencoderKL.
+class VQVAE(Autoencoder):
+    """The autoencoder whose decoder sees codes only; it is used like AutoencoderKL.
 
-    config: a vae.VAEConfig, since the trunks are the same (its double_z does not apply).
+    The setting `double_z` does not apply: there is no variance to predict.
     """
 
-    def __init__(self, config: Any, quantizer: QuantizerConfig):
-        super().__init__()
-        self.config = c = config
-        shared = trunk_options(c)
-        self.encoder = Encoder(c.dims, c.in_channels, c.latent_channels, **shared, down_pad=c.down_pad)
-        self.quant_conv = Conv(c.dims, c.latent_channels, c.latent_channels, kernel=1)
-        self.quantizer = VectorQuantizer(quantizer, c.latent_channels)
-        self.post_quant_conv = Conv(c.dims, c.latent_channels, c.latent_channels, kernel=1)
-        self.decoder = Decoder(
-            c.dims,
-            c.latent_channels,
-            c.in_channels,
-            **shared,
-            upsample=c.upsample,
-            extra_up_block=c.extra_up_block,
-        )
+    def __init__(self, config: VAEConfig, quantizer: QuantizerConfig):
+        super().__init__(config)
+        self.build_encoder(config.latent_channels, config.latent_channels)
+        self.quantizer = VectorQuantizer(quantizer, config.latent_channels)
+        self.build_decoder()
 
-    @property
-    def downsampling(self) -> tuple[int, ...]:
-        """Total factor per axis between image and latent."""
-        return self.config.downsampling
+    def fresh_copy(self) -> VQVAE:
+        return VQVAE(self.config, self.quantizer.config)
 
-    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """(C_z, *s) of images of `size` voxels."""
-        shape = (-(-n // f) for n, f in zip(size, self.downsampling, strict=True))
-        return (self.config.latent_channels, *shape)
-
-    def encode(self, x: Tensor) -> PointPosterior:
-        """x (B, C, *S), any size -> the latent before quantisation, (B, C_z, *latent_shape(S)[1:]) fp32."""
-        self._check(x, self.config.in_channels, "image")
-        z = self.quant_conv(self.encoder(pad_to_multiple(x, self.downsampling)))
-        return PointPosterior(z.to(self.quantizer.codebook.dtype))
+    def posterior(self, moments: Tensor) -> Posterior:
+        """The latent before quantisation, as a distribution without width."""
+        return Posterior.point(moments.to(self.quantizer.codebook.dtype))
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Quantise z (B, C_z, *s), then decode to (B, C, *(s * downsampling)), cropped to `size` if given."""
+        """Quantise z (B, C_z, *s), then decode to (B, C, *(s * downsampling)), cropped to `size` if any."""
         self._check(z, self.config.latent_channels, "latent")
-        return self._decode_codes(self.quantizer.quantise(z)[0], size)
+        return super().decode(self.quantizer.quantise(z)[0], size)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
-        """(recon, what the quantiser gives): all that the loss and `quantizer.update` need.
+        """(recon, quantized): all that the loss and `quantizer.update` need.
 
-        The noise of AutoencoderKL.forward is taken and not used: there is no posterior to draw from.
+        `noise` is not used, for the posterior has no width; the argument is that of AutoencoderKL.forward.
         """
         quantized = self.quantizer(self.encode(x).mean)
-        return self._decode_codes(quantized.z_q, x.shape[2:]), quantized
+        return super().decode(quantized.z_q, x.shape[2:]), quantized
 
-    def _decode_codes(self, z_q: Tensor, size: Sequence[int] | None) -> Tensor:
-        x = self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
-        return x if size is None else crop_to(x, size)
 
-    def _check(self, x: Tensor, channels: int, what: str) -> None:
-        if x.ndim != self.config.dims + 2 or x.shape[1] != channels:
-            raise InputError(
-                f"{what}: expected (B, {channels}, {self.config.dims} axes), got shape {tuple(x.shape)}"
-            )
+def make_autoencoder(kind: str, vae: VAEConfig, quantizer: QuantizerConfig) -> Autoencoder:
+    """A new autoencoder of the kind "kl" or "vq"; `quantizer` matters to "vq" alone."""
+    return VQVAE(vae, quantizer) if kind == "vq" else AutoencoderKL(vae)

@@ -44,8 +44,9 @@ from ..engine.distributed import gather, is_main, print0, rank, setup, world_siz
 from ..engine.logger import new_figure, progress, save_figure
 from ..engine.training import autocast
 from ..evaluation.statistics import new_folder, write_report
-from ..latent_diffusion import Autoencoder, load_autoencoder
+from ..latent_diffusion import load_autoencoder
 from ..latents import cache_key
+from ..vae import Autoencoder
 from .pages import embed, escape, page, png, slices_picture, write_page
 from .projections import distances, inner_products, pca, place_new, to_centre
 
