@@ -75,6 +75,7 @@ class Conv(nn.Module):
         padding = kernel // 2 if padding is None else padding
         self.padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
         self.pointwise = kernel == 1 and max(self.stride) == 1
+        self.keeps_size = max(self.stride) == 1 and {2 * p + 1 for p in self.padding} == {kernel}
         self.convolve = F.conv2d if dims == 2 else F.conv3d
         if zero_init:
             nn.init.zeros_(self.weight)
@@ -235,7 +236,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tensor:
-    """conv([silu](norm(x))), the kernel being 3, by the way that costs the least time and memory.
+    """conv([silu](norm(x))) by the way that costs the least time and memory.
 
     In training only a large `x` is kept: norm and SiLU are cheap, so backward computes them again. The
     checkpoint stops as soon as all saved tensors exist again, which is before the convolution. Compile does
@@ -245,27 +246,29 @@ def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tens
         if torch.compiler.is_compiling() or x.numel() < RECOMPUTE_FROM:
             return conv(norm(x, silu))
         return checkpoint(lambda y: conv(norm(y, silu)), x, use_reentrant=False, preserve_rng_state=False)
-    if is_channels_last(x) and x.numel() > SLAB:
+    if is_channels_last(x) and x.numel() > SLAB and conv.keeps_size:
         return norm_conv_in_slabs(norm, conv, x, silu)
     return conv(norm(x, silu))
 
 
 def norm_conv_in_slabs(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool) -> Tensor:
-    """`norm_conv` of a channels-last tensor without gradient, some planes at a time, with true statistics.
+    """`norm_conv` of a channels-last tensor without gradient, some planes at a time.
 
-    Exact: a slab has one more plane on either side. The normalised planes never leave the cache, and no
-    memory beyond the result is taken.
+    The result is exact: mean and std are those of the whole tensor, and every slab has as many planes more on
+    either side as the kernel reaches. The normalised planes of a slab stay in the cache, and no memory beyond
+    the result is taken. `conv` must keep the size (stride 1, half the kernel as padding).
     """
     mean, rstd = row_statistics(x, norm.num_groups, norm.eps)
     scale, shift = norm.weight * rstd, norm.bias - norm.weight * mean * rstd  # (B, 1, 1, C)
-    rows, depth = rows_of(x), x.shape[2]  # (B, S_1, n, C)
+    rows, depth, reach = rows_of(x), x.shape[2], conv.padding[0]  # rows (B, S_1, n, C)
     step = max(1, SLAB // rows[:, 0].numel())
     out: Tensor | None = None
     for start in range(0, depth, step):
         stop = min(start + step, depth)
-        y = torch.addcmul(shift, rows[:, max(start - 1, 0) : stop + 1].to(scale.dtype), scale)
+        y = torch.addcmul(shift, rows[:, max(start - reach, 0) : stop + reach].to(scale.dtype), scale)
         y = (F.silu(y, inplace=True) if silu else y).to(x.dtype)
-        ends = (int(start == 0), int(stop == depth))  # planes of zeros, the convolution's own padding
+        # Planes of zeros beyond the first and the last plane: the convolution's own padding
+        ends = max(reach - start, 0), max(stop + reach - depth, 0)
         y = F.pad(y, (0, 0, 0, 0, *ends)) if any(ends) else y
         part = conv(y.unflatten(2, x.shape[3:]).movedim(-1, 1), padding=(0, *conv.padding[1:]))
         if out is None:

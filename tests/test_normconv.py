@@ -204,13 +204,23 @@ def test_recomputation_stops_before_the_convolution(monkeypatch):
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("depth", [1, 4, 5, 11])
-@pytest.mark.parametrize("silu", [True, False])
-def test_slabs_give_the_result_of_the_whole(dims, depth, silu, monkeypatch):
-    norm, conv = trained_norm(6, 3), Conv(dims, 6, 4)
+@pytest.mark.parametrize(("kernel", "silu"), [(3, True), (3, False), (1, True), (5, True)])
+def test_slabs_give_the_result_of_the_whole_for_every_kernel(dims, depth, kernel, silu, monkeypatch):
+    norm, conv = trained_norm(6, 3), Conv(dims, 6, 4, kernel)
     x = image(2, 6, depth, 5, *((3,) if dims == 3 else ()))
-    monkeypatch.setattr(normconv, "SLAB", 4 * x[:, :, 0].numel())  # four planes
     plain = F.group_norm(x, 3, norm.weight, norm.bias, 1e-6)
+    for planes in (4, 1):  # a slab of one plane is thinner than what a kernel of 5 reaches
+        monkeypatch.setattr(normconv, "SLAB", planes * x[:, :, 0].numel())
+        with torch.no_grad():
+            out = norm_conv_in_slabs(norm, conv, channels_last(x), silu)
+            close(out, conv(F.silu(plain) if silu else plain))
+            close(norm_conv(norm, conv, channels_last(x), silu), out)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_a_large_map_without_gradient_goes_through_every_convolution(kernel, stride):
+    norm, conv = trained_norm(64, 32), Conv(3, 64, 2, kernel, stride)
+    x = image(2, 64, 32, 32, 32)
+    assert x.numel() > normconv.SLAB
     with torch.no_grad():
-        out = norm_conv_in_slabs(norm, conv, channels_last(x), silu)
-        close(out, conv(F.silu(plain) if silu else plain))
-        close(norm_conv(norm, conv, channels_last(x), silu), out)
+        close(norm_conv(norm, conv, channels_last(x)), conv(F.silu(norm(x))))
