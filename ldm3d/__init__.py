@@ -1,4 +1,27 @@
-"""ldm3d: latent diffusion for 3-D and 2-D medical images in pure PyTorch."""
+"""ldm3d: latent diffusion for 3-D and 2-D medical images in pure PyTorch.
+
+An autoencoder makes an image small, a diffusion model learns to generate such small images (latents), and the
+decoder makes images of them. The modules that do this lie flat in this folder; what serves them lies in the
+folders. README.md beside this file gives the order in which to read them.
+
+    blocks, normconv                          what the networks are made of
+    vae, vqvae, discriminators, losses        stage one: image <-> latent
+    metrics                                   PSNR, SSIM and others, of batches
+    diffusion_kernel, unet, denoiser          stage two: noise -> latent
+    conditions, conditioner, guidance         what a sample shall show, and how strongly
+    registers                                 learned tokens that stand for labels of a mask
+    latents, latent_diffusion                 the cache of latents; both stages as one model
+    cdal                                      segmentation by diffusion
+    config                                    settings: dataclass <-> JSON <-> command line
+
+    data/         files to batches
+    engine/       how training runs: processes, checkpoints, logs, the run folder
+    inference/    what a trained run is used for: conditional samples, editing, segmentation
+    evaluation/   figures of quality                     python -m ldm3d.evaluation
+    reports/      pages and maps that show a run         python -m ldm3d.reports
+
+The names below are the ones to import; everything else is found in its module.
+"""
 
 from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from .conditions import Condition, ConditionConfig
