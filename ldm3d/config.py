@@ -89,6 +89,15 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
         raise InputError(f"{where}.{e}" if where and not str(e).startswith(where) else str(e)) from None
 
 
+def upgraded(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of a file with the keys of today, by the `upgrade` of every class that has one."""
+    if hasattr(cls, "upgrade"):
+        values = cls.upgrade(dict(values))
+    kinds = {name: kind for name, kind in field_types(cls).items() if dataclasses.is_dataclass(kind)}
+    inside = {k: v for k, v in values.items() if k in kinds and isinstance(v, dict)}
+    return values | {name: upgraded(kinds[name], value) for name, value in inside.items()}
+
+
 def replace(config: C, changes: dict[str, Any]) -> C:
     """A copy with ``{"dotted.key": value}`` applied; values are checked against the types of the fields."""
     nested = to_dict(config)
@@ -315,7 +324,7 @@ def parse(
     if name in presets:
         chosen = {**presets[name], "preset": name}
     elif name.endswith(".json"):
-        chosen = {"preset": Path(name).stem} | leaves(read_json(name))
+        chosen = {"preset": Path(name).stem} | leaves(upgraded(cls, read_json(name)))
         chosen.pop("kind", None)  # a run's config.json records whose it is
     else:
         near = difflib.get_close_matches(name, presets, n=1)

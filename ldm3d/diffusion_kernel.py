@@ -7,10 +7,10 @@ Process. Everything follows from one line; noise is a standard Gaussian, and t r
     alphas_cumprod = cumprod(1 - betas); betas linear (Ho, section 4), scaled_linear (so in sqrt(betas)) or
     cosine (Nichol (17)); zero_terminal_snr shifts and scales alpha_t: last 0, first kept (Lin, Algorithm 1).
 Prediction. The network's target is c noise + d x_start, where (c, d) is
-    eps (1, 0) Ho (14), x_start (0, 1), v (alpha_t, -sigma_t) Salimans (app. D), flow (1, -1) Liu (1).
+    eps (1, 0) Ho (14), x_start (0, 1), v (alpha_t, -sigma_t) Salimans (app. D), velocity (1, -1) Liu (1).
     Target and x_t are two equations in x_start and noise; by Cramer's rule, with det = c alpha_t - d sigma_t,
     x_start = (c x_t - sigma_t pred) / det        noise = (alpha_t pred - d x_t) / det
-    det is alpha_t for eps (so eps cannot start at zero SNR), 1 for v in VP and for flow in its own process.
+    det is alpha_t for eps (so eps cannot start at zero SNR), 1 for v in VP and for velocity in flow.
 Weight. min-SNR-gamma is min(snr, gamma) on the squared error of x_start, snr = alpha_t^2 / sigma_t^2; hence
     min(snr, gamma) / snr on that of eps, min(snr, gamma) / (snr + 1) on that of v       Hang (section 3.4)
     At zero SNR, where x_t says nothing about x_start, it is 0.
@@ -21,8 +21,8 @@ Samplers go from t to the next visited time r < t, and end with r = clean (alpha
     ddim   x_r = alpha_r x_start + sqrt(sigma_r^2 - s^2) eps + s fresh noise, s = eta * ddpm's std  Song (12)
     dpmpp  DPM-Solver++(2M). Lu's Algorithm 2, written out, is the ddim step at eta 0 from an x_start that the
            line through its last two estimates gives for the middle of the interval in log(alpha / sigma)
-    euler, heun, ab2: x_r = x_t + (r - t) slope; slope is the flow at t; its mean with the flow at the end of
-           an Euler step; or the flow extrapolated to the middle of the interval as in dpmpp (Adams-Bashforth)
+    euler, heun, ab2: x_r = x_t + (r - t) slope; slope is the velocity at t; its mean with the velocity at the
+           end of an Euler step; or the velocity extrapolated to the middle of the interval (Adams-Bashforth)
 Left out: learned variances, continuous-time VP, stochastic samplers of flow.
 
 Ho 2020 arXiv:2006.11239; Song 2021 (DDIM) 2010.02502; Nichol & Dhariwal 2021 2102.09672; Salimans & Ho 2022
@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,16 +42,21 @@ from tqdm import tqdm
 
 from .config import InputError
 
-Prediction = Literal["eps", "x_start", "v", "flow"]
+Process = Literal["vp", "flow"]
+Prediction = Literal["eps", "x_start", "v", "velocity"]
 Coefficient = float | Tensor  # a tensor broadcasts against the samples
 Past = tuple[Tensor, float] | None  # a sampler's previous estimate, and the length of its interval
+PREDICTIONS = {"vp": ("eps", "x_start", "v"), "flow": ("velocity", "x_start", "v")}
 SAMPLERS = {"vp": ("ddpm", "ddim", "dpmpp"), "flow": ("euler", "heun", "ab2")}
 
 
 @dataclass(frozen=True)
 class KernelConfig:
     num_timesteps: int = 1000  # T of a VP process; for flow the scale of the time that the network receives
-    prediction: Prediction = "flow"  # what the network outputs; "flow" selects rectified flow, the others VP
+    process: Process = "flow"  # how noise is added: on a straight line (rectified flow), or VP as in DDPM
+    prediction: Prediction = (
+        "velocity"  # what the network outputs: VP eps, x_start, v; flow velocity, x_start, v
+    )
     schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"  # VP: noise schedule
     beta_start: float = 0.0015  # VP: first beta of linear and scaled_linear
     beta_end: float = 0.0195  # VP: last beta of linear and scaled_linear
@@ -64,21 +69,37 @@ class KernelConfig:
     logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
     flow_shift: float | None = None  # flow: shift of t towards noise (none: from the latent's size; 1: off)
 
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Settings of the time when the prediction implied the process: "flow" the flow, the others VP."""
+        if "prediction" in values and "process" not in values:
+            values["process"] = "flow" if values["prediction"] in ("flow", "velocity") else "vp"
+        if values.get("prediction") == "flow":
+            values["prediction"] = "velocity"
+        return values
+
     def __post_init__(self) -> None:
-        flow, eps = self.prediction == "flow", self.prediction == "eps"
+        flow, eps = self.process == "flow", self.prediction == "eps"
+        if self.prediction not in PREDICTIONS[self.process]:
+            *some, last = PREDICTIONS[self.process]
+            other = "vp" if flow else "flow"
+            raise InputError(
+                f"prediction: got {self.prediction}, expected {', '.join(some)} or {last} with process "
+                f"{self.process}; {self.prediction} goes with process {other} (--kernel.process {other})"
+            )
         ordered = 0 < self.beta_start <= self.beta_end < 1
         for name, right, expected in (
             ("num_timesteps", self.num_timesteps >= 2, "2 or more"),
             ("beta_start", ordered, f"0 < beta_start <= beta_end < 1, where beta_end is {self.beta_end}"),
-            ("zero_terminal_snr", not (self.zero_terminal_snr and flow), "false with prediction flow"),
+            ("zero_terminal_snr", not (self.zero_terminal_snr and flow), "false with process flow"),
             ("zero_terminal_snr", not (self.zero_terminal_snr and eps), "false, or prediction v or x_start"),
-            ("clip_x_start", self.clip_x_start is None or not flow, "none with prediction flow"),
+            ("clip_x_start", self.clip_x_start is None or not flow, "none with process flow"),
             ("clip_x_start", self.clip_x_start is None or self.clip_x_start > 0, "none or above 0"),
-            ("min_snr_gamma", self.min_snr_gamma is None or not flow, "none with prediction flow"),
+            ("min_snr_gamma", self.min_snr_gamma is None or not flow, "none with process flow"),
             ("min_snr_gamma", self.min_snr_gamma is None or self.min_snr_gamma > 0, "none or above 0"),
-            ("t_distribution", self.t_distribution == "uniform" or flow, "uniform unless prediction is flow"),
+            ("t_distribution", self.t_distribution == "uniform" or flow, "uniform with process vp"),
             ("logit_std", self.logit_std > 0, "above 0"),
-            ("flow_shift", self.flow_shift is None or flow, "none unless prediction is flow"),
+            ("flow_shift", self.flow_shift is None or flow, "none with process vp"),
             ("flow_shift", self.flow_shift is None or self.flow_shift >= 1, "none, or 1 or more"),
         ):
             if not right:
@@ -126,7 +147,7 @@ def solve_prediction(
     """(x_start, noise) that agree with x_t and with the network's output."""
     if kind == "x_start":  # c = 0: the determinant -sigma cancels
         return pred, (x_t - alpha * pred) / sigma
-    c, d = {"eps": (1, 0), "v": (alpha, -sigma), "flow": (1, -1)}[kind]
+    c, d = {"eps": (1, 0), "v": (alpha, -sigma), "velocity": (1, -1)}[kind]
     det = c * alpha - d * sigma
     return (c * x_t - sigma * pred) / det, (alpha * pred - d * x_t) / det
 
@@ -171,7 +192,7 @@ class DiffusionKernel:
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
-        self.process = "flow" if config.prediction == "flow" else "vp"
+        self.process = config.process
         self.num_timesteps = config.num_timesteps
         self.betas = make_betas(config)
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
@@ -204,9 +225,7 @@ class DiffusionKernel:
         """InputError unless the sampler belongs to this process, and eta to the sampler."""
         if sampler not in SAMPLERS[self.process]:
             known = ", ".join(SAMPLERS[self.process])
-            raise InputError(
-                f"sampler: got {sampler}, expected one of {known} for prediction {self.config.prediction}"
-            )
+            raise InputError(f"sampler: got {sampler}, expected one of {known} for process {self.process}")
         if not 0 <= eta <= 1 or (eta > 0 and sampler != "ddim"):
             raise InputError(f"eta: got {eta} with sampler {sampler}, expected 0 to 1 with ddim, else 0")
 
@@ -243,7 +262,8 @@ class DiffusionKernel:
 
     def num_network_calls(self, sampler: str, steps: int | Sequence[float]) -> int:
         """Calls of the network in `sample`: two a step for heun; dpmpp may visit fewer times than steps."""
-        return len(self.sampling_times(sampler, steps, size=(1,))) * (2 if sampler == "heun" else 1)
+        num = len(self.sampling_times(sampler, steps, size=(1,)))
+        return num if sampler != "heun" else 2 * num - (self.config.prediction == "x_start")
 
     # Noising and training
 
@@ -270,7 +290,7 @@ class DiffusionKernel:
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of x at t_prev < t (default t - 1; -1 is clean), given x_start and x_t. VP."""
         if self.process == "flow":
-            raise InputError("q_posterior: needs a VP process, prediction eps, x_start or v, got flow")
+            raise InputError("q_posterior: needs process vp, got flow")
         cumprod = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod])  # clean first
         t_prev = t - 1 if t_prev is None else t_prev
         coefs = posterior_coefficients(cumprod[t.cpu() + 1], cumprod[t_prev.cpu() + 1])
@@ -337,14 +357,21 @@ class DiffusionKernel:
             time = self.to_network_time(torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
             return model(x_t, time, **model_kwargs).to(x_t.dtype)
 
+        def velocity(x_t: Tensor, t: float) -> Tensor:
+            pred, kind = predict(x_t, t), self.config.prediction
+            if kind == "velocity":
+                return pred
+            x_start, eps = solve_prediction(kind, pred, x_t, 1 - t, t)
+            return make_prediction("velocity", x_start, eps, 1 - t, t)
+
         eta = 1.0 if sampler == "ddpm" else eta
         x_t, past = noise.to(_precision(noise)), None
         intervals = list(pairwise([*times, 0.0 if self.process == "flow" else -1]))
         for t, t_next in tqdm(intervals, desc=sampler, leave=False, disable=None if progress else True):
-            pred = predict(x_t, t)
             if self.process == "flow":
-                x_t, past = self._flow_step(sampler, x_t, pred, t, t_next, past, predict)
+                x_t, past = self._flow_step(sampler, x_t, t, t_next, past, velocity)
             else:
+                pred = predict(x_t, t)
                 x_t, std, past = self._vp_step(sampler, x_t, pred, t, t_next, past, eta)
                 if std > 0:
                     x_t = x_t + std * draw(x_t.shape).to(x_t)
@@ -354,19 +381,20 @@ class DiffusionKernel:
         self,
         sampler: str,
         x_t: Tensor,
-        flow: Tensor,
         t: float,
         t_next: float,
         past: Past,
-        predict: Callable[[Tensor, float], Tensor],
+        velocity: Callable[[Tensor, float], Tensor],
     ) -> tuple[Tensor, Past]:
         """(x at t_next, past of the next step)."""
-        dt = t_next - t
-        if sampler == "heun":
-            slope = (flow + predict(x_t + dt * flow, t_next)) / 2
-        else:
-            slope = extrapolate(flow, past, dt) if sampler == "ab2" else flow
-        return x_t + dt * slope, (flow, dt)
+        dt, slope = t_next - t, velocity(x_t, t)
+        now = slope, dt
+        # At t = 0, x_start is x_t whatever the noise: a network that predicts x_start knows no velocity there
+        if sampler == "heun" and (t_next > 0 or self.config.prediction != "x_start"):
+            slope = (slope + velocity(x_t + dt * slope, t_next)) / 2
+        elif sampler == "ab2":
+            slope = extrapolate(slope, past, dt)
+        return x_t + dt * slope, now
 
     def _vp_step(
         self, sampler: str, x_t: Tensor, pred: Tensor, t: int, t_next: int, past: Past, eta: float

@@ -1,4 +1,4 @@
-"""The diffusion U-Net: noisy latent x_t and time t -> prediction of the same shape (eps, x_start, v or flow).
+"""The diffusion U-Net: noisy latent x_t and time t -> prediction of the same shape (see diffusion_kernel.py).
 
     emb = W_2 silu(W_1 sinusoid(t)) + extra embedding             time, Ho et al. 2020 (arXiv 2006.11239)
     h   = conv(x_t)

@@ -1,24 +1,33 @@
 """The diffusion kernel is the algebra of Gaussians, every sampler the recursion that its equations say."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
 
-from ldm3d.config import InputError
-from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
+import sample
+import train_ldm
+from ldm3d.config import InputError, from_dict, parse, to_dict
+from ldm3d.diffusion_kernel import PREDICTIONS, DiffusionKernel, KernelConfig
+from ldm3d.engine.checkpoint import load, save, step_files
 
 SHAPES = {2: (4, 3, 5, 4), 3: (4, 3, 5, 4, 3)}
-KINDS = ("eps", "x_start", "v", "flow")
+KINDS = ("eps", "x_start", "v", "velocity")
+PAIRS = [(process, kind) for process, kinds in PREDICTIONS.items() for kind in kinds]
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 DATA_STD = 0.3
+VP = {"process": "vp", "prediction": "v"}
 
 
-def make_kernel(prediction="v", **kwargs) -> DiffusionKernel:
-    return DiffusionKernel(KernelConfig(prediction=prediction, **kwargs))
+def make_kernel(prediction="v", process=None, **kwargs) -> DiffusionKernel:
+    """Of VP, unless the prediction is flow's own or the process is named."""
+    process = process or ("flow" if prediction == "velocity" else "vp")
+    return DiffusionKernel(KernelConfig(process=process, prediction=prediction, **kwargs))
 
 
 def gaussians(dims, num, seed=0):
@@ -39,6 +48,49 @@ def alpha_sigma(kernel, t):
         return 1 - t, t
     cumprod = float(np.prod(1 - kernel.betas.numpy()[: int(t) + 1]))
     return math.sqrt(cumprod), math.sqrt(1 - cumprod)
+
+
+# Settings
+
+
+def without_process(kernel: dict, stored: str) -> dict:
+    return {k: v for k, v in kernel.items() if k != "process"} | {"prediction": stored}
+
+
+@pytest.mark.parametrize(
+    ("stored", "process", "prediction"),
+    [("flow", "flow", "velocity"), ("eps", "vp", "eps"), ("x_start", "vp", "x_start"), ("v", "vp", "v")],
+)
+def test_settings_stored_before_there_was_a_process_mean_what_they_meant(
+    stored, process, prediction, tmp_path
+):
+    expected = KernelConfig(process=process, prediction=prediction)
+    old = without_process(to_dict(expected), stored)
+    assert from_dict(KernelConfig, old) == expected
+    assert from_dict(KernelConfig, to_dict(expected)) == expected
+    (tmp_path / "old.json").write_text(json.dumps({"kernel": old}))
+    assert parse(train_ldm.Config, [str(tmp_path / "old.json")], {})[0].kernel == expected
+
+
+@pytest.mark.parametrize("stored", ["flow", "eps"])
+def test_a_run_from_before_there_was_a_process_goes_on_and_samples(stored, vae_run, tmp_path):
+    today = [] if stored == "flow" else ["--kernel.process", "vp", "--kernel.prediction", stored]
+    for run in ("new", "old"):
+        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / run, 5, *today))
+    for path in [*step_files(tmp_path / "old"), tmp_path / "old/best.pt"]:
+        content = load(path)
+        content["config"]["kernel"] = without_process(content["config"]["kernel"], stored)
+        save(path, content)
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    config["kernel"] = without_process(config["kernel"], stored)
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    samples = {}
+    for run in ("new", "old"):
+        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / run, 10, *today))
+        assert tiny.lines(tmp_path / run)[-1]["step"] == 10
+        sample.main([str(tmp_path / run), "--num", "1", "--steps", "2", "--out", str(tmp_path / run / "out")])
+        samples[run] = [path.read_bytes() for path in sorted((tmp_path / run / "out").rglob("*0000.*"))]
+    assert samples["new"] == samples["old"] != []
 
 
 # Schedules
@@ -126,7 +178,7 @@ def test_posterior_is_gaussian_conditioning(t, t_prev, zero_terminal_snr):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("prediction", ["v", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "velocity"])
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(KINDS, KINDS)))
 def test_conversions_round_trip_and_agree_with_the_definitions(source, target, prediction, dims):
     kernel = make_kernel(prediction)
@@ -138,7 +190,12 @@ def test_conversions_round_trip_and_agree_with_the_definitions(source, target, p
         torch.tensor(values, dtype=torch.float64).view(shape)
         for values in zip(*(alpha_sigma(kernel, time) for time in t.tolist()), strict=True)
     )
-    true = {"eps": noise, "x_start": x_start, "v": alpha * noise - sigma * x_start, "flow": noise - x_start}
+    true = {
+        "eps": noise,
+        "x_start": x_start,
+        "v": alpha * noise - sigma * x_start,
+        "velocity": noise - x_start,
+    }
     torch.testing.assert_close(x_t, alpha * x_start + sigma * noise, rtol=1e-10, atol=1e-10)
     there = kernel.convert(true[source], x_t, t, source, target)
     torch.testing.assert_close(there, true[target], rtol=1e-10, atol=1e-10)
@@ -161,7 +218,7 @@ def test_timesteps_of_vp_are_equally_likely_labels_from_0_to_the_last():
 
 
 def test_flow_runs_from_clean_at_0_to_noise_at_1():
-    kernel = make_kernel("flow")
+    kernel = make_kernel("velocity")
     x_start, noise = gaussians(2, 2)
     assert torch.equal(kernel.q_sample(x_start, torch.zeros(4), noise), x_start)
     assert torch.equal(kernel.q_sample(x_start, torch.ones(4), noise), noise)
@@ -173,8 +230,8 @@ def test_flow_runs_from_clean_at_0_to_noise_at_1():
     [((32, 32, 32), 1), ((16, 16, 16), 1), ((128,) * 3, 4), ((64, 64), 2), ((32, 64, 256), 2.5198421)],
 )
 def test_flow_shift_is_the_mean_side_over_32_and_never_below_1(size, shift):
-    assert make_kernel("flow").flow_shift(size) == pytest.approx(shift)
-    assert make_kernel("flow", flow_shift=1.0).flow_shift(size) == 1
+    assert make_kernel("velocity").flow_shift(size) == pytest.approx(shift)
+    assert make_kernel("velocity", flow_shift=1.0).flow_shift(size) == 1
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.8)])
@@ -183,19 +240,19 @@ def test_logit_normal_times_have_the_quantiles_of_torch_distributions_then_the_s
     config = {"t_distribution": "logit_normal", "logit_mean": mean, "logit_std": std}
     one = torch.ones((), dtype=torch.float64)
     quantiles = TransformedDistribution(Normal(mean * one, std * one), SigmoidTransform()).icdf(u)
-    got = make_kernel("flow", flow_shift=1.0, **config).t_from_uniform(u, (8, 8))
+    got = make_kernel("velocity", flow_shift=1.0, **config).t_from_uniform(u, (8, 8))
     torch.testing.assert_close(got, quantiles, rtol=1e-10, atol=1e-10)
-    shifted = make_kernel("flow", **config).t_from_uniform(u, (128,) * 3)
+    shifted = make_kernel("velocity", **config).t_from_uniform(u, (128,) * 3)
     # the shift multiplies the noise-to-signal ratio t / (1 - t)
     torch.testing.assert_close(
         shifted / (1 - shifted), 4 * quantiles / (1 - quantiles), rtol=1e-9, atol=1e-10
     )
-    ends = make_kernel("flow", **config).t_from_uniform(torch.tensor([0.0, 1 - 2**-24]), (8, 8))
+    ends = make_kernel("velocity", **config).t_from_uniform(torch.tensor([0.0, 1 - 2**-24]), (8, 8))
     assert ends[0] == 0
     assert ends[1] <= 1
 
 
-@pytest.mark.parametrize("prediction", ["v", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "velocity"])
 def test_the_share_of_signal_is_that_of_the_variances(prediction):
     kernel = make_kernel(prediction)
     t = some_times(kernel)
@@ -205,7 +262,7 @@ def test_the_share_of_signal_is_that_of_the_variances(prediction):
 
 
 def test_the_network_receives_float_time_on_the_scale_of_the_timesteps():
-    vp, flow = make_kernel(), make_kernel("flow")
+    vp, flow = make_kernel(), make_kernel("velocity")
     assert vp.to_network_time(torch.tensor([0, 999])).tolist() == [0.0, 999.0]
     assert flow.to_network_time(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
 
@@ -221,6 +278,7 @@ def test_the_network_receives_float_time_on_the_scale_of_the_timesteps():
         (flow, "euler", [1000, 750, 500, 250]),
         (flow, "heun", [1000, 750, 750, 500, 500, 250, 250, 0]),
         (flow, "ab2", [1000, 750, 500, 250]),
+        (make_kernel("x_start", "flow"), "heun", [1000, 750, 750, 500, 500, 250, 250]),
     ):
         seen = []
         kernel.sample(record, noise, 4, sampler, seen=seen)
@@ -232,10 +290,10 @@ def test_the_network_receives_float_time_on_the_scale_of_the_timesteps():
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("prediction", KINDS)
+@pytest.mark.parametrize(("process", "prediction"), PAIRS)
 @pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_losses_is_the_mean_error_of_each_sample_at_the_noisy_input(dims, prediction, loss):
-    kernel = make_kernel(prediction, loss=loss)
+def test_losses_is_the_mean_error_of_each_sample_at_the_noisy_input(dims, process, prediction, loss):
+    kernel = make_kernel(prediction, process, loss=loss)
     x_start, noise, output = gaussians(dims, 3)
     t = some_times(kernel)
 
@@ -274,7 +332,7 @@ def test_min_snr_weighs_every_prediction_as_the_same_clamped_error_of_x_start(pr
 
 
 def test_half_precision_latents_and_networks_are_reduced_in_float32():
-    kernel = make_kernel("flow")
+    kernel = make_kernel("velocity")
     x_start, noise = (x.bfloat16() for x in gaussians(2, 2))
     t = torch.tensor([0.1, 0.4, 0.7, 1.0])
     weight = torch.ones((), requires_grad=True)
@@ -315,7 +373,7 @@ def oracle(kernel):
             "eps": noise_gain,
             "x_start": x_gain,
             "v": alpha * noise_gain - sigma * x_gain,
-            "flow": noise_gain - x_gain,
+            "velocity": noise_gain - x_gain,
         }[kernel.config.prediction]
         return gain.view(-1, *[1] * (x_t.ndim - 1)) * x_t
 
@@ -349,7 +407,7 @@ def recursion(kernel, sampler, steps, eta=0.0, shift=1.0):
         if kernel.process == "flow":
             dt, slope = r - t, n - k
             k_r, n_r = estimate_gains(alpha_r, sigma_r)
-            if sampler == "heun":
+            if sampler == "heun" and (r > 0 or kernel.config.prediction != "x_start"):
                 factor = 1 + dt * (slope + (n_r - k_r) * (1 + dt * slope)) / 2
             elif sampler == "ab2" and last is not None:  # integral of the interpolating line from t to r
                 slope_last, gain_last, t_last = last
@@ -423,10 +481,12 @@ def test_every_vp_sampler_equals_its_linear_recursion(setting, sampler, eta):
             assert got == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("shift", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("prediction", "shift"), [("velocity", 1), ("velocity", 4), ("x_start", 4), ("v", 4)]
+)
 @pytest.mark.parametrize("sampler", ["euler", "heun", "ab2"])
-def test_every_flow_sampler_equals_its_linear_recursion(sampler, shift):
-    kernel = make_kernel("flow", flow_shift=shift)
+def test_every_flow_sampler_equals_its_linear_recursion(sampler, prediction, shift):
+    kernel = make_kernel(prediction, "flow", flow_shift=shift)
     for steps in STEPS:
         expected = recursion(kernel, sampler, steps, shift=shift)
         assert impulse_response(kernel, sampler, steps) == pytest.approx(expected, abs=1e-4 * DATA_STD)
@@ -435,10 +495,10 @@ def test_every_flow_sampler_equals_its_linear_recursion(sampler, shift):
             assert got == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
-def test_fifty_steps_of_the_second_order_samplers_keep_the_contrast_of_the_data(prediction):
-    kernel = make_kernel(prediction, **({"flow_shift": 1.0} if prediction == "flow" else {}))
-    for sampler in ("heun", "ab2") if prediction == "flow" else ("dpmpp",):
+@pytest.mark.parametrize(("process", "prediction"), PAIRS)
+def test_fifty_steps_of_the_second_order_samplers_keep_the_contrast_of_the_data(process, prediction):
+    kernel = make_kernel(prediction, process, **({"flow_shift": 1.0} if process == "flow" else {}))
+    for sampler in ("heun", "ab2") if process == "flow" else ("dpmpp",):
         assert impulse_response(kernel, sampler, 50)[1] / DATA_STD == pytest.approx(1, abs=0.02)
 
 
@@ -454,7 +514,7 @@ def test_first_order_samplers_are_respaced_truly(sampler):
 
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 def test_flow_samplers_converge_with_their_order(sampler, order):
-    kernel = make_kernel("flow", flow_shift=1.0)
+    kernel = make_kernel("velocity", flow_shift=1.0)
     errors = [
         abs(impulse_response(kernel, sampler, steps, dtype=torch.float64)[0] - DATA_STD)
         for steps in (40, 80, 160, 320)
@@ -512,7 +572,7 @@ def test_the_grid_of_dpmpp_is_even_in_log_snr_up_to_rounding_and_ends_at_0(steps
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (128, 128, 128)])
 def test_flow_times_cover_exactly_one_unit_and_are_shifted_by_the_size_of_the_noise(size):
-    kernel = make_kernel("flow")
+    kernel = make_kernel("velocity")
     times = kernel.sampling_times("euler", 30, size)
     assert times[0] == 1
     assert math.fsum(a - b for a, b in itertools.pairwise([*times, 0.0])) == 1
@@ -525,7 +585,7 @@ def test_given_times_replace_the_grid():
     by_count = kernel.sample(oracle(kernel), noise, 10, "ddim")
     assert torch.equal(kernel.sample(oracle(kernel), noise, range(999, 0, -100), "ddim"), by_count)
     assert kernel.num_network_calls("ddim", range(980, -1, -20)) == 50
-    flow = make_kernel("flow")
+    flow = make_kernel("velocity")
     by_count = flow.sample(oracle(flow), noise, 4, "heun")
     assert torch.equal(flow.sample(oracle(flow), noise, (1.0, 0.75, 0.5, 0.25), "heun"), by_count)
 
@@ -558,20 +618,22 @@ def test_randomness_comes_from_the_caller_alone(capfd):
     ("settings", "message"),
     [
         (
-            {"prediction": "eps", "zero_terminal_snr": True},
+            {"process": "flow", "prediction": "eps"},
+            "velocity, x_start or v with .*eps goes .*--kernel.process vp",
+        ),
+        ({"process": "vp", "prediction": "velocity"}, "expected eps, x_start or v with process vp"),
+        (
+            {**VP, "prediction": "eps", "zero_terminal_snr": True},
             "zero_terminal_snr: got True, .*prediction v or x_start",
         ),
-        ({"prediction": "flow", "zero_terminal_snr": True}, "zero_terminal_snr"),
-        (
-            {"prediction": "flow", "min_snr_gamma": 5.0},
-            "min_snr_gamma: got 5.0, expected none with prediction flow",
-        ),
-        ({"prediction": "v", "min_snr_gamma": 0.0}, "min_snr_gamma: got 0.0"),
-        ({"prediction": "v", "t_distribution": "logit_normal"}, "t_distribution: got logit_normal"),
-        ({"prediction": "v", "flow_shift": 2.0}, "flow_shift"),
-        ({"prediction": "flow", "flow_shift": 0.5}, "flow_shift: got 0.5"),
-        ({"prediction": "flow", "clip_x_start": 1.0}, "clip_x_start"),
-        ({"prediction": "v", "clip_x_start": -1.0}, "clip_x_start: got -1.0"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr: got True, expected false with process flow"),
+        ({"min_snr_gamma": 5.0}, "min_snr_gamma: got 5.0, expected none with process flow"),
+        ({**VP, "min_snr_gamma": 0.0}, "min_snr_gamma: got 0.0"),
+        ({**VP, "t_distribution": "logit_normal"}, "t_distribution: got logit_normal"),
+        ({**VP, "flow_shift": 2.0}, "flow_shift"),
+        ({"flow_shift": 0.5}, "flow_shift: got 0.5"),
+        ({"clip_x_start": 1.0}, "clip_x_start"),
+        ({**VP, "clip_x_start": -1.0}, "clip_x_start: got -1.0"),
         ({"logit_std": 0.0}, "logit_std: got 0.0"),
         ({"num_timesteps": 1}, "num_timesteps: got 1"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start: got 0.5, .*beta_end is 0.1"),
@@ -585,16 +647,16 @@ def test_impossible_configurations_are_refused_by_the_name_of_the_key(settings, 
 @pytest.mark.parametrize(
     ("prediction", "steps", "sampler", "eta", "message"),
     [
-        ("flow", 5, "ddim", 0.0, "sampler: got ddim, expected one of euler, heun, ab2 for .*prediction flow"),
+        ("velocity", 5, "ddim", 0.0, "sampler: got ddim, expected one of euler, heun, ab2 for process flow"),
         ("v", 5, "heun", 0.0, "sampler: got heun, expected one of ddpm, ddim, dpmpp"),
         ("v", 5, "plms", 0.0, "sampler: got plms"),
         ("v", 0, "ddim", 0.0, "steps: got 0, expected 1 to 1000"),
         ("v", 1001, "ddim", 0.0, "steps: got 1001, expected 1 to 1000"),
-        ("flow", 0, "euler", 0.0, "steps: got 0, expected 1 or more"),
+        ("velocity", 0, "euler", 0.0, "steps: got 0, expected 1 or more"),
         ("v", [5, 5], "ddim", 0.0, "falling times in"),
         ("v", [1000, 5], "ddim", 0.0, "falling times in"),
         ("v", [], "ddim", 0.0, "falling times in"),
-        ("flow", [1.0, 0.0], "euler", 0.0, "falling times in"),
+        ("velocity", [1.0, 0.0], "euler", 0.0, "falling times in"),
         ("v", 5, "ddim", 1.5, "eta: got 1.5"),
         ("v", 5, "dpmpp", 0.5, "eta: got 0.5 with sampler dpmpp"),
         ("v", 5, "ddpm", 0.0, "draw: got None"),
@@ -609,11 +671,11 @@ def test_impossible_sampling_is_refused_with_the_alternatives(prediction, steps,
 def test_flow_has_no_posterior():
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(InputError, match="q_posterior"):
-        make_kernel("flow").q_posterior(x, x, torch.zeros(1))
+        make_kernel("velocity").q_posterior(x, x, torch.zeros(1))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("prediction", "sampler"), [("v", "ddpm"), ("v", "dpmpp"), ("flow", "heun")])
+@pytest.mark.parametrize(("prediction", "sampler"), [("v", "ddpm"), ("v", "dpmpp"), ("velocity", "heun")])
 def test_a_gpu_gives_the_same_losses_and_samples_wherever_the_times_are(prediction, sampler):
     kernel = make_kernel(prediction)
     x_start, noise, output = (x.float() for x in gaussians(3, 3))

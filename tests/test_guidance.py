@@ -132,10 +132,10 @@ def test_outside_the_interval_there_is_no_guidance(net, values):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "sampler"), [*(("flow", s) for s in SAMPLERS["flow"]), *(("v", s) for s in SAMPLERS["vp"])]
+    ("process", "sampler"), [(process, name) for process, names in SAMPLERS.items() for name in names]
 )
-def test_every_sampler_takes_it(net, values, prediction, sampler):
-    kernel = DiffusionKernel(KernelConfig(prediction=prediction))
+def test_every_sampler_takes_it(net, values, process, sampler):
+    kernel = DiffusionKernel(KernelConfig(process=process, prediction="v"))
 
     def draw(shape):
         return torch.zeros(shape)

@@ -143,7 +143,7 @@ def test_samples_are_numbered_and_independent_of_the_batch(model):
     stochastic = LatentDiffusion(
         model.autoencoder,
         model.denoiser,
-        DiffusionKernel(KernelConfig(prediction="eps")),
+        DiffusionKernel(KernelConfig(process="vp", prediction="eps")),
         model.latent_mean.flatten(),
         model.latent_std.flatten(),
         model.spec,

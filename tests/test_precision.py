@@ -63,9 +63,9 @@ def test_posterior_and_losses_are_fp32_while_the_networks_compute_in_bf16():
     assert {term.dtype for term in terms.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
-def test_the_arithmetic_of_the_kernel_is_fp32_under_autocast(prediction):
-    kernel = DiffusionKernel(KernelConfig(prediction=prediction))
+@pytest.mark.parametrize(("process", "prediction"), [("vp", "eps"), ("vp", "v"), ("flow", "velocity")])
+def test_the_arithmetic_of_the_kernel_is_fp32_under_autocast(process, prediction):
+    kernel = DiffusionKernel(KernelConfig(process=process, prediction=prediction))
     z, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     t = kernel.t_from_uniform(torch.linspace(0.1, 0.9, 4), (8, 8))
     seen = []

@@ -148,7 +148,8 @@ class LatentStatistics:
         shares = centres * (exact / variance.clamp(min=1e-300))[:, None]
         floors = {}
         for kind in ("flow", "eps", "v"):
-            kernel = DiffusionKernel(KernelConfig(prediction=kind))
+            vp = {} if kind == "flow" else {"process": "vp", "prediction": kind}
+            kernel = DiffusionKernel(KernelConfig(**vp))
             floors[kind] = float((weight * loss_floor(shares, kernel, size)).sum(1).mean())
         return {
             "size": list(size),

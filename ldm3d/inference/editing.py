@@ -74,7 +74,7 @@ class ImageEdit(Edit):
 
         def masked(x_t: Tensor, t: Tensor) -> Tensor:
             if kernel.process == "flow":
-                known = noise - z
+                known = kernel.target(z, t / kernel.num_timesteps, noise)
             else:
                 known = kernel.convert(z, x_t, t.long(), "x_start", kernel.config.prediction)
             return torch.where(self.inside, predict(x_t, t).to(known.dtype), known)

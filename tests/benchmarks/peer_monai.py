@@ -134,7 +134,7 @@ def ddim(config: UNetConfig, size: int, steps: int = 50) -> Build:
 
     def build(device: str) -> dict[str, Side]:
         noise = torch.randn(1, config.in_channels, *(size,) * config.dims).to(device)
-        kernel = DiffusionKernel(KernelConfig(prediction="eps"))
+        kernel = DiffusionKernel(KernelConfig(process="vp", prediction="eps"))
         run = torch.inference_mode()(lambda net: kernel.sample(net, noise, steps, "ddim"))
         return sides(run, twin_unet, config, True, device)
 

@@ -48,15 +48,17 @@ def test_one_case_has_a_mean_and_no_spread():
 
 def test_the_floor_of_flow_is_the_noise_share_times_half_pi():
     share = torch.tensor([0.5, 0.2, 0.05])
-    kernel = DiffusionKernel(KernelConfig(prediction="flow", flow_shift=1.0))
+    kernel = DiffusionKernel(KernelConfig(flow_shift=1.0))
     expected = share.double() * math.pi / 2
     assert torch.allclose(loss_floor(share.square(), kernel, (8, 8)), expected, rtol=1e-3)
     assert loss_floor(torch.zeros(1), kernel, (8, 8)).item() == 0
 
 
-@pytest.mark.parametrize("kind", ["flow", "eps", "v", "x_start"])
-def test_the_floor_is_the_loss_of_the_best_linear_prediction_when_the_mean_is_known(kind):
-    kernel = DiffusionKernel(KernelConfig(prediction=kind, schedule="linear"))
+@pytest.mark.parametrize(
+    ("process", "prediction"), [("flow", "velocity"), ("vp", "eps"), ("vp", "v"), ("vp", "x_start")]
+)
+def test_the_floor_is_the_loss_of_the_best_linear_prediction_when_the_mean_is_known(process, prediction):
+    kernel = DiffusionKernel(KernelConfig(process=process, prediction=prediction, schedule="linear"))
     generator = torch.Generator().manual_seed(0)
     n, s2, losses = 4000, 0.3, []
     for u in (torch.arange(20) + 0.5) / 20:
@@ -94,7 +96,8 @@ def test_the_latent_report_is_that_of_drawn_latents():
     assert math.isnan(report["correlation"][0][3])
 
     for kind, value in report["loss_floor"].items():
-        kernel = DiffusionKernel(KernelConfig(prediction=kind))
+        vp = {} if kind == "flow" else {"process": "vp", "prediction": kind}
+        kernel = DiffusionKernel(KernelConfig(**vp))
         floors = loss_floor(torch.tensor(expected), kernel, (40, 50))
         assert value == pytest.approx(floors.mean().item(), rel=1e-3)
     halves[0].merge(halves)

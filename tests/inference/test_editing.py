@@ -18,10 +18,11 @@ from ldm3d import (
 from ldm3d.data import DataSpec
 from ldm3d.inference.editing import ImageEdit, Interpolation, last_part, slerp
 
-SAMPLERS = [("flow", s) for s in ("euler", "heun", "ab2")] + [("v", s) for s in ("ddpm", "ddim", "dpmpp")]
+SAMPLERS = [(("flow", "velocity"), s) for s in ("euler", "heun", "ab2")]
+SAMPLERS += [(("vp", "v"), s) for s in ("ddpm", "ddim", "dpmpp")] + [(("flow", "x_start"), "heun")]
 
 
-def make_model(dims=2, prediction="flow", size=(16, 20, 12), channels=(4, 8)):
+def make_model(dims=2, process="flow", prediction="velocity", size=(16, 20, 12), channels=(4, 8)):
     size = size[:dims]
     torch.manual_seed(0)
     config = VAEConfig(dims=dims, channels=channels, num_groups=2, num_res_blocks=(1,), latent_channels=3)
@@ -39,7 +40,7 @@ def make_model(dims=2, prediction="flow", size=(16, 20, 12), channels=(4, 8)):
         scaling="minmax", num_labels=None, num_classes=None, **one,
     )  # fmt: skip
     z = vae.encode(torch.randn(4, 1, *size)).mean.transpose(0, 1).flatten(1)
-    kernel = DiffusionKernel(KernelConfig(prediction=prediction))
+    kernel = DiffusionKernel(KernelConfig(process=process, prediction=prediction))
     return LatentDiffusion(vae, denoiser, kernel, z.mean(1), z.std(1), state)
 
 
@@ -54,9 +55,9 @@ def box_of(model):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize(("prediction", "sampler"), SAMPLERS)
-def test_inpainting_keeps_the_known_voxels_bit_by_bit_with_every_sampler(dims, prediction, sampler):
-    model = make_model(dims, prediction)
+@pytest.mark.parametrize(("kind", "sampler"), SAMPLERS)
+def test_inpainting_keeps_the_known_voxels_bit_by_bit_with_every_sampler(dims, kind, sampler):
+    model = make_model(dims, *kind)
     x, region = image_of(model), box_of(model)
     made = model.sample(2, steps=4, sampler=sampler, edit=ImageEdit(model, x, region))
     assert torch.equal(made[:, :, ~region], x[None, :, ~region].expand(2, -1, -1))
@@ -64,9 +65,9 @@ def test_inpainting_keeps_the_known_voxels_bit_by_bit_with_every_sampler(dims, p
     assert not torch.allclose(made[0, :, region], made[1, :, region], atol=1e-3)
 
 
-@pytest.mark.parametrize(("prediction", "sampler"), SAMPLERS)
-def test_the_known_part_of_the_latent_ends_where_it_was(prediction, sampler):
-    model = make_model(2, prediction)
+@pytest.mark.parametrize(("kind", "sampler"), SAMPLERS)
+def test_the_known_part_of_the_latent_ends_where_it_was(kind, sampler):
+    model = make_model(2, *kind)
     edit = ImageEdit(model, image_of(model), box_of(model))
     _, z = next(model.stream(range(2), 5, sampler, edit=edit))
     known = ~edit.inside.expand_as(z)
