@@ -38,8 +38,8 @@ from torch import Tensor
 
 from ldm3d.config import InputError, at_least, read_command, to_dict
 from ldm3d.data import DataSpec, Volume, open_folder, write
+from ldm3d.data.geometry import centred
 from ldm3d.data.loading import load_role
-from ldm3d.data.transforms import centred
 from ldm3d.data.volumes import spacing_affine
 from ldm3d.denoiser import Denoiser
 from ldm3d.engine.checkpoint import load_run

@@ -28,11 +28,12 @@ from tqdm import tqdm
 from ..config import InputError
 from ..engine.distributed import is_main, keyed_generator, print0
 from .cases import Case
+from .geometry import centred, cut
 from .inspection import CaseInfo
 from .loading import load_role
 from .settings import DataConfig
 from .spec import DataSpec, restore
-from .transforms import augment, centred, cut, scale
+from .transforms import augment, scale
 from .volumes import Volume
 
 

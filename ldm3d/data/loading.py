@@ -1,4 +1,8 @@
-"""One file of a case onto the training grid."""
+"""One file of a case, onto the training grid.
+
+The training grid is the grid of the file, or what `data.spacing` (voxels of one size) or `data.resize`
+(volumes of one shape) make of it. All later steps, such as windows and scaling, work on that grid.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from .geometry import resample, resampled_grid
 from .settings import DataConfig
-from .volumes import Header, Volume, read, read_header, resample
-
-
-def load_role(path: Path, role: str, config: DataConfig) -> Volume:
-    """The whole volume of a role on the training grid: float32 in the file's units, or int32 labels of a
-    mask."""
-    volume = read(path, **read_options(role, config))
-    if role == "mask":
-        values = np.rint(volume.array).astype(np.int32)  # files with a slope read as 0.9999999
-        labels = np.zeros_like(values)
-        for label, value in enumerate(config.label_values):
-            labels[values == value] = label
-        volume = replace(volume, array=labels if config.label_values else values)
-    spacing = _new_spacing(volume.shape, volume.spacing, config)
-    return volume if spacing is None else resample(volume, spacing, labels=role == "mask")
+from .volumes import Header, Volume, read, read_header
 
 
 def read_options(role: str, config: DataConfig) -> dict[str, Any]:
-    """How the files of a role are read."""
+    """The arguments of `volumes.read` for the files of a role."""
     channel = {"image": config.channel, "source": config.source_channel, "mask": ()}[role] or None
     return {"channel": channel, "spacing": config.file_spacing, "dims": config.dims}
 
@@ -35,7 +26,10 @@ def read_options(role: str, config: DataConfig) -> dict[str, Any]:
 def _new_spacing(
     shape: tuple[int, ...], spacing: tuple[float, ...], config: DataConfig
 ) -> tuple[float, ...] | None:
-    """Of the training grid, mm; None if the file's grid stays. A stretched case keeps its field of view."""
+    """Spacing of the training grid in mm; None if the file keeps its grid.
+
+    data.resize keeps the field of view: 100 voxels of 1 mm stretched to data.size 80 have 1.25 mm.
+    """
     if config.resize:
         wanted = tuple(n * d / m for n, d, m in zip(shape, spacing, config.size, strict=True))
     else:
@@ -43,23 +37,31 @@ def _new_spacing(
     return None if np.allclose(wanted, spacing, rtol=1e-4, atol=0) else wanted
 
 
+def training_grid(
+    header: Header, config: DataConfig
+) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray]:
+    """(shape, spacing in mm, affine) of what `load_role` will return, from the header alone."""
+    spacing = _new_spacing(header.shape, header.spacing, config)
+    if spacing is None:
+        return header.shape, header.spacing, header.affine
+    shape, affine = resampled_grid(header.shape, header.affine, spacing)
+    return shape, spacing, affine
+
+
 def keeps_grid(path: Path, role: str, config: DataConfig) -> bool:
-    """Is the training grid of a file its own?"""
+    """Is the training grid of this file the file's own grid?"""
     header = read_header(path, **read_options(role, config))
     return _new_spacing(header.shape, header.spacing, config) is None
 
 
-def training_grid(
-    header: Header, config: DataConfig
-) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray]:
-    """Shape, spacing and affine of the training grid, from the header alone: those of what `load_role`
-    returns."""
-    spacing = _new_spacing(header.shape, header.spacing, config)
-    if spacing is None:
-        return header.shape, header.spacing, header.affine
-    ratios = np.asarray(spacing) / header.spacing
-    shape = tuple(max(1, round(n / ratio)) for n, ratio in zip(header.shape, ratios, strict=True))
-    affine = header.affine.copy()
-    affine[:-1, :-1] *= ratios
-    affine[:-1, -1] += header.affine[:-1, :-1] @ ((ratios - 1) / 2)  # the first voxel's outer corner stays
-    return shape, spacing, affine
+def load_role(path: Path, role: str, config: DataConfig) -> Volume:
+    """The whole file on the training grid: float32 intensities as stored, or the int32 labels of a mask."""
+    volume = read(path, **read_options(role, config))
+    if role == "mask":
+        values = np.rint(volume.array).astype(np.int32)  # a file with a slope may store 0.9999999
+        labels = np.zeros_like(values)
+        for label, value in enumerate(config.label_values):
+            labels[values == value] = label
+        volume = replace(volume, array=labels if config.label_values else values)
+    spacing = _new_spacing(volume.shape, volume.spacing, config)
+    return volume if spacing is None else resample(volume, spacing, labels=role == "mask")

@@ -1,4 +1,7 @@
-"""The settings of a data set: where the files are, how they are split, read, scaled, cut and augmented."""
+"""The settings of a data set: where its files are, how they are split, read, scaled, cut and augmented.
+
+Every field is a flag of the training scripts: `spacing` is --data.spacing, and its comment is the help line.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from .transforms import AugmentConfig
 @dataclass(frozen=True)
 class DataConfig:
     root: str | None = None  # folder of the data; none = $LDM3D_DATA/<name>, else data/<name>
-    name: str | None = None  # folder to look for where no root is given; none = the preset
+    name: str | None = None  # name of the folder if data.root is none; none = the preset
     image: str | None = None  # glob, "images/*.nii.gz": the first * (or each {id}) is the case id
     mask: str | None = None  # glob of the label maps, paired with the images by case id
     source: str | None = None  # glob of the volumes to translate from, paired by case id
     table: str | None = None  # instead of globs; none = cases.csv or dataset.json, where there is one
     subject: str | None = None  # regular expression with one group on the case id, or a CSV (name, subject)
     split: str | None = None  # expression on the image's path giving train, val, test, or a CSV (name, split)
-    val_fraction: float = 0.1  # of the subjects, for validation
-    test_fraction: float = 0.0  # of the subjects, never looked at in training
+    val_fraction: float = 0.1  # fraction of the subjects for validation
+    test_fraction: float = 0.0  # fraction of the subjects for testing, never looked at in training
     val_gap: int | None = None  # validate within each subject: on its middle cases, this many left out beside
-    test_subjects: tuple[str, ...] = ()  # subjects that are the test set, whatever is drawn
+    test_subjects: tuple[str, ...] = ()  # subjects that are always in the test set
     fold: tuple[int, int] | None = None  # (k, n): validate on part k = 0 ... n - 1 of n parts of the subjects
     subset: int | None = None  # take only this many cases, to try things out
     allow_missing_mask: bool = False  # cases without a mask take part, their mask is -1 everywhere
@@ -30,25 +33,25 @@ class DataConfig:
     dims: Literal[2, 3] = 3  # pictures or volumes
     channel: tuple[int, ...] = ()  # channels taken of the images; empty = all
     source_channel: tuple[int, ...] = ()  # channels taken of the sources; empty = all
-    file_spacing: tuple[float, ...] | None = None  # mm, of files that do not tell (npy, npz, PNG, most TIFF)
+    file_spacing: tuple[float, ...] | None = None  # mm, of files that state none (npy, npz, PNG, most TIFF)
     spacing: tuple[float, ...] | None = None  # mm, resample every case to it; none = keep the voxels
     size: tuple[int, ...] | None = None  # voxels of cases and samples; none = largest in training, rounded up
     resize: bool = False  # stretch every case to data.size instead of padding and cropping it
     patch: tuple[int, ...] | None = None  # voxels of the training patches; none = data.size
     crop: Literal["random", "centre"] = "random"  # where training patches are taken from larger cases
-    foreground: float = 0.0  # share of the random patches that are taken around a voxel of the mask
+    foreground: float = 0.0  # fraction of the random patches that are taken around a voxel of the mask
     scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] = "percentile"  # kind
     percentiles: tuple[float, float] = (0.5, 99.5)  # of a volume that become -1 and 1, clipped (percentile)
     window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1, clipped (window)
-    paired_scaling: Literal["separate", "shared"] = "separate"  # shared = source by its image's numbers
-    num_labels: int | None = None  # of the masks, background included; none = found in the data
+    paired_scaling: Literal["separate", "shared"] = "separate"  # shared = sources by the numbers of the image
+    num_labels: int | None = None  # labels of the masks, background included; none = found in the data
     label_values: tuple[int, ...] = ()  # values in mask files that stand for 0, 1, 2 ...; empty = the labels
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     learn_sources: bool = False  # the autoencoder learns the sources as well (to translate from them)
     num_variants: int = 1  # encodings cached per case for stage two; above 1 they are augmented
     cache: Literal["ram", "disk", "none"] = "ram"  # decoded volumes: in memory, memory-mapped, not kept
     cache_gb: float = 8.0  # GiB in memory, of training and of validation cases; the rest is read each time
-    cache_dir: str = "runs/cache"  # where the findings of the scan and the files of cache "disk" lie
+    cache_dir: str = "runs/cache"  # folder of the findings of the inspection and of the files of cache "disk"
 
     def __post_init__(self) -> None:
         for name in ("file_spacing", "spacing", "size", "patch"):
@@ -61,7 +64,7 @@ class DataConfig:
             "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "0 <= low < high <= 100"),
             "window": (self.window[0] < self.window[1], "low < high"),
             "val_fraction": (0 <= self.val_fraction < 1, "0 <= fraction < 1"),
-            "foreground": (0 <= self.foreground <= 1, "a share from 0 to 1"),
+            "foreground": (0 <= self.foreground <= 1, "a fraction from 0 to 1"),
             "test_fraction": (0 <= self.test_fraction < 1 - self.val_fraction, "something left to train on"),
             "val_gap": (
                 self.val_gap is None or (self.val_gap >= 0 and self.val_fraction > 0 and not self.fold),
@@ -76,6 +79,6 @@ class DataConfig:
             ),
             "augment": (all(0 <= axis < self.dims for axis in axes), f"axes from 0 to {self.dims - 1}"),
         }
-        for name, (fine, expected) in checks.items():
-            if not fine:
+        for name, (valid, expected) in checks.items():
+            if not valid:
                 raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")

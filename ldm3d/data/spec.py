@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from .cases import Case
+from .geometry import centred
 from .inspection import CaseInfo
 from .settings import DataConfig
-from .transforms import centred, unscale
+from .transforms import unscale
 from .volumes import Volume
 
 

@@ -69,20 +69,6 @@ def unscale(x: np.ndarray, low: tuple[float, ...], high: tuple[float, ...], clip
     return x * half + middle
 
 
-def centred(shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
-    """First voxel of the window of `size` in the middle of `shape`; negative where the window is larger."""
-    return tuple((n - m) // 2 for n, m in zip(shape, size, strict=True))
-
-
-def cut(array: np.ndarray, start: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
-    """The window (C, *size) of (C, *S) that begins at voxel `start`; outside, the edge is repeated."""
-    inside = [slice(max(0, s), max(0, s + m)) for s, m in zip(start, size, strict=True)]
-    window = array[(slice(None), *inside)]
-    before = [max(0, -s) for s in start]
-    after = [m - b - n for m, b, n in zip(size, before, window.shape[1:], strict=True)]
-    return np.pad(window, [(0, 0), *zip(before, after, strict=True)], mode="edge")
-
-
 @dataclass(frozen=True)
 class AugmentConfig:
     """Random changes of training cases, the same for image, source and mask; all off by default."""

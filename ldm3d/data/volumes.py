@@ -1,14 +1,25 @@
 """Files <-> arrays with a true affine: NIfTI, TIFF, NumPy, PNG and JPEG.
 
-An array is (C, *S); its axes are never transposed. A NIfTI file is turned to its closest canonical
-orientation when it is read (RAS+: index i grows to the patient's right, j to the front, k to the head) and
-back to its own when written. `affine` maps a voxel index to mm, the centre of voxel 0 is `affine[:-1, -1]`:
+`read` gives a `Volume`: an array (C, *S), and the affine that puts its voxels into the world, in mm. The
+centre of the voxel with index (i, j, k) lies at
 
     world = affine[:-1, :-1] @ index + affine[:-1, -1]        (4 x 4 in 3-D, 3 x 3 over (row, column) in 2-D)
 
-Cropping at `start` moves the origin to the world position of `start`. Resampling from spacing s to s' keeps
-the outer corner of the first voxel, so new index i' lies at old index (i' + 1/2) s'/s - 1/2. TIFF pages are
-D; a TIFF written here keeps its affine in the image description. Left out: DICOM, the spacing of OME-XML.
+What the axes *S = (D, H, W) are depends on the format:
+
+    NIfTI             D to the patient's right, H to the front, W to the head (RAS+)
+    TIFF              D the pages, H the rows, W the columns
+    NumPy, pictures   as they are stored
+
+NIfTI files store their axes in any order and direction, named by three letters. `read` permutes and flips
+the axes to the nearest RAS+ order, `write` turns them back to the order of the file, and between the two
+nothing but augmentation exchanges axes. Examples: 512 x 512 x 90 voxels in the order "LPS" become an array
+(1, 512, 512, 90) with the first two axes flipped; 256 x 256 x 180 in the order "PSR" become an array
+(1, 180, 256, 256) with H flipped.
+
+A format is one row of `FORMATS`: a function that opens a file, and one that writes it if the format can be
+written. A TIFF written here keeps its affine in the image description. Left out: DICOM, the spacing of
+OME-XML.
 """
 
 import gzip
@@ -17,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -28,17 +39,16 @@ from ..config import InputError
 
 NIFTI, TIFF = (".nii.gz", ".nii"), (".tiff", ".tif")
 NUMPY, PICTURE = (".npy", ".npz"), (".png", ".jpg", ".jpeg")
-SUFFIXES = NIFTI + TIFF + NUMPY + PICTURE
 MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "inch": 25.4}
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels with their place in the world (mm)."""
+    """Voxels, and the affine that says where in the world (mm) they lie."""
 
     array: np.ndarray  # (C, *S)
     affine: np.ndarray  # (dims + 1, dims + 1) float64, voxel index -> mm
-    orientation: str | None = None  # the file's own axis codes, restored by `write`: "LPS"; one slice: "LA"
+    orientation: str | None = None  # axis codes of the file, for `write` to restore: "LPS"; one slice: "LA"
 
     def __post_init__(self) -> None:
         assert self.array.ndim == self.affine.shape[0], (self.array.shape, self.affine.shape)
@@ -58,7 +68,7 @@ class Volume:
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """Voxel size in mm, one number an axis."""
+        """Size of a voxel along each axis, mm."""
         return affine_spacing(self.affine)
 
 
@@ -75,60 +85,47 @@ class Header:
 
 
 class _Opened(NamedTuple):
-    """A file whose header was read; `load(picks)` gives the chosen channels (len(picks), *shape)."""
+    """A file of which only the header was read. `load((2, 0))` reads channels 2 and 0, as (2, *shape)."""
 
     channels: int
     shape: tuple[int, ...]
     dtype: np.dtype
-    affine: np.ndarray | None  # None: the file does not say
+    affine: np.ndarray | None  # None: the file states none
     orientation: str | None
     load: Callable[[tuple[int, ...]], np.ndarray]
 
 
-# --- names and affines ------------------------------------------------------------------------------------
-
-
-def _suffix(path: str | Path) -> str:
-    name = Path(path).name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
-def is_volume_file(path: str | Path) -> bool:
-    """True if the name ends like a format that `read` knows; hidden files are not volumes."""
-    return bool(_suffix(path)) and not Path(path).name.startswith(".")
-
-
-def strip_suffix(name: str | Path) -> str:
-    """The file name without folder and volume suffix: "a/b.nii.gz" -> "b"."""
-    name = Path(name).name
-    return name[: len(name) - len(_suffix(name))]
+# --- affines ------------------------------------------------------------------------------------------------
 
 
 def affine_spacing(affine: np.ndarray) -> tuple[float, ...]:
-    """Lengths of the affine's columns, mm."""
+    """The size of a voxel along each axis, mm: the lengths of the affine's columns."""
     return tuple(float(length) for length in np.linalg.norm(affine[:-1, :-1], axis=0))
 
 
 def spacing_affine(spacing: tuple[float, ...]) -> np.ndarray:
-    """Axis-parallel affine with voxel 0 at the origin."""
+    """The affine of axis-parallel voxels of this size, mm, with voxel 0 at the origin."""
     return np.diag([*map(float, spacing), 1.0])
 
 
-# --- one opener a format ----------------------------------------------------------------------------------
+# --- formats: read ------------------------------------------------------------------------------------------
 
 
 def _nifti_affine(path: Path, image: nib.Nifti1Pair) -> np.ndarray:
-    """nibabel's choice of sform, qform or pixel size, in mm; an affine that collapses an axis is an error."""
+    """The affine (4, 4) in mm: sform, else qform, else pixel size, as nibabel chooses.
+
+    InputError for an affine that collapses an axis.
+    """
     affine = np.asarray(image.affine, dtype=np.float64).copy()
     affine[:3] *= MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
     volume, lengths = abs(np.linalg.det(affine[:3, :3])), np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or volume <= 1e-6 * lengths.prod():
-        raise InputError(f"{path}: its affine is singular or not finite, so its voxels have no place")
+        raise InputError(f"{path}: its affine is singular or not finite, so its voxels have no position")
     return affine
 
 
 def _slice_affine(affine: np.ndarray, keep: list[int]) -> np.ndarray:
-    """3 x 3 affine of the axes `keep` of a 4 x 4 one; an oblique plane keeps its spacing."""
+    """The 3 x 3 affine of one slice: axes `keep` of a 4 x 4 affine. An oblique plane keeps its spacing."""
     matrix = affine[np.ix_(keep, keep)]
     flat = np.eye(3)
     flat[:2, :2] = matrix / np.linalg.norm(matrix, axis=0) * np.linalg.norm(affine[:3, keep], axis=0)
@@ -151,7 +148,7 @@ def _open_nifti(path: Path, dims: int | None) -> _Opened:
     codes, to_ras = nib.aff2axcodes(affine), io_orientation(affine)
     affine = affine @ inv_ornt_aff(to_ras, grid)
     ras_grid = tuple(grid[axis] for axis in np.argsort(to_ras[:, 0]))
-    keep, dropped = [0, 1, 2], None  # canonical axes that stay; the canonical axis of a slice's thickness
+    keep, dropped = [0, 1, 2], None  # RAS axes that stay; for a slice, the RAS axis across it
     if (dims or min(len(shape), 3)) == 2:
         own = next((axis for axis in (2, 1, 0) if grid[axis] == 1), None)
         if own is None:
@@ -176,7 +173,7 @@ def _open_nifti(path: Path, dims: int | None) -> _Opened:
 
 
 def _tiff_spacing(file: tifffile.TiffFile, dims: int) -> tuple[float, ...] | None:
-    """(D,) H, W in mm from ImageJ's fields or the resolution tags; None if they have no unit of length."""
+    """Voxel size (D,) H, W in mm, by ImageJ's fields or the resolution tags; None if they have no unit."""
     page, fields = file.pages[0], file.imagej_metadata or {}
     names = ("XResolution", "YResolution", "ResolutionUnit")
     tags = {name: page.tags[name].value for name in names if name in page.tags}
@@ -224,7 +221,7 @@ def _open_tiff(path: Path, dims: int | None) -> _Opened:
 
 
 def _open_numpy(path: Path, dims: int | None) -> _Opened:
-    data = np.load(path, mmap_mode="r" if _suffix(path) == ".npy" else None, allow_pickle=False)
+    data = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
     if not isinstance(data, np.ndarray):
         with data:
             arrays = [data[name] for name in sorted(data.files)]
@@ -253,99 +250,11 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
     return _Opened(len(data), data.shape[1:], data.dtype, None, None, lambda picks: data[list(picks)])
 
 
-# --- read -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever a format library raises on broken bytes becomes one line that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"cannot read {path}: {reason or type(error).__name__}") from error
-
-
-def _open(path: Path, channel: Any, spacing: Any, dims: int | None) -> tuple[Header, Callable]:
-    """The header, and a function without arguments that gives the chosen channels in canonical axes."""
-    suffix = _suffix(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
-    if not suffix:
-        raise InputError(f"{path}: unknown kind of file, expected one of {' '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty (0 bytes)")
-    openers = {NIFTI: _open_nifti, TIFF: _open_tiff, NUMPY: _open_numpy, PICTURE: _open_picture}
-    with _reading(path):
-        opened = next(opener for suffixes, opener in openers.items() if suffix in suffixes)(path, dims)
-    if 0 in (opened.channels, *opened.shape):
-        raise InputError(f"{path}: an image without voxels, shape {opened.shape}")
-    if opened.dtype.kind not in "biuf":
-        raise InputError(f"{path}: voxels of type {opened.dtype}, expected integers or floats")
-    picks = tuple(range(opened.channels)) if channel is None else tuple(np.atleast_1d(channel).tolist())
-    if not picks or not all(0 <= pick < opened.channels for pick in picks):
-        raise InputError(f"{path}: no channel {channel}, the file has {opened.channels} (0 is the first)")
-    affine = opened.affine
-    if affine is None or (spacing is not None and suffix not in NIFTI):
-        spacing = (1.0,) * len(opened.shape) if spacing is None else tuple(spacing)
-        if len(spacing) != len(opened.shape) or min(spacing) <= 0:
-            raise InputError(f"{path}: spacing {spacing}, expected {len(opened.shape)} positive numbers (mm)")
-        affine = spacing_affine(spacing)
-    dtype, lengths = opened.dtype.newbyteorder("="), affine_spacing(affine)
-    header = Header(opened.shape, len(picks), lengths, affine, opened.orientation, dtype)
-    return header, lambda: opened.load(picks)
-
-
-def read_header(
-    path: str | Path,
-    channel: int | tuple[int, ...] | None = None,
-    spacing: tuple[float, ...] | None = None,
-    dims: Literal[2, 3] | None = None,
-) -> Header:
-    """What `read` with the same arguments will give; the voxels of NIfTI, TIFF and .npy are not read."""
-    return _open(Path(path), channel, spacing, dims)[0]
-
-
-def read(
-    path: str | Path,
-    channel: int | tuple[int, ...] | None = None,
-    spacing: tuple[float, ...] | None = None,
-    dims: Literal[2, 3] | None = None,
-    dtype: Any = np.float32,
-) -> Volume:
-    """The file as a volume; a file that is damaged, not an image or does not fit is an `InputError`.
-
-    channel: which of the channels (last axis of a 4-D NIfTI, colours, first axis of a NumPy array with one
-    axis more than `dims`); None = all. spacing: mm, for all but NIfTI; it replaces the spacing that a TIFF
-    may state. dims: 3 reads one page as a stack of one; 2 reads a NIfTI of one slice as an image, TIFF pages
-    as channels. dtype: values are rounded, not cut, when it is an integer type. NaN voxels are kept as they
-    are.
-    """
-    path = Path(path)
-    header, load = _open(path, channel, spacing, dims)
-    with _reading(path):
-        array = _cast(load(), np.dtype(dtype), path)
-    return Volume(np.ascontiguousarray(array), header.affine, header.orientation)
-
-
-def _cast(array: np.ndarray, dtype: np.dtype, path: Path) -> np.ndarray:
-    """To `dtype`; integers are rounded, and must fit."""
-    if dtype.kind not in "iu" or array.dtype.kind == "b":
-        return array.astype(dtype, copy=False)
-    array = np.rint(array) if array.dtype.kind == "f" else array
-    low, high, limits = array.min(), array.max(), np.iinfo(dtype)
-    if not (low >= limits.min and high <= limits.max):  # also catches NaN
-        raise InputError(f"{path}: values {low} to {high} do not fit {dtype}")
-    return array.astype(dtype, copy=False)
-
-
-# --- write ------------------------------------------------------------------------------------------------
+# --- formats: write -----------------------------------------------------------------------------------------
 
 
 def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str | None) -> bytes:
-    """A NIfTI-1 file in the orientation asked for (default RAS); a 2-D image becomes one slice of a plane."""
+    """A NIfTI-1 file with axes in the order of `orientation` (default RAS); a 2-D image becomes one slice."""
     if len(affine) == 3:
         orientation = orientation or "RA"
         axes = sorted({"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}[code] for code in orientation)
@@ -365,8 +274,14 @@ def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str | None)
     return image.to_bytes()
 
 
-def _write_tiff(file: Any, array: np.ndarray, affine: np.ndarray) -> None:
-    """Uncompressed pages, one a channel and depth; spacing as resolution, affine in the description."""
+def _write_nifti(file: BinaryIO, volume: Volume, suffix: str) -> None:
+    data = _nifti_bytes(volume.array, volume.affine, volume.orientation)
+    file.write(gzip.compress(data, 3, mtime=0) if suffix == ".nii.gz" else data)
+
+
+def _write_tiff(file: BinaryIO, volume: Volume, suffix: str) -> None:
+    """Uncompressed pages, one per channel and depth; spacing as resolution, affine in the description."""
+    array, affine = volume.array, volume.affine
     axes = "ZYX"[-len(affine) + 1 :]
     array, axes = (array[0], axes) if len(array) == 1 else (array, "C" + axes)
     per_cm = [10.0 / length for length in affine_spacing(affine)]
@@ -381,15 +296,151 @@ def _write_tiff(file: Any, array: np.ndarray, affine: np.ndarray) -> None:
     )
 
 
-def write(path: str | Path, volume: Volume, dtype: Any = None, overwrite: bool = False) -> Path:
-    """Writes NIfTI (in `volume.orientation`, mm) or TIFF; the file appears complete or not at all.
+# --- the table of formats -----------------------------------------------------------------------------------
 
-    dtype None: floats as float32, booleans as uint8, 64-bit integers as int32, other integers as is.
-    An existing file is an error unless `overwrite`; so is a value that does not fit `dtype`.
+
+class Format(NamedTuple):
+    """A kind of file. To add one, write its `open` (and `write`) above and a row in `FORMATS`."""
+
+    suffixes: tuple[str, ...]  # the end of the name, lower case
+    open: Callable[[Path, int | None], _Opened]  # (path, dims): reads the header, and no voxel yet
+    write: Callable[[BinaryIO, Volume, str], None] | None = None  # (file, volume, suffix); None: is only read
+    states_spacing: bool = False  # every file states its spacing: a setting does not replace it
+
+
+FORMATS = (
+    Format(NIFTI, _open_nifti, _write_nifti, states_spacing=True),
+    Format(TIFF, _open_tiff, _write_tiff),
+    Format(NUMPY, _open_numpy),
+    Format(PICTURE, _open_picture),
+)
+SUFFIXES = tuple(suffix for kind in FORMATS for suffix in kind.suffixes)
+
+
+def _suffix(path: str | Path) -> str:
+    """The end of the name that is in `SUFFIXES`, such as ".nii.gz"; "" if none is."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def _format(suffix: str) -> Format:
+    return next(kind for kind in FORMATS if suffix in kind.suffixes)
+
+
+def is_volume_file(path: str | Path) -> bool:
+    """Does the name end like one of `FORMATS`? Hidden files (".a.nii") are not volumes."""
+    return bool(_suffix(path)) and not Path(path).name.startswith(".")
+
+
+def strip_suffix(name: str | Path) -> str:
+    """The file name without folder and volume suffix: "a/b.nii.gz" -> "b"."""
+    name = Path(name).name
+    return name[: len(name) - len(_suffix(name))]
+
+
+# --- read ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns whatever a format library raises on broken bytes into an InputError of one line with the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"cannot read {path}: {reason or type(error).__name__}") from error
+
+
+def _open(path: Path, channel: Any, spacing: Any, dims: int | None) -> tuple[Header, Callable]:
+    """The header, and a function without arguments that reads the chosen channels, in RAS+ order."""
+    suffix = _suffix(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
+    if not suffix:
+        raise InputError(f"{path}: unknown kind of file, expected one of {' '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty (0 bytes)")
+    kind = _format(suffix)
+    with _reading(path):
+        opened = kind.open(path, dims)
+    if 0 in (opened.channels, *opened.shape):
+        raise InputError(f"{path}: an image without voxels, shape {opened.shape}")
+    if opened.dtype.kind not in "biuf":
+        raise InputError(f"{path}: voxels of type {opened.dtype}, expected integers or floats")
+    picks = tuple(range(opened.channels)) if channel is None else tuple(np.atleast_1d(channel).tolist())
+    if not picks or not all(0 <= pick < opened.channels for pick in picks):
+        raise InputError(f"{path}: no channel {channel}, the file has {opened.channels} (0 is the first)")
+    affine = opened.affine
+    if affine is None or (spacing is not None and not kind.states_spacing):
+        spacing = (1.0,) * len(opened.shape) if spacing is None else tuple(spacing)
+        if len(spacing) != len(opened.shape) or min(spacing) <= 0:
+            raise InputError(f"{path}: spacing {spacing}, expected {len(opened.shape)} positive numbers (mm)")
+        affine = spacing_affine(spacing)
+    dtype, lengths = opened.dtype.newbyteorder("="), affine_spacing(affine)
+    header = Header(opened.shape, len(picks), lengths, affine, opened.orientation, dtype)
+    return header, lambda: opened.load(picks)
+
+
+def read_header(
+    path: str | Path,
+    channel: int | tuple[int, ...] | None = None,
+    spacing: tuple[float, ...] | None = None,
+    dims: Literal[2, 3] | None = None,
+) -> Header:
+    """The header of what `read` returns for these arguments. Voxels of NIfTI, TIFF and .npy are not read."""
+    return _open(Path(path), channel, spacing, dims)[0]
+
+
+def read(
+    path: str | Path,
+    channel: int | tuple[int, ...] | None = None,
+    spacing: tuple[float, ...] | None = None,
+    dims: Literal[2, 3] | None = None,
+    dtype: Any = np.float32,
+) -> Volume:
+    """The file as a volume. InputError for a file that is damaged, no image, or does not fit the arguments.
+
+    channel: which channels, a number or several; None = all. Channels are the last axis of a 4-D NIfTI, the
+    colours of a picture, the first axis of a NumPy array with one axis more than `dims`.
+    spacing: mm, for all formats but NIfTI; replaces the spacing that a TIFF may state. Default 1 mm.
+    dims: 3 reads one page as a stack of one; 2 reads a NIfTI of one slice as an image, and TIFF pages as
+    channels. None: whatever the file has.
+    dtype: an integer type has the values rounded, and refuses those that do not fit. NaN stays NaN.
+    """
+    path = Path(path)
+    header, load = _open(path, channel, spacing, dims)
+    with _reading(path):
+        array = _cast(load(), np.dtype(dtype), path)
+    return Volume(np.ascontiguousarray(array), header.affine, header.orientation)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, path: Path) -> np.ndarray:
+    """The array as `dtype`: for an integer type rounded, with an InputError for a value out of range."""
+    if dtype.kind not in "iu" or array.dtype.kind == "b":
+        return array.astype(dtype, copy=False)
+    array = np.rint(array) if array.dtype.kind == "f" else array
+    low, high, limits = array.min(), array.max(), np.iinfo(dtype)
+    if not (low >= limits.min and high <= limits.max):  # also catches NaN
+        raise InputError(f"{path}: values {low} to {high} do not fit {dtype}")
+    return array.astype(dtype, copy=False)
+
+
+# --- write --------------------------------------------------------------------------------------------------
+
+
+def write(path: str | Path, volume: Volume, dtype: Any = None, overwrite: bool = False) -> Path:
+    """Writes NIfTI, its axes in the order of `volume.orientation`, or TIFF. Returns the path.
+
+    The file appears complete or not at all. dtype None: floats as float32, booleans as uint8, 64-bit integers
+    as int32, other integers as they are. InputError for a file that exists already (unless `overwrite`) and
+    for a value that does not fit `dtype`.
     """
     path, suffix = Path(path), _suffix(path)
-    if suffix not in NIFTI + TIFF:
-        raise InputError(f"{path}: can write {' '.join(NIFTI + TIFF)}, not this kind of file")
+    writable = [end for kind in FORMATS if kind.write for end in kind.suffixes]
+    if suffix not in writable:
+        raise InputError(f"{path}: can write {' '.join(writable)}, not this kind of file")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already and is not overwritten")
     if dtype is None:
@@ -400,11 +451,7 @@ def write(path: str | Path, volume: Volume, dtype: Any = None, overwrite: bool =
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            if suffix in TIFF:
-                _write_tiff(file, array, volume.affine)
-            else:
-                data = _nifti_bytes(array, volume.affine, volume.orientation)
-                file.write(gzip.compress(data, 3, mtime=0) if suffix == ".nii.gz" else data)
+            _format(suffix).write(file, replace(volume, array=array), suffix)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -412,75 +459,3 @@ def write(path: str | Path, volume: Volume, dtype: Any = None, overwrite: bool =
         with suppress(OSError):
             temporary.unlink()
     return path
-
-
-# --- geometry ---------------------------------------------------------------------------------------------
-
-
-def crop_or_pad(volume: Volume, start: tuple[int, ...], size: tuple[int, ...], mode: str = "edge") -> Volume:
-    """The box of `size` voxels whose first voxel is `start` (may be negative); the affine moves with it.
-
-    Outside the volume the values are those of `numpy.pad(mode)`: "edge" repeats the border, "constant" is 0.
-    """
-    overlap, pads = [slice(None)], [(0, 0)]
-    for first, length, extent in zip(start, size, volume.shape, strict=True):
-        low, high = max(first, 0), min(first + length, extent)
-        if low >= high:
-            raise InputError(f"the box at {start} of size {size} misses the volume of shape {volume.shape}")
-        overlap.append(slice(low, high))
-        pads.append((low - first, first + length - high))
-    array = volume.array[tuple(overlap)]
-    array = np.pad(array, pads, mode=mode) if any(map(any, pads)) else array.copy()
-    affine = volume.affine.copy()
-    affine[:-1, -1] += affine[:-1, :-1] @ np.asarray(start, dtype=np.float64)
-    return replace(volume, array=array, affine=affine)
-
-
-def _resample_axis(array: np.ndarray, axis: int, size: int, ratio: float, labels: bool) -> np.ndarray:
-    """One axis onto `size` samples, `ratio` old voxels apart; the border voxels go on outside.
-
-    Linear interpolation; where the grid gets coarser, its mean over a width of ratio - 1 old voxels, so that
-    detail is averaged, not aliased. A linear ramp stays exact, hence positions stay true.
-    """
-    last, edges = array.shape[axis] - 1, np.arange(size) + 0.5
-    if labels:
-        return array.take(np.clip(np.floor(edges * ratio).astype(int), 0, last), axis)
-    centres, half = edges * ratio - 0.5, max(0.0, ratio - 1) / 2
-    num_taps = int(np.floor(2 * (1 + half))) + 1
-    taps = np.floor(centres - 1 - half).astype(int)[:, None] + 1 + np.arange(num_taps)  # (size, taps)
-    offset = centres[:, None] - taps
-    if half > 1e-6:  # the integral of max(0, 1 - |u|) from -1 to u is 1/2 + u - u |u| / 2
-        upper, lower = (np.clip(offset + side, -1, 1) for side in (half, -half))
-        weights = (upper - upper * np.abs(upper) / 2 - lower + lower * np.abs(lower) / 2) / (2 * half)
-    else:
-        weights = np.clip(1 - np.abs(offset), 0, None)
-    taps = taps.clip(0, last)
-    column = [1] * array.ndim
-    column[axis] = size
-    out = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), dtype=array.dtype)
-    for tap in range(num_taps):
-        weight = weights[:, tap].astype(array.dtype).reshape(column)
-        # Not just weight * value: a NaN of no weight stays out
-        out += np.where(weight > 0, weight * array.take(taps[:, tap], axis), 0)
-    return out
-
-
-def resample(volume: Volume, spacing: tuple[float, ...], labels: bool = False) -> Volume:
-    """The same field of view on voxels of `spacing` mm; images become float32, `labels` keep their dtype.
-
-    Images: linear, averaged where the grid gets coarser; labels: the nearest voxel. Size max(1, round(extent
-    / spacing)). Spacing and the outer corner of voxel 0 are exact, so the far end may move by half a new
-    voxel.
-    """
-    if len(spacing) != volume.dims or min(spacing) <= 0:
-        raise InputError(f"spacing {tuple(spacing)}, expected {volume.dims} positive numbers (mm)")
-    array, affine = volume.array, volume.affine.copy()
-    array = array if labels else array.astype(np.float32)
-    ratios = np.asarray(spacing, dtype=np.float64) / volume.spacing
-    for axis, ratio in enumerate(ratios):
-        if abs(ratio - 1) > 1e-6:
-            size = max(1, round(volume.shape[axis] / ratio))
-            array = _resample_axis(array, axis + 1, size, ratio, labels)
-        affine[:-1, axis] *= ratio
-    affine[:-1, -1] += volume.affine[:-1, :-1] @ ((ratios - 1) / 2)
-    return replace(volume, array=array, affine=affine)

@@ -29,16 +29,15 @@ from torch import Tensor
 from ..cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window, uncertainty
 from ..config import InputError, at_least, from_dict, to_dict
 from ..data import Case, CaseInfo, DataConfig, DataSpec, Volume, VolumeDataset, write
+from ..data.geometry import crop_or_pad, resample
 from ..data.images import find_images, scan_images
 from ..data.loading import load_role
 from ..data.volumes import (
     NIFTI,
     TIFF,
     Header,
-    crop_or_pad,
     is_volume_file,
     read_header,
-    resample,
     strip_suffix,
 )
 from ..engine.checkpoint import load_run, load_weights

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..config import InputError
 from ..data import Volume
-from ..data.volumes import resample
+from ..data.geometry import resample
 from ..engine.checkpoint import write_text
 from ..engine.logger import mid_slices, tile
 

@@ -28,7 +28,8 @@ import numpy as np
 
 from ..config import InputError, at_least, read_json
 from ..data import read
-from ..data.volumes import PICTURE, is_volume_file, resample, strip_suffix
+from ..data.geometry import resample
+from ..data.volumes import PICTURE, is_volume_file, strip_suffix
 from .pages import embed, escape, grey, page, png, write_page
 
 MAX_VOXELS, MAX_POINTS, MAX_PREVIEWS = 2**21, 800, 24

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 
 from ldm3d.config import InputError
 from ldm3d.data import Volume, read, write
+from ldm3d.data.geometry import crop_or_pad, resample
 from ldm3d.data.volumes import (
-    crop_or_pad,
     is_volume_file,
     read_header,
-    resample,
     spacing_affine,
     strip_suffix,
 )
