@@ -68,7 +68,7 @@ from ldm3d.losses import (
     PerceptualConfig,
     PerceptualLoss,
     adaptive_weight,
-    critic_accuracy,
+    disc_accuracy,
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
@@ -399,7 +399,7 @@ def critic_terms(model: nn.Module, x: Tensor, recon: Tensor, config: Config, ste
         real, fake = model(both).halves()
     terms = {
         "d_loss": discriminator_loss(real.logits, fake.logits, config.disc_loss),
-        "critic_accuracy": critic_accuracy(real.logits, fake.logits, config.disc_loss),
+        "disc_accuracy": disc_accuracy(real.logits, fake.logits, config.disc_loss),
     }
     loss = terms["d_loss"]
     if penalised:

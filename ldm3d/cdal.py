@@ -43,9 +43,9 @@ from .config import InputError, at_least, show
 from .diffusion_kernel import posterior_coefficients
 from .engine.distributed import keyed_generator
 from .losses import (
-    critic_accuracy,
     cross_entropy_loss,
     dice_loss,
+    disc_accuracy,
     discriminator_loss,
     generator_loss,
     r1_penalty,
@@ -408,7 +408,7 @@ class CDAL:
         real, fake = model(both, t, x_next, shown, parts=2).halves()
         terms = {
             "d_loss": discriminator_loss(real.logits, fake.logits, "non_saturating"),
-            "critic_accuracy": critic_accuracy(real.logits, fake.logits, "non_saturating"),
+            "disc_accuracy": disc_accuracy(real.logits, fake.logits, "non_saturating"),
         }
         loss = terms["d_loss"]
         if self.penalised(step):

@@ -1,25 +1,30 @@
-"""Critics: networks that tell real images from made ones, patch by patch, or one step of a diffusion from
-a made one.
+"""Discriminators: networks that learn to tell real from generated, so that a generator learns to avoid it.
+
+An autoencoder that minimises a mean error blurs what it is unsure of: the mean of two sharp edges has the
+smallest error. A discriminator sees real images and reconstructions, learns that blur is a mark of the
+latter, and hands this knowledge to the autoencoder as a gradient. The objectives are in losses.py.
+
+PatchDiscriminator judges images patch by patch (stage one):
 
     conv k4 s2 - LeakyReLU, num_layers x [conv k4 (s2, the last s1) - norm - LeakyReLU], conv k4 s1 -> logits
 
-Every logit judges one patch, 70 voxels wide with three layers: Isola et al. 2017 (arXiv 1611.07004, appendix
-6.1.2), with the widths and the order of strides of MONAI's PatchDiscriminator. `num_scales` copies of it look
-at the image and at versions of it averaged over 2, 4, ... voxels: Wang et al. 2018 (arXiv 1711.11585), sec.
-3.2. Spectral norm: Miyato et al. 2018 (arXiv 1802.05957). There is no batch norm, so that real and fake
-images may share a batch and ranks need no exchange.
+Every logit judges one patch: 70 voxels wide with three layers (Isola et al. 2017, arXiv 1611.07004, appendix
+6.1.2; widths and order of strides as in MONAI's PatchDiscriminator). An image of 64 x 64 voxels and three
+layers give 6 x 6 logits. `num_scales` such networks look at the image itself and at the image averaged over
+2, 4, ... voxels (Wang et al. 2018, arXiv 1711.11585, section 3.2). Spectral norm: Miyato et al. 2018 (arXiv
+1802.05957). There is no batch norm, so real and fake images may share a batch.
 
-The time-conditional critic judges a pair (x_t, x_next) of neighbouring steps at its time t, after Xiao et al.
-2022 (arXiv 2112.07804, appendix), from residual blocks without norms; g is an embedding of t:
+TimeDiscriminator judges one step of a diffusion (cdal.py): whether x_t is a plausible successor of the
+noisier x_prev at time t. It is made of residual blocks without norms, after Xiao et al. 2022 (arXiv
+2112.07804, appendix), with emb an embedding of t:
 
-    h = conv3(lrelu(h)) + W g;  h = conv3(down(lrelu(h)));  block = (h + conv1(down(input))) / sqrt(2)
-    logit = linear(mean over voxels of lrelu(conv3(h ++ minibatch statistic)))
+    h = conv1(lrelu(x)) + W emb;  h = conv2(down(lrelu(h)));  block = (h + skip(down(x))) / sqrt(2)
+    logits = linear(mean over voxels of lrelu(conv_out(h ++ minibatch statistic)))
 
-The minibatch statistic is one more channel, the same everywhere: the standard deviation over the batch, mean
-over channels and voxels (Karras et al. 2018, arXiv 1710.10196, section 3). Down-sampling is a mean of
-neighbours, and logits are means and not sums, so that every image size gives logits of one scale.
-
-The objectives are in losses.py.
+The minibatch statistic shows the discriminator how varied a batch is, so that it recognises a generator that
+always makes the same: one more channel, everywhere the standard deviation over the batch, averaged over
+channels and voxels (Karras et al. 2018, arXiv 1710.10196, section 3). `down` averages neighbouring voxels. A
+logit is a mean over voxels, not a sum, so that its scale does not depend on the image size.
 """
 
 from __future__ import annotations
@@ -38,26 +43,26 @@ from .config import InputError, at_least
 from .metrics import halve
 
 
-class CriticOutput(NamedTuple):
-    """What a critic says of (B, C, *S)."""
+class DiscriminatorOutput(NamedTuple):
+    """The judgement of images (B, C, *S), and the hidden maps that led to it."""
 
-    logits: tuple[Tensor, ...]  # one (B, 1, *patches) per scale; above 0: real
+    logits: tuple[Tensor, ...]  # one (B, 1, *patches) per scale; high where the patch looks real
     features: tuple[Tensor, ...]  # the hidden maps (B, C', *s) of all scales, finest scale first
 
-    def halves(self) -> tuple[CriticOutput, CriticOutput]:
-        """Those of the first and of the second half of the batch: real and fake images in one forward."""
+    def halves(self) -> tuple[DiscriminatorOutput, DiscriminatorOutput]:
+        """The outputs of the first and of the second half of the batch, such as real and fake images."""
         first, second = (tuple(tuple(t.chunk(2)[i] for t in maps) for maps in self) for i in (0, 1))
-        return CriticOutput(*first), CriticOutput(*second)
+        return DiscriminatorOutput(*first), DiscriminatorOutput(*second)
 
 
 @dataclass(frozen=True)
 class PatchDiscriminatorConfig:
     dims: Literal[2, 3] = 3  # spatial axes of the images
     in_channels: int = 1  # channels of the images
-    channels: int = 32  # width of the first layer; every next has twice the width of the one before
-    num_layers: int = 3  # layers after the first: 3 judge patches 70 voxels wide, 2 34, 1 16
-    norm: Literal["instance", "group", "none"] = "instance"  # of the layers between the first and the last
-    num_scales: int = 1  # critics, each on an image half as fine as the one before
+    channels: int = 32  # width of the first layer; every further layer doubles the width
+    num_layers: int = 3  # layers after the first; 3: patches 70 voxels wide, 2: 34, 1: 16
+    norm: Literal["instance", "group", "none"] = "instance"  # in the layers between the first and the last
+    num_scales: int = 1  # discriminators, each on an image half as fine as that of the one before
     spectral_norm: bool = False  # divide every weight by its largest singular value
 
     def __post_init__(self) -> None:
@@ -65,20 +70,24 @@ class PatchDiscriminatorConfig:
 
     @property
     def min_size(self) -> int:
-        """The smallest image, in voxels along every axis, that leaves two values a channel to every norm."""
-        size = 2  # of the last norm, and enough for the last convolution, which makes n - 1 of n
+        """Voxels along every axis of the smallest image that the layers can judge.
+
+        A norm needs at least two values per axis. Walking back from the last norm, where the size is 2, every
+        layer of stride 2 doubles the size and every layer of stride 1 adds one (kernel 4, padding 1).
+        """
+        size = 2
         for stride in reversed(self.strides):
             size = size * 2 if stride == 2 else size + 1
         return size * 2 ** (self.num_scales - 1)
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of all layers but the last."""
+        """The strides of all layers but the last."""
         return (2,) * self.num_layers + (1,)
 
 
 def make_layers(config: PatchDiscriminatorConfig) -> nn.ModuleList:
-    """The hidden layers, each to be followed by LeakyReLU, and the last convolution; weights N(0, 0.02^2)."""
+    """The hidden layers, without their LeakyReLU, and the last convolution; weights are N(0, 0.02^2)."""
     c = config
     conv, instance = (nn.Conv2d, nn.InstanceNorm2d) if c.dims == 2 else (nn.Conv3d, nn.InstanceNorm3d)
     layers, width = [], c.in_channels
@@ -86,7 +95,7 @@ def make_layers(config: PatchDiscriminatorConfig) -> nn.ModuleList:
         last = i == len(c.strides)
         out = 1 if last else c.channels * 2**i
         norm = "none" if i == 0 or last else c.norm
-        # A bias before a norm of single channels would be taken away again
+        # The norm after the convolution subtracts the channel's mean, and with it any bias
         layer = conv(width, out, 4, stride, 1, bias=norm == "none")
         nn.init.normal_(layer.weight, 0.0, 0.02)
         if layer.bias is not None:
@@ -99,7 +108,7 @@ def make_layers(config: PatchDiscriminatorConfig) -> nn.ModuleList:
 
 
 class PatchDiscriminator(nn.Module):
-    """(B, C, *S) -> CriticOutput."""
+    """Images (B, C, *S) -> DiscriminatorOutput with a logit for every patch."""
 
     def __init__(self, config: PatchDiscriminatorConfig):
         super().__init__()
@@ -107,7 +116,7 @@ class PatchDiscriminator(nn.Module):
         self.scales = nn.ModuleList(make_layers(config) for _ in range(config.num_scales))
 
     def check_size(self, size: Sequence[int]) -> None:
-        """InputError if images of `size` voxels are too small for the layers."""
+        """Raise InputError if images of `size` voxels are too small for the layers."""
         c = self.config
         if min(size) < c.min_size:
             raise InputError(
@@ -115,7 +124,7 @@ class PatchDiscriminator(nn.Module):
                 f"{c.min_size} voxels along every axis, got {tuple(size)}; fewer layers or scales need less"
             )
 
-    def forward(self, x: Tensor) -> CriticOutput:
+    def forward(self, x: Tensor) -> DiscriminatorOutput:
         c = self.config
         if x.ndim != c.dims + 2 or x.shape[1] != c.in_channels:
             raise InputError(
@@ -131,18 +140,18 @@ class PatchDiscriminator(nn.Module):
                 h = F.leaky_relu(layer(h), 0.2)
                 features.append(h)
             logits.append(layers[-1](h))
-        return CriticOutput(tuple(logits), tuple(features))
+        return DiscriminatorOutput(tuple(logits), tuple(features))
 
 
-# --- the critic of a diffusion step -------------------------------------------------------------------------
+# --- the discriminator of a diffusion step ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TimeDiscriminatorConfig:
     dims: Literal[2, 3] = 3  # spatial axes
-    in_channels: int = 4  # channels of x_t and x_next together, and of the image where the critic sees it
+    in_channels: int = 4  # channels of x_t and x_prev together, plus those of the image if it is shown
     channels: tuple[int, ...] = (32, 64, 128, 128)  # width of each block; all but the first halve the axes
-    halve_first: bool = False  # the first halves them too: for large images
+    halve_first: bool = False  # the first block halves the axes too, for large images
     emb_dim: int = 128  # width of the time embedding
 
     def __post_init__(self) -> None:
@@ -152,8 +161,11 @@ class TimeDiscriminatorConfig:
 
 
 def minibatch_statistic(h: Tensor, parts: int = 1) -> Tensor:
-    """(B, C, *s) -> (B, 1, *s): in each of `parts` equal parts of the batch, the standard deviation over its
-    samples, mean over channels and voxels; of a single sample nearly 0, with a gradient of 0.
+    """How varied the samples h (B, C, *s) are, as one channel (B, 1, *s) that is the same everywhere.
+
+    The value is the standard deviation over samples, averaged over channels and voxels. The batch is cut into
+    `parts` equal parts (real and generated pairs), and each part has a value of its own. A part of a single
+    sample has nearly 0, with a gradient of 0.
     """
     groups = h.float().unflatten(0, (parts, -1))  # (parts, b, C, *s)
     variance = groups.var(dim=1, correction=0)
@@ -163,7 +175,7 @@ def minibatch_statistic(h: Tensor, parts: int = 1) -> Tensor:
 
 
 class TimeBlock(nn.Module):
-    """(B, C_in, *S) -> (B, C_out, *(S / 2)), or *S unless `down`."""
+    """The residual block of TimeDiscriminator: (B, C_in, *S) -> (B, C_out, *S), half the size with `down`."""
 
     def __init__(self, dims: int, in_channels: int, out_channels: int, emb_dim: int, down: bool):
         super().__init__()
@@ -183,7 +195,7 @@ class TimeBlock(nn.Module):
 
 
 class TimeDiscriminator(nn.Module):
-    """The pair (x_t, x_next), each (B, K, *S), at t (B,) -> CriticOutput with logits (B, 1)."""
+    """A diffusion step from x_prev to the less noisy x_t, both (B, K, *S), at t (B,) -> logits (B, 1)."""
 
     def __init__(self, config: TimeDiscriminatorConfig):
         super().__init__()
@@ -204,12 +216,12 @@ class TimeDiscriminator(nn.Module):
         self.linear = nn.Linear(c.channels[-1], 1)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, x_next: Tensor, image: Tensor | None = None, parts: int = 1
-    ) -> CriticOutput:
-        """parts: equal parts of the batch, such as real and made pairs, with minibatch statistics of their
-        own."""
+        self, x_t: Tensor, t: Tensor, x_prev: Tensor, image: Tensor | None = None, parts: int = 1
+    ) -> DiscriminatorOutput:
+        """image (B, C, *S) is shown beside the pair where `in_channels` counts it; parts of the batch have
+        minibatch statistics of their own."""
         c = self.config
-        h = torch.cat([x_t, x_next] if image is None else [x_t, x_next, image], dim=1)
+        h = torch.cat([x_t, x_prev] if image is None else [x_t, x_prev, image], dim=1)
         if h.ndim != c.dims + 2 or h.shape[1] != c.in_channels:
             raise InputError(f"pair: expected (B, {c.in_channels}, {c.dims} axes), got {tuple(h.shape)}")
         emb = self.time_embed(timestep_embedding(t, c.emb_dim).to(self.linear.weight.dtype))
@@ -219,4 +231,4 @@ class TimeDiscriminator(nn.Module):
             features.append(h)
         h = self.conv_out(torch.cat([h, minibatch_statistic(h, parts)], dim=1))
         logits = self.linear(F.leaky_relu(h, 0.2).flatten(2).mean(2))  # (B, 1)
-        return CriticOutput((logits,), tuple(features))
+        return DiscriminatorOutput((logits,), tuple(features))

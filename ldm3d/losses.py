@@ -136,7 +136,7 @@ def generator_loss(logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge
     return _patch_mean(logits_fake, lambda f: F.softplus(-f))
 
 
-def critic_accuracy(
+def disc_accuracy(
     logits_real: Sequence[Tensor], logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge"
 ) -> Tensor:
     """(B,) share of patches that are put on the right side: 1/2 by chance, 1 when the critic has won."""

@@ -102,7 +102,7 @@ def test_a_run_compiles_once_saves_plain_names_and_goes_on_in_eager_and_back(
     assert_near(tmp_path / "eager", tmp_path / "mixed")
 
 
-def test_a_critic_that_comes_after_compiled_steps_finds_their_graph(heads, tmp_path):
+def test_a_discriminator_that_comes_after_compiled_steps_finds_their_graph(heads, tmp_path):
     more = "--disc_weight 0.1 --disc_start 2 --disc.channels 4 --disc.num_layers 1".split()
     train_vae.main(vae_flags(heads, tmp_path / "eager", 4, *more))
     code = (  # a process of its own: nothing of the compiler is imported before the script asks for it

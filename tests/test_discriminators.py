@@ -1,4 +1,4 @@
-"""The patch critic is the published network: its parameters, its receptive field, its behaviour on halves."""
+"""The patch discriminator is the published network: parameters, receptive field, halves judged alone."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def image(dims: int, size: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dims", "count"), [(2, 692_769), (3, 2_770_977)])
-def test_the_number_of_parameters_is_that_of_the_published_critic(dims, count):
+def test_the_number_of_parameters_is_that_of_the_published_discriminator(dims, count):
     net = make(dims, channels=32)
     assert sum(p.numel() for p in net.parameters()) == count
 
@@ -121,7 +121,7 @@ def test_impossible_settings_and_other_images_are_refused():
         make(3)(image(2, 32))
 
 
-# --- the critic of a diffusion step -------------------------------------------------------------------------
+# --- the discriminator of a diffusion step ------------------------------------------------------------------
 
 
 def make_timed(dims: int, **changes) -> TimeDiscriminator:
@@ -136,17 +136,17 @@ def make_timed(dims: int, **changes) -> TimeDiscriminator:
 
 def pairs(dims: int, num: int, size=(9, 6, 5)) -> tuple[torch.Tensor, ...]:
     draw = torch.Generator().manual_seed(1)
-    x_t, x_next = torch.randn(2, num, 2, *size[:dims], generator=draw)
-    return x_t, torch.arange(num), x_next
+    x_t, x_prev = torch.randn(2, num, 2, *size[:dims], generator=draw)
+    return x_t, torch.arange(num), x_prev
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 7])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_any_batch_and_image_size_has_one_finite_logit_a_sample_and_finite_gradients_twice(dims, num):
     net = make_timed(dims)
-    x_t, t, x_next = pairs(dims, num)
+    x_t, t, x_prev = pairs(dims, num)
     x_t.requires_grad_()
-    out = net(x_t, t, x_next)
+    out = net(x_t, t, x_prev)
     assert out.logits[0].shape == (num, 1)
     assert [f.shape[1:] for f in out.features] == [(w, *s[:dims]) for w, s in SHAPES]
     (gradient,) = torch.autograd.grad(out.logits[0].sum(), x_t, create_graph=True)
@@ -158,10 +158,10 @@ SHAPES = [(4, (9, 6, 5)), (6, (5, 3, 3)), (8, (3, 2, 2))]
 
 
 def test_time_and_the_order_of_the_pair_matter():
-    net, (x_t, t, x_next) = make_timed(2), pairs(2, 3)
-    logits = net(x_t, t, x_next).logits[0]
-    assert not torch.allclose(logits, net(x_t, t + 1, x_next).logits[0], atol=1e-4)
-    assert not torch.allclose(logits, net(x_next, t, x_t).logits[0], atol=1e-4)
+    net, (x_t, t, x_prev) = make_timed(2), pairs(2, 3)
+    logits = net(x_t, t, x_prev).logits[0]
+    assert not torch.allclose(logits, net(x_t, t + 1, x_prev).logits[0], atol=1e-4)
+    assert not torch.allclose(logits, net(x_prev, t, x_t).logits[0], atol=1e-4)
 
 
 def test_the_minibatch_statistic_is_the_mean_deviation_of_each_part():
@@ -178,10 +178,10 @@ def test_the_minibatch_statistic_is_the_mean_deviation_of_each_part():
 
 
 def test_real_and_made_pairs_in_one_batch_are_judged_as_they_are_alone():
-    net, (x_t, t, x_next) = make_timed(3), pairs(3, 4)
-    both = net(x_t, t, x_next, parts=2).logits[0]
+    net, (x_t, t, x_prev) = make_timed(3), pairs(3, 4)
+    both = net(x_t, t, x_prev, parts=2).logits[0]
     for part in (slice(0, 2), slice(2, 4)):
-        alone = net(x_t[part], t[part], x_next[part]).logits[0]
+        alone = net(x_t[part], t[part], x_prev[part]).logits[0]
         assert torch.allclose(both[part], alone, atol=1e-5)
 
 

@@ -15,9 +15,9 @@ from ldm3d.losses import (
     PerceptualConfig,
     PerceptualLoss,
     adaptive_weight,
-    critic_accuracy,
     cross_entropy_loss,
     dice_loss,
+    disc_accuracy,
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
@@ -213,13 +213,13 @@ def test_both_sides_gain_from_the_right_direction(kind):
     high, low = [torch.full((1, 1, 2, 2), 2.0)], [torch.full((1, 1, 2, 2), -1.0)]
     assert discriminator_loss(high, low, kind) < discriminator_loss(low, high, kind)
     assert generator_loss([torch.full((1, 1, 2, 2), 0.9)], kind) < generator_loss(low, kind)
-    assert critic_accuracy(high, low, kind).item() == 1
-    assert critic_accuracy(low, high, kind).item() == 0
-    assert critic_accuracy(high, high, kind).item() == 0.5
+    assert disc_accuracy(high, low, kind).item() == 1
+    assert disc_accuracy(low, high, kind).item() == 0
+    assert disc_accuracy(high, high, kind).item() == 0.5
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights_at_any_size(dims):
+def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_weights_at_any_size(dims):
     conv = (nn.Conv2d if dims == 2 else nn.Conv3d)(1, 1, 2, stride=2)  # patches that do not overlap
     for size in (4, 8):
         x = torch.randn(3, 1, *(size,) * dims, requires_grad=True)
@@ -229,7 +229,7 @@ def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights_at_any_size(di
     torch.testing.assert_close(conv.weight.grad, 2 * conv.weight.detach())
 
 
-def test_r1_can_be_differentiated_through_every_norm_of_the_critic():
+def test_r1_can_be_differentiated_through_every_norm_of_the_discriminator():
     for norm in ("instance", "group", "none"):
         config = PatchDiscriminatorConfig(dims=2, channels=4, num_layers=1, norm=norm, spectral_norm=True)
         net = PatchDiscriminator(config)

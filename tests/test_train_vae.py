@@ -96,7 +96,7 @@ def test_a_run_with_a_critic_is_resumed_bit_exactly_with_all_that_learns(place, 
     steps = log(place / f"{kind}-whole", "train")
     assert ["d_loss" in line for line in steps] == [step > 3 for step in range(1, 11)]
     assert ["r1" in line for line in steps] == [step > 3 and step % 2 == 1 for step in range(1, 11)]
-    expected = {"g_loss", "adaptive_weight", "critic_accuracy", "features", "structure"}
+    expected = {"g_loss", "adaptive_weight", "disc_accuracy", "features", "structure"}
     expected |= {"perplexity", "codes_used", "codes_revived", "commitment"} if kind == "vq" else {"kl"}
     assert expected <= steps[-1].keys()
     assert whole["best"]["name"] == "psnr with the critic"
@@ -259,6 +259,6 @@ def test_two_thousand_adversarial_steps_stay_finite_and_cost_less_than_1_db(tmp_
     values = [v for line in steps for k, v in line.items() if k != "split"]
     assert None not in values  # the log's word for what is not finite
     assert max(map(abs, values)) < 1e6
-    assert all(0 <= line["critic_accuracy"] <= 1 for line in steps if line["step"] > start)
+    assert all(0 <= line["disc_accuracy"] <= 1 for line in steps if line["step"] > start)
     scores = {line["step"]: line["psnr"] for line in log(tmp_path / "run", "val")}
     assert min(v for step, v in scores.items() if step > start) > scores[start] - 1.0, scores

@@ -65,7 +65,7 @@ def volumes(tmp_path_factory) -> Path:
 def test_the_loss_falls_and_the_best_checkpoint_is_that_of_the_highest_validation_dice(run):
     steps = [line["loss"] for line in lines(run)]
     assert np.mean(steps[-5:]) < 0.6 * np.mean(steps[:2])
-    assert {"ce", "dice", "mse", "g_loss", "d_loss", "critic_accuracy"} <= lines(run)[1].keys()
+    assert {"ce", "dice", "mse", "g_loss", "d_loss", "disc_accuracy"} <= lines(run)[1].keys()
     assert ["r1" in line for line in lines(run)] == [step % 2 == 0 for step in range(STEPS)]
     scores = {line["step"]: line["dice"] for line in lines(run, "val")}
     best = load(run / "best.pt")["best"]
