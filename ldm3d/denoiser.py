@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,14 +60,13 @@ class Denoiser(nn.Module):
                 context_dim=condition.context_dim if self.conditioner.has_context else None,
             )
         self.anatomy, self.num_labels = anatomy or AnatomyConfig(), num_labels
-        self.unet, self.head = UNet(unet), None
-        mode = self.anatomy.registers
+        mode, make_registers = self.anatomy.registers, None
         if mode != "off":
             if num_labels < 1:
                 raise InputError(f"anatomy.registers: needs a number of labels, got {num_labels}")
-            self.unet.registers = Registers(self.anatomy, unet, num_labels)
-        if mode == "bound":
-            self.head = LabelHead(self.anatomy, unet, num_labels, factor)
+            make_registers = partial(Registers, self.anatomy, unet, num_labels)
+        self.unet = UNet(unet, make_registers)
+        self.head = LabelHead(self.anatomy, unet, num_labels, factor) if mode == "bound" else None
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

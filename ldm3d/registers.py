@@ -92,18 +92,18 @@ def anatomy_weight(config: AnatomyConfig, step: int, steps: int) -> float:
 
 
 class Reader(nn.Module):
-    """One place: h (B, C, *s) reads the bank (B, K M, E) by gated cross-attention."""
+    """The reading of one attention layer: h (B, C, *s) attends to the bank (B, K M, E), behind a gate."""
 
     def __init__(self, unet: UNetConfig, channels: int, dim: int):
         super().__init__()
         self.norm = GroupNorm(channels, unet.num_groups, unet.gn_eps)
-        self.place = nn.Linear(2 * NUM_FREQUENCIES * unet.dims, channels, bias=False)
+        self.place = nn.Linear(2 * NUM_FREQUENCIES * unet.dims, channels, bias=False)  # W_p
         self.attention = CrossAttention(channels, dim, channels // unet.head_channels, gate=True)
 
     def forward(self, h: Tensor, bank: Tensor, maps: list[Tensor] | None) -> Tensor:
         size = h.shape[2:]
-        where = to_tokens(position_features(size, NUM_FREQUENCIES, h.device))  # (1, N, P)
-        tokens = to_tokens(self.norm(h)) + self.place(where)  # (B, N, C)
+        positions = to_tokens(position_features(size, NUM_FREQUENCIES, h.device))  # (1, N, P)
+        tokens = to_tokens(self.norm(h)) + self.place(positions)  # (B, N, C)
         if maps is None:
             return h + to_map(self.attention(tokens, bank), size)
         out, weights = self.attention(tokens, bank, return_map=True)  # (B, heads, N, K M)
@@ -112,26 +112,29 @@ class Reader(nn.Module):
 
 
 class Registers(nn.Module):
-    """The bank and its readers, as a U-Net calls them: registers(h, emb, place, maps) -> h.
+    """The bank and one reader for each attention layer, whose widths are `channels`.
 
-    A list `maps` gets the attention (B, K M, *s) that the registers receive at each place, label by label, in
-    fp32 and by an explicit softmax; without it attention is fused. `on`: false leaves h as it is.
+    A U-Net calls `registers(h, emb, maps, layer_idx=...)` after each of these layers and goes on with the h
+    that comes back. A list `maps` receives the layer's attention map (B, K M, *s), the M registers of a label
+    side by side, in fp32 and by an explicit softmax; with None attention is fused, which is faster. With
+    `on = False` the same h comes back, so that samples with registers and without can be compared.
     """
 
-    def __init__(self, config: AnatomyConfig, unet: UNetConfig, num_labels: int):
+    def __init__(self, config: AnatomyConfig, unet: UNetConfig, num_labels: int, channels: Sequence[int]):
         super().__init__()
         self.on = True
         self.bank = nn.Parameter(torch.randn(num_labels, config.per_label, config.dim))
         self.modulation = nn.Linear(unet.emb_dim, 2 * config.dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.readers = nn.ModuleList(Reader(unet, width, config.dim) for width in unet.attention_channels)
+        self.readers = nn.ModuleList(Reader(unet, width, config.dim) for width in channels)
 
-    def forward(self, h: Tensor, emb: Tensor, place: int, maps: list[Tensor] | None = None) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, maps: list[Tensor] | None = None, *, layer_idx: int) -> Tensor:
         if not self.on:
             return h
-        scale, shift = self.modulation(F.silu(emb))[:, None].chunk(2, dim=-1)  # (B, 1, E) each
-        return self.readers[place](h, torch.addcmul(shift, self.bank.flatten(0, 1), 1 + scale), maps)
+        a, b = self.modulation(F.silu(emb))[:, None].chunk(2, dim=-1)  # (B, 1, E) each
+        r = torch.addcmul(b, self.bank.flatten(0, 1), 1 + a)  # R (1 + a) + b, (B, K M, E)
+        return self.readers[layer_idx](h, r, maps)
 
 
 # --- the head -----------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The diffusion U-Net: noisy latent x_t and time t -> prediction of the same shape (see diffusion_kernel.py).
+"""The diffusion U-Net: the network that is asked, at every step of sampling, what in x_t is noise.
+
+It takes the noisy latent x_t and the time t and predicts a tensor like x_t. Whether that tensor is the noise,
+the clean latent, v or the velocity is the kernel's matter (diffusion_kernel.py).
 
     emb = W_2 silu(W_1 sinusoid(t)) + extra embedding             time, Ho et al. 2020 (arXiv 2006.11239)
     h   = conv(x_t)
@@ -7,18 +10,24 @@
     up:   per level (num_res_blocks + 1) x [ResBlock(h ++ skip, emb), (attention)], nearest x2 + conv
     out = conv(silu(norm(h))), zero at first
 
-Attention is self-attention over all positions, or, with `context_dim`, the transformer block of Rombach et
-al. 2022 (arXiv 2112.10752) that also reads context tokens. The structure is that of MONAI's
-DiffusionModelUNet, so that its weights can be copied. Any input size works (edges repeated at the end inside,
-cropped back); strides are per axis. Not here: conditions (the conditioner makes `emb`, `context` and extra
-input channels), schedules, guidance.
+Example: x_t (2, 4, 16, 20, 16) with channels (64, 128) and attention at level 1. Level 0 makes
+(2, 64, 16, 20, 16), level 1 (2, 128, 8, 10, 8), whose 640 positions attend to each other; the way up ends at
+(2, 64, 16, 20, 16), and the prediction is (2, 4, 16, 20, 16) again.
+
+Attention is self-attention over all positions. With `context_dim` it is the transformer block of Rombach et
+al. 2022 (arXiv 2112.10752), which also reads context tokens, such as the words of a caption. Registers
+(registers.py), if there are any, are read after every attention layer. The blocks are those of MONAI's
+DiffusionModelUNet, so that its weights can be copied. Any size goes in: the edge is repeated up to a multiple
+of `downsampling`, and the prediction is cropped. Not here: conditions (conditioner.py makes `emb`, `context`
+and the extra input channels), schedules, guidance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -68,8 +77,9 @@ class UNetConfig:
         check_levels(self)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a number in [0, 1), got {self.dropout}")
-        for width in self.attention_channels:
-            if self.head_channels < 1 or width % self.head_channels:
+        attended = per_level(self.attention_levels, len(self.channels))
+        for width, attend in zip((*self.channels, self.channels[-1]), (*attended, True), strict=True):
+            if attend and (self.head_channels < 1 or width % self.head_channels):
                 raise InputError(
                     f"head_channels: {self.head_channels} does not divide {width}, a level's width"
                 )
@@ -80,27 +90,25 @@ class UNetConfig:
         return 4 * self.channels[0]
 
     @property
-    def attention_channels(self) -> tuple[int, ...]:
-        """Width of h at each attention layer, in the order of the forward pass: down, middle, up."""
-        levels = len(self.channels)
-        blocks, wanted = per_level(self.num_res_blocks, levels), per_level(self.attention_levels, levels)
-        down = [w for w, n, a in zip(self.channels, blocks, wanted, strict=True) for _ in range(n * a)]
-        up = [w for w, n, a in zip(self.channels, blocks, wanted, strict=True) for _ in range((n + 1) * a)]
-        return (*down, self.channels[-1], *reversed(up))
-
-    @property
     def downsampling(self) -> tuple[int, ...]:
         """Total factor per axis between the finest and the coarsest level."""
         return tuple(math.prod(f) for f in zip((1,) * self.dims, *level_strides(self), strict=True))
 
 
 class Stage(nn.Module):
-    """A residual block and, if `attend`, self-attention or a transformer block that reads the context."""
+    """A residual block, then attention if `attend`, then the registers if the U-Net has any.
+
+    The U-Net numbers its attention layers once, when it is made. With its `layer_idx` a stage picks its own
+    keys and values from a kv_cache; `reader(h, emb, maps)` reads the registers with this layer's weights.
+    """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attend: bool):
         super().__init__()
         c, norm = config, {"num_groups": config.num_groups, "eps": config.gn_eps}
         options = {"dropout": c.dropout, "zero_init": True, "adaptive_norm": c.adaptive_norm}
+        self.channels = out_channels
+        self.layer_idx: int | None = None  # number of its attention layer, in the order of the forward pass
+        self.reader: Callable[[Tensor, Tensor, list[Tensor] | None], Tensor] | None = None
         self.res = ResBlock(c.dims, in_channels, out_channels, c.emb_dim, **norm, **options)
         self.attention: nn.Module | None = None
         if attend:
@@ -116,29 +124,32 @@ class Stage(nn.Module):
         self,
         h: Tensor,
         emb: Tensor,
-        context: Tensor | KeysValues | None = None,
+        context: Tensor | tuple[KeysValues, ...] | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
+        """All but the reader, which UNet.features calls. context: tokens, or the U-Net's whole kv_cache."""
         h = self.res(h, emb)
         if isinstance(self.attention, TransformerBlock):
-            return self.attention(h, context, context_mask)
+            own = context[self.layer_idx] if isinstance(context, tuple) else context
+            return self.attention(h, own, context_mask)
         return h if self.attention is None else self.attention(h)
 
 
 class UNet(nn.Module):
     """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
 
-    Instead of the context, `forward` takes its `kv_cache`, made once for many steps.
-    `registers` may be set to a module, called as `h = registers(h, emb, place, maps)` after every attention
-    layer, h being (B, config.attention_channels[place], *s) and `place` counting these layers in the order of
-    the forward pass; `maps` is the list, or None, that was given to `features`. It is set after construction,
-    so that a seed gives the same U-Net with and without.
+    Sampling asks many times under one context: `kv_cache(context)`, made once, may be passed as the context.
+    `make_registers`, if given, is called with the width C of h at every attention layer and returns a module
+    that is called as `h = registers(h, emb, maps, layer_idx=...)` after these layers (registers.py).
     """
 
-    def __init__(self, config: UNetConfig):
+    def __init__(
+        self,
+        config: UNetConfig,
+        make_registers: Callable[[Sequence[int]], nn.Module] | None = None,
+    ):
         super().__init__()
         self.config = c = config
-        self.registers: nn.Module | None = None
         levels, strides = len(c.channels), level_strides(c)
         blocks, attend = per_level(c.num_res_blocks, levels), per_level(c.attention_levels, levels)
         self.time_embed = nn.Sequential(
@@ -165,6 +176,19 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c.dims, width, strides[level - 1]))
         self.norm_out = GroupNorm(width, c.num_groups, c.gn_eps)
         self.conv_out = Conv(c.dims, width, c.out_channels, zero_init=True)
+        for layer_idx, stage in enumerate(self.attention_stages):
+            stage.layer_idx = layer_idx
+        self.registers: nn.Module | None = None
+        if make_registers is not None:  # last, so that a seed draws the same U-Net with registers and without
+            self.registers = make_registers([stage.channels for stage in self.attention_stages])
+            for stage in self.attention_stages:  # a partial is no module: the weights are named once
+                stage.reader = partial(self.registers, layer_idx=stage.layer_idx)
+
+    @property
+    def attention_stages(self) -> list[Stage]:
+        """The stages with attention, in the order of the forward pass."""
+        stages = (layer for layer in (*self.down, *self.mid, *self.up) if isinstance(layer, Stage))
+        return [stage for stage in stages if stage.attention is not None]
 
     def forward(
         self,
@@ -185,25 +209,19 @@ class UNet(nn.Module):
         emb: Tensor | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
-        """The finest features of the decoder (B, channels[0], *s), s being padded to `downsampling`; the
-        registers put their attention maps into `maps`."""
-        self._check(x, context)
-        emb = self.embed(t, emb)
-        place = 0  # attention layers so far
+        """The finest features of the decoder (B, channels[0], *s), s being S padded to `downsampling`.
 
-        def walk(layer: nn.Module, h: Tensor) -> Tensor:
-            nonlocal place
+        A list `maps` is filled with the attention that the registers receive, one map for each layer.
+        """
+        self._check(x, context)
+        emb, checkpointing = self.embed(t, emb), self.config.checkpointing
+
+        def through(layer: nn.Module, h: Tensor) -> Tensor:
             if not isinstance(layer, Stage):
-                return run_layer(layer, h, checkpointing=self.config.checkpointing)
-            known = context
-            if isinstance(context, tuple) and layer.attention is not None:
-                known = context[place]
-            h = run_layer(layer, h, emb, known, context_mask, checkpointing=self.config.checkpointing)
-            if layer.attention is not None:
-                if self.registers is not None:
-                    h = self.registers(h, emb, place, maps)
-                place += 1
-            return h
+                return run_layer(layer, h, checkpointing=checkpointing)
+            h = run_layer(layer, h, emb, context, context_mask, checkpointing=checkpointing)
+            # Outside run_layer: computed again in backward, a reader would add its map a second time
+            return h if layer.reader is None else layer.reader(h, emb, maps)
 
         x = pad_to_multiple(x, self.config.downsampling)
         if math.prod(x.shape[2:]) >= CHANNELS_LAST_FROM:
@@ -211,25 +229,26 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for layer in self.down:
-            h = walk(layer, h)
+            h = through(layer, h)
             skips.append(h)
         for layer in self.mid:
-            h = walk(layer, h)
+            h = through(layer, h)
         for layer in self.up:
             if isinstance(layer, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = walk(layer, h)
+            h = through(layer, h)
         return h
 
     def output(self, h: Tensor, size: Sequence[int]) -> Tensor:
-        """The prediction (B, C_out, *size) from `features`."""
+        """The prediction (B, C_out, *size) from `features`, cropped to the size of x."""
         return crop_to(norm_conv(self.norm_out, self.conv_out, h), size)
 
     def kv_cache(self, context: Tensor) -> tuple[KeysValues, ...]:
-        """Keys and values of context tokens (B, M, E) at every attention layer, in the order of the forward
-        pass."""
-        stages = [layer for layer in (*self.down, *self.mid, *self.up) if isinstance(layer, Stage)]
-        return tuple(s.attention.cross_attn.keys_values(context) for s in stages if s.attention is not None)
+        """Keys and values of context tokens (B, M, E), one pair for each attention layer, by `layer_idx`.
+
+        They depend on the context alone, so 50 steps of sampling need them once.
+        """
+        return tuple(stage.attention.cross_attn.keys_values(context) for stage in self.attention_stages)
 
     def embed(self, t: Tensor, emb: Tensor | None = None) -> Tensor:
         """t (B,) on the 0..T scale, and the extra embedding (B, emb_dim) -> (B, emb_dim)."""

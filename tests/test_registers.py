@@ -3,6 +3,7 @@ head gives label maps as fine as the image."""
 
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,14 +98,14 @@ def test_the_attention_that_is_supervised_is_the_fused_one(dims):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_what_a_place_reads_is_gated_attention_to_the_modulated_bank(dims):
+def test_what_a_layer_reads_is_gated_attention_to_the_modulated_bank(dims):
     registers = make(dims).unet.registers
-    draw, place = torch.Generator().manual_seed(2), 1
-    h = torch.randn(2, registers.readers[place].norm.num_channels, *(3, 2, 4)[:dims], generator=draw)
+    draw, layer_idx = torch.Generator().manual_seed(2), 1
+    h = torch.randn(2, registers.readers[layer_idx].norm.num_channels, *(3, 2, 4)[:dims], generator=draw)
     emb = torch.randn(2, registers.modulation.in_features, generator=draw)
     maps = []
-    got = registers(h, emb, place, maps)
-    reader = registers.readers[place]
+    got = registers(h, emb, maps, layer_idx=layer_idx)
+    reader = registers.readers[layer_idx]
     scale, shift = registers.modulation(F.silu(emb)).chunk(2, 1)
     bank = registers.bank.reshape(12, 16) * (1 + scale[:, None]) + shift[:, None]
     axes = [(torch.arange(n) + 0.5) * 2 / n - 1 for n in h.shape[2:]]
@@ -127,18 +128,19 @@ def test_what_a_place_reads_is_gated_attention_to_the_modulated_bank(dims):
 def test_a_constant_map_is_read_differently_in_every_place():
     registers = make(2).unet.registers
     maps = []
-    registers(torch.ones(1, 8, 6, 5), torch.zeros(1, 32), 0, maps)
+    registers(torch.ones(1, 8, 6, 5), torch.zeros(1, 32), maps, layer_idx=0)
     rows = maps[0][0].flatten(1).T  # (N, K M)
     assert (torch.cdist(rows, rows) + torch.eye(30)).min() > 1e-4
 
 
 def test_the_noise_level_changes_the_bank_only_once_it_has_learned_to():
-    registers = Registers(CONFIG, unet_config(2), 4)
+    registers = Registers(CONFIG, unet_config(2), 4, [8])
     torch.nn.init.ones_(registers.readers[0].attention.gate)
     h, embs = torch.randn(1, 8, 4, 4), torch.randn(2, 1, 32)
-    assert torch.equal(registers(h, embs[0], 0), registers(h, embs[1], 0))
+    first, second = (partial(registers, h, emb, layer_idx=0) for emb in embs)
+    assert torch.equal(first(), second())
     torch.nn.init.normal_(registers.modulation.weight)
-    assert not torch.allclose(registers(h, embs[0], 0), registers(h, embs[1], 0))
+    assert not torch.allclose(first(), second())
 
 
 def test_the_same_weights_run_with_registers_on_or_off():

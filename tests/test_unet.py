@@ -1,5 +1,7 @@
 """The U-Net takes any size, uses every parameter, and with MONAI's weights gives MONAI's numbers."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -26,11 +28,10 @@ def close(actual, expected, tolerance=2e-5):
     assert error <= tolerance, f"relative error {error:.1e}"
 
 
-def make(dims, registers=None, **changes):
+def make(dims, make_registers=None, **changes):
     """A U-Net with all weights random, those that start at zero too."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(dims=dims, **{**SMALL, **changes}))
-    net.registers = registers
+    net = UNet(UNetConfig(dims=dims, **{**SMALL, **changes}), make_registers)
     for parameter in net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -84,11 +85,11 @@ def test_every_parameter_gets_a_gradient(dims, changes):
 
 def test_attention_is_where_the_levels_say_and_always_in_the_middle():
     net = make(2, channels=(4, 8, 12), num_res_blocks=(1, 2, 1), attention_levels=(False, True, False))
+    assert [stage.channels for stage in net.attention_stages] == [8, 8, 12, 8, 8, 8]
     attended = [
         m.norm.num_channels for m in net.modules() if isinstance(m, (AttentionBlock, TransformerBlock))
     ]
-    assert net.config.attention_channels == (8, 8, 12, 8, 8, 8)
-    assert sorted(attended) == sorted(net.config.attention_channels)
+    assert sorted(attended) == [8, 8, 8, 8, 8, 12]
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -152,22 +153,52 @@ def test_sine_and_cosine_can_change_places():
     close(other(**arguments(2)), net(**arguments(2)))
 
 
-def test_registers_are_called_after_every_attention_layer_with_its_place():
-    class Registers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.calls = []
+class Recorder(nn.Module):
+    """Registers that remember their calls and add one number of their own."""
 
-        def forward(self, h, emb, place, maps):
-            self.calls.append((place, h.shape[1], emb.shape))
-            return h + 1
+    def __init__(self, widths):
+        super().__init__()
+        self.widths, self.calls = widths, []
+        self.shift = nn.Parameter(torch.ones(()))
 
-    registers = Registers()
-    net = make(2, registers)
-    out = net(**arguments(2))
-    assert registers.calls == [(i, c, (2, 16)) for i, c in enumerate(net.config.attention_channels)]
-    net.registers = None
-    assert not torch.allclose(out, net(**arguments(2)))
+    def forward(self, h, emb, maps, *, layer_idx):
+        self.calls.append((layer_idx, h.shape[1], emb.shape, maps))
+        return h + self.shift
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_registers_are_read_once_after_every_attention_layer(checkpointing):
+    net, given, maps = make(2, Recorder, checkpointing=checkpointing), arguments(2), []
+    net.output(net.features(**given, maps=maps), (6, 7)).sum().backward()
+    assert net.registers.calls == [(i, c, (2, 16), maps) for i, c in enumerate(net.registers.widths)]
+    assert len(net.registers.calls) == len(net.attention_stages) == 4
+    assert not torch.allclose(net(**given), make(2)(**given))
+
+
+def test_the_weights_of_registers_are_named_once_and_come_last():
+    names = [name for name, _ in make(2, Recorder).named_parameters()]
+    assert names == [*dict(make(2).named_parameters()), "registers.shift"]
+    assert list(make(2, Recorder).state_dict()) == names
+
+
+def test_a_copy_reads_registers_of_its_own():
+    """As the EMA copies the network, and lets the copy go its own way."""
+    net, given = make(2, Recorder), arguments(2)
+    twin = copy.deepcopy(net)
+    before = net(**given)
+    with torch.no_grad():
+        twin.registers.shift.add_(1)
+    assert torch.equal(net(**given), before)
+    assert not torch.allclose(twin(**given), before)
+
+
+def test_keys_and_values_of_a_context_serve_every_step():
+    net, given = make(2, context_dim=6), arguments(2, context=True)
+    expected, cached = net(**given), net.kv_cache(given["context"])
+    assert len(cached) == len(net.attention_stages) == 4
+    for stage in net.attention_stages:
+        stage.attention.cross_attn.kv = None  # they are not made again
+    assert torch.equal(net(**{**given, "context": cached}), expected)
 
 
 def test_the_network_exists_on_the_meta_device_without_memory():
