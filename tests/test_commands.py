@@ -1,0 +1,150 @@
+"""Every command in the guides and docstrings is one that its program accepts: presets exist, flags are known,
+values have the right type. Nothing is run."""
+
+import argparse
+import ast
+import importlib
+import itertools
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sample
+import train_cdal
+import train_ldm
+import train_vae
+from ldm3d.config import InputError, Parser, add_options, convert, leaf_types, parse, read_command, run_task
+
+ROOT = Path(__file__).parents[1]
+TRAINING = {"train_vae.py": train_vae, "train_ldm.py": train_ldm, "train_cdal.py": train_cdal}
+MORE_FLAGS = {"--vae": train_vae, "--ldm": train_ldm}  # of benchmarks, which hand them on
+PROGRAM = r"(?:\b(?:python|torchrun)|(?<=`)(?:train_\w+|sample)\.py)\s[^`]*"
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """(name, text) of every guide and of every module's docstring."""
+    for path in [ROOT / "README.md", *ROOT.glob("ldm3d/**/README.md"), *ROOT.glob("tests/**/README.md")]:
+        yield str(path.relative_to(ROOT)), path.read_text()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("ldm3d/**/*.py"), *ROOT.glob("tests/benchmarks/*.py")]:
+        yield str(path.relative_to(ROOT)), ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def commands(text: str) -> Iterator[str]:
+    """The command lines in a text. Three spaces or a # end a command, and what follows explains it."""
+    text = re.sub(r"\\\n\s*", "", text)
+    for line in text.splitlines():
+        for part in re.findall(PROGRAM, line):
+            for command in part.split(" && "):
+                command = re.split(r"\s{3,}|\s+#\s", command)[0].strip(" .,;:)")
+                if re.search(r"\.py\b|-m ldm3d\.\w+ \w", command) and "--help" not in command:
+                    yield command
+
+
+LISTED = sorted({(command, name) for name, text in texts() for command in commands(text)})
+
+
+def check(words: list[str]) -> None:
+    """Read the words as the program would; InputError or SystemExit where it would refuse them."""
+    if words[0] == "torchrun":
+        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+    elif words[0] == "python":
+        words = words[1:]
+    program, arguments = words[0], words[1:]
+    if program == "-m":
+        check_door(importlib.import_module(f"{arguments[0]}.__main__"), arguments[1:])
+    elif program in TRAINING:
+        check_training(TRAINING[program], arguments)
+    elif program == "sample.py":
+        check_sample(arguments)
+    else:
+        assert (ROOT / program).is_file(), program
+        check_benchmark(Path(program), arguments)
+
+
+def check_training(script, arguments: list[str]) -> None:
+    parse(script.Config, arguments, script.PRESETS)
+
+
+def check_flags(config: type, arguments: list[str]) -> None:
+    """Flags without a preset, whose values may fit each other only with the benchmark's own."""
+    parser, types = Parser(), leaf_types(config)
+    add_options(parser, config, config())
+    for key, value in vars(parser.parse(arguments)).items():
+        convert(value, types[key], key)
+
+
+def check_door(door, arguments: list[str]) -> None:
+    """A door hands its tasks to run_task: here each does nothing once its command line is read."""
+
+    def read_only(tasks, argv, *more) -> None:
+        run_task({n: (c, places, lambda *_: None) for n, (c, places, _) in tasks.items()}, argv, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "run_task", read_only)
+        door.main(arguments)
+
+
+def check_sample(arguments: list[str]) -> None:
+    read_command(sample.Config, {"run": "run folder"}, arguments, "sample.py", "")
+
+
+class Accepted(Exception):
+    """The command line was read without a fault."""
+
+
+def check_benchmark(script: Path, arguments: list[str]) -> None:
+    original = argparse.ArgumentParser.parse_args
+
+    def read_only(self, args=None, namespace=None):
+        original(self, args, namespace)
+        raise Accepted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / script.parent))
+        patch.setattr(argparse.ArgumentParser, "parse_args", read_only)
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        with pytest.raises(Accepted):
+            importlib.import_module(script.stem).main()
+    for flag, value in itertools.pairwise(arguments):
+        if flag in MORE_FLAGS:
+            check_flags(MORE_FLAGS[flag].Config, shlex.split(value))
+
+
+@pytest.mark.parametrize(("command", "name"), LISTED)
+def test_a_command_of_the_guides_is_one_that_its_program_accepts(command, name):
+    check(shlex.split(command))
+
+
+def test_every_program_and_task_is_shown_somewhere():
+    shown = {command.split(" ", 1)[1] for command, _ in LISTED}
+    programs = [*TRAINING, "sample.py"]
+    programs += [f"-m ldm3d.evaluation {task}" for task in ("reconstruct", "samples", "compare", "copies")]
+    programs += [f"-m ldm3d.reports {task}" for task in ("run", "latents", "registers")]
+    programs += [
+        f"tests/benchmarks/{p.name}"
+        for p in (ROOT / "tests/benchmarks").glob("*.py")
+        if "main(" in p.read_text()
+    ]
+    for program in programs:
+        assert any(words.startswith(program) for words in shown), program
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python train_vae.py phantoms",
+        "python train_vae.py phantom --disk_weight 1",
+        "torchrun --nproc_per_node 2 train_ldm.py phantom --run.steps many",
+        "python -m ldm3d.evaluation fidelity GENERATED REAL",
+        "python -m ldm3d.reports run",
+        "python tests/benchmarks/segmentation.py hippocampus --hours 2",
+        'python tests/benchmarks/classes.py --ldm "--run.step 3"',
+    ],
+)
+def test_a_wrong_command_is_found(command, capsys):
+    with pytest.raises((InputError, SystemExit)):
+        check(shlex.split(command))
