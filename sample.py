@@ -24,13 +24,12 @@ the device (to rounding).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,7 +56,7 @@ from ldm3d.engine.distributed import (
 from ldm3d.engine.logger import progress, save_sheet
 from ldm3d.engine.memory_plan import Plan, decode, weight_bytes
 from ldm3d.engine.training import autocast
-from ldm3d.evaluation.statistics import new_folder
+from ldm3d.evaluation.results import new_folder, table, write_report
 from ldm3d.guidance import branch_weights
 from ldm3d.inference.sampling_request import Request, RequestConfig, guidance_of, read_request
 from ldm3d.inference.segmentation import SegmentConfig, file_labels, overlay, segment_files
@@ -117,27 +116,9 @@ def suffix_of(config: Config, spec: DataSpec) -> str:
     return config.format if config.format != "auto" else {2: "tif", 3: "nii.gz"}[spec.dims]
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Aligned text, one row an entry."""
-    names = list(next(iter(rows.values())))
-    width = max(len(r) for r in rows)
-    lines = [" " * width + "".join(f"{n:>14}" for n in names)]
-    lines += [f"{r:<{width}}" + "".join(f"{v[n]:>14.4g}" for n in names) for r, v in rows.items()]
-    return "\n".join(lines)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """What is not a number, such as the diversity of one volume, becomes null: JSON has no word for it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    try:
-        path.write_text(json.dumps(plain(content), indent=1) + "\n")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
+def table_of(rows: dict[str, dict[str, float]]) -> str:
+    """Aligned text, one line per entry."""
+    return table([("", *next(iter(rows.values()))), *((name, *row.values()) for name, row in rows.items())])
 
 
 # --- new volumes --------------------------------------------------------------------------------------------
@@ -319,8 +300,8 @@ def report(
         "sets": dict(zip(request.names, request.given, strict=True)),
         "cases_scores": results.scores,
     }
-    write_json(folder / "samples.json", how)
-    print(table(scores))
+    write_report(folder / "samples.json", how)
+    print(table_of(scores))
     for what in ("samples", "means") if results.scores else ():
         rows = [row for name, row in results.scores.items() if name.endswith(" mean") == (what == "means")]
         known = [row for row in rows if math.isfinite(row["psnr"])]
@@ -329,7 +310,7 @@ def report(
             print(f"note: {left} are not scored, their target has one value everywhere")
         if known:
             means = {k: sum(row[k] for row in known) / len(known) for k in known[0]}
-            print(table({f"{what} beside targets, {len(known)}": means}))
+            print(table_of({f"{what} beside targets, {len(known)}": means}))
     print(f"{total} volumes in {seconds:.1f} s: {folder}" + (f", {picture}" if picture else ""))
 
 
@@ -389,8 +370,8 @@ def reconstruct(config: Config, run: Path, device: torch.device) -> None:
         save_sheet(folder / "preview.png", sheet, limits=(-1, 1))
         mean = {k: sum(r[k] for r in rows.values()) / len(rows) for k in ("psnr", "ssim")}
         how = {**to_dict(config), "run": str(run), "step": content["step"], "mean": mean, "cases": rows}
-        write_json(folder / "reconstructions.json", how)
-        print(table({f"mean of {len(rows)}": mean}))
+        write_report(folder / "reconstructions.json", how)
+        print(table_of({f"mean of {len(rows)}": mean}))
         print(f"{len(rows)} volumes: {folder}")
     barrier()
 

@@ -49,7 +49,7 @@ from ..engine.logger import progress, save_sheet
 from ..metrics import psnr
 from .networks import Extractor, whole_features
 from .openers import OpenConfig, VolumeSets, is_run, locate, open_sets, volumes_of
-from .statistics import check_out, new_folder, table, write_report, write_rows
+from .results import Rows, check_out, new_folder, table, write_csv, write_report
 
 LARGEST = {2: 96, 3: 32}  # voxels along an axis of the volumes that are searched
 NEAREST = 50  # training cases whose mean distance is the yardstick
@@ -302,7 +302,7 @@ def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
         "verdict": verdict(len(copies), len(rows), verdicts, len(sets.sets[reference]), reference),
     }
     folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "copies")
-    write_rows(folder / "cases.csv", rows)
+    write_csv(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
     picture = draw(folder / "nearest.png", sets, spaces["image"]["generated"], rows, config.shown)
     tell(report, rows)
@@ -312,10 +312,10 @@ def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
 
 def judge(
     sets: VolumeSets, spaces: dict[str, dict[str, list[Nearest]]], reference: str
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+) -> tuple[Rows, dict[str, dict[str, float]]]:
     """(a row for every sample, what was found in each space)."""
     names = {name: [case.id for case in dataset.cases] for name, dataset in sets.sets.items()}
-    rows: dict[str, dict[str, Any]] = {name: {"copy": False} for name in names["generated"]}
+    rows: Rows = {name: {"copy": False} for name in names["generated"]}
     found = {}
     for space, nearest in spaces.items():
         ours, theirs = (np.array([n.ratio for n in nearest[name]]) for name in ("generated", reference))
@@ -358,9 +358,7 @@ def verdict(
     return words
 
 
-def draw(
-    path: Path, sets: VolumeSets, nearest: list[Nearest], rows: dict[str, dict[str, Any]], shown: int
-) -> Path | None:
+def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown: int) -> Path | None:
     """Samples beside their nearest training case as they show it: all copies, then the nearest ones."""
     generated, train = sets.sets["generated"], sets.sets["train"]
     listed = list(rows.items())
@@ -379,7 +377,7 @@ def draw(
     return save_sheet(path, sheet, limits=(-1, 1)) if sheet else None
 
 
-def tell(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+def tell(report: dict[str, Any], rows: Rows) -> None:
     """The verdict and the copies on the console."""
     lines = [("space", "copies", "limit of r", "samples", "reference", "least", "rank z")]
     for name, s in report["spaces"].items():

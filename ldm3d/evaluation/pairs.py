@@ -47,7 +47,8 @@ from ..metrics import dice, iou, precision, psnr, sensitivity, ssim
 from .morphology import fill_holes, heights_and_widths, largest_component, otsu_threshold, rigid_between
 from .networks import Extractor, file_features
 from .openers import locate
-from .statistics import Rows, check_out, new_folder, outliers, summarise, table, write_report, write_rows
+from .results import Rows, WorstPictures, check_out, new_folder, table, write_csv, write_report
+from .statistics import interval_words, outliers, summarise
 
 LOWER_IS_BETTER = ("mse", "mae", "difference", "distance")  # ends of the columns of which it is true
 RATIOS = (0.90, 0.95, 0.97)  # of heights and widths: how many cases reach them
@@ -252,7 +253,7 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
     if config.features:
         network = file_features(config.features, first.dims, choose_device(config.device))
     rows: Rows = {}
-    pictures: dict[str, list[np.ndarray]] = {}
+    worst = WorstPictures(config.worst)
     key = "dice_mean" if config.labels else "psnr"
     for name, files in progress(pairs.items(), "comparing", len(pairs)):
         volumes = read_pair(files, config)
@@ -263,9 +264,8 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
             rows[name]["dice_mean"] = float(np.mean(present)) if present else math.nan
         else:
             rows[name], made = compare_pair(volumes, config, data_range, network)
-        pictures[name] = [v.astype(np.float32) for v in (real[0], made[0], made[0] - real[0])]
-        for other in _worst(rows, key)[config.worst :]:
-            pictures.pop(other, None)
+        pictures = [v.astype(np.float32) for v in (real[0], made[0], made[0] - real[0])]
+        worst.add(name, rows[name][key], pictures)
     metrics = describe(rows, config.resamples)
     report = {
         **to_dict(config),
@@ -275,23 +275,18 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
         "data_range": data_range,
         "ssim_window": 7,
         "network": network and {**network.describe(), "input": "each pair scaled to [-1, 1]"},
-        "interval": f"95 % percentile bootstrap over cases, {config.resamples} resamples, seed 0",
+        "interval": interval_words(config.resamples),
         "metrics": metrics,
     }
     folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "pairs")
-    write_rows(folder / "cases.csv", rows)
+    write_csv(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
-    sheet = {f"{n}: {rows[n][key]:.3g}": pictures[n] for n in _worst(rows, key)[: config.worst]}
-    if sheet:
-        save_sheet(folder / "worst.png", sheet)
+    if worst.kept:
+        save_sheet(folder / "worst.png", worst.sheet(lambda name, score: f"{name}: {score:.3g}"))
     draw_histograms(folder / "histograms.png", rows)
     tell(metrics)
     print(f"{len(rows)} pairs: {folder}")
     return folder
-
-
-def _worst(rows: Rows, key: str) -> list[str]:
-    return sorted(rows, key=lambda n: (math.isnan(rows[n][key]), rows[n][key]))
 
 
 def _range_of(pairs: dict[str, dict[str, Path]], config: PairsConfig) -> tuple[float | None, list[int]]:

@@ -49,7 +49,8 @@ from ..latent_diffusion import load_autoencoder
 from ..metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
 from ..vqvae import VQVAE, perplexity_of
 from .openers import autoencoder_path
-from .statistics import new_folder, summarise, write_report, write_rows
+from .results import WorstPictures, new_folder, table, write_csv, write_report
+from .statistics import interval_words, summarise
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -173,7 +174,7 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
     autoencoder.to(device)
     dataset = cases_of(content, config)
     folder = new_folder(run, config.out, "evaluation")
-    rows, pictures = {}, {}
+    rows, worst = {}, WorstPictures(config.worst)
     latents, codes = LatentStatistics(autoencoder.config.latent_channels), torch.zeros(1)
     for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
         x = dataset[i, i]["image"][None].to(device)
@@ -185,11 +186,10 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
         if isinstance(autoencoder, VQVAE):
             codes = codes + autoencoder.quantizer.usage(posterior.mean).cpu()
         rows[name] = scores_of(recon, x, dataset, i)
-        pictures[name] = [s for v in (x, recon, 2 * (recon - x)) for s in slices_of(v)]
-        for other in sorted(rows, key=lambda n: rows[n]["psnr"])[config.worst :]:
-            pictures.pop(other, None)
+        pictures = [s for v in (x, recon, 2 * (recon - x)) for s in slices_of(v)]
+        worst.add(name, rows[name]["psnr"], pictures)
     rows = {k: v for part in gather(rows) for k, v in part.items()}
-    pictures = {k: v for part in gather(pictures) for k, v in part.items()}
+    worst.gather()
     latents.merge(gather(latents))
     codes = sum(gather(codes))
     if is_main():
@@ -202,7 +202,7 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
             "step": content["step"],
             "weights": "EMA",
             "cases": len(rows),
-            "interval": f"95 % percentile bootstrap over cases, {config.resamples} resamples, seed 0",
+            "interval": interval_words(config.resamples),
             "data_range": 2.0,
             "ssim_window": 7,
             "ms_ssim_weights": {len(w): w for w in weights},  # by the number of scales that fit
@@ -212,11 +212,10 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
         if isinstance(autoencoder, VQVAE):
             used, perplexity = int((codes > 0).sum()), perplexity_of(codes).item()
             report["codebook"] = {"codes": len(codes), "used": used, "perplexity": perplexity}
-        write_rows(folder / "cases.csv", rows)
+        write_csv(folder / "cases.csv", rows)
         write_report(folder / "report.json", report)
         tell(report)
-        worst = sorted(rows, key=lambda n: rows[n]["psnr"])[: config.worst]
-        sheet = {f"{n}: {rows[n]['psnr']:.2f} dB": pictures[n] for n in worst}
+        sheet = worst.sheet(lambda name, score: f"{name}: {score:.2f} dB")
         picture = save_sheet(folder / "worst.png", sheet, limits=(-1, 1)) if sheet else None
         print(f"{len(rows)} cases: {folder}" + (f", {picture}" if picture else ""))
     return folder
@@ -246,8 +245,8 @@ def slices_of(x: Tensor) -> list[np.ndarray]:
 
 def tell(report: dict[str, Any]) -> None:
     """The means on the console."""
-    for name, s in report["metrics"].items():
-        print(f"{name:>8}  {s['mean']:.5g}  [{s['low']:.5g}, {s['high']:.5g}]")
+    lines = [(name, s["mean"], s["low"], s["high"]) for name, s in report["metrics"].items()]
+    print(table([("", "mean", "low", "high"), *lines]))
     latent = report["latent"]
     shares = ", ".join(f"{v:.3g}" for v in latent["noise_share"])
     floors = ", ".join(f"{k} {v:.3g}" for k, v in latent["loss_floor"].items())

@@ -55,7 +55,8 @@ from .networks import (
     whole_features,
 )
 from .openers import OpenConfig, VolumeSets, locate, open_sets, stamp, volumes_of
-from .statistics import check_out, half_sample_intervals, new_folder, table, write_report
+from .results import check_out, new_folder, table, write_report
+from .statistics import half_sample_intervals
 
 BINS = 256  # of the histograms
 HALVINGS = 10  # partings of the real set, for what equal distributions get

@@ -1,5 +1,4 @@
-"""What every evaluation does with its numbers: intervals, outliers, a table, a JSON file, a new folder to
-hold them.
+"""What figures mean: intervals, summaries over cases, outliers.
 
 Mean of independent cases: percentile bootstrap (Efron & Tibshirani 1993, chapter 13). Statistics of whole
 sets (distances of distributions, shares of neighbours) cannot be bootstrapped so: a case drawn twice is its
@@ -11,21 +10,12 @@ around the value of the whole sets, since such statistics depend on the number o
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..config import InputError
-from ..engine.checkpoint import write_text
-from ..engine.distributed import is_main, share
-
-Rows = dict[str, dict[str, Any]]  # case -> column -> value
-
+from .results import Rows
 
 # --- intervals ----------------------------------------------------------------------------------------------
 
@@ -59,6 +49,11 @@ def half_sample_intervals(
                 ends = np.percentile(values - values.mean(), [97.5, 2.5])
                 low[name], high[name] = (float(value - end) for end in ends)
     return {name: {"value": float(v), "low": low[name], "high": high[name]} for name, v in whole.items()}
+
+
+def interval_words(resamples: int) -> str:
+    """How a report names the intervals of `summarise`."""
+    return f"95 % percentile bootstrap over cases, {resamples} resamples, seed 0"
 
 
 def summarise(rows: Rows, resamples: int) -> dict[str, dict[str, float | None]]:
@@ -101,71 +96,3 @@ def outliers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, std = values[fine].mean(), values[fine].std(ddof=1)
     beyond = (kept < first - reach) | (kept > third + reach)
     return beyond & fine, (np.abs(kept - mean) > 3 * std) & fine
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-def check_out(out: str | None) -> None:
-    """InputError where the folder `out` holds something; to be called before the work, too."""
-    folder = Path(out) if out else None
-    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"out: {folder} exists and is not empty; nothing is overwritten")
-
-
-def new_folder(run: Path, out: str | None, what: str) -> Path:
-    """The folder to write to, made by rank 0: `out`, or <what>-001 and so on in the run's folder.
-
-    One that holds something is never taken.
-    """
-    base = run if run.is_dir() else run.parent
-    error, folder = None, None
-    if is_main():
-        number = 1
-        while (base / f"{what}-{number:03d}").exists():
-            number += 1
-        folder = Path(out) if out else base / f"{what}-{number:03d}"
-        try:
-            check_out(out)
-            folder.mkdir(parents=True, exist_ok=True)
-        except InputError as e:
-            error = str(e)
-        except OSError as e:
-            error = f"out: {folder} cannot be made ({e.strerror})"
-    error, folder = share((error, folder))
-    if error:
-        raise InputError(error)
-    return folder
-
-
-def finite(value: Any) -> Any:
-    """JSON has no inf and nan: they become null."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    """A CSV with a line a case."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", *next(iter(rows.values()), {})])
-        writer.writerows([name, *row.values()] for name, row in rows.items())
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """The JSON file; what is not finite becomes null."""
-    write_text(path, json.dumps(finite(report), indent=1) + "\n")
-
-
-def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned text: the first column to the left, the others to the right, floats with four digits."""
-    cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *right]))
-    return "\n".join(lines)

@@ -44,7 +44,8 @@ from ..engine.checkpoint import load_run, load_weights
 from ..engine.distributed import gather, is_main, print0, rank, world_size
 from ..engine.logger import mid_slices, progress, save_sheet
 from ..engine.training import autocast
-from ..evaluation.statistics import new_folder, summarise, table, write_report, write_rows
+from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
+from ..evaluation.statistics import interval_words, summarise
 from ..metrics import dice, hd95, iou, precision, sensitivity
 from ..unet import UNetConfig
 
@@ -207,7 +208,7 @@ def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Pat
     check_window(window, content["config"]["data"]["dims"])
     dataset = open_images(config, content)
     folder = new_folder(run, config.out, "segmentations")
-    rows, pictures = {}, {}
+    rows, worst = {}, WorstPictures(SHOWN)
     print0(f"{len(dataset)} cases, T = {cdal.kernel.num_timesteps}, {config.votes} votes")
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
         case, item = dataset.cases[i], dataset[i, i]
@@ -226,18 +227,17 @@ def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Pat
             )
         seconds = time.perf_counter() - start
         rows[case.id] = {"seconds": seconds, **write_case(p, dataset, i, config, folder)}
-        pictures[case.id] = [
+        pictures = [
             *overlay(x, None),
             *(overlay(x, item["mask"]) if config.reference else ()),
             *overlay(x, p.argmax(0)),
             *overlay(2 * uncertainty(p)[None] - 1, None),
         ]
-        for other in sorted(rows, key=lambda n: rows[n].get("dice", 0.0))[SHOWN:]:
-            pictures.pop(other, None)
+        worst.add(case.id, rows[case.id].get("dice", 0.0), pictures)
     rows = dict(sorted((k, v) for part in gather(rows) for k, v in part.items()))
-    pictures = {k: v for part in gather(pictures) for k, v in part.items()}
+    worst.gather()
     if is_main():
-        report(config, run, content["step"], folder, rows, pictures)
+        report(config, run, content["step"], folder, rows, worst)
     return folder
 
 
@@ -279,10 +279,10 @@ def report(
     step: int,
     folder: Path,
     rows: dict[str, dict[str, float]],
-    pictures: dict[str, list[np.ndarray]],
+    worst: WorstPictures,
 ) -> None:
     """cases.csv, report.json, overlays.png, and the means on the console."""
-    write_rows(folder / "cases.csv", rows)
+    write_csv(folder / "cases.csv", rows)
     metrics = summarise(rows, RESAMPLES)
     how = {
         **to_dict(config),
@@ -290,12 +290,11 @@ def report(
         "step": step,
         "weights": "EMA",
         "cases": len(rows),
-        "interval": f"95 % percentile bootstrap over cases, {RESAMPLES} resamples, seed 0",
+        "interval": interval_words(RESAMPLES),
         "metrics": metrics,
     }
     write_report(folder / "report.json", how)
-    first = sorted(rows, key=lambda n: rows[n].get("dice", 0.0))[:SHOWN]
-    sheet = {n + (f": Dice {rows[n]['dice']:.3f}" if "dice" in rows[n] else ""): pictures[n] for n in first}
+    sheet = worst.sheet(lambda name, dice: f"{name}: Dice {dice:.3f}" if config.reference else name)
     picture = save_sheet(folder / "overlays.png", sheet)
     columns = ("mean", "low", "high", "cases")
     print(table([["", *columns], *([name, *(m[c] for c in columns)] for name, m in metrics.items())]))

@@ -19,7 +19,6 @@ may do so at once.
 from __future__ import annotations
 
 import colorsys
-import csv
 import dataclasses
 import hashlib
 import importlib.util
@@ -43,7 +42,7 @@ from ..engine.checkpoint import write_atomically
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import new_figure, progress, save_figure
 from ..engine.training import autocast
-from ..evaluation.statistics import new_folder, write_report
+from ..evaluation.results import new_folder, write_csv, write_report
 from ..latent_diffusion import load_autoencoder
 from ..latents import cache_key
 from ..vae import Autoencoder
@@ -234,15 +233,6 @@ def make_map(scores: Tensor, num_first: int, config: LatentsConfig) -> tuple[Ten
 
 
 # --- tables -------------------------------------------------------------------------------------------------
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A header and the rows; numbers with six digits, what is None is left blank."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def mean_or_none(values: Tensor) -> float | None:
@@ -500,10 +490,10 @@ def write_results(
     apart, column = distances(gram), facts["color_by"]
     colors = palette([row[column] for row in rows])
     table = case_table(rows, places, gram, apart)
-    write_csv(folder / "cases.csv", [line | {"color": colors[line[column]]} for line in table])
-    write_csv(folder / "subjects.csv", subject_table(rows, gram, apart))
+    write_csv(folder / "cases.csv", [line | {"color": colors[line[column]]} for line in table], 6)
+    write_csv(folder / "subjects.csv", subject_table(rows, gram, apart), 6)
     groups = group_table(group_names(rows, column), gram, apart)
-    write_csv(folder / "groups.csv", groups)
+    write_csv(folder / "groups.csv", groups, 6)
     write_report(folder / "latents.json", facts)
     made = {
         "viz": draw_map(folder / "latents.png", rows, places, facts),

@@ -35,7 +35,7 @@ from ..data import VolumeDataset, collate
 from ..engine.distributed import setup
 from ..engine.logger import progress, save_sheet
 from ..engine.training import autocast, keyed_normal, to_device
-from ..evaluation.statistics import new_folder, table, write_report
+from ..evaluation.results import new_folder, table, write_report
 from ..inference.segmentation import overlay
 from ..latent_diffusion import LatentDiffusion, run_data
 from ..latents import WithConditions, encode_batch

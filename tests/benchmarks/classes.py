@@ -39,7 +39,7 @@ from ldm3d.data import AugmentConfig, Data, DataConfig, batches, open_data  # no
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
-from ldm3d.evaluation.statistics import write_report  # noqa: E402
+from ldm3d.evaluation.results import write_report  # noqa: E402
 from ldm3d.guidance import Guidance  # noqa: E402
 from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
 

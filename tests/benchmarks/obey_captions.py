@@ -34,7 +34,7 @@ from ldm3d import LatentDiffusion
 from ldm3d.data.phantoms import make_phantom, write_phantoms
 from ldm3d.data.transforms import scale
 from ldm3d.engine.logger import save_sheet
-from ldm3d.evaluation.statistics import write_report
+from ldm3d.evaluation.results import write_report
 
 VAE = """phantom --data.dims 2 --data.patch 80,80 --batch_size 8 --vae.channels 32,64,96 --run.steps 1500
  --run.eval_every 500"""

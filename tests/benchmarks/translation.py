@@ -48,7 +48,8 @@ from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import EMA, OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
 from ldm3d.evaluation.morphology import otsu_threshold  # noqa: E402
 from ldm3d.evaluation.pairs import object_of, overlap  # noqa: E402
-from ldm3d.evaluation.statistics import summarise, write_report  # noqa: E402
+from ldm3d.evaluation.results import write_report  # noqa: E402
+from ldm3d.evaluation.statistics import summarise  # noqa: E402
 from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
 from ldm3d.metrics import power_spectrum, psnr, ssim  # noqa: E402
 from ldm3d.unet import UNet, UNetConfig  # noqa: E402

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm3d.evaluation.statistics import half_sample_intervals, outliers, summarise, table
+from ldm3d.evaluation.statistics import half_sample_intervals, outliers, summarise
 from ldm3d.metrics import cubic_kernel, kernel_distance
 
 
@@ -58,7 +58,3 @@ def test_a_summary_leaves_out_what_is_not_a_number_and_says_how_many_are_left():
     summary = summarise(rows, 10)
     assert (summary["a"]["mean"], summary["a"]["cases"]) == (2.0, 2)
     assert summary["b"]["cases"] == 0
-
-
-def test_a_table_is_aligned():
-    assert table([("", "x"), ("long", 1.23456)]).splitlines() == ["          x", "long  1.235"]
