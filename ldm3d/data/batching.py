@@ -1,4 +1,16 @@
-"""The order of samples and their batches."""
+"""Which sample comes when, and samples to batches.
+
+The samples of a run are counted: sample i of optimizer step `step` has
+
+    position = step * batch_size + i,    epoch = position // num,
+    index = permutation(seed, epoch)[position % num]
+
+Rank r of W takes i = r * batch_size / W ... (r + 1) * batch_size / W - 1 and splits them into micro-batches.
+Ranks, micro-batches, workers and restarts so change who reads a sample, and never which samples a step has.
+
+Example: 10 cases, batch_size 4. Step 2 has positions 8 to 11: the last two cases of epoch 0 and the first two
+of epoch 1. With two ranks, rank 0 reads positions 8 and 9, rank 1 reads 10 and 11.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +30,33 @@ from ..engine.distributed import keyed_generator, rank, world_size
 
 
 class _Order:
-    """The micro-batches of this rank, step after step, as lists of (position, index): a batch sampler."""
+    """Batch sampler of a DataLoader: lists of (position, index), one for each micro-batch of this rank."""
 
     def __init__(self, num: int, batch_size: int, micro_batch_size: int, seed: int, steps: range):
         self.num, self.batch_size, self.micro_batch_size = num, batch_size, micro_batch_size
         self.seed, self.steps = seed, steps
-        self.share = batch_size // world_size()
+        self.per_rank = batch_size // world_size()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, []
         for step in self.steps:
-            first = step * self.batch_size + rank() * self.share
+            first = step * self.batch_size + rank() * self.per_rank
             items = []
-            for position in range(first, first + self.share):
+            for position in range(first, first + self.per_rank):
                 if position // self.num != epoch:
                     epoch = position // self.num
                     draw = keyed_generator(self.seed, epoch, "order")
                     order = torch.randperm(self.num, generator=draw).tolist()
                 items.append((position, order[position % self.num]))
-            for i in range(0, self.share, self.micro_batch_size):
+            for i in range(0, self.per_rank, self.micro_batch_size):
                 yield items[i : i + self.micro_batch_size]
 
     def __len__(self) -> int:
-        return len(self.steps) * -(-self.share // self.micro_batch_size)
+        return len(self.steps) * -(-self.per_rank // self.micro_batch_size)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors are stacked, numbers become tensors (B,), strings stay lists; of dicts, each entry."""
+    """Items to a batch: tensors stacked, numbers to a tensor (B,), strings to a list, dicts by entry."""
     batch = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]
@@ -57,6 +69,27 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def _ignore_signals(worker: int) -> None:
+    """A scheduler, or Ctrl-C, signals all processes of a job. Workers must live until the loop has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """The interpreter ends its processes by SIGTERM at exit, and waits. Workers ignore SIGTERM: kill them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def _next(stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The next micro-batch. An InputError of a worker process loses the traceback in its message."""
+    try:
+        return next(stream)
+    except InputError as e:
+        raise InputError(str(e).strip().splitlines()[-1].removeprefix("ldm3d.config.InputError: ")) from None
+
+
 def batches(
     dataset: Dataset,
     batch_size: int,
@@ -66,11 +99,10 @@ def batches(
     last_step: int,
     workers: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
-    """For every optimizer step from first_step to last_step - 1, the list of this rank's micro-batches.
+    """For every optimizer step from first_step to last_step - 1, the list of the micro-batches of this rank.
 
-    `dataset` takes (position, index), as VolumeDataset does. batch_size is global and must divide over the
-    ranks. Worker processes load ahead over the ends of steps and epochs; what comes out does not depend on
-    them.
+    `dataset` takes (position, index), as VolumeDataset does. batch_size is that of all ranks together, and
+    must divide over them. Worker processes load ahead, beyond the end of a step and of an epoch.
     """
     if batch_size % world_size():
         raise InputError(f"batch_size: {batch_size} does not divide over {world_size()} ranks")
@@ -92,29 +124,8 @@ def batches(
         yield [_next(stream) for _ in range(len(order) // len(order.steps))]
 
 
-def _ignore_signals(worker: int) -> None:
-    """A scheduler and Ctrl-C signal all processes of a job: workers must live until the loop has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _end_workers() -> None:
-    """At the interpreter's exit, which asks its processes to end by SIGTERM and waits: these ignore it."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def _next(stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """The next micro-batch; an InputError of a worker process without the traceback that it brings along."""
-    try:
-        return next(stream)
-    except InputError as e:
-        raise InputError(str(e).strip().splitlines()[-1].removeprefix("ldm3d.config.InputError: ")) from None
-
-
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Every case once, spread over the ranks: none twice, none left out. Ranks may differ in number."""
+    """Every case once, spread over the ranks. A rank may get one case more than another."""
     mine = range(rank(), len(dataset), world_size())
     for i in range(0, len(mine), batch_size):
         yield collate([dataset[index, index] for index in mine[i : i + batch_size]])

@@ -1,9 +1,21 @@
-"""Which cases there are: roles paired by case id, subjects, split.
+"""The table of cases: which files belong together, which subject they are of, and the split of the subjects.
 
-A case is one image with what belongs to it: a label map (role "mask"), a volume of another contrast to
-translate from (role "source"), a class, a text. The table of cases comes from one glob a role, from a CSV
-(columns image, and any of mask, source, class, text, subject, split, id) or from an MSD dataset.json. A case
-that lacks a partner is an error that names it. No file is opened here; that is inspection.py.
+A case is one image with what belongs to it: a label map (role "mask"), a volume to translate from (role
+"source"), a class, a text. The table comes from one of
+
+    globs          data.image, data.mask, data.source, paired by what their first * matches: the case id
+    a CSV          columns image, and any of mask, source, class, text, subject, split, id
+    dataset.json   as the Medical Segmentation Decathlon (MSD) has it
+
+Example: with data.image "images/*_t1.nii.gz" and data.mask "labels/*.nii.gz" the files images/p01_t1.nii.gz
+and labels/p01.nii.gz are case "p01". A case that lacks a file of a role is an error that names the case.
+
+The split is drawn by subject, so that two scans of one patient never stand on both sides of it. Example:
+twenty cases p01_a, p01_b ... p10_b are ten subjects by data.subject "(p..)_". With val_fraction 0.2,
+test_fraction 0.1 and seed 0, subjects p01 and p04 (four cases) are for validation, p07 is for testing, and
+the other seven are for training.
+
+No file of a case is opened here: that is loading.py and inspection.py.
 """
 
 from __future__ import annotations
@@ -27,64 +39,37 @@ ROLES = ("image", "mask", "source")
 SPLITS = ("train", "val", "test")
 
 
+# --- the table ----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `label` is the class (None: blank, or a name, which `columns` has); `split` is
-    None where it is to be drawn."""
+    """One row of the table."""
 
     id: str
     image: Path
     mask: Path | None = None
     source: Path | None = None
     subject: str = ""
-    split: str | None = None
-    label: int | None = None
+    split: str | None = None  # "train", "val", "test"; None: to be drawn
+    label: int | None = None  # the class, if the column `class` holds a number; None: blank, or a name
     text: str = ""
-    columns: dict[str, str] = field(default_factory=dict)  # all of the table's that name no file of a role
+    columns: dict[str, str] = field(default_factory=dict)  # the cells that name no file of a role
 
 
 def resolve_root(config: DataConfig, preset: str) -> Path:
-    """The folder of the data: data.root, else $LDM3D_DATA/<name>, else data/<name>; the name is by default
-    the preset's."""
-    name, base = config.name or preset, os.environ.get("LDM3D_DATA")
-    places = [Path(base).expanduser() / name] if base else []
-    places = [Path(config.root).expanduser()] if config.root is not None else [*places, Path("data") / name]
-    for place in places:
-        if place.is_dir():
-            return place
-    hint = "" if config.root is not None else "; put it there, set LDM3D_DATA, or name it with --data.root"
-    raise InputError(f"no data folder {' or '.join(map(str, places))}{hint}")
+    """The folder of the data: data.root, else $LDM3D_DATA/<name>, else data/<name>.
 
-
-def find_cases(config: DataConfig, root: Path) -> list[Case]:
-    """All cases under `root`, sorted by id, roles paired; data.subset keeps the first ones.
-
-    InputError if a case lacks a partner, if a partner has no image, or if there is no case.
+    The name is data.name, else the name of the preset.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"data.root: {root} is not a folder")
-    globs = {role: getattr(config, role) for role in ROLES if getattr(config, role) is not None}
-    if globs and config.table:
-        raise InputError(f"data.table, data.{min(globs)}: give one of the two")
-    if globs and "image" not in globs:
-        raise InputError(f"data.image: missing beside data.{min(globs)}")
-    problems: list[str] = []
-    if globs:
-        if (root / "cases.csv").exists():
-            print0(f"note: {root / 'cases.csv'} is not read, data.{min(globs)} names the files")
-        rows, origin = _rows_of_globs(globs, root, problems)
-    else:
-        rows, origin = _rows_of_table(config.table, root, problems)
-    for column in ("subject", "split"):
-        if getattr(config, column):
-            _assign(getattr(config, column), column, rows, root, problems)
-    cases = [_case(name, row, origin, config, problems) for name, row in sorted(rows.items())]
-    raise_all(problems)
-    given = [case.split is not None for case in cases]
-    if any(given) and not all(given):
-        raise InputError(f"case {cases[given.index(False)].id}: has no split, other cases have one")
-    return cases[: config.subset]
+    name, base = config.name or preset, os.environ.get("LDM3D_DATA")
+    folders = [Path(base).expanduser() / name] if base else []
+    folders = [Path(config.root).expanduser()] if config.root is not None else [*folders, Path("data") / name]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    hint = "" if config.root is not None else "; put it there, set LDM3D_DATA, or name it with --data.root"
+    raise InputError(f"no data folder {' or '.join(map(str, folders))}{hint}")
 
 
 def raise_all(problems: list[str]) -> None:
@@ -95,45 +80,18 @@ def raise_all(problems: list[str]) -> None:
         raise InputError(problems[0])
 
 
-def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, problems: list[str]) -> Case:
-    """A row, checked. `origin` tells for every role of the data set where its files are named."""
-    for role, where in origin.items():
-        if row[role] is None and not (role == "mask" and config.allow_missing_mask):
-            hint = "; --data.allow_missing_mask lets such cases take part" if role == "mask" else ""
-            problems.append(f"case {name}: no {role} for {row['image']} ({where}{hint})")
-    split, label = row.get("split") or None, row.get("class") or ""
-    if split not in (None, *SPLITS):
-        problems.append(f"case {name}: split is {split!r}, expected one of {', '.join(SPLITS)}")
-    return Case(
-        id=name,
-        image=row["image"],
-        mask=row.get("mask"),
-        source=row.get("source"),
-        subject=row.get("subject") or name,
-        split=split,
-        label=int(label) if re.fullmatch("[0-9]+", label) else None,
-        text=row.get("text") or "",
-        columns={k: v or "" for k, v in row.items() if k not in ROLES},
-    )
-
-
-def _rows_of_globs(globs: dict[str, str], root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
-    """({case id: {role: file or None}}, {role: its pattern})."""
-    found = {role: _glob(pattern, root, f"data.{role}") for role, pattern in globs.items()}
-    rows = {name: {role: files.get(name) for role, files in found.items()} for name in found["image"]}
-    for role, files in found.items():
-        for name in files.keys() - rows.keys():
-            problems.append(f"{files[name]}: {role} of case {name}, which has no image ({globs['image']})")
-    problems.sort()
-    return rows, globs
+def _stem(name: str) -> str:
+    """ "a.nii.gz" -> "a", "a.b.tif" -> "a.b"."""
+    return re.sub(r"(\.nii)?\.\w+$", "", name)
 
 
 def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
-    """Case id -> file. The id is what the first * matched, or what the {id}s matched, joined by _.
+    """{case id: file}. The id is what the first * matches, or what the {id}s match, joined by "_".
 
-    Other * match anything, but an id must be left with one file. Where the pattern ends in * the id goes
-    without the file's suffix. Names that begin with a dot are passed over: some archives carry such twins of
-    every file.
+    "*/t1_*.nii" makes p01/t1_x.nii the case "p01"; "{id}/{id}.tif" makes p01/a.tif the case "p01_a". The
+    other * match anything, but only one file may be left for an id. Where the pattern ends in *, the suffix
+    of the file is not part of the id. Names that begin with a dot are ignored: some archives have such a twin
+    of every file.
     """
     marked = pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
     if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
@@ -163,15 +121,76 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
     return files
 
 
-def _stem(name: str) -> str:
-    """ "a.nii.gz" -> "a", "a.b.tif" -> "a.b"."""
-    return re.sub(r"(\.nii)?\.\w+$", "", name)
+def _rows_of_globs(globs: dict[str, str], root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
+    """({case id: {role: file, or None}}, {role: its pattern}) of the globs in the settings."""
+    found = {role: _glob(pattern, root, f"data.{role}") for role, pattern in globs.items()}
+    rows = {name: {role: files.get(name) for role, files in found.items()} for name in found["image"]}
+    for role, files in found.items():
+        for name in files.keys() - rows.keys():
+            problems.append(f"{files[name]}: {role} of case {name}, which has no image ({globs['image']})")
+    problems.sort()
+    return rows, globs
+
+
+def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
+    """Rows of a CSV with a header line (comma or semicolon), as dicts, cells stripped.
+
+    InputError if a required column is missing, or if a line has not the cells of the header.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such CSV (data.subject, data.split or data.table names it)")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read as a CSV ({e})") from None
+    head = text.partition("\n")[0]
+    mark = ";" if head.count(";") > head.count(",") else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
+    reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
+    for column in required:
+        if column not in reader.fieldnames:
+            raise InputError(
+                f"{path}: no column {column!r}, only {', '.join(reader.fieldnames) or 'nothing'}"
+            )
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path}: line {reader.line_num} has not the {len(reader.fieldnames)} cells of the header "
+                f"(cells that hold {mark!r} need quotes)"
+            )
+        rows.append({column: cell.strip() for column, cell in row.items() if column})
+    return rows
+
+
+def _read_msd(path: Path) -> list[dict[str, Any]]:
+    """Rows of an MSD dataset.json: the lists "training" and, if there, "validation" of {image, label}."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        parts = {"train": content["training"], "val": content.get("validation") or []}
+        rows = [
+            {
+                "image": str(entry["image"]),
+                "mask": entry.get("label"),
+                "split": part if parts["val"] else None,
+            }
+            for part, entries in parts.items()
+            for entry in entries
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(
+            f'{path}: expected JSON with "training": [{{"image": ..., "label": ...}} ...]'
+        ) from None
+    if not any(row["mask"] for row in rows):
+        return [{column: row[column] for column in ("image", "split")} for row in rows]
+    return rows
 
 
 def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
     """({case id: columns, with files as paths}, {role: the table}) of a CSV or an MSD dataset.json.
 
-    The id is the column `id`, else the image's file name, or its path where names repeat (a folder per case).
+    The case id is the column `id`, else the name of the image file, or its path where names repeat, as with a
+    folder for every case.
     """
     names = [name] if name else ["cases.csv", "dataset.json"]
     table = next((root / n for n in names if (root / n).is_file()), None)
@@ -200,60 +219,8 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
     return rows, {role: str(table) for role in ROLES if role in listed[0]}
 
 
-def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
-    """Rows of a CSV with a header line (comma or semicolon), cells stripped. InputError if a column is
-    missing."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such CSV (data.subject, data.split or data.table names it)")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as a CSV ({e})") from None
-    head = text.partition("\n")[0]
-    mark = ";" if head.count(";") > head.count(",") else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
-    reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
-    for column in required:
-        if column not in reader.fieldnames:
-            raise InputError(
-                f"{path}: no column {column!r}, only {', '.join(reader.fieldnames) or 'nothing'}"
-            )
-    rows = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise InputError(
-                f"{path}: line {reader.line_num} has not the {len(reader.fieldnames)} cells of the header "
-                f"(cells that hold {mark!r} need quotes)"
-            )
-        rows.append({column: cell.strip() for column, cell in row.items() if column})
-    return rows
-
-
-def _read_msd(path: Path) -> list[dict[str, Any]]:
-    """Rows of an MSD dataset.json: lists "training" and, if there, "validation" of {image, label}."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        parts = {"train": content["training"], "val": content.get("validation") or []}
-        rows = [
-            {
-                "image": str(entry["image"]),
-                "mask": entry.get("label"),
-                "split": part if parts["val"] else None,
-            }
-            for part, entries in parts.items()
-            for entry in entries
-        ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(
-            f'{path}: expected JSON with "training": [{{"image": ..., "label": ...}} ...]'
-        ) from None
-    if not any(row["mask"] for row in rows):
-        return [{column: row[column] for column in ("image", "split")} for row in rows]
-    return rows
-
-
 def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems: list[str]) -> None:
-    """Fill the column subject or split, by a CSV (name, column) or a regular expression with one group."""
+    """Fills the column subject or split from a CSV (name, column) or by an expression with one group."""
     if rule.endswith(".csv"):
         listed = {row["name"]: row[column] for row in read_csv(root / rule, ["name", column])}
         for name, row in rows.items():
@@ -275,12 +242,92 @@ def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems:
             problems.append(f"data.{column}: {rule!r} does not fit {text!r}")
 
 
+def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, problems: list[str]) -> Case:
+    """A row of the table as a case, checked. `origin`: role -> the pattern or table that names its files."""
+    for role, where in origin.items():
+        if row[role] is None and not (role == "mask" and config.allow_missing_mask):
+            hint = "; --data.allow_missing_mask lets such cases take part" if role == "mask" else ""
+            problems.append(f"case {name}: no {role} for {row['image']} ({where}{hint})")
+    split, label = row.get("split") or None, row.get("class") or ""
+    if split not in (None, *SPLITS):
+        problems.append(f"case {name}: split is {split!r}, expected one of {', '.join(SPLITS)}")
+    return Case(
+        id=name,
+        image=row["image"],
+        mask=row.get("mask"),
+        source=row.get("source"),
+        subject=row.get("subject") or name,
+        split=split,
+        label=int(label) if re.fullmatch("[0-9]+", label) else None,
+        text=row.get("text") or "",
+        columns={k: v or "" for k, v in row.items() if k not in ROLES},
+    )
+
+
+def find_cases(config: DataConfig, root: Path) -> list[Case]:
+    """All cases under `root`, sorted by id; data.subset keeps the first ones.
+
+    InputError if a case lacks a file of a role, if a file has no image to belong to, or if there is no case.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"data.root: {root} is not a folder")
+    globs = {role: getattr(config, role) for role in ROLES if getattr(config, role) is not None}
+    if globs and config.table:
+        raise InputError(f"data.table, data.{min(globs)}: give one of the two")
+    if globs and "image" not in globs:
+        raise InputError(f"data.image: missing beside data.{min(globs)}")
+    problems: list[str] = []
+    if globs:
+        if (root / "cases.csv").exists():
+            print0(f"note: {root / 'cases.csv'} is not read, data.{min(globs)} names the files")
+        rows, origin = _rows_of_globs(globs, root, problems)
+    else:
+        rows, origin = _rows_of_table(config.table, root, problems)
+    for column in ("subject", "split"):
+        if getattr(config, column):
+            _assign(getattr(config, column), column, rows, root, problems)
+    cases = [_case(name, row, origin, config, problems) for name, row in sorted(rows.items())]
+    raise_all(problems)
+    has_split = [case.split is not None for case in cases]
+    if any(has_split) and not all(has_split):
+        raise InputError(f"case {cases[has_split.index(False)].id}: has no split, other cases have one")
+    return cases[: config.subset]
+
+
+# --- the split ----------------------------------------------------------------------------------------------
+
+
+def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, str | None]:
+    """{case id: part} for the cases of one subject in the order of their ids, such as the slices of a volume.
+
+    The middle ones are for validation. Their neighbours, data.val_gap on each side, look nearly the same and
+    belong to no part. Example: 20 slices, val_fraction 0.2, val_gap 1: slices 8 to 11 validate, 7 and 12 are
+    left out, 0 to 6 and 13 to 19 train.
+    """
+    names = sorted(case.id for case in cases if case.subject == subject)
+    count = max(1, round(config.val_fraction * len(names)))
+    first = (len(names) - count) // 2
+    parts: dict[str, str | None] = dict.fromkeys(names, "train")
+    parts |= dict.fromkeys(names[max(0, first - config.val_gap) : first + count + config.val_gap])
+    return parts | dict.fromkeys(names[first : first + count], "val")
+
+
+def _warn_of_leaks(cases: list[Case]) -> None:
+    """Notes subjects that the split of the table has in two parts: their scores would be too good."""
+    subjects = {part: {case.subject for case in cases if case.split == part} for part in SPLITS}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        if both := subjects[a] & subjects[b]:
+            print0(f"note: subject {min(both)} is in both {a} and {b} of the split in the table")
+
+
 def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, list[str]]:
     """{"train": ids, "val": ids, "test": ids}: as the table says, else drawn by subject with `seed`.
 
-    A drawn split keeps all cases of a subject together. val, then test, gets at least one subject if its
-    fraction is not 0 and training is left with one; val_fraction 0 validates on the training cases. data.fold
-    (k, n) validates on the k-th of n equal parts and tests on none. data.val_gap validates within subjects.
+    A drawn split keeps all cases of a subject together. Each fraction is rounded to whole subjects, but to at
+    least one, as long as training is left with one; val_fraction 0 validates on the training cases. data.fold
+    (k, n) instead validates on part k of n equal parts, and tests on none. data.val_gap validates within
+    subjects.
     """
     subjects = sorted({case.subject for case in cases} - set(config.test_subjects))
     if unknown := set(config.test_subjects) - {case.subject for case in cases}:
@@ -298,7 +345,7 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
         num_val = num_test = 0
         if config.fold:
             k, folds = config.fold
-            order = order[k::folds] + [i for place, i in enumerate(order) if place % folds != k]
+            order = order[k::folds] + [i for rank, i in enumerate(order) if rank % folds != k]
             num_val = len(range(k, n, folds))
         elif config.val_fraction:
             num_val = min(max(1, round(config.val_fraction * n)), n - 1)
@@ -318,24 +365,3 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
                 f"the split of {len(cases)} cases leaves none to {what} on (one subject? --data.subject)"
             )
     return split
-
-
-def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, str | None]:
-    """Case id -> part, for the cases of one subject in the order of their ids, such as slices of a volume.
-
-    The middle val_fraction of them is for validation; val_gap cases on both sides of it, which are too alike,
-    belong to no part.
-    """
-    names = sorted(case.id for case in cases if case.subject == subject)
-    count = max(1, round(config.val_fraction * len(names)))
-    first = (len(names) - count) // 2
-    parts: dict[str, str | None] = dict.fromkeys(names, "train")
-    parts |= dict.fromkeys(names[max(0, first - config.val_gap) : first + count + config.val_gap])
-    return parts | dict.fromkeys(names[first : first + count], "val")
-
-
-def _warn_of_leaks(cases: list[Case]) -> None:
-    subjects = {part: {case.subject for case in cases if case.split == part} for part in SPLITS}
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        if both := subjects[a] & subjects[b]:
-            print0(f"note: subject {min(both)} is in both {a} and {b} of the given split")

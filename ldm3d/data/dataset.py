@@ -1,13 +1,13 @@
-"""From a checked table of cases to batches of tensors, and back to volumes in the case's own units and place.
+"""Cases as tensors: a window of each volume, scaled and, in training, augmented.
 
-An item is asked for by (position, index): `index` names the case, `position` counts samples over the whole
-run and keys all that is random, so that training depends on neither ranks, micro-batches, workers nor
-restarts:
+An item is asked for by (position, index): `index` is the number of the case, `position` counts the samples of
+the whole run. All that is random in an item comes from a generator with the key (seed, position). So a sample
+depends neither on ranks, nor on micro-batches, workers or restarts.
 
-    position p = step * batch_size + i,    index = permutation(seed, epoch)[p mod n],    epoch = p div n
-
-Rank r of W takes the places i in [r B / W, (r + 1) B / W). A window that is larger than its case repeats the
-edge; its first voxel is in the item ("start"), so that `restore` crops the padding and gives the true affine.
+Example: patches of (64, 64, 64) from a case of (100, 100, 50) voxels, seed 0. Sample 5000 of the run draws u
+= (0.514, 0.153, 0.823). Along the first two axes a patch can begin at 37 voxels, so it begins at int(37 *
+0.514) = 19 and int(37 * 0.153) = 5. The third axis is shorter than the patch, which is centred on it, begins
+at -7, and repeats the edge. Sample 5000 begins at (19, 5, -7) on any rank, and after any restart.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ from .volumes import Volume
 
 
 class VolumeDataset(Dataset):
-    """Cases as tensors. Item (position, index) is a dict:
+    """The cases of one part of a data set. Item (position, index) is a dict of
 
-    image (C, *size) and, if the data set has sources, source (C', *size): float32, scaled;
-    mask, if the data set has masks, (*size): int64, all -1 for a case without one;
-    spacing (dims,) mm; start (dims,): the window's first voxel in the case, negative = padding;
-    label: the class, -1 = none; position, index; id, text: str.
+    image        (C, *size) float32, scaled
+    source       (C', *size) float32, scaled; only in a data set with sources
+    mask         (*size) int64 labels, all -1 for a case without mask; only in a data set with masks
+    spacing      (dims,) mm
+    start        (dims,) voxel of the case at which the window begins, negative = padding
+    label        the class of the case, -1 = none
+    position, index, id, text
 
-    training: patches at random places and augmentation, by (seed, position); else windows of spec.size,
-    centred. own_size: every case as large as it is, neither padded nor cropped.
+    training: random windows of data.patch (or spec.size), augmented. Otherwise: windows of spec.size in the
+    middle. own_size: every case as large as it is, neither padded nor cropped.
     """
 
     def __init__(
@@ -62,16 +65,16 @@ class VolumeDataset(Dataset):
         self.cases, self.infos, self.spec, self.config = cases, infos, spec, config
         self.training, self.seed, self.own_size = training, seed, own_size
         self.size = config.patch if training and config.patch else spec.size
-        present = {"image": True, "source": spec.source_channels > 0, "mask": spec.num_labels is not None}
-        self.roles = [role for role, there in present.items() if there]
+        has = {"image": True, "source": spec.source_channels > 0, "mask": spec.num_labels is not None}
+        self.roles = [role for role in has if has[role]]
         self._ram: dict[tuple[int, str], np.ndarray] = {}
         if config.cache == "ram":
             self._fill()
         if training:
-            self._tell_of_sizes()
+            self._note_sizes()
 
-    def _tell_of_sizes(self) -> None:
-        """Notes of padded and of cut cases, where the sizes were not chosen by the data."""
+    def _note_sizes(self) -> None:
+        """Prints how many cases are padded, and how many are cut."""
         shapes = {case.id: self.infos[case.id].shape for case in self.cases}
         small = [name for name, shape in shapes.items() if min(np.subtract(shape, self.size)) < 0]
         large = [name for name, shape in shapes.items() if max(np.subtract(shape, self.spec.size)) > 0]
@@ -120,16 +123,16 @@ class VolumeDataset(Dataset):
         }
 
     def restore(self, index: int, x: Tensor, start: tuple[int, ...] | None = None) -> Volume:
-        """A window of the image of the case at `index` as a volume: the function of this name."""
+        """`spec.restore` of a window of the image of case `index`."""
         return restore(x, self.spec, self.infos[self.cases[index].id], start)
 
     def _start(
         self, index: int, shape: tuple[int, ...], size: tuple[int, ...], draw: torch.Generator
     ) -> tuple[int, ...]:
-        """First voxel of the window: in the middle, or in training anywhere along the axes that have room.
+        """First voxel of the window: in the middle, or in training at random along the axes that have room.
 
-        Of the random windows, data.foreground have a random voxel of the mask as near to their middle as the
-        case allows.
+        With probability data.foreground the window is instead placed so that a random voxel of the mask is as
+        near to its middle as the case allows: lesions of a few voxels are otherwise hardly ever in a patch.
         """
         start = centred(shape, size)
         if not self.training or self.config.crop == "centre":
@@ -137,17 +140,16 @@ class VolumeDataset(Dataset):
         room = [max(0, n - m) for n, m in zip(shape, size, strict=True)]
         u = torch.rand(len(start), generator=draw).tolist()
         first = [int(v * (r + 1)) for v, r in zip(u, room, strict=True)]
-        share = self.config.foreground
-        if share and self.cases[index].mask is not None and torch.rand((), generator=draw) < share:
+        p = self.config.foreground
+        if p and self.cases[index].mask is not None and torch.rand((), generator=draw) < p:
             voxels = np.flatnonzero(self._volume(index, "mask")[0])
             if len(voxels):
-                voxel = voxels[int(torch.randint(len(voxels), (), generator=draw))]
-                place = np.unravel_index(voxel, shape)
-                first = [min(max(0, int(p) - m // 2), r) for p, m, r in zip(place, size, room, strict=True)]
+                voxel = np.unravel_index(voxels[int(torch.randint(len(voxels), (), generator=draw))], shape)
+                first = [min(max(0, int(v) - m // 2), r) for v, m, r in zip(voxel, size, room, strict=True)]
         return tuple(f if r else s for f, r, s in zip(first, room, start, strict=True))
 
     def _volume(self, index: int, role: str) -> np.ndarray:
-        """(C, *S): the whole case on the training grid in the file's units, from the cache or the file."""
+        """The whole case (C, *S) on the training grid, not scaled, from the cache or the file."""
         if (index, role) in self._ram:
             return self._ram[index, role]
         try:
@@ -157,8 +159,8 @@ class VolumeDataset(Dataset):
             if path.exists():
                 raise
             raise InputError(
-                f"{path}: is gone, it was there when the data were checked; put it back, then the same "
-                "command goes on from the last checkpoint"
+                f"{path}: is gone since the data was checked; put it back, then the same command "
+                "goes on from the last checkpoint"
             ) from None
 
     def _load(self, index: int, role: str) -> np.ndarray:
@@ -169,7 +171,7 @@ class VolumeDataset(Dataset):
         return array.astype(np.uint8) if role == "mask" and self.spec.num_labels <= 256 else array
 
     def _fill(self) -> None:
-        """Read volumes into memory, as far as data.cache_gb goes; forked workers share them."""
+        """Reads volumes into memory, until data.cache_gb is full. Forked workers use the same memory."""
         room, jobs = self.config.cache_gb * 2**30, []
         channels = {"image": self.spec.channels, "source": self.spec.source_channels, "mask": 1}
         for index, case in enumerate(self.cases):
@@ -187,7 +189,7 @@ class VolumeDataset(Dataset):
             )
 
     def _mapped(self, index: int, role: str) -> np.ndarray:
-        """`_load` as a memory map. Its file is written at first use, by whichever process comes first."""
+        """`_load` as a memory map of a file in data.cache_dir, written by the first process to need it."""
         case, c = self.cases[index], self.config
         path = getattr(case, role).resolve()
         what = (str(path), path.stat().st_size, path.stat().st_mtime_ns, role, c.channel, c.source_channel)
@@ -208,8 +210,11 @@ class VolumeDataset(Dataset):
 
 
 class BothRoles(Dataset):
-    """The images of a data set, then its sources in place of images: what an autoencoder that is to serve
-    both learns from."""
+    """The images of a data set and then its sources, as if these were images too.
+
+    For an autoencoder that is to encode both contrasts, as translation between them needs. Of 10 cases, item
+    (position, 3) holds the image of case 3, and item (position, 13) its source.
+    """
 
     def __init__(self, dataset: VolumeDataset):
         spec = dataset.spec

@@ -1,14 +1,11 @@
-"""What is in the files of the cases: everything that can be wrong with them is found here, before training
-starts.
+"""A look into the files of all cases before training starts: whatever is wrong is found here.
 
-Headers are read at every start, voxels once (the findings are cached by path, size and time). All problems
-end in one InputError. Intensities are scaled by x = 2 (v - low) / (high - low) - 1 with two numbers per
-channel, measured here on the whole volume and never on a crop. The kinds of scaling differ only in where the
-numbers come from:
+Headers are read at every start. Voxels are read once: what was found in a file is kept in a cache, by path,
+size and modification time. All problems end in one InputError.
 
-    percentile  two percentiles of the volume; x clipped       minmax   its minimum and maximum
-    window      given, e.g. in HU; x clipped                   none     -1 and 1, so that x = v
-    zscore      mean -+ std of the foreground: x has mean 0    dataset  mean -+ std of all training cases
+Besides the checks, the inspection measures what later steps need: the two scaling numbers of each channel
+(transforms.py) and the labels that occur. The numbers are those of the whole file as it is stored, before any
+resampling or crop. So a patch has the intensities that the whole volume would have at this place.
 """
 
 from __future__ import annotations
@@ -37,32 +34,191 @@ MAX_LABEL = 65535
 
 @dataclass(frozen=True)
 class CaseInfo:
-    """What the scan learned of a case; the grid is the one that training sees: RAS, resampled if asked."""
+    """What was found in the files of a case. Shape, spacing and affine are those of the training grid."""
 
     shape: tuple[int, ...]  # *S
     spacing: tuple[float, ...]  # mm
     affine: tuple[tuple[float, ...], ...]  # voxel index -> mm
-    orientation: str | None  # the image file's own axis codes
-    low: tuple[float, ...]  # file's units that become -1 and 1, per channel
-    high: tuple[float, ...]
+    orientation: str | None  # axis codes of the image file, such as "LPS"
+    low: tuple[float, ...]  # per channel, in the units of the file: the value that becomes -1
+    high: tuple[float, ...]  # the value that becomes 1
     source_low: tuple[float, ...] = ()
     source_high: tuple[float, ...] = ()
-    labels: tuple[int, ...] = ()  # that occur in the mask
+    labels: tuple[int, ...] = ()  # labels that occur in the mask
 
     @property
     def channels(self) -> int:
         return len(self.low)
 
 
-def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = None) -> dict[str, CaseInfo]:
-    """Look into every file; case id -> CaseInfo. One InputError tells of everything that is wrong with them.
+def _jobs(cases: list[Case]) -> list[tuple[Path, str]]:
+    """(file, role) of all files of the cases, each once."""
+    pairs = ((getattr(case, role), role) for case in cases for role in ROLES)
+    return list(dict.fromkeys((path, role) for path, role in pairs if path is not None))
 
-    Headers are read every time. Voxels are read once: the findings are kept in the JSON file `cache`, by
-    path, size and modification time. Rank 0 goes first, so that the others find its cache.
+
+def _each(
+    function: Callable[[Path, str], Any], jobs: Iterable[tuple[Path, str]], title: str, problems: list[str]
+) -> dict[tuple[Path, str], Any]:
+    """{(path, role): function(path, role)}, in parallel threads. An exception becomes a problem."""
+    done = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = {job: pool.submit(function, *job) for job in jobs}
+        for job, future in tqdm(futures.items(), title, disable=None if is_main() else True, leave=False):
+            try:
+                done[job] = future.result()
+            except InputError as e:
+                problems.append(str(e))
+            except Exception as e:  # whatever a library raises: the user needs the name of the file
+                problems.append(f"{job[0]}: cannot be read ({type(e).__name__}: {e})")
+    return done
+
+
+def _inspect_headers(cases: list[Case], config: DataConfig) -> dict[tuple[Path, str], Header]:
+    """The headers of all files, after checking that the files fit together."""
+    problems: list[str] = []
+
+    def look(path: Path, role: str) -> Header:
+        return read_header(path, **read_options(role, config))
+
+    headers = _each(look, _jobs(cases), "headers", problems)
+    first: dict[str, tuple[Path, Header]] = {}
+    for case in cases:
+        image = headers.get((case.image, "image"))
+        for role in ROLES:
+            path = getattr(case, role)
+            header = headers.get((path, role))
+            if header is not None:
+                other, reference = first.setdefault(role, (path, header))
+                problem = _unfit(role, header, image, reference, config)
+                problems += [f"{path}: {problem.format(image=case.image, other=other)}"] if problem else []
+    raise_all(problems)
+    return headers
+
+
+def _unfit(
+    role: str, header: Header, image: Header | None, reference: Header, config: DataConfig
+) -> str | None:
+    """What is wrong with a header beside its image and the first file of the same role; None: nothing."""
+    if len(header.shape) != config.dims:
+        return f"is {len(header.shape)}-D {header.shape}, data.dims is {config.dims}"
+    if config.dims == 3 and min(header.shape) == 1:
+        return f"a single slice {header.shape}, data.dims is 3"
+    if role == "mask" and header.channels != 1:
+        return f"a mask has one channel, this has {header.channels}"
+    if header.channels != reference.channels:
+        return f"has {header.channels} channels, {{other}} has {reference.channels}"
+    if role == "image" or image is None or len(image.shape) != config.dims:
+        return None
+    if header.shape != image.shape:
+        return f"{role} has shape {header.shape}, its image {{image}} has {image.shape}"
+    if config.check_affine and (off := distance(header, image)) > max(image.spacing):
+        return (
+            f"{role} lies up to {off:.3g} mm off its image {{image}} "
+            "(by their affines; --data.check_affine false lets it pass)"
+        )
+    return None
+
+
+def distance(one: Header | CaseInfo, other: Header | CaseInfo) -> float:
+    """The largest distance in mm between the same corner of two grids of one shape.
+
+    0 if the format of a file states no position, as TIFF and NumPy.
+    """
+    if not (one.orientation and other.orientation):
+        return 0.0
+    ends = np.stack(np.meshgrid(*((0, n - 1) for n in one.shape)), -1).reshape(-1, len(one.shape))
+    shift = np.asarray(one.affine) - np.asarray(other.affine)
+    return float(np.linalg.norm(ends @ shift[:-1, :-1].T + shift[:-1, -1], axis=1).max())
+
+
+def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
+    """A look at every voxel: {"low", "high"}, per channel, of an image or source; {"labels"} of a mask."""
+    array = read(path, **read_options(role, config)).array
+    bad = array.size - int(np.isfinite(array).sum())
+    if bad:
+        raise InputError(f"{path}: {bad} of {array.size} voxels are NaN or infinite")
+    if role == "mask":
+        labels = np.rint(array)
+        off = np.abs(array - labels)
+        if off.max() > 1e-3:
+            raise InputError(f"{path}: labels must be integers, found {array.flat[off.argmax()]:g}")
+        if not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
+            raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
+        return {"labels": np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()}
+    pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
+    return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs]}
+
+
+def _read_cache(cache: Path | None) -> dict[str, list]:
+    """What earlier inspections found. A missing or damaged cache is an empty one."""
+    try:
+        content = json.loads(Path(cache).read_text()) if cache is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_cache(cache: Path, content: dict[str, list]) -> None:
+    """Atomically. A folder that cannot be written only costs time: the next start reads all voxels again."""
+    temporary = Path(f"{cache}.tmp{os.getpid()}")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, cache)
+    except OSError as e:
+        print0(f"note: what was found in the files cannot be kept in {cache} ({e.strerror})")
+
+
+def _inspect_voxels(
+    cases: list[Case], config: DataConfig, cache: Path | None
+) -> dict[tuple[Path, str], dict]:
+    """`_measure` of all files, from the cache where neither the file nor the rule has changed."""
+    cached, found, new = _read_cache(cache), {}, {}
+    for path, role in _jobs(cases):
+        rule = (config.scaling, config.percentiles, config.window, read_options(role, config))
+        key = f"{path.resolve()} {'labels' if role == 'mask' else rule}"
+        stat = path.stat()
+        entry = cached.get(key)
+        if isinstance(entry, list) and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
+            found[path, role] = entry[2]
+        else:
+            new[path, role] = (key, stat.st_size, stat.st_mtime_ns)
+    problems: list[str] = []
+    measured = _each(lambda *job: _measure(*job, config), new, "reading every voxel once", problems)
+    if measured and cache is not None:
+        entries = {key: [*stamp, measured[job]] for job, (key, *stamp) in new.items() if job in measured}
+        _write_cache(cache, cached | entries)
+    raise_all(problems)
+    return found | measured
+
+
+def _above(numbers: dict[str, list]) -> tuple[float, ...]:
+    """`high` of each channel; low + 1 for a channel with one value everywhere, which is then scaled to -1."""
+    return tuple(high if high > low else low + 1.0 for low, high in zip(*numbers.values(), strict=True))
+
+
+def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) -> tuple[int, ...]:
+    """Labels 0, 1, 2 ... of the values in a mask file. A value that is not allowed becomes a problem."""
+    values = found[path, "mask"]["labels"]
+    allowed = config.label_values or range(config.num_labels or MAX_LABEL + 1)
+    wrong = [value for value in values if value not in allowed]
+    if wrong:
+        expected = f"one of {allowed}" if config.label_values else f"0 to {allowed[-1]}"
+        key = "label_values" if config.label_values else "num_labels"
+        problems.append(f"{path}: label {wrong[0]}, expected {expected} (data.{key})")
+    return tuple(allowed.index(value) for value in values if value in allowed)
+
+
+def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = None) -> dict[str, CaseInfo]:
+    """Case id -> CaseInfo, after a look into every file; one InputError for everything that is wrong.
+
+    `cache`: JSON file of what was found in voxels, see above. Rank 0 goes first, so that the other ranks find
+    the cache filled.
     """
     with main_first():
-        headers = _scan_headers(cases, config)
-        found = _scan_voxels(cases, config, cache)
+        headers = _inspect_headers(cases, config)
+        found = _inspect_voxels(cases, config, cache)
     infos, problems = {}, []
     nothing = {"low": (), "high": ()}
     for case in cases:
@@ -93,159 +249,3 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
         print0(f"note: {len(blank)} images have the same value everywhere, such as {blank[0]}")
     raise_all(problems)
     return infos
-
-
-def _above(numbers: dict[str, list]) -> tuple[float, ...]:
-    """The upper scaling numbers; a channel with one value everywhere is scaled to -1."""
-    return tuple(high if high > low else low + 1.0 for low, high in zip(*numbers.values(), strict=True))
-
-
-def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) -> tuple[int, ...]:
-    """Labels 0, 1, 2 ... for the values found in a mask file; values that are not allowed are problems."""
-    values = found[path, "mask"]["labels"]
-    allowed = config.label_values or range(config.num_labels or MAX_LABEL + 1)
-    wrong = [value for value in values if value not in allowed]
-    if wrong:
-        expected = f"one of {allowed}" if config.label_values else f"0 to {allowed[-1]}"
-        key = "label_values" if config.label_values else "num_labels"
-        problems.append(f"{path}: label {wrong[0]}, expected {expected} (data.{key})")
-    return tuple(allowed.index(value) for value in values if value in allowed)
-
-
-def _jobs(cases: list[Case]) -> list[tuple[Path, str]]:
-    """(file, role) of all files, each once."""
-    pairs = ((getattr(case, role), role) for case in cases for role in ROLES)
-    return list(dict.fromkeys((path, role) for path, role in pairs if path is not None))
-
-
-def _each(
-    function: Callable[[Path, str], Any], jobs: Iterable[tuple[Path, str]], title: str, problems: list[str]
-) -> dict[tuple[Path, str], Any]:
-    """{(path, role): function(path, role)}, in parallel threads. Failures become problems."""
-    done = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        futures = {job: pool.submit(function, *job) for job in jobs}
-        for job, future in tqdm(futures.items(), title, disable=None if is_main() else True, leave=False):
-            try:
-                done[job] = future.result()
-            except InputError as e:
-                problems.append(str(e))
-            except Exception as e:  # whatever a library throws: the user needs to know the file
-                problems.append(f"{job[0]}: cannot be read ({type(e).__name__}: {e})")
-    return done
-
-
-def _scan_headers(cases: list[Case], config: DataConfig) -> dict[tuple[Path, str], Header]:
-    """The headers of all files, after checking that the files fit together."""
-    problems: list[str] = []
-
-    def look(path: Path, role: str) -> Header:
-        return read_header(path, **read_options(role, config))
-
-    headers = _each(look, _jobs(cases), "headers", problems)
-    first: dict[str, tuple[Path, Header]] = {}
-    for case in cases:
-        image = headers.get((case.image, "image"))
-        for role in ROLES:
-            path = getattr(case, role)
-            header = headers.get((path, role))
-            if header is not None:
-                other, reference = first.setdefault(role, (path, header))
-                problem = _unfit(role, header, image, reference, config)
-                problems += [f"{path}: {problem.format(image=case.image, other=other)}"] if problem else []
-    raise_all(problems)
-    return headers
-
-
-def _unfit(
-    role: str, header: Header, image: Header | None, reference: Header, config: DataConfig
-) -> str | None:
-    """What is wrong with a file beside its image and beside the first file of its role."""
-    if len(header.shape) != config.dims:
-        return f"is {len(header.shape)}-D {header.shape}, data.dims is {config.dims}"
-    if config.dims == 3 and min(header.shape) == 1:
-        return f"a single slice {header.shape}, data.dims is 3"
-    if role == "mask" and header.channels != 1:
-        return f"a mask has one channel, this has {header.channels}"
-    if header.channels != reference.channels:
-        return f"has {header.channels} channels, {{other}} has {reference.channels}"
-    if role == "image" or image is None or len(image.shape) != config.dims:
-        return None
-    if header.shape != image.shape:
-        return f"{role} has shape {header.shape}, its image {{image}} has {image.shape}"
-    if config.check_affine and (off := distance(header, image)) > max(image.spacing):
-        return (
-            f"{role} lies up to {off:.3g} mm off its image {{image}} "
-            "(by their affines; --data.check_affine false lets it pass)"
-        )
-    return None
-
-
-def distance(one: Header | CaseInfo, other: Header | CaseInfo) -> float:
-    """How far apart, in mm, the affines put the corners of two grids of one shape; 0 if a file does not
-    tell."""
-    if not (one.orientation and other.orientation):
-        return 0.0
-    ends = np.stack(np.meshgrid(*((0, n - 1) for n in one.shape)), -1).reshape(-1, len(one.shape))
-    shift = np.asarray(one.affine) - np.asarray(other.affine)
-    return float(np.linalg.norm(ends @ shift[:-1, :-1].T + shift[:-1, -1], axis=1).max())
-
-
-def _scan_voxels(cases: list[Case], config: DataConfig, cache: Path | None) -> dict[tuple[Path, str], dict]:
-    """What `_measure` says of all files; from the cache where neither file nor rule has changed."""
-    known, found, new = _read_cache(cache), {}, {}
-    for path, role in _jobs(cases):
-        rule = (config.scaling, config.percentiles, config.window, read_options(role, config))
-        key = f"{path.resolve()} {'labels' if role == 'mask' else rule}"
-        stat = path.stat()
-        entry = known.get(key)
-        if isinstance(entry, list) and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
-            found[path, role] = entry[2]
-        else:
-            new[path, role] = (key, stat.st_size, stat.st_mtime_ns)
-    problems: list[str] = []
-    measured = _each(lambda *job: _measure(*job, config), new, "reading every voxel once", problems)
-    if measured and cache is not None:
-        entries = {key: [*stamp, measured[job]] for job, (key, *stamp) in new.items() if job in measured}
-        _write_cache(cache, known | entries)
-    raise_all(problems)
-    return found | measured
-
-
-def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
-    """Look at every voxel: {"low", "high"} per channel of an image or source, or the {"labels"} of a mask
-    file."""
-    array = read(path, **read_options(role, config)).array
-    bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise InputError(f"{path}: {bad} of {array.size} voxels are NaN or infinite")
-    if role == "mask":
-        labels = np.rint(array)
-        off = np.abs(array - labels)
-        if off.max() > 1e-3:
-            raise InputError(f"{path}: labels must be integers, found {array.flat[off.argmax()]:g}")
-        if not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
-            raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
-        return {"labels": np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()}
-    pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
-    return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs]}
-
-
-def _read_cache(cache: Path | None) -> dict[str, list]:
-    """What earlier scans found; a missing or damaged cache is an empty one."""
-    try:
-        content = json.loads(Path(cache).read_text()) if cache is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_cache(cache: Path, content: dict[str, list]) -> None:
-    """Atomically. A folder that cannot be written costs time at the next start and nothing else."""
-    temporary = Path(f"{cache}.tmp{os.getpid()}")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, cache)
-    except OSError as e:
-        print0(f"note: the scan's findings cannot be kept in {cache} ({e.strerror})")

@@ -1,4 +1,4 @@
-"""The data of a run, opened."""
+"""The data of a run, opened: cases found, split and checked, before training starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .spec import DataSpec, make_spec
 
 @dataclass(frozen=True)
 class Data:
-    """An opened and checked data set. `cases` and what the scan found, `infos`, are by case id."""
+    """An opened and checked data set. `cases` and `infos` (what was found in their files) are by case id."""
 
     config: DataConfig
     seed: int
@@ -28,14 +28,14 @@ class Data:
     spec: DataSpec
 
     def dataset(self, part: str, augment: bool = False, own_size: bool = False) -> VolumeDataset:
-        """The cases of "train", "val" or "test". augment: random patches and augmentation, as in training;
+        """The cases of "train", "val" or "test". augment: random patches, augmented, as training has them.
         own_size: every case as large as it is."""
         cases = [self.cases[name] for name in self.split[part]]
         return VolumeDataset(cases, self.infos, self.spec, self.config, augment, self.seed, own_size)
 
     @property
     def folder(self) -> Path:
-        """What the paths in the table of cases start from."""
+        """The folder that relative paths in the table of cases start from."""
         return (self.root / (self.config.table or "cases.csv")).parent
 
     def files(self, part: str) -> list[str]:
@@ -45,8 +45,10 @@ class Data:
 
 
 def check_numbering(data: Data) -> None:
-    """InputError if the masks, which a network shall learn, hold few of the labels that it would have: those
-    of 0 and 255 count as 256."""
+    """InputError if masks that a network is to learn have large gaps in their numbering.
+
+    Masks of 0 and 255 would make a network with 256 labels, where label_values 0,255 make one with 2.
+    """
     found, num = sorted({k for info in data.infos.values() for k in info.labels}), data.spec.num_labels or 0
     if not data.config.num_labels and 4 * len(found) < num:
         listed = ",".join(map(str, found))
@@ -63,10 +65,10 @@ def open_data(
     split: dict[str, list[str]] | None = None,
     multiple: tuple[int, ...] | None = None,
 ) -> Data:
-    """Find, split and check the data of a run; any fault of the files is an InputError here, before training.
+    """Finds, splits and checks the data of a run. Any fault of the files is an InputError.
 
-    `split`: as stored by the run that is resumed, or by the autoencoder's run; cases it does not list are
-    left out.
+    split: the stored one, of the run that is resumed or of the autoencoder's run; cases that it does not list
+    are left out. None: as `split_cases` splits. multiple: see `make_spec`.
     """
     root = resolve_root(config, preset)
     cases = find_cases(config, root)

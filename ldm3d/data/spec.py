@@ -1,4 +1,9 @@
-"""What a run keeps of its training data, and the way back from tensors to volumes."""
+"""What a run keeps of its training data: enough to scale new images, and to write samples as volumes.
+
+A sample has no file of its own. It gets the median intensities, the median spacing and the most frequent
+orientation of the training cases, all kept in `DataSpec`. A reconstruction has a file: `restore` gives it the
+intensities, the affine and the orientation of this file.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +25,22 @@ from .volumes import Volume
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a checkpoint keeps of the training data: size, spacing, units and orientation of samples."""
+    """Size, spacing, intensities, labels and classes of the training data. Every checkpoint has a copy."""
 
     dims: int
     channels: int
-    source_channels: int  # 0: no such role
+    source_channels: int  # 0: the data set has no sources
     size: tuple[int, ...]  # voxels of whole cases and samples
-    spacing: tuple[float, ...]  # mm, median of the training cases
-    orientation: str | None  # axis codes that files are written in, the most frequent in training
+    spacing: tuple[float, ...]  # mm, the median of the training cases
+    orientation: str | None  # axis codes of written samples: the most frequent in training
     scaling: str
-    low: tuple[float, ...]  # file's units that become -1 and 1, per channel: medians of the training cases
-    high: tuple[float, ...]
+    low: tuple[float, ...]  # per channel, the value that is -1 in a sample: median of the training cases
+    high: tuple[float, ...]  # the value that is 1
     source_low: tuple[float, ...]
     source_high: tuple[float, ...]
-    num_labels: int | None  # of the masks, background included; None: no such role
-    num_classes: int | None  # of the class column; None: no such column
-    reference: dict[str, float] | None = None  # scores of real cases, to compare samples with
+    num_labels: int | None  # of the masks, background included; None: the data set has no masks
+    num_classes: int | None  # of the column `class`; None: the table has none
+    reference: dict[str, float] | None = None  # figures of real cases, to compare samples with
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -50,13 +55,18 @@ class DataSpec:
         return self.scaling in ("percentile", "window")
 
     def numbers(self, info: CaseInfo | None, role: str = "image") -> tuple[tuple[float, ...], ...]:
-        """(low, high) of a case, or of the training set if `info` is None or the scaling is by data set."""
+        """(low, high) to scale a case with: its own, or for scaling "dataset" those of the training set.
+
+        info None: there is no case, such as for a sample; the numbers are those of the training set.
+        """
         owner = self if info is None or self.scaling == "dataset" else info
         return (owner.low, owner.high) if role == "image" else (owner.source_low, owner.source_high)
 
     def to_volume(self, x: Tensor) -> Volume:
-        """A sample x (C, *S), scaled, as a volume in the units of the training data, around the origin;
-        integer x is left as it is."""
+        """A sample x (C, *S) as a volume with the intensities of the training data, centred on 0 mm.
+
+        Integer x, a label map, keeps its values.
+        """
         affine = np.diag([*self.spacing, 1.0])
         affine[:-1, -1] = [-(n - 1) / 2 * mm for n, mm in zip(x.shape[1:], self.spacing, strict=True)]
         array = x.detach().cpu().numpy()
@@ -72,7 +82,11 @@ def make_spec(
     config: DataConfig,
     multiple: tuple[int, ...] | None = None,
 ) -> DataSpec:
-    """Sizes, medians and counts. The default size is the largest training shape, rounded up to `multiple`."""
+    """The spec of a data set, from what the inspection found in its training cases.
+
+    The size is data.size, else the largest training shape, rounded up to `multiple`: training shapes (35, 51,
+    30) and (38, 47, 36) with the multiple (8, 8, 8) give (40, 56, 40).
+    """
     train = [infos[name] for name in split["train"]]
     largest = [max(info.shape[axis] for info in train) for axis in range(config.dims)]
     rounded = tuple(-(-n // m) * m for n, m in zip(largest, multiple or (1,) * config.dims, strict=True))
@@ -100,7 +114,13 @@ def make_spec(
 
 
 def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Medians of the cases' numbers; or mean -+ std of all their voxels, each case with the same weight."""
+    """(low, high) of the training set from the (low, high) of its cases, per channel.
+
+    The medians; for scaling "dataset" mean - std and mean + std of all voxels, every case with the same
+    weight:
+
+        mean = E[means],    std^2 = E[stds^2 + means^2] - mean^2        over the cases
+    """
     a, b = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)  # (cases, C)
     if scaling == "dataset":
         means, stds = (a + b) / 2, (b - a) / 2
@@ -113,11 +133,10 @@ def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tu
 def restore(
     x: Tensor, spec: DataSpec, info: CaseInfo, start: tuple[int, ...] | None = None, role: str = "image"
 ) -> Volume:
-    """A window x (C, *S) of a case -> a volume in the file's units, with the case's affine and orientation.
+    """A window x (C, *S) of a case as a volume, with the intensities, affine and orientation of its file.
 
-    The window begins at the case's voxel `start` (an item's "start"; default: it is centred). What lies
-    outside the case is padding and is cropped. Intensities are un-scaled by the case's own numbers; integer x
-    is left as it is.
+    start: the voxel of the case at which the window begins, as an item says it; None: the window is centred.
+    Padding, which is what lies outside the case, is cropped. Integer x, a label map, keeps its values.
     """
     array = x.detach().cpu().numpy()
     if x.is_floating_point():
