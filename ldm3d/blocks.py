@@ -1,22 +1,25 @@
-"""Building blocks of all networks, 2-D and 3-D: residual, attention, re-sampling blocks, trunks, time.
+"""Building blocks of all networks, in 2-D and 3-D: residual, attention and re-sampling blocks, trunks, time.
 
-Legend, used in shape comments everywhere: B batch, C channels, *S spatial axes (H, W) or (D, H, W), N tokens
-(the flattened *S), M context tokens, E embedding width, T timesteps, K codebook entries or classes.
+Legend, used in shape comments everywhere: B batch, C channels, *S spatial axes, (H, W) or (D, H, W), N tokens
+(the flattened *S), M context tokens, E embedding width, T timesteps, K codebook entries or classes. C_z and
+*s are channels and axes of a latent. Axes are never transposed after loading: a volume's (D, H, W) are its
+RAS axes (i, j, k), so D runs from left to right, H from posterior to anterior, W from inferior to superior;
+(H, W) of an image are row and column.
 
     residual block   h = conv1(silu(norm1(x))) + W silu(emb);   y = conv2(silu(norm2(h))) + skip(x)   [1], [2]
-    adaptive norm    instead: h = conv1(silu(norm1(x)));  y = conv2(silu((1 + a) norm2(h) + b)) + skip(x),
-                     (a, b) = W silu(emb), which starts at 0                                               [4]
-    attention        y = x + W_o softmax(q k^T / sqrt(d)) v,    q, k, v from norm(x) or a context      [3]
-    transformer      tokens: + self-attention, + cross-attention, + GEGLU feed-forward; zero 1x1 out   [2]
+    adaptive norm    instead: h = conv1(silu(norm1(x)));  y = conv2(silu((1 + scale) norm2(h) + shift))
+                     + skip(x),  (scale, shift) = W silu(emb), which starts at 0                           [4]
+    attention        y = x + W_o softmax(q k^T / sqrt(d)) v,    q, k, v from norm(x) or a context          [3]
+    transformer      tokens: + self-attention, + cross-attention, + GEGLU feed-forward; zero 1x1 out       [2]
 
 [1] He et al. 2016, arXiv 1603.05027 (pre-activation). [2] Rombach et al. 2022, arXiv 2112.10752, appendix.
 [3] Vaswani et al. 2017, arXiv 1706.03762, eq. 1. [4] Dhariwal & Nichol 2021, arXiv 2105.05233, section 3.
 GEGLU: Shazeer 2020, arXiv 2002.05202.
 
-Weights are always those of the plain formula, so checkpoints know nothing of the tricks; the arithmetic is
-sometimes another one that gives the same numbers. Each such place says why, and tests/test_blocks.py compares
-it with the plain formula. The convolution and the norm, with the tricks that CPUs want, are in normconv.py.
-`Encoder` and `Decoder` are one flat list, `layers`: forward, streaming and the weight converters all walk it.
+Weights are always those of the plain formulas above. Some results are computed in another, faster way that
+gives the same numbers; each such place says why, and tests/test_blocks.py compares it with the plain formula.
+normconv.py holds convolution and norm. `Encoder` and `Decoder` are one flat list of layers each, so that code
+that decodes in pieces or converts weights can walk the list.
 """
 
 from __future__ import annotations
@@ -34,25 +37,25 @@ from .config import InputError
 from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
 UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3"]
-KeysValues = tuple[Tensor, Tensor]  # of a context, (B, heads, M, d) each
+KeysValues = tuple[Tensor, Tensor]  # keys and values of a context, (B, heads, M, d) each
 
 # --- levels -------------------------------------------------------------------------------------------------
 
 
 def per_level(value: Sequence, levels: int) -> tuple:
-    """One value for every level: a single one serves all."""
+    """One value for every level; a single value is repeated."""
     return tuple(value) * levels if len(value) == 1 else tuple(value)
 
 
 def level_strides(config: Any) -> tuple[tuple[int, ...], ...]:
-    """Strides of every down-sampling of a VAEConfig or UNetConfig; none means 2 everywhere."""
+    """The strides of each down-sampling of a VAEConfig or UNetConfig; none means 2 along every axis."""
     if config.strides is None:
         return ((2,) * config.dims,) * (len(config.channels) - 1)
     return config.strides
 
 
 def check_levels(config: Any) -> None:
-    """Check the fields that autoencoder and U-Net share; InputError names the field."""
+    """Check the settings that autoencoder and U-Net share; InputError names the one that is wrong."""
     levels = len(config.channels)
     if not levels or min(config.channels) < 1:
         raise InputError(f"channels: expected one positive width per level, got {config.channels}")
@@ -75,9 +78,10 @@ def check_levels(config: Any) -> None:
 
 
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
-    """(B, C, *S) -> the edge repeated at the end of every axis until its length is a multiple.
+    """Repeat the last plane of every axis of x (B, C, *S) until the axis is a multiple long.
 
-    Concatenation and not F.pad, whose backward is not deterministic on GPUs.
+    With multiples (4, 4), an image of 5 x 8 becomes one of 8 x 8. Planes are concatenated, because the
+    backward of F.pad is not deterministic on GPUs.
     """
     for axis, m in enumerate(multiple, start=2):
         missing = -x.shape[axis] % m
@@ -88,7 +92,7 @@ def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
 
 
 def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The inverse of `pad_to_multiple`: (B, C, *larger) -> (B, C, *size), from the start of every axis."""
+    """The first `size` voxels of every axis of x (B, C, *larger): the inverse of `pad_to_multiple`."""
     for axis, length in enumerate(size, start=2):
         if x.shape[axis] != length:
             x = x.narrow(axis, 0, length)
@@ -96,7 +100,7 @@ def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def run_layer(layer: Callable[..., Tensor], *args: Tensor | None, checkpointing: bool) -> Tensor:
-    """layer(*args); with `checkpointing` backward computes its activations again, one layer at a time."""
+    """layer(*args); with `checkpointing` its activations are not kept but computed again in backward."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
@@ -106,8 +110,10 @@ def run_layer(layer: Callable[..., Tensor], *args: Tensor | None, checkpointing:
 
 
 class ResBlock(nn.Module):
-    """(B, C_in, *S) -> (B, C_out, *S). With `emb_dim`, forward adds a projection of emb (B, emb_dim) to h, or
-    scales and shifts the second norm by it (`adaptive_norm`).
+    """The residual block of all networks: x (B, C_in, *S) -> (B, C_out, *S).
+
+    With `emb_dim`, an embedding emb (B, emb_dim), such as that of time, acts on every voxel: a projection of
+    emb is added after the first convolution or, with `adaptive_norm`, scales and shifts the second norm.
     """
 
     def __init__(
@@ -138,7 +144,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = norm_conv(self.norm1, self.conv1, x)
         if self.emb_proj is not None:
-            emb = self.emb_proj(F.silu(emb))  # (B, C_out), of an adaptive norm (B, 2 C_out)
+            emb = self.emb_proj(F.silu(emb))  # (B, C_out), or (B, 2 C_out) for an adaptive norm
             emb = emb.reshape(*emb.shape, *(1,) * (x.ndim - 2))
             h = h if self.adaptive_norm else h.add_(emb)
         if self.adaptive_norm:
@@ -156,7 +162,7 @@ class ResBlock(nn.Module):
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, heads * d) -> (B, heads, N, d), a view."""
+    """(B, N, heads * d) -> (B, heads, N, d), without a copy."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
@@ -176,7 +182,10 @@ def to_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """tokens (B, N, C) -> (B, N, C), no residual. One matrix makes q, k and v; there is no N x N matrix."""
+    """Every token looks at every other: tokens (B, N, C) -> (B, N, C), without the residual.
+
+    One matrix makes q, k and v. The N x N matrix of weights is never stored (fused attention).
+    """
 
     def __init__(
         self,
@@ -200,12 +209,15 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """tokens (B, N, C), context (B, M, E), context_mask (B, M) bool, True = use -> (B, N, C), no residual.
+    """Every token looks at a context, such as the words of a caption; without the residual.
 
-    A sample whose mask is False everywhere attends to nothing. `gate` multiplies the result by one learned
-    number that starts at zero, so that a pretrained network is unchanged. With `return_map` the result is
-    (out, map (B, heads, N, M)), the map by an explicit, differentiable softmax, for small M. Instead of the
-    context, forward takes its `keys_values`, which serve as long as the context stays the same.
+    tokens (B, N, C), context (B, M, E), context_mask (B, M) bool, True = use -> (B, N, C). A sample whose
+    mask is False everywhere attends to nothing. In place of the context, forward takes the context's
+    `keys_values`; a sampler computes them once for all its steps. With `return_map` the result is (out, map),
+    the attention map (B, heads, N, M) being differentiable; it is stored, so M must be small.
+
+    `gate` multiplies the result by one learned number that starts at zero, so that the layer can be added to
+    a pretrained network without changing what the network computes.
     """
 
     def __init__(
@@ -219,6 +231,7 @@ class CrossAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
 
     def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of context (B, M, E)."""
         k, v = self.kv(context).chunk(2, dim=-1)
         return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
@@ -234,7 +247,8 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mask, some = None, None
         if context_mask is not None:
-            # Kernels differ on rows without any key: here such a row uses all keys and its result is dropped
+            # Attention kernels disagree about a sample without any key. Here such a sample uses all keys, and
+            # its result is multiplied by 0 afterwards
             some = context_mask.any(dim=1)[:, None, None]  # (B, 1, 1)
             mask = (context_mask[:, None] | ~some)[:, None]  # (B, 1, 1, M)
         if return_map:
@@ -252,7 +266,10 @@ class CrossAttention(nn.Module):
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """(softmax(q k^T / sqrt(d)) v, the softmax itself in fp32); mask (B, 1, 1, M), a True in each row."""
+    """(weights v, weights) with weights = softmax(q k^T / sqrt(d)) in fp32, (B, heads, N, M).
+
+    mask (B, 1, 1, M) bool, True = use; at least one True a sample.
+    """
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, heads, N, M)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     weights = scores.softmax(dim=-1)
@@ -260,7 +277,7 @@ def explicit_attention(
 
 
 class AttentionBlock(nn.Module):
-    """(B, C, *S) -> x + self-attention(norm(x)) over all positions."""
+    """x (B, C, *S) -> x + self-attention(norm(x)), over all positions."""
 
     def __init__(
         self,
@@ -279,7 +296,10 @@ class AttentionBlock(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """tokens (B, N, C) -> W_2 (a * gelu(b)) with (a, b) = W_1 tokens of width 4 C each."""
+    """Feed-forward layer of a transformer: linear2(value * gelu(gate)), (value, gate) = linear1(tokens).
+
+    tokens (B, N, C) -> (B, N, C); value and gate are 4 C wide.
+    """
 
     def __init__(self, channels: int, dropout: float = 0.0):
         super().__init__()
@@ -293,7 +313,10 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """(B, C, *S), context (B, M, E) -> (B, C, *S); the identity at first: the last convolution is zero."""
+    """Self-attention, cross-attention to a context (B, M, E) and feed-forward: x (B, C, *S) -> (B, C, *S).
+
+    The last convolution starts at zero, so an untrained block returns x.
+    """
 
     def __init__(
         self,
@@ -326,10 +349,10 @@ class TransformerBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """conv3 with stride 1 or 2 per axis; the axes of stride 2 must be even.
+    """Convolution of kernel 3 with stride 1 or 2 per axis; axes of stride 2 must have an even length.
 
-    `pad="asym"` pads one zero at the end of every axis of stride 2 (as published autoencoders do), "sym" one
-    on both sides.
+    `pad="asym"` pads an axis of stride 2 by one zero at its end, as published autoencoders do; "sym" pads one
+    zero at either end.
     """
 
     def __init__(
@@ -337,9 +360,8 @@ class Downsample(nn.Module):
     ):
         super().__init__()
         ends = [int(pad == "asym" and s == 2) for s in strides]
-        self.end_padding = (
-            [p for e in reversed(ends) for p in (0, e)] if any(ends) else None
-        )  # as F.pad wants
+        # F.pad takes pairs (before, after), the last axis first
+        self.end_padding = [p for e in reversed(ends) for p in (0, e)] if any(ends) else None
         self.conv = Conv(dims, channels, channels, stride=strides, padding=[1 - e for e in ends])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -347,12 +369,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, *S) -> (B, C, *(stride * S)), strides 1 or 2 per axis.
+    """(B, C, *S) -> (B, C, *(stride * S)), with stride 1 or 2 per axis.
 
-    "nearest" and "trilinear" (linear in every axis) repeat or interpolate, then conv3; "deconv2" and
-    "deconv3" are transposed convolutions of kernel 2 and 3. Nearest + conv3 is computed as ONE transposed
-    convolution with the folded kernel (`folded_weight`): exact, boundaries too, 8 instead of 27 products per
-    output voxel in 3-D, and no tensor of repeated voxels.
+    "nearest" repeats voxels and "trilinear" interpolates along every axis, each followed by a convolution of
+    kernel 3; "deconv2" and "deconv3" are transposed convolutions of kernel 2 and 3.
+
+    Repeating voxels and then convolving is the same as ONE transposed convolution with a folded kernel
+    (`folded_weight`), also at the borders. In 3-D this needs 8 instead of 27 products per output voxel, and
+    no tensor of repeated voxels.
     """
 
     def __init__(self, dims: int, channels: int, strides: Sequence[int], kind: UpsampleKind = "nearest"):
@@ -367,17 +391,19 @@ class Upsample(nn.Module):
             self.deconv = cls(channels, channels, kernel, self.strides, padding, output_padding=extra)
 
     def folded_weight(self) -> Tensor:
-        """(C_in, C_out, *(3 or 4)), made anew at each call: a stored one would outlive an optimizer step.
+        """The kernel (C_in, C_out, *k) of the transposed convolution: k is 4 along axes of stride 2, else 3.
 
-        Stride 2: output 2i sees input i - 1 through w0 and input i through w1 + w2; output 2i + 1 sees
-        input i through w0 + w1 and input i + 1 through w2. Stride 1: flipped taps.
+        Let (w0, w1, w2) be the kernel along an axis. At stride 2, output 2i sees input i - 1 through w0 and
+        input i through w1 + w2; output 2i + 1 sees input i through w0 + w1 and input i + 1 through w2. At
+        stride 1 a transposed convolution has the kernel in reverse order. Computed anew at each call, since
+        every optimizer step changes the weights.
         """
         weight = self.conv.weight
         kernel = weight.transpose(0, 1).to(torch.promote_types(weight.dtype, torch.float32))
         for axis, stride in enumerate(self.strides, start=2):
             w0, w1, w2 = kernel.unbind(axis)
             kernel = torch.stack((w2, w1 + w2, w0 + w1, w0) if stride == 2 else (w2, w1, w0), axis)
-        return kernel.to(weight.dtype)  # rounded once, after the sums
+        return kernel.to(weight.dtype)  # half precision is rounded once, after the sums
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind.startswith("deconv"):
@@ -386,7 +412,7 @@ class Upsample(nn.Module):
         if self.kind == "trilinear":
             mode = "bilinear" if self.dims == 2 else "trilinear"
             return self.conv(F.interpolate(x, scale_factor=scale, mode=mode))
-        # Folding costs as much as some 2000 voxels: a small tensor that needs gradients is repeated instead
+        # Folding costs as much as convolving some 2000 voxels: in training, small tensors are repeated
         if torch.is_grad_enabled() and x[:, 0].numel() * math.prod(self.strides) < 2048:
             return self.conv(F.interpolate(x, scale_factor=scale, mode="nearest"))
         transposed = F.conv_transpose2d if self.dims == 2 else F.conv_transpose3d
@@ -394,7 +420,10 @@ class Upsample(nn.Module):
 
 
 class SpaceToDepth(nn.Module):
-    """(B, C, *(f S)) -> (B, C prod(f), *S): voxels become channels; exact, inverted by `DepthToSpace`."""
+    """Neighbouring voxels become channels: (B, C, *(f S)) -> (B, C prod(f), *S), f = `factor` per axis.
+
+    Nothing is lost: `DepthToSpace` is the inverse.
+    """
 
     def __init__(self, factor: Sequence[int]):
         super().__init__()
@@ -404,14 +433,12 @@ class SpaceToDepth(nn.Module):
         dims = len(self.factor)
         split = [n for size, f in zip(x.shape[2:], self.factor, strict=True) for n in (size // f, f)]
         x = x.reshape(*x.shape[:2], *split)  # (B, C, S_1, f_1, S_2, f_2, ...)
-        x = x.permute(
-            0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)
-        )  # (B, C, f_1, .., S_1, ..)
-        return x.flatten(1, 1 + dims)
+        factors, sizes = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
+        return x.permute(0, 1, *factors, *sizes).flatten(1, 1 + dims)  # (B, C f_1 f_2 .., S_1, S_2, ...)
 
 
 class DepthToSpace(nn.Module):
-    """(B, C prod(f), *S) -> (B, C, *(f S)), the inverse of `SpaceToDepth`."""
+    """Channels become neighbouring voxels: (B, C prod(f), *S) -> (B, C, *(f S)), f = `factor` per axis."""
 
     def __init__(self, factor: Sequence[int]):
         super().__init__()
@@ -430,7 +457,7 @@ class DepthToSpace(nn.Module):
 
 
 def trunk_options(config: Any) -> dict[str, Any]:
-    """What the encoder and the decoder of one VAEConfig have in common."""
+    """The arguments that encoder and decoder of a VAEConfig have in common."""
     levels = len(config.channels)
     return {
         "channels": config.channels,
@@ -448,7 +475,7 @@ def trunk_options(config: Any) -> dict[str, Any]:
 
 
 def walk(layers: nn.ModuleList, x: Tensor, final_silu: bool, checkpointing: bool) -> Tensor:
-    """Run the layers of a trunk. A norm in the list is computed together with the convolution after it."""
+    """Run the layers of a trunk on x; a norm is computed together with the convolution that follows it."""
     x, norm = channels_last(x), None
     for layer in layers:
         if isinstance(layer, GroupNorm):
@@ -461,11 +488,11 @@ def walk(layers: nn.ModuleList, x: Tensor, final_silu: bool, checkpointing: bool
 
 
 class Encoder(nn.Module):
-    """(B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)); S must be divisible.
+    """The trunk from image to latent: (B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)).
 
-    Order of `layers`: [space-to-depth], conv; per level num_res_blocks x (ResBlock, [attention]) and, except
-    for the last, Downsample; [ResBlock, attention, ResBlock]; norm, conv (the SiLU between the two, if any,
-    is a setting).
+    S must be divisible by strides * stem. Order of `layers`, with those in brackets if the settings say so:
+    [space-to-depth], conv; for every level num_res_blocks x (ResBlock, [attention]), then Downsample except
+    at the last; [ResBlock, attention, ResBlock]; norm, [SiLU, which is no layer], conv.
     """
 
     def __init__(
@@ -512,10 +539,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, in_channels, *S) -> (B, out_channels, *(S * strides * stem)); arguments as for the encoder.
+    """The trunk from latent to image: (B, in_channels, *S) -> (B, out_channels, *(S * strides * stem)).
 
-    Order of `layers`: conv; [ResBlock, attention, ResBlock]; per level from the deepest (num_res_blocks +
-    extra) x (ResBlock, [attention]) and, except for the last, Upsample; norm, conv, [depth-to-space].
+    Order of `layers`: conv; [ResBlock, attention, ResBlock]; for every level from the coarsest
+    (num_res_blocks + extra_up_block) x (ResBlock, [attention]), then Upsample except at the last; norm,
+    [SiLU, which is no layer], conv, [depth-to-space]. Arguments with a value per level are in the encoder's
+    order, finest level first.
     """
 
     def __init__(
@@ -563,11 +592,14 @@ class Decoder(nn.Module):
         return walk(self.layers, z, self.final_silu, self.checkpointing)
 
 
-# --- place and time -----------------------------------------------------------------------------------------
+# --- position and time --------------------------------------------------------------------------------------
 
 
 def position_features(size: Sequence[int], num: int, device: torch.device) -> Tensor:
-    """(1, 2 num dims, *size): sin and cos of pi 2^k u, k < num, for each axis; u runs from -1 to 1."""
+    """Where every voxel is, as (1, 2 num dims, *size): sin and cos of pi 2^k u, k < num, for each axis.
+
+    u runs from -1 to 1 along the axis.
+    """
     maps = []
     for axis, n in enumerate(size):
         u = (torch.arange(n, device=device) + 0.5) * (2 / n) - 1
@@ -578,10 +610,10 @@ def position_features(size: Sequence[int], num: int, device: torch.device) -> Te
 
 
 def timestep_embedding(t: Tensor, dim: int, cos_first: bool = True, max_period: float = 10000.0) -> Tensor:
-    """t (B,) on the 0..T scale, any dtype -> (B, dim) fp32: cos and sin of t * max_period^(-i / half).
+    """Time t (B,) on the 0..T scale as features (B, dim) in fp32 that a network can tell apart.
 
-    Ho et al. 2020 (arXiv 2006.11239), after Vaswani et al. 2017 section 3.5. `cos_first`: cosines, then
-    sines.
+    They are cos and sin of t * max_period^(-i / half) for i = 0 .. half - 1, with half = dim // 2 (Vaswani et
+    al. [3], section 3.5; Ho et al. 2020, arXiv 2006.11239). `cos_first` puts the cosines before the sines.
     """
     half = dim // 2
     frequencies = torch.exp(

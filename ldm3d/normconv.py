@@ -1,16 +1,16 @@
-"""The two layers that take nearly all time, convolution and group norm, and cheap ways to compute them.
+"""Convolution and group norm, the two layers that take nearly all time, and cheap ways to compute them.
 
     y = conv([silu](w (x - mean) / std + b)),   mean and std over a group of channels and all voxels
 
-Group norm: Wu & He 2018, arXiv 1803.08494. On GPUs and under torch.compile these are the plain PyTorch
-operations. On CPUs, where memory traffic and fresh allocations cost as much as arithmetic, there are four
-equivalents, each faster by a measured amount (see tests/benchmarks) and compared with the plain formula in
+Group norm: Wu & He 2018, arXiv 1803.08494. On GPUs and under torch.compile both are the plain PyTorch
+operations. On CPUs moving memory costs as much as arithmetic, so there are four other ways to the same
+result. Each is faster by a measured amount (tests/benchmarks) and compared with the plain formula in
 tests/test_normconv.py:
 
-- `takes_slow_path`: oneDNN also for the small convolutions that PyTorch gives to a slow kernel;
+- `takes_slow_path`: small convolutions go to oneDNN too, where PyTorch would choose a slow kernel;
 - `channels_last`: memory layout (B, *S, C), with a group norm of our own that is exact and fast in it;
-- `norm_conv` in training: norm and SiLU are not kept for backward but computed again;
-- `norm_conv_in_slabs` in inference: norm, SiLU and convolution, some planes at a time.
+- `norm_conv` in training: norm and SiLU are computed again in backward instead of being kept;
+- `norm_conv_in_slabs` in inference: norm, SiLU and convolution of some planes at a time.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-RECOMPUTE_FROM = 2**20  # elements: norm and SiLU of smaller tensors are kept for backward, which is faster
-SLAB = 2**21  # elements: larger CPU tensors go through norm and convolution some planes at a time
-SLICE = 2**20  # elements of a slice of rows in `RowNorm`, to stay in the cache
+RECOMPUTE_FROM = 2**20  # elements from which on norm and SiLU are computed again in backward
+SLAB = 2**21  # elements above which norm and convolution run some planes at a time (CPU, inference)
+SLICE = 2**20  # elements that `RowNorm` works on at a time, so that temporary results stay in the cache
 
 # --- convolution ------------------------------------------------------------------------------------------
 
 
 def takes_slow_path(x: Tensor, weight: Tensor) -> bool:
-    """Whether eager PyTorch would run this fp32 CPU convolution by its slow native kernel instead of oneDNN.
+    """True where PyTorch would use its slow native kernel for a convolution that oneDNN can compute.
 
-    ATen does so for one small sample and kernels up to 3. `torch.mkldnn_convolution` has no kernel for
-    compiled, traced, meta and fake tensors, which must not see it, nor under autocast.
+    PyTorch takes the slow kernel for a batch of one if the sample is small (at most 20480 elements over the
+    channels and the first two axes) and the kernel at most 3 wide. `torch.mkldnn_convolution` calls oneDNN
+    directly. It is not defined for compiled, traced, meta or fake tensors and not under autocast; all of
+    these are left to PyTorch.
     """
     return (
         x.device.type == "cpu"
@@ -52,11 +54,15 @@ def takes_slow_path(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
+    """True for a real tensor that is neither compiled nor traced."""
     return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 class Conv(nn.Module):
-    """Convolution over the last `dims` axes; `padding` defaults to half the kernel ("same" for stride 1)."""
+    """Convolution over the last `dims` axes; without `padding`, stride 1 keeps the size.
+
+    `keeps_size` is true if the output has the size of the input: stride 1, and half the kernel as padding.
+    """
 
     def __init__(
         self,
@@ -82,9 +88,9 @@ class Conv(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, padding: Sequence[int] | None = None) -> Tensor:
-        """`padding` replaces the layer's own, for a slab whose neighbours are given."""
+        """x (B, C_in, *S); `padding` replaces the layer's own where x is a slab with its neighbours."""
         padding = self.padding if padding is None else padding
-        if self.pointwise and is_channels_last(x):  # a matrix product of rows, without any copy
+        if self.pointwise and is_channels_last(x):  # a matrix product of rows (n, C_in), without any copy
             return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
         if takes_slow_path(x, self.weight):
             one = (1,) * len(self.stride)
@@ -100,38 +106,40 @@ class Conv(nn.Module):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same (B, C, *S) with the memory layout (B, *S, C), on the CPU only; a view if there is one channel.
+    """The same values (B, C, *S), on the CPU in the memory layout (B, *S, C); a view where C is 1.
 
-    oneDNN convolutions re-order any other layout at every call; on large maps that is a third of their time.
-    The norms of such tensors have to be ours: PyTorch's are inexact in this layout and slow in backward.
+    oneDNN re-orders any other layout at every convolution, which takes a third of the time on large maps.
+    PyTorch's group norm is inexact in this layout and slow in backward, hence `RowNorm`.
     """
     if x.device.type != "cpu" or not is_eager(x):
         return x
-    if x.shape[1] == 1 and x.is_contiguous():  # PyTorch would not see that this is channels-last already
+    if x.shape[1] == 1 and x.is_contiguous():  # one channel: both layouts are the same, strides must say so
         return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:]))
     return x.contiguous(memory_format=last_format(x))
 
 
 def is_channels_last(x: Tensor) -> bool:
+    """True for an eager CPU tensor with the memory layout (B, *S, C)."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=last_format(x))
 
 
 def last_format(x: Tensor) -> torch.memory_format:
+    """PyTorch's name of the channels-last layout for 2-D or 3-D images x."""
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """Channels-last (B, C, S_1, ...) -> (B, S_1, n, C), a view: n voxels in each of the S_1 planes."""
+    """Channels-last x (B, C, S_1, ...) as rows of channels (B, S_1, n, C), n voxels a plane; a view."""
     return x.movedim(1, -1).flatten(2, -2)
 
 
 def plane_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """`rows_of` channels-last tensors, some planes at a time: (B, planes, n, C) each.
+    """`rows_of` channels-last tensors of one shape, some planes at a time: (B, planes, n, C) each.
 
-    Temporary results of that size stay in the cache, and the slices are few enough for the threads to meet
-    rarely.
+    A slice has about SLICE elements: small enough to stay in the cache, large enough that threads seldom
+    wait for each other.
     """
     views = [rows_of(x) for x in tensors]
     step = max(1, SLICE // views[0][:, 0].numel())
@@ -140,20 +148,21 @@ def plane_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def sum_rows(rows: Tensor) -> Tensor:
-    """(B, planes, n, C) fp32 -> (B, C) float64: sums of planes in fp32, added in float64."""
+    """Sums (B, C) over planes and voxels of rows (B, planes, n, C): a plane in fp32, planes in float64."""
     return rows.sum(2).double().sum(1)
 
 
 def group_mean(values: Tensor, groups: int) -> Tensor:
-    """(B, C) -> (B, C): the mean over each group, at each of its channels."""
+    """Every channel's value in (B, C) replaced by the mean over the channel's group."""
     grouped = values.unflatten(1, (groups, -1))
     return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
 def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Channels-last (B, C, *S) -> (mean, 1 / std) of each channel's group, (B, 1, 1, C), fp32 at least.
+    """(mean, 1 / std) of each channel's group, both (B, 1, 1, C), of channels-last x (B, C, *S).
 
-    Sums of differences to one voxel, added in float64, so that a large mean costs no precision.
+    Differences to the first voxel are summed, and the sums of planes are added in float64, so that a large
+    mean costs no precision. The result is in fp32, or in float64 for float64 x.
     """
     dtype, n = torch.promote_types(x.dtype, torch.float32), x[0, 0].numel()
     origin = x.flatten(2)[:, None, None, :, 0].to(dtype)  # (B, 1, 1, C)
@@ -169,11 +178,15 @@ def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RowNorm(torch.autograd.Function):
-    """Group norm, then SiLU if `silu`, of a channels-last CPU tensor; fp32 inside, slice by slice.
+    """Group norm, then SiLU if `silu`, of a channels-last CPU tensor, slice by slice, in fp32 for any input.
 
-    With x^ = (x - mean) / std, p = w x^ + b, y = silu(p) and g = dL/dp: dL/dw = sum g x^, dL/db = sum g, and
-    dL/dx = (w g - <w g> - x^ <w g x^>) / std, where < > is the mean over the group (as for batch norm, Ioffe
-    & Szegedy 2015, arXiv 1502.03167, section 3). No second derivatives.
+    Forward:  x_hat = (x - mean) / std,   p = weight x_hat + bias,   y = silu(p) or p
+    Backward: with g = dL/dp, n voxels, and < > the mean over a group's channels and voxels,
+              dL/dweight = sum g x_hat,   dL/dbias = sum g,
+              dL/dx = (weight g - <weight g> - x_hat <weight g x_hat>) / std
+
+    The formulas are those of batch norm (Ioffe & Szegedy 2015, arXiv 1502.03167, section 3) with groups in
+    place of the batch. There are no second derivatives.
     """
 
     @staticmethod
@@ -204,9 +217,9 @@ class RowNorm(torch.autograd.Function):
             target.copy_(g)
             sum_g = sum_g + sum_rows(g)
             sum_gx = sum_gx + sum_rows(x_hat.mul_(g))
-        mean_g = (group_mean(weight * sum_g, ctx.groups) / n).to(dtype)[:, None, None]  # <w g>
-        mean_gx = (group_mean(weight * sum_gx, ctx.groups) / n).to(dtype)[:, None, None]  # <w g x^>
-        for_g, for_x = weight * rstd, -rstd.square() * mean_gx  # dx = for_g g + for_x x + rest
+        mean_g = (group_mean(weight * sum_g, ctx.groups) / n).to(dtype)[:, None, None]  # <weight g>
+        mean_gx = (group_mean(weight * sum_gx, ctx.groups) / n).to(dtype)[:, None, None]  # <weight g x_hat>
+        for_g, for_x = weight * rstd, -rstd.square() * mean_gx  # dL/dx = for_g g + for_x x + rest
         rest = -rstd * mean_g - for_x * mean
         for rows, target in plane_slices(x, dx):
             y = torch.addcmul(rest, rows.to(dtype), for_x)
@@ -218,9 +231,10 @@ class RowNorm(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm, then SiLU if asked; statistics in fp32 for every input type.
+    """Group norm, then SiLU if `silu`; mean and std are computed in fp32 for every input type.
 
-    The number of groups is the largest one up to `num_groups` that divides the channels.
+    The number of groups is the largest one up to `num_groups` that divides the channels: of 48 channels and
+    32 groups asked for, 24.
     """
 
     def __init__(self, channels: int, num_groups: int = 32, eps: float = 1e-6):
@@ -231,16 +245,16 @@ class GroupNorm(nn.GroupNorm):
         if is_channels_last(x):
             return RowNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
         y = super().forward(x)
-        # In place where no gradient is wanted: a fresh allocation costs more than the arithmetic
+        # In place where no gradient is needed: a fresh allocation costs more than the arithmetic
         return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
 
 def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, silu: bool = True) -> Tensor:
-    """conv([silu](norm(x))) by the way that costs the least time and memory.
+    """conv([silu](norm(x))) by the way that costs the least time and memory; any `conv`.
 
-    In training only a large `x` is kept: norm and SiLU are cheap, so backward computes them again. The
-    checkpoint stops as soon as all saved tensors exist again, which is before the convolution. Compile does
-    this by itself.
+    In training a large x is kept for backward, but not norm(x) and silu(norm(x)): these are cheap to compute
+    again. The recomputation ends before the convolution, since only the input of the convolution was missing.
+    torch.compile makes the same choice by itself.
     """
     if torch.is_grad_enabled():
         if torch.compiler.is_compiling() or x.numel() < RECOMPUTE_FROM:

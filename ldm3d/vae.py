@@ -1,14 +1,34 @@
-"""KL autoencoder: a volume becomes a small latent with a Gaussian posterior, and back.
+"""KL autoencoder: a volume becomes a small latent with a Gaussian posterior, and the latent a volume again.
 
-    q(z given x) = N(mean(x), diag(exp(logvar(x))))    encoder, Kingma & Welling 2014 (arXiv 1312.6114) eq. 9
-    z = mean + exp(logvar / 2) * noise                 re-parametrisation, ibid. section 2.4
+Diffusion on voxels is expensive: a head of 192 x 224 x 192 voxels has 8.3 million of them. So an autoencoder
+comes first. Its encoder compresses the volume to a latent with a sixteenth of the values, at a 64th of the
+positions; its decoder restores the volume; and diffusion (latent_diffusion.py) need only learn to make
+latents. With the default settings (three levels, hence two down-samplings by 2) a voxel takes this way:
+
+    x           (B, 1, 192, 224, 192)   the image, intensities scaled to about [-1, 1]
+    encoder     (B, 4, 48, 56, 48)      residual blocks and two strided convolutions (blocks.Encoder)
+    quant_conv  (B, 8, 48, 56, 48)      a 1x1 convolution to mean and logvar of every latent element
+    z           (B, 4, 48, 56, 48)      drawn from the posterior, as below; latent voxel (i, j, k) describes
+                                        the image around voxels 4i..4i+3, 4j..4j+3, 4k..4k+3
+    post_quant_conv, decoder            back to (B, 1, 192, 224, 192), with two up-samplings (blocks.Decoder)
+
+    q(z given x) = N(mean(x), diag(exp(logvar(x))))                             the posterior     [1] eq. 9
+    z     = mean + exp(logvar / 2) * noise,   noise ~ N(0, 1)                   a draw from it    [1] sec. 2.4
     recon = decode(z)
-    loss = reconstruction + kl_weight * KL(q || N(0, 1))    ibid. eq. 10, in losses.py
+    loss  = reconstruction + kl_weight * KL(q || N(0, 1))                       in losses.py      [1] eq. 10
 
-Architecture: the first stage of Rombach et al. 2022 (arXiv 2112.10752), with MONAI's choices as defaults: no
-SiLU before the last convolutions, down-sampling padded at the end. Any input size works: `encode` repeats the
-edge at the end of each axis up to a multiple of `downsampling`, `decode` crops back. Not here: losses,
-training, and decoding of volumes larger than memory (both trunks are flat lists that such code can walk).
+The noise in z makes near latents decode to like volumes, and the KL term keeps latents near N(0, 1). Such a
+space is what a diffusion model can learn.
+
+Any image size works. `encode` repeats the last plane of each axis up to a multiple of `downsampling`, and
+`decode` crops. An image of 5 x 8 x 8 voxels is padded to 8 x 8 x 8, has a latent of 2 x 2 x 2, and comes back
+as 5 x 8 x 8.
+
+The architecture is the first stage of Rombach et al. 2022 [2], with MONAI's choices as defaults: no SiLU
+before the last convolutions, down-sampling padded at the end of each axis. Not here: losses, training, and
+decoding of volumes larger than memory (both trunks are flat lists of layers that such code can walk).
+
+[1] Kingma & Welling 2014, arXiv 1312.6114. [2] arXiv 2112.10752.
 """
 
 from __future__ import annotations
@@ -41,10 +61,10 @@ class VAEConfig:
     in_channels: int = 1  # channels of the images
     latent_channels: int = 4  # channels of the latent z
     channels: tuple[int, ...] = (32, 64, 64)  # width of each level, finest first
-    num_res_blocks: tuple[int, ...] = (2,)  # residual blocks of each level, or one number for all
+    num_res_blocks: tuple[int, ...] = (2,)  # residual blocks at each level, or one number for all
     attention_levels: tuple[bool, ...] = (False,)  # self-attention at each level, or one value for all
     strides: tuple[tuple[int, ...], ...] | None = None  # 1 or 2 per axis, for each down-sampling; none = 2
-    stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all; exact and cheap
+    stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all: exact, cheap
     mid_attention: bool = False  # ResBlock, attention, ResBlock at the coarsest level
     num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
     gn_eps: float = 1e-6  # epsilon of the norms
@@ -70,17 +90,17 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class Posterior:
-    """The diagonal Gaussian q(z given x): mean and logvar (B, C_z, *s), logvar clamped to [-30, 20]."""
+    """The Gaussian q(z given x) that the encoder predicts; mean and logvar are (B, C_z, *s)."""
 
     mean: Tensor
     logvar: Tensor
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Posterior:
-        """From (B, 2 C_z, *s), mean first, in fp32.
+        """From moments (B, 2 C_z, *s): the mean, then the log-variance; both in fp32.
 
-        The clamp is straight-through: it limits the value, never the gradient, so that the KL can bring back
-        a log-variance that has left the range.
+        The log-variance is clamped to [-30, 20], so that exp stays finite. The clamp limits the value but not
+        the gradient: the KL can bring back a log-variance that has left the range.
         """
         mean, raw = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
         return cls(mean, raw + (raw.clamp(-30.0, 20.0) - raw).detach())
@@ -95,10 +115,11 @@ class Posterior:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z from Gaussian noise of the latent's shape."""
+        """z drawn from the posterior, with standard Gaussian noise of the shape of `mean`."""
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
+        """The most probable z."""
         return self.mean
 
 

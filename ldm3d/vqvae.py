@@ -1,23 +1,28 @@
-"""VQ autoencoder: a volume becomes a grid of codes from a learned codebook, and back.
+"""VQ autoencoder: a volume becomes a grid of codes from a learned codebook, and the codes a volume again.
 
-    k(v) = argmin_k |v - e_k|^2,  z_q(v) = e_k(v)       v the vector of a latent position     [1] eq. 1, 2
-    z_q  = z + sg(e_k - z)                              straight-through, sg: stop-gradient   [1] sec. 3.2
-    loss = reconstruction + mean |sg(z) - e_k|^2 + commitment_weight * mean |z - sg(e_k)|^2   [1] eq. 3
+Noise keeps the latent space of the KL autoencoder (vae.py) smooth; this autoencoder makes its latent space
+small instead. The decoder sees no other vectors than the K codes e_1 .. e_K of a codebook, so that a latent
+of 48 x 56 x 48 positions and 1024 codes is a list of 129,024 numbers of 10 bits. With v the vector of z at a
+latent position, and sg(.) a value through which no gradient flows:
 
-With `update="ema"` the codes are running means of the vectors they serve, and the second term is left out:
+    k(v) = argmin_k |v - e_k|^2,  z_q(v) = e_k(v)               the nearest code replaces v       [1] eq. 1, 2
+    z_q  = z + sg(e_k - z)                                      the gradient of z_q passes to z   [1] sec. 3.2
+    loss = reconstruction + mean |sg(z) - e_k|^2 + commitment_weight * mean |z - sg(e_k)|^2       [1] eq. 3
+
+The second term moves codes to their vectors, the third keeps vectors near their codes. With `update="ema"`
+the second term is left out: a code is the running mean of the vectors that it serves, with decay d.
 
     n_k <- d n_k + (1 - d) #{v: k(v) = k},  m_k <- d m_k + (1 - d) sum {v: k(v) = k},  e_k = m_k / n_k
-    perplexity = exp(-sum_k p_k log p_k),   p_k the share of vectors that code k serves       [1] eq. 6-8
+    perplexity = exp(-sum_k p_k log p_k),   p_k the share of vectors that code k serves           [1] eq. 6-8
 
 The first batch sets the codes by k-means (Lloyd's iterations), and a code that hardly serves any vector is
-moved to a vector of the batch [2, 3]. Both, like the running means, belong to `VectorQuantizer.update`, which
-the training loop calls once an optimizer step: `forward` changes nothing. Sums are reduced over ranks and
-vectors are drawn from the joined batch, so that ranks and micro-batches do not matter. No tensor of
+moved to a vector of the batch [2, 3]. All this is done by `VectorQuantizer.update`, which the training loop
+calls once an optimizer step; `forward` changes nothing. Sums are reduced over ranks, and vectors are drawn
+from the joined batch, so that the result depends neither on ranks nor on micro-batches. No tensor of
 positions x codes ever exists (see `nearest`).
 
-The trunks, and how any input size is treated, are those of vae.py. Diffusion runs on z, before quantisation,
-and `decode` quantises, as in VQ-regularised latent diffusion [4]. Left out: normalised, residual and product
-codebooks.
+Diffusion runs on z, before quantisation, and `decode` quantises, as in VQ-regularised latent diffusion [4].
+Left out: normalised, residual and product codebooks.
 
 [1] van den Oord et al. 2017, arXiv 1711.00937. [2] Lancucki et al. 2020, arXiv 2005.08520. [3] Dhariwal et
 al. 2020, arXiv 2005.00341, sec. 3.1. [4] Rombach et al. 2022, arXiv 2112.10752, sec. 3.1.
@@ -37,16 +42,17 @@ from .config import InputError, at_least
 from .engine.distributed import all_reduce_sum, rank, world_size
 from .vae import Autoencoder, AutoencoderKL, Posterior, VAEConfig
 
-CHUNK = 2**23  # entries of the largest table of distances at a time: 32 MiB
+CHUNK = 2**23  # distances computed at a time: 32 MiB in fp32
 
 
 @torch.no_grad()
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """(N,) index of the code of codebook (K, C) nearest to each of vectors (N, C); of equal ones the first.
+    """For each of vectors (N, C) the index (N,) of the nearest code of codebook (K, C); the first of equals.
 
-    |v|^2 is the same for every code and left out. Distances do not change when both are shifted: taking the
-    mean code away keeps the digits that |e|^2 - 2 v e would lose to a large common offset.
+    |v - e|^2 = |v|^2 + |e|^2 - 2 v e, where |v|^2 is the same for every code and left out.
     """
+    # Distances do not change when vectors and codes are shifted alike. Without a large common offset the
+    # difference |e|^2 - 2 v e keeps more digits
     mean = codebook.mean(0)
     vectors, codebook = vectors - mean, codebook - mean
     squares = codebook.square().sum(1)  # (K,)
@@ -56,22 +62,26 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def code_statistics(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """(counts (K,), sums (K, C)) of the vectors (N, C) that each code serves, over all ranks."""
+    """How many vectors each code serves, and their sum: (counts (K,), sums (K, C)) over all ranks.
+
+    vectors (N, C); indices (N,), the code of each vector.
+    """
     counts = torch.bincount(indices, minlength=codebook_size).to(vectors.dtype)
     sums = vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, indices, vectors)
     return all_reduce_sum(counts), all_reduce_sum(sums)
 
 
 def perplexity_of(counts: Tensor) -> Tensor:
-    """Scalar from 1 (one code serves all) to K (all serve alike)."""
+    """How many codes are in use, as a scalar from 1 (one code serves all) to K (all serve alike)."""
     p = counts.double() / counts.sum()
     return torch.exp(-torch.special.xlogy(p, p).sum())
 
 
 def draw_vectors(vectors: Tensor, num: int, draw: torch.Generator) -> Tensor:
-    """(num, C) rows of the vectors (N, C) of all ranks, joined in rank order; none twice if there are enough.
+    """Random rows (num, C) of the vectors (N, C) of all ranks; no row twice while there are enough.
 
-    Every rank gets the same rows, bit for bit: each puts its own into a table of zeros, and these are added.
+    Every rank returns the same rows, bit for bit: it puts those of its own vectors that were drawn into a
+    table of zeros, and the tables of all ranks are added. `draw` must be in the same state on all ranks.
     """
     sizes = vectors.new_zeros(world_size(), dtype=torch.int64)
     sizes[rank()] = len(vectors)
@@ -86,7 +96,10 @@ def draw_vectors(vectors: Tensor, num: int, draw: torch.Generator) -> Tensor:
 
 
 def k_means(vectors: Tensor, codes: Tensor, steps: int) -> Tensor:
-    """Lloyd's iterations on the vectors (N, C) of all ranks from codes (K, C); one that serves none stays."""
+    """Codes (K, C) moved to the means of the vectors (N, C, of all ranks) that they serve, `steps` times.
+
+    These are Lloyd's iterations. A code that serves no vector stays where it is.
+    """
     for _ in range(steps):
         counts, sums = code_statistics(vectors, nearest(vectors, codes), len(codes))
         codes = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), codes)
@@ -94,10 +107,10 @@ def k_means(vectors: Tensor, codes: Tensor, steps: int) -> Tensor:
 
 
 class Quantized(NamedTuple):
-    """What `VectorQuantizer.forward` gives; losses are (B,), means over elements."""
+    """A latent before and after quantisation, with its losses, which are means over elements."""
 
     z: Tensor  # (B, C_z, *s), before quantisation
-    z_q: Tensor  # (B, C_z, *s), quantised, with the gradient of z
+    z_q: Tensor  # (B, C_z, *s), quantised; its gradient passes straight through to z
     indices: Tensor  # (B, *s) int64
     codebook_loss: Tensor  # (B,) |sg(z) - e|^2; zeros where the codes are running means
     commitment_loss: Tensor  # (B,) |z - sg(e)|^2
@@ -106,7 +119,7 @@ class Quantized(NamedTuple):
 @dataclass(frozen=True)
 class QuantizerConfig:
     codebook_size: int = 1024  # codes
-    update: Literal["ema", "gradient"] = "ema"  # codes are running means of their vectors, or are learned
+    update: Literal["ema", "gradient"] = "ema"  # codes are running means, or parameters with a gradient
     commitment_weight: float = 0.25  # weight of mean |z - code|^2 on the encoder
     decay: float = 0.99  # of the running means, per optimizer step
     kmeans_steps: int = 10  # iterations of k-means on the first batch; 0 = codes start random
@@ -121,12 +134,15 @@ class QuantizerConfig:
 
 
 def quantizer_loss(quantized: Quantized, config: QuantizerConfig) -> Tensor:
-    """(B,) the terms that are added to the reconstruction loss."""
+    """(B,) what is added to the reconstruction loss."""
     return quantized.codebook_loss + config.commitment_weight * quantized.commitment_loss
 
 
 class VectorQuantizer(nn.Module):
-    """z (B, C_z, *s) -> nearest codes. All state is in the state_dict: codes, running use, are they set."""
+    """Replaces every vector of z (B, C_z, *s) by its nearest code.
+
+    The state_dict holds the codes, their running use n_k and m_k, and whether the first batch has set them.
+    """
 
     def __init__(self, config: QuantizerConfig, channels: int):
         super().__init__()
@@ -141,7 +157,10 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("initialised", torch.tensor(False))
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes (B, C_z, *s), indices (B, *s)) nearest to z (B, C_z, *s), in the codebook's precision."""
+        """The nearest codes (B, C_z, *s) of z (B, C_z, *s), and their indices (B, *s).
+
+        Distances are computed in the codebook's precision, also under autocast.
+        """
         with torch.autocast(z.device.type, enabled=False):
             vectors = z.to(self.codebook.dtype).movedim(1, -1)  # (B, *s, C_z)
             indices = nearest(vectors.reshape(-1, vectors.shape[-1]).detach(), self.codebook.detach())
@@ -153,7 +172,7 @@ class VectorQuantizer(nn.Module):
         return torch.bincount(self.quantise(z)[1].flatten(), minlength=len(self.codebook))
 
     def forward(self, z: Tensor) -> Quantized:
-        """Nothing is updated here, in whichever mode; see `update`."""
+        """Quantise z (B, C_z, *s). Changes no state, neither in training nor in evaluation; see `update`."""
         z = z.to(self.codebook.dtype)
         codes, indices = self.quantise(z)
         commitment = (z - codes.detach()).square().flatten(1).mean(1)
@@ -164,10 +183,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, outputs: Sequence[Quantized], draw: torch.Generator) -> dict[str, Tensor]:
-        """After an optimizer step: running means; at the first call k-means; new places for dead codes.
+        """Move the codes after an optimizer step: k-means at the first call, running means, revival.
 
-        outputs: of all micro-batches of this step on this rank. draw: a CPU generator, the same on all ranks.
-        Returns, over all ranks, the perplexity, the number of codes in use, and of those moved.
+        outputs: those of forward for all micro-batches of this step on this rank. draw: a CPU generator in
+        the same state on all ranks. Returns the perplexity, codes_used and codes_revived over all ranks.
         """
         c, codebook = self.config, self.codebook.detach()
         vectors = torch.cat([q.z.detach().movedim(1, -1).flatten(0, -2) for q in outputs])  # (N, C_z)
@@ -177,7 +196,7 @@ class VectorQuantizer(nn.Module):
         decay = c.decay
         if not self.initialised:
             self.initialised.fill_(True)
-            decay = 0.0  # the running means start at this batch's
+            decay = 0.0  # the running means start at the means of this batch
             if c.kmeans_steps:
                 start = draw_vectors(vectors, c.codebook_size, draw)
                 codebook.copy_(k_means(vectors, start, c.kmeans_steps))
@@ -190,7 +209,7 @@ class VectorQuantizer(nn.Module):
         return {**report, "codes_revived": self._revive(vectors, float(counts.mean()), draw)}
 
     def _revive(self, vectors: Tensor, mean_count: float, draw: torch.Generator) -> Tensor:
-        """Move codes whose running use is too low to vectors of the batch, and count them as used again."""
+        """Move hardly used codes to random vectors of the batch and give them the mean running use."""
         dead = self.code_count < self.config.revive_below * mean_count
         num = dead.sum()
         if num:
