@@ -14,15 +14,14 @@ from ..config import run_task
 from ..engine.distributed import run_script
 from .latent_map import LatentsConfig, latents
 from .register_analysis import RegisterReportConfig, registers
-from .run_report import Config as RunReportConfig
-from .run_report import write_report
+from .run_report import RunReportConfig, write_run_report
 
 
 def main(argv: list[str] | None = None) -> None:
     run = {"run": "run folder, such as runs/vae-phantom, or a checkpoint in one"}
     bound = {"run": "run folder of train_ldm.py --anatomy.registers bound, or a checkpoint in one"}
     tasks = {
-        "run": (RunReportConfig, run, lambda config, run: write_report(config, Path(run))),
+        "run": (RunReportConfig, run, lambda config, run: write_run_report(config, Path(run))),
         "latents": (LatentsConfig, run, lambda config, run: latents(config, Path(run))),
         "registers": (RegisterReportConfig, bound, lambda config, run: registers(config, Path(run))),
     }

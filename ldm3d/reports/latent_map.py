@@ -46,7 +46,8 @@ from ..evaluation.results import new_folder, write_csv, write_report
 from ..latent_diffusion import load_autoencoder
 from ..latents import cache_key
 from ..vae import Autoencoder
-from .pages import embed, escape, page, png, slices_picture, write_page
+from .pages import escape, page, write_page
+from .pictures import data_url, png, slices_picture
 from .projections import distances, inner_products, pca, place_new, to_centre
 
 # --- Config -------------------------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def save_page(
         "cases": rows,
         "groups": group_titles(facts),
         "places": [[float(f"{v:.5g}") for v in place] for place in places.tolist()],
-        "pictures": [embed(png(picture)) for picture in pictures],
+        "pictures": [data_url(png(picture)) for picture in pictures],
         "axes": facts["axes"],
     }
     what = f"{facts['cases']} cases of {facts['data']}"
@@ -406,7 +407,7 @@ Drag to zoom, double-click to zoom out; click a name in the legend to hide its c
 <div class="both"><div class="card plot"><div id="map"></div></div>
 <aside><div id="hover" class="card"><p class="faint">no case yet</p></div><div id="kept"></div></aside>
 </div>"""
-    write_page(path, page(f"Latents of {facts['run']}", body, "latents", data, get_plotlyjs()))
+    write_page(path, page(f"Latents of {facts['run']}", body, "latent_map", data, get_plotlyjs()))
     return True
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key of an element's id
+OWN_PAGES = ("chrome://", "chrome-untrusted://")  # the new tab asks for some, at times late
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
  --disable-component-update --disable-sync --hide-scrollbars""".split()
 
@@ -129,7 +130,7 @@ class Browser:
         out."""
         entries = [json.loads(e["message"])["message"] for e in self._ask("/se/log", {"type": "performance"})]
         urls = [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith("chrome://")]
+        return [url for url in urls if not url.startswith(OWN_PAGES)]
 
     def complaints(self) -> list[str]:
         """Errors and warnings on the console since the last call."""

@@ -363,7 +363,7 @@ def test_tables_need_no_extra_and_what_is_missing_is_told(run, tmp_path, monkeyp
     ("flags", "words"),
     [
         ([], "which task"),
-        (["latent", "RUN"], "expected latents"),
+        (["latent", "RUN"], "expected run or latents or registers"),
         (["latents"], "which run"),
         (["latents", "/nowhere"], "/nowhere"),
         (["latents", "RUN", "--data", "/nowhere"], "/nowhere"),

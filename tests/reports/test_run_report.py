@@ -15,9 +15,10 @@ import train_ldm
 from ldm3d import Volume, write
 from ldm3d.engine.distributed import run_script
 from ldm3d.engine.logger import mid_slices
-from ldm3d.reports import run_report as report
+from ldm3d.reports import pictures, run_log
 from ldm3d.reports.__main__ import main as reports_main
-from ldm3d.reports.pages import grey, png
+from ldm3d.reports.html_tables import key_table, tables_of
+from ldm3d.reports.pictures import grey, png
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -66,9 +67,9 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_curves_are_the_logs_numbers_those_of_one_name_in_one_chart(run):
-    lines = report.read_log(run / "log.jsonl")
+    lines = run_log.read_log(run / "log.jsonl")
     assert len(lines) == STEPS + 4  # not the torn one
-    charts = {chart["name"]: chart["lines"] for chart in report.curves(lines)}
+    charts = {chart["name"]: chart["lines"] for chart in run_log.curves(lines)}
     assert next(iter(charts)) == "loss"
     assert set(charts) == {"loss", "loss at u", "samples_per_s"}  # what never changes has no chart
     assert [p[0] for p in charts["loss"]["train"]] == list(range(1, STEPS + 1))
@@ -79,19 +80,19 @@ def test_curves_are_the_logs_numbers_those_of_one_name_in_one_chart(run):
 
 def test_a_long_curve_is_thinned_to_the_means_of_equal_parts():
     points = [[float(i), 2.0 * i, float(i % 2)] for i in range(4000)]
-    thinned = report.thin(points, 800)
+    thinned = run_log.thin(points, 800)
     assert len(thinned) == 800
     assert thinned[0] == [2.0, 4.0, 0.4]
     assert thinned[-1][0] == pytest.approx(3997)
-    uneven = report.thin(points[:1001], 800)
+    uneven = run_log.thin(points[:1001], 800)
     assert len(uneven) == 800
     assert np.isfinite(uneven).all()
-    assert report.thin(points[:10], 800) == points[:10]
+    assert run_log.thin(points[:10], 800) == points[:10]
 
 
 def test_the_facts_are_those_of_the_log(run):
-    lines, config = report.read_log(run / "log.jsonl"), json.loads((run / "config.json").read_text())
-    facts = report.facts_of(config, lines, json.loads((run / "split.json").read_text()))
+    lines, config = run_log.read_log(run / "log.jsonl"), json.loads((run / "config.json").read_text())
+    facts = run_log.facts_of(config, lines, json.loads((run / "split.json").read_text()))
     assert facts == {
         "step": "40 of 100",
         "training time": "40 min 00 s",
@@ -103,9 +104,10 @@ def test_the_facts_are_those_of_the_log(run):
         "cases": "2 train, 1 val",
     }
     assert (
-        report.best_of([{"split": "val", "step": 5, "psnr": 20.0, "loss": 1.0}]) == "PSNR 20.00 dB at step 5"
+        run_log.best_validation([{"split": "val", "step": 5, "psnr": 20.0, "loss": 1.0}])
+        == "PSNR 20.00 dB at step 5"
     )
-    assert [report.duration(s) for s in (12, 200, 3725.4)] == ["12 s", "3 min 20 s", "1 h 02 min"]
+    assert [run_log.duration(s) for s in (12, 200, 3725.4)] == ["12 s", "3 min 20 s", "1 h 02 min"]
 
 
 def test_json_becomes_tables_and_nothing_of_it_is_lost():
@@ -116,16 +118,16 @@ def test_json_becomes_tables_and_nothing_of_it_is_lost():
         "latent": {"size": [4, 5], "floor": {"flow": 0.25, "eps": 0.5}},
         "empty": {},
     }
-    tables, rest = report.tables_of(content)
+    tables, rest = tables_of(content)
     assert rest == {"run": "x<y"}
     for word in ("case 19", ">19<", "fid", ">1.5<", "4, 5", "flow", ">0.25<", "<summary>cases: 20"):
         assert word in tables, word
-    assert "x&lt;y" in report.pairs(rest)
+    assert "x&lt;y" in key_table(rest)
 
 
 def test_the_slices_of_a_sheet_are_those_of_the_volume():
     volume = np.arange(3 * 4 * 7, dtype=np.uint8).reshape(1, 3, 4, 7)
-    sheet, columns = report.sheet_of(volume)
+    sheet, columns = pictures.side_by_side(volume)
     assert columns == 3
     for k in range(7):
         top, left = (k // columns) * 4, (k % columns) * 3
@@ -133,10 +135,10 @@ def test_the_slices_of_a_sheet_are_those_of_the_volume():
 
 
 def test_a_volume_too_large_for_a_page_is_averaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_VOXELS", 300)
+    monkeypatch.setattr(pictures, "MAX_VOXELS", 300)
     array = np.arange(10.0).repeat(10 * 20).reshape(1, 10, 10, 20)
     write(tmp_path / "a.nii.gz", Volume(array.astype(np.float32), np.diag([1.0, 1.0, 0.5, 1.0]), "RAS"))
-    embedded = report.embedded_volume(tmp_path / "a.nii.gz", 3)
+    embedded = pictures.volume_for_viewer(tmp_path / "a.nii.gz", 3)
     assert (embedded["factor"], embedded["shape"], embedded["mm"]) == (2, (5, 5, 10), [2.0, 2.0, 1.0])
 
 
