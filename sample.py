@@ -139,7 +139,7 @@ def generate(config: Config, run: Path, device: torch.device) -> None:
     guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
     request = read_request(config, run, model, config.amp)
-    guidance.tell_of_idle(request.conditions)
+    guidance.note_idle(request.conditions)
     times = model.kernel.sampling_times(sampler, config.steps, model.latent_shape[1:])
     _, times = request.edit.start(torch.zeros(1, *model.latent_shape, device=device), times, [0])
     calls, each = model.kernel.num_network_calls(sampler, times), config.samples

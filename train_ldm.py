@@ -411,7 +411,7 @@ def plan(config: Config) -> None:
         if not config.masks:
             return kernel.losses(net, z, t, noise).mean()
         volume = [n * f for n, f in zip(size, autoencoder.downsampling, strict=True)]
-        out = net(z, torch.zeros(batch), labels=torch.zeros(batch, *volume, dtype=torch.int64))
+        out = net(z, torch.zeros(batch), mask=torch.zeros(batch, *volume, dtype=torch.int64))
         return (kernel.loss_of(out.pred, z, t, noise) + out.head + out.binding).mean()
 
     plan = Plan(config.plan, config.run.amp, config.run.device)

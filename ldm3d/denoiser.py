@@ -1,7 +1,16 @@
-"""The denoiser: everything that turns (x_t, t, conditions) into a prediction, as one module.
+"""The denoiser: everything that turns (x_t, t, conditions) into a prediction, in one module.
 
-It is exactly what DDP wraps, the EMA copies and torch.compile touches, so that a training step has one module
-to call and a checkpoint one state_dict to hold.
+Training, the EMA, DDP, torch.compile and checkpoints each want one module with one forward, so the parts meet
+here:
+
+    conditions  --conditioner-->  context tokens, input channels, an embedding        conditioner.py
+    x_t ++ channels, t, emb, context  --unet-->  prediction like x_t                  unet.py, registers.py
+    finest features of the unet  --head-->  logits of label maps                      registers.py
+
+Example: x_t (2, 4, 16, 20, 16) with the conditions class (2,) and image (2, 4, 16, 20, 16). The conditioner
+turns the class into emb (2, 256) and puts the image beside x_t, so the U-Net reads (2, 8, 16, 20, 16) and
+predicts (2, 4, 16, 20, 16). With bound registers of 5 labels and an autoencoder of factor 4, the head gives
+logits (2, 5, 64, 80, 64).
 """
 
 from __future__ import annotations
@@ -22,20 +31,31 @@ from .registers import AnatomyConfig, LabelHead, Registers, binding_loss, by_lab
 from .unet import UNet, UNetConfig
 
 
+class Arguments(NamedTuple):
+    """What a denoiser was made from: `Denoiser(*denoiser.arguments)` is another one with fresh weights."""
+
+    unet: UNetConfig
+    condition: ConditionConfig | None
+    conditions: tuple[Condition, ...]
+    anatomy: AnatomyConfig | None
+    num_labels: int
+    factor: Sequence[int]
+
+
 class Supervised(NamedTuple):
-    """What a forward with labels gives."""
+    """The result of a forward with masks."""
 
     pred: Tensor  # like x_t
-    head: Tensor  # (B,) loss of the head, 0 for samples without labels
-    binding: Tensor  # (B,) loss of the registers' attention, likewise
+    head: Tensor  # (B,) loss of the head, 0 for samples without a mask
+    binding: Tensor  # (B,) loss of the registers' attention, 0 for samples without a mask
 
 
 class Denoiser(nn.Module):
     """x_t (B, C_z, *s) noisy latent, t (B,) float time on 0..T, conditions by name -> prediction like x_t.
 
-    `unet` describes the network without conditions: `in_channels` are those of x_t, to which the conditions'
-    are added, and its context is theirs. Registers, if `anatomy` has any, are those of `num_labels` labels;
-    if they are bound, a head predicts label maps `factor` times as fine as x_t.
+    `unet` describes the network without conditions: its in_channels are the channels of x_t, and the denoiser
+    adds the channels and the context that the conditions need. With `anatomy` the U-Net has registers of
+    `num_labels` labels; if they are bound, a head predicts label maps that are `factor` times as fine as x_t.
     """
 
     def __init__(
@@ -48,7 +68,7 @@ class Denoiser(nn.Module):
         factor: Sequence[int] = (),
     ):
         super().__init__()
-        self.arguments = unet, condition, tuple(conditions), anatomy, num_labels, factor  # of another like it
+        self.arguments = Arguments(unet, condition, tuple(conditions), anatomy, num_labels, factor)
         self.conditioner: Conditioner | None = None
         if conditions:
             self.conditioner = Conditioner(condition, conditions, unet.dims, unet.emb_dim)
@@ -70,64 +90,71 @@ class Denoiser(nn.Module):
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What it can be told, in the order in which guidance nests."""
-        return self.arguments[2]
+        """The conditions that it was made for, in the order in which guidance nests."""
+        return self.arguments.conditions
 
-    def condition(self, conditions: dict[str, Tensor] | None, like: Tensor) -> Conditioned:
-        """The part of forward that does not depend on t, for x_t like `like`, keys and values of the context
-        included; names not given are absent."""
-        known = self._told(conditions, like)
-        return known if known.context is None else known._replace(context=self.unet.kv_cache(known.context))
+    def encode_conditions(self, conditions: dict[str, Tensor], like: Tensor) -> Conditioned:
+        """The part of forward that depends on neither t nor x_t, once for all steps of sampling.
 
-    def _told(self, conditions: dict[str, Tensor] | None, like: Tensor) -> Conditioned:
-        if self.conditioner is None:
-            check_names(conditions or {}, ())
-            return Conditioned()
-        return self.conditioner(conditions or {}, like)
+        Keys and values of the context are included. like: any tensor of the shape and device of x_t.
+        Conditions without a value are absent from all samples.
+        """
+        encoded = self._encode(conditions, like)
+        if encoded.context is None:
+            return encoded
+        return encoded._replace(context=self.unet.kv_cache(encoded.context))
 
     def forward(
         self,
         x_t: Tensor,
         t: Tensor,
         conditions: dict[str, Tensor] | Conditioned | None = None,
-        labels: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor | Supervised:
-        """conditions: see conditions.py; or what `condition` has made of them, for many steps. labels:
-        masks (B, *S), -1 everywhere in samples without one, for registers that are bound; training gives
-        them in every forward, so that every parameter takes part."""
-        if labels is None:
+        """conditions: tensors by name (conditions.py), or the result of `encode_conditions`.
+
+        mask: (B, *S) integer labels, -1 everywhere in samples without a mask; needs bound registers. Training
+        with bound registers passes a mask in every forward, so that every parameter takes part.
+        """
+        if mask is None:
             return self.unet(*self._inputs(x_t, t, conditions))
         if self.head is None:
-            raise InputError(f"labels: need registers that are bound, these are {self.anatomy.registers}")
+            raise InputError(f"mask: needs registers that are bound, these are {self.anatomy.registers}")
         maps: list[Tensor] = []
         h = self.unet.features(*self._inputs(x_t, t, conditions), maps)
         size, factor, config = x_t.shape[2:], self.head.to_voxels.factor, self.anatomy
         multiple = self.unet.config.downsampling
         return Supervised(
             self.unet.output(h, size),
-            head_loss(self._logits(h, size), labels, config.head_balance),
-            binding_loss(maps, labels, self.num_labels, factor, multiple, config.balance),
+            head_loss(self._logits(h, size), mask, config.head_balance),
+            binding_loss(maps, mask, self.num_labels, factor, multiple, config.balance),
         )
 
     def label_logits(
         self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None = None
     ) -> Tensor:
-        """(B, K, *(factor s)) of the head; a label map is their highest, cropped to the image's size."""
+        """Logits (B, K, *(factor s)) of the head; the argmax over K, cropped to the image, is a label map."""
         return self._logits(self.unet.features(*self._inputs(x_t, t, conditions)), x_t.shape[2:])
 
     def attention_maps(
         self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None = None
     ) -> list[Tensor]:
-        """The attention (B, K, M, *s) that each register receives, at every place of the U-Net."""
+        """The attention (B, K, M, *s) that each register receives, for every attention layer of the U-Net."""
         maps: list[Tensor] = []
         self.unet.features(*self._inputs(x_t, t, conditions), maps)
         return [by_label(weights, self.num_labels) for weights in maps]
 
+    def _encode(self, conditions: dict[str, Tensor], like: Tensor) -> Conditioned:
+        if self.conditioner is None:
+            check_names(conditions, ())
+            return Conditioned()
+        return self.conditioner(conditions, like)
+
     def _inputs(self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None) -> tuple:
-        """What the U-Net is called with."""
-        known = conditions if isinstance(conditions, Conditioned) else self._told(conditions, x_t)
-        x = x_t if known.channels is None else torch.cat([x_t, known.channels.to(x_t.dtype)], 1)
-        return x, t, known.context, known.context_mask, known.emb
+        """The arguments of the U-Net: x, t, context, context_mask, emb."""
+        c = conditions if isinstance(conditions, Conditioned) else self._encode(conditions or {}, x_t)
+        x = x_t if c.channels is None else torch.cat([x_t, c.channels.to(x_t.dtype)], 1)
+        return x, t, c.context, c.context_mask, c.emb
 
     def _logits(self, h: Tensor, size: Sequence[int]) -> Tensor:
         factor = self.head.to_voxels.factor

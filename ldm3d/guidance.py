@@ -1,19 +1,25 @@
-"""Classifier-free guidance over several conditions, in one batched forward a step.
+"""Classifier-free guidance: samples that follow their conditions more strongly than the data do.
 
-With the conditions c_1 ... c_n in the order of the configuration, p_k the prediction under c_1 ... c_k and
-p_0 that under nulls alone,
+A denoiser that was trained with conditions hidden now and then predicts with a condition and without. The
+difference between the two predictions is the direction in which the condition pulls; guidance goes further
+along it, by a scale of its own for each condition. With the conditions c_1 ... c_n in the order of the
+configuration, let p_k be the prediction under c_1 ... c_k alone, and p_0 the prediction under none:
 
     pred = p_0 + s_1 (p_1 - p_0) + s_2 (p_2 - p_1) + ... + s_n (p_n - p_(n-1))           Brooks (3), nested
          = sum_k w_k p_k,     w_0 = 1 - s_1,   w_k = s_k - s_(k+1),   w_n = s_n
 
-so that the branches of weight 0 need not be computed: all scales 1 are one branch, the conditional
-prediction; all 0 one branch, the unconditional one; all equal, two (Ho & Salimans). The others run as one
-batch. Rescaling by phi brings the standard deviation of each sample back towards that of p_n, Lin (15), (16):
+Example: one condition, s_1 = 3. Where p_0 is 0.2 and p_1 is 0.5, pred = 0.2 + 3 (0.5 - 0.2) = 1.1; the
+weights are w = (-2, 3). With two conditions and s = (3, 1), w = (-2, 2, 1), so three branches of the network.
+With s = (1, 1), w = (0, 0, 1): the plain conditional prediction, one branch. Branches of weight 0 are not
+computed, the others run as one batch. Equal scales need p_0 and p_n alone, as in Ho & Salimans.
+
+A large scale makes the prediction larger than any that training saw. Rescaling by phi (0 to 1) brings the
+standard deviation of each sample back towards that of p_n, Lin (15), (16):
 
     pred <- (phi std(p_n) / std(pred) + 1 - phi) pred
 
-An interval of noise levels, as t / T from 0 = clean to 1, limits guidance to times inside; outside, it is p_n
-(Kynkaanniemi). Works on whatever the network predicts, and with every sampler.
+An interval of noise levels, as t / T from 0 = clean to 1, limits guidance to the times inside; outside, the
+prediction is p_n (Kynkaanniemi). Guidance works on whatever the network predicts, and with every sampler.
 
 Ho & Salimans 2022 arXiv:2207.12598; Brooks 2023 2211.09800; Lin 2024 2305.08891; Kynkaanniemi 2024
 2404.07724.
@@ -37,7 +43,10 @@ from .engine.distributed import print0
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly samples follow their conditions: one scale for all, or by name (those not named: 1)."""
+    """How strongly samples follow their conditions.
+
+    scale: one number for all conditions, or numbers by name, 1 for conditions that are not named.
+    """
 
     scale: float | dict[str, float] = 1.0
     rescale: float = 0.0  # phi, 0 to 1
@@ -54,27 +63,27 @@ class Guidance:
             raise InputError(f"guidance_rescale: expected a number from 0 to 1, got {self.rescale:g}")
 
     def scales(self, conditions: Sequence[Condition]) -> list[float]:
-        """Of these conditions of the model, in order."""
+        """s_1 ... s_n of these conditions, in their order."""
         if not isinstance(self.scale, dict):
             return [float(self.scale)] * len(conditions)
         return [float(self.scale.get(c.name, 1.0)) for c in conditions]
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        """InputError if a scale is for a condition that the model has not."""
+        """InputError if a scale names a condition that the model does not have."""
         check_names(self.scale if isinstance(self.scale, dict) else (), conditions)
 
-    def tell_of_idle(self, conditions: dict[str, Tensor]) -> None:
-        """A note if a scale acts on nothing: on conditions that no sample is told."""
-        told = {name for name, value in conditions.items() if not absent(value).all()}
-        general = {} if told else {"any condition": self.scale}
+    def note_idle(self, conditions: dict[str, Tensor]) -> None:
+        """Print a note if a scale acts on nothing, because no sample has a value of its condition."""
+        present = {name for name, value in conditions.items() if not absent(value).all()}
+        general = {} if present else {"any condition": self.scale}
         scales = self.scale if isinstance(self.scale, dict) else general
-        idle = [name for name, scale in scales.items() if scale != 1 and name not in told]
+        idle = [name for name, scale in scales.items() if scale != 1 and name not in present]
         if idle:
-            print0(f"note: guidance has no effect, no sample is told {', '.join(idle)}")
+            print0(f"note: guidance has no effect, no sample has a value of {', '.join(idle)}")
 
 
 def branch_weights(scales: Sequence[float]) -> list[float]:
-    """w_0 ... w_n of the docstring above."""
+    """w_0 ... w_n of s_1 ... s_n: (3, 1) -> (-2, 2, 1)."""
     ends = [1.0, *scales, 0.0]
     return [a - b for a, b in pairwise(ends)]
 
@@ -86,37 +95,38 @@ def guided(
     guidance: Guidance,
     num_timesteps: int,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x_t, t (B,) on 0..T, the same for all samples) -> prediction; conditions: those of these samples.
+    """The guided denoiser, a function (x_t, t (B,) on 0..T, the same for all samples) -> prediction.
 
-    The conditions are encoded here, once for all steps; like: any x_t of the batch.
+    conditions: the values of these samples; conditions that are missing take no part. They are encoded here,
+    once for all steps. like: any tensor of the shape and device of x_t.
     """
     check_names(conditions, denoiser.conditions)
-    given = [c for c in denoiser.conditions if c.name in conditions]
-    last = len(given)
-    weights = branch_weights(guidance.scales(given))
-    plain = [float(k == last) for k in range(last + 1)]
-    phi = 0.0 if weights == plain else guidance.rescale
+    present = [c for c in denoiser.conditions if c.name in conditions]
+    last = len(present)
+    weights = branch_weights(guidance.scales(present))
+    phi = 0.0 if weights == [0.0] * last + [1.0] else guidance.rescale
     active = [k for k, w in enumerate(weights) if w or (phi and k == last)]
     low, high = guidance.interval
 
     def encode(branches: list[int]) -> object:
-        hidden = torch.ones(len(like), dtype=torch.bool)
+        """The conditions of p_k for each branch k, one below the other: c_i is hidden where i > k."""
+        everyone = torch.ones(len(like), dtype=torch.bool)
         values = {
-            c.name: torch.cat([hide(conditions[c.name], hidden & (i >= k)) for k in branches])
-            for i, c in enumerate(given)
+            c.name: torch.cat([hide(conditions[c.name], everyone & (i > k)) for k in branches])
+            for i, c in enumerate(present, start=1)
         }
-        return denoiser.condition(values, torch.cat([like] * len(branches)))
+        return denoiser.encode_conditions(values, torch.cat([like] * len(branches)))
 
-    known = encode(active)
-    alone = known if active == [last] else encode([last]) if (low, high) != (0, 1) else None
+    inside = encode(active)
+    outside = None if active == [last] or (low, high) == (0, 1) else encode([last])
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        if alone is not None and not (alone is known or low <= float(t[0]) / num_timesteps <= high):
-            return denoiser(x_t, t, alone)
+        if outside is not None and not low <= float(t[0]) / num_timesteps <= high:
+            return denoiser(x_t, t, outside)
         n = len(active)
         if n == 1:
-            return denoiser(x_t, t, known)
-        preds = denoiser(torch.cat([x_t] * n), torch.cat([t] * n), known).float().chunk(n)
+            return denoiser(x_t, t, inside)
+        preds = denoiser(torch.cat([x_t] * n), torch.cat([t] * n), inside).float().chunk(n)
         pred = sum(weights[k] * p for k, p in zip(active, preds, strict=True))
         if phi:
             ratio = deviation(preds[-1]) / deviation(pred).clamp(min=1e-8)

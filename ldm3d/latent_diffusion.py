@@ -184,7 +184,7 @@ class LatentDiffusion:
             loss = self.kernel.losses(model, z, t, noise, conditions=conditions)
             return loss, {"loss": loss}
         time = self.kernel.to_network_time(t).to(z.device)
-        out = model(self.kernel.q_sample(z, t, noise), time, conditions=conditions, labels=labels)
+        out = model(self.kernel.q_sample(z, t, noise), time, conditions=conditions, mask=labels)
         loss = self.kernel.loss_of(out.pred, z, t, noise)
         share = self.kernel.signal_share(t).to(loss)  # pure noise is nobody's to segment
         anatomy = out.head + self.denoiser.anatomy.binding_weight * out.binding
@@ -289,7 +289,7 @@ class LatentDiffusion:
         told = self.prepare(conditions or {}, num, amp)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         guidance.check(self.denoiser.conditions)
-        guidance.tell_of_idle(told)
+        guidance.note_idle(told)
         stream = self.stream(
             range(first, first + num),
             steps,

@@ -169,29 +169,35 @@ def balanced_cross_entropy(log_p: Tensor, shares: Tensor, balance: float) -> Ten
     return (weight * per_label).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
-def head_loss(logits: Tensor, labels: Tensor, balance: float) -> Tensor:
-    """(B,) of logits (B, K, *S) and labels (B, *S), whose edge is repeated where logits go beyond them, as
-    the autoencoder pads images; 0 for samples without labels."""
+def head_loss(logits: Tensor, mask: Tensor, balance: float) -> Tensor:
+    """The loss of the head, (B,), from logits (B, K, *S') and mask (B, *S); 0 for samples without a mask.
+
+    S' is S rounded up to whole latent voxels. The edge of the mask is repeated up to S', as the autoencoder
+    repeats the edge of images.
+    """
     logits, num_labels, size = logits.float(), logits.shape[1], logits.shape[2:]
-    labels = pad_to_multiple(labels[:, None], size)[:, 0]
-    shares = label_shares(labels, num_labels, (1,) * len(size)).nan_to_num(0.0)
+    mask = pad_to_multiple(mask[:, None], size)[:, 0]
+    shares = label_shares(mask, num_labels, (1,) * len(size)).nan_to_num(0.0)
     loss = balanced_cross_entropy(logits.log_softmax(1), shares, balance)
     if num_labels > 1:  # Dice leaves the background out
         loss = loss + dice_loss(logits.softmax(1), shares)
-    return loss * ~absent(labels)
+    return loss * ~absent(mask)
 
 
 def binding_loss(
     maps: Sequence[Tensor],
-    labels: Tensor,
+    mask: Tensor,
     num_labels: int,
     factor: Sequence[int],
     multiple: Sequence[int],
     balance: float,
 ) -> Tensor:
-    """(B,) of the maps (B, K M, *s) of all places and labels (B, *S); 0 for samples without labels. factor:
-    of the autoencoder, labels' voxels in one of x_t, which the U-Net pads to a multiple."""
-    shares, terms = label_shares(labels, num_labels, factor).nan_to_num(0.0), []
+    """The loss of the attention, (B,), from the maps (B, K M, *s) of all attention layers and mask (B, *S).
+
+    factor: voxels of the mask in one voxel of x_t, the autoencoder's down-sampling. multiple: the size that
+    the U-Net pads x_t to a multiple of. Samples without a mask have the loss 0.
+    """
+    shares, terms = label_shares(mask, num_labels, factor).nan_to_num(0.0), []
     shares = pad_to_multiple(shares, multiple)
     pool = F.avg_pool2d if len(factor) == 2 else F.avg_pool3d
     for weights in maps:
@@ -202,5 +208,5 @@ def binding_loss(
 
 
 def by_label(weights: Tensor, num_labels: int) -> Tensor:
-    """A map (B, K M, *s) as (B, K, M, *s)."""
+    """An attention map (B, K M, *s) -> (B, K, M, *s): the M registers of each of K labels."""
     return weights.unflatten(1, (num_labels, -1))

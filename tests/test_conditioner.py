@@ -110,10 +110,10 @@ def test_hidden_blank_and_not_given_are_the_same(name):
 def test_what_conditions_become_once_serves_every_step():
     net, values = make_denoiser(), values_of()
     with torch.no_grad():
-        expected, known = net(X, T, values), net.condition(values, X)
+        expected, encoded = net(X, T, values), net.encode_conditions(values, X)
         for attention in (m for m in net.unet.modules() if isinstance(m, CrossAttention)):
             attention.kv = None  # keys and values are not made again
-        assert torch.equal(net(X, T, known), expected)
+        assert torch.equal(net(X, T, encoded), expected)
 
 
 def test_padding_of_a_caption_changes_nothing():
@@ -174,9 +174,9 @@ def test_labels_of_registers_lie_where_the_encoder_put_them():
     """41 voxels are 6 latent voxels of 8: the edge is repeated, no voxel moves."""
     anatomy = AnatomyConfig("bound", 1, 8, head_width=8)
     net = noisy(Denoiser(UNET, None, (), anatomy, num_labels=3, factor=(8, 8)))
-    labels = torch.randint(0, 3, (1, 41, 41), generator=torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(labels[:, None].float(), (0, 7, 0, 7), mode="replicate")[:, 0].long()
-    out, expected = (net(torch.zeros(1, 3, 6, 6), T[:1], labels=value) for value in (labels, padded))
+    mask = torch.randint(0, 3, (1, 41, 41), generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(mask[:, None].float(), (0, 7, 0, 7), mode="replicate")[:, 0].long()
+    out, expected = (net(torch.zeros(1, 3, 6, 6), T[:1], mask=value) for value in (mask, padded))
     assert torch.equal(out.binding, expected.binding)
     assert torch.equal(out.head, expected.head)
 

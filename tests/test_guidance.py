@@ -129,6 +129,9 @@ def test_outside_the_interval_there_is_no_guidance(net, values):
         assert torch.allclose(predict(X, T * 0 + t), net(X, T * 0 + t, values), atol=1e-6)
     inside = predictor(net, values, 4.0)(X, T)
     assert torch.allclose(predict(X, T), inside, atol=1e-6)
+    unconditional = predictor(net, values, 0.0, interval=(0.2, 0.6))
+    assert torch.equal(unconditional(X, T), net(X, T))
+    assert torch.equal(unconditional(X, T + 300), net(X, T + 300, values))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_every_sampler_takes_it(net, values, process, sampler):
 
 
 @pytest.mark.parametrize(
-    ("scale", "told", "names"),
+    ("scale", "present", "names"),
     [
         (3.0, ["class", "text"], None),
         (3.0, [], "any condition"),
@@ -158,10 +161,10 @@ def test_every_sampler_takes_it(net, values, process, sampler):
         ({"class": 1.0, "text": 2.0}, ["text"], None),
     ],
 )
-def test_a_scale_that_acts_on_nothing_is_told(values, scale, told, names, capsys):
+def test_a_scale_that_acts_on_nothing_is_noted(values, scale, present, names, capsys):
     nobody = torch.ones(2, dtype=torch.bool)
-    Guidance(scale).tell_of_idle({n: v if n in told else hide(v, nobody) for n, v in values.items()})
-    expected = f"note: guidance has no effect, no sample is told {names}\n" if names else ""
+    Guidance(scale).note_idle({n: v if n in present else hide(v, nobody) for n, v in values.items()})
+    expected = f"note: guidance has no effect, no sample has a value of {names}\n" if names else ""
     assert capsys.readouterr().out == expected
 
 

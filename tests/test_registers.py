@@ -48,8 +48,8 @@ def arguments(dims=2, batch=2):
     """x_t of odd size, times, and masks that end before the last latent voxel does."""
     draw, size = torch.Generator().manual_seed(1), (5, 6, 3)[:dims]
     x = torch.randn(batch, 3, *size, generator=draw)
-    labels = torch.randint(4, (batch, *(4 * n - 1 for n in size)), generator=draw)
-    return x, torch.linspace(20.0, 900.0, batch), labels
+    mask = torch.randint(4, (batch, *(4 * n - 1 for n in size)), generator=draw)
+    return x, torch.linspace(20.0, 900.0, batch), mask
 
 
 # --- the bank in the U-Net ----------------------------------------------------------------------------------
@@ -67,10 +67,10 @@ def test_a_pretrained_unet_is_left_as_it_was_to_the_bit(dims, mode):
     missing, extra = net.load_state_dict(plain.state_dict(), strict=False)
     assert not extra
     assert {name.split(".")[0 if name.startswith("head") else 1] for name in missing} <= {"registers", "head"}
-    x, t, labels = arguments(dims)
+    x, t, mask = arguments(dims)
     assert torch.equal(plain(x, t), net(x, t))
     if mode == "bound":
-        assert torch.equal(plain(x, t), net(x, t, labels=labels).pred)
+        assert torch.equal(plain(x, t), net(x, t, mask=mask).pred)
 
 
 @pytest.mark.parametrize("mode", ["free", "bound"])
@@ -82,18 +82,18 @@ def test_a_seed_gives_the_same_unet_with_and_without_registers(mode):
     assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
 
 
-def test_labels_need_registers_that_are_bound_and_registers_a_number_of_labels():
-    x, t, labels = arguments()
-    with pytest.raises(InputError, match="labels: need registers that are bound, these are free"):
-        make(config=AnatomyConfig(registers="free"))(x, t, labels=labels)
+def test_a_mask_needs_registers_that_are_bound_and_registers_a_number_of_labels():
+    x, t, mask = arguments()
+    with pytest.raises(InputError, match="mask: needs registers that are bound, these are free"):
+        make(config=AnatomyConfig(registers="free"))(x, t, mask=mask)
     with pytest.raises(InputError, match=r"anatomy\.registers: needs a number of labels, got 0"):
         make(num_labels=0)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_attention_that_is_supervised_is_the_fused_one(dims):
-    net, (x, t, labels) = make(dims), arguments(dims)
-    fused, explicit = net(x, t), net(x, t, labels=labels).pred
+    net, (x, t, mask) = make(dims), arguments(dims)
+    fused, explicit = net(x, t), net(x, t, mask=mask).pred
     assert (fused - explicit).abs().max() <= 2e-5 * fused.abs().max()
 
 
@@ -156,8 +156,8 @@ def test_the_same_weights_run_with_registers_on_or_off():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_parameter_gets_a_gradient(dims, checkpointing):
-    net, (x, t, labels) = make(dims, checkpointing=checkpointing), arguments(dims)
-    out = net(x, t, labels=labels)
+    net, (x, t, mask) = make(dims, checkpointing=checkpointing), arguments(dims)
+    out = net(x, t, mask=mask)
     (out.pred.square().mean() + out.head.mean() + out.binding.mean()).backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
@@ -165,8 +165,8 @@ def test_every_parameter_gets_a_gradient(dims, checkpointing):
 
 
 def test_every_parameter_takes_part_where_no_sample_has_a_mask():
-    net, (x, t, labels) = make(), arguments()
-    out = net(x, t, labels=torch.full_like(labels, -1))
+    net, (x, t, mask) = make(), arguments()
+    out = net(x, t, mask=torch.full_like(mask, -1))
     (out.pred.square().mean() + out.head.mean() + out.binding.mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     assert not any(p.grad.any() for p in net.head.parameters())
@@ -175,9 +175,9 @@ def test_every_parameter_takes_part_where_no_sample_has_a_mask():
 @pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_supervised_forward_is_one_graph(dims):
     torch._dynamo.reset()
-    net, (x, t, labels) = make(dims), arguments(dims)
+    net, (x, t, mask) = make(dims), arguments(dims)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for a, b in zip(net(x, t, labels=labels), compiled(x, t, labels=labels), strict=True):
+    for a, b in zip(net(x, t, mask=mask), compiled(x, t, mask=mask), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -205,13 +205,13 @@ def test_the_cross_entropy_weighs_labels_as_its_equation_says(balance):
 
 
 def test_the_binding_loss_is_least_where_each_label_attends_to_its_own_registers():
-    labels = torch.randint(4, (1, 16, 24), generator=torch.Generator().manual_seed(0))
-    y = label_shares(labels, 4, (4, 4))
+    mask = torch.randint(4, (1, 16, 24), generator=torch.Generator().manual_seed(0))
+    y = label_shares(mask, 4, (4, 4))
     right = y.repeat_interleave(3, 1) / 3  # (1, K M, 4, 6): the shares of its voxels, spread over a label's
     wrong = by_label(right, 4).roll(1, 1).flatten(1, 2)
     even = torch.full_like(right, 1 / 12)
     best, guess, worst = (
-        float(binding_loss([m], labels, 4, (4, 4), (1, 1), 0.0)) for m in (right, even, wrong)
+        float(binding_loss([m], mask, 4, (4, 4), (1, 1), 0.0)) for m in (right, even, wrong)
     )
     assert best == pytest.approx(float(torch.special.entr(y).sum(1).mean()), rel=1e-3)
     assert best < guess == pytest.approx(math.log(4), rel=1e-3)
@@ -219,12 +219,12 @@ def test_the_binding_loss_is_least_where_each_label_attends_to_its_own_registers
 
 
 def test_the_registers_of_a_label_share_its_voxels_as_they_like():
-    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
-    labels[:, 4:] = 1
-    y = label_shares(labels, 2, (4, 4))
+    mask = torch.zeros(1, 8, 8, dtype=torch.int64)
+    mask[:, 4:] = 1
+    y = label_shares(mask, 2, (4, 4))
     one = torch.stack([y[:, 0], 0 * y[:, 0], y[:, 1], 0 * y[:, 0]], 1)  # one register of each label does all
     spread = y.repeat_interleave(2, 1) / 2
-    a, b = (binding_loss([m], labels, 2, (4, 4), (1, 1), 0.5) for m in (one, spread))
+    a, b = (binding_loss([m], mask, 2, (4, 4), (1, 1), 0.5) for m in (one, spread))
     assert torch.allclose(a, b)
     assert float(a) < 1e-5
 
@@ -232,19 +232,19 @@ def test_the_registers_of_a_label_share_its_voxels_as_they_like():
 @pytest.mark.parametrize("size", [(5, 9), (4, 8), (1, 3)])
 def test_maps_of_a_padded_unet_meet_labels_padded_alike(size):
     net = make(2, channels=(8, 8, 8), attention_levels=(True,))
-    labels = torch.zeros(1, *(4 * n for n in size), dtype=torch.int64)
+    mask = torch.zeros(1, *(4 * n for n in size), dtype=torch.int64)
     maps = net.attention_maps(torch.randn(1, 3, *size), torch.zeros(1))
     flat = [m.flatten(1, 2) for m in maps]
-    got = binding_loss(flat, labels, 4, (4, 4), net.unet.config.downsampling, 0.5).detach()
+    got = binding_loss(flat, mask, 4, (4, 4), net.unet.config.downsampling, 0.5).detach()
     expected = torch.stack([-m[:, 0].sum(1).log().mean() for m in maps]).mean().detach()  # background
     assert float(got) == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_samples_without_a_mask_have_no_anatomical_loss_and_do_not_touch_the_others():
-    net, (x, t, labels) = make(), arguments(batch=3)
-    both = net(x, t, labels=labels)
-    labels[1] = -1
-    some = net(x, t, labels=labels)
+    net, (x, t, mask) = make(), arguments(batch=3)
+    both = net(x, t, mask=mask)
+    mask[1] = -1
+    some = net(x, t, mask=mask)
     for a, b in zip(both[1:], some[1:], strict=True):
         assert b[1] == 0
         assert torch.allclose(a[[0, 2]], b[[0, 2]], atol=1e-6)
@@ -253,10 +253,10 @@ def test_samples_without_a_mask_have_no_anatomical_loss_and_do_not_touch_the_oth
 
 @pytest.mark.parametrize("num_labels", [1, 4])
 def test_all_background_and_missing_labels_give_finite_losses_and_gradients(num_labels):
-    net, (x, t, labels) = make(num_labels=num_labels), arguments()
-    labels[0] = 0
-    labels[1] = 0 if num_labels == 1 else labels[1] % 2  # labels 2 and 3 are missing
-    out = net(x, t, labels=labels)
+    net, (x, t, mask) = make(num_labels=num_labels), arguments()
+    mask[0] = 0
+    mask[1] = 0 if num_labels == 1 else mask[1] % 2  # labels 2 and 3 are missing
+    out = net(x, t, mask=mask)
     (out.head.mean() + out.binding.mean()).backward()
     assert out.head.isfinite().all()
     assert out.binding.isfinite().all()
@@ -267,37 +267,37 @@ def test_all_background_and_missing_labels_give_finite_losses_and_gradients(num_
 
 
 def test_the_head_is_supervised_at_the_resolution_of_the_image():
-    net, (x, t, labels) = make(), arguments()
+    net, (x, t, mask) = make(), arguments()
     logits = net.label_logits(x, t)
     assert logits.shape == (2, 4, 20, 24)
-    perfect = 50 * F.one_hot(label_full(labels, (20, 24)), 4).movedim(-1, 1).float()
-    assert head_loss(perfect, labels, 0.5).abs().max() < 1e-3
-    assert head_loss(logits, labels, 0.5).min() > 1.0
+    perfect = 50 * F.one_hot(label_full(mask, (20, 24)), 4).movedim(-1, 1).float()
+    assert head_loss(perfect, mask, 0.5).abs().max() < 1e-3
+    assert head_loss(logits, mask, 0.5).min() > 1.0
 
 
 def test_the_loss_of_the_head_is_cross_entropy_and_dice():
-    _, _, labels = arguments()
-    logits = torch.randn(2, 4, *labels.shape[1:])
-    p, y = logits.softmax(1), F.one_hot(labels, 4).movedim(-1, 1)
+    _, _, mask = arguments()
+    logits = torch.randn(2, 4, *mask.shape[1:])
+    p, y = logits.softmax(1), F.one_hot(mask, 4).movedim(-1, 1)
     entropy = -(p * y).sum(1).log().flatten(1).mean(1)
-    assert torch.allclose(head_loss(logits, labels, 0.0), entropy + dice_loss(p, y.float()), atol=1e-5)
-    assert torch.equal(head_loss(logits, torch.full_like(labels, -1), 0.0), torch.zeros(2))
+    assert torch.allclose(head_loss(logits, mask, 0.0), entropy + dice_loss(p, y.float()), atol=1e-5)
+    assert torch.equal(head_loss(logits, torch.full_like(mask, -1), 0.0), torch.zeros(2))
 
 
 def test_each_of_the_two_losses_has_a_balance_of_its_own():
-    net, (x, t, labels) = make(config=dataclasses.replace(CONFIG, balance=1.0, head_balance=0.0)), arguments()
-    labels[:, 3:] = 0  # most of it is background
-    out, multiple = net(x, t, labels=labels), net.unet.config.downsampling
+    net, (x, t, mask) = make(config=dataclasses.replace(CONFIG, balance=1.0, head_balance=0.0)), arguments()
+    mask[:, 3:] = 0  # most of it is background
+    out, multiple = net(x, t, mask=mask), net.unet.config.downsampling
     maps = [m.flatten(1, 2) for m in net.attention_maps(x, t)]
-    assert torch.allclose(out.head, head_loss(net.label_logits(x, t), labels, 0.0), atol=1e-5)
-    assert torch.allclose(out.binding, binding_loss(maps, labels, 4, (4, 4), multiple, 1.0), atol=1e-5)
+    assert torch.allclose(out.head, head_loss(net.label_logits(x, t), mask, 0.0), atol=1e-5)
+    assert torch.allclose(out.binding, binding_loss(maps, mask, 4, (4, 4), multiple, 1.0), atol=1e-5)
 
 
-def label_full(labels, size):
+def label_full(mask, size):
     """Labels with their edge repeated at the end, as the autoencoder pads images."""
     for axis, n in enumerate(size, start=1):
-        labels = labels.index_select(axis, torch.arange(n).clamp(max=labels.shape[axis] - 1))
-    return labels
+        mask = mask.index_select(axis, torch.arange(n).clamp(max=mask.shape[axis] - 1))
+    return mask
 
 
 # --- schedule and settings ----------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_registers_learn_the_anatomy_of_phantoms(dims):
     factor, size = (4,) * dims, (40, 48, 40)[-dims:]
     heads = [make_phantom(i, dims, size) for i in range(56)]
     x = torch.from_numpy(np.stack([(h.image - h.image.mean()) / h.image.std() for h in heads]))
-    x, labels = SpaceToDepth(factor)(x), torch.from_numpy(np.stack([h.mask[0] for h in heads])).long()
+    x, mask = SpaceToDepth(factor)(x), torch.from_numpy(np.stack([h.mask[0] for h in heads])).long()
     unet = dataclasses.replace(
         unet_config(dims, channels=(16, 32)), in_channels=4**dims, out_channels=4**dims
     )
@@ -353,15 +353,15 @@ def test_registers_learn_the_anatomy_of_phantoms(dims):
     @torch.no_grad()
     def pointing():
         found, held_out = Attention(5), torch.arange(48, 56)
-        places = [F.interpolate(a.flatten(1, 2), size) for a in net.attention_maps(*noisy(held_out))]
-        for maps, mask in zip(zip(*places, strict=True), labels[held_out], strict=True):
-            found.add([a.unflatten(0, (5, 2)) for a in maps], mask)
+        layers = [F.interpolate(a.flatten(1, 2), size) for a in net.attention_maps(*noisy(held_out))]
+        for maps, truth in zip(zip(*layers, strict=True), mask[held_out], strict=True):
+            found.add([a.unflatten(0, (5, 2)) for a in maps], truth)
         return np.mean(found.figures()["pointing"])
 
     before, losses = pointing(), []
     for _ in range(150):
         chosen = torch.randint(48, (8,), generator=draw)
-        out = net(*noisy(chosen), labels=labels[chosen])
+        out = net(*noisy(chosen), mask=mask[chosen])
         optimizer.zero_grad()
         (out.head + out.binding).mean().backward()
         optimizer.step()
