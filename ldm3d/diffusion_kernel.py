@@ -1,28 +1,30 @@
-"""The diffusion kernel: noising, training loss and samplers of one Gaussian process. It knows no network.
+"""The diffusion kernel: how noise is added to x_start, what a network learns from it, how samplers remove it.
 
-Process. Everything follows from one line; noise is a standard Gaussian, and t runs from 0 = clean to noise:
-    x_t = alpha_t x_start + sigma_t noise                                                     Ho (4), Liu (1)
-    VP (variance preserving), t = 0 .. T - 1: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2)
-    rectified flow, t in [0, 1]: alpha_t = 1 - t, sigma_t = t
-    alphas_cumprod = cumprod(1 - betas); betas linear (Ho, section 4), scaled_linear (so in sqrt(betas)) or
-    cosine (Nichol (17)); zero_terminal_snr shifts and scales alpha_t: last 0, first kept (Lin, Algorithm 1).
-Prediction. The network's target is c noise + d x_start, where (c, d) is
-    eps (1, 0) Ho (14), x_start (0, 1), v (alpha_t, -sigma_t) Salimans (app. D), velocity (1, -1) Liu (1).
-    Target and x_t are two equations in x_start and noise; by Cramer's rule, with det = c alpha_t - d sigma_t,
-    x_start = (c x_t - sigma_t pred) / det        noise = (alpha_t pred - d x_t) / det
-    det is alpha_t for eps (so eps cannot start at zero SNR), 1 for v in VP and for velocity in flow.
-Weight. min-SNR-gamma is min(snr, gamma) on the squared error of x_start, snr = alpha_t^2 / sigma_t^2; hence
-    min(snr, gamma) / snr on that of eps, min(snr, gamma) / (snr + 1) on that of v       Hang (section 3.4)
-    At zero SNR, where x_t says nothing about x_start, it is 0.
-Time of flow. t = u or sigmoid(m + s Phi^-1(u)), u uniform (logit-normal, Esser (19)); then, as more noise is
-    needed to hide more voxels, t' = shift t / (1 + (shift - 1) t), in training and sampling     Esser (23)
-Samplers go from t to the next visited time r < t, and end with r = clean (alpha_r = 1, sigma_r = 0):
-    ddpm   q(x_r given x_t, x_start); it knows the visited times only     Ho (6), (7), between t and r
-    ddim   x_r = alpha_r x_start + sqrt(sigma_r^2 - s^2) eps + s fresh noise, s = eta * ddpm's std  Song (12)
-    dpmpp  DPM-Solver++(2M). Lu's Algorithm 2, written out, is the ddim step at eta 0 from an x_start that the
-           line through its last two estimates gives for the middle of the interval in log(alpha / sigma)
-    euler, heun, ab2: x_r = x_t + (r - t) slope; slope is the velocity at t; its mean with the velocity at the
-           end of an Euler step; or the velocity extrapolated to the middle of the interval (Adams-Bashforth)
+It knows no network: x_start may be a latent, an image or a label map. Everything follows from one line, in
+which noise is a standard Gaussian and t runs from clean to noise:
+
+    x_t = alpha_t x_start + sigma_t noise                                                  Ho (4), Liu (1)
+    process vp     variance preserving, t = 0 .. T - 1: alpha_t = sqrt(alphas_cumprod[t]),
+                   sigma_t = sqrt(1 - alpha_t^2), alphas_cumprod = cumprod(1 - betas)
+    process flow   rectified flow, t from 0 to 1: alpha_t = 1 - t, sigma_t = t
+
+Rectified flow joins every x_start to a noise by a straight line and teaches the network the velocity along
+the line, d x_t / d t = noise - x_start. A sampler follows the velocity from noise back to t = 0: along a
+straight line one large step is exact, on the curved paths of VP many small steps are needed. But the network
+sees x_t alone, and many lines cross there. It learns their mean velocity, which changes on the way, so that
+some steps remain.
+    Example: x_start = 2, noise = -1. At t = 0.25, x_t = 0.75 * 2 + 0.25 * (-1) = 1.25. The velocity is
+    -1 - 2 = -3 at every t. One step from t = 1 to t = 0 gives -1 + (0 - 1) * (-3) = 2, which is x_start.
+
+Where to look
+    what the U-Net predicts   `make_prediction`: one line for each of eps, x_start, v and velocity
+    with what weight          `DiffusionKernel.loss_weight`, applied in `loss_of`
+    the samplers              one function each, from `ddpm` to `ab2`, listed in the table SAMPLERS
+    adding a sampler          write a function like `ddim` or `euler`, which takes x_t to the cleaner t_next,
+                              and give it a row in SAMPLERS: its process, its grid of times, its network
+                              calls a step. The command line, guidance and editing need no change.
+
+Of two times, t_prev is the noisier one (earlier in sampling) and t_next the cleaner one (later in sampling).
 Left out: learned variances, continuous-time VP, stochastic samplers of flow.
 
 Ho 2020 arXiv:2006.11239; Song 2021 (DDIM) 2010.02502; Nichol & Dhariwal 2021 2102.09672; Salimans & Ho 2022
@@ -30,11 +32,13 @@ Ho 2020 arXiv:2006.11239; Song 2021 (DDIM) 2010.02502; Nichol & Dhariwal 2021 21
 and Lipman 2023 2210.02747 (both with t reversed); Esser 2024 (SD3) 2403.03206.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,18 +49,15 @@ from .config import InputError
 Process = Literal["vp", "flow"]
 Prediction = Literal["eps", "x_start", "v", "velocity"]
 Coefficient = float | Tensor  # a tensor broadcasts against the samples
-Past = tuple[Tensor, float] | None  # a sampler's previous estimate, and the length of its interval
+# At t = 1 of flow x_t is noise alone, from which eps says nothing of x_start
 PREDICTIONS = {"vp": ("eps", "x_start", "v"), "flow": ("velocity", "x_start", "v")}
-SAMPLERS = {"vp": ("ddpm", "ddim", "dpmpp"), "flow": ("euler", "heun", "ab2")}
 
 
 @dataclass(frozen=True)
 class KernelConfig:
     num_timesteps: int = 1000  # T of a VP process; for flow the scale of the time that the network receives
     process: Process = "flow"  # how noise is added: on a straight line (rectified flow), or VP as in DDPM
-    prediction: Prediction = (
-        "velocity"  # what the network outputs: VP eps, x_start, v; flow velocity, x_start, v
-    )
+    prediction: Prediction = "velocity"  # the network's output: flow velocity, x_start, v; vp eps, x_start, v
     schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"  # VP: noise schedule
     beta_start: float = 0.0015  # VP: first beta of linear and scaled_linear
     beta_end: float = 0.0195  # VP: last beta of linear and scaled_linear
@@ -71,7 +72,7 @@ class KernelConfig:
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-        """Settings of the time when the prediction implied the process: "flow" the flow, the others VP."""
+        """Settings stored when the prediction still implied the process: "flow" the flow, the others VP."""
         if "prediction" in values and "process" not in values:
             values["process"] = "flow" if values["prediction"] in ("flow", "velocity") else "vp"
         if values.get("prediction") == "flow":
@@ -106,101 +107,282 @@ class KernelConfig:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected {expected}")
 
 
-# Schedule, float64
+# --- VP: the noise schedule, in float64 ---------------------------------------------------------------------
 
 
 def make_betas(config: KernelConfig) -> Tensor:
-    """(T,) float64 in (0, 1]; 1 only as the last of zero_terminal_snr."""
+    """betas (T,): the variance of the noise that each timestep adds. In (0, 1]; 1 only in the last one of
+    zero_terminal_snr."""
     T = config.num_timesteps
-    if config.schedule == "cosine":  # Nichol (17), offset 0.008, betas capped at 0.999
+    if config.schedule == "cosine":  # Nichol (17): offset 0.008, betas capped at 0.999
         cumprod = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - cumprod[1:] / cumprod[:-1]).clamp(max=0.999)
-    elif config.schedule == "scaled_linear":
+    elif config.schedule == "scaled_linear":  # linear in sqrt(betas)
         betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
-    else:
+    else:  # Ho, section 4
         betas = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
     return rescale_zero_terminal_snr(betas) if config.zero_terminal_snr else betas
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """The betas whose alphas_cumprod keeps its first entry and ends in exactly 0. Lin, Algorithm 1."""
+    """betas whose alpha_t is shifted and scaled to end in exactly 0, its first entry kept. Lin, Algorithm 1.
+
+    Plain schedules leave a trace of x_start at the last timestep, from which a network learns the mean
+    brightness; sampling starts from noise without that trace.
+    """
     alpha = (1 - betas).cumprod(0).sqrt()
     cumprod = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))).square()
     return 1 - torch.cat([cumprod[:1], cumprod[1:] / cumprod[:-1]])
 
 
-# Algebra and steps: pure functions
+def posterior_coefficients(
+    cumprod: Coefficient, cumprod_next: Coefficient
+) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """(on x_start, on x_t, variance) of q(x_next given x_start, x_t), Ho (6), (7).
+
+    cumprod and cumprod_next are alphas_cumprod at t and at any cleaner t_next, not only at t - 1.
+    """
+    kept = cumprod / cumprod_next  # from t_next to t: x_t = sqrt(kept) x_next + sqrt(1 - kept) noise
+    coef1 = cumprod_next**0.5 * (1 - kept) / (1 - cumprod)
+    coef2 = kept**0.5 * (1 - cumprod_next) / (1 - cumprod)
+    return coef1, coef2, (1 - kept) * (1 - cumprod_next) / (1 - cumprod)
+
+
+# --- what the network predicts ------------------------------------------------------------------------------
 
 
 def make_prediction(
     kind: Prediction, x_start: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> Tensor:
-    """What a perfect network of this kind outputs."""
-    if kind in ("eps", "x_start"):
-        return noise if kind == "eps" else x_start
-    return alpha * noise - sigma * x_start if kind == "v" else noise - x_start
+    """What a network of this kind should output at x_t = alpha x_start + sigma noise."""
+    if kind == "eps":
+        return noise  # Ho (14)
+    if kind == "x_start":
+        return x_start
+    if kind == "v":
+        return alpha * noise - sigma * x_start  # Salimans, appendix D
+    return noise - x_start  # velocity, Liu (1)
 
 
 def solve_prediction(
     kind: Prediction, pred: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> tuple[Tensor, Tensor]:
-    """(x_start, noise) that agree with x_t and with the network's output."""
-    if kind == "x_start":  # c = 0: the determinant -sigma cancels
+    """(x_start, noise) that agree with x_t and with the network's output pred.
+
+    Two linear equations, solved by Cramer's rule:
+        pred = c noise + d x_start
+        x_t  = sigma noise + alpha x_start
+    The determinant is alpha for eps, which is 0 where x_t is noise alone: eps cannot start there.
+    """
+    if kind == "x_start":  # c = 0, d = 1
         return pred, (x_t - alpha * pred) / sigma
     c, d = {"eps": (1, 0), "v": (alpha, -sigma), "velocity": (1, -1)}[kind]
     det = c * alpha - d * sigma
     return (c * x_t - sigma * pred) / det, (alpha * pred - d * x_t) / det
 
 
-def posterior_coefficients(
-    cumprod: Coefficient, cumprod_prev: Coefficient
-) -> tuple[Coefficient, Coefficient, Coefficient]:
-    """(on x_start, on x_t, variance) of q(x_prev given x_start, x_t), prev any earlier time. Ho (6), (7)."""
-    alpha = cumprod / cumprod_prev  # of the whole interval
-    coef1 = cumprod_prev**0.5 * (1 - alpha) / (1 - cumprod)
-    coef2 = alpha**0.5 * (1 - cumprod_prev) / (1 - cumprod)
-    return coef1, coef2, (1 - alpha) * (1 - cumprod_prev) / (1 - cumprod)
+def convert_prediction(
+    source: Prediction, target: Prediction, pred: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient
+) -> Tensor:
+    """The output pred of a network of kind source, as a network of kind target would put it."""
+    if source == target:
+        return pred
+    return make_prediction(target, *solve_prediction(source, pred, x_t, alpha, sigma), alpha, sigma)
 
 
-def ddim_step(x_start: Tensor, eps: Tensor, alpha_next: float, sigma_next: float, std: float) -> Tensor:
-    """Song (12) before its fresh noise of standard deviation std is added."""
-    return alpha_next * x_start + math.sqrt(max(sigma_next**2 - std**2, 0.0)) * eps
+# --- samplers: one step each --------------------------------------------------------------------------------
+
+
+class Level(NamedTuple):
+    """A noise level of VP."""
+
+    alpha: float
+    sigma: float
+    half_log_snr: float  # log(alpha / sigma)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One interval of sampling, and the network to ask: what a sampler's function has to work with."""
+
+    kernel: DiffusionKernel
+    predict: Callable[[Tensor, float], Tensor]  # (x, t) -> the network's output there
+    x_t: Tensor
+    t: float  # where x_t is
+    t_next: float  # where the step ends, cleaner than t; clean is -1 in VP and 0 in flow
+    eta: float  # of ddim
+    draw: Callable[[torch.Size], Tensor] | None  # fresh Gaussian noise of a shape
+
+    def levels(self) -> tuple[Level, Level]:
+        """VP: the noise levels at t and at t_next."""
+        return self.kernel.level(self.t), self.kernel.level(self.t_next)
+
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        """VP: (x_start, noise) as the network estimates them at x_t, x_start clamped to clip_x_start."""
+        config, (alpha, sigma, _) = self.kernel.config, self.kernel.level(self.t)
+        pred = self.predict(self.x_t, self.t)
+        pred_x_start, pred_noise = solve_prediction(config.prediction, pred, self.x_t, alpha, sigma)
+        if config.clip_x_start is not None:
+            pred_x_start = pred_x_start.clamp(-config.clip_x_start, config.clip_x_start)
+            pred_noise = (self.x_t - alpha * pred_x_start) / sigma
+        return pred_x_start, pred_noise
+
+    def velocity(self, x: Tensor, t: float) -> Tensor:
+        """Flow: noise - x_start as the network estimates it at (x, t)."""
+        pred = self.predict(x, t)
+        return convert_prediction(self.kernel.config.prediction, "velocity", pred, x, alpha=1 - t, sigma=t)
+
+    def add_noise(self, mean: Tensor, std: float) -> Tensor:
+        """mean plus fresh noise; nothing is drawn for std 0, as on the step to clean."""
+        return mean + std * self.draw(mean.shape).to(mean) if std > 0 else mean
+
+
+Past = tuple[Tensor, float] | None  # (estimate, length of the interval) of the step before, None in the first
 
 
 def extrapolate(estimate: Tensor, past: Past, length: float) -> Tensor:
-    """The line through the last two estimates, at the middle of the coming interval of this length.
+    """What the estimate will be in the middle of the coming interval, by the line through the last two.
 
-    Without a previous one, and for an infinite interval (log-SNR, to the clean end), it is the estimate
-    itself: first order.
+    Example: 1.0 one step ago, 1.2 now, intervals of equal length: half an interval on it is 1.3. In the first
+    step, and for an infinite interval (in log-SNR, to the clean end), it stays the estimate.
     """
     if past is None or math.isinf(length):
         return estimate
     return estimate + length / past[1] / 2 * (estimate - past[0])
 
 
+def ddpm(step: Step, past: Past) -> tuple[Tensor, Past]:
+    """x_next drawn from q(x_next given x_start, x_t), with the estimate in place of x_start. Ho (6), (7)."""
+    (level, level_next), (pred_x_start, _) = step.levels(), step.estimate()
+    coef1, coef2, variance = posterior_coefficients(level.alpha**2, level_next.alpha**2)
+    return step.add_noise(coef1 * pred_x_start + coef2 * step.x_t, math.sqrt(variance)), None
+
+
+def ddim(step: Step, past: Past) -> tuple[Tensor, Past]:
+    """The estimates mixed anew, at the noise level of t_next; a part `std` of the noise is fresh. Song (12).
+
+    std = eta * (ddpm's standard deviation): eta 0 is deterministic, eta 1 is ddpm.
+    """
+    (level, level_next), (pred_x_start, pred_noise) = step.levels(), step.estimate()
+    std = step.eta * math.sqrt(posterior_coefficients(level.alpha**2, level_next.alpha**2)[2])
+    return step.add_noise(ddim_mean(pred_x_start, pred_noise, level_next, std), std), None
+
+
+def ddim_mean(pred_x_start: Tensor, pred_noise: Tensor, level_next: Level, std: float) -> Tensor:
+    """alpha_next x_start + sqrt(sigma_next^2 - std^2) noise."""
+    return level_next.alpha * pred_x_start + math.sqrt(max(level_next.sigma**2 - std**2, 0.0)) * pred_noise
+
+
+def dpmpp(step: Step, past: Past) -> tuple[Tensor, Past]:
+    """DPM-Solver++(2M), Lu, Algorithm 2: ddim with eta 0 and a better estimate of x_start, at no extra call.
+
+    The estimate of x_start changes between t and t_next, and a step of second order needs the estimate
+    halfway, where the way is measured in log(alpha / sigma). `extrapolate` gets it from the last two
+    estimates. The noise is then what x_t holds beside this x_start.
+    """
+    (level, level_next), (pred_x_start, _) = step.levels(), step.estimate()
+    length = level_next.half_log_snr - level.half_log_snr
+    halfway = extrapolate(pred_x_start, past, length)
+    noise = (step.x_t - level.alpha * halfway) / level.sigma
+    return ddim_mean(halfway, noise, level_next, std=0.0), (pred_x_start, length)
+
+
+def euler(step: Step, past: Past) -> tuple[Tensor, Past]:
+    """x_next = x_t + (t_next - t) velocity, with the velocity at t: first order."""
+    return step.x_t + (step.t_next - step.t) * step.velocity(step.x_t, step.t), None
+
+
+def heun(step: Step, past: Past) -> tuple[Tensor, Past]:
+    """Euler's step, then the step again with the mean of the velocities at both of its ends: second order."""
+    dt, velocity = step.t_next - step.t, step.velocity(step.x_t, step.t)
+    # At t = 0, x_t is x_start whatever the noise: a network that predicts x_start has no velocity there
+    if step.t_next > 0 or step.kernel.config.prediction != "x_start":
+        velocity = (velocity + step.velocity(step.x_t + dt * velocity, step.t_next)) / 2
+    return step.x_t + dt * velocity, None
+
+
+def ab2(step: Step, past: Past) -> tuple[Tensor, Past]:
+    """Adams-Bashforth: the velocity halfway, by the last two: second order for one call of the network."""
+    dt, velocity = step.t_next - step.t, step.velocity(step.x_t, step.t)
+    return step.x_t + dt * extrapolate(velocity, past, dt), (velocity, dt)
+
+
+# --- samplers: the times they visit -------------------------------------------------------------------------
+
+
+def trailing_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
+    """Evenly spaced timesteps, from T - 1 on: round(i T / num) - 1. Lin, table 2."""
+    T = kernel.num_timesteps
+    return [(2 * i * T + num) // (2 * num) - 1 for i in range(num, 0, -1)]  # rounded in integers
+
+
+def log_snr_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
+    """The timesteps nearest to a grid that is even in log(alpha / sigma); duplicates are dropped."""
+    last = kernel.num_timesteps - 1
+    # A last timestep of zero SNR is infinitely far away: its step precedes a grid that starts at T - 2
+    infinite = int(kernel.config.zero_terminal_snr)
+    ends = kernel.half_log_snr[last - infinite], kernel.half_log_snr[0]
+    grid = torch.linspace(*ends, num - infinite, dtype=torch.float64)
+    nearest = (grid[:, None] - kernel.half_log_snr).abs().argmin(1)
+    return sorted({last, *nearest.tolist()}, reverse=True)
+
+
 def shift_time(t: Coefficient, shift: float) -> Coefficient:
-    """Esser (23): moves times towards noise for shift > 1; 0 and 1 stay."""
+    """Flow: t moved towards noise for shift > 1; 0 and 1 stay. Esser (23).
+
+    Larger images need more noise to be hidden, so that their high noise levels deserve more attention.
+    Example: at shift 4, t = 0.5 becomes 0.8; noise / signal, t / (1 - t), is multiplied by 4.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
-class DiffusionKernel:
-    """One process: `q_sample`, `losses`, `sample`. It has float64 tables and no parameters.
+def shifted_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
+    """Evenly spaced times of flow, from 1 on, then shifted as in training."""
+    return [shift_time(i / num, kernel.flow_shift(size)) for i in range(num, 0, -1)]
 
-    Arithmetic is float32 whatever the precision of the network, and float64 where the data are float64.
-    t (B,) may live on any device; from a CPU generator, as in training, it costs no synchronisation.
+
+@dataclass(frozen=True)
+class Sampler:
+    process: Process
+    step: Callable[[Step, Past], tuple[Tensor, Past]]  # -> (x at t_next, what the next step gets as past)
+    times: Callable[
+        [DiffusionKernel, int, Sequence[int]], list[float]
+    ]  # (kernel, number, latent size) -> grid
+    calls: int = 1  # of the network, in each step
+    fresh_noise: Literal["no", "yes", "eta"] = "no"  # eta: as much as the setting of that name says
+
+
+SAMPLERS = {
+    "ddpm": Sampler("vp", ddpm, trailing_times, fresh_noise="yes"),
+    "ddim": Sampler("vp", ddim, trailing_times, fresh_noise="eta"),
+    "dpmpp": Sampler("vp", dpmpp, log_snr_times),
+    "euler": Sampler("flow", euler, shifted_times),
+    "heun": Sampler("flow", heun, shifted_times, calls=2),
+    "ab2": Sampler("flow", ab2, shifted_times),
+}
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------
+
+
+class DiffusionKernel:
+    """One process: `q_sample` adds noise, `losses` trains a network, `sample` removes the noise.
+
+    It has float64 tables and no parameters. Arithmetic is float32 whatever the precision of the network, and
+    float64 where the data are float64. t (B,) may live on any device; on the CPU, where training draws it, it
+    costs no synchronisation. betas (T,), if given, take the place of the configured schedule.
     """
 
-    def __init__(self, config: KernelConfig) -> None:
-        self.config = config
-        self.process = config.process
-        self.num_timesteps = config.num_timesteps
-        self.betas = make_betas(config)
+    def __init__(self, config: KernelConfig, betas: Tensor | None = None) -> None:
+        self.config, self.process = config, config.process
+        self.betas = make_betas(config) if betas is None else betas.double()
+        self.num_timesteps = len(self.betas)
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()  # alpha_t
         self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()  # sigma_t
         self.half_log_snr = self.sqrt_alphas_cumprod.log() - self.sqrt_one_minus_alphas_cumprod.log()
 
-    # Times
+    # Time
 
     def flow_shift(self, size: Sequence[int]) -> float:
         """The configured shift, else the (geometric) mean side of the latent over 32, at least 1."""
@@ -213,7 +395,9 @@ class DiffusionKernel:
         t = u.double()
         if self.process == "vp":
             return (t * self.num_timesteps).long()
-        if self.config.t_distribution == "logit_normal":
+        if (
+            self.config.t_distribution == "logit_normal"
+        ):  # Esser (19): more of the middle, where it is hardest
             t = torch.sigmoid(self.config.logit_mean + self.config.logit_std * torch.special.ndtri(t))
         return shift_time(t, self.flow_shift(size)).to(u.dtype)
 
@@ -221,51 +405,7 @@ class DiffusionKernel:
         """(B,) float on the scale 0..T, for both processes."""
         return t.float() if self.process == "vp" else t * self.num_timesteps
 
-    def check_sampler(self, sampler: str, eta: float = 0.0) -> None:
-        """InputError unless the sampler belongs to this process, and eta to the sampler."""
-        if sampler not in SAMPLERS[self.process]:
-            known = ", ".join(SAMPLERS[self.process])
-            raise InputError(f"sampler: got {sampler}, expected one of {known} for process {self.process}")
-        if not 0 <= eta <= 1 or (eta > 0 and sampler != "ddim"):
-            raise InputError(f"eta: got {eta} with sampler {sampler}, expected 0 to 1 with ddim, else 0")
-
-    def sampling_times(self, sampler: str, steps: int | Sequence[float], size: Sequence[int]) -> list[float]:
-        """The falling times at which steps start, for latents of spatial shape size; the last ends clean.
-
-        ddpm, ddim: "trailing" (Lin, table 2). dpmpp: uniform in log-SNR down to t = 0, rounded to timesteps,
-        without duplicates. Flow: uniform, then shifted. Instead of a count, steps may be the times.
-        """
-        self.check_sampler(sampler)
-        flow, T = self.process == "flow", self.num_timesteps
-        if not isinstance(steps, int):
-            return self._check_times([float(t) if flow else int(t) for t in steps])
-        if steps < 1 or (steps > T and not flow):
-            raise InputError(f"steps: got {steps}, expected {'1 or more' if flow else f'1 to {T}'}")
-        if flow:
-            return [shift_time(i / steps, self.flow_shift(size)) for i in range(steps, 0, -1)]
-        if sampler != "dpmpp":
-            # round(i T / steps) - 1, in integers
-            return [(2 * i * T + steps) // (2 * steps) - 1 for i in range(steps, 0, -1)]
-        # Zero SNR is infinitely far in log-SNR: its step precedes a grid that starts at T - 2
-        infinite = int(self.config.zero_terminal_snr)
-        ends = self.half_log_snr[T - 1 - infinite], self.half_log_snr[0]
-        grid = torch.linspace(*ends, steps - infinite, dtype=torch.float64)
-        nearest = (grid[:, None] - self.half_log_snr).abs().argmin(1)
-        return sorted({T - 1, *nearest.tolist()}, reverse=True)
-
-    def _check_times(self, times: list[float]) -> list[float]:
-        inside = all(0 < t <= 1 if self.process == "flow" else 0 <= t < self.num_timesteps for t in times)
-        if not times or not inside or any(t <= t_next for t, t_next in pairwise(times)):
-            domain = "(0, 1]" if self.process == "flow" else f"[0, {self.num_timesteps})"
-            raise InputError(f"steps: got the times {times}, expected falling times in {domain}")
-        return times
-
-    def num_network_calls(self, sampler: str, steps: int | Sequence[float]) -> int:
-        """Calls of the network in `sample`: two a step for heun; dpmpp may visit fewer times than steps."""
-        num = len(self.sampling_times(sampler, steps, size=(1,)))
-        return num if sampler != "heun" else 2 * num - (self.config.prediction == "x_start")
-
-    # Noising and training
+    # Adding noise
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of the samples, (B, 1, ..., 1) to broadcast against `like`, on its device."""
@@ -285,22 +425,27 @@ class DiffusionKernel:
         alpha, sigma = self.coefficients(t, x_start)
         return alpha * x_start + sigma * noise
 
+    def q_step(self, x_next: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t (B, C, *S) from x at the timestep before, t - 1. VP only. Ho (2)."""
+        beta = self.betas[t.cpu()]
+        return _per_sample((1 - beta).sqrt(), x_next) * x_next + _per_sample(beta.sqrt(), x_next) * noise
+
     def q_posterior(
-        self, x_start: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor | None = None
+        self, x_start: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of x at t_prev < t (default t - 1; -1 is clean), given x_start and x_t. VP."""
+        """Mean (B, C, *S) and variance (B, 1, ..., 1) of x at t_next, given x_start and x_t. VP only.
+
+        t_next is cleaner than t, by default t - 1; -1 is clean.
+        """
         if self.process == "flow":
             raise InputError("q_posterior: needs process vp, got flow")
         cumprod = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod])  # clean first
-        t_prev = t - 1 if t_prev is None else t_prev
-        coefs = posterior_coefficients(cumprod[t.cpu() + 1], cumprod[t_prev.cpu() + 1])
+        t_next = t - 1 if t_next is None else t_next
+        coefs = posterior_coefficients(cumprod[t.cpu() + 1], cumprod[t_next.cpu() + 1])
         coef1, coef2, variance = (_per_sample(coef, x_t) for coef in coefs)
         return coef1 * x_start + coef2 * x_t, variance
 
-    def convert(self, pred: Tensor, x_t: Tensor, t: Tensor, source: Prediction, target: Prediction) -> Tensor:
-        """The prediction pred of kind source, made at (x_t, t), as the kind target."""
-        alpha, sigma = self.coefficients(t, x_t)
-        return make_prediction(target, *solve_prediction(source, pred, x_t, alpha, sigma), alpha, sigma)
+    # Training: what the network predicts, and with what weight
 
     def target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should output at q_sample(x_start, t, noise)."""
@@ -308,7 +453,12 @@ class DiffusionKernel:
         return make_prediction(self.config.prediction, x_start, noise, *self.coefficients(t, x_start))
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """(B,) float64: 1, or min-SNR-gamma of the prediction. Hang, section 3.4."""
+        """(B,) float64: the weight of a sample's error; 1, or min-SNR-gamma. Hang, section 3.4.
+
+        Min-SNR weighs the squared error of x_start by min(snr, gamma), snr = alpha_t^2 / sigma_t^2, so that
+        the nearly clean times, where snr is huge, do not outweigh the others. An error of eps is sqrt(snr)
+        times as large as the error of x_start that it makes, an error of v sqrt(snr + 1) times.
+        """
         gamma = self.config.min_snr_gamma
         if gamma is None:
             return torch.ones(t.shape, dtype=torch.float64)
@@ -329,7 +479,52 @@ class DiffusionKernel:
         time = self.to_network_time(t).to(x_start.device)
         return self.loss_of(model(self.q_sample(x_start, t, noise), time, **model_kwargs), x_start, t, noise)
 
+    def convert(self, pred: Tensor, x_t: Tensor, t: Tensor, source: Prediction, target: Prediction) -> Tensor:
+        """The prediction pred of kind source, made at (x_t, t), as the kind target."""
+        return convert_prediction(source, target, pred, x_t, *self.coefficients(t, x_t))
+
     # Sampling
+
+    def level(self, t: int) -> Level:
+        """VP: the noise level of timestep t; -1 is clean."""
+        if t < 0:
+            return Level(1.0, 0.0, math.inf)
+        tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, self.half_log_snr
+        return Level(*(table[t].item() for table in tables))
+
+    def check_sampler(self, sampler: str, eta: float = 0.0) -> None:
+        """InputError unless the sampler belongs to this process, and eta to the sampler."""
+        names = [name for name, row in SAMPLERS.items() if row.process == self.process]
+        if sampler not in names:
+            expected = f"one of {', '.join(names)} for process {self.process}"
+            raise InputError(f"sampler: got {sampler}, expected {expected}")
+        if not 0 <= eta <= 1 or (eta > 0 and SAMPLERS[sampler].fresh_noise != "eta"):
+            raise InputError(f"eta: got {eta} with sampler {sampler}, expected 0 to 1 with ddim, else 0")
+
+    def sampling_times(self, sampler: str, steps: int | Sequence[float], size: Sequence[int]) -> list[float]:
+        """The falling times at which steps start, for latents of spatial shape size; the last ends clean.
+
+        steps is their number, for the grid of the sampler, or the times themselves.
+        """
+        self.check_sampler(sampler)
+        flow, T = self.process == "flow", self.num_timesteps
+        if not isinstance(steps, int):
+            return self._check_times([float(t) if flow else int(t) for t in steps])
+        if steps < 1 or (steps > T and not flow):
+            raise InputError(f"steps: got {steps}, expected {'1 or more' if flow else f'1 to {T}'}")
+        return SAMPLERS[sampler].times(self, steps, size)
+
+    def _check_times(self, times: list[float]) -> list[float]:
+        inside = all(0 < t <= 1 if self.process == "flow" else 0 <= t < self.num_timesteps for t in times)
+        if not times or not inside or any(t <= t_next for t, t_next in pairwise(times)):
+            domain = "(0, 1]" if self.process == "flow" else f"[0, {self.num_timesteps})"
+            raise InputError(f"steps: got the times {times}, expected falling times in {domain}")
+        return times
+
+    def num_network_calls(self, sampler: str, steps: int | Sequence[float]) -> int:
+        """Calls of the network in `sample`. dpmpp may visit fewer times than steps."""
+        calls = len(self.sampling_times(sampler, steps, size=(1,))) * SAMPLERS[sampler].calls
+        return calls - (sampler == "heun" and self.config.prediction == "x_start")  # its last step is Euler's
 
     @torch.no_grad()
     def sample(
@@ -350,78 +545,20 @@ class DiffusionKernel:
         """
         self.check_sampler(sampler, eta)
         times = self.sampling_times(sampler, steps, noise.shape[2:])
-        if draw is None and (sampler == "ddpm" or eta > 0):
+        if draw is None and (SAMPLERS[sampler].fresh_noise == "yes" or eta > 0):
             raise InputError(f"draw: got None, expected a source of noise for {sampler} with eta {eta}")
 
         def predict(x_t: Tensor, t: float) -> Tensor:
             time = self.to_network_time(torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
             return model(x_t, time, **model_kwargs).to(x_t.dtype)
 
-        def velocity(x_t: Tensor, t: float) -> Tensor:
-            pred, kind = predict(x_t, t), self.config.prediction
-            if kind == "velocity":
-                return pred
-            x_start, eps = solve_prediction(kind, pred, x_t, 1 - t, t)
-            return make_prediction("velocity", x_start, eps, 1 - t, t)
-
-        eta = 1.0 if sampler == "ddpm" else eta
+        clean = 0.0 if self.process == "flow" else -1
         x_t, past = noise.to(_precision(noise)), None
-        intervals = list(pairwise([*times, 0.0 if self.process == "flow" else -1]))
+        intervals = list(pairwise([*times, clean]))
         for t, t_next in tqdm(intervals, desc=sampler, leave=False, disable=None if progress else True):
-            if self.process == "flow":
-                x_t, past = self._flow_step(sampler, x_t, t, t_next, past, velocity)
-            else:
-                pred = predict(x_t, t)
-                x_t, std, past = self._vp_step(sampler, x_t, pred, t, t_next, past, eta)
-                if std > 0:
-                    x_t = x_t + std * draw(x_t.shape).to(x_t)
+            step = Step(self, predict, x_t, t, t_next, eta, draw)
+            x_t, past = SAMPLERS[sampler].step(step, past)
         return x_t
-
-    def _flow_step(
-        self,
-        sampler: str,
-        x_t: Tensor,
-        t: float,
-        t_next: float,
-        past: Past,
-        velocity: Callable[[Tensor, float], Tensor],
-    ) -> tuple[Tensor, Past]:
-        """(x at t_next, past of the next step)."""
-        dt, slope = t_next - t, velocity(x_t, t)
-        now = slope, dt
-        # At t = 0, x_start is x_t whatever the noise: a network that predicts x_start knows no velocity there
-        if sampler == "heun" and (t_next > 0 or self.config.prediction != "x_start"):
-            slope = (slope + velocity(x_t + dt * slope, t_next)) / 2
-        elif sampler == "ab2":
-            slope = extrapolate(slope, past, dt)
-        return x_t + dt * slope, now
-
-    def _vp_step(
-        self, sampler: str, x_t: Tensor, pred: Tensor, t: int, t_next: int, past: Past, eta: float
-    ) -> tuple[Tensor, float, Past]:
-        """(x at t_next before its fresh noise, standard deviation of that, past of the next step)."""
-        alpha, sigma, clock = self._level(t)
-        alpha_next, sigma_next, clock_next = self._level(t_next)
-        pred_x_start, eps = solve_prediction(self.config.prediction, pred, x_t, alpha, sigma)
-        if self.config.clip_x_start is not None:
-            pred_x_start = pred_x_start.clamp(-self.config.clip_x_start, self.config.clip_x_start)
-            eps = (x_t - alpha * pred_x_start) / sigma
-        coef1, coef2, variance = posterior_coefficients(alpha**2, alpha_next**2)
-        std = eta * math.sqrt(variance)
-        if sampler == "ddpm":
-            return coef1 * pred_x_start + coef2 * x_t, std, None
-        if sampler == "ddim":
-            return ddim_step(pred_x_start, eps, alpha_next, sigma_next, std), std, None
-        middle = extrapolate(pred_x_start, past, clock_next - clock)
-        eps = (x_t - alpha * middle) / sigma
-        return ddim_step(middle, eps, alpha_next, sigma_next, 0.0), 0.0, (pred_x_start, clock_next - clock)
-
-    def _level(self, t: int) -> tuple[float, float, float]:
-        """(alpha, sigma, log(alpha / sigma)) at timestep t; -1 is clean."""
-        if t < 0:
-            return 1.0, 0.0, math.inf
-        tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, self.half_log_snr
-        return tuple(table[t].item() for table in tables)
 
 
 def _precision(x: Tensor) -> torch.dtype:

@@ -121,8 +121,10 @@ def test_one_step_kernels_compose_to_the_closed_form(schedule, zero_terminal_snr
     mean, variance = 1.0, 0.0  # of x_t given x_start = 1
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for t, beta in enumerate(kernel.betas.tolist()):
-        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
         time = torch.tensor([t])
+        step = kernel.q_step(mean * one, time, zero).item(), kernel.q_step(zero, time, one).item()
+        assert step == pytest.approx((math.sqrt(1 - beta) * mean, math.sqrt(beta)), abs=1e-10)
+        mean, variance = step[0], (1 - beta) * variance + beta
         assert kernel.q_sample(one, time, zero).item() == pytest.approx(mean, abs=1e-10)
         assert kernel.q_sample(zero, time, one).item() == pytest.approx(math.sqrt(variance), abs=1e-10)
 
@@ -154,26 +156,26 @@ def test_sampling_starts_from_zero_terminal_snr_where_only_the_network_knows_x_s
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-@pytest.mark.parametrize(("t", "t_prev"), [(19, 18), (19, 3), (7, 0), (12, -1), (0, -1)])
-def test_posterior_is_gaussian_conditioning(t, t_prev, zero_terminal_snr):
+@pytest.mark.parametrize(("t", "t_next"), [(19, 18), (19, 3), (7, 0), (12, -1), (0, -1)])
+def test_posterior_is_gaussian_conditioning(t, t_next, zero_terminal_snr):
     kernel = make_kernel(
         num_timesteps=20, schedule="linear", beta_end=0.3, zero_terminal_snr=zero_terminal_snr
     )
     alpha, sigma = alpha_sigma(kernel, t)
-    alpha_prev, sigma_prev = alpha_sigma(kernel, t_prev)
-    between = math.prod(math.sqrt(1 - beta) for beta in kernel.betas[t_prev + 1 : t + 1].tolist())
-    # given x_start = x0, (x_prev, x_t) is Gaussian with these moments, x_t being between * x_prev + noise
-    covariance = np.array([[sigma_prev**2, between * sigma_prev**2], [between * sigma_prev**2, sigma**2]])
+    alpha_next, sigma_next = alpha_sigma(kernel, t_next)
+    between = math.prod(math.sqrt(1 - beta) for beta in kernel.betas[t_next + 1 : t + 1].tolist())
+    # given x_start = x0, (x_next, x_t) is Gaussian with these moments, x_t being between * x_next + noise
+    covariance = np.array([[sigma_next**2, between * sigma_next**2], [between * sigma_next**2, sigma**2]])
     x_start, x_t = gaussians(3, 2)
     gain = covariance[0, 1] / covariance[1, 1]
-    mean = alpha_prev * x_start + gain * (x_t - alpha * x_start)
-    times = torch.full((4,), t), torch.full((4,), t_prev)
+    mean = alpha_next * x_start + gain * (x_t - alpha * x_start)
+    times = torch.full((4,), t), torch.full((4,), t_next)
     got_mean, got_variance = kernel.q_posterior(x_start, x_t, *times)
     torch.testing.assert_close(got_mean, mean, rtol=1e-10, atol=1e-10)
     assert got_variance.shape == (4, 1, 1, 1, 1)
     expected = covariance[0, 0] - gain * covariance[0, 1]
     torch.testing.assert_close(got_variance, torch.full_like(got_variance, expected), rtol=1e-10, atol=1e-10)
-    if t_prev == t - 1:
+    if t_next == t - 1:
         torch.testing.assert_close(kernel.q_posterior(x_start, x_t, times[0])[0], got_mean, rtol=0, atol=0)
 
 
