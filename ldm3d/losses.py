@@ -1,27 +1,30 @@
 """Losses of autoencoders and segmentation: reconstruction, KL, overlap, adversarial and perceptual terms.
 
+Every loss is (B,), a mean over elements, so that a weight means the same for every image size; the caller
+takes the mean over the batch. Arithmetic is float32 whatever the precision of the networks (float64 for
+float64 inputs). The structural term 1 - MS-SSIM is in metrics.py.
+
     reconstruction   mean |recon - x|  or  mean (recon - x)^2
     KL               KL(N(mean, exp(logvar)) || N(0, 1)) = (mean^2 + exp(logvar) - 1 - logvar) / 2
-                     in nats per latent element, never clamped [1]; free bits: no channel below a floor [2]
-    gradient         mean |D recon - D x|, D the difference of neighbours along an axis, at several scales: it
-                     prices the edges that a mean error lets blur (compare Mathieu 2016, section 3.2)
-    cross-entropy    -log p_y of the true label y, mean over voxels
+                     in nats per latent element, without a clamp [1]; free bits: a channel never costs less
+                     than a floor [2]
+    gradient         mean |D recon - D x|, D the difference of neighbours along an axis, at several scales.
+                     A blurred edge has a small mean error but a wrong gradient (compare Mathieu et al. 2016,
+                     section 3.2)
+    cross-entropy    -log p_y for the true label y, mean over voxels
     Dice             1 - (2 sum p y + 1) / (sum p + sum y + 1), sums over the voxels of a sample, mean over
-                     labels but the background; p the probability, y 0 or 1; compare [10]
+                     all labels but the background; p probability, y 0 or 1; compare [10]
 
-    adversarial      r, f: logits of real and made images (discriminators.py); means over patches and scales
-      hinge          d = relu(1 - r) + relu(1 + f),            g = -f                        [3] eq. 16, 17
-      lsgan          d = (r - 1)^2 / 2 + f^2 / 2,              g = (f - 1)^2 / 2             [4] eq. 9
-      non_saturating d = softplus(-r) + softplus(f),           g = softplus(-f)              [5] eq. 1, sec. 3
-    adaptive weight  min(cap, |dL/dW| / (|dg/dW| + 1e-4)), W the decoder's last weights      [6] eq. 7
-    R1               |d sum_p r_p / dx|^2 / P at real images x, of the P patches of a scale: where patches do
-                     not overlap, the mean of |d r_p / dx|^2, whatever the size              [7] eq. 9
-    feature matching mean |F(x) - F(recon)| over the critic's hidden maps F                  [8] eq. 3
-    perceptual       sum_l mean_hw sum_c w_lc (F_lc(x) - F_lc(recon))^2, |F_l| = 1 over c    [9] eq. 1
-
-Each is (B,), a mean over elements, so that a weight means the same for every size; the caller takes the mean
-over the batch. Arithmetic is float32 whatever the precision of the networks (float64 for float64 inputs). The
-structural term 1 - MS-SSIM is in metrics.py.
+    adversarial      r, f: logits of real and reconstructed images (discriminators.py); means over patches and
+                     scales; d_loss trains the discriminator, g_loss the autoencoder
+      hinge          d_loss = relu(1 - r) + relu(1 + f),        g_loss = -f                  [3] eq. 16, 17
+      lsgan          d_loss = (r - 1)^2 / 2 + f^2 / 2,          g_loss = (f - 1)^2 / 2       [4] eq. 9
+      non_saturating d_loss = softplus(-r) + softplus(f),       g_loss = softplus(-f)        [5] eq. 1, sec. 3
+    adaptive weight  min(cap, |dloss/dW| / (|dg_loss/dW| + 1e-4)), W the decoder's last weights    [6] eq. 7
+    R1               |d(sum_p r_p)/dx|^2 / P at real images x, for the P patches of a scale. Where patches do
+                     not overlap, that is the mean of |dr_p/dx|^2, at every image size             [7] eq. 9
+    feature matching mean |F(recon) - F(x)| over the discriminator's hidden maps F                 [8] eq. 3
+    perceptual       sum_l mean_hw sum_c w_lc (F_lc(recon) - F_lc(x))^2, with |F_l| = 1 over c     [9] eq. 1
 
 [1] Kingma & Welling 2014, appendix B. [2] Kingma et al. 2016 (1606.04934), appendix C.8. [3] Miyato et al.
 2018 (1802.05957). [4] Mao et al. 2017 (1611.04076). [5] Goodfellow et al. 2014 (1406.2661). [6] Esser et al.
@@ -57,10 +60,10 @@ def reconstruction_loss(recon: Tensor, x: Tensor, kind: Literal["l1", "l2"] = "l
 
 
 def kl_per_element(mean: Tensor, logvar: Tensor, free_bits: float = 0.0) -> Tensor:
-    """(B,) KL of the posterior to the standard normal, in nats per latent element; inputs (B, C_z, *S).
+    """(B,) KL of the posterior to the standard normal, in nats per latent element; inputs (B, C_z, *s).
 
-    free_bits: nats per element that every channel of every sample has for nothing. A channel below them is
-    counted as having them and has no gradient, so that the weight of the KL cannot switch it off.
+    free_bits: the least that a channel of a sample costs, in nats per element. A channel below this floor
+    pays the floor and has no gradient, so that the KL cannot switch off a channel that carries little.
     """
     mean, logvar = _full_precision(mean), _full_precision(logvar)
     per_channel = (mean.square() + torch.expm1(logvar) - logvar).flatten(2).mean(2) / 2  # (B, C_z)
@@ -70,8 +73,9 @@ def kl_per_element(mean: Tensor, logvar: Tensor, free_bits: float = 0.0) -> Tens
 def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
     """(B,) mean absolute difference of the gradients of recon and x (B, C, *S), over axes and scales.
 
-    The gradient is per voxel of its scale. Each next scale averages pairs along the axes that are at least 4
-    long; when none is, there are fewer scales. An axis of length 1 has no gradient.
+    The gradient is the difference of neighbouring voxels. Each further scale averages pairs of voxels along
+    all axes that are at least 4 long; there are fewer scales where no axis is. An axis of length 1 has no
+    gradient.
     """
     error = _full_precision(recon) - _full_precision(x)  # D is linear: D recon - D x = D error
     terms = [error.new_zeros(error.shape[:1])] if max(error.shape[2:]) == 1 else []
@@ -88,14 +92,20 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
 
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """(B,) of logits (B, K, *S) and labels (B, *S) int64, mean over voxels, times `weight` (B, *S)."""
+    """(B,) cross-entropy of logits (B, K, *S) and labels (B, *S) int64, mean over voxels.
+
+    weight (B, *S) multiplies the loss of every voxel before the mean.
+    """
     log_p = _full_precision(logits).log_softmax(1)
     loss = -log_p.gather(1, labels[:, None])[:, 0]  # F.cross_entropy has no deterministic mode on a GPU
     return (loss if weight is None else loss * weight).flatten(1).mean(1)
 
 
 def dice_loss(probability: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """(B,) soft Dice of probability and target (B, K, *S), one-hot, without label 0; weight (B, *S)."""
+    """(B,) soft Dice loss of probability (B, K, *S) and one-hot target (B, K, *S), without label 0.
+
+    weight (B, *S) multiplies every voxel in the sums.
+    """
     p, y = (_full_precision(v)[:, 1:].flatten(2) for v in (probability, target))  # (B, K - 1, N)
     w = 1.0 if weight is None else weight.flatten(1)[:, None]
     both, either = (w * p * y).sum(2), (w * (p + y)).sum(2)
@@ -103,7 +113,7 @@ def dice_loss(probability: Tensor, target: Tensor, weight: Tensor | None = None)
 
 
 def ramp(step: int, start: int, length: int) -> float:
-    """A weight that is 0 before step `start` and rises in a line to 1 over the `length` steps from there."""
+    """A weight that is 0 before step `start` and then rises linearly to 1 within `length` steps."""
     return min(1.0, (step - start + 1) / max(1, length)) if step >= start else 0.0
 
 
@@ -117,7 +127,7 @@ def _full_precision(x: Tensor) -> Tensor:
 def discriminator_loss(
     logits_real: Sequence[Tensor], logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge"
 ) -> Tensor:
-    """(B,) what the critic lowers; logits (B, 1, *patches), one tensor per scale."""
+    """(B,) what the discriminator minimises; logits (B, 1, *patches), one tensor per scale."""
     if kind == "hinge":
         real = _patch_mean(logits_real, lambda r: F.relu(1 - r))
         return real + _patch_mean(logits_fake, lambda f: F.relu(1 + f))
@@ -128,7 +138,7 @@ def discriminator_loss(
 
 
 def generator_loss(logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge") -> Tensor:
-    """(B,) what the autoencoder lowers; logits of its reconstructions, one tensor per scale."""
+    """(B,) what the autoencoder minimises; logits of its reconstructions, one tensor per scale."""
     if kind == "hinge":
         return -_patch_mean(logits_fake, lambda f: f)
     if kind == "lsgan":
@@ -139,16 +149,17 @@ def generator_loss(logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge
 def disc_accuracy(
     logits_real: Sequence[Tensor], logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge"
 ) -> Tensor:
-    """(B,) share of patches that are put on the right side: 1/2 by chance, 1 when the critic has won."""
+    """(B,) share of patches that are judged rightly: 1/2 by chance, 1 when the discriminator has won."""
     middle = 0.5 if kind == "lsgan" else 0.0
     real = _patch_mean(logits_real, lambda r: (r > middle).float())
     return (real + _patch_mean(logits_fake, lambda f: (f <= middle).float())) / 2
 
 
 def r1_penalty(logits_real: Sequence[Tensor], x: Tensor) -> Tensor:
-    """(B,) R1 at the real images x, which must require a gradient and have been the critic's input.
+    """(B,) R1 at real images x: how steeply the discriminator's logits change with the image.
 
-    The result can be differentiated again.
+    logits_real must have been computed from x, and x must require a gradient. The result can be
+    differentiated again.
     """
     penalties = []
     for logits in logits_real:
@@ -158,7 +169,7 @@ def r1_penalty(logits_real: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def feature_matching_loss(features_fake: Sequence[Tensor], features_real: Sequence[Tensor]) -> Tensor:
-    """(B,) mean absolute difference of hidden maps of a critic; no gradient reaches the real ones."""
+    """(B,) mean absolute difference of a discriminator's hidden maps; real ones receive no gradient."""
     pairs = zip(features_fake, features_real, strict=True)
     return _map_mean([(_full_precision(a) - _full_precision(b.detach())).abs() for a, b in pairs])
 
@@ -166,29 +177,31 @@ def feature_matching_loss(features_fake: Sequence[Tensor], features_real: Sequen
 def adaptive_weight(
     loss: Tensor, g_loss: Tensor, last_weight: Tensor, cap: float = 1e4, scale: float = 1.0
 ) -> Tensor:
-    """Scalar: how much larger the gradient of `loss` at the decoder's last weights is than that of `g_loss`.
+    """Scalar weight for `g_loss` that makes its gradient as large as that of `loss`, at most `cap`.
 
-    Both losses are scalars, means over this rank's batch. Their gradients are averaged over ranks first, as
-    those of the step will be, so that every rank has the weight of the joined batch. `scale` lifts both
-    losses for the backward pass, where float16 would lose their small gradients.
+    The gradients are those at `last_weight`, the decoder's last weights. Both losses are scalars, means over
+    this rank's batch. Gradients are averaged over ranks before they are compared, so that every rank has the
+    weight of the joined batch. `scale` multiplies both losses in the backward pass and is divided out again:
+    float16 would lose small gradients.
     """
     gradients = [torch.autograd.grad(v * scale, last_weight, retain_graph=True)[0] for v in (loss, g_loss)]
     norms = all_reduce_sum(torch.stack(gradients).float() / (scale * world_size())).flatten(1).norm(dim=1)
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=cap)
 
 
-def _patch_mean(logits: Sequence[Tensor], of: Callable[[Tensor], Tensor]) -> Tensor:
-    """(B,) mean over scales of the mean over patches of of(logits)."""
-    return _map_mean([of(_full_precision(v)) for v in logits])
+def _patch_mean(logits: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B,) loss(logits), averaged over the patches of a scale, then over scales."""
+    return _map_mean([loss(_full_precision(v)) for v in logits])
 
 
 def _map_mean(maps: Sequence[Tensor]) -> Tensor:
+    """(B,) mean over the elements of each map, then over maps."""
     return torch.stack([v.flatten(1).mean(1) for v in maps]).mean(0)
 
 
 # --- perceptual ---------------------------------------------------------------------------------------------
 
-VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # the convolutions of each stage, by index
+VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # indices of each stage's convolutions
 WHERE_FROM = (
     "perceptual.weights: a perceptual loss needs a local file of VGG-16 weights. Where there is internet, "
     "`pip install lpips`, then `python -c \"import lpips, torch; torch.save(lpips.LPIPS(net='vgg')"
@@ -198,10 +211,11 @@ WHERE_FROM = (
 
 
 def read_vgg(files: Sequence[str | Path]) -> tuple[dict[int, tuple[Tensor, Tensor]], list[Tensor | None]]:
-    """({index: (weight, bias)} of the 13 convolutions, weights (C,) of the 5 heads, None: in no file).
+    """The 13 convolutions as {index: (weight, bias)}, and the weights (C,) of the 5 heads, None if missing.
 
-    Layouts: torchvision's vgg16 (features.0.weight), a whole LPIPS (net.slice1.0.weight, lin0.model.1.weight)
-    and the heads of LPIPS alone; several files are joined. Nothing in a file is executed.
+    Three layouts of a file are read: torchvision's vgg16 (features.0.weight), a whole LPIPS
+    (net.slice1.0.weight, lin0.model.1.weight), and the heads of LPIPS alone. Several files are joined. Code
+    in a file is not executed. Raises InputError for a file without VGG-16's weights.
     """
     if not files:
         raise InputError(WHERE_FROM)
@@ -233,7 +247,7 @@ def read_vgg(files: Sequence[str | Path]) -> tuple[dict[int, tuple[Tensor, Tenso
 @dataclass(frozen=True)
 class PerceptualConfig:
     weights: tuple[str, ...] = ()  # local files: a whole lpips (vgg), or torchvision's vgg16 [, lpips' heads]
-    fraction: float = 0.2  # part of the slices of a volume, in each of its three planes, that are compared
+    fraction: float = 0.2  # part of a volume's slices that are compared, along each of its three axes
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -241,17 +255,21 @@ class PerceptualConfig:
 
 
 def _take(x: Tensor, axis: int, rows: Sequence[Tensor]) -> Tensor:
-    """(B, C, *S) -> (B num, C, *other axes): of every sample its own `rows` (num,) across one axis of S."""
+    """Slices of every sample of x (B, C, *S), at its own positions `rows` (num,) along one axis of S.
+
+    The result is (B num, C, *other axes).
+    """
     slices = [v.index_select(axis + 1, row).movedim(axis + 1, 0) for v, row in zip(x, rows, strict=True)]
     return torch.cat(slices)
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of VGG-16 features with the weights of LPIPS; frozen. Without its heads all channels weigh 1.
+    """How different two images look to a network that was trained on photographs (VGG-16 with LPIPS weights).
 
-    Volumes are compared slice by slice (2.5-D): random slices of each plane, the mean over slices, then over
-    planes. Channels are grey images, except the three of a 2-D image, which are colours. Slices too small for
-    the deeper stages are compared by the others.
+    The network is frozen and not part of a state_dict. Without the heads of LPIPS every channel has weight 1.
+    Volumes are compared slice by slice (2.5-D): random slices along each axis, averaged over slices, then
+    over axes. A channel is a grey image, except that the three channels of a 2-D image are colours. Slices
+    too small for the deeper stages are compared in the shallower ones.
     """
 
     def __init__(self, config: PerceptualConfig):
@@ -264,13 +282,16 @@ class PerceptualLoss(nn.Module):
         for stage, head in enumerate(heads):
             ones = torch.ones(len(convolutions[VGG16[stage][-1]][1]))
             self.register_buffer(f"head{stage}", ones if head is None else head, persistent=False)
-        # From [-1, 1] to the scale of ImageNet's mean and standard deviation, as LPIPS has it
+        # From [-1, 1] to intensities normalised by ImageNet's mean and standard deviation, as in LPIPS
         shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1)
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, recon: Tensor, x: Tensor, draws: Sequence[torch.Generator] = ()) -> Tensor:
-        """(B,) of (B, C, *S) in [-1, 1]; draws, one CPU generator a sample, choose the slices of volumes."""
+        """(B,) distance of recon and x (B, C, *S), both in [-1, 1].
+
+        draws: one CPU generator a sample, which chooses the slices of a volume; images need none.
+        """
         if x.ndim == 4:
             return self.distance(recon, x, x.shape[1] == 3)
         if len(draws) != len(x):
@@ -284,7 +305,7 @@ class PerceptualLoss(nn.Module):
         return torch.stack(planes).mean(0)
 
     def distance(self, recon: Tensor, x: Tensor, colours: bool) -> Tensor:
-        """(B,) of images (B, C, H, W)."""
+        """(B,) distance of images (B, C, H, W); C is 3 where they have `colours`."""
         num = len(x)
         if not colours:
             recon, x = (y.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) for y in (recon, x))
@@ -297,7 +318,7 @@ class PerceptualLoss(nn.Module):
         return total.view(num, -1).mean(1)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Of images (B, 3, H, W): the last map (B, C, h, w) of every stage, vectors over C of length 1."""
+        """The last map (B, C, h, w) of every stage for images x (B, 3, H, W), scaled to length 1 over C."""
         h, maps = (x - self.shift) / self.scale, []
         for stage in VGG16:
             if maps and min(h.shape[2:]) < 2:
@@ -305,7 +326,7 @@ class PerceptualLoss(nn.Module):
             h = F.max_pool2d(h, 2) if maps else h
             for i in stage:
                 h = F.relu(F.conv2d(h, getattr(self, f"weight{i}"), getattr(self, f"bias{i}"), padding=1))
-            # The constant is inside the root: the gradient of a vector of zeros is then 0 and not NaN
+            # With the constant inside the root, the gradient at a vector of zeros is 0 and not NaN
             full = _full_precision(h)
             maps.append(full * torch.rsqrt(full.square().sum(1, keepdim=True) + 1e-10))
         return maps

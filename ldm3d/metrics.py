@@ -1,6 +1,6 @@
 """How near a volume is to another, a label map to another, a set of volumes to another; all in float64.
 
-Of two volumes, one number a sample:
+Two volumes x and y, one number a sample:
 
 PSNR    = 10 log10(data_range^2 / mean((x - y)^2))                                                   in dB
 SSIM    = mean over windows of l s       Wang et al. 2004 (IEEE Trans. Image Process. 13), eq. 13, with
@@ -8,24 +8,30 @@ SSIM    = mean over windows of l s       Wang et al. 2004 (IEEE Trans. Image Pro
             s = (2 v_xy + c2) / (v_xx + v_yy + c2)         c2 = (0.03 data_range)^2            ibid. eq. 9, 10
           m, v: means and sample (co)variances in the window
 MS-SSIM = mean(l s at the coarsest scale)^w_M  prod_j mean(s at scale j)^w_j        Wang et al. 2003, eq. 7
-Dice    = 2 |P and T| / (|P| + |T|)        IoU = |P and T| / |P or T|                        for each label
-precision = |P and T| / |P|        sensitivity = |P and T| / |T|                              for each label
-HD95    = max over both directions of the 95th percentile of the distances from the voxels of one surface to
-          the other surface, mm; a surface voxel has a neighbour (by a face) outside the label or the volume
 
-Of two sets, given by features x (N, F) and y (M, F) of their volumes:
+Windows are uniform, as in scikit-image's default, and lie inside the volume. Published MS-SSIM mostly has
+Gaussian windows of 11 voxels, so values of this MS-SSIM compare only with each other.
+
+Two label maps, P the voxels of a label in the prediction and T those in the target, one number a label:
+
+Dice    = 2 |P and T| / (|P| + |T|)        IoU = |P and T| / |P or T|
+precision = |P and T| / |P|        sensitivity = |P and T| / |T|
+HD95    = the 95th percentile of the distances (mm) from the surface voxels of one map to the surface of the
+          other; of both directions the larger. A surface voxel has a neighbour (by a face) outside the label
+          or outside the volume.
+
+Two sets of volumes, given by their features x (N, F) and y (M, F):
+
 Frechet distance = |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))       Heusel et al. 2017 (1706.08500)
-  With C_x = A^T A, C_y = B^T B the eigenvalues of C_x C_y are the squared singular values of A B^T, whose sum
-  is the trace that is wanted: no root of a matrix that is not symmetric.
-kernel distance = E k(x, x') + E k(y, y') - 2 E k(x, y),  k(a, b) = (a.b / F + 1)^3,  unbiased: over x != x'
+  The trace of the root is computed without a root. With C_x = A^T A and C_y = B^T B, the eigenvalues of
+  C_x C_y are the squared singular values of A B^T, so the trace is the sum of these singular values.
+kernel distance = E k(x, x') + E k(y, y') - 2 E k(x, y),  k(a, b) = (a.b / F + 1)^3, unbiased: x and x' differ
                                                         Binkowski et al. 2018 (1801.01401), section 3
-With B(x) the ball around x that reaches its k-th nearest neighbour in its own set:
-precision, recall = share of y in a ball of x, of x in a ball of y       Kynkaanniemi et al. 2019 (1904.06991)
-density  = mean over y of the number of balls of x around it / k         Naeem et al. 2020 (2002.09797), eq. 4
-coverage = share of the balls of x that hold a y                         ibid. eq. 5
-
-Windows are uniform, as scikit-image's default, and inside the volume only. Published MS-SSIM mostly has
-Gaussian windows of 11 voxels: its figures compare within this library only, and are told with their weights.
+Neighbour scores, with a ball around every case that reaches its k-th nearest neighbour in its own set:
+precision = share of y inside a ball of x,  recall = share of x inside a ball of y
+                                                        Kynkaanniemi et al. 2019 (1904.06991)
+density   = mean over y of the number of balls of x around it, / k       Naeem et al. 2020 (2002.09797), eq. 4
+coverage  = share of the balls of x that hold a y                        ibid. eq. 5
 """
 
 from __future__ import annotations
@@ -43,16 +49,19 @@ def _check(x: Tensor, y: Tensor) -> None:
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float) -> Tensor:
-    """(B,) peak signal-to-noise ratio (dB) of (B, C, *S), inf for equal ones; data_range: 2 for [-1, 1]."""
+    """(B,) peak signal-to-noise ratio (dB) of x and y (B, C, *S); inf where they are equal.
+
+    data_range: largest minus smallest possible intensity, 2 for [-1, 1].
+    """
     _check(x, y)
     mse = (x.double() - y.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(data_range**2 / mse)
 
 
 def _local_mean(x: Tensor, windows: Sequence[int]) -> Tensor:
-    """Mean in the box of `windows` voxels around each voxel of (B, C, *S) where it fits, axis by axis.
+    """Mean of x (B, C, *S) over every box of `windows` voxels that fits inside, axis by axis.
 
-    Not avg_pool3d, whose gradient is not bit-exact on a GPU.
+    avg_pool3d would do the same, but its gradient is not bit-exact on a GPU.
     """
     for axis, width in enumerate(windows, start=2):
         size = x.shape[axis] - width + 1
@@ -61,20 +70,23 @@ def _local_mean(x: Tensor, windows: Sequence[int]) -> Tensor:
 
 
 def halve(x: Tensor) -> Tensor:
-    """Means of 2 voxels along every axis of (B, C, *S); an odd last one is left out. Bit-exact on a GPU."""
+    """Half the resolution of x (B, C, *S): means of pairs along every axis, an odd last voxel left out.
+
+    Bit-exact on a GPU.
+    """
     for axis in range(2, x.ndim):
         x = x.narrow(axis, 0, x.shape[axis] // 2 * 2).unflatten(axis, (-1, 2)).mean(axis + 1)
     return x
 
 
 def _ssim_terms(x: Tensor, y: Tensor, data_range: float, window: int) -> tuple[Tensor, Tensor]:
-    """(luminance, contrast and structure) of every window; SSIM is the mean of their product."""
+    """l (luminance) and s (contrast and structure) of every window; SSIM is the mean of their product."""
     windows = [min(window, size - 1 + size % 2) for size in x.shape[2:]]
     num = max(2, math.prod(windows))
     origin = x.flatten(2).mean(2).view(*x.shape[:2], *(1,) * (x.ndim - 2))
     mean_x, mean_y = _local_mean(x - origin, windows), _local_mean(y - origin, windows)
     unbiased = num / (num - 1)
-    # The origin is taken away first: squares of large intensities would leave no digits for the variances
+    # Intensities are taken relative to the mean of x: squares of large ones leave no digits for the variances
     var_x = unbiased * (_local_mean((x - origin).square(), windows) - mean_x**2)
     var_y = unbiased * (_local_mean((y - origin).square(), windows) - mean_y**2)
     cov = unbiased * (_local_mean((x - origin) * (y - origin), windows) - mean_x * mean_y)
@@ -85,25 +97,23 @@ def _ssim_terms(x: Tensor, y: Tensor, data_range: float, window: int) -> tuple[T
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float, window: int = 7) -> Tensor:
-    """(B,) structural similarity of (B, C, *S), mean over channels; the odd window shrinks on short axes."""
+    """(B,) structural similarity of x and y (B, C, *S), mean over channels.
+
+    window: an odd number of voxels; along a shorter axis the largest odd number that fits.
+    """
     _check(x, y)
     luminance, structure = _ssim_terms(x.double(), y.double(), data_range, window)
     return (luminance * structure).flatten(1).mean(1)
 
 
-MS_SSIM_WEIGHTS = (
-    0.0448,
-    0.2856,
-    0.3001,
-    0.2363,
-    0.1333,
-)  # finest scale first, Wang et al. 2003, section 3.2
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest first, Wang et al. 2003, section 3.2
 
 
 def ms_ssim_weights(size: Sequence[int], window: int = 7) -> tuple[float, ...]:
-    """The weights of as many scales, finest first, as leave a whole window along the shortest axis of `size`.
+    """Weights w_j of the scales of MS-SSIM for images of `size` voxels, finest first; they add up to 1.
 
-    At least one, five at most; they add up to 1.
+    There are as many scales, from one to five, as leave a whole window along the shortest axis: three for
+    30 x 41 voxels and a window of 7.
     """
     scales = 1
     while scales < len(MS_SSIM_WEIGHTS) and min(size) // 2**scales >= window:
@@ -114,10 +124,10 @@ def ms_ssim_weights(size: Sequence[int], window: int = 7) -> tuple[float, ...]:
 def ms_ssim(
     x: Tensor, y: Tensor, data_range: float, window: int = 7, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """(B,) multi-scale structural similarity of (B, C, *S), mean over channels; `dtype` of the arithmetic.
+    """(B,) multi-scale structural similarity of x and y (B, C, *S), mean over channels; computed in `dtype`.
 
-    1 - ms_ssim(recon, x, 2.0, dtype=torch.float32) is a loss: it has gradients, those of a scale without any
-    likeness apart. Every scale averages 2 voxels along each axis of the one before.
+    Every scale has half the resolution of the scale before. 1 - ms_ssim(recon, x, 2.0, dtype=torch.float32)
+    is a loss. A scale where recon and x have nothing in common gives no gradient.
     """
     _check(x, y)
     x, y = x.to(dtype), y.to(dtype)
@@ -127,13 +137,13 @@ def ms_ssim(
             x, y = halve(x), halve(y)
         luminance, structure = _ssim_terms(x, y, data_range, window)
         similarity = luminance * structure if scale == len(weights) - 1 else structure
-        # A power of something negative is not a number, and at 0 its gradient is not finite
+        # A negative base has no real power, and at 0 the gradient of the power is infinite
         value = value * similarity.flatten(2).mean(2).clamp(min=1e-6) ** weight  # (B, C)
     return value.mean(1)
 
 
 def _overlap(pred: Tensor, target: Tensor, num_labels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, num_labels - 1) counts of |P and T|, |P|, |T| for every label but the background."""
+    """|P and T|, |P| and |T| of every label but the background, each (B, num_labels - 1)."""
     _check(pred, target)
     pred, target = pred.flatten(1), target.flatten(1)
     counts = pred.new_zeros(3, len(pred), max(0, num_labels - 1), dtype=torch.float64)
@@ -144,37 +154,37 @@ def _overlap(pred: Tensor, target: Tensor, num_labels: int) -> tuple[Tensor, Ten
 
 
 def dice(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) Dice of label maps (B, *S), background 0 left out; nan: neither has the label."""
+    """(B, num_labels - 1) Dice of label maps (B, *S), without background; nan where neither has the label."""
     both, num_pred, num_target = _overlap(pred, target, num_labels)
     return 2 * both / (num_pred + num_target)
 
 
 def precision(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) share of a label's voxels in `pred` that are right; nan: it has none."""
+    """(B, num_labels - 1) share of a label's voxels in `pred` that are right; nan where `pred` has none."""
     both, num_pred, _ = _overlap(pred, target, num_labels)
     return both / num_pred
 
 
 def sensitivity(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) share of a label's voxels in `target` that are found; nan: it has none."""
+    """(B, num_labels - 1) share of a label's voxels in `target` that are found; nan where it has none."""
     both, _, num_target = _overlap(pred, target, num_labels)
     return both / num_target
 
 
 def iou(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) IoU of label maps (B, *S), background 0 left out; nan: neither has the label."""
+    """(B, num_labels - 1) IoU of label maps (B, *S), without background; nan where neither has the label."""
     both, num_pred, num_target = _overlap(pred, target, num_labels)
     return both / (num_pred + num_target - both)
 
 
 def sharpness(x: Tensor) -> float:
-    """Mean absolute difference of neighbouring voxels of (B, C, *S), over all axes."""
+    """Mean absolute difference of neighbouring voxels of x (B, C, *S), averaged over axes."""
     steps = [x.diff(dim=axis).abs().double().mean() for axis in range(2, x.ndim) if x.shape[axis] > 1]
     return float(sum(steps) / len(steps))
 
 
 def surface(mask: Tensor) -> Tensor:
-    """The surface voxels of a boolean mask (*S), as one."""
+    """The surface voxels of a boolean mask (*S), as a boolean mask (*S)."""
     inside = mask
     for axis in range(mask.ndim):
         edge = torch.zeros_like(mask.narrow(axis, 0, 1))
@@ -185,38 +195,40 @@ def surface(mask: Tensor) -> Tensor:
 
 
 def nearest_distances(of: Tensor, to: Tensor, spacing: Sequence[float]) -> Tensor:
-    """(n,) exact distances in mm from every voxel of `of` to the nearest one of `to`, boolean masks (*S) with
-    2 or 3 axes; inf: `to` is empty.
+    """(n,) exact distances in mm from every voxel of the mask `of` to the nearest voxel of the mask `to`.
 
-    Axis by axis d(i) = min over j of d(j) + (s (i - j))^2, where d is the squared distance along the axes
-    before: Felzenszwalb and Huttenlocher 2012 (Theory Comput. 8), section 2.
+    Both are boolean masks (*S) with 2 or 3 axes. All distances are inf if `to` is empty.
+
+    Axis by axis d(i) = min over j of d(j) + (s (i - j))^2, where s is the spacing and d the squared distance
+    along the axes so far: Felzenszwalb and Huttenlocher 2012 (Theory Comput. 8), section 2.
     """
-    steps = torch.full(to.shape, math.inf)  # along the first axis, in voxels
+    steps = torch.full(to.shape, math.inf)  # distance along the first axis, in voxels
     for order in (range(len(to)), reversed(range(len(to)))):
         since = torch.full(to.shape[1:], math.inf)
         for i in order:
             since = torch.where(to[i], 0.0, since + 1)
             steps[i] = torch.minimum(steps[i], since)
     line, found = torch.arange(to.shape[-1]), [torch.empty(0, dtype=torch.float64)]
-    for wanted, plane in zip(of, steps, strict=True):  # the other axes where it matters, with little memory
+    # The other axes plane by plane, and only for voxels of `of`: this needs little memory
+    for wanted, plane in zip(of, steps, strict=True):
         if not wanted.any():
             continue
         squares = (spacing[0] * plane.double()).square()
         if squares.ndim == 2:
             some = squares.isfinite().any(0)
             squares[:, some] = _spread(squares[:, some], spacing[1])
-        for places in wanted.nonzero().split(max(1, 2**20 // len(line))):
-            along = (spacing[-1] * (places[:, -1:] - line).double()).square()
-            found.append((squares[tuple(places[:, :-1].T)] + along).amin(1))
+        for voxels in wanted.nonzero().split(max(1, 2**20 // len(line))):
+            along = (spacing[-1] * (voxels[:, -1:] - line).double()).square()
+            found.append((squares[tuple(voxels[:, :-1].T)] + along).amin(1))
     return torch.cat(found).sqrt()
 
 
 def _spread(squares: Tensor, s: float) -> Tensor:
-    """min over j of squares[j] + (s (i - j))^2 along the first axis of (n, lines), the nearest j first."""
+    """min over j of squares[j] + (s (i - j))^2, for every i along the first axis of squares (n, lines)."""
     best = squares.clone()
-    for k in range(1, len(best)):
+    for k in range(1, len(best)):  # j = i + k and j = i - k
         step = (s * k) ** 2
-        if (best <= step).all():  # nothing that is k voxels away, or more, can be nearer
+        if (best <= step).all():  # nothing at k or more voxels can be nearer
             break
         torch.minimum(best[k:], squares[:-k] + step, out=best[k:])
         torch.minimum(best[:-k], squares[k:] + step, out=best[:-k])
@@ -224,8 +236,10 @@ def _spread(squares: Tensor, s: float) -> Tensor:
 
 
 def hd95(pred: Tensor, target: Tensor, num_labels: int, spacing: Sequence[float]) -> Tensor:
-    """(B, num_labels - 1) HD95 in mm of label maps (B, *S), on the CPU; nan: neither has the label, inf: one
-    has not."""
+    """(B, num_labels - 1) HD95 in mm of label maps (B, *S), computed on the CPU, without background 0.
+
+    nan where neither map has the label, inf where only one has it. spacing: mm along each axis.
+    """
     _check(pred, target)
     table = torch.empty(len(pred), num_labels - 1, dtype=torch.float64)
     for b, (p, t) in enumerate(zip(pred.cpu(), target.cpu(), strict=True)):
@@ -234,8 +248,8 @@ def hd95(pred: Tensor, target: Tensor, num_labels: int, spacing: Sequence[float]
             if not a.any() or not c.any():
                 table[b, label - 1] = math.inf if (a | c).any() else math.nan
                 continue
-            places = (a | c).nonzero()
-            box = tuple(map(slice, places.amin(0).tolist(), (places.amax(0) + 1).tolist()))
+            voxels = (a | c).nonzero()
+            box = tuple(map(slice, voxels.amin(0).tolist(), (voxels.amax(0) + 1).tolist()))
             pairs = (a[box], c[box]), (c[box], a[box])
             directed = [nearest_distances(of, to, spacing).quantile(0.95) for of, to in pairs]
             table[b, label - 1] = max(directed)
@@ -243,10 +257,10 @@ def hd95(pred: Tensor, target: Tensor, num_labels: int, spacing: Sequence[float]
 
 
 def set_statistics(x: Tensor) -> dict[str, float]:
-    """Plain numbers of a set of volumes (N, C, *S) in [-1, 1], to lay generated ones beside real ones.
+    """Simple numbers of a set of volumes x (N, C, *S) in [-1, 1], to compare generated with real ones.
 
-    mean and std of the intensities; sharpness; pair_ssim: mean SSIM of each volume and the next in the set,
-    where a higher value means a less varied set (nan for one volume).
+    mean and std of the intensities; sharpness; pair_ssim, the mean SSIM of each volume and the next one: the
+    higher, the less varied is the set (nan for a single volume).
     """
     pairs = ssim(x, x.roll(1, 0), data_range=2.0).mean() if len(x) > 1 else float("nan")
     return {
@@ -261,14 +275,17 @@ def set_statistics(x: Tensor) -> dict[str, float]:
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (F,) of x (N, F), and a matrix A of at most F rows with A^T A its sample covariance."""
+    """Mean (F,) of x (N, F), and a matrix A, at most F rows, with A^T A the sample covariance of x."""
     x = x.double()
     a = (x - x.mean(0)) / math.sqrt(max(1, len(x) - 1))
     return x.mean(0), torch.linalg.qr(a, mode="r").R if len(a) > a.shape[1] else a
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Of the Gaussians fitted to features (N, F) and (M, F). It grows as N and M fall: compare equal ones."""
+    """Frechet distance of the Gaussians fitted to features x (N, F) and y (M, F).
+
+    Small sets have larger distances, so only distances of sets of equal sizes compare.
+    """
     (mean_x, a), (mean_y, b) = _centred(x), _centred(y)
     root = torch.linalg.svdvals(a @ b.T).sum()
     distance = (mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * root
@@ -283,7 +300,7 @@ def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
 def kernel_distance(within_x: Tensor, within_y: Tensor, between: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy from kernel values (N, N), (M, M), (N, M).
 
-    Equal distributions have 0 in the mean, so it may be negative. nan: a set of one case.
+    Sets of one distribution have 0 on average, so single values may be negative. nan if a set has one case.
     """
 
     def mean_of_pairs(k: Tensor) -> Tensor:
@@ -297,14 +314,15 @@ def kernel_distance(within_x: Tensor, within_y: Tensor, between: Tensor) -> floa
 def neighbour_scores(
     real: Tensor, generated: Tensor, between: Tensor, neighbours: int = 5
 ) -> dict[str, float]:
-    """precision, recall, density, coverage from distances (N, N), (M, M) and real to generated (N, M).
+    """precision, recall, density and coverage of a generated set.
 
-    nan where a set has no more cases than `neighbours`.
+    From the distances within the real set (N, N), within the generated set (M, M) and from real to generated
+    cases (N, M). All are nan if a set has no more cases than `neighbours`, the k of the module's formulas.
     """
     names = ("precision", "recall", "density", "coverage")
     if min(between.shape) <= neighbours:
         return dict.fromkeys(names, math.nan)
-    # The nearest neighbour of all is the case itself, at distance 0
+    # neighbours + 1: the smallest distance of all is 0, that of a case to itself
     real_radius, generated_radius = (d.kthvalue(neighbours + 1, dim=1).values for d in (real, generated))
     in_real = between <= real_radius[:, None]  # (N, M)
     in_generated = between <= generated_radius[None]
@@ -316,27 +334,29 @@ def neighbour_scores(
 
 
 def histogram_distance(p: Tensor, q: Tensor, width: float) -> float:
-    """Wasserstein-1 distance of two histograms (..., bins) of shares over bins of equal width, in its
-    units."""
+    """Wasserstein-1 distance of two histograms (..., bins), in the units of `width`, the width of a bin.
+
+    A histogram holds the share of voxels in each bin. The distance is the mean over leading axes.
+    """
     return float((p - q).double().cumsum(-1).abs().sum(-1).mean() * width)
 
 
 def power_spectrum(x: Tensor, bins: int) -> Tensor:
-    """(C, bins) power in dB of x (C, *S) in shells of equal width of the frequency, from 0 to Nyquist's.
+    """(C, bins) power in dB of x (C, *S) in shells of equal width, from frequency 0 to 1/2 cycle per voxel.
 
-    Frequencies in cycles per voxel; their mean is taken away and the borders faded out (Hann), so that
-    neither leaks. White noise of standard deviation s has 20 log10 s in every shell.
+    The mean of x is subtracted and the borders are faded out (Hann window), because mean and borders would
+    leak into other shells. White noise of standard deviation s has a power of 20 log10 s in every shell.
     """
     size, over = x.shape[1:], tuple(range(1, x.ndim))
     x, radius = x.double() - x.double().mean(over, keepdim=True), torch.zeros(())
     for axis, n in enumerate(size):
         shape = [n if a == axis else 1 for a in range(len(size))]
         fade = torch.hann_window(n + 2, periodic=False, dtype=torch.float64, device=x.device)[1:-1]
-        fade = fade / fade.square().mean().sqrt()  # keeps the power
+        fade = fade / fade.square().mean().sqrt()  # the window keeps the mean power
         x = x * fade.view(shape)
         radius = radius + torch.fft.fftfreq(n, dtype=torch.float64).view(shape).square()
     power = torch.fft.fftn(x, dim=over).abs().square() / math.prod(size)
-    shell = (radius.sqrt() * 2 * bins).to(torch.int64).flatten().to(x.device)  # 1/2 is Nyquist's
+    shell = (radius.sqrt() * 2 * bins).to(torch.int64).flatten().to(x.device)  # 1/2 cycle a voxel is `bins`
     inside = (shell < bins) & (torch.arange(shell.numel(), device=x.device) > 0)
     counts = torch.bincount(shell[inside], minlength=bins)
     sums = torch.stack([torch.bincount(shell[inside], c[inside], minlength=bins) for c in power.flatten(1)])
