@@ -338,7 +338,7 @@ def plan(config: Config, run: Path) -> None:
     latent = model.latent_shape[1:]
     plan.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
     plan.inference("decoding", model.autoencoder.fresh_copy, decode, 1, model.spec.size, steps[1], both)
-    plan.tell()
+    plan.print()
 
 
 # --- there and back -----------------------------------------------------------------------------------------

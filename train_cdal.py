@@ -10,12 +10,17 @@ your own data     python train_cdal.py hippocampus --data.root FOLDER --data.ima
 as published      python train_cdal.py published
 plain U-Net       python train_cdal.py hippocampus --cdal.diffusion false
 
-    x_next = noised one-hot labels at a random step t, or the generator's own estimate of them, noised
-    loss   = mse_weight |G - y|^2 + ce_weight CE(G, y) + dice_weight Dice(G, y) + adversarial_weight g(critic)
+The generator learns to give the label map y (one-hot) of an image from a noisy label map: the true one,
+or the generator's own estimate, with the noise of a random step t. The loss is
 
-with G = generator(x_next, t, image, z) and all else as in ldm3d/cdal.py. Training needs label maps
-(--data.mask, or a column mask); validation segments whole cases. To resume, run the same command again. Other
-images: `python sample.py runs/cdal-hippocampus --segment FOLDER`.
+    G    = generator(noisy label map, t, image, z)
+    loss = mse_weight |G - y|^2 + ce_weight CE(G, y) + dice_weight Dice(G, y) + adversarial_weight g_loss
+
+as in ldm3d/cdal.py. A discriminator, where the settings have one, has an optimizer of its own, which steps
+after the generator's. Training needs label maps (--data.mask, or a column mask); validation segments whole
+cases.
+
+To resume a run, give the same command again. To segment other images: `python sample.py --help`.
 """
 
 from __future__ import annotations
@@ -44,9 +49,9 @@ from ldm3d.engine.training import (
     Mean,
     OptimConfig,
     RunConfig,
-    Speed,
     Stepper,
     autocast,
+    frozen,
     keyed_normal,
     keyed_uniform,
     micro_batches,
@@ -71,12 +76,12 @@ UNET = UNetConfig(
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""  # set by the first argument
+    preset: str = ""  # the first argument of the command
     batch_size: int = 2  # samples per optimizer step, over all ranks
-    micro_batch_size: int | None = None  # samples per rank and forward; none = as many as the rank's share
-    votes: int = 1  # votes of each validation case
-    window: tuple[int, ...] | None = None  # voxels of the windows of validation; none = whole cases
-    plan: float | None = None  # GiB of a GPU: only tell how much memory the run needs, and what would fit
+    micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
+    votes: int = 1  # votes for every validation case
+    window: tuple[int, ...] | None = None  # size of validation's windows in voxels; none = whole cases
+    plan: float | None = None  # GiB of a GPU: print the memory that the run would need, and stop
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = UNET
@@ -161,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # out for a test, a tenth for validation. A patch holds nearly all of a case: none is without foreground.
     "hippocampus": HIPPOCAMPUS,
     # The published method in its settings, on the same data. Ours are the blocks, the widths (the published
-    # critic has four times the channels, in 2-D), the patch and the number of steps.
+    # discriminator has four times the channels, in 2-D), the patch and the number of steps.
     "published": HIPPOCAMPUS | PUBLISHED,
     # MoNuSeg, 512x512 histology in colour: nuclei, 10 to 40 % of every image, against the rest.
     "monuseg": {
@@ -208,10 +213,10 @@ def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> 
     for name, group in (("unet", config.unet), ("disc", config.disc)):
         if group.dims != config.data.dims:
             raise InputError(f"{name}.dims: {group.dims}, but data.dims is {config.data.dims}")
-    known = with_data(config)
+    expected = with_data(config)
     for name in ("unet.in_channels", "unet.out_channels", "disc.in_channels"):
         group, key = name.split(".")
-        if getattr(getattr(config, group), key) != getattr(getattr(known, group), key):
+        if getattr(getattr(config, group), key) != getattr(getattr(expected, group), key):
             raise InputError(f"{name}: follows from the data, it cannot be set")
     check_window(config.window, config.data.dims)
     if config.preset == "phantom" and config.data.root is None:
@@ -226,13 +231,14 @@ def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> 
     return data
 
 
-def make_critic(config: Config, channels: int, num_labels: int) -> TimeDiscriminator:
-    """The critic for pairs of label maps and, where it sees them, images of `channels`."""
-    seen = 2 * num_labels + (channels if config.cdal.critic_sees_image else 0)
-    critic = TimeDiscriminator(dataclasses.replace(config.disc, in_channels=seen))
-    if not -len(critic.blocks) <= config.cdal.attention_layer < len(critic.blocks):
-        raise InputError(f"cdal.attention_layer: expected one of the critic's {len(critic.blocks)} blocks")
-    return critic
+def make_discriminator(config: Config, channels: int, num_labels: int) -> TimeDiscriminator:
+    """The discriminator of pairs of label maps (and of images of `channels`, where it sees them)."""
+    in_channels = 2 * num_labels + (channels if config.cdal.critic_sees_image else 0)
+    discriminator = TimeDiscriminator(dataclasses.replace(config.disc, in_channels=in_channels))
+    num_blocks = len(discriminator.blocks)
+    if not -num_blocks <= config.cdal.attention_layer < num_blocks:
+        raise InputError(f"cdal.attention_layer: expected one of the discriminator's {num_blocks} blocks")
+    return discriminator
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -255,7 +261,7 @@ def evaluate(
             sheet["truth"] += overlay(case["image"], case["mask"])
             sheet["prediction"] += overlay(case["image"], labels)
     picture = save_sheet(path, sheet) if is_main() and sheet["truth"] else None
-    return means.take(), picture
+    return means.pop(), picture
 
 
 # --- train --------------------------------------------------------------------------------------------------
@@ -273,15 +279,19 @@ def plan(config: Config) -> None:
         return Generator(config.generator, config.unet, spec.channels, spec.num_labels)
 
     def loss(net: Generator, batch: int, size: tuple[int, ...]) -> Tensor:
-        critic = make_critic(config, spec.channels, spec.num_labels) if config.cdal.has_critic else None
+        discriminator = None
+        if config.cdal.has_critic:
+            discriminator = make_discriminator(config, spec.channels, spec.num_labels)
 
         def draw(purpose: str, *shape: int) -> Tensor:
             return torch.zeros(batch, *shape)
 
         image, labels = torch.zeros(batch, spec.channels, *size), torch.zeros(batch, *size).long()
-        terms, pair = cdal.losses(net, net, critic, image, labels, torch.zeros(batch), draw)
-        both = [terms["loss"]] + ([cdal.critic_losses(critic, image, pair, 1)["loss"]] if critic else [])
-        return sum(both).mean()
+        terms, pair = cdal.losses(net, net, discriminator, image, labels, torch.zeros(batch), draw)
+        value = terms["loss"]
+        if discriminator is not None:
+            value = value + cdal.critic_losses(discriminator, image, pair, 1)["loss"]
+        return value.mean()
 
     def infer(net: Generator, batch: int, size: tuple[int, ...]) -> None:
         cdal.vote(
@@ -296,51 +306,44 @@ def plan(config: Config) -> None:
     plan.training("training", make, loss, micro, patch, step, rounds)
     whole = config.window or spec.size
     plan.inference("validation, votes", make, infer, config.votes, whole, step, 3 * weight_bytes(make()))
-    plan.tell()
+    plan.print()
 
 
-def train(config: Config, given: dict[str, Any] | None = None) -> Run:
+def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     device = setup(config.run.device)
-    run = Run("cdal", config, given)
-    config = run.config
+    run = Run("cdal", config, flags)
+    config, seed = run.config, run.config.run.seed
     if run.finished:
-        run.say()
         return run
     micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
 
     data = open_labelled(config, run.split())
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val", own_size=True)
     channels, num_labels = data.spec.channels, data.spec.num_labels
-    reseed(config.run.seed, 0)
+    reseed(seed, 0)
     cdal = CDAL(config.cdal, num_labels)
     net = Generator(config.generator, config.unet, channels, num_labels).to(device)
-    critic = make_critic(config, channels, num_labels).to(device) if config.cdal.has_critic else None
+    discriminator = None
+    if config.cdal.has_critic:
+        discriminator = make_discriminator(config, channels, num_labels).to(device)
     state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.initialise(net)
-    run.say()
-    logger = run.start(data.split)
-    ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
+    run.start(data.split, device)
+    ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
-    optimizers, others = {"generator": stepper}, {"mean": mean}
-    if critic is not None:
-        critic_stepper = Stepper(critic, config.disc_optim, config.run, config.batch_size, device)
-        optimizers["critic"], others["discriminator"] = critic_stepper, critic
-    run.restore(net, ema, optimizers, **others)
-    if config.run.compile:
-        net.compile()
-    model = wrap(net, device)
-    critic_model = wrap(critic, device) if critic is not None else None
-    seed = config.run.seed
-
-    def save() -> None:
-        run.save(state, net, ema, optimizers, **others)
+    steppers, others = {"generator": stepper}, {}
+    if discriminator is not None:
+        disc_stepper = Stepper(discriminator, config.disc_optim, config.run, config.batch_size, device)
+        steppers["discriminator"], others["discriminator"] = disc_stepper, discriminator
+        disc_model = wrap(discriminator, device)
+    run.restore(state, net, ema, steppers, mean, **others)
+    model = wrap(net, device, config.run.compile)
 
     stream = batches(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
-    bar = progress(speed.watch(stream), "cdal", config.run.steps, run.step)
-    for group in bar:
+    for group in run.steps(stream):
         pairs = []
         for batch, share in micro_batches(group, model, device, seed, run.step):
             positions = batch["position"]
@@ -349,51 +352,37 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
                 return keyed_normal(seed, positions, shape, purpose).to(device)
 
             u = keyed_uniform(seed, positions, "t")
-            if critic is not None:
-                critic.requires_grad_(False)
-            with autocast(config.run.amp, device):
-                terms, pair = cdal.losses(model, net, critic, batch["image"], batch["mask"], u, draw)
-            if critic is not None:
-                critic.requires_grad_(True)
+            with frozen(discriminator), autocast(config.run.amp, device):
+                terms, pair = cdal.losses(model, net, discriminator, batch["image"], batch["mask"], u, draw)
             stepper.backward(terms["loss"].mean() * share)
             mean.add(**terms)
             pairs.append({**batch, **pair})
         if stepper.step(run.step):
             ema.update(net, run.step)
-        if critic is not None:
+        if discriminator is not None:
             amp = "fp32" if cdal.penalised(run.step) else config.run.amp  # a gradient's gradient wants fp32
-            for batch, share in micro_batches(pairs, critic_model, device, seed, run.step):
+            for batch, share in micro_batches(pairs, disc_model, device, seed, run.step):
                 with autocast(amp, device):
-                    terms = cdal.critic_losses(critic_model, batch["image"], batch, run.step)
-                critic_stepper.backward(terms.pop("loss").mean() * share)
+                    terms = cdal.critic_losses(disc_model, batch["image"], batch, run.step)
+                disc_stepper.backward(terms.pop("loss").mean() * share)
                 mean.add(**terms)
-            critic_stepper.step(run.step)
-        run.step += 1
-        speed.stop()
+            disc_stepper.step(run.step)
 
-        if run.due("log_every"):
-            means = mean.take()
-            logger.log(run.step, "train", means | stepper.report() | speed.take())
-            bar.set_postfix(loss=f"{means['loss']:.4g}")
+        run.end_step(**stepper.report())
         if run.due("eval_every"):
-            path = run.dir / "previews" / f"step_{run.step:07d}.png"
-            scores, picture = evaluate(cdal, ema.net, val_set, config, device, path)
-            logger.log(run.step, "val", scores)
-            logger.picture(run.step, "segmentations", picture)
-            run.keep_best("dice", scores["dice"], state, ema, highest=True)
-        if run.due("save_every") or run.out_of_patience:
-            save()
-        run.check_sigterm(save)
-        if run.finished:
-            break
-    run.finish(logger)
+            scores, picture = evaluate(cdal, ema.net, val_set, config, device, run.preview_path)
+            run.log("val", scores)
+            run.logger.picture(run.step, "segmentations", picture)
+            run.keep_best("dice", scores["dice"], highest=True)
+        run.save_if_due()
+    run.finish()
     return run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(Config, argv, PRESETS, __doc__, base=with_data)
+    config, flags = parse(Config, argv, PRESETS, __doc__, base=with_data)
     if config.plan is None:
-        train(config, given)
+        train(config, flags)
     else:
         plan(config)
 

@@ -7,14 +7,18 @@ several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --r
                       train_ldm.py hippocampus
 your own data     python train_ldm.py hippocampus --vae runs/vae-mine --run.dir runs/ldm-mine
 
-    z    = (mean + exp(logvar / 2) * noise' - latent_mean) / latent_std
-    loss = |denoiser(z_t, t, conditions) - target|^2,   z_t and target as in diffusion_kernel.py
-           + w(step) signal share (head + binding)       with --anatomy.registers bound, see registers.py
-
 with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
 with label maps   python train_ldm.py phantom-anatomy
 
-Data settings and split are the autoencoder's; flags override them. To resume, run the same command again.
+The denoiser learns to remove noise from latents. A sample's latent z is drawn from the posterior of the
+frozen autoencoder and normalised, noise of a random time t is added, and the denoiser predicts the target:
+
+    z    = (mean + exp(logvar / 2) * z_noise - latent_mean) / latent_std
+    loss = |denoiser(z_t, t, conditions) - target|^2,      z_t and target as in diffusion_kernel.py
+           + w(step) signal_share(t) (head + binding_weight binding)   with --anatomy.registers bound
+
+The second line is explained in ldm3d/registers.py. Data settings and split are the autoencoder's; flags
+override them. To resume a run, give the same command again.
 """
 
 from __future__ import annotations
@@ -54,7 +58,6 @@ from ldm3d.engine.training import (
     Mean,
     OptimConfig,
     RunConfig,
-    Speed,
     Stepper,
     autocast,
     keyed_normal,
@@ -88,13 +91,13 @@ from ldm3d.vae import Autoencoder
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""  # set by the first argument
+    preset: str = ""  # the first argument of the command
     vae: str | None = None  # run folder or checkpoint of the autoencoder; none = runs/vae-<preset>
     batch_size: int = 16  # samples per optimizer step, over all ranks
-    micro_batch_size: int | None = None  # samples per rank and forward; none = as many as the rank's share
-    latent_cache: bool = True  # encode every case once; false = anew, and augmented anew, at every step
+    micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
+    latent_cache: bool = True  # encode every case once; false: encode and augment at every step
     sample_steps: int = 20  # steps of the preview samples
-    plan: float | None = None  # GiB of a GPU: only tell how much memory the run needs, and what would fit
+    plan: float | None = None  # GiB of a GPU: print the memory that the run would need, and stop
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -110,7 +113,7 @@ class Config:
 
     @property
     def masks(self) -> bool:
-        """Are masks learned?"""
+        """Does the denoiser learn from masks?"""
         return self.anatomy.registers == "bound"
 
 
@@ -325,7 +328,7 @@ def evaluate(
                 truth = batch["mask"].long().cpu()
                 scores = dice(labels, truth, net.num_labels).masked_fill(absent(truth)[:, None], math.nan)
                 means.add(**{f"dice_{k}_u{level}": v for k, v in enumerate(scores.unbind(1), start=1)})
-    return means.take()
+    return means.pop()
 
 
 NOISED = (0.25, 0.5, 0.75)  # u of the noise levels that are shown
@@ -422,15 +425,14 @@ def plan(config: Config) -> None:
     plan.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step)
     beside = 4 * weight_bytes(make())
     plan.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside)
-    plan.tell()
+    plan.print()
 
 
-def train(config: Config, given: dict[str, Any] | None = None) -> Run:
+def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     device = setup(config.run.device)
-    run = Run("ldm", config, given)
-    config = run.config
+    run = Run("ldm", config, flags)
+    config, seed = run.config, run.config.run.seed
     if run.finished:
-        run.say()
         return run
     micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
 
@@ -447,7 +449,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         )
     if any(c.kind in OF_SOURCE for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
-    reseed(config.run.seed, 0)
+    reseed(seed, 0)
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder).to(device)
     kernel = DiffusionKernel(config.kernel)
     ours = [c.name for c in conditions]
@@ -455,8 +457,7 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         told = [",".join(names) or "nothing" for names in (theirs, ours)]
         raise InputError(f"run.init: {config.run.init} is told {told[0]}, this run {told[1]}")
     run.initialise(net, () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*"))
-    run.say()
-    logger = run.start(data.split)
+    run.start(data.split, device)
     copy_autoencoder(source, run.dir)
 
     sets = {}
@@ -483,9 +484,9 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
     if run.resumed:  # its own statistics: those of another number of ranks differ in the last digit
         state = run.resumed["state"]
 
-    ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
+    ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
-    run.restore(net, ema, {"denoiser": stepper}, mean=mean)
+    run.restore(state, net, ema, {"denoiser": stepper}, mean)
     sampled = LatentDiffusion(
         autoencoder,
         ema.net,
@@ -495,29 +496,16 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
         data.spec,
         config.data,
     )
-    if config.run.compile:
-        net.compile()
-    model = wrap(net, device)
-    seed = config.run.seed
-
-    def save() -> None:
-        run.save(state, net, ema, {"denoiser": stepper}, mean=mean)
+    model = wrap(net, device, config.run.compile)
 
     train_set = sets["train"]
     if not config.latent_cache:
         fresh = data.dataset("train", augment=True)
         train_set = WithConditions(fresh, conditions, fresh.cases, data.folder)
     stream = batches(
-        train_set,
-        config.batch_size,
-        micro_batch_size,
-        seed,
-        run.step,
-        config.run.steps,
-        config.run.workers,
+        train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
-    bar = progress(speed.watch(stream), "ldm", config.run.steps, run.step)
-    for group in bar:
+    for group in run.steps(stream):
         for batch, share in micro_batches(group, model, device, seed, run.step):
             if not config.latent_cache:
                 batch |= encode_batch(autoencoder, batch, conditions, config.run.amp, config.masks)
@@ -535,36 +523,25 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
             mean.add(**terms)
         if stepper.step(run.step):
             ema.update(net, run.step)
-        run.step += 1
-        speed.stop()
 
-        if run.due("log_every"):
-            means = mean.take()
-            told = {"anatomy_weight": weight} if config.masks else {}
-            logger.log(run.step, "train", means | told | stepper.report() | speed.take())
-            bar.set_postfix(loss=f"{means['loss']:.4g}")
+        run.end_step(**({"anatomy_weight": weight} if config.masks else {}), **stepper.report())
         if run.due("eval_every"):
             scores = evaluate(sampled, ema.net, sets["val"], config, device)
-            logger.log(run.step, "val", scores)
+            run.log("val", scores)
             if is_main():
-                path = run.dir / "previews" / f"step_{run.step:07d}.png"
-                picture, z = preview(sampled, real, sets["val"], config, path)
-                logger.picture(run.step, "samples", picture)
-                logger.histogram(run.step, "generated latent", z)
-            run.keep_best("loss", scores["loss"], state, ema)
-        if run.due("save_every") or run.out_of_patience:
-            save()
-        run.check_sigterm(save)
-        if run.finished:
-            break
-    run.finish(logger)
+                picture, z = preview(sampled, real, sets["val"], config, run.preview_path)
+                run.logger.picture(run.step, "samples", picture)
+                run.logger.histogram(run.step, "generated latent", z)
+            run.keep_best("loss", scores["loss"])
+        run.save_if_due()
+    run.finish()
     return run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(Config, argv, PRESETS, __doc__, base=with_autoencoder)
+    config, flags = parse(Config, argv, PRESETS, __doc__, base=with_autoencoder)
     if config.plan is None:
-        train(config, given)
+        train(config, flags)
     else:
         plan(config)
 

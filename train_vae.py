@@ -9,20 +9,26 @@ your own data     python train_vae.py hippocampus --data.root FOLDER --data.imag
                       --data.subject none --data.size none --data.patch 64,64,64 --run.dir runs/vae-mine
 
 with a codebook   python train_vae.py hippocampus --autoencoder vq --quantizer.codebook_size 1024
-with a critic     python train_vae.py hippocampus --disc_weight 0.1 --disc_start 3000
+discriminator     python train_vae.py hippocampus --disc_weight 0.1 --disc_start 3000
+
+The autoencoder learns to give every image x back from a small latent z: recon = decode(z). Its loss is
 
     loss = |recon - x| + gradient_weight |D recon - D x| + structure_weight (1 - MS-SSIM(recon, x))
            + kl_weight KL(q(z given x) || N(0, 1))              or the two terms of a codebook (vqvae.py)
            + perceptual_weight LPIPS(recon, x)
-           + disc_weight lambda g(critic(recon)) + feature_weight |F(recon) - F(x)|      from disc_start on
+           + disc_weight adaptive_weight g_loss + feature_weight |F(recon) - F(x)|       from disc_start on
 
-all means over elements, the KL in nats per latent element; lambda: the adaptive weight, F: the critic's
-hidden maps (losses.py). To resume, run the same command again.
+All terms are means over elements; the KL is in nats per latent element. D is the image gradient. g_loss is
+low where the discriminator takes recon for real, F are the discriminator's hidden maps, adaptive_weight
+balances the gradients (losses.py). The discriminator has an optimizer of its own, which steps after the
+autoencoder's.
+
+To resume a run, give the same command again.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,9 +60,9 @@ from ldm3d.engine.training import (
     Mean,
     OptimConfig,
     RunConfig,
-    Speed,
     Stepper,
     autocast,
+    frozen,
     keyed_normal,
     micro_batches,
     ranks_share,
@@ -87,27 +93,27 @@ from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""  # set by the first argument
+    preset: str = ""  # the first argument of the command
     batch_size: int = 8  # samples per optimizer step, over all ranks
-    micro_batch_size: int | None = None  # samples per rank and forward; none = as many as the rank's share
-    autoencoder: Literal["kl", "vq"] = "kl"  # latents with a Gaussian posterior, or quantised by a codebook
+    micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
+    autoencoder: Literal["kl", "vq"] = "kl"  # Gaussian posterior (kl), or codebook (vq)
     reconstruction: Literal["l1", "l2"] = "l1"  # reconstruction loss
     gradient_weight: float = 1.0  # weight of the loss on image gradients (sharp edges); 0 = off
     structure_weight: float = 0.0  # weight of 1 - MS-SSIM; 0 = off
     kl_weight: float = 1e-3  # weight of the KL in nats per latent element
     kl_warmup: int = 0  # steps over which that weight rises from 0
-    free_bits: float = 0.0  # nats per latent element that the KL of every channel has for nothing
-    perceptual_weight: float = 0.0  # weight of the perceptual loss, which needs perceptual.weights; 0 = off
-    disc_weight: float = 0.0  # weight of the adversarial loss; 0 here and in feature_weight = no critic
-    feature_weight: float = 0.0  # weight of the difference of the critic's hidden maps
-    disc_start: int = 1000  # step at which the critic starts to learn
-    disc_ramp: int = 500  # steps from there over which its weights rise from 0
-    disc_loss: AdversarialKind = "hinge"  # objective of the critic and of the autoencoder against it
+    free_bits: float = 0.0  # nats per latent element below which a channel's KL costs nothing
+    perceptual_weight: float = 0.0  # weight of LPIPS, which needs perceptual.weights; 0 = off
+    disc_weight: float = 0.0  # weight of the adversarial loss; 0, and feature_weight 0: no discriminator
+    feature_weight: float = 0.0  # weight of the difference of the discriminator's hidden maps
+    disc_start: int = 1000  # step at which the discriminator starts to learn
+    disc_ramp: int = 500  # steps after disc_start over which the adversarial weights rise from 0
+    disc_loss: AdversarialKind = "hinge"  # objective of discriminator and autoencoder
     disc_adaptive: bool = True  # multiply disc_weight by the ratio of gradients at the last layer
-    disc_cap: float = 100.0  # highest such ratio
-    r1_weight: float = 0.0  # weight of the critic's squared gradient at real images; 0 = off
-    r1_every: int = 16  # steps from one of these to the next, each counting for all between
-    plan: float | None = None  # GiB of a GPU: only tell how much memory the run needs, and what would fit
+    disc_cap: float = 100.0  # largest ratio of gradients
+    r1_weight: float = 0.0  # weight of the discriminator's squared gradient at real images; 0 = off
+    r1_every: int = 16  # steps between two R1 penalties, each multiplied by this number
+    plan: float | None = None  # GiB of a GPU: print the memory that the run would need, and stop
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -124,7 +130,7 @@ class Config:
         at_least(self, 1, "batch_size", "r1_every")
 
     @property
-    def has_critic(self) -> bool:
+    def has_discriminator(self) -> bool:
         return self.disc_weight > 0 or self.feature_weight > 0
 
 
@@ -292,7 +298,7 @@ def evaluate(
         )
         if config.autoencoder == "kl":
             means.add(kl=kl_per_element(posterior.mean, posterior.logvar))
-    return means.take()
+    return means.pop()
 
 
 @torch.inference_mode()
@@ -320,7 +326,7 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
         raise InputError(f"vae.dims: {config.vae.dims}, but data.dims is {config.data.dims}")
     for name in ("dims", "in_channels"):
         ours, theirs = getattr(config.disc, name), getattr(config.vae, name)
-        if config.has_critic and ours != theirs:
+        if config.has_discriminator and ours != theirs:
             raise InputError(f"disc.{name}: {ours}, but vae.{name} is {theirs}")
     if config.preset == "phantom" and config.data.root is None:
         phantom_folder()
@@ -359,40 +365,41 @@ def loss_terms(
 
 
 def adversarial_terms(
-    critic: PatchDiscriminator,
+    discriminator: PatchDiscriminator,
     net: Autoencoder,
     recon: Tensor,
     x: Tensor,
     loss: Tensor,
     config: Config,
-    scale: float,
+    loss_scale: float,
 ) -> dict[str, Tensor]:
-    """What the autoencoder pays to the critic, frozen here, at full weights: (B,); adaptive_weight: (1,).
+    """The autoencoder's adversarial loss and its parts, at full weights: each (B,), adaptive_weight (1,).
 
-    loss: (B,) of all other terms. scale: that of a float16 backward pass.
+    loss: (B,) the sum of all other terms. loss_scale: the GradScaler's factor (1 without float16).
     """
-    critic.requires_grad_(False)
-    with autocast(config.run.amp, x.device):
-        fake = critic(recon)
-    terms = {"g_loss": generator_loss(fake.logits, config.disc_loss)}
-    weight = torch.full((1,), config.disc_weight, device=x.device)
-    if config.disc_adaptive and config.disc_weight:
-        last = [layer for layer in net.decoder.layers if isinstance(layer, Conv)][-1].weight
-        ratio = adaptive_weight(loss.mean(), terms["g_loss"].mean(), last, config.disc_cap, scale)
-        terms["adaptive_weight"] = ratio.view(1)
-        weight = weight * ratio
-    terms["adversarial"] = weight * terms["g_loss"]
-    if config.feature_weight:
-        with torch.no_grad(), autocast(config.run.amp, x.device):
-            real = critic(x)
-        terms["features"] = feature_matching_loss(fake.features, real.features)
-        terms["adversarial"] = terms["adversarial"] + config.feature_weight * terms["features"]
-    critic.requires_grad_(True)
+    with frozen(discriminator):
+        with autocast(config.run.amp, x.device):
+            fake = discriminator(recon)
+        terms = {"g_loss": generator_loss(fake.logits, config.disc_loss)}
+        weight = torch.full((1,), config.disc_weight, device=x.device)
+        if config.disc_adaptive and config.disc_weight:
+            last = [layer for layer in net.decoder.layers if isinstance(layer, Conv)][-1].weight
+            ratio = adaptive_weight(loss.mean(), terms["g_loss"].mean(), last, config.disc_cap, loss_scale)
+            terms["adaptive_weight"] = ratio.view(1)
+            weight = weight * ratio
+        terms["adversarial"] = weight * terms["g_loss"]
+        if config.feature_weight:
+            with torch.no_grad(), autocast(config.run.amp, x.device):
+                real = discriminator(x)
+            terms["features"] = feature_matching_loss(fake.features, real.features)
+            terms["adversarial"] = terms["adversarial"] + config.feature_weight * terms["features"]
     return terms
 
 
-def critic_terms(model: nn.Module, x: Tensor, recon: Tensor, config: Config, step: int) -> dict[str, Tensor]:
-    """The critic's loss on real images x and made ones, in one forward, and what it is made of, each (B,)."""
+def discriminator_terms(
+    model: nn.Module, x: Tensor, recon: Tensor, config: Config, step: int
+) -> dict[str, Tensor]:
+    """The discriminator's loss on images and reconstructions, in one forward, and its parts: each (B,)."""
     penalised = config.r1_weight > 0 and step % config.r1_every == 0
     both = torch.cat([x, recon.to(x.dtype)]).requires_grad_(penalised)
     with autocast("fp32" if penalised else config.run.amp, x.device):  # a gradient's gradient wants fp32
@@ -420,95 +427,80 @@ def plan(config: Config) -> None:
         x = torch.zeros(batch, config.vae.in_channels, *size)
         recon, latent = net(x, torch.zeros(batch, *net.latent_shape(size)))
         value = loss_terms(recon, latent, x, config, 0)["loss"]
-        if config.has_critic:
-            critic = PatchDiscriminator(config.disc)
-            fake = critic(recon)
+        if config.has_discriminator:
+            discriminator = PatchDiscriminator(config.disc)
+            fake = discriminator(recon)
             value = value + generator_loss(fake.logits)
             if config.feature_weight:
                 with torch.no_grad():
-                    real = critic(x)
+                    real = discriminator(x)
                 value = value + feature_matching_loss(fake.features, real.features)
         return value.mean()
 
-    def critic_loss(critic: nn.Module, batch: int, size: tuple[int, ...]) -> Tensor:
+    def disc_loss(discriminator: nn.Module, batch: int, size: tuple[int, ...]) -> Tensor:
         x, recon = torch.zeros(2, batch, config.vae.in_channels, *size)
-        return critic_terms(critic, x, recon, config, 0)["loss"].mean()
+        return discriminator_terms(discriminator, x, recon, config, 0)["loss"].mean()
 
     def there_and_back(net: Autoencoder, batch: int, size: tuple[int, ...]) -> None:
         net.decode(net.encode(torch.zeros(batch, config.vae.in_channels, *size)).mode(), size)
 
     plan = Plan(config.plan, config.run.amp, config.run.device)
     rounds, patch, own = -(-config.batch_size // micro), config.data.patch or whole, weight_bytes(make())
-    beside = weight_bytes(PatchDiscriminator(config.disc)) if config.has_critic else 0
+    beside = weight_bytes(PatchDiscriminator(config.disc)) if config.has_discriminator else 0
     plan.training("training", make, loss, micro, patch, step, rounds, beside=2 * beside)  # Adam's moments
-    if config.has_critic:
-        plan.training(
-            "its critic",
-            lambda: PatchDiscriminator(config.disc),
-            critic_loss,
-            micro,
-            patch,
-            step,
-            rounds,
-            4 * own,
-        )
+    if config.has_discriminator:
+        make_disc = functools.partial(PatchDiscriminator, config.disc)
+        plan.training("its discriminator", make_disc, disc_loss, micro, patch, step, rounds, beside=4 * own)
     if config.perceptual_weight:
         print0("note: the plan leaves the perceptual network out")
     plan.inference("validation", make, there_and_back, 1, whole, step, beside=3 * own + 3 * beside)
-    plan.tell()
+    plan.print()
 
 
-def train(config: Config, given: dict[str, Any] | None = None) -> Run:
+def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     device = setup(config.run.device)
-    run = Run("vae", config, given)
-    config = run.config
+    run = Run("vae", config, flags)
+    config, seed = run.config, run.config.run.seed
     if run.finished:
-        run.say()
         return run
     micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
 
-    reseed(config.run.seed, 0)
+    reseed(seed, 0)
     net = make_autoencoder(config.autoencoder, config.vae, config.quantizer).to(device)
     perceptual = PerceptualLoss(config.perceptual).to(device) if config.perceptual_weight else None
     data = open_volumes(config, run.split())
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
     if config.data.learn_sources:
         train_set, val_set = BothRoles(train_set), BothRoles(val_set)
-    if config.has_critic:
-        critic = PatchDiscriminator(config.disc).to(device)
-        critic.check_size(train_set.size)
+    discriminator = None
+    if config.has_discriminator:
+        discriminator = PatchDiscriminator(config.disc).to(device)
+        discriminator.check_size(train_set.size)
     state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.initialise(net)
-    run.say()
-    logger = run.start(data.split)
-    ema, mean, speed = EMA(net, config.run.ema_decay), Mean(), Speed(config.batch_size, device, run.profile())
+    run.start(data.split, device)
+    ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
-    optimizers, others, with_critic = {"autoencoder": stepper}, {"mean": mean}, math.inf
-    if config.has_critic:
-        critic_stepper = Stepper(critic, config.disc_optim, config.run, config.batch_size, device)
-        optimizers["critic"], others["discriminator"] = critic_stepper, critic
-        with_critic = config.disc_start + config.disc_ramp
-    run.restore(net, ema, optimizers, **others)
-    if config.run.compile:
-        if config.has_critic and config.disc_adaptive:  # it goes through the graph a second time
-            import torch._functorch.config as functorch
+    steppers, others = {"autoencoder": stepper}, {}
+    if discriminator is not None:
+        disc_stepper = Stepper(discriminator, config.disc_optim, config.run, config.batch_size, device)
+        steppers["discriminator"], others["discriminator"] = disc_stepper, discriminator
+        disc_model = wrap(discriminator, device)
+    run.restore(state, net, ema, steppers, mean, **others)
+    if config.run.compile and discriminator is not None and config.disc_adaptive:
+        # The adaptive weight goes through the autoencoder's graph a second time
+        import torch._functorch.config as functorch
 
-            functorch.donated_buffer = False
-        net.compile()
-    model = wrap(net, device)
-    critic_model = wrap(critic, device) if config.has_critic else None
-    seed = config.run.seed
-
-    def save() -> None:
-        run.save(state, net, ema, optimizers, **others)
+        functorch.donated_buffer = False
+    model = wrap(net, device, config.run.compile)
 
     stream = batches(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
-    bar = progress(speed.watch(stream), "vae", config.run.steps, run.step)
-    for group in bar:
-        playing, made, latents = config.has_critic and run.step >= config.disc_start, [], []
+    for group in run.steps(stream):
+        adversarial = discriminator is not None and run.step >= config.disc_start
+        pairs, latents = [], []
         for batch, share in micro_batches(group, model, device, seed, run.step):
             x, positions = batch["image"], batch["position"]
             noise = keyed_normal(seed, positions, net.latent_shape(x.shape[2:]), "posterior")
@@ -520,12 +512,12 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
                 with autocast(config.run.amp, device):
                     terms["perceptual"] = perceptual(recon, x, draws)
                 terms["loss"] = terms["loss"] + config.perceptual_weight * terms["perceptual"]
-            if playing:
+            if adversarial:
                 scale = stepper.scaler.get_scale()
-                terms |= adversarial_terms(critic, net, recon, x, terms["loss"], config, scale)
+                terms |= adversarial_terms(discriminator, net, recon, x, terms["loss"], config, scale)
                 rise = ramp(run.step, config.disc_start, config.disc_ramp)
                 terms["loss"] = terms["loss"] + rise * terms["adversarial"]
-                made.append({**batch, "recon": recon.detach()})
+                pairs.append({**batch, "recon": recon.detach()})
             stepper.backward(terms["loss"].mean() * share)
             mean.add(**terms)
             latents.append(latent)
@@ -533,44 +525,34 @@ def train(config: Config, given: dict[str, Any] | None = None) -> Run:
             if config.autoencoder == "vq":
                 mean.add(**net.quantizer.update(latents, keyed_generator(seed, run.step, "codebook")))
             ema.update(net, run.step)
-        if playing:
-            for batch, share in micro_batches(made, critic_model, device, seed, run.step):
-                terms = critic_terms(critic_model, batch["image"], batch["recon"], config, run.step)
-                critic_stepper.backward(terms.pop("loss").mean() * share)
+        if adversarial:
+            for batch, share in micro_batches(pairs, disc_model, device, seed, run.step):
+                terms = discriminator_terms(disc_model, batch["image"], batch["recon"], config, run.step)
+                disc_stepper.backward(terms.pop("loss").mean() * share)
                 mean.add(**terms)
-            critic_stepper.step(run.step)
-        run.step += 1
-        speed.stop()
+            disc_stepper.step(run.step)
 
-        if run.due("log_every"):
-            means = mean.take()
-            logger.log(run.step, "train", means | stepper.report() | speed.take())
-            bar.set_postfix(loss=f"{means['loss']:.4g}")
+        run.end_step(**stepper.report())
         if run.due("eval_every"):
             scores = evaluate(ema.net, val_set, config, device)
-            logger.log(run.step, "val", scores)
+            run.log("val", scores)
             if is_main():
-                path = run.dir / "previews" / f"step_{run.step:07d}.png"
-                picture, z = preview(ema.net, val_set, config, path, device)
-                logger.picture(run.step, "reconstructions", picture)
-                logger.histogram(run.step, "latent", z)
-            name = "psnr with the critic" if run.step >= with_critic else "psnr"
-            if run.best and run.best["name"] != name:
-                run.best = None  # PSNR prefers what was before the critic came, which is blurred
-            run.keep_best(name, scores["psnr"], state, ema, highest=True)
-        if run.due("save_every") or run.out_of_patience:
-            save()
-        run.check_sigterm(save)
-        if run.finished:
-            break
-    run.finish(logger)
+                picture, z = preview(ema.net, val_set, config, run.preview_path, device)
+                run.logger.picture(run.step, "reconstructions", picture)
+                run.logger.histogram(run.step, "latent", z)
+            # PSNR prefers the blurred images from before the discriminator: they are judged apart
+            judged = run.step >= config.disc_start + config.disc_ramp and config.has_discriminator
+            name = "psnr with discriminator" if judged else "psnr"
+            run.keep_best(name, scores["psnr"], highest=True)
+        run.save_if_due()
+    run.finish()
     return run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(Config, argv, PRESETS, __doc__, base=with_data)
+    config, flags = parse(Config, argv, PRESETS, __doc__, base=with_data)
     if config.plan is None:
-        train(config, given)
+        train(config, flags)
     else:
         plan(config)
 

@@ -248,7 +248,7 @@ def test_the_plan_counts_registers_and_head(vae_run, tmp_path, monkeypatch):
             train_ldm.PRESETS,
             base=train_ldm.with_autoencoder,
         )
-        monkeypatch.setattr(Plan, "tell", lambda plan: peaks.append(plan.jobs[0].need(64, (16, 16))))
+        monkeypatch.setattr(Plan, "print", lambda plan: peaks.append(plan.jobs[0].need(64, (16, 16))))
         train_ldm.plan(config)
     assert peaks[1] > 1.05 * peaks[0]
 

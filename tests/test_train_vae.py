@@ -92,14 +92,14 @@ def test_a_run_with_a_critic_is_resumed_bit_exactly_with_all_that_learns(place, 
     whole, halves = (load(step_files(place / f"{kind}-{name}")[0]) for name in ("whole", "halves"))
     for part in ("model", "ema", "optimizers", "others"):
         assert_equal(whole[part], halves[part], part)
-    assert set(whole["optimizers"]) == {"autoencoder", "critic"}
+    assert set(whole["optimizers"]) == {"autoencoder", "discriminator"}
     steps = log(place / f"{kind}-whole", "train")
     assert ["d_loss" in line for line in steps] == [step > 3 for step in range(1, 11)]
     assert ["r1" in line for line in steps] == [step > 3 and step % 2 == 1 for step in range(1, 11)]
     expected = {"g_loss", "adaptive_weight", "disc_accuracy", "features", "structure"}
     expected |= {"perplexity", "codes_used", "codes_revived", "commitment"} if kind == "vq" else {"kl"}
     assert expected <= steps[-1].keys()
-    assert whole["best"]["name"] == "psnr with the critic"
+    assert whole["best"]["name"] == "psnr with discriminator"
 
 
 def test_before_its_start_the_critic_changes_nothing(place):
@@ -199,7 +199,7 @@ def critic_gradients(part: slice) -> list[torch.Tensor]:
     net = PatchDiscriminator(PatchDiscriminatorConfig(dims=2, channels=4, num_layers=1))
     x, recon = draw(2, 4, 1, 16, 16)[:, part]
     config, model = train_vae.Config(r1_weight=0.7, r1_every=2), wrap(net, torch.device("cpu"))
-    terms = train_vae.critic_terms(model, x, recon, config, step=4)
+    terms = train_vae.discriminator_terms(model, x, recon, config, step=4)
     terms["loss"].mean().backward()
     return [p.grad for p in net.parameters()]
 

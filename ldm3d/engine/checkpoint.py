@@ -1,10 +1,16 @@
-"""Checkpoints: anything with a state_dict, written so that nothing is ever lost and read so that nothing can
-run.
+"""Checkpoints: written so that nothing is ever lost, read so that nothing can run.
 
-A checkpoint is a dict ``{format, kind, config, state, model, ema, optimizers, others, step, best}`` of
-tensors and plain values; a loss scaler is with its optimizer, a critic in `others`. It is written to a
-temporary file, flushed and renamed, so that a file that has its name is whole; it is read with
-``weights_only=True``, so that a file from a stranger cannot execute code.
+A checkpoint is a dict of tensors and plain values:
+
+    format, kind, config, step, best     what it is, how it was made, how far it came
+    state                                what training does not change: data, split, conditions, ...
+    model, ema                           the trained network's weights and their moving average
+    optimizers                           by name: AdamW's moments and the loss scaler of each network
+    others                               by name: a discriminator's weights, the running means of the log
+
+best.pt lacks `model`, `optimizers` and `others`. A file is written under a temporary name, flushed and
+renamed, so a file with its final name is whole. A file is read with ``weights_only=True``, so a file from a
+stranger cannot execute code.
 """
 
 from __future__ import annotations
@@ -27,6 +33,11 @@ from .distributed import print0
 
 FORMAT = 1  # raised when older code could no longer read what we write
 STEP_FILE = re.compile(r"checkpoint_(\d{7,})\.pt$")
+RENAMED = {  # names in files of older versions -> today's
+    "critic": "discriminator",
+    "critic_accuracy": "disc_accuracy",
+    "psnr with the critic": "psnr with discriminator",
+}
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
@@ -67,9 +78,24 @@ def maker(kind: str) -> str:
     return f"a checkpoint of train_{kind}.py" if kind in ("vae", "ldm", "cdal") else f"a {kind!r} checkpoint"
 
 
+def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint of an older version, with today's names of optimizers, means and scores."""
+
+    def renamed(table: dict[str, Any]) -> dict[str, Any]:
+        return {RENAMED.get(name, name): value for name, value in table.items()}
+
+    if "optimizers" in content:
+        content["optimizers"] = renamed(content["optimizers"])
+    if "mean" in content.get("others", {}):
+        content["others"]["mean"]["ranks"] = [renamed(sums) for sums in content["others"]["mean"]["ranks"]]
+    if best := content.get("best"):
+        content["best"] = {**best, "name": RENAMED.get(best["name"], best["name"])}
+    return content
+
+
 def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; `kind` ("vae", "ldm", ...) is checked if given. InputError names what
-    is wrong."""
+    """Read a checkpoint onto the CPU. A checkpoint of another `kind` than "vae", "ldm" or "cdal" (None: any
+    kind), and a file that cannot be read, raise InputError."""
     path = Path(path)
     try:
         with warnings.catch_warnings():  # of foreign pickles, which are refused anyway
@@ -90,7 +116,7 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
         raise InputError(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
     if kind is not None and content["kind"] != kind:
         raise InputError(f"{path}: is {maker(content['kind'])}, expected {maker(kind)}")
-    return content
+    return upgrade(content)
 
 
 def step_files(run_dir: str | Path) -> list[Path]:
@@ -100,7 +126,7 @@ def step_files(run_dir: str | Path) -> list[Path]:
 
 
 def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
-    """The newest readable checkpoint, or None; a damaged newer one is passed over, saying so."""
+    """The newest checkpoint that can be read, or None. A damaged newer one is named and passed over."""
     files = step_files(run_dir)
     for path in files:
         try:
@@ -113,8 +139,8 @@ def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
 
 
 def load_run(run: str | Path, kind: str) -> dict[str, Any]:
-    """What a user means by a run: a checkpoint file, or a folder, of which best.pt, else the newest, is
-    taken."""
+    """The checkpoint that a user means by a run: the file itself, or best.pt of the folder, else its newest
+    checkpoint."""
     run = Path(run)
     if run.is_file():
         return load(run, kind)
@@ -127,10 +153,10 @@ def load_run(run: str | Path, kind: str) -> dict[str, Any]:
 
 
 def prune(run_dir: str | Path, keep: int, step: int) -> None:
-    """Delete all but the `keep` newest numbered checkpoints up to `step`, the one just saved.
+    """Delete old numbered checkpoints: all but the `keep` newest up to `step`, the one just saved.
 
-    Those of later steps are damaged, or they would have been gone on from: they are deleted too. best.pt is
-    not touched.
+    A checkpoint of a later step is deleted too. It must be damaged, since otherwise the run would have been
+    resumed from it. best.pt stays.
     """
     files = step_files(run_dir)
     late = [path for path in files if int(STEP_FILE.match(path.name)[1]) > step]
@@ -158,8 +184,8 @@ def load_weights(
     where: str,
     may_miss: Iterable[str] = (),
 ) -> list[str]:
-    """Copy `state` into `net`, strictly: keys that are missing must match one of the shell patterns
-    `may_miss`, and none may be left over. Returns the keys that were missing, for the caller to tell."""
+    """Copy `state` into `net`, strictly: a key that is missing must match one of the shell patterns
+    `may_miss`, and none may be left over. Returns the keys that were missing, for the caller's message."""
     own = net.state_dict()
     missing = [k for k in own if k not in state]
     bad = [f"{k} is missing" for k in missing if not any(fnmatch.fnmatch(k, p) for p in may_miss)]

@@ -145,12 +145,15 @@ def gather(value: Any) -> list[Any]:
     return box
 
 
-def wrap(net: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around `net` if there is a process group, else `net` itself.
+def wrap(net: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
+    """What a training loop calls in place of `net`: DDP around it if there is a process group, else `net`
+    itself; `compiled` compiles the network in place first.
 
     Our networks have no buffers that training changes and no unused parameters, so DDP needs neither of its
     searches. The gradients live in its buckets, so that it costs no second copy of them.
     """
+    if compiled:
+        net.compile()
     if not dist.is_initialized():
         return net
     ids = [device.index] if device.type == "cuda" else None

@@ -203,7 +203,7 @@ class Plan:
             n += max(1, n // 100)
         return n
 
-    def tell(self) -> None:
+    def print(self) -> None:
         """Print what each job needs, and the largest batch and the largest cube that would fit."""
         device, room = "GPU" if self.gpu else "CPU", self.room / GIB
         print(f"plan for a {device} of {self.budget:g} GiB, {room:.1f} of them for tensors, in {self.amp}")

@@ -1,10 +1,26 @@
-"""A run folder: what a training run keeps on disk, and how the same command goes on from it.
+"""A run folder: what a training run keeps on disk, and how the same command goes on from there.
 
     config.json  split.json  log.jsonl  checkpoint_0001000.pt  best.pt  previews/
 
-To resume, the same command is run again: the stored configuration is the base, the newest readable checkpoint
-the start, and only the flags given now are compared with what is stored. Since all randomness is keyed by the
-sample, the resumed run ends where an undisturbed one would.
+To resume a run, give the same command again. `Run` finds config.json and the newest checkpoint that can be
+read. The stored configuration is the base; the flags of the new command may change run lengths, intervals
+and the like (`MAY_CHANGE`), and any other difference is refused. Networks, optimizers and running means are
+loaded, log.jsonl is cut back to the checkpoint's step, and the stream of batches starts there. All randomness
+is keyed by the position of a sample in the run, so a resumed run makes the same numbers as one that was never
+stopped.
+
+A script calls the methods of `Run` in this order:
+
+    run = Run(kind, config, flags)           new, resumed or finished?
+    run.initialise(net)                      weights of --run.init, for a new run
+    run.start(split, device)                 the folder and the log are opened
+    run.restore(state, net, ema, ...)        a resumed run: networks and optimizers from the checkpoint
+    for group in run.steps(stream):
+        ...                                  one optimizer step
+        run.end_step(**report)               counts the step; a line of the log
+        if run.due("eval_every"): ...        validation; run.keep_best
+        run.save_if_due()                    a numbered checkpoint; SIGTERM ends the run here
+    run.finish()
 """
 
 from __future__ import annotations
@@ -15,12 +31,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..config import InputError, flatten, from_dict, read_json, replace, to_dict
 from .checkpoint import (
@@ -34,31 +51,21 @@ from .checkpoint import (
     write_text,
 )
 from .distributed import SigtermFlag, Terminated, any_rank, barrier, gather, is_main, print0
-from .logger import Logger, Profile
-from .training import EMA, Stepper
+from .logger import Logger, Profile, progress
+from .training import EMA, Mean, Speed, Stepper
 
-MAY_CHANGE = (  # on resume; anything else stops with the difference shown
-    *(
-        "run.steps",
-        "run.workers",
-        "run.keep",
-        "run.compile",
-        "run.patience",
-        "run.device",
-        "run.dir",
-        "run.fresh",
-        "run.tensorboard",
-        "run.profile",
-    ),
-    *("run.save_every", "run.log_every", "run.eval_every"),
-)
+MAY_CHANGE = {  # settings that a resumed run may change; any other difference is an error
+    *("run.steps", "run.save_every", "run.log_every", "run.eval_every", "run.patience", "run.keep"),
+    *("run.dir", "run.fresh", "run.device", "run.workers", "run.compile", "run.tensorboard", "run.profile"),
+}
 
 
-def take(folder: Path) -> IO[str]:
-    """The folder's lock file, locked until it is closed or this process ends, however it ends.
+def lock_folder(folder: Path) -> IO[str]:
+    """The folder's lock file, locked until the file is closed or this process ends, however it ends.
 
-    Two runs in one folder would destroy each other: a job started twice, or ranks that outlived
-    torchrun. A POSIX lock: data-loading processes do not inherit it and cannot keep it when we are killed.
+    Two runs in one folder would destroy each other: a job that was started twice, or ranks that outlived
+    torchrun. The lock is a POSIX lock: data-loading processes do not inherit it, so they cannot hold it after
+    this process was killed.
     """
     file = open(folder / ".lock", "a")  # noqa: SIM115 (closed by the caller)
     try:
@@ -73,26 +80,27 @@ def take(folder: Path) -> IO[str]:
 
 
 class Run:
-    """A run folder: config.json, split.json, log.jsonl, checkpoint_0001000.pt, best.pt, previews/.
+    """One training run and its folder. Has no loop of its own: the script's loop calls it.
 
-    Opening one decides between a new run, a resumed one and a finished one; nothing is written before
-    `start`. `config` is the merged configuration to train with, `resumed` the checkpoint's content or None,
-    `step` where it is.
+    The constructor decides whether the run is new, resumed or finished; nothing is written before `start`.
+    `config` is the merged configuration to train with, `resumed` the content of the checkpoint to go on from
+    (None for a new run), `step` the number of optimizer steps done, `best` the best validation so far.
+
+    config: a configuration with the fields `preset`, `batch_size` and `run` (RunConfig). flags: the settings
+    of the command line, by dotted key; only these are compared with a stored configuration.
     """
 
-    def __init__(self, kind: str, config: Any, given: dict[str, Any] | None = None):
+    def __init__(self, kind: str, config: Any, flags: dict[str, Any] | None = None):
         self.kind, self.config = kind, config
         self.dir = Path(config.run.dir or f"runs/{kind}-{config.preset}")
         self.resumed: dict[str, Any] | None = None
-        self.sigterm: SigtermFlag | None = None
-        self.profiler: Profile | None = None
         self.lock: IO[str] | None = None
         if config.run.fresh:
             self._move_aside()
             self.config = replace(config, {"run.fresh": False})  # done; what is stored says so
         barrier()
         if (self.dir / "config.json").exists():
-            self._resume(given if given is not None else flatten(config))
+            self._resume(flags if flags is not None else flatten(config))
         elif self._holds_something_else():
             raise InputError(f"{self.dir}: is not empty, and not a run folder (it has no config.json)")
         self.initial: dict[str, Any] | None = None
@@ -108,9 +116,11 @@ class Run:
             raise InputError(
                 f"{self.dir}: ranks see other checkpoints (steps {steps}); all nodes must share it"
             )
+        if self.finished:
+            self._announce()
 
     def _holds_something_else(self) -> bool:
-        """Files in the folder that are not what a run that was killed at its start leaves there."""
+        """Does the folder hold files that a run killed at its start would not have left there?"""
         names = [p.name for p in self.dir.iterdir()] if self.dir.is_dir() else []
         return any(name != "previews" and ".tmp" not in name for name in names)
 
@@ -120,22 +130,22 @@ class Run:
         if self.dir.exists() and is_main():
             aside = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
             try:
-                with take(self.dir):
+                with lock_folder(self.dir):
                     self.dir.rename(aside)
             except OSError as e:
                 raise InputError(f"run.fresh: {self.dir} cannot be moved to {aside} ({e.strerror})") from None
             print(f"moved {self.dir} to {aside}", flush=True)
 
-    def _resume(self, given: dict[str, Any]) -> None:
+    def _resume(self, flags: dict[str, Any]) -> None:
         stored = read_json(self.dir / "config.json")
         if stored.get("kind") != self.kind:
             raise InputError(f"{self.dir}: belongs to a {stored.get('kind')!r} run, this is {self.kind!r}")
         self.resumed = load_latest(self.dir, self.kind)
         if self.resumed is None:
-            return  # nothing was trained yet: today's settings are taken
+            return  # no checkpoint yet: the settings of this command are used
         base = from_dict(type(self.config), self.resumed["config"])
         before, changed = flatten(base), []
-        for key, value in {**given, "preset": self.config.preset}.items():
+        for key, value in {**flags, "preset": self.config.preset}.items():
             if key not in MAY_CHANGE and before[key] != value:
                 changed.append(f"{key} was {before[key]!r}, now {value!r}")
         if changed:
@@ -143,7 +153,7 @@ class Run:
                 f"{self.dir}: this run was started with other settings: {'; '.join(changed)}. Go on without "
                 "them, choose another --run.dir, or start anew with --run.fresh"
             )
-        self.config = replace(base, {k: v for k, v in given.items() if k in MAY_CHANGE})
+        self.config = replace(base, {k: v for k, v in flags.items() if k in MAY_CHANGE})
 
     @property
     def finished(self) -> bool:
@@ -155,8 +165,8 @@ class Run:
         waited = self.step - self.best["step"] if self.best else 0
         return bool(run.patience) and waited >= run.patience * run.eval_every
 
-    def say(self) -> None:
-        """Tell on the console what this command is going to do."""
+    def _announce(self) -> None:
+        """Print what this command is going to do."""
         if self.step > self.config.run.steps:
             print0(f"{self.dir}: at step {self.step} already, past run.steps {self.config.run.steps}")
         elif self.finished:
@@ -167,17 +177,42 @@ class Run:
         else:
             print0(f"{self.dir}: new run of {self.config.run.steps} steps")
 
+    # --- before the loop ---
+
     def split(self) -> dict[str, list[str]] | None:
         """The stored split, or None for a new run."""
         path = self.dir / "split.json"
         return read_json(path) if self.resumed and path.exists() else None
 
-    def start(self, split: dict[str, list[str]]) -> Logger:
-        """Create the folder (or take it up again) and open the log; the data have been checked before."""
+    def check_data(self, now: dict[str, Any]) -> None:
+        """Refuse to go on with other data than the checkpoint was trained on. now: `DataSpec.to_dict()`."""
+        before = self.resumed["state"]["data"] if self.resumed else {}
+        for key in (key for key in before if key in now and key != "reference"):
+            if before[key] != now[key]:
+                raise InputError(
+                    f"{self.dir}: the data have changed since this run was started: {key} was {before[key]}, "
+                    f"now {now[key]}. Put the files back, or start anew with --run.fresh"
+                )
+
+    def initialise(self, net: nn.Module, may_miss: Iterable[str] = ()) -> None:
+        """Copy the weights of --run.init, if a new run has one, into `net`. Weights whose names match
+        `may_miss` (shell patterns) may be missing there."""
+        if self.initial is None:
+            return
+        where = f"run.init {self.config.run.init}"
+        new = load_weights(net, self.initial["ema"], where, may_miss)
+        print0(f"{where}: weights of step {self.initial['step']} taken as the start")
+        if new:
+            print0(f"note: {len(new)} weights are new, such as {new[0]}")
+        self.initial = None
+
+    def start(self, split: dict[str, list[str]], device: torch.device) -> None:
+        """Make the folder, or open it again, and open its log. The data have been checked before."""
+        self._announce()
         if is_main():
             try:
                 (self.dir / "previews").mkdir(parents=True, exist_ok=True)
-                self.lock = take(self.dir)
+                self.lock = lock_folder(self.dir)
                 sweep(self.dir)
                 config = {"kind": self.kind, **to_dict(self.config)}
                 write_text(self.dir / "config.json", json.dumps(config, indent=1) + "\n")
@@ -189,94 +224,126 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.config.run.deterministic)
         torch.backends.cudnn.benchmark = not self.config.run.deterministic
-        return Logger(self.dir, self.step, self.config.run.tensorboard)
+        self.logger = Logger(self.dir, self.step, self.config.run.tensorboard)
+        self.profile = Profile(self.dir) if self.config.run.profile and is_main() else None
+        self.speed = Speed(self.config.batch_size, device, self.profile)
 
-    def profile(self) -> Profile | None:
-        """What --run.profile asks for, on rank 0; `finish` ends it if the run is over before."""
-        self.profiler = Profile(self.dir) if self.config.run.profile and is_main() else None
-        return self.profiler
+    def restore(
+        self,
+        state: dict[str, Any],
+        net: nn.Module,
+        ema: EMA,
+        steppers: dict[str, Stepper],
+        mean: Mean,
+        **others: Any,
+    ) -> None:
+        """Name what the checkpoints of this run hold, and load it from the checkpoint of a resumed run.
 
-    def check_data(self, now: dict[str, Any]) -> None:
-        """Refuse to go on with data that are not those of the checkpoint, by what its state says of them."""
-        before = self.resumed["state"]["data"] if self.resumed else {}
-        for key in (key for key in before if key in now and key != "reference"):
-            if before[key] != now[key]:
-                raise InputError(
-                    f"{self.dir}: the data have changed since this run was started: {key} was {before[key]}, "
-                    f"now {now[key]}. Put the files back, or start anew with --run.fresh"
-                )
-
-    def initialise(self, net: nn.Module, may_miss: Iterable[str] = ()) -> None:
-        """Give a new run's net the weights of run.init, if there is one; those that match `may_miss` may be
-        missing there."""
-        if self.initial is None:
-            return
-        where = f"run.init {self.config.run.init}"
-        new = load_weights(net, self.initial["ema"], where, may_miss)
-        print0(f"{where}: weights of step {self.initial['step']} taken as the start")
-        if new:
-            print0(f"note: {len(new)} weights are new, such as {new[0]}")
-        self.initial = None
-
-    def restore(self, net: nn.Module, ema: EMA, optimizers: dict[str, Stepper], **others: Any) -> None:
-        """Put the checkpoint's state back, if the run goes on."""
+        state: plain values and tensors that training does not change. steppers, others: by the name under
+        which the checkpoint stores them; each has `state_dict` and `load_state_dict`.
+        """
+        self.state, self.net, self.ema, self.mean = state, net, ema, mean
+        self.steppers, self.others = steppers, {"mean": mean, **others}
         self.sigterm = SigtermFlag()  # until here SIGTERM just ended the process: there was nothing to save
         if self.resumed:
             where = f"{self.dir} step {self.step}"
             load_weights(net, self.resumed["model"], where)
             load_weights(ema.net, self.resumed["ema"], where)
-            for name, thing in {**optimizers, **others}.items():
-                thing.load_state_dict(self.resumed["optimizers" if name in optimizers else "others"][name])
+            for name, stepper in self.steppers.items():
+                stepper.load_state_dict(self.resumed["optimizers"][name])
+            for name, other in self.others.items():
+                other.load_state_dict(self.resumed["others"][name])
             for part in ("model", "ema", "optimizers", "others"):  # they are as large as the run itself
                 del self.resumed[part]
+
+    # --- in the loop ---
+
+    def steps(self, stream: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+        """The items of `stream`, one an optimizer step, under a progress bar, until the run is finished."""
+        self.bar: tqdm = progress(self.speed.watch(stream), self.kind, self.config.run.steps, self.step)
+        for group in self.bar:
+            yield group
+            if self.finished:
+                return
+
+    def end_step(self, **report: float) -> None:
+        """An optimizer step is done: count it. Where a line of the log is due, write the means of all samples
+        since the line before, `report` and the speed."""
+        self.step += 1
+        self.speed.stop()
+        if self.due("log_every"):
+            means = self.mean.pop()
+            self.log("train", means | report | self.speed.pop())
+            self.bar.set_postfix(loss=f"{means['loss']:.4g}")
 
     def due(self, every: str) -> bool:
         """Is `run.<every>` due after the step that was just counted? The last step is due for everything."""
         return self.step % getattr(self.config.run, every) == 0 or self.step >= self.config.run.steps
 
-    def save(
-        self, state: dict[str, Any], net: nn.Module, ema: EMA, optimizers: dict[str, Stepper], **others: Any
-    ) -> None:
-        """Write the numbered checkpoint of this step and delete old ones."""
-        beside = {k: v.state_dict() for k, v in others.items()}  # by all ranks: a Mean gathers
-        if is_main():
-            content = {
-                **self._common(state, ema),
-                "model": weights(net),
-                "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
-                "others": beside,
-            }
-            save(self.dir / f"checkpoint_{self.step:07d}.pt", content)
-            prune(self.dir, self.config.run.keep, self.step)
-        barrier()
+    def log(self, part: str, scalars: dict[str, Any]) -> None:
+        """Write one line of the log: `part` is "train" or "val"."""
+        self.logger.log(self.step, part, scalars)
 
-    def _common(self, state: dict[str, Any], ema: EMA) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "config": to_dict(self.config),
-            "state": state,
-            "ema": weights(ema.net),
-            "step": self.step,
-            "best": self.best,
-        }
+    @property
+    def preview_path(self) -> Path:
+        """Where the preview picture of this step belongs."""
+        return self.dir / "previews" / f"step_{self.step:07d}.png"
 
-    def keep_best(
-        self, name: str, value: float, state: dict[str, Any], ema: EMA, highest: bool = False
-    ) -> bool:
-        """Write best.pt (the EMA weights) if `value` of `name` is the lowest (or highest) so far."""
+    def keep_best(self, name: str, value: float, highest: bool = False) -> bool:
+        """Write best.pt (the EMA weights) if `value` is the lowest (or highest) validation of `name` so far.
+
+        The score that decides may change during a run: values of another name are not compared.
+        """
+        if self.best and self.best["name"] != name:
+            self.best = None
         sign = -1 if highest else 1
         if not sign * value < (sign * self.best["value"] if self.best else math.inf):
             return False
         self.best = {"name": name, "value": value, "step": self.step}
         if is_main():
-            save(self.dir / "best.pt", self._common(state, ema))
+            save(self.dir / "best.pt", self._common())
         return True
 
-    def finish(self, logger: Logger) -> None:
-        """The loop is over: close the log, tell how well it went."""
-        if self.profiler is not None:
-            self.profiler.close()
-        logger.close()
+    def save_if_due(self) -> None:
+        """The end of a step: write a numbered checkpoint if one is due. If SIGTERM reached any rank, save and
+        leave with exit code 143."""
+        stopped = any_rank(self.sigterm.raised)
+        if stopped or self.due("save_every") or self.out_of_patience:
+            self.save()
+        if stopped:
+            self.sigterm.release()
+            raise Terminated(f"stopped: saved step {self.step}; the same command goes on from there")
+
+    def save(self) -> None:
+        """Write the numbered checkpoint of this step and delete old ones. Called by all ranks."""
+        others = {k: v.state_dict() for k, v in self.others.items()}  # by all ranks: a Mean gathers
+        if is_main():
+            content = {
+                **self._common(),
+                "model": weights(self.net),
+                "optimizers": {k: v.state_dict() for k, v in self.steppers.items()},
+                "others": others,
+            }
+            save(self.dir / f"checkpoint_{self.step:07d}.pt", content)
+            prune(self.dir, self.config.run.keep, self.step)
+        barrier()
+
+    def _common(self) -> dict[str, Any]:
+        """What numbered checkpoints and best.pt both hold."""
+        return {
+            "kind": self.kind,
+            "config": to_dict(self.config),
+            "state": self.state,
+            "ema": weights(self.ema.net),
+            "step": self.step,
+            "best": self.best,
+        }
+
+    def finish(self) -> None:
+        """The loop is over: close the log and print how well the run went."""
+        if self.profile is not None:
+            self.profile.close()
+        self.logger.close()
         self.sigterm.release()
         if self.lock is not None:
             self.lock.close()
@@ -284,10 +351,3 @@ class Run:
         if self.best:
             best = f"best validation {self.best['name']} {self.best['value']:.4g} at step {self.best['step']}"
         print0(f"{self.dir}: done at step {self.step}, {best}")
-
-    def check_sigterm(self, save_now: Callable[[], None]) -> None:
-        """Between steps: if SIGTERM reached any rank, save and leave with exit code 143."""
-        if any_rank(self.sigterm.raised):
-            save_now()
-            self.sigterm.release()
-            raise Terminated(f"stopped: saved step {self.step}; the same command goes on from there")

@@ -257,7 +257,7 @@ class EMA:
 class Mean:
     """Running means of scalars over samples, exact over ranks and micro-batches; part of the checkpoint.
 
-    Sums and counts stay on the device until they are taken, so that adding never waits for a GPU.
+    Sums and counts stay on the device until `pop`, so that adding never waits for a GPU.
     """
 
     def __init__(self) -> None:
@@ -271,7 +271,7 @@ class Mean:
             pair = torch.stack([torch.where(there, flat, 0.0).sum(), there.sum().double()])
             self.table[name] = self.table[name].to(pair.device) + pair if name in self.table else pair
 
-    def take(self) -> dict[str, float]:
+    def pop(self) -> dict[str, float]:
         """The means over all ranks since the last call; starts anew. A rank may have added nothing."""
         names = sorted(set().union(*gather(list(self.table))))
         nothing = torch.zeros(2, dtype=torch.float64)
@@ -322,7 +322,7 @@ class Speed:
         if self.profile is not None:
             self.profile.step()
 
-    def take(self) -> dict[str, float]:
+    def pop(self) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)
         report = {"samples_per_s": self.steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
         self.seconds, self.waited, self.steps = 0.0, 0.0, 0
@@ -350,6 +350,16 @@ def micro_batches(
         reseed(seed, step, rank(), i)
         with no_sync(model, last=i == len(batches) - 1):
             yield to_device(batch, device), len(batch["position"]) / total
+
+
+@contextlib.contextmanager
+def frozen(net: nn.Module | None) -> Iterator[None]:
+    """What is computed with `net` in this block gives its parameters no gradient. None: nothing is frozen."""
+    if net is not None:
+        net.requires_grad_(False)
+    yield
+    if net is not None:
+        net.requires_grad_(True)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

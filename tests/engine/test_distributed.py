@@ -120,15 +120,15 @@ def on_each_rank(number: int, port: int, folder: str) -> None:
         mean = Mean()
         if rank() == 0:
             mean.add(only_here=torch.tensor([1.0, 3.0]))  # a rank without cases adds nothing
-        result["only here"] = mean.take()
+        result["only here"] = mean.pop()
         for batch in evaluation_batches(Numbers(), 2):  # 7 cases: 4 on rank 0, 3 on rank 1
             mean.add(index=batch["index"].double())
-        result["mean"] = mean.take()["index"]
+        result["mean"] = mean.pop()["index"]
         result["cases"] = gather([b["index"].tolist() for b in evaluation_batches(Numbers(), 2)])
         mean.add(kept=torch.tensor(0.1 + rank()))
         half_way, mean = mean.state_dict(), Mean()  # a checkpoint between two log lines
         mean.load_state_dict(half_way)
-        result["kept"] = mean.take()
+        result["kept"] = mean.pop()
         result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
         result["any"] = (any_rank(rank() == 1), any_rank(False))
         result["share"] = share({"from": rank()})

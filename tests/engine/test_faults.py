@@ -235,8 +235,8 @@ def test_a_worker_that_dies_ends_the_run_with_what_to_do(heads, tmp_path, whole,
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(heads, tmp_path, capsys):
     run = tmp_path / "run"
     train_vae.main(vae_flags(heads, run, 2))
-    code = "import pathlib, sys, time\nfrom ldm3d.engine.runs import take\n"
-    code += "file = take(pathlib.Path(sys.argv[1]))\n"
+    code = "import pathlib, sys, time\nfrom ldm3d.engine.runs import lock_folder\n"
+    code += "file = lock_folder(pathlib.Path(sys.argv[1]))\n"
     holder = start("-c", code + "print(1, flush=True)\ntime.sleep(99)", run)
     assert holder.stdout.readline() == "1\n"
     for more in ((), ("--run.fresh",)):

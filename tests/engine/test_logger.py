@@ -46,10 +46,10 @@ def test_speed_counts_steps_and_waiting_and_not_what_comes_between_steps():
         time.sleep(0.01)  # the step
         speed.stop()
         time.sleep(0.1)  # evaluation
-    report = speed.take()
+    report = speed.pop()
     assert report["data_wait"] == pytest.approx(0.75, abs=0.1)
     assert report["samples_per_s"] == pytest.approx(8 / 0.04, rel=0.25)
-    assert speed.take()["samples_per_s"] == 0  # starts anew
+    assert speed.pop()["samples_per_s"] == 0  # starts anew
 
 
 def test_what_is_not_finite_is_null_since_json_knows_no_nan(tmp_path):

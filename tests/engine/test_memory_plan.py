@@ -161,7 +161,7 @@ def test_plans_hold_the_critic_and_know_codebooks(heads, tmp_path, capsys, monke
     )
     codes = "--autoencoder vq --quantizer.codebook_size 16".split()
     train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes, *critic, "--plan", "1"))
-    assert "its critic 4 x 16x20" in capsys.readouterr().out
+    assert "its discriminator 4 x 16x20" in capsys.readouterr().out
     train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes))
     train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2, "--plan", "1"))
     train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2))
@@ -176,7 +176,7 @@ def test_a_budget_that_cannot_hold_anything_is_refused_and_one_that_is_too_small
         train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "0.5"))
     plan = Plan(0.71)
     plan.training("training", lambda: AutoencoderKL(AE), autoencoder_loss, 8, (64, 64, 64))
-    plan.tell()
+    plan.print()
     assert "does not fit" in capsys.readouterr().out
 
 
@@ -215,7 +215,7 @@ def check(script, config, monkeypatch) -> None:
     def tell(plan: Plan) -> None:
         seen.extend((job.name, job.need(job.batch, job.size), plan.room) for job in plan.jobs)
 
-    monkeypatch.setattr(Plan, "tell", tell)
+    monkeypatch.setattr(Plan, "print", tell)
     script.plan(config)
     assert len(seen) >= 2
     for name, need, room in seen:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm3d.config import InputError, replace
+from ldm3d.engine.checkpoint import load
 from ldm3d.engine.distributed import keyed_generator
 from ldm3d.engine.logger import Logger, mid_slices, save_sheet
 from ldm3d.engine.runs import Run
@@ -32,6 +33,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Config:
     preset: str = "p"  # name
+    batch_size: int = 4  # samples
     width: int = 2  # of the net
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -108,8 +110,8 @@ def test_means_are_over_samples_leave_nan_out_and_start_anew():
     mean = Mean()
     mean.add(a=torch.tensor([1.0, 2.0, math.nan]), b=torch.tensor(5.0))
     mean.add(a=torch.tensor([6.0]))
-    assert mean.take() == {"a": 3.0, "b": 5.0}
-    assert mean.take() == {}
+    assert mean.pop() == {"a": 3.0, "b": 5.0}
+    assert mean.pop() == {}
 
 
 # --- the step -----------------------------------------------------------------------------------------------
@@ -195,93 +197,107 @@ def test_a_batch_that_does_not_divide_is_refused():
 # --- the run folder -----------------------------------------------------------------------------------------
 
 
-def start(tmp_path, given=None, step=0, **changes):
-    """Open a run and, if asked, save a checkpoint of a tiny network at `step`."""
-    config = replace(Config(), {"run.dir": str(tmp_path / "run"), **(given or {}), **changes})
-    run = Run("test", config, given or {})
+def open_run(tmp_path, flags=None, **changes):
+    config = replace(Config(), {"run.dir": str(tmp_path / "run"), **(flags or {}), **changes})
+    return Run("test", config, flags or {})
+
+
+def begin(run):
+    """Start a run of a tiny network; a resumed run gets its weights back."""
     net = nn.Linear(run.config.width, 1)
-    ema, stepper = EMA(net, 0.9), make_stepper(net)
-    if step:
-        run.start({"train": ["a"]}).close()
-        run.step = step
-        run.save({"about": 1}, net, ema, {"net": stepper})
-    return run, net, ema, stepper
+    run.start({"train": ["a"]}, CPU)
+    run.restore({"about": 1}, net, EMA(net, 0.9), {"net": make_stepper(net)}, Mean())
+    return run
+
+
+def saved_run(tmp_path, step, flags=None, **changes):
+    """A run of a tiny network that was saved at `step` and ended."""
+    run = begin(open_run(tmp_path, flags, **changes))
+    run.step = step
+    run.save()
+    run.finish()
+    return run
 
 
 def test_the_same_command_goes_on_from_the_newest_checkpoint(tmp_path):
-    _, net, _, _ = start(tmp_path, step=7)
-    run, other, ema, stepper = start(tmp_path)
+    net = saved_run(tmp_path, 7).net
+    run = open_run(tmp_path)
     assert run.step == 7
     assert run.split() == {"train": ["a"]}
-    run.restore(other, ema, {"net": stepper})
-    assert torch.equal(other.weight, net.weight)
+    assert torch.equal(begin(run).net.weight, net.weight)
 
 
 def test_another_setting_on_resume_is_refused_with_the_difference_and_lengths_may_change(tmp_path):
-    start(tmp_path, {"width": 3}, step=7)
-    assert start(tmp_path)[0].config.width == 3  # not given again: the stored one is the base
+    saved_run(tmp_path, 7, {"width": 3})
+    assert open_run(tmp_path).config.width == 3  # without the flag the stored value is the base
     with pytest.raises(InputError, match=r"width was 3, now 4.*--run\.fresh"):
-        start(tmp_path, {"width": 4})
+        open_run(tmp_path, {"width": 4})
     with pytest.raises(InputError, match="preset was 'p', now 'q'"):
-        start(tmp_path, preset="q")
-    assert start(tmp_path, {"run.steps": 9, "run.keep": 5})[0].config.run.steps == 9
+        open_run(tmp_path, preset="q")
+    assert open_run(tmp_path, {"run.steps": 9, "run.keep": 5}).config.run.steps == 9
 
 
 def test_a_finished_run_says_so(tmp_path, capsys):
-    start(tmp_path, step=1000)
-    run = start(tmp_path)[0]
-    assert run.finished
-    run.say()
+    saved_run(tmp_path, 1000)
+    assert open_run(tmp_path).finished
     assert "finished at step 1000" in capsys.readouterr().out
-    assert not start(tmp_path, {"run.steps": 2000})[0].finished
+    assert not open_run(tmp_path, {"run.steps": 2000}).finished
 
 
 def test_fresh_moves_the_old_folder_aside_and_loses_nothing(tmp_path):
-    start(tmp_path, step=7)
-    run = start(tmp_path, {"run.fresh": True})[0]
-    assert run.step == 0
+    saved_run(tmp_path, 7)
+    assert open_run(tmp_path, {"run.fresh": True}).step == 0
     aside = [p for p in tmp_path.iterdir() if p.name.startswith("run.old-")]
     assert (aside[0] / "checkpoint_0000007.pt").exists()
 
 
 def test_a_folder_of_another_kind_of_run_is_refused(tmp_path):
-    start(tmp_path, step=1)
+    saved_run(tmp_path, 1)
     with pytest.raises(InputError, match=r"belongs to a 'test' run, this is 'other'"):
         Run("other", replace(Config(), {"run.dir": str(tmp_path / "run")}), {})
 
 
 def test_init_takes_the_weights_of_another_run_and_starts_at_zero(tmp_path):
-    _, net, _, _ = start(tmp_path, step=7)
+    weight = saved_run(tmp_path, 7).net.weight
     config = replace(Config(), {"run.dir": str(tmp_path / "new"), "run.init": str(tmp_path / "run")})
     run = Run("test", config, {})
-    other = nn.Linear(2, 1)
-    run.initialise(other)
+    net = nn.Linear(2, 1)
+    run.initialise(net)
     assert run.step == 0
-    assert torch.equal(other.weight, net.weight)
-    ema = EMA(other, 0.9)
-    run.restore(other, ema, {})
-    assert torch.equal(other.weight, net.weight)
-    assert torch.equal(ema.net.weight, net.weight)
+    assert torch.equal(net.weight, weight)
+    run.start({}, CPU)
+    run.restore({}, net, EMA(net, 0.9), {}, Mean())
+    assert torch.equal(net.weight, weight)
+    assert torch.equal(run.ema.net.weight, weight)
     with pytest.raises(InputError, match=r"run\.init.*gone"):
         Run("test", replace(config, {"run.init": str(tmp_path / "gone")}), {})
 
 
 def test_the_best_is_kept_apart_and_patience_ends_a_run(tmp_path):
-    run, _, ema, _ = start(tmp_path, step=1, **{"run.patience": 2, "run.eval_every": 10})
-    assert run.keep_best("loss", 1.0, {}, ema)
-    assert not run.keep_best("loss", 1.5, {}, ema)
-    assert not run.keep_best("loss", math.nan, {}, ema)
+    run = begin(open_run(tmp_path, **{"run.patience": 2, "run.eval_every": 10}))
+    run.step = 1
+    assert run.keep_best("loss", 1.0)
+    assert not run.keep_best("loss", 1.5)
+    assert not run.keep_best("loss", math.nan)
     assert not run.finished
     run.step = 21
     assert run.finished
     assert run.best == {"name": "loss", "value": 1.0, "step": 1}
 
 
+def test_the_best_is_the_highest_where_higher_is_better_and_another_score_starts_anew(tmp_path):
+    run = begin(open_run(tmp_path))
+    kept = [run.keep_best("psnr", value, highest=True) for value in (20.0, 21.0, 20.5, 21.5)]
+    assert kept == [True, True, False, True]
+    assert load(run.dir / "best.pt")["best"]["value"] == 21.5
+    assert run.keep_best("other", 3.0, highest=True)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "run").write_text("a file in the way")
-    run = start(tmp_path)[0]
+    run = open_run(tmp_path)
     with pytest.raises(InputError, match="run"):
-        run.start({})
+        run.start({}, CPU)
 
 
 # --- the log ------------------------------------------------------------------------------------------------
@@ -319,4 +335,4 @@ def test_a_folder_that_holds_something_else_is_not_filled(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty, and not a run folder"):
-        start(tmp_path)
+        open_run(tmp_path)

@@ -81,7 +81,7 @@ def test_a_run_in_two_parts_ends_bit_identical_with_all_that_learns(heads, tmp_p
     train_cdal.main(cdal_flags(heads, tmp_path / "parts", 5, *more))
     train_cdal.main(cdal_flags(heads, tmp_path / "parts", 8, *more))
     whole, parts = (load(step_files(tmp_path / name)[0]) for name in ("whole", "parts"))
-    assert set(whole["optimizers"]) == {"generator", "critic"}
+    assert set(whole["optimizers"]) == {"generator", "discriminator"}
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
     critics = (content["others"]["discriminator"] for content in (whole, parts))
@@ -140,7 +140,7 @@ def test_the_plan_counts_generator_critic_and_votes_and_makes_no_run(heads, tmp_
     def needs(self):
         found.update({job.name: job.need(job.batch, job.size) for job in self.jobs})
 
-    monkeypatch.setattr(train_cdal.Plan, "tell", needs)
+    monkeypatch.setattr(train_cdal.Plan, "print", needs)
     found: dict[str, int] = {}
     train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "4"])
     with_critic = dict(found)
