@@ -1,8 +1,21 @@
 """Files to batches.
 
-A voxel's way: `volumes` reads a file, `loading` brings it to the training grid, `dataset` cuts, scales and
-augments it with `transforms`, `batching` stacks it. Which files there are says `cases`, what they hold
-`inspection`, what a run keeps of them `spec`, and `opening` does all of this for a run.
+The way of a voxel:
+
+    volumes      a file -> an array and its affine, and back: one row for each format
+    loading      onto the training grid, with `geometry` (windows, resampling)
+    dataset      a window, scaled and augmented by `transforms`
+    batching     samples -> batches, in an order that is the same after a restart
+
+What has to be decided before:
+
+    settings     all settings of a data set
+    cases        which files belong together, and the split by subject
+    inspection   what is in the files, and what is wrong with them
+    spec         what a run keeps of all this
+    opening      these steps in one call, for the data of a run
+    images       the same for other images
+    phantoms     synthetic heads to try everything with
 """
 
 from .batching import batches, collate, evaluation_batches

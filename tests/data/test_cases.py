@@ -1,0 +1,253 @@
+"""Files become cases by name or table, cases become a split by subject, and what does not fit is named."""
+
+import json
+
+import numpy as np
+import pytest
+from folders import fresh_settings, mask, opened, refused, save
+
+from ldm3d.config import InputError
+from ldm3d.data import Case, DataConfig
+from ldm3d.data.cases import find_cases, resolve_root, split_cases
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern", "ids"),
+    [
+        (["images/a.nii.gz", "images/b.b.nii.gz"], "images/*.nii.gz", ["a", "b.b"]),
+        (["p1/T1c_x.nii", "p2/T1c_y.nii", "p2/T2_y.nii"], "*/T1c_*.nii", ["p1", "p2"]),
+        (["s1/a.tif", "s1/b.tif", "s2/a.tif"], "{id}/{id}.tif", ["s1_a", "s1_b", "s2_a"]),
+        (["site/x/a.tif", "b.tif"], "**/*.tif", ["a", "b"]),
+        (["a.tif", "b.nii.gz"], "*", ["a", "b"]),
+        (["images/a.tif", "images/._a.tif"], "images/*.tif", ["a"]),
+        (["x[1]/a1.tif", "x[1]/a22.tif"], "x[1]/*?.tif", ["a", "a2"]),
+    ],
+)
+def test_the_case_id_is_what_the_first_star_or_the_ids_match(tmp_path, files, pattern, ids):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [case.id for case in find_cases(DataConfig(image=pattern), tmp_path)] == ids
+
+
+def test_roles_are_paired_by_case_id(settings, root):
+    for case in find_cases(settings, root):
+        assert case.image.name == case.mask.name == case.source.name == f"{case.id}.nii.gz"
+
+
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_a_csv_fills_the_same_table(root, tmp_path, mark):
+    rows = [
+        ["image", " class", "text", "subject", "split", "mask"],
+        [f"{root}/images/case_0.nii.gz", "1", "an old head", "anna", "train", f"{root}/labels/case_0.nii.gz"],
+        [f"{root}/images/case_1.nii.gz", "", "", "ben", "val", f"{root}/labels/case_1.nii.gz"],
+    ]
+    (tmp_path / "cases.csv").write_text("\ufeff" + "\n".join(mark.join(row) for row in rows) + "\n")
+    first, second = cases = find_cases(DataConfig(), tmp_path)
+    assert (first.id, first.label, first.text, first.subject) == ("case_0", 1, "an old head", "anna")
+    assert (second.id, second.label, second.text, second.subject) == ("case_1", None, "", "ben")
+    table = (tmp_path / "cases.csv").read_text()
+    (tmp_path / "named.csv").write_text(table.replace(f"{mark}1{mark}", f"{mark}benign{mark}"))
+    named = find_cases(DataConfig(table="named.csv"), tmp_path)[0]
+    assert (named.label, named.columns["class"]) == (None, "benign")
+    assert split_cases(cases, DataConfig(), 0) == {"train": ["case_0"], "val": ["case_1"], "test": []}
+    item = opened(DataConfig(root=str(tmp_path), cache_dir=str(tmp_path))).dataset("val")[5, 0]
+    assert (item["label"], item["text"], item["position"], item["index"]) == (-1, "", 5, 0)
+
+
+def test_an_msd_folder_is_recognised_and_its_validation_list_is_the_split(root, tmp_path):
+    def entry(i):
+        return {"image": f"{root}/images/case_{i}.nii.gz", "label": f"{root}/labels/case_{i}.nii.gz"}
+
+    content = {"training": [entry(0), entry(2)], "validation": [entry(1)], "test": ["x.nii.gz"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    cases = find_cases(DataConfig(), tmp_path)
+    assert [case.mask.parent.name for case in cases] == ["labels"] * 3
+    assert split_cases(cases, DataConfig(), 0)["val"] == ["case_1"]
+
+
+def test_a_table_beside_globs_is_noted_as_unread(tmp_path, capsys):
+    (tmp_path / "a.tif").touch()
+    find_cases(DataConfig(image="*.tif"), tmp_path)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "cases.csv").write_text("image,subject\na.tif,anna\n")
+    assert find_cases(DataConfig(image="*.tif"), tmp_path)[0].subject == "a"
+    assert f"note: {tmp_path}/cases.csv is not read, data.image names the files" in capsys.readouterr().out
+
+
+def test_a_folder_per_case_gives_ids_from_the_paths(root, tmp_path):
+    for i in range(2):
+        save(tmp_path / f"p{i}/T1.nii", np.arange(64, dtype=np.float32).reshape(4, 4, 4))
+    (tmp_path / "cases.csv").write_text("image\np0/T1.nii\np1/T1.nii\n")
+    assert [case.id for case in find_cases(DataConfig(), tmp_path)] == ["p0_T1", "p1_T1"]
+
+
+def test_the_root_comes_from_the_flag_then_the_environment_then_the_data_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("flag", "env/heads", "data/heads"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.delenv("LDM3D_DATA", raising=False)
+    assert resolve_root(DataConfig(), "heads").samefile("data/heads")
+    monkeypatch.setenv("LDM3D_DATA", str(tmp_path / "env"))
+    assert resolve_root(DataConfig(), "heads").samefile("env/heads")
+    assert resolve_root(DataConfig(root="flag"), "heads").samefile("flag")
+
+
+def test_a_case_without_its_partner_is_named(fresh):
+    (fresh / "labels/b.nii.gz").unlink()
+    refused(fresh_settings(fresh), "case b", "images/b.nii.gz", "labels/*.nii.gz", "allow_missing_mask")
+    save(fresh / "labels/b.nii.gz", mask())
+    (fresh / "images/c.nii.gz").unlink()
+    refused(fresh_settings(fresh), "labels/c.nii.gz", "which has no image")
+    refused(
+        fresh_settings(fresh, image="labels/*.nii.gz", mask=None, source="images/*.nii.gz"),
+        "case c",
+        "source",
+    )
+
+
+def test_a_missing_or_empty_folder_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.delenv("LDM3D_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    refused(DataConfig(), "data/heads", "LDM3D_DATA", "--data.root")
+    monkeypatch.setenv("LDM3D_DATA", str(tmp_path / "sets"))
+    refused(DataConfig(), tmp_path / "sets/heads", "data/heads")
+    refused(DataConfig(root="nowhere"), "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused(DataConfig(root="empty"), "empty", "--data.image")
+    refused(DataConfig(root="empty", image="*.nii.gz"), "data.image", "empty", "'*.nii.gz'")
+    with pytest.raises(InputError, match="not a folder"):
+        find_cases(DataConfig(), tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no data folder"):
+        resolve_root(DataConfig(), "heads")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"image": None}, ["data.image", "data.mask"]),
+        ({"table": "cases.csv"}, ["data.table", "data.image"]),
+        ({"image": "images/a.nii.gz"}, ["data.image", "*"]),
+        ({"image": "../data/images/*.nii.gz"}, ["data.image", "below the root"]),
+        ({"image": "*/*.nii.gz"}, ["has two files", "{id}"]),
+        ({"subject": "x(.*)"}, ["data.subject", "does not fit 'a'"]),
+        ({"subject": "a.*"}, ["data.subject", "one group"]),
+        ({"subject": "("}, ["data.subject", "expression"]),
+        ({"subject": "who.csv"}, ["who.csv"]),
+        ({"split": "images/([a-d])"}, ["case a", "'a'", "train, val, test"]),
+        ({"subject": "(.*)", "subset": 1}, ["validate", "1 cases"]),
+        ({"source": "labels/*.nii.gz", "source_channel": (1,)}, ["labels/a.nii.gz", "channel"]),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_folder_is_named(fresh, changes, parts):
+    refused(fresh_settings(fresh, **changes), *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("picture,mask\nimages/a.nii.gz,\n", ["no column 'image'", "picture"]),
+        ("image,mask\nimages/a.nii.gz,\n", ["case a", "no mask"]),
+        ("image\nimages/x.nii.gz\n", ["images/x.nii.gz", "no file"]),
+        ("image\nimages/a.nii.gz\nimages/a.nii.gz\n", ["listed twice"]),
+        ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,\n", ["case b", "no split"]),
+        ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,learn\n", ["case b", "'learn'"]),
+        ("image\n", ["lists no case"]),
+        ("", ["no column 'image'"]),
+        ("image,text\nimages/a.nii.gz,a small, round lesion\n", ["cases.csv: line 2", "2 cells", "quotes"]),
+        ("image,text\nimages/a.nii.gz,\nimages/b.nii.gz\n", ["cases.csv: line 3 has not the 2 cells"]),
+    ],
+)
+def test_a_bad_table_is_named_with_the_row(fresh, text, parts):
+    (fresh / "cases.csv").write_text(text)
+    refused(DataConfig(root=str(fresh), cache_dir=str(fresh)), *parts)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"training": [{"label": "x"}]}', '{"training": 3}', '{"a": []}']
+)
+def test_a_bad_dataset_json_is_named(fresh, content):
+    (fresh / "dataset.json").write_text(content)
+    refused(DataConfig(root=str(fresh)), "dataset.json", "training")
+
+
+# --- the split ----------------------------------------------------------------------------------------------
+
+
+def test_train_and_val_folders_split_the_cases(tmp_path):
+    for name in ("train/a.tif", "train/b.tif", "val/a.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    config = DataConfig(image="{id}/{id}.tif", split="^(train|val|test)/")
+    split = split_cases(find_cases(config, tmp_path), config, 0)
+    assert split == {"train": ["train_a", "train_b"], "val": ["val_a"], "test": []}
+
+
+def many(num, per_subject=2):
+    return [Case(f"c{i:03d}", "x", subject=f"s{i // per_subject}") for i in range(num)]
+
+
+@pytest.mark.parametrize("num", [4, 6, 40, 101])
+def test_a_drawn_split_keeps_subjects_together_and_is_repeated_by_the_seed(num):
+    cases, config = many(num), DataConfig(val_fraction=0.2, test_fraction=0.1)
+    split = split_cases(cases, config, 0)
+    subjects = [{case.subject for case in cases if case.id in ids} for ids in split.values()]
+    assert sorted(name for ids in split.values() for name in ids) == [case.id for case in cases]
+    assert sum(map(len, subjects)) == len(set.union(*subjects))
+    assert split["val"]
+    assert split["train"]
+    assert split == split_cases(list(reversed(cases))[::-1], config, 0)
+    if num > 10:
+        assert split != split_cases(cases, config, 1)
+        assert len(subjects[1]) == round(0.2 * len(set.union(*subjects)))
+
+
+def test_the_split_of_the_guide_is_the_one_that_is_drawn():
+    cases = [Case(f"p{s:02d}_{k}", "x", subject=f"p{s:02d}") for s in range(1, 11) for k in "ab"]
+    split = split_cases(cases, DataConfig(val_fraction=0.2, test_fraction=0.1), 0)
+    assert split["val"] == ["p01_a", "p01_b", "p04_a", "p04_b"]
+    assert split["test"] == ["p07_a", "p07_b"]
+
+
+def test_neighbours_of_validated_slices_are_in_no_part():
+    cases = [Case(f"{s}_{i:02d}", "x", subject=s) for s in "ab" for i in range(20)]
+    split = split_cases(cases, DataConfig(val_fraction=0.2, val_gap=1), 0)
+    assert split["val"] == [f"{s}_{i:02d}" for s in "ab" for i in range(8, 12)]
+    assert split["train"] == [f"{s}_{i:02d}" for s in "ab" for i in (*range(7), *range(13, 20))]
+    assert split["test"] == []
+
+
+def test_named_test_subjects_are_tested_on_and_nothing_else_is():
+    split = split_cases(many(12), DataConfig(val_fraction=0.2, test_subjects=("s1", "s4")), 0)
+    assert split["test"] == ["c002", "c003", "c008", "c009"]
+    with pytest.raises(InputError, match="no case is of subject s9"):
+        split_cases(many(12), DataConfig(test_subjects=("s9",)), 0)
+
+
+def test_folds_validate_on_every_subject_exactly_once():
+    cases = many(23)
+    folds = [split_cases(cases, DataConfig(fold=(k, 4)), 0) for k in range(4)]
+    assert sorted(name for split in folds for name in split["val"]) == [case.id for case in cases]
+    assert all(sorted(split["train"] + split["val"]) == [case.id for case in cases] for split in folds)
+
+
+@pytest.mark.real_data
+def test_hippocampus_is_split_by_subject_and_a_subject_has_two_neighbouring_files(real_data):
+    config = DataConfig(subject="subjects.csv", val_fraction=0.15, test_fraction=0.15)
+    cases = find_cases(config, real_data / "hippocampus")
+    split = split_cases(cases, config, 0)
+    sides = [
+        {(int(name.split("_")[1]) + 1) // 2 for name in ids} for ids in split.values()
+    ]  # files 2k-1 and 2k
+    assert len(cases) == 200
+    assert not sides[0] & sides[1]
+    assert not sides[0] & sides[2]
+    assert not sides[1] & sides[2]
+
+
+def test_a_given_split_that_shares_subjects_is_noted(capsys):
+    cases = [Case("a", "x", subject="s", split="train"), Case("b", "x", subject="s", split="val")]
+    split_cases(cases, DataConfig(), 0)
+    assert "subject s is in both train and val" in capsys.readouterr().out

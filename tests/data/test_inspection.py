@@ -1,0 +1,194 @@
+"""Whatever is wrong with the files is one line naming the file, within a second, before training starts."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tifffile
+from folders import SHAPE, fresh_settings, image, mask, opened, refused, save
+
+import ldm3d.data.inspection as inspection
+from ldm3d.config import InputError
+from ldm3d.data import Case, DataConfig, open_data
+from ldm3d.data.cases import find_cases
+from ldm3d.data.inspection import inspect_cases
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def with_value(value, dtype=np.float32):
+    def spoil(path):
+        array = (image() if dtype == np.float32 else mask()).astype(dtype)
+        array[3, 4, 5] = value
+        save(path, array)
+
+    return spoil
+
+
+BAD_FILES = {
+    "an empty file": ("images/c.nii.gz", lambda p: p.write_bytes(b""), "c.nii.gz"),
+    "a truncated file": ("images/c.nii.gz", cut_short, "c.nii.gz"),
+    "a truncated mask": ("labels/c.nii.gz", cut_short, "labels/c.nii.gz"),
+    "a file that is no image": ("images/c.nii.gz", lambda p: p.write_text("hello " * 100), "c.nii.gz"),
+    "a NaN": ("images/c.nii.gz", with_value(np.nan), "1 of 504 voxels are NaN or infinite"),
+    "an infinity": ("images/c.nii.gz", with_value(np.inf), "NaN or infinite"),
+    "one value everywhere": ("images/c.nii.gz", lambda p: save(p, np.ones(SHAPE)), "the same value"),
+    "a picture among volumes": ("images/c.nii.gz", lambda p: save(p, image((8, 9))), "single slice"),
+    "other channels": ("images/c.nii.gz", lambda p: save(p, image((*SHAPE, 2))), "has 2 channels"),
+    "a mask of another shape": ("labels/c.nii.gz", lambda p: save(p, mask((8, 9, 8))), "(8, 9, 8)"),
+    "a mask elsewhere": ("labels/c.nii.gz", lambda p: save(p, mask(), np.diag([1, 1, 2, 1])), "affines"),
+    "a mask turned over": ("labels/c.nii.gz", lambda p: save(p, mask(), np.diag([1, 1, -1, 1])), "affines"),
+    "a mask with a fraction": ("labels/c.nii.gz", with_value(0.4, np.float64), "integers, found 0.4"),
+    "a negative label": ("labels/c.nii.gz", with_value(-1, np.int16), "labels from -1"),
+    "a label beyond num_labels": ("labels/c.nii.gz", with_value(3, np.uint8), "label 3, expected 0 to 2"),
+    "a mask with channels": ("labels/c.nii.gz", lambda p: save(p, mask((*SHAPE, 3))), "one channel"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_bad_file_is_named_with_the_reason(fresh, what):
+    name, spoil, reason = BAD_FILES[what]
+    spoil(fresh / name)
+    refused(fresh_settings(fresh, num_labels=3), fresh / name, reason)
+
+
+def test_all_problems_are_counted_in_one_line(fresh):
+    for name in "bcd":
+        save(fresh / f"images/{name}.nii.gz", np.full(SHAPE, np.nan))
+    refused(fresh_settings(fresh), "b.nii.gz", "and 2 more", "c.nii.gz")
+
+
+def test_a_mixed_folder_of_pictures_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", image((16, 16)))
+    tifffile.imwrite(tmp_path / "b.tif", image((3, 16, 16)), photometric="minisblack")
+    refused(
+        DataConfig(root=str(tmp_path), image="*.tif", dims=2, cache_dir=str(tmp_path)), "b.tif", "3 channels"
+    )
+    refused(
+        DataConfig(root=str(tmp_path), image="*.tif", dims=3, cache_dir=str(tmp_path)),
+        "a.tif",
+        "single slice",
+    )
+
+
+def test_an_empty_slice_of_a_series_of_pictures_is_only_noted(tmp_path, capsys):
+    for name, array in {
+        "a": image((16, 16)),
+        "b": np.zeros((16, 16), np.float32),
+        "c": image((16, 16)),
+    }.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", array)
+    config = DataConfig(root=str(tmp_path), image="*.tif", dims=2, cache_dir=str(tmp_path), val_fraction=0.0)
+    item = open_data(config, "x", seed=0).dataset("train")[0, 1]
+    assert item["image"].unique().tolist() == [-1]
+    assert "b.tif" in capsys.readouterr().out
+
+
+def test_label_values_that_were_not_announced_are_refused(fresh):
+    refused(fresh_settings(fresh, label_values=(0, 2)), "labels/a.nii.gz", "label 1", "(0, 2)")
+
+
+def test_an_image_in_the_place_of_a_label_map_is_found_by_its_values(fresh):
+    save(fresh / "labels/b.nii.gz", (image() * 1000).astype(np.int32))
+    refused(fresh_settings(fresh), "labels/b.nii.gz", "is this a mask?")
+
+
+@pytest.mark.real_data
+def test_the_extra_files_of_hippocampus_are_all_caught(real_data, tmp_path):
+    traps = real_data / "traps/hippocampus_extra"
+    lone = {"image": "images/*.nii.gz", "mask": "labels/*.nii.gz", "cache_dir": str(tmp_path)}
+    refused(DataConfig(root=str(traps), **lone), "hippocampus_010", "and 2 more", "hippocampus_281")
+    for label, reason in (("010", "(36, 50, 31)"), ("281", "(512, 512, 94)")):
+        root = tmp_path / label
+        for folder, name in (("images", "118"), ("labels", label)):
+            (root / folder).mkdir(parents=True)
+            source = traps / folder / f"hippocampus_{name}.nii.gz"
+            (root / folder / "hippocampus_118.nii.gz").symlink_to(source)
+        refused(DataConfig(root=str(root), val_fraction=0.0, **lone), "labels/hippocampus_118", reason)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nifti/row_major.dconn.nii", "Cifti2"),
+        ("nifti/resampled_anat_moved.nii", "NaN"),
+        ("nifti/sct/fmri_tsnr.nii.gz", "NaN"),
+        ("tiff/psf_float32_stack_nan.tif", "NaN"),
+    ],
+)
+def test_files_that_break_careless_loaders_are_refused_before_training(real_data, tmp_path, name, reason):
+    path = real_data / "traps" / name
+    with pytest.raises(InputError, match=reason) as caught:
+        inspect_cases([Case("x", path)], DataConfig())
+    assert path.name in str(caught.value)
+
+
+# --- scaling numbers ----------------------------------------------------------------------------------------
+
+
+def test_shared_scaling_gives_the_source_the_numbers_of_its_image(settings):
+    for kind in ("separate", "shared"):
+        info = next(iter(opened(replace(settings, paired_scaling=kind)).infos.values()))
+        assert (info.source_low == info.low) == (info.source_high == info.high) == (kind == "shared")
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The names of files whose voxels were read."""
+    names, measure = [], inspection._measure
+    monkeypatch.setattr(inspection, "_measure", lambda path, *a: names.append(path.name) or measure(path, *a))
+    return names
+
+
+def test_voxels_are_read_once_and_again_when_a_file_or_the_rule_changes(fresh, tmp_path, measured):
+    def look(**changes):
+        measured.clear()
+        config = fresh_settings(fresh, **{"mask": None} | changes)
+        infos = inspect_cases(find_cases(config, fresh), config, tmp_path / "scan.json")
+        return sorted(measured), infos
+
+    names = [f"{name}.nii.gz" for name in "abcd"]
+    first = look()
+    assert first[0] == names
+    assert look() == ([], first[1])
+    stat = (fresh / "images/b.nii.gz").stat()
+    os.utime(fresh / "images/b.nii.gz", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert look() == (["b.nii.gz"], first[1])
+    assert look()[0] == []
+    assert look(percentiles=(1.0, 99.0))[0] == names
+    assert look()[0] == []
+    (tmp_path / "scan.json").write_text(json.dumps({})[:1])
+    assert look() == (names, first[1])
+
+
+def test_files_that_were_fine_are_not_read_again_after_a_bad_one_is_mended(fresh, measured):
+    save(fresh / "images/c.nii.gz", np.full(SHAPE, np.nan))
+    refused(fresh_settings(fresh), "c.nii.gz")
+    save(fresh / "images/c.nii.gz", image())
+    measured.clear()
+    open_data(fresh_settings(fresh), "heads", seed=0)
+    assert measured == ["c.nii.gz"]
+
+
+def test_headers_are_looked_at_even_when_the_voxels_are_known(fresh):
+    open_data(fresh_settings(fresh), "heads", seed=0)
+    stat = (fresh / "labels/d.nii.gz").stat()
+    save(fresh / "labels/d.nii.gz", mask((8, 9, 8)))
+    os.utime(fresh / "labels/d.nii.gz", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    refused(fresh_settings(fresh), "labels/d.nii.gz", "shape")
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_nothing_but_time(fresh, capsys):
+    (fresh.parent / "cache").write_text("a file")
+    assert len(open_data(fresh_settings(fresh), "heads", seed=0).cases) == 4
+    assert "cannot be kept" in capsys.readouterr().out

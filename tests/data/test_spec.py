@@ -1,0 +1,83 @@
+"""Samples and reconstructions become volumes again, in the units, position and orientation of the data."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from folders import OBLIQUE, make_folder, opened, save
+
+from ldm3d.data import DataConfig, DataSpec, open_data, restore, write
+from ldm3d.data.phantoms import write_phantoms
+
+
+def test_the_spec_has_the_medians_of_the_training_cases_and_survives_json(settings):
+    opened_data = opened(settings, multiple=(4, 4, 8))
+    spec = opened_data.spec
+    train = [opened_data.infos[name] for name in opened_data.split["train"]]
+    assert spec.low == pytest.approx(np.median([info.low for info in train], axis=0))
+    assert spec.size == tuple(
+        -(-max(info.shape[a] for info in train) // m) * m for a, m in enumerate((4, 4, 8))
+    )
+    assert (spec.channels, spec.source_channels, spec.num_labels, spec.num_classes) == (1, 1, 4, None)
+    assert DataSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_dataset_scaling_is_the_mean_and_deviation_of_all_training_voxels(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(i, 1 + i, (5, 6, 7)).astype(np.float32) for i in range(4)]
+    for i, array in enumerate(arrays):
+        save(tmp_path / f"{i}.nii", array)
+    config = DataConfig(
+        root=str(tmp_path), image="*.nii", scaling="dataset", cache_dir=str(tmp_path), fold=(0, 4)
+    )
+    opened_data = opened(config)
+    train = np.stack([arrays[int(name)] for name in opened_data.split["train"]])
+    val = opened_data.dataset("val")
+    expected = (arrays[int(val.cases[0].id)] - train.mean()) / train.std()
+    np.testing.assert_allclose(val[0, 0]["image"][0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(16, 16, 16), (8, 8, 8), (7, 20, 11)])
+def test_an_item_restored_is_the_file_again_in_values_place_and_orientation(tmp_path, size):
+    make_folder(tmp_path, 3, affine=OBLIQUE, masks=False)
+    config = DataConfig(root=str(tmp_path), image="images/*.nii.gz", size=size, cache_dir=str(tmp_path / "c"))
+    opened_data = opened(config)
+    dataset = opened_data.dataset("train")
+    item, case = dataset[0, 1], dataset.cases[1]
+    assert item["image"].shape == (1, *size)
+    info = opened_data.infos[case.id]
+    path = write(tmp_path / "back.nii.gz", restore(item["image"], dataset.spec, info, item["start"]))
+    original, back = nib.load(case.image), nib.load(path)
+    assert nib.aff2axcodes(back.affine) == nib.aff2axcodes(original.affine) == ("L", "P", "S")
+    values = np.clip(original.get_fdata(), info.low, info.high)
+    offset = np.rint(np.linalg.solve(original.affine, back.affine[:, 3]))[:3].astype(int)
+    window = tuple(slice(o, o + n) for o, n in zip(offset, back.shape, strict=True))
+    assert back.shape == tuple(min(n, m) for n, m in zip(original.shape, size, strict=True))
+    np.testing.assert_allclose(back.get_fdata(), values[window], atol=1e-3)
+    np.testing.assert_allclose(
+        back.affine @ [1, 2, 3, 1], original.affine @ [*np.add(offset, [1, 2, 3]), 1], atol=1e-4
+    )
+
+
+def test_a_sample_gets_median_spacing_training_units_and_orientation(tmp_path):
+    affine = np.diag([-2.0, 1.5, 3.0, 1.0])
+    make_folder(tmp_path, 4, affine=affine, masks=False)
+    config = DataConfig(root=str(tmp_path), image="images/*.nii.gz", cache_dir=str(tmp_path / "c"))
+    spec = opened(config, multiple=(8, 8, 8)).spec
+    volume = spec.to_volume(torch.full((1, *spec.size), -1.0))
+    back = nib.load(write(tmp_path / "sample.nii.gz", volume))
+    assert nib.aff2axcodes(back.affine) == ("L", "A", "S")
+    np.testing.assert_allclose(back.header.get_zooms(), [2, 1.5, 3])
+    np.testing.assert_allclose(back.get_fdata(), spec.low[0], rtol=1e-6)
+    np.testing.assert_allclose(back.affine @ [*((np.array(back.shape) - 1) / 2), 1], [0, 0, 0, 1], atol=1e-6)
+
+
+def test_a_sample_beyond_the_clipped_range_is_written_within_the_data_s_own(tmp_path):
+    write_phantoms(tmp_path / "heads", 4, size=(8, 8, 8), spacing=(24.0, 28.0, 24.0))
+    config = DataConfig(root=str(tmp_path / "heads"), cache_dir=str(tmp_path), val_fraction=0.25)
+    spec = open_data(config, "heads", 0).spec
+    array = spec.to_volume(torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1)).array.flatten()
+    low, high = spec.low[0], spec.high[0]
+    assert array.tolist() == pytest.approx([low, (low + high) / 2, high], rel=1e-5)
