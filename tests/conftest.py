@@ -66,3 +66,15 @@ def vae_run(heads) -> Path:
 
     train_vae.main(tiny.vae_flags(heads, heads.parent / "vae", 10))
     return heads.parent / "vae"
+
+
+@pytest.fixture(scope="session")
+def bound_run(vae_run) -> Path:
+    """The run folder of a denoiser with registers bound to labels, after twelve steps."""
+    import tiny
+
+    import train_ldm
+
+    folder = vae_run.parent / "bound"
+    train_ldm.main(tiny.ldm_flags(vae_run, folder, 12, *tiny.BOUND))
+    return folder

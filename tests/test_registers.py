@@ -24,7 +24,7 @@ from ldm3d.registers import (
     by_label,
     head_loss,
 )
-from ldm3d.reports.register_analysis import Attention
+from ldm3d.reports.register_analysis import AttentionFigures
 
 CONFIG = AnatomyConfig(registers="bound", per_label=3, dim=16, head_width=8)
 
@@ -352,7 +352,7 @@ def test_registers_learn_the_anatomy_of_phantoms(dims):
 
     @torch.no_grad()
     def pointing():
-        found, held_out = Attention(5), torch.arange(48, 56)
+        found, held_out = AttentionFigures(5), torch.arange(48, 56)
         layers = [F.interpolate(a.flatten(1, 2), size) for a in net.attention_maps(*noisy(held_out))]
         for maps, truth in zip(zip(*layers, strict=True), mask[held_out], strict=True):
             found.add([a.unflatten(0, (5, 2)) for a in maps], truth)

@@ -27,6 +27,9 @@ CDAL = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch 12,1
  --disc.emb_dim 8 --cdal.adversarial_weight 0.1 --cdal.attention loss --cdal.r1_every 2 --optim.lr 4e-3
  --data.augment.affine 0.5""".split()
 
+BOUND = """--anatomy.registers bound --anatomy.dim 16 --anatomy.head_width 8
+ --unet.attention_levels true""".split()
+
 
 def vae_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
     """train_vae.py on the 2-D heads of the fixture `heads`."""

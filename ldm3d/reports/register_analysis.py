@@ -1,20 +1,27 @@
-"""What have the registers of a run learned? Do they mean their labels, is any dead, what do they change?
+"""What have the registers of a run learned? Do they stand for their labels? Is any unused?
 
     python -m ldm3d.reports registers runs/ldm-phantom-anatomy
     python -m ldm3d.reports registers RUN --part test --level 0.3
 
-On real cases of the run, with noise of one level, and with A (K, M) the attention that the registers of each
-label receive in a voxel (registers.py), averaged over heads, and over places where none is named:
+Registers are learned tokens, M for each of K labels, which the U-Net reads after every attention layer
+(registers.py). Real cases of the run are encoded, noised to one level, and given to the denoiser. Of each
+layer we keep A (K, M, *S): the attention that each register gets from a voxel, averaged over heads. The
+attention to label c is sum_m A_cm. Figures are averaged over the layers; "layers" has those of each:
 
-    pointing    share of the cases with label c where sum_m A_cm is highest inside mask c
-    attention   mean of sum_m A_cm over the voxels of mask c (1 / K by chance)
-    usage       part of the attention to label c that each of its registers gets; dead: below a tenth of 1 / M
-    norms, similarity     of the bank: |r|, mean cosine of pairs of one label, and of different labels
-    gates       of each place, 0 at the start of training
-    difference  root mean square between samples with and without registers, from the same noise
+    pointing      share of the cases with label c in which the attention to c is highest inside the mask of c
+    attention     mean of the attention to c over the voxels of its mask; by chance 1 / K
+    usage         share of the attention to c that each of its M registers gets
+    dead          registers [c, m] whose usage is below DEAD / M
+    norms         |r| of each register r
+    similarity    mean cosine of two registers of the same label, and of two of different labels
+    gates         each layer's factor of what it reads from the registers, 0 at the start of training
+    difference    root mean square between samples with and without registers, from the same noise
 
-The folder that is made holds registers.json and, with matplotlib, registers.png: images with their true
-labels in colours, for each label the attention beside the mask, and samples with and without registers.
+With M = 2 and usage [0.5, 0.5] both registers of a label are used alike. With [0.97, 0.03] the second is
+dead, since 0.03 < 0.1 / 2.
+
+The folder of results holds registers.json and, with matplotlib, registers.png: images with their true labels
+in colours, the attention to each label beside its mask, and samples with and without registers.
 """
 
 from __future__ import annotations
@@ -40,15 +47,15 @@ from ..inference.segmentation import overlay
 from ..latent_diffusion import LatentDiffusion, run_data
 from ..latents import WithConditions, encode_batch
 
-DEAD = 0.1  # of an even part of its label's attention: a register below is not used
+DEAD = 0.1  # a register with less than this part of an even share of the attention is not used
 
 
 @dataclass(frozen=True)
 class RegisterReportConfig:
     part: Literal["train", "val", "test"] = "val"  # of the run's cases
-    max_cases: int | None = 32  # of these, the first ones; none = all
-    level: float = 0.2  # noise u at which attention is looked at, from 0 = clean to 1
-    shown: int = 3  # cases and samples in the figure
+    max_cases: int | None = 32  # number of these cases, the first ones; none = all
+    level: float = 0.2  # noise level u at which attention is measured: 0 = clean, 1 = noise only
+    shown: int = 3  # number of cases and of samples in the figure
     steps: int = 20  # intervals of the sampling grid
     seed: int = 0  # of noise and samples
     out: str | None = None  # new folder for the report; none = registers-001 (-002, ...) in the run folder
@@ -65,7 +72,8 @@ class RegisterReportConfig:
 
 
 def bank_figures(bank: Tensor) -> dict[str, Any]:
-    """Norms (K, M) of a bank (K, M, E), mean cosine of pairs within each label, and between labels."""
+    """Of a bank of registers (K, M, E): norms (K, M); mean cosine of two registers of one label, (K,); mean
+    cosine of two registers of different labels."""
     flat = F.normalize(bank.detach().double(), dim=2).flatten(0, 1)
     K, M = bank.shape[:2]
     cosine = (flat @ flat.T).view(K, M, K, M)
@@ -81,24 +89,29 @@ def bank_figures(bank: Tensor) -> dict[str, Any]:
 # --- attention on real cases --------------------------------------------------------------------------------
 
 
-class Attention:
-    """Sums over cases of what registers receive, at each place and averaged over places ("all")."""
+class AttentionFigures:
+    """Sums over cases, from which the figures of attention are made: of each layer, and of all layers."""
 
     def __init__(self, num_labels: int):
         self.num_labels = num_labels
-        self.usage: Tensor | float = 0.0  # (K, M), of the attention of all voxels
-        self.hits: dict[str, Tensor] = {}  # name -> (3, K): peaks inside the mask; attention inside; cases
+        self.usage: Tensor | float = (
+            0.0  # (K, M), attention summed over cases, averaged over voxels and layers
+        )
+        self.sums: dict[str, Tensor] = {}  # layer -> (3, K): peaks inside the mask; attention inside; cases
 
-    def add(self, places: list[Tensor], mask: Tensor) -> Tensor:
-        """places: (K, M, *S) on the grid of the image; mask (*S). Returns the mean of labels' (K, *S)."""
-        self.usage = self.usage + torch.stack([a.flatten(2).mean(2) for a in places]).mean(0)
-        labels = [a.sum(1) for a in places]
-        mean = torch.stack(labels).mean(0)
-        for name, a in {**{f"place {i}": a for i, a in enumerate(labels)}, "all": mean}.items():
-            self.hits[name] = self.hits.get(name, 0.0) + self._hits(a, mask)
+    def add(self, layers: list[Tensor], mask: Tensor) -> Tensor:
+        """Add a case. layers: attention (K, M, *S) of each layer, on the grid of the image; mask (*S).
+
+        Returns the attention to each label (K, *S), averaged over the layers.
+        """
+        self.usage = self.usage + torch.stack([a.flatten(2).mean(2) for a in layers]).mean(0)
+        to_labels = [a.sum(1) for a in layers]
+        mean = torch.stack(to_labels).mean(0)
+        for name, a in {**{f"layer {i}": a for i, a in enumerate(to_labels)}, "all": mean}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + self._sums_of(a, mask)
         return mean
 
-    def _hits(self, a: Tensor, mask: Tensor) -> Tensor:
+    def _sums_of(self, a: Tensor, mask: Tensor) -> Tensor:
         inside = torch.stack([mask == k for k in range(self.num_labels)]).flatten(1)  # (K, N)
         a, present = a.flatten(1), inside.any(1)
         peak = inside.gather(1, a.argmax(1, keepdim=True))[:, 0]
@@ -109,68 +122,74 @@ class Attention:
         shares = self.usage / self.usage.sum(1, keepdim=True).clamp(min=1e-12)
         dead = (shares < DEAD / shares.shape[1]).nonzero().tolist()
         rows = {}
-        for name, (peaks, means, cases) in self.hits.items():
-            rows[name] = {"pointing": (peaks / cases).tolist(), "attention": (means / cases).tolist()}
-        return {"usage": shares.tolist(), "dead": dead, **rows.pop("all"), "places": rows}
+        for name, (peaks, attention, cases) in self.sums.items():
+            rows[name] = {"pointing": (peaks / cases).tolist(), "attention": (attention / cases).tolist()}
+        return {"usage": shares.tolist(), "dead": dead, **rows.pop("all"), "layers": rows}
 
 
 def on_image(model: LatentDiffusion, weights: Tensor) -> Tensor:
-    """Maps (K, M, *s) of one place on the grid of the image, linearly: (K, M, *size)."""
+    """The attention (K, M, *s) of one layer, interpolated to the grid of the image: (K, M, *size)."""
     shape, factor = model.latent_shape[1:], model.autoencoder.downsampling
-    multiple = model.denoiser.unet.config.downsampling  # to which the U-Net pads
+    multiple = model.denoiser.unet.config.downsampling  # the U-Net pads each axis to a multiple of this
     padded = [-(-n // d) * d * f for n, d, f in zip(shape, multiple, factor, strict=True)]
     mode = "bilinear" if len(shape) == 2 else "trilinear"
     return crop_to(F.interpolate(weights.float(), padded, mode=mode), model.spec.size)
 
 
 @torch.inference_mode()
-def look_at_cases(
+def attention_on_cases(
     config: RegisterReportConfig, model: LatentDiffusion, dataset: VolumeDataset, folder: Path
-) -> tuple[Attention, dict[str, list[np.ndarray]]]:
-    """Attention on the cases of `dataset`, of which the first are in the figure; folder: of the table."""
-    kernel, known = model.kernel, model.denoiser.conditions
+) -> tuple[AttentionFigures, dict[str, list[np.ndarray]]]:
+    """(figures over the cases of `dataset`, rows of pictures of the first cases).
+
+    folder: the folder of the table of cases, from which paths in the table start.
+    """
+    kernel, conditions = model.kernel, model.denoiser.conditions
     num = min(len(dataset), config.max_cases or len(dataset))
-    items = WithConditions(dataset, known, dataset.cases, folder)
-    found, rows = Attention(model.denoiser.num_labels), {"image, true labels": []}
+    items = WithConditions(dataset, conditions, dataset.cases, folder)
+    found, rows = AttentionFigures(model.denoiser.num_labels), {"image, true labels": []}
     for i in progress(range(num), "attention"):
         batch = to_device(collate([items[i, i]]), model.device)
         noise = keyed_normal(config.seed, torch.tensor([i]), model.latent_shape, "attention").to(model.device)
         with autocast(config.amp, model.device):
-            batch |= encode_batch(model.autoencoder, batch, known, config.amp)
+            batch |= encode_batch(model.autoencoder, batch, conditions, config.amp)
             z = model.normalise(batch["mean"])
             t = kernel.t_from_uniform(torch.full((1,), config.level), z.shape[2:])
             time = kernel.to_network_time(t).to(z.device)
-            told = model.conditions_of(batch)
-            places = model.denoiser.attention_maps(kernel.q_sample(z, t, noise), time, told)
+            cond = model.conditions_of(batch)
+            layers = model.denoiser.attention_maps(kernel.q_sample(z, t, noise), time, cond)
         mask = batch["mask"][0].cpu()
-        labels = found.add([on_image(model, a[0].cpu()) for a in places], mask)
+        to_labels = found.add([on_image(model, a[0].cpu()) for a in layers], mask)
         if i < config.shown:
             rows["image, true labels"] += overlay(batch["image"][0].cpu(), mask.clamp(min=0))
-            for k, a in enumerate(labels):
+            for k, a in enumerate(to_labels):
                 row = rows.setdefault(f"label {k}: attention beside the mask", [])
                 row += [2 * a.numpy() - 1, 2 * (mask == k).float().numpy() - 1]
     return found, rows
 
 
-def on_and_off(
+def with_and_without(
     config: RegisterReportConfig, model: LatentDiffusion
 ) -> tuple[float, dict[str, list[np.ndarray]]]:
-    """Samples with and without registers from the same noise, and how much they differ (range 2)."""
-    made = {}
+    """(root mean square difference, samples) of sampling with and without registers from the same noise.
+
+    Intensities span a range of 2.
+    """
+    batches = {}
     for name, on in (("samples with registers", True), ("the same without", False)):
         model.use_registers(on)
-        made[name] = model.sample(config.shown, config.steps, seed=config.seed, amp=config.amp)
+        batches[name] = model.sample(config.shown, config.steps, seed=config.seed, amp=config.amp)
     model.use_registers(True)
-    on, off = made.values()
+    on, off = batches.values()
     difference = float((on - off).square().mean().sqrt())
-    return difference, {name: [x[0].numpy() for x in batch] for name, batch in made.items()}
+    return difference, {name: [x[0].numpy() for x in batch] for name, batch in batches.items()}
 
 
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def registers(config: RegisterReportConfig, run: Path) -> Path:
-    """Write the report; returns its folder."""
+def analyse_registers(config: RegisterReportConfig, run: Path) -> Path:
+    """Write registers.json and registers.png; returns their folder."""
     device = setup(config.device)
     model = LatentDiffusion.load(run, device)
     model.use_registers(True)
@@ -179,8 +198,8 @@ def registers(config: RegisterReportConfig, run: Path) -> Path:
         raise InputError(f"part: the run has no {config.part} cases")
     folder = new_folder(run, config.out, "registers")
     bank = model.denoiser.unet.registers
-    found, rows = look_at_cases(config, model, data.dataset(config.part), data.folder)
-    difference, samples = on_and_off(config, model)
+    found, rows = attention_on_cases(config, model, data.dataset(config.part), data.folder)
+    difference, samples = with_and_without(config, model)
     figures = {**bank_figures(bank.bank.cpu()), **found.figures()}
     figures |= {"gates": [float(r.attention.gate) for r in bank.readers], "difference": difference}
     report = {**to_dict(config), "run": str(run), "registers": model.denoiser.anatomy.registers, **figures}
