@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ldm3d.config import InputError, at_least, read_command, to_dict
-from ldm3d.data import DataSpec, Volume, open_folder, write
+from ldm3d.data import DataSpec, Volume, open_images, write
 from ldm3d.data.geometry import centred
 from ldm3d.data.loading import load_role
 from ldm3d.data.volumes import spacing_affine
@@ -350,7 +350,7 @@ def reconstruct(config: Config, run: Path, device: torch.device) -> None:
         run / "autoencoder.pt" if (run / "autoencoder.pt").exists() else run
     )
     autoencoder.to(device)
-    dataset = open_folder(config.reconstruct, content)
+    dataset = open_images(content, config.reconstruct)
     folder = new_folder(run, config.out, "reconstructions")
     rows, sheet = {}, {"original": [], "reconstruction": []}
     for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):

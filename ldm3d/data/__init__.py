@@ -21,9 +21,9 @@ What has to be decided before:
 from .batching import batches, collate, evaluation_batches
 from .cases import Case
 from .dataset import VolumeDataset
-from .images import open_files, open_folder
+from .images import open_files, open_images
 from .inspection import CaseInfo
-from .opening import Data, open_data
+from .opening import Data, open_data, open_stored
 from .settings import DataConfig
 from .spec import DataSpec, restore
 from .transforms import AugmentConfig
@@ -43,7 +43,8 @@ __all__ = [
     "evaluation_batches",
     "open_data",
     "open_files",
-    "open_folder",
+    "open_images",
+    "open_stored",
     "read",
     "restore",
     "write",

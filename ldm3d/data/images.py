@@ -1,4 +1,9 @@
-"""Other images than those a run was trained on, read and scaled as the training data was."""
+"""Images opened for a trained run: its own cases, or any other files, read and scaled as in training.
+
+`open_images` opens whole sets for an autoencoder or a segmentation network: `open_images(content)` the run's
+own cases, `open_images(content, FOLDER)` all images there. `open_files` opens the few files that a sample is
+conditioned on. `content` is always what the run's checkpoint holds.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,16 @@ from typing import Any
 
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, find_cases
+from .cases import Case, find_cases, resolve_root
 from .dataset import VolumeDataset
-from .inspection import MAX_LABEL, CaseInfo, inspect_cases
+from .inspection import MAX_LABEL, inspect_cases
+from .opening import scan_cache
 from .settings import DataConfig
 from .spec import DataSpec
 from .transforms import AugmentConfig
-from .volumes import PICTURE, SUFFIXES, is_volume_file, strip_suffix
+from .volumes import PICTURE, SUFFIXES, is_volume_file, read_header, strip_suffix
+
+# --- where images are ---------------------------------------------------------------------------------------
 
 
 def own_images(folder: Path) -> str | None:
@@ -27,6 +35,153 @@ def own_images(folder: Path) -> str | None:
     if others:
         print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(others)}")
     return f"*{suffixes[0]}" if suffixes else None
+
+
+def locate(place: str | Path) -> tuple[Path, str | None]:
+    """(root, pattern of the images below it) of a glob, "FOLDER/*/t1.nii.gz". A folder has no pattern."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return path, None
+    wild = next((i for i, part in enumerate(path.parts) if "*" in part or "?" in part), None)
+    root = Path(*path.parts[:wild]) if wild is not None else path
+    if wild is not None and root.is_dir():
+        return root, str(Path(*path.parts[wild:]))
+    if path.is_file():
+        raise InputError(f"{place}: a file, expected a folder or a pattern in quotes")
+    raise InputError(f"{root}: no such folder")
+
+
+def find_images(
+    place: str | Path, layout: DataConfig, subject: str | None = None
+) -> tuple[DataConfig, list[Case]]:
+    """The images in a folder or glob, or one file: (how they are read, cases without masks and sources).
+
+    layout: how the run's training data is read and laid out. Its rule of subjects is used where it fits;
+    `subject`, a rule for this place, has to fit. Samples of a run hold the run's channels only, so none are
+    picked from them.
+    """
+    layout = replace(layout, cache="none", mask=None, source=None, split=None, allow_missing_mask=True)
+    path = Path(place).expanduser()
+    if path.is_file():
+        root, cases = path.parent, [Case(strip_suffix(path), path, subject=strip_suffix(path))]
+    else:
+        root, pattern = locate(place)
+        pattern = pattern or own_images(root)  # none: laid out like the training data
+        if pattern is not None:
+            layout = replace(layout, image=pattern, table=None)
+        cases = _find(layout, root, place, subject)
+    layout = replace(layout, root=str(root), subject=None)
+    return _with_own_channels(layout, cases[0].image), [replace(c, mask=None, source=None) for c in cases]
+
+
+def _find(layout: DataConfig, root: Path, place: str | Path, subject: str | None) -> list[Case]:
+    try:
+        if subject is None and layout.subject is not None:
+            try:
+                return find_cases(layout, root)
+            except InputError:  # the run's rule of subjects need not fit another folder
+                pass
+        return find_cases(replace(layout, subject=subject), root)
+    except InputError as e:
+        why = "" if layout.image else "holds no images, and is not laid out like the training data: "
+        raise InputError(f"{place}: {why}{e}") from e
+
+
+def _with_own_channels(layout: DataConfig, image: Path) -> DataConfig:
+    """The layout without a choice of channels if the file has as many as are chosen, but not those numbers.
+
+    For example a run with `channel=(1,)` writes samples of one channel, which have no channel 1.
+    """
+    if layout.channel:
+        channels = read_header(image, spacing=layout.file_spacing, dims=layout.dims).channels
+        if channels == len(layout.channel) <= max(layout.channel):
+            return replace(layout, channel=())
+    return layout
+
+
+def own_cases(
+    content: dict[str, Any], part: str = "all", subject: str | None = None
+) -> tuple[DataConfig, list[Case]]:
+    """The cases of a run's stored split: (how they are read, cases without masks and sources).
+
+    part: "train", "val" or "test"; "all": every part; "held-out": all that were not trained on. subject: rule
+    of the subjects instead of the run's. InputError if there are no cases, or if one is not on the disk any
+    more.
+    """
+    layout = from_dict(DataConfig, content["config"]["data"], "data")
+    root, split = resolve_root(layout, content["config"]["preset"]), content["state"]["split"]
+    parts = {"all": list(split), "held-out": [p for p in split if p != "train"]}.get(part, [part])
+    listed = {name for p in parts for name in split.get(p, ())}
+    if not listed:
+        raise InputError(f"part: the run has no {part} cases")
+    layout = replace(layout, root=str(root), cache="none", subset=None, allow_missing_mask=True)
+    layout = replace(layout, subject=subject or layout.subject)
+    cases = [case for case in find_cases(layout, root) if case.id in listed]
+    gone = sorted(listed - {case.id for case in cases})
+    if gone:
+        raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")
+    return layout, [replace(case, mask=None, source=None) for case in cases]
+
+
+def with_references(cases: list[Case], folder: Path) -> list[Case]:
+    """The cases with their label maps: the files of `folder` named like the image, or like the case."""
+    if not folder.is_dir():
+        raise InputError(f"reference: {folder} is not a folder")
+    files = {strip_suffix(path): path for path in sorted(folder.iterdir()) if is_volume_file(path)}
+    found = []
+    for case in cases:
+        path = files.get(strip_suffix(case.image)) or files.get(case.id)
+        if path is None:
+            raise InputError(f"reference: {folder} holds no label map of {case.image}")
+        found.append(replace(case, mask=path))
+    return found
+
+
+# --- opened -------------------------------------------------------------------------------------------------
+
+
+def open_images(
+    content: dict[str, Any],
+    place: str | Path | None = None,
+    part: str = "all",
+    references: str | Path | None = None,
+    subject: str | None = None,
+    max_cases: int | None = None,
+    own_size: bool = True,
+) -> VolumeDataset:
+    """Images for the network whose checkpoint is `content`, read and scaled as in training.
+
+    place: folder, glob or file; None opens the run's own cases. part: only these cases of the run's split,
+    see `own_cases`. references: folder of label maps, which items then hold as "mask". subject: rule of the
+    subjects instead of the run's. own_size: every case at its own size, else at the size of the run's
+    samples. InputError names the file that is missing or does not fit.
+    """
+    cache = None
+    if place is None:
+        layout, cases = own_cases(content, part, subject)
+        cache = scan_cache(layout, Path(layout.root))
+    else:
+        layout = from_dict(DataConfig, content["config"]["data"], "data")
+        layout, cases = find_images(place, replace(layout, subset=None), subject)
+        if part != "all":
+            names = set(content["state"]["split"][part])
+            cases = [case for case in cases if case.id in names]
+            if not cases:
+                raise InputError(f"part: {place} holds none of the run's {part} cases")
+    cases = cases[:max_cases]
+    spec = DataSpec.from_dict(content["state"]["data"])
+    if references is not None:
+        cases = with_references(cases, Path(references))
+    if not layout.label_values:
+        layout = replace(layout, num_labels=spec.num_labels)
+    infos = inspect_cases(cases, layout, cache)
+    channels = infos[cases[0].id].channels
+    if channels != spec.channels:
+        raise InputError(
+            f"{cases[0].image}: has {channels} channels, the model was trained on {spec.channels}"
+        )
+    spec = replace(spec, source_channels=0, num_labels=spec.num_labels if references is not None else None)
+    return VolumeDataset(cases, infos, spec, layout, own_size=own_size)
 
 
 def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, spec: DataSpec) -> VolumeDataset:
@@ -70,50 +225,3 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, spec:
         infos[case.id] = replace(info, low=spec.low, high=spec.high) if shared else info
     spec = replace(spec, source_channels=0, num_labels=spec.num_labels if role == "mask" else None)
     return VolumeDataset(cases, infos, spec, config)
-
-
-def open_folder(folder: str | Path, content: dict[str, Any]) -> VolumeDataset:
-    """Other images for the autoencoder whose checkpoint is `content`: read and scaled as in training.
-
-    Every case keeps its own size. `folder` holds image files; where it holds none itself, it is laid out like
-    the training data.
-    """
-    config, cases = find_images(folder, content)
-    spec = DataSpec.from_dict(content["state"]["data"])
-    infos = scan_images(cases, config, spec)
-    spec = replace(spec, source_channels=0, num_labels=None)
-    return VolumeDataset(cases, infos, spec, config, own_size=True)
-
-
-def scan_images(cases: list[Case], config: DataConfig, spec: DataSpec) -> dict[str, CaseInfo]:
-    """What the scan finds of other cases than those of training, which must have their channels."""
-    infos = inspect_cases(cases, config)
-    channels = infos[cases[0].id].channels
-    if channels != spec.channels:
-        raise InputError(
-            f"{cases[0].image}: has {channels} channels, the model was trained on {spec.channels}"
-        )
-    return infos
-
-
-def find_images(place: str | Path, content: dict[str, Any]) -> tuple[DataConfig, list[Case]]:
-    """A folder's images, or one file, as cases without anything beside, and how such files are read.
-
-    Both follow the training data of the checkpoint `content`.
-    """
-    place = Path(place)
-    config = from_dict(DataConfig, content["config"]["data"], "data")
-    config = replace(config, cache="none", mask=None, source=None, subject=None, split=None)
-    config = replace(config, subset=None, allow_missing_mask=True)
-    if place.is_file():
-        name = strip_suffix(place)
-        return replace(config, root=str(place.parent)), [Case(name, place, subject=name)]
-    if not place.is_dir():
-        raise InputError(f"{place}: no such file or folder")
-    pattern, config = own_images(place), replace(config, root=str(place))
-    if pattern:
-        config = replace(config, image=pattern, table=None)
-    try:
-        return config, [replace(case, mask=None, source=None) for case in find_cases(config, place)]
-    except InputError as e:
-        raise InputError(f"{place}: holds no images, and is not laid out like the training data: {e}") from e

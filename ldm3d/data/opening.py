@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ..config import InputError
+from ..config import InputError, from_dict
 from ..engine.distributed import print0
 from .cases import Case, find_cases, resolve_root, split_cases
 from .dataset import VolumeDataset
@@ -58,6 +59,12 @@ def check_numbering(data: Data) -> None:
         )
 
 
+def scan_cache(config: DataConfig, root: Path) -> Path:
+    """The file that keeps what the inspection of the cases below `root` has found."""
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    return Path(config.cache_dir) / f"scan-{digest}.json"
+
+
 def open_data(
     config: DataConfig,
     preset: str,
@@ -84,7 +91,17 @@ def open_data(
                 f"note: {len(cases) - len(listed)} cases of {root} are left out, the stored split lacks them"
             )
         cases = [case for case in cases if case.id in listed]
-    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    infos = inspect_cases(cases, config, Path(config.cache_dir) / f"scan-{digest}.json")
+    infos = inspect_cases(cases, config, scan_cache(config, root))
     spec = make_spec(cases, infos, split, config, multiple)
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
+
+
+def open_stored(content: dict[str, Any], **changes: Any) -> Data:
+    """The data of a run again, in its own split and with its own spec. `content`: what its checkpoint holds.
+
+    changes: fields of DataConfig that differ from the training, such as `patch=None`.
+    """
+    config = replace(from_dict(DataConfig, content["config"]["data"], "data"), **changes)
+    preset, seed = content["config"]["preset"], content["config"]["run"]["seed"]
+    data = open_data(config, preset, seed, content["state"]["split"])
+    return replace(data, spec=DataSpec.from_dict(content["state"]["data"]))

@@ -48,7 +48,7 @@ from ..engine.distributed import choose_device
 from ..engine.logger import progress, save_sheet
 from ..metrics import psnr
 from .networks import Extractor, whole_features
-from .openers import OpenConfig, VolumeSets, is_run, locate, open_sets, volumes_of
+from .openers import OpenConfig, VolumeSets, beside, is_run, open_sets, volumes_of
 from .results import Rows, check_out, new_folder, table, write_csv, write_report
 
 LARGEST = {2: 96, 3: 32}  # voxels along an axis of the volumes that are searched
@@ -301,7 +301,7 @@ def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
         "share_of_copies": len(copies) / len(rows),
         "verdict": verdict(len(copies), len(rows), verdicts, len(sets.sets[reference]), reference),
     }
-    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "copies")
+    folder = new_folder(beside(generated), config.out, "copies")
     write_csv(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
     picture = draw(folder / "nearest.png", sets, spaces["image"]["generated"], rows, config.shown)

@@ -40,13 +40,14 @@ from torch import Tensor
 
 from ..config import InputError, at_least, to_dict
 from ..data import Volume, read
+from ..data.images import locate, own_images
 from ..data.volumes import is_volume_file, read_header, strip_suffix
 from ..engine.distributed import choose_device
 from ..engine.logger import new_figure, progress, save_figure, save_sheet
 from ..metrics import dice, iou, precision, psnr, sensitivity, ssim
 from .morphology import fill_holes, heights_and_widths, largest_component, otsu_threshold, rigid_between
 from .networks import Extractor, file_features
-from .openers import locate
+from .openers import beside
 from .results import Rows, WorstPictures, check_out, new_folder, table, write_csv, write_report
 from .statistics import interval_words, outliers, summarise
 
@@ -87,7 +88,11 @@ class PairsConfig:
 
 def named_files(place: str, key: str) -> dict[str, Path]:
     """Name -> file of all images of a folder or glob."""
-    root, pattern = locate(place, key)
+    try:
+        root, pattern = locate(place)
+    except InputError as e:
+        raise InputError(f"{key}: {e}") from None
+    pattern = pattern or own_images(root)
     files: dict[str, Path] = {}
     for path in sorted(root.glob(pattern)) if pattern else ():
         if is_volume_file(path):
@@ -278,7 +283,7 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
         "interval": interval_words(config.resamples),
         "metrics": metrics,
     }
-    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "pairs")
+    folder = new_folder(beside(generated), config.out, "pairs")
     write_csv(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
     if worst.kept:

@@ -29,7 +29,6 @@ Intervals are percentile bootstrap over cases (Efron & Tibshirani 1993, chapter 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import InputError, at_least, from_dict, to_dict
-from ..data import DataConfig, DataSpec, VolumeDataset, open_data, open_folder
+from ..config import at_least, to_dict
+from ..data import VolumeDataset, open_images
 from ..diffusion_kernel import DiffusionKernel, KernelConfig
 from ..engine.distributed import gather, is_main, rank, setup, world_size
 from ..engine.logger import mid_slices, progress, save_sheet
@@ -68,23 +67,6 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         at_least(self, 0, "worst")
         at_least(self, 1, "resamples")
-
-
-def cases_of(run: dict[str, Any], config: ReconstructionConfig) -> VolumeDataset:
-    """The cases to reconstruct, each at its own size, scaled as the autoencoder of the checkpoint `run` was
-    trained."""
-    if config.data is not None:
-        if not Path(config.data).is_dir():
-            raise InputError(f"data: {config.data}: no such folder")
-        return open_folder(config.data, run)
-    preset, seed = run["config"]["preset"], run["config"]["run"]["seed"]
-    layout = from_dict(DataConfig, run["config"]["data"], "data")
-    data = open_data(layout, preset, seed, run["state"]["split"])
-    spec = dataclasses.replace(DataSpec.from_dict(run["state"]["data"]), source_channels=0, num_labels=None)
-    cases = [data.cases[name] for name in data.split[config.part]]
-    if not cases:
-        raise InputError(f"part: the run has no {config.part} cases")
-    return VolumeDataset(cases, data.infos, spec, data.config, own_size=True)
 
 
 # --- latents ------------------------------------------------------------------------------------------------
@@ -172,7 +154,7 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
     device = setup(config.device)
     autoencoder, content = load_autoencoder(autoencoder_path(run))
     autoencoder.to(device)
-    dataset = cases_of(content, config)
+    dataset = open_images(content, config.data, "all" if config.data else config.part)
     folder = new_folder(run, config.out, "evaluation")
     rows, worst = {}, WorstPictures(config.worst)
     latents, codes = LatentStatistics(autoencoder.config.latent_channels), torch.zeros(1)

@@ -54,7 +54,7 @@ from .networks import (
     pool_for,
     whole_features,
 )
-from .openers import OpenConfig, VolumeSets, locate, open_sets, stamp, volumes_of
+from .openers import OpenConfig, VolumeSets, beside, open_sets, stamp, volumes_of
 from .results import check_out, new_folder, table, write_report
 from .statistics import half_sample_intervals
 
@@ -271,7 +271,7 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
         "warnings": warnings_of(config, measured, counts),
         "figures": figures,
     }
-    folder = new_folder(locate(generated, "generated")[0].resolve().parent, config.out, "sets")
+    folder = new_folder(beside(generated), config.out, "sets")
     write_report(folder / "report.json", report)
     picture = draw_figure(folder / "figure.png", measured, num_generated, low_end, width)
     tell(report)

@@ -28,15 +28,13 @@ from torch import Tensor
 
 from ..cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window, uncertainty
 from ..config import InputError, at_least, from_dict, to_dict
-from ..data import Case, CaseInfo, DataConfig, DataSpec, Volume, VolumeDataset, write
+from ..data import CaseInfo, DataConfig, DataSpec, Volume, VolumeDataset, open_images, write
 from ..data.geometry import crop_or_pad, resample
-from ..data.images import find_images, scan_images
 from ..data.loading import load_role
 from ..data.volumes import (
     NIFTI,
     TIFF,
     Header,
-    is_volume_file,
     read_header,
     strip_suffix,
 )
@@ -95,39 +93,6 @@ def load_segmenter(
 
 
 # --- cases --------------------------------------------------------------------------------------------------
-
-
-def open_images(config: SegmentConfig, content: dict[str, Any]) -> VolumeDataset:
-    """The images to segment, each at its own size, with their references as masks of their cases."""
-    layout, cases = find_images(config.segment, content)
-    spec = DataSpec.from_dict(content["state"]["data"])
-    if config.part != "all":
-        names = set(content["state"]["split"][config.part])
-        cases = [case for case in cases if case.id in names]
-        if not cases:
-            raise InputError(f"part: {config.segment} holds none of the run's {config.part} cases")
-    if config.reference is not None:
-        cases = with_references(cases, Path(config.reference))
-    if not layout.label_values:
-        layout = dataclasses.replace(layout, num_labels=spec.num_labels)
-    infos = scan_images(cases, layout, spec)
-    num_labels = spec.num_labels if config.reference else None  # none: items have no mask
-    spec = dataclasses.replace(spec, source_channels=0, num_labels=num_labels)
-    return VolumeDataset(cases, infos, spec, layout, own_size=True)
-
-
-def with_references(cases: list[Case], folder: Path) -> list[Case]:
-    """The cases with their label maps: the files of `folder` named like the image, or like the case."""
-    if not folder.is_dir():
-        raise InputError(f"reference: {folder} is not a folder")
-    files = {strip_suffix(path): path for path in sorted(folder.iterdir()) if is_volume_file(path)}
-    found = []
-    for case in cases:
-        path = files.get(strip_suffix(case.image)) or files.get(case.id)
-        if path is None:
-            raise InputError(f"reference: {folder} holds no label map of {case.image}")
-        found.append(dataclasses.replace(case, mask=path))
-    return found
 
 
 def on_file_grid(values: Tensor, info: CaseInfo, header: Header) -> Volume:
@@ -206,7 +171,7 @@ def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Pat
     cdal, net, content = load_segmenter(run, device)
     window = config.window or content["config"]["window"]
     check_window(window, content["config"]["data"]["dims"])
-    dataset = open_images(config, content)
+    dataset = open_images(content, config.segment, config.part, config.reference)
     folder = new_folder(run, config.out, "segmentations")
     rows, worst = {}, WorstPictures(SHOWN)
     print0(f"{len(dataset)} cases, T = {cdal.kernel.num_timesteps}, {config.votes} votes")

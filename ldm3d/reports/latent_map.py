@@ -35,9 +35,8 @@ import torch
 from torch import Tensor
 
 from ..conditions import class_name
-from ..config import InputError, at_least, from_dict, to_dict
-from ..data import Case, DataConfig, DataSpec, VolumeDataset, open_data, open_folder
-from ..data.cases import find_cases
+from ..config import InputError, at_least, to_dict
+from ..data import Case, DataConfig, VolumeDataset, open_images
 from ..engine.checkpoint import write_atomically
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import new_figure, progress, save_figure
@@ -80,34 +79,6 @@ class LatentsConfig:
 
 
 Row = dict[str, str]  # a case: "case", "group" (first, other), "subject", "class", "split"; "" = unknown
-
-
-def open_group(folder: str | None, content: dict[str, Any], config: LatentsConfig) -> tuple[Any, list[Case]]:
-    """(data set of whole cases, those cases) of a folder, or (None) of the run whose checkpoint is `content`.
-
-    The windows are as large as samples. Subjects are as the settings have them, where they can be told.
-    """
-    layout = from_dict(DataConfig, content["config"]["data"], "data")
-    layout = dataclasses.replace(layout, cache="none", mask=None, source=None, allow_missing_mask=True)
-    spec = DataSpec.from_dict(content["state"]["data"])
-    spec = dataclasses.replace(spec, source_channels=0, num_labels=None)
-    rule = config.subject or layout.subject
-    if folder is None:
-        layout = dataclasses.replace(layout, subject=rule)
-        chosen = content["config"]
-        data = open_data(layout, chosen["preset"], chosen["run"]["seed"], content["state"]["split"])
-        cases, infos = list(data.cases.values()), data.infos
-    else:
-        opened = open_folder(folder, content)
-        layout, infos = opened.config, opened.infos
-        try:
-            cases = find_cases(dataclasses.replace(layout, subject=rule), Path(folder))
-        except InputError:  # the run's own rule need not fit another folder
-            if config.subject:
-                raise
-            cases = find_cases(layout, Path(folder))
-    cases = cases[: config.max_cases]
-    return VolumeDataset(cases, infos, spec, layout), cases
 
 
 def rows_of(cases: list[Case], group: str, split: dict[str, list[str]]) -> list[Row]:
@@ -420,22 +391,22 @@ def latents(config: LatentsConfig, run: Path) -> Path | None:
     device = setup(config.device)
     own = run / "autoencoder.pt"
     autoencoder, content = load_autoencoder(own if own.exists() else run)
-    groups = {"first": open_group(config.data, content, config)}
+    options = {"subject": config.subject, "max_cases": config.max_cases, "own_size": False}
+    groups = {"first": open_images(content, config.data, **options)}
     if config.other:
-        groups["other"] = open_group(config.other, content, config)
-    rows = [
-        row for name, (_, cases) in groups.items() for row in rows_of(cases, name, content["state"]["split"])
-    ]
+        groups["other"] = open_images(content, config.other, **options)
+    split = content["state"]["split"]
+    rows = [row for name, data in groups.items() for row in rows_of(data.cases, name, split)]
     column = check_cases(rows, config)
     folder = new_folder(run, config.out, "analysis")
     autoencoder.to(device)
     encoded = []
-    for data, _ in groups.values():
+    for data in groups.values():
         cache = cache_folder(run, autoencoder, data, config.amp)
         encoded += encode_cases(autoencoder, data, cache, device, config.amp)
     if not is_main():
         return None
-    num_first = len(groups["first"][1])
+    num_first = len(groups["first"])
     gram = inner_products(torch.from_numpy(np.stack([arrays["mean"] for arrays in encoded])), num_first)
     scores, shares = pca(gram, num_first, 50)
     if not len(shares):

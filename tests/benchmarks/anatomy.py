@@ -46,13 +46,12 @@ import train_cdal  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d import read  # noqa: E402
-from ldm3d.config import from_dict  # noqa: E402
-from ldm3d.data import Data, DataConfig, DataSpec, open_data  # noqa: E402
+from ldm3d.data import Data, open_images, open_stored  # noqa: E402
 from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.distributed import choose_device  # noqa: E402
 from ldm3d.evaluation.morphology import label_components  # noqa: E402
-from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, open_images, segment_files  # noqa: E402
+from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
 from ldm3d.metrics import dice, frechet_distance  # noqa: E402
 
 TEST = ["--data.test_fraction", "0.2"]
@@ -251,7 +250,7 @@ class Judge:
         figures = validity(shape_of_labels(masks, self.spacing, self.num_labels), self.train[0])
         if own:
             return figures
-        opened = open_images(SegmentConfig(str(folder)), load_run(self.run, "cdal"))
+        opened = open_images(load_run(self.run, "cdal"), folder)
         images = (opened[i, i]["image"] for i in range(len(opened)))
         return {
             **figures,
@@ -293,16 +292,6 @@ def lowest_loss(run: Path) -> float:
     return min(line["loss"] for line in logged if line["split"] == "val")
 
 
-def open_real(out: Path) -> Data:
-    content = load_run(out / "vae", "vae")
-    config, split = content["config"], content["state"]["split"]
-    data = open_data(
-        from_dict(DataConfig, config["data"], "data"), config["preset"], config["run"]["seed"], split
-    )
-    state = DataSpec.from_dict(content["state"]["data"])
-    return Data(data.config, data.seed, data.root, data.cases, data.infos, data.split, state)
-
-
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -333,7 +322,7 @@ def main() -> None:
             write_phantoms(out / "heads", 160, dims=2, size=(56, 48))
     length = run_flags(given, given.vae_steps)
     train_vae.main([*DATA[given.data][0], *place, *length, "--run.dir", str(out / "vae")])
-    data = open_real(out)
+    data = open_stored(load_run(out / "vae", "vae"))
     given.num_labels = data.spec.num_labels
     rows: dict[str, list[Figures]] = {"real": []}
     seeds = [int(word) for word in given.seeds.split(",")]

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
-from ldm3d.config import from_dict  # noqa: E402
-from ldm3d.data import AugmentConfig, Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.data import AugmentConfig, Data, batches, open_stored  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
@@ -169,10 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(exist_ok=True)
 
     content = load_run(vae, "vae")
-    config = from_dict(DataConfig, content["config"]["data"], "data")
     augment = AugmentConfig(flip_axes=(0,), affine=0.7, max_scale=0.05)
-    config = replace(config, patch=None, augment=augment)
-    data = open_data(config, "adrenal", content["config"]["run"]["seed"], content["state"]["split"])
+    data = open_stored(content, patch=None, augment=augment)
     nets = judges(data, args.classifier_steps, out / f"classifiers-{args.classifier_steps}.pt")
     model = LatentDiffusion.load(ldm)
     real = held_out(data)

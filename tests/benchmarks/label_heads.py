@@ -27,10 +27,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from anatomy import open_real  # noqa: E402
-
 from ldm3d.blocks import ResBlock, crop_to  # noqa: E402
-from ldm3d.data import VolumeDataset  # noqa: E402
+from ldm3d.data import VolumeDataset, open_stored  # noqa: E402
 from ldm3d.engine.logger import progress  # noqa: E402
 from ldm3d.latent_diffusion import load_autoencoder  # noqa: E402
 from ldm3d.metrics import dice  # noqa: E402
@@ -116,7 +114,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    data, (autoencoder, _) = open_real(args.folder), load_autoencoder(args.folder / "vae")
+    autoencoder, content = load_autoencoder(args.folder / "vae")
+    data = open_stored(content)
     sets = [encode(autoencoder, data.dataset(part)) for part in ("train", "test")]
     std, mean = torch.std_mean(sets[0][0], dim=(0, *range(2, sets[0][0].ndim)), keepdim=True)
     learned, held_out = (((z - mean) / std, image, mask) for z, image, mask in sets)

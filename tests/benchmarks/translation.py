@@ -42,7 +42,7 @@ import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.blocks import DepthToSpace, SpaceToDepth  # noqa: E402
 from ldm3d.config import from_dict, replace  # noqa: E402
-from ldm3d.data import AugmentConfig, Data, DataConfig, batches, open_data  # noqa: E402
+from ldm3d.data import AugmentConfig, Data, batches, open_stored  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import EMA, OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
@@ -257,9 +257,7 @@ def test(name: str, task: Task, runs: dict[str, Path], args: argparse.Namespace)
     model, out = LatentDiffusion.load(runs[task.ways[0]]), args.out / f"{name}-report"
     out.mkdir(exist_ok=True)
     content = load_run(runs["vae"], "vae")
-    data = open_data(
-        from_dict(DataConfig, content["config"]["data"], "data"), task.preset, 0, content["state"]["split"]
-    )
+    data = open_stored(content)
     plain = dataclasses.replace(data.config, augment=AugmentConfig(), patch=None)
     whole = dataclasses.replace(data, config=plain)
     items = varied(whole.dataset("test", augment=task.windows > 0), task.windows)

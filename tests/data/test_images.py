@@ -1,14 +1,16 @@
-"""Other images are read and scaled as the training data was."""
+"""Images are opened for a run as its training data was: its own cases, other folders, and its own samples."""
 
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from folders import OBLIQUE, opened, save
 
-from ldm3d.config import to_dict
-from ldm3d.data import open_folder, write
+from ldm3d.config import InputError, to_dict
+from ldm3d.data import DataConfig, Volume, open_data, open_images, open_stored, write
+from ldm3d.data.images import locate, own_cases
 
 
 def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_own_size(settings, tmp_path):
@@ -18,14 +20,14 @@ def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_
         tmp_path / "other/new.nii.gz", np.random.default_rng(9).random((5, 30, 6), dtype=np.float32), OBLIQUE
     )
     (tmp_path / "other/notes.json").write_text("{}")
-    dataset = open_folder(tmp_path / "other", content)
+    dataset = open_images(content, tmp_path / "other")
     item = dataset[0, 0]
     assert item["id"] == "new"
     assert set(item).isdisjoint({"mask", "source"})
     back = nib.load(write(tmp_path / "back.nii.gz", dataset.restore(0, item["image"])))
     np.testing.assert_allclose(back.affine, nib.load(volume).affine, atol=1e-5)
     assert back.shape == (5, 30, 6)
-    assert len(open_folder(opened_data.root, content)) == 6  # laid out like the training data
+    assert len(open_images(content, opened_data.root)) == 6  # laid out like the training data
 
 
 def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
@@ -34,7 +36,7 @@ def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
     values = np.random.default_rng(9).random((5, 30, 6), dtype=np.float32)
     path = save(tmp_path / "other/new.nii.gz", values, OBLIQUE)
     save(tmp_path / "other/another.nii.gz", values, OBLIQUE)
-    one, folder = open_folder(path, content), open_folder(tmp_path / "other", content)
+    one, folder = open_images(content, path), open_images(content, tmp_path / "other")
     assert [case.id for case in one.cases] == ["new"]
     assert torch.equal(one[0, 0]["image"], folder[0, 1]["image"])
 
@@ -44,6 +46,72 @@ def test_scaling_by_data_set_scales_another_folder_by_the_numbers_of_the_trainin
     spec = opened(settings).spec
     content = {"config": {"data": to_dict(settings)}, "state": {"data": spec.to_dict()}}
     values = np.random.default_rng(9).normal(7, 3, (5, 6, 7)).astype(np.float32)
-    item = open_folder(save(tmp_path / "other/new.nii.gz", values).parent, content)[0, 0]
+    item = open_images(content, save(tmp_path / "other/new.nii.gz", values).parent)[0, 0]
     expected = 2 * (values - spec.low[0]) / (spec.high[0] - spec.low[0]) - 1
     np.testing.assert_allclose(item["image"][0], expected, atol=1e-4)
+
+
+@pytest.fixture
+def content(tmp_path):
+    """What the checkpoint of a run would hold that takes channel 1 of files with two."""
+    draw = np.random.default_rng(0)
+    for i in range(6):
+        write(tmp_path / f"data/case_{i}.tif", Volume(draw.random((2, 9, 7), dtype=np.float32), np.eye(3)))
+    config = DataConfig(str(tmp_path / "data"), image="*.tif", dims=2, channel=(1,), scaling="minmax")
+    config = DataConfig(
+        **{**vars(config), "cache_dir": str(tmp_path), "test_fraction": 0.34, "subject": r"case_(\d)"}
+    )
+    data = open_data(config, "none", 0)
+    state = {"data": data.spec.to_dict(), "split": data.split}
+    return {"config": {"data": to_dict(config), "preset": "none", "run": {"seed": 0}}, "state": state}
+
+
+def test_the_samples_of_a_run_hold_its_channels_already(content, tmp_path):
+    assert content["state"]["data"]["channels"] == 1
+    own = open_images(content)
+    for i, case in enumerate(own.cases):
+        write(tmp_path / f"samples/{case.id}.tif", own.restore(i, own[i, i]["image"]))
+    samples = open_images(content, tmp_path / "samples")
+    others = open_images(content, tmp_path / "data")
+    for i in range(6):
+        assert torch.allclose(samples[i, i]["image"], own[i, i]["image"], atol=1e-5)
+        assert torch.equal(others[i, i]["image"], own[i, i]["image"])
+
+
+def test_the_parts_of_a_run_are_those_of_its_split_and_subjects_follow_the_rule(content):
+    split = content["state"]["split"]
+    for part in ("train", "val", "test"):
+        assert sorted(c.id for c in own_cases(content, part)[1]) == sorted(split[part])
+    held_out = {c.id for c in own_cases(content, "held-out")[1]}
+    assert held_out == set(split["val"]) | set(split["test"])
+    assert [c.subject for c in open_images(content).cases] == list("012345")
+    assert [c.subject for c in open_images(content, subject="(case)").cases] == ["case"] * 6
+    root = content["config"]["data"]["root"]
+    assert [c.subject for c in open_images(content, root).cases] == list("012345")
+    assert len(open_images(content, root, part="test").cases) == len(split["test"])
+    with pytest.raises(InputError, match="part: the run has no val cases"):
+        own_cases({**content, "state": {"split": {"train": ["case_0"], "val": []}}}, "val")
+
+
+def test_a_case_that_is_gone_is_named(content, tmp_path):
+    name = content["state"]["split"]["test"][0]
+    (tmp_path / f"data/{name}.tif").unlink()
+    with pytest.raises(InputError, match=f"case {name} of the stored split is missing"):
+        open_images(content)
+
+
+def test_stored_data_keeps_split_and_spec_and_takes_changes(content):
+    data = open_stored(content, patch=(4, 4))
+    assert data.split == content["state"]["split"]
+    assert data.spec.to_dict() == content["state"]["data"]
+    assert data.dataset("train", augment=True)[0, 0]["image"].shape == (1, 4, 4)
+
+
+def test_a_place_is_a_folder_or_a_pattern(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/x.tif").write_bytes(b"")
+    assert locate(tmp_path / "a") == (tmp_path / "a", None)
+    assert locate(tmp_path / "a/*/t1.tif") == (tmp_path / "a", "*/t1.tif")
+    for place, words in (("a/x.tif", "a file, expected"), ("c", "no such folder"), ("c/*.tif", "c: no such")):
+        with pytest.raises(InputError, match=words):
+            locate(tmp_path / place)

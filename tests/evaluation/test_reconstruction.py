@@ -13,7 +13,7 @@ import torch
 
 import train_vae
 from ldm3d import read
-from ldm3d.data import open_folder
+from ldm3d.data import open_images
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.distributed import run_script
@@ -167,7 +167,7 @@ def test_errors_in_the_files_units_are_those_of_a_reconstruction_done_by_hand(pl
     rows = {row["case"]: row for row in csv.DictReader((tmp_path / "report" / "cases.csv").open())}
     assert len(rows) == 6
     net, content = load_autoencoder(place / "vae")
-    dataset = open_folder(images, content)
+    dataset = open_images(content, images)
     for i in (0, 5):
         row, x = rows[dataset.cases[i].id], dataset[i, i]["image"][None]
         recon = net(x)[0].detach()

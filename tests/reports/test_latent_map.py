@@ -17,7 +17,7 @@ from tiny import vae_flags
 
 import train_vae
 from ldm3d.config import InputError
-from ldm3d.data import VolumeDataset, open_folder
+from ldm3d.data import VolumeDataset, open_images
 from ldm3d.engine.distributed import run_script
 from ldm3d.latent_diffusion import load_autoencoder
 from ldm3d.reports import latent_map as analysis
@@ -51,7 +51,7 @@ def made(run) -> Path:
 def latents(run, heads) -> tuple[list[str], np.ndarray]:
     """(ids, posterior means (N, C_z, *s)) of all heads, encoded one by one."""
     net, content = load_autoencoder(run)
-    opened = open_folder(heads / "images", content)
+    opened = open_images(content, heads / "images")
     data = VolumeDataset(opened.cases, opened.infos, opened.spec, opened.config)
     with torch.inference_mode():
         z = [net.encode(data[i, i]["image"][None]).mean[0].numpy() for i in range(len(data))]
