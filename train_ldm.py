@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm3d.conditions import OF_SOURCE, Condition, ConditionConfig, absent, fit_conditions, hide
+from ldm3d.conditions import Condition, ConditionConfig, absent, fit_conditions, hide
 from ldm3d.config import InputError, from_dict, parse, replace, to_dict
 from ldm3d.data import (
     AugmentConfig,
@@ -362,7 +362,7 @@ def preview(
     batch = to_device(collate([dataset[i, i] for i in shown]), model.device)
     told = model.conditions_of(batch)
     rows: dict[str, list[Tensor]] = {}
-    if any(c.kind in OF_SOURCE for c in model.denoiser.conditions):
+    if any(c.origin == "source" for c in model.denoiser.conditions):
         rows["source"] = [case["source"] for case in real[:4]]
     rows |= {"real (validation)": [case["image"] for case in real[:4]], "generated": []}
     latents, settings = [], {"seed": config.run.seed, "amp": config.run.amp, "conditions": told}
@@ -447,7 +447,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         raise InputError(
             f"{run.dir}: the table of cases has changed since this run was started (--run.fresh)"
         )
-    if any(c.kind in OF_SOURCE for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
+    if any(c.origin == "source" for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     reseed(seed, 0)
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder).to(device)

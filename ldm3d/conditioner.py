@@ -1,16 +1,25 @@
-"""The conditioner: named conditions (conditions.py) -> context tokens, input channels, an added embedding.
+"""The conditioner: the network that turns conditions (conditions.py) into inputs of the U-Net.
+
+A U-Net can be reached in three ways, and each kind of condition takes the ones that suit it: an embedding
+added to the embedding of t says one thing to all voxels; context tokens are looked up by attention; channels
+beside x_t say something at each voxel.
 
     class               a row of a table, added to the embedding of t
-    number, spacing     an MLP of (value - mean) / std, added likewise
-    text, embedding     context tokens with their mask; the mean token, projected, is added likewise
+    number, spacing     an MLP of (value - mean) / std, added to the embedding of t
+    text, embedding     context tokens with their mask; their mean, projected, is added to the embedding of t
     image, labels       channels beside x_t
     tokens              context tokens W [latent, position] + b, one a latent voxel; positions beside x_t
 
-Each kind has a learned null, put by torch.where in the place of what is absent, so that every parameter takes
-part in every forward. Text goes through a small pre-norm transformer trained with the model (Vaswani et al.
-2017, arXiv 1706.03762). Embeddings added to the time's: Dhariwal & Nichol 2021 (2105.05233). Context and
-channels: Rombach et al. 2022 (2112.10752), section 3.3. Left out: pretrained text encoders, whose output is
-the kind `embedding`.
+Example: x_t (2, 4, 16, 20, 16) with emb_dim 256 and context_dim 128, under class, text (L = 12) and image:
+emb (2, 256) is the sum of a row and of the caption's mean, context is (2, 12, 128) with a mask (2, 12), and
+channels (2, 4, 16, 20, 16) are concatenated to x_t.
+
+Each kind has a learned null, which torch.where puts in place of a blank value. So every parameter takes part
+in every forward, as DDP demands, whichever conditions are absent.
+
+Text goes through a small pre-norm transformer trained with the model (Vaswani et al. 2017, arXiv 1706.03762).
+Embeddings added to that of the time: Dhariwal & Nichol 2021 (2105.05233). Context and channels: Rombach et
+al. 2022 (2112.10752), section 3.3. Left out: pretrained text encoders, whose output is the kind `embedding`.
 """
 
 from __future__ import annotations
@@ -27,30 +36,43 @@ from .config import InputError
 
 
 class Conditioned(NamedTuple):
-    """What conditions become; None: nothing of this kind."""
+    """Inputs of the U-Net that conditions have become; None: no condition makes an input of this sort."""
 
     context: Tensor | tuple[KeysValues, ...] | None = None  # (B, M, E) tokens, or their UNet.kv_cache
     context_mask: Tensor | None = None  # (B, M) bool, True = use
     channels: Tensor | None = None  # (B, C, *s) to concatenate to x_t
-    emb: Tensor | None = None  # (B, emb_dim) to add to that of t
+    emb: Tensor | None = None  # (B, emb_dim) to add to the embedding of t
 
 
-class ClassCondition(nn.Module):
-    """(B,) class -> embedding. The null is the last row."""
+# --- one module a kind --------------------------------------------------------------------------------------
 
-    def __init__(self, num_classes: int, emb_dim: int):
+
+class Part(nn.Module):
+    """The module of one condition: its value (see `shape_of`) -> Conditioned.
+
+    All parts are made from (condition, config, dims, emb_dim).
+    """
+
+    num_channels = 0  # input channels that the part adds beside x_t
+    has_context = False  # whether the part makes context tokens
+
+
+class ClassPart(Part):
+    """(B,) class -> embedding. The last row of the table is the null."""
+
+    def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
-        self.table = nn.Embedding(num_classes + 1, emb_dim)
+        self.table = nn.Embedding(len(condition.values) + 1, emb_dim)
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, value: Tensor) -> Conditioned:
         return Conditioned(emb=self.table(torch.where(value < 0, self.table.num_embeddings - 1, value)))
 
 
-class NumberCondition(nn.Module):
+class NumberPart(Part):
     """(B, n) numbers -> embedding of (value - mean) / std."""
 
-    def __init__(self, condition: Condition, emb_dim: int):
+    def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
         self.register_buffer("mean", torch.tensor(condition.mean), persistent=False)
         self.register_buffer("std", torch.tensor(condition.std), persistent=False)
@@ -73,7 +95,7 @@ class TextEncoder(nn.Module):
         self.words = nn.Embedding(num_words + 1, width)  # 0: unknown
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.zeros_(self.words.weight[0])  # where training has no unknown word it stays, and says nothing
+        nn.init.zeros_(self.words.weight[0])  # stays zero if training meets no unknown word
         heads = num_heads(width)
         self.attentions = nn.ModuleList(CrossAttention(width, width, heads) for _ in range(layers))
         self.ffs = nn.ModuleList(GEGLU(width) for _ in range(layers))
@@ -101,12 +123,22 @@ class VectorEncoder(nn.Module):
         return self.norm(self.linear(torch.where(mask[..., None], vectors, 0.0))), mask
 
 
-class SequenceCondition(nn.Module):
-    """A sequence -> context tokens and, from their mean, an embedding; an absent one is one null token."""
+class SequencePart(Part):
+    """A caption (B, L) or vectors (B, L, E') -> context tokens and, from their mean, an embedding.
 
-    def __init__(self, encoder: TextEncoder | VectorEncoder, width: int, emb_dim: int):
+    A blank sample has one token, the null.
+    """
+
+    has_context = True
+
+    def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
-        self.encoder, self.pooled = encoder, nn.Linear(width, emb_dim)
+        c, width = condition, config.context_dim
+        if c.kind == "text":
+            self.encoder: nn.Module = TextEncoder(len(c.values), c.length, width, config.text_layers)
+        else:
+            self.encoder = VectorEncoder(c.width, width)
+        self.pooled = nn.Linear(width, emb_dim)
         self.null = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, value: Tensor) -> Conditioned:
@@ -119,102 +151,108 @@ class SequenceCondition(nn.Module):
         return Conditioned(tokens, mask, emb=self.pooled((tokens * used).sum(1) / used.sum(1)))
 
 
-class ChannelCondition(nn.Module):
-    """(B, C, *s) -> the same as input channels; an absent one is a constant per channel."""
+def fill(value: Tensor, null: Tensor) -> Tensor:
+    """value (B, C, *s) with null (C, 1 ...) in place of its blank samples."""
+    return torch.where(absent(value).view(-1, *(1,) * null.ndim), null, value)
 
-    def __init__(self, dims: int, width: int):
+
+class ChannelPart(Part):
+    """(B, C, *s) -> the same as input channels; a blank sample is one learned constant per channel."""
+
+    def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
-        self.null = nn.Parameter(torch.zeros(width, *(1,) * dims))
+        self.num_channels = condition.width
+        self.null = nn.Parameter(torch.zeros(condition.width, *(1,) * dims))
 
     def forward(self, value: Tensor) -> Conditioned:
         return Conditioned(channels=fill(value, self.null))
 
 
-class TokenCondition(nn.Module):
-    """(B, C, *s) -> context tokens [latent, position] W + b, one a latent voxel, and positions as channels.
+class TokenPart(Part):
+    """(B, C, *s) -> context tokens W [latent, position] + b, one a latent voxel, and positions as channels.
 
-    The positions enter beside x_t as well, since a query that does not know where it is cannot look for its
-    own place among the tokens.
+    A voxel of x_t that does not know its own position cannot look for the token of the same position. So the
+    positions also enter as channels beside x_t.
     """
 
     NUM_FREQUENCIES = 5
+    has_context = True
 
-    def __init__(self, dims: int, width: int, context_dim: int):
+    def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
-        self.null = nn.Parameter(torch.zeros(width, *(1,) * dims))
-        self.num_positions = 2 * self.NUM_FREQUENCIES * dims
-        self.linear = nn.Linear(width + self.num_positions, context_dim)
+        self.null = nn.Parameter(torch.zeros(condition.width, *(1,) * dims))
+        self.num_channels = 2 * self.NUM_FREQUENCIES * dims
+        self.linear = nn.Linear(condition.width + self.num_channels, config.context_dim)
 
     def forward(self, value: Tensor) -> Conditioned:
-        places = position_features(value.shape[2:], self.NUM_FREQUENCIES, value.device)
-        places = places.expand(len(value), *places.shape[1:])
-        tokens = self.linear(to_tokens(torch.cat([fill(value, self.null), places], 1)))  # (B, N, E)
-        return Conditioned(tokens, channels=places)
+        positions = position_features(value.shape[2:], self.NUM_FREQUENCIES, value.device)
+        positions = positions.expand(len(value), *positions.shape[1:])
+        tokens = self.linear(to_tokens(torch.cat([fill(value, self.null), positions], 1)))  # (B, N, E)
+        return Conditioned(tokens, channels=positions)
 
 
-def fill(value: Tensor, null: Tensor) -> Tensor:
-    """Absent samples of value (B, C, *s) replaced by null (C, 1 ...)."""
-    return torch.where(absent(value).view(-1, *(1,) * null.ndim), null, value)
+PARTS: dict[str, type[Part]] = {
+    "class": ClassPart,
+    "number": NumberPart,
+    "spacing": NumberPart,
+    "text": SequencePart,
+    "embedding": SequencePart,
+    "image": ChannelPart,
+    "labels": ChannelPart,
+    "tokens": TokenPart,
+}
 
 
-class Conditioner(nn.Module):
-    """Named conditions of a batch -> `Conditioned`. Those not given are absent from all samples."""
-
-    def __init__(self, config: ConditionConfig, conditions: Sequence[Condition], dims: int, emb_dim: int):
-        super().__init__()
-        self.conditions = tuple(conditions)
-        self.parts = nn.ModuleList(self._make(c, config, dims, emb_dim) for c in conditions)
-
-    @staticmethod
-    def _make(c: Condition, config: ConditionConfig, dims: int, emb_dim: int) -> nn.Module:
-        width = config.context_dim
-        if c.kind == "class":
-            return ClassCondition(len(c.values), emb_dim)
-        if c.kind in ("number", "spacing"):
-            return NumberCondition(c, emb_dim)
-        if c.kind == "text":
-            encoder = TextEncoder(len(c.values), c.length, width, config.text_layers)
-            return SequenceCondition(encoder, width, emb_dim)
-        if c.kind == "embedding":
-            return SequenceCondition(VectorEncoder(c.width, width), width, emb_dim)
-        return TokenCondition(dims, c.width, width) if c.kind == "tokens" else ChannelCondition(dims, c.width)
-
-    @property
-    def num_channels(self) -> int:
-        """Input channels that the conditions add to those of x_t."""
-        positions = [part.num_positions for part in self.parts if isinstance(part, TokenCondition)]
-        return sum(positions) + sum(c.width for c in self.conditions if c.kind in ("image", "labels"))
-
-    @property
-    def has_context(self) -> bool:
-        return any(c.kind in ("text", "embedding", "tokens") for c in self.conditions)
-
-    def forward(self, values: dict[str, Tensor], like: Tensor) -> Conditioned:
-        """like: the x_t (B, C_z, *s) that they belong to."""
-        check_names(values, self.conditions)
-        made = []
-        for c, part in zip(self.conditions, self.parts, strict=True):
-            value = values[c.name] if c.name in values else blank(c, like)
-            if value.shape != shape_of(c, like):
-                expected, got = shape_of(c, like), tuple(value.shape)
-                raise InputError(f"condition {c.name}: expected a tensor of shape {expected}, got {got}")
-            made.append(part(value))
-        embs = [m.emb for m in made if m.emb is not None]
-        channels = [m.channels for m in made if m.channels is not None]
-        contexts = [m for m in made if m.context is not None]
-        return Conditioned(
-            torch.cat([m.context for m in contexts], 1) if contexts else None,
-            join_masks(contexts),
-            torch.cat(channels, 1) if channels else None,
-            sum(embs[1:], embs[0]) if embs else None,
-        )
+# --- all conditions of a model ------------------------------------------------------------------------------
 
 
 def join_masks(contexts: Sequence[Conditioned]) -> Tensor | None:
-    """The mask of all their tokens, (B, M); None if all are to be used, which is faster."""
+    """The mask (B, M) of the tokens of all `contexts`; None if every token is used, which is faster."""
     if all(m.context_mask is None for m in contexts):
         return None
     ones = [torch.ones_like(m.context[..., 0], dtype=torch.bool) for m in contexts]
     return torch.cat(
         [o if m.context_mask is None else m.context_mask for m, o in zip(contexts, ones, strict=True)], 1
     )
+
+
+class Conditioner(nn.Module):
+    """The conditions of a batch, by name -> `Conditioned`.
+
+    A condition without a value is absent from all samples. Embeddings are added up; tokens and channels of
+    several conditions are concatenated in the order of the conditions.
+    """
+
+    def __init__(self, config: ConditionConfig, conditions: Sequence[Condition], dims: int, emb_dim: int):
+        super().__init__()
+        self.conditions = tuple(conditions)
+        self.parts = nn.ModuleList(PARTS[c.kind](c, config, dims, emb_dim) for c in conditions)
+
+    @property
+    def num_channels(self) -> int:
+        """Input channels that the conditions add to those of x_t."""
+        return sum(part.num_channels for part in self.parts)
+
+    @property
+    def has_context(self) -> bool:
+        return any(part.has_context for part in self.parts)
+
+    def forward(self, values: dict[str, Tensor], like: Tensor) -> Conditioned:
+        """like: any tensor of the shape and device of x_t (B, C_z, *s)."""
+        check_names(values, self.conditions)
+        parts = []
+        for c, part in zip(self.conditions, self.parts, strict=True):
+            value = values[c.name] if c.name in values else blank(c, like)
+            if value.shape != shape_of(c, like):
+                expected, got = shape_of(c, like), tuple(value.shape)
+                raise InputError(f"condition {c.name}: expected a tensor of shape {expected}, got {got}")
+            parts.append(part(value))
+        embs = [p.emb for p in parts if p.emb is not None]
+        channels = [p.channels for p in parts if p.channels is not None]
+        contexts = [p for p in parts if p.context is not None]
+        return Conditioned(
+            torch.cat([p.context for p in contexts], 1) if contexts else None,
+            join_masks(contexts),
+            torch.cat(channels, 1) if channels else None,
+            sum(embs[1:], embs[0]) if embs else None,
+        )

@@ -1,19 +1,39 @@
-"""Conditions: what the denoiser is told about the sample, as one dict of tensors, name -> value.
+"""Conditions: what a sample should be like, as one dict of tensors, name -> value.
+
+A denoiser that sees the class, the caption or another scan of a case learns what goes with them, and samples
+can be asked for by the same conditions. This module turns cells of a table and voxels into tensors;
+conditioner.py turns the tensors into inputs of the U-Net.
 
     condition          value of a batch                   blank    enters the U-Net as
-    class[:column]     (B,) int64 class                   -1       embedding, added to that of t
+    class[:column]     (B,) int64 class                   -1       embedding, added to the embedding of t
     number:column      (B, 1) float                       NaN      embedding, by a small MLP
-    spacing            (B, dims) float, mm                NaN      the same
+    spacing            (B, dims) float, mm                NaN      embedding, by a small MLP
     text[:column]      (B, L) int64 words, -1 = none      all -1   context tokens; their mean as embedding
-    embedding:column   (B, L, E) float, NaN = none        NaN      the same
+    embedding:column   (B, L, E) float, NaN = none        NaN      context tokens; their mean as embedding
     image              (B, C, *s) latent of the source    NaN      input channels beside x_t
     tokens             (B, C, *s) latent of the source    NaN      context tokens with positions
     labels             (B, K, *s) share of each label     NaN      input channels beside x_t
 
-A value can be absent from any sample: it is blank then, and conditioning.py puts a learned null in its place.
-Dropout in training, guidance in sampling and blank cells of a table are all the same thing, `hide`. The order
-of the list is the order in which guidance nests (guidance.py). What a run knows of its conditions (classes,
-vocabulary, means) is fitted to the training cases and kept in its checkpoints.
+Example: two cases under `--condition.use class:sex,number:age,text`, with the vocabulary (a, left, lesion):
+
+    sex   F, M                           [0, 1]                        values F, M
+    age   40, an empty cell              [[40.], [nan]]                the second age is blank
+    text  "A lesion, left", "a lesion"   [[1, 3, 2], [1, 3, -1]]       L = 3, the longest training caption
+
+A value may be blank in any sample; conditioner.py puts a learned null in its place. Dropout in training,
+guidance in sampling and empty cells of a table are all the same operation, `hide`. The order of the list is
+the order in which guidance nests (guidance.py). Classes, vocabularies and means are fitted to the training
+cases, and each checkpoint keeps them.
+
+To add a condition that a column of the table gives:
+
+1. here: a row of KINDS, a branch of `_of_column` (fitted to the training cases), of `Condition.encode` (one
+   cell -> tensor) and of `shape_of`;
+2. conditioner.py: a module, tensor -> `Conditioned`, and its row of PARTS.
+
+Flags, dropout, guidance, sampling and checkpoints treat all conditions alike. A condition that another volume
+of the case gives is also encoded in latents.py (`encode_batch`), and latent_diffusion.py finds its tensor
+(`conditions_of`) and encodes what users ask for (`prepare`).
 """
 
 from __future__ import annotations
@@ -21,11 +41,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,17 +57,33 @@ from .config import InputError, at_least
 
 Columns = dict[str, str]  # of one case: column of the table -> cell, "" = blank
 
-COLUMNS = {"class": "class", "number": None, "text": "text", "embedding": None}  # kind -> default column
-OF_VOLUMES = ("spacing", "image", "tokens", "labels")  # kinds that the case's volumes give
-OF_SOURCE = ("image", "tokens")
-OF_FILES = (*OF_SOURCE, "labels", "embedding")  # kinds whose values may be named as files
+
+class Kind(NamedTuple):
+    """What is true of every condition of one kind, before any data are seen."""
+
+    origin: Literal["column", "spacing", "source", "mask"]  # the part of a case that gives the value
+    column: str | None = None  # the column that is read where none is named; none = it must be named
+    integer: bool = False  # int64 with -1 as blank; else float32 with NaN as blank
+    file: bool = False  # a value may be the path of a file
+
+
+KINDS = {
+    "class": Kind("column", "class", integer=True),
+    "number": Kind("column"),
+    "spacing": Kind("spacing"),
+    "text": Kind("column", "text", integer=True),
+    "embedding": Kind("column", file=True),
+    "image": Kind("source", file=True),
+    "tokens": Kind("source", file=True),
+    "labels": Kind("mask", file=True),
+}
 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    use: tuple[str, ...] = ()  # what it is told, in the order of guidance: class,text ... (conditions.py)
-    dropout: tuple[float, ...] = (0.1,)  # probability that training hides each of them; one value serves all
-    dropout_all: float = 0.05  # probability that training hides all at once
+    use: tuple[str, ...] = ()  # conditions, in the order in which guidance nests: class,text (conditions.py)
+    dropout: tuple[float, ...] = (0.1,)  # probability that training hides each condition; one value for all
+    dropout_all: float = 0.05  # probability that training hides all conditions at once
     context_dim: int = 128  # width of the context tokens (text, embedding, tokens)
     text_layers: int = 2  # transformer layers of the text encoder
     text_length: int = 64  # words of a caption that are read; fewer if the training captions are shorter
@@ -75,40 +111,55 @@ class ConditionConfig:
 
 
 def parse_use(word: str) -> tuple[str, str]:
-    """ "class:sex" -> ("class", "sex"), "text" -> ("text", "text"): (kind, name). The name is the column, or
-    the kind where there is none."""
+    """One word of `use` -> (kind, name): "class:sex" -> ("class", "sex"), "text" -> ("text", "text").
+
+    The name is the column, or the kind where no column gives the value.
+    """
     kind, _, column = word.partition(":")
-    if kind not in COLUMNS and kind not in OF_VOLUMES:
-        raise InputError(
-            f"use: {word!r} is no condition, expected one of {', '.join([*COLUMNS, *OF_VOLUMES])}"
-        )
-    if kind in OF_VOLUMES and column:
-        raise InputError(f"use: {word!r}: {kind} has no column, the volumes give it")
-    if not column and kind in COLUMNS:
-        column = COLUMNS[kind]
-        if column is None:
-            raise InputError(f"use: {word!r} needs the column of the table, such as {kind}:age")
-    return kind, column or kind
+    if kind not in KINDS:
+        raise InputError(f"use: {word!r} is no condition, expected one of {', '.join(KINDS)}")
+    if KINDS[kind].origin != "column":
+        if column:
+            raise InputError(f"use: {word!r}: {kind} has no column, the volumes give it")
+        return kind, kind
+    column = column or KINDS[kind].column
+    if not column:
+        raise InputError(f"use: {word!r} needs the column of the table, such as {kind}:age")
+    return kind, column
 
 
 def num_heads(width: int) -> int:
+    """Attention heads of tokens of this width, 32 channels each."""
     return max(1, width // 32)
 
 
-# --- what a run knows of its conditions ---------------------------------------------------------------------
+# --- one condition of a run ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition of a run, fitted to the training cases; kept in the checkpoint's state."""
+    """One condition of a run, fitted to its training cases: enough to turn a value into a tensor.
+
+    The state of every checkpoint holds `to_dict` of each condition, so that sampling needs no table.
+    """
 
     kind: str
     name: str
     values: tuple[str, ...] = ()  # class: its values in order; text: the words 1, 2 ... (0 is unknown)
-    mean: tuple[float, ...] = ()  # number and spacing: of the training cases
-    std: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()  # number, spacing: mean over the training cases
+    std: tuple[float, ...] = ()  # number, spacing: standard deviation over the training cases
     length: int = 0  # text, embedding: L, the longest sequence
-    width: int = 0  # channels of a latent or label map; E of an embedding
+    width: int = 0  # image, tokens: latent channels; labels: K; embedding: E
+
+    @property
+    def origin(self) -> str:
+        """The part of a case that gives the value: column, spacing, source or mask."""
+        return KINDS[self.kind].origin
+
+    @property
+    def may_be_file(self) -> bool:
+        """Whether a value may be the path of a file."""
+        return KINDS[self.kind].file
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -118,10 +169,10 @@ class Condition:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def encode(self, value: Any, folder: Path | None = None) -> Tensor:
-        """One sample's value, from a cell, the command line or Python, as a tensor without batch axis.
+        """The value of one sample, from a cell, the command line or Python -> a tensor without batch axis.
 
-        None and "" are blank. A file is looked for in `folder`. InputError if the value is not one of this
-        condition; for those that volumes give (but spacing), see latent_diffusion.py.
+        None and "" are blank. `folder` is where a relative path begins. InputError if the value is none of
+        this condition's. Sources and masks need an autoencoder: LatentDiffusion.prepare encodes them.
         """
         value = None if isinstance(value, str) and not value.strip() else value
         if self.kind == "class":
@@ -135,13 +186,13 @@ class Condition:
         vectors = torch.full((self.length, self.width), math.nan)
         if value is not None:
             is_file = isinstance(value, (str, Path))
-            given = read_embedding((folder or Path()) / value) if is_file else torch.as_tensor(value).float()
-            if given.ndim != 2 or given.shape[1] != self.width:
+            rows = read_embedding((folder or Path()) / value) if is_file else torch.as_tensor(value).float()
+            if rows.ndim != 2 or rows.shape[1] != self.width:
                 where = f"{value}: " if is_file else ""
-                expected, got = f"(L, {self.width})", tuple(given.shape)
+                expected, got = f"(L, {self.width})", tuple(rows.shape)
                 raise InputError(f"condition {self.name}: {where}expected {expected}, got shape {got}")
-            given = given[: self.length]
-            vectors[: len(given)] = given
+            rows = rows[: self.length]
+            vectors[: len(rows)] = rows
         return vectors
 
     def _class(self, value: Any) -> int:
@@ -176,20 +227,23 @@ class Condition:
 
 
 def split_words(text: str) -> list[str]:
-    """Words and numbers of a caption, in lower case, without marks: "5.2 mm, Left" -> 5.2 mm left."""
+    """Words and numbers of a caption: "5.2 mm, Left" -> ["5.2", "mm", "left"]."""
     return re.findall(r"\d+(?:\.\d+)?|\w+", text.casefold())
 
 
 def class_name(value: Any) -> str:
-    """Values are compared as text; 1, 1.0, "01" are all "1"."""
+    """The name of a class, by which values are compared: 1, 1.0 and "01" are all "1", "F" is "F"."""
     text = str(value.item() if isinstance(value, Tensor) and value.ndim == 0 else value).strip()
     whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
     return whole[1] + whole[2] if whole else text
 
 
 def read_embedding(path: Path) -> Tensor:
-    """(L, E) float32 from a .npz or .pt file: an array or tensor alone, or "embedding" and "mask" (L,), whose
-    rows without a True are left out. Nothing in the file is executed."""
+    """A text embedding (L, E) float32 from a .npz or .pt file.
+
+    The file holds one array, or "embedding" (L, E) and "mask" (L,): rows whose mask is False are left out.
+    Nothing in the file is executed. InputError names the file.
+    """
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -229,23 +283,27 @@ def fit_conditions(
     num_labels: int | None,
     folder: Path,
 ) -> tuple[Condition, ...]:
-    """The conditions of a run. cases: id -> columns, of which `train` are for training; spacings: of these;
-    has_source, num_labels: the roles that the data have; folder: of the table.
+    """The conditions of a run, fitted to its cases.
 
-    Vocabulary, means and sizes are of the training cases alone; the values of a class, of all. All cells of
-    all cases are checked: InputError names the case.
+    cases: the columns of all cases by id; train: ids of the training cases; spacings: of the training cases,
+    in mm. has_source, num_labels: whether the cases have sources, and masks of how many labels. folder: where
+    paths in the table begin.
+
+    Vocabulary, means and lengths come from the training cases alone, the values of a class from all cases.
+    Every cell of every case is checked: InputError names the case.
     """
     conditions = []
     for kind, name in map(parse_use, config.use):
-        if kind in OF_SOURCE and not has_source:
+        origin = KINDS[kind].origin
+        if origin == "source" and not has_source:
             raise InputError(f"condition.use: {kind} needs sources (data.source, or a column of that name)")
-        if kind == "labels" and num_labels is None:
-            raise InputError("condition.use: labels needs masks (data.mask, or a column of that name)")
-        if kind in OF_SOURCE:
+        if origin == "mask" and num_labels is None:
+            raise InputError(f"condition.use: {kind} needs masks (data.mask, or a column of that name)")
+        if origin == "source":
             condition = Condition(kind, name, width=latent_channels)
-        elif kind == "labels":
+        elif origin == "mask":
             condition = Condition(kind, name, width=num_labels)
-        elif kind == "spacing":
+        elif origin == "spacing":
             condition = Condition(kind, name, **_moments(torch.tensor(spacings, dtype=torch.float64)))
         else:
             condition = _of_column(kind, name, config, cases, train, folder)
@@ -262,9 +320,9 @@ def _of_column(
     folder: Path,
 ) -> Condition:
     """A condition that a column of the table gives."""
-    known = sorted({column for columns in cases.values() for column in columns})
-    if name not in known:
-        listed = f"its columns: {', '.join(known)}" if known else "there is no table (data.table)"
+    present = sorted({column for columns in cases.values() for column in columns})
+    if name not in present:
+        listed = f"its columns: {', '.join(present)}" if present else "there is no table (data.table)"
         raise InputError(f"condition.use: no column {name!r} in the table of the data, {listed}")
     cells = {case: columns.get(name, "") for case, columns in cases.items() if columns.get(name, "")}
     fitted = [cells[case] for case in train if case in cells]
@@ -308,7 +366,7 @@ def _number(case: str, name: str, cell: str) -> float:
 
 
 def _moments(rows: Tensor) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation (1 where all are alike) of rows (N, n)."""
+    """Mean and standard deviation of rows (N, n), per column; a deviation of 0 becomes 1."""
     std = rows.std(0, correction=0)
     return {"mean": tuple(rows.mean(0).tolist()), "std": tuple(torch.where(std > 1e-6, std, 1.0).tolist())}
 
@@ -317,23 +375,23 @@ def _moments(rows: Tensor) -> dict[str, tuple[float, ...]]:
 
 
 def hide(value: Tensor, hidden: Tensor) -> Tensor:
-    """`value` (B, ...) with the samples where hidden (B,) is True made blank: -1 of integers, NaN of
-    floats."""
+    """`value` (B, ...), blank in the samples where hidden (B,) is True: -1 for integers, NaN for floats."""
     blank = math.nan if value.is_floating_point() else -1
     return torch.where(hidden.to(value.device).view(-1, *(1,) * (value.ndim - 1)), blank, value)
 
 
 def absent(value: Tensor) -> Tensor:
-    """(B,) bool: which samples are blank."""
+    """(B,) bool: the samples whose value is blank."""
     gone = value.isnan() if value.is_floating_point() else value < 0
     return gone.flatten(1).all(1) if value.ndim > 1 else gone
 
 
 def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int]) -> Tensor:
-    """Labels (B, *S), -1 everywhere in samples without a mask -> (B, K, *s): the share that each label has in
-    every latent voxel, `factor` voxels of the mask along each axis; NaN for samples without a mask.
+    """Masks (B, *S) -> (B, K, *s): the share that each label has in every latent voxel.
 
-    As in the autoencoder, the edge is repeated at the end of axes that the factor does not divide.
+    A latent voxel covers `factor` voxels of the mask on each axis. With factor 2, the block [[0, 0], [0, 3]]
+    of 4 labels becomes the shares (0.75, 0, 0, 0.25). A sample without a mask, -1 everywhere, becomes NaN.
+    Where the factor does not divide an axis, the edge is repeated at its end, as in the autoencoder.
     """
     one_hot = F.one_hot(mask.clamp(min=0), num_labels).movedim(-1, 1).float()
     shares = pad_to_multiple(one_hot, factor)
@@ -342,7 +400,7 @@ def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int]) -> Tensor
 
 
 def shape_of(condition: Condition, like: Tensor) -> tuple[int, ...]:
-    """The shape of the condition's value beside an x_t (B, C_z, *s)."""
+    """The shape of the condition's value for a batch whose x_t (B, C_z, *s) has the shape of `like`."""
     inner = {
         "class": (),
         "number": (len(condition.mean),),
@@ -354,24 +412,26 @@ def shape_of(condition: Condition, like: Tensor) -> tuple[int, ...]:
 
 
 def blank(condition: Condition, like: Tensor) -> Tensor:
-    """The value that is absent from all samples."""
-    empty, dtype = (-1, torch.int64) if condition.kind in ("class", "text") else (math.nan, torch.float32)
+    """The value of a batch in which the condition is absent from all samples."""
+    empty, dtype = (-1, torch.int64) if KINDS[condition.kind].integer else (math.nan, torch.float32)
     return torch.full(shape_of(condition, like), empty, dtype=dtype, device=like.device)
 
 
 def check_indices(values: dict[str, Tensor], conditions: Sequence[Condition]) -> None:
-    """InputError if a class or a word is beyond those of its condition; the row behind the classes is the
-    null."""
-    for c in (c for c in conditions if c.kind in ("class", "text") and c.name in values):
+    """InputError if a class or a word has a number that is too large.
+
+    The tables have one row more than there are classes: the null. It is no class that one may ask for.
+    """
+    for c in (c for c in conditions if KINDS[c.kind].integer and c.name in values):
         last, value = len(c.values) - (c.kind == "class"), values[c.name]
         if value.numel() and (highest := int(value.max())) > last:
             raise InputError(f"condition {c.name}: expected integers up to {last}, got {highest}")
 
 
-def check_names(given: Sequence[str] | dict[str, Any], conditions: Sequence[Condition]) -> None:
-    """InputError if a name is not that of a condition."""
-    names = [c.name for c in conditions]
-    for name in given:
-        if name not in names:
-            known = f"its conditions: {', '.join(names)}" if names else "it was trained without any"
-            raise InputError(f"condition {name}: the model has no such condition, {known}")
+def check_names(names: Iterable[str], conditions: Sequence[Condition]) -> None:
+    """InputError if one of the names is not the name of a condition."""
+    own = [c.name for c in conditions]
+    for name in names:
+        if name not in own:
+            listed = f"its conditions: {', '.join(own)}" if own else "it was trained without any"
+            raise InputError(f"condition {name}: the model has no such condition, {listed}")

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from .blocks import crop_to
 from .conditions import (
-    OF_SOURCE,
-    OF_VOLUMES,
     Condition,
     ConditionConfig,
     absent,
@@ -198,10 +196,10 @@ class LatentDiffusion:
         """The conditions of a batch of `LatentDataset` or `encode_batch` with "conditions", by name."""
         values = {}
         for c in self.denoiser.conditions:
-            if c.kind in OF_SOURCE:
+            if c.origin == "source":
                 values[c.name] = self.normalise(batch["source"])
             else:
-                values[c.name] = batch[c.kind] if c.kind in OF_VOLUMES else batch["conditions"][c.name]
+                values[c.name] = batch["conditions"][c.name] if c.origin == "column" else batch[c.kind]
         return values
 
     def prepare(self, conditions: dict[str, Any], num: int = 1, amp: str = "fp32") -> dict[str, Tensor]:
@@ -228,11 +226,11 @@ class LatentDiffusion:
 
     def _tensor(self, c: Condition, value: Any, amp: str) -> Tensor:
         """One value of one condition, without batch axis."""
-        if c.kind not in (*OF_SOURCE, "labels"):
+        if c.origin in ("column", "spacing"):
             return c.encode(value)
         if value is None or (isinstance(value, str) and not value.strip()):
             return torch.full((c.width, *self.latent_shape[1:]), math.nan)
-        labels = c.kind == "labels"
+        labels = c.origin == "mask"
         if isinstance(value, (str, Path)):
             value = self.open([value], "mask" if labels else "source")[0, 0]["mask" if labels else "image"]
         value = torch.as_tensor(value)

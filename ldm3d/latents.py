@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .conditions import OF_SOURCE, OF_VOLUMES, Condition, label_shares
+from .conditions import Condition, label_shares
 from .config import InputError
 from .data import Case, DataConfig, DataSpec, VolumeDataset, collate
 from .engine.distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
@@ -55,18 +55,18 @@ def encode_batch(
     """What a batch of volumes is to stage two: mean and logvar of the image's posterior (B, C_z, *s) and, as
     far as conditions want them, "source", the posterior mean of the source (B, C_z, *s), "labels", the shares
     of labels (B, K, *s), and "spacing" (B, dims). masks: also "mask" (B, *S), -1 where there is none."""
-    kinds = {c.kind: c for c in conditions}
+    origins = {c.origin: c for c in conditions}
     with autocast(amp, batch["image"].device):
         posterior = autoencoder.encode(batch["image"])
-        source = autoencoder.encode(batch["source"]).mean if kinds.keys() & set(OF_SOURCE) else None
+        source = autoencoder.encode(batch["source"]).mean if "source" in origins else None
     made = {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
     if source is not None:
         made["source"] = source.float()
-    if "labels" in kinds:
-        made["labels"] = label_shares(batch["mask"], kinds["labels"].width, autoencoder.downsampling)
+    if "mask" in origins:
+        made["labels"] = label_shares(batch["mask"], origins["mask"].width, autoencoder.downsampling)
     if masks:
         made["mask"] = batch["mask"].int()
-    return made | ({"spacing": batch["spacing"]} if "spacing" in kinds else {})
+    return made | ({"spacing": batch["spacing"]} if "spacing" in origins else {})
 
 
 @torch.inference_mode()
@@ -180,7 +180,7 @@ class WithConditions(Dataset):
         self, dataset: Dataset, conditions: Sequence[Condition], cases: Sequence[Case], folder: Path
     ):
         self.dataset, self.cases, self.folder = dataset, cases, folder
-        self.conditions = [c for c in conditions if c.kind not in OF_VOLUMES]
+        self.conditions = [c for c in conditions if c.origin == "column"]
 
     def __len__(self) -> int:
         return len(self.dataset)

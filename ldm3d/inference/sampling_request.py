@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..conditions import OF_FILES, OF_SOURCE, Condition, absent, check_names, split_words
+from ..conditions import Condition, absent, check_names, split_words
 from ..config import InputError, at_least
 from ..data import CaseInfo, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
@@ -100,7 +100,7 @@ def read_request(config: RequestConfig, run: Path, model: LatentDiffusion, amp: 
     known = model.denoiser.conditions
     names, rows = ["set_0000"], [pairs(config.condition)]
     if config.conditions:
-        names, rows = read_rows(config.conditions, [c.name for c in known if c.kind in OF_FILES])
+        names, rows = read_rows(config.conditions, [c.name for c in known if c.may_be_file])
     check_names([name for row in rows for name in row], known)
     tell_of_captions(rows, known)
     infos, given = with_sources(rows, model)
@@ -161,7 +161,7 @@ def with_sources(
     rows: list[dict[str, str]], model: LatentDiffusion
 ) -> tuple[list[CaseInfo | None], list[dict[str, Any]]]:
     """(of each row what was found in its source, rows with the source itself in place of its path)."""
-    kinds = [c.name for c in model.denoiser.conditions if c.kind in OF_SOURCE]
+    kinds = [c.name for c in model.denoiser.conditions if c.origin == "source"]
     infos, given = [None] * len(rows), [dict(row) for row in rows]
     name = next((name for name in kinds if any(row.get(name) for row in rows)), None)
     having = [i for i, row in enumerate(rows) if name and row.get(name)]
