@@ -1,34 +1,46 @@
-"""Anatomical registers: learned tokens that the U-Net reads, each bound to a label of the masks.
+"""Anatomical registers: learned tokens that the U-Net reads, each bound to one label of the masks.
 
-A bank R of K labels x M registers of width E, K with the background. After every attention layer of the
-U-Net, at the place p (a layer) with features h (B, C, *s),
+A denoiser learns anatomy only as far as anatomy helps to predict noise, and small structures help little.
+Registers are a memory with an address for each label: tokens that are the same for all samples and that every
+attention layer may look up. In training, masks teach each voxel to look up the registers of its own label. So
+the U-Net has to find the labels in a noisy latent, and a small head on its last features can draw them.
 
-    r      = R (1 + a) + b,   (a, b) = W silu(emb), zero at first              the bank knows the noise level
-    q      = W_q (norm(h) + W_p u),   u = position_features of the voxel       reading depends on place
-    A      = softmax(q k^T / sqrt(d)),   k, v = W_k r, W_v r                   (B, heads, N, K M)
-    h      = h + gate_p W_o (A v)                   gate_p = 0 at first: a U-Net is left as it was
+The bank R holds M registers of width E for each of K labels, the background included. After each attention
+layer, with features h (B, C, *s),
 
-Masks supervise this in training; sampling needs none. With y (B, K, *s) the share of each label in a voxel,
-A_c the attention to the registers of label c, summed over these and averaged over heads,
+    r = R (1 + a) + b,   (a, b) = W silu(emb), zero at first              registers depend on the noise level
+    q = W_q (norm(h) + W_p u),   u = position_features of the voxel       reading depends on the position
+    A = softmax(q k^T / sqrt(d)),   k, v = W_k r, W_v r                   attention map (B, heads, N, K M)
+    h = h + gate W_o (A v)                       gate = 0 at first: a pretrained U-Net is left as it was
 
-    binding = mean over p of CE_b(A, y),  b = balance             a register means its label
-    head    = CE_b(p, y) + Dice(p, y),  b = head_balance,  p = softmax of the head's logits
-    CE_b(q, y) = -sum_c f_c^(1 - b) mean_c(log q_c) / sum_c f_c^(1 - b)
+Example: 5 labels with 4 registers of width 128 are a bank (5, 4, 128), 20 tokens. At a layer with h
+(2, 96, 8, 10, 8) and 3 heads, 640 voxels attend to 20 registers: A is (2, 3, 640, 20). The mean over heads,
+as a map, is (2, 20, 8, 10, 8); the sum over the 4 registers of each label is (2, 5, 8, 10, 8). The binding
+loss compares this sum with the shares of the labels in the mask, pooled to 8 x 10 x 8 voxels.
 
-The logits come from the finest features of the decoder. mean_c weighs voxels by y_c, and f_c is the share of
-label c in the sample: with b = 0 every voxel counts alike, with b = 1 every label. head_balance is 0: with
-more, labels come out too large, but those of a few voxels in a thousand are learned sooner. The loss of a
-sample is that of the diffusion plus
+Losses, with y (B, K, *s) the share of each label in a voxel, A_c the attention to all registers of label c,
+and p the softmax of the head's logits:
 
-    w(step) alpha_t^2 / (alpha_t^2 + sigma_t^2) (head + binding_weight binding)
+    binding    = mean over layers of CE_b(A, y),   b = balance            a register comes to mean its label
+    head       = CE_b(p, y) + Dice(p, y),          b = head_balance
+    CE_b(q, y) = sum_c w_c CE_c / sum_c w_c,       w_c = f_c^(1 - b)
+    CE_c       = -sum_v y_c log q_c / sum_v y_c                           cross-entropy in the voxels of c
+    f_c        = sum_v y_c / sum_c sum_v y_c                              share of label c in the sample
 
-since nobody can segment pure noise; w falls from strong over balanced to minimal. A sample without a mask
-adds 0 to the mean over the batch, so that each mask weighs alike, however many there are and wherever they
-lie. The head gives its logits at the resolution of the image, a patch for each latent voxel (Shi et al. 2016,
-arXiv 1609.05158).
+The balance b decides how much a rare label counts. With 990 voxels of background and 10 of lesion, the two
+weights w_c are 0.99 and 0.01 for b = 0, where all voxels count alike; 0.995 and 0.1 for b = 0.5; 1 and 1 for
+b = 1, where all labels do. With head_balance above 0 the head draws rare labels sooner, but too large.
 
-Register tokens: Darcet et al. 2023, arXiv 2309.16588; zero gates: Alayrac et al. 2022, arXiv 2204.14198.
-Left out: registers that pass information from one place to the next.
+    loss         = diffusion loss + w(step) signal_share (head + binding_weight binding)
+    signal_share = alpha_t^2 / (alpha_t^2 + sigma_t^2)                   0 in pure noise, which shows no label
+
+w falls from a strong over a balanced to a minimal weight (`anatomy_weight`). A sample without a mask adds 0
+to the mean over the batch: each mask weighs alike, however many samples have one and on whichever rank.
+Sampling needs no mask.
+
+The head predicts one patch of the label map for each latent voxel (Shi et al. 2016, arXiv 1609.05158), so
+label maps are as fine as images. Register tokens: Darcet et al. 2023, arXiv 2309.16588. Zero gates: Alayrac
+et al. 2022, arXiv 2204.14198. Left out: registers that carry information from one layer to the next.
 """
 
 from __future__ import annotations
@@ -58,11 +70,11 @@ class AnatomyConfig:
     registers: Literal["off", "free", "bound"] = "off"  # bound: to the labels of masks; free: the bank alone
     per_label: int = 4  # registers of each label, the background included
     dim: int = 128  # width of a register
-    weights: tuple[float, float, float] = (0.5, 0.25, 0.0625)  # of the losses: strong, balanced, minimal
-    phases: tuple[float, float, float] = (0.2, 0.4, 0.8)  # shares of run.steps where they stand
-    binding_weight: float = 1.0  # of the loss on attention, beside that of the head
-    balance: float = 0.5  # of the loss on attention; 0: every voxel counts alike, 1: every label of a sample
-    head_balance: float = 0.0  # the same of the head; above 0 rare labels are learned sooner, too large
+    weights: tuple[float, float, float] = (0.5, 0.25, 0.0625)  # of both losses: strong, balanced, minimal
+    phases: tuple[float, float, float] = (0.2, 0.4, 0.8)  # shares of run.steps at which the weights hold
+    binding_weight: float = 1.0  # weight of the binding loss (on attention) relative to the head's loss
+    balance: float = 0.5  # binding loss; 0: every voxel counts alike, 1: every label of a sample
+    head_balance: float = 0.0  # the head's loss; above 0 rare labels are learned sooner, but too large
     head_width: int = 64  # channels of the head that predicts labels
 
     def __post_init__(self) -> None:
@@ -78,8 +90,11 @@ class AnatomyConfig:
 
 
 def anatomy_weight(config: AnatomyConfig, step: int, steps: int) -> float:
-    """w of optimizer step `step` (from 0) of `steps`: constant until the first phase ends, then straight
-    lines from one weight to the next."""
+    """w(step) of optimizer step `step` (from 0) of `steps`: how strongly masks count at this step.
+
+    weights[0] until phases[0] of the run is done, then straight lines through (phases[i], weights[i]), then
+    weights[2]. With the defaults and 1000 steps: 0.5 up to step 200, 0.25 at 400, 0.0625 from 800 on.
+    """
     done = step / max(1, steps)
     knots = list(zip(config.phases, config.weights, strict=True))
     for (start, before), (end, after) in pairwise(knots):
@@ -141,7 +156,7 @@ class Registers(nn.Module):
 
 
 class LabelHead(nn.Module):
-    """The decoder's finest features (B, C, *s) -> logits (B, K, *(factor s)) of the labels."""
+    """A label map from the U-Net's finest features: h (B, C, *s) -> logits (B, K, *(factor s))."""
 
     def __init__(self, config: AnatomyConfig, unet: UNetConfig, num_labels: int, factor: Sequence[int]):
         super().__init__()
@@ -160,13 +175,13 @@ class LabelHead(nn.Module):
 # --- losses -------------------------------------------------------------------------------------------------
 
 
-def balanced_cross_entropy(log_p: Tensor, shares: Tensor, balance: float) -> Tensor:
-    """(B,) CE of the module's docstring; log_p and shares (B, K, *s). 0 where all shares are 0."""
-    amount = shares.flatten(2).sum(2)  # (B, K) voxels of each label
-    per_label = -(log_p * shares).flatten(2).sum(2) / amount.clamp(min=1e-6)
-    frequency = amount / amount.sum(1, keepdim=True).clamp(min=1e-6)
-    weight = torch.where(amount > 0, frequency.pow(1 - balance), 0.0)  # a label that is missing has none
-    return (weight * per_label).sum(1) / weight.sum(1).clamp(min=1e-6)
+def balanced_cross_entropy(log_q: Tensor, y: Tensor, balance: float) -> Tensor:
+    """CE_b(q, y) of the module's docstring, (B,), from log_q and y (B, K, *s); 0 where y is 0 everywhere."""
+    voxels = y.flatten(2).sum(2)  # (B, K) of each label
+    ce = -(log_q * y).flatten(2).sum(2) / voxels.clamp(min=1e-6)  # CE_c
+    f = voxels / voxels.sum(1, keepdim=True).clamp(min=1e-6)
+    w = torch.where(voxels > 0, f.pow(1 - balance), 0.0)  # a label that the sample lacks counts nothing
+    return (w * ce).sum(1) / w.sum(1).clamp(min=1e-6)
 
 
 def head_loss(logits: Tensor, mask: Tensor, balance: float) -> Tensor:
@@ -182,6 +197,11 @@ def head_loss(logits: Tensor, mask: Tensor, balance: float) -> Tensor:
     if num_labels > 1:  # Dice leaves the background out
         loss = loss + dice_loss(logits.softmax(1), shares)
     return loss * ~absent(mask)
+
+
+def by_label(weights: Tensor, num_labels: int) -> Tensor:
+    """An attention map (B, K M, *s) -> (B, K, M, *s): the M registers of each of K labels."""
+    return weights.unflatten(1, (num_labels, -1))
 
 
 def binding_loss(
@@ -205,8 +225,3 @@ def binding_loss(
         window = [n // m for n, m in zip(shares.shape[2:], weights.shape[2:], strict=True)]
         terms.append(balanced_cross_entropy((attention + 1e-6).log(), pool(shares, window), balance))
     return torch.stack(terms).mean(0)
-
-
-def by_label(weights: Tensor, num_labels: int) -> Tensor:
-    """An attention map (B, K M, *s) -> (B, K, M, *s): the M registers of each of K labels."""
-    return weights.unflatten(1, (num_labels, -1))
