@@ -2,12 +2,14 @@
 
     python tests/benchmarks/peer_monai.py                        # every case, 15 minutes on 2 CPU cores
     python tests/benchmarks/peer_monai.py --cases decode ddim    # those whose name has one of the words
-    python tests/benchmarks/peer_monai.py --device cuda --rounds 9
+    python tests/benchmarks/peer_monai.py --device cuda --rounds 9 --amp bf16
+    python tests/benchmarks/peer_monai.py --device cuda --compile --cases "training step 96"
 
 The sides take turns in one process; a ratio is median / median over the rounds; below 1 we are faster or
 smaller. "flash" is MONAI with use_flash_attention=True. What the sides compute is compared before anything is
-timed (fp32: outputs 2e-5, loss and norm of all gradients 1e-4; bf16: 2e-2). Memory is the peak of what the
-tensor allocator handed out during a run: torch.profiler's events on a CPU, torch.cuda's own count on a GPU.
+timed (fp32: outputs 2e-5, loss and norm of all gradients 1e-4; TF32: 5e-3; bf16: 4e-2, since each side may be
+2e-2 off fp32); a case whose sides differ is not timed, and the exit code is 1. Memory is the peak of what the
+tensor allocator handed out during a run: torch.profiler's events on a CPU, torch.cuda's on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +47,26 @@ MEDIUM_UNET = UNetConfig(channels=(64, 128, 128))
 ATTENTION_UNET = UNetConfig(channels=(64, 128, 128), attention_levels=(False, True, True))
 
 Side = Callable[[], Tensor]  # one run of what is timed; the results of the sides are compared
-Build = Callable[[str], dict[str, Side]]  # device -> {"ours": ..., "monai": ..., ["flash": ...]}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How both sides run."""
+
+    device: str = "cpu"
+    amp: str = "fp32"  # or bf16: autocast
+    compile: bool = False  # torch.compile both
+    tf32: bool = False  # fp32 products of 10 bits, as PyTorch's default is for convolutions on a GPU
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.amp == "bf16")
+
+    @property
+    def tolerance(self) -> float:
+        return 4e-2 if self.amp == "bf16" else 5e-3 if self.tf32 else 0.0
+
+
+Build = Callable[[Mode], dict[str, Side]]  # -> {"ours": ..., "monai": ..., ["flash": ...]}
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,7 @@ def sides(
     twin: Callable[..., tuple[nn.Module, nn.Module]],
     config: Any,
     flash: bool,
-    device: str,
+    mode: Mode,
 ) -> dict[str, Side]:
     """`run` for each network; all have the same weights."""
     ours, theirs = twin(config)
@@ -74,7 +96,19 @@ def sides(
     if flash:
         nets["flash"] = twin(config, flash=True)[1]
         nets["flash"].load_state_dict(theirs.state_dict())
-    return {name: partial(run, net.to(device)) for name, net in nets.items()}
+    for net in nets.values():
+        net.to(mode.device)
+        if mode.compile:
+            net.forward = torch.compile(net.forward)
+            for name in ("encode", "decode"):
+                if hasattr(net, name):
+                    setattr(net, name, torch.compile(getattr(net, name)))
+
+    def call(net: nn.Module) -> Tensor:
+        with mode.autocast():
+            return run(net)
+
+    return {name: partial(call, net) for name, net in nets.items()}
 
 
 def moments(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,47 +118,49 @@ def moments(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(config: VAEConfig, size: int, flash: bool = False) -> Build:
-    def build(device: str) -> dict[str, Side]:
-        z = torch.randn(1, config.latent_channels, *(size // f for f in config.downsampling)).to(device)
+    def build(mode: Mode) -> dict[str, Side]:
+        z = torch.randn(1, config.latent_channels, *(size // f for f in config.downsampling)).to(mode.device)
         run = torch.inference_mode()(lambda net: net.decode(z))
-        return sides(run, twin_autoencoder, config, flash, device)
+        return sides(run, twin_autoencoder, config, flash, mode)
 
     return build
 
 
 def encode(config: VAEConfig, size: int, flash: bool = False) -> Build:
-    def build(device: str) -> dict[str, Side]:
-        x = torch.randn(1, config.in_channels, *(size,) * config.dims).to(device)
+    def build(mode: Mode) -> dict[str, Side]:
+        x = torch.randn(1, config.in_channels, *(size,) * config.dims).to(mode.device)
         run = torch.inference_mode()(lambda net: torch.cat(moments(net, x)))
-        return sides(run, twin_autoencoder, config, flash, device)
+        return sides(run, twin_autoencoder, config, flash, mode)
 
     return build
 
 
 def autoencoder_training(config: VAEConfig, size: int, amp: bool = False) -> Build:
-    def build(device: str) -> dict[str, Side]:
-        x = torch.randn(1, config.in_channels, *(size,) * config.dims).to(device)
-        noise = torch.randn(1, config.latent_channels, *(size // f for f in config.downsampling)).to(device)
+    def build(mode: Mode) -> dict[str, Side]:
+        x = torch.randn(1, config.in_channels, *(size,) * config.dims).to(mode.device)
+        noise = torch.randn(1, config.latent_channels, *(size // f for f in config.downsampling)).to(
+            mode.device
+        )
 
         def run(net: nn.Module) -> Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=amp):
+            with torch.autocast(mode.device, torch.bfloat16, enabled=amp or mode.amp == "bf16"):
                 mean, std = moments(net, x)
                 recon = net.decode(mean + std * noise)
             mean, std = mean.float(), std.float()
             kl = 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()
             return training_step(net, F.l1_loss(recon.float(), x) + 1e-3 * kl)
 
-        return sides(run, twin_autoencoder, config, False, device)
+        return sides(run, twin_autoencoder, config, False, mode)
 
     return build
 
 
 def denoise(config: UNetConfig, size: int) -> Build:
-    def build(device: str) -> dict[str, Side]:
-        x = torch.randn(1, config.in_channels, *(size,) * config.dims).to(device)
-        t = torch.tensor([500.0], device=device)
+    def build(mode: Mode) -> dict[str, Side]:
+        x = torch.randn(1, config.in_channels, *(size,) * config.dims).to(mode.device)
+        t = torch.tensor([500.0], device=mode.device)
         run = torch.inference_mode()(lambda net: net(x, t))
-        return sides(run, twin_unet, config, True, device)
+        return sides(run, twin_unet, config, True, mode)
 
     return build
 
@@ -132,21 +168,21 @@ def denoise(config: UNetConfig, size: int) -> Build:
 def ddim(config: UNetConfig, size: int, steps: int = 50) -> Build:
     """Our sampling loop around either network: it takes any callable."""
 
-    def build(device: str) -> dict[str, Side]:
-        noise = torch.randn(1, config.in_channels, *(size,) * config.dims).to(device)
+    def build(mode: Mode) -> dict[str, Side]:
+        noise = torch.randn(1, config.in_channels, *(size,) * config.dims).to(mode.device)
         kernel = DiffusionKernel(KernelConfig(process="vp", prediction="eps"))
         run = torch.inference_mode()(lambda net: kernel.sample(net, noise, steps, "ddim"))
-        return sides(run, twin_unet, config, True, device)
+        return sides(run, twin_unet, config, True, mode)
 
     return build
 
 
 def unet_training(config: UNetConfig, size: int, batch: int = 2) -> Build:
-    def build(device: str) -> dict[str, Side]:
-        x = torch.randn(batch, config.in_channels, *(size,) * config.dims).to(device)
-        t = torch.linspace(10, 900, batch, device=device)
+    def build(mode: Mode) -> dict[str, Side]:
+        x = torch.randn(batch, config.in_channels, *(size,) * config.dims).to(mode.device)
+        t = torch.linspace(10, 900, batch, device=mode.device)
         return sides(
-            lambda net: training_step(net, F.mse_loss(net(x, t), x)), twin_unet, config, True, device
+            lambda net: training_step(net, F.mse_loss(net(x, t).float(), x)), twin_unet, config, True, mode
         )
 
     return build
@@ -184,6 +220,7 @@ CASES = [
     Case("U-Net (32,64,64) step 16^3", denoise(SMALL_UNET, 16)),
     Case("U-Net (32,64,64) 50-step DDIM 16^3", ddim(SMALL_UNET, 16), 0.40),
     Case("U-Net (64,128,128) 50-step DDIM 16^3", ddim(MEDIUM_UNET, 16), 0.60),
+    Case("U-Net (64,128,128) 50-step DDIM 24^3", ddim(MEDIUM_UNET, 24)),
     Case("U-Net (64,128,128) step 32^3, 4096-token attention", denoise(ATTENTION_UNET, 32), 0.35, 0.20),
     Case("U-Net (64,128,128) training step 16^3, batch 2", unet_training(MEDIUM_UNET, 16), 0.95, None, 1e-4),
     Case(
@@ -230,30 +267,42 @@ def peak_bytes(run: Side, device: str) -> int:
     return peak
 
 
+class Different(Exception):
+    """The sides do not compute the same."""
+
+
 def compare(runs: dict[str, Side], tolerance: float, name: str) -> None:
     reference = runs["monai"]().float()
     for side, run in runs.items():
         error = ((run().float() - reference).abs().max() / reference.abs().max()).item()
         if not error <= tolerance:
-            raise SystemExit(f"{name}: {side} differs from monai by {error:.1e}, allowed are {tolerance:.0e}")
+            raise Different(f"{name}: {side} differs from monai by {error:.1e}, allowed are {tolerance:.0e}")
 
 
-def measure(case: Case, rounds: int, device: str, clock: Callable[[], float]) -> str:
-    """One row of the table."""
+def measure(case: Case, rounds: int, mode: Mode, clock: Callable[[], float]) -> dict[str, Any]:
+    """Seconds and MiB of every side of a case, medians over the rounds."""
     torch.manual_seed(0)
-    runs = case.build(device)
-    compare(runs, case.tolerance, case.name)
+    runs = case.build(mode)
+    compare(runs, max(case.tolerance, mode.tolerance), case.name)
     times: dict[str, list[float]] = {side: [] for side in runs}
     for _ in range(rounds):
         for side, run in runs.items():
-            times[side].append(seconds(run, device, clock))
-    mid = {side: median(values) for side, values in times.items()}
-    peaks = {side: peak_bytes(run, device) / 2**20 for side, run in runs.items()}
+            times[side].append(seconds(run, mode.device, clock))
+    return {
+        "case": case.name,
+        "seconds": {side: median(values) for side, values in times.items()},
+        "mib": {side: peak_bytes(run, mode.device) / 2**20 for side, run in runs.items()},
+    }
+
+
+def row(case: Case, figures: dict[str, Any]) -> str:
+    """One row of the table."""
+    mid, peaks = figures["seconds"], figures["mib"]
 
     def ratio(values: dict[str, float], peer: str) -> str:
         return f"{values['ours'] / values[peer]:.2f}" if peer in values else ""
 
-    cells = [case.name, f"{mid['ours']:.3f}", f"{mid['monai']:.3f}", ratio(mid, "monai"), case.time_target]
+    cells = [case.name, f"{mid['ours']:.4f}", f"{mid['monai']:.4f}", ratio(mid, "monai"), case.time_target]
     cells += [f"{peaks['ours']:.0f}", f"{peaks['monai']:.0f}", ratio(peaks, "monai"), case.memory_target]
     cells += [ratio(mid, "flash"), ratio(peaks, "flash")]
     return "| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |"
@@ -268,6 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--cpu_time", action="store_true", help="CPU seconds: on a busy machine, --threads 1")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--amp", default="fp32", choices=["fp32", "bf16"], help="autocast of both sides")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both sides")
+    parser.add_argument("--tf32", action="store_true", help="GPU: TF32 products in fp32")
+    parser.add_argument("--json", help="append the figures of each case to this file, a JSON line each")
     args = parser.parse_args(argv)
     if importlib.util.find_spec("monai") is None or importlib.util.find_spec("einops") is None:
         print("MONAI, or einops which it needs, is not installed: no peer (pip install -e '.[test]')")
@@ -276,14 +329,31 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    print(f"torch {torch.__version__}, MONAI {monai.__version__}, {args.device}, {args.threads} threads\n")
+    mode = Mode(args.device, args.amp, args.compile, args.tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.backends.cudnn.benchmark = args.device == "cuda"  # as in training; the comparison warms it up
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
+    how = f"{args.amp}{' TF32' * args.tf32}{' compiled' * args.compile}"
+    print(f"torch {torch.__version__}, MONAI {monai.__version__}, {where}, {how}\n")
     heads = "case | ours s | MONAI s | time | target | ours MiB | MONAI MiB | memory | target"
     print(f"| {heads} | time / flash | memory / flash |")
     print("|" + "---|" * 11)
+    failed = False
     for case in CASES:
         if any(word.lower() in case.name.lower() for word in args.cases):
-            print(measure(case, args.rounds, args.device, clock), flush=True)
+            try:
+                figures = measure(case, args.rounds, mode, clock)
+            except (Different, torch.cuda.OutOfMemoryError) as e:
+                print(str(e).splitlines()[0], flush=True)
+                failed = True
+                continue
+            print(row(case, figures), flush=True)
+            if args.json:
+                with open(args.json, "a") as file:
+                    file.write(json.dumps({**figures, "how": how, "where": where}) + "\n")
             gc.collect()
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
