@@ -55,8 +55,8 @@ from ldm3d.engine.training import (
     keyed_normal,
     keyed_uniform,
     micro_batches,
-    ranks_share,
     reseed,
+    samples_per_forward,
 )
 from ldm3d.inference.segmentation import overlay
 from ldm3d.metrics import dice
@@ -203,13 +203,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_data(config: Config) -> Config:
-    """The defaults that follow from the data: networks of their axes."""
+    """The defaults that follow from the data: the dimensions of the networks."""
     unet = dataclasses.replace(UNET, dims=config.data.dims)
     return Config(unet=unet, disc=TimeDiscriminatorConfig(dims=config.data.dims))
 
 
 def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> Data:
-    """The checked data of a run, each case with its label map. The preset "phantom" writes its own first."""
+    """The checked data of a run, each case with a label map. The preset "phantom" first writes its own."""
     for name, group in (("unet", config.unet), ("disc", config.disc)):
         if group.dims != config.data.dims:
             raise InputError(f"{name}.dims: {group.dims}, but data.dims is {config.data.dims}")
@@ -248,7 +248,7 @@ def make_discriminator(config: Config, channels: int, num_labels: int) -> TimeDi
 def evaluate(
     cdal: CDAL, net: Generator, dataset: VolumeDataset, config: Config, device: torch.device, path: Path
 ) -> tuple[dict[str, float], Path | None]:
-    """Dice over whole validation cases, mean and of each label; up to four of them as a picture."""
+    """Dice over whole validation cases (the mean, and for each label), and a picture of up to four cases."""
     means, sheet = Mean(), {"truth": [], "prediction": []}
     for i in progress(range(rank(), len(dataset), world_size()), "validation"):
         case = dataset[i, i]
@@ -268,9 +268,9 @@ def evaluate(
 
 
 def plan(config: Config) -> None:
-    """--plan: what training and inference need, in memory, and the largest batch and cube that would fit."""
+    """--plan: print the memory that training and inference need, and the largest sizes that fit."""
     spec = open_labelled(config).spec
-    # The generator's own estimates, made without gradients, need less than the step that follows
+    # The generator's own estimates are computed without gradients and need less than the training step
     cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=False), spec.num_labels)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
     patch = config.data.patch or spec.size
@@ -315,7 +315,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     config, seed = run.config, run.config.run.seed
     if run.finished:
         return run
-    micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
+    micro_batch_size = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     data = open_labelled(config, run.split())
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val", own_size=True)
@@ -345,7 +345,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     )
     for group in run.steps(stream):
         pairs = []
-        for batch, share in micro_batches(group, model, device, seed, run.step):
+        for batch, fraction in micro_batches(group, model, device, seed, run.step):
             positions = batch["position"]
 
             def draw(purpose: str, *shape: int, positions: Tensor = positions) -> Tensor:
@@ -354,17 +354,17 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             u = keyed_uniform(seed, positions, "t")
             with frozen(discriminator), autocast(config.run.amp, device):
                 terms, pair = cdal.losses(model, net, discriminator, batch["image"], batch["mask"], u, draw)
-            stepper.backward(terms["loss"].mean() * share)
+            stepper.backward(terms["loss"].mean() * fraction)
             mean.add(**terms)
             pairs.append({**batch, **pair})
         if stepper.step(run.step):
             ema.update(net, run.step)
         if discriminator is not None:
             amp = "fp32" if cdal.penalised(run.step) else config.run.amp  # a gradient's gradient wants fp32
-            for batch, share in micro_batches(pairs, disc_model, device, seed, run.step):
+            for batch, fraction in micro_batches(pairs, disc_model, device, seed, run.step):
                 with autocast(amp, device):
                     terms = cdal.critic_losses(disc_model, batch["image"], batch, run.step)
-                disc_stepper.backward(terms.pop("loss").mean() * share)
+                disc_stepper.backward(terms.pop("loss").mean() * fraction)
                 mean.add(**terms)
             disc_stepper.step(run.step)
 

@@ -63,8 +63,8 @@ from ldm3d.engine.training import (
     keyed_normal,
     keyed_uniform,
     micro_batches,
-    ranks_share,
     reseed,
+    samples_per_forward,
     to_device,
 )
 from ldm3d.inference.segmentation import overlay
@@ -194,7 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "unet.num_res_blocks": (1,),
         "unet.attention_levels": (False, False, True),
     },
-    # Small rotations and shifts; hardly any scaling, since the size of a shape tells of its class.
+    # Small rotations and shifts; hardly any scaling, since the size of a shape depends on its class.
     "adrenal": SMALL
     | {
         "run.steps": 2000,
@@ -211,14 +211,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def autoencoder_of(config: Config) -> Path:
-    """Where the autoencoder is: the run folder's own copy once there is one, else --vae."""
+    """The run or file of the autoencoder: the run folder's own copy, once there is one, else --vae."""
     own = Path(config.run.dir or f"runs/ldm-{config.preset}") / "autoencoder.pt"
     return own if own.exists() and not config.run.fresh else Path(config.vae or f"runs/vae-{config.preset}")
 
 
 def with_autoencoder(config: Config) -> Config:
-    """The defaults that follow from the autoencoder: its data settings (unscaled, whole, unaugmented), its
-    latent."""
+    """The defaults that follow from the autoencoder: its data settings without patches and augmentation, and
+    the channels of its latent."""
     content = load_run(autoencoder_of(config), "vae")
     vae = content["config"]["vae"]
     data = from_dict(DataConfig, content["config"]["data"], "data")
@@ -234,7 +234,7 @@ def with_autoencoder(config: Config) -> Config:
 
 
 def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
-    """Refuse data settings that the autoencoder was not trained with, and those that would have no effect."""
+    """Refuse data settings that differ from the autoencoder's, and settings that would have no effect."""
     ours, theirs = to_dict(config.data), stage_one["config"]["data"]
     for name in ("dims", "channel", "scaling", "percentiles", "window", "spacing", "resize"):
         if ours[name] != theirs[name]:
@@ -251,16 +251,17 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
 def open_latent_data(
     config: Config, stage_one: dict[str, Any], split: dict[str, list[str]] | None = None
 ) -> Data:
-    """The checked data of a run, scaled as the autoencoder was trained, in its split if there is no other."""
+    """The checked data of a run, scaled as for the autoencoder. split: the run's own; None: the
+    autoencoder's."""
     split = split or stage_one["state"]["split"]
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
-    known = DataSpec.from_dict(stage_one["state"]["data"])
-    known = dataclasses.replace(known, size=config.data.size or known.size, num_labels=data.spec.num_labels)
-    if config.anatomy.registers != "off" and known.num_labels is None:
+    spec = DataSpec.from_dict(stage_one["state"]["data"])
+    spec = dataclasses.replace(spec, size=config.data.size or spec.size, num_labels=data.spec.num_labels)
+    if config.anatomy.registers != "off" and spec.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
     if config.anatomy.registers != "off" or "labels" in config.condition.use:
         check_numbering(data)
-    return dataclasses.replace(data, spec=known)
+    return dataclasses.replace(data, spec=spec)
 
 
 def make_denoiser(
@@ -288,7 +289,8 @@ def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Co
 def hide_some(
     conditions: dict[str, Tensor], config: ConditionConfig, seed: int, positions: Tensor
 ) -> dict[str, Tensor]:
-    """Dropout: conditions (B, ...) with some made blank, one by one or all at once, keyed by the sample."""
+    """Condition dropout: some conditions (B, ...) become absent, one by one or all of a sample at once, so
+    that the denoiser learns to do without them (guidance.py)."""
     everything = keyed_uniform(seed, positions, "hide all") < config.dropout_all
     return {
         name: hide(value, everything | (keyed_uniform(seed, positions, f"hide {name}") < p))
@@ -298,15 +300,15 @@ def hide_some(
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # fixed u, and so fixed noise levels, of the validation loss
+EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # u of the noise levels at which validation takes the loss
 
 
 @torch.inference_mode()
 def evaluate(
     model: LatentDiffusion, net: Denoiser, dataset: LatentDataset, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """Diffusion loss on validation cases at fixed noise and noise levels: the mean and each level's; with
-    masks also the Dice of the head, of each label and level."""
+    """The diffusion loss on validation cases, over all levels and at each, always with the same noise. With
+    masks also the Dice of the head, for each label and level."""
     means = Mean()
     total = -(-len(dataset) // (config.batch_size * world_size()))
     for batch in progress(evaluation_batches(dataset, config.batch_size), "validation", total):
@@ -331,23 +333,23 @@ def evaluate(
     return means.pop()
 
 
-NOISED = (0.25, 0.5, 0.75)  # u of the noise levels that are shown
+NOISED = (0.25, 0.5, 0.75)  # u of the noise levels that previews show
 
 
 @torch.inference_mode()
 def denoise_once(
-    model: LatentDiffusion, mean: Tensor, told: dict[str, Tensor], config: Config
+    model: LatentDiffusion, mean: Tensor, conditions: dict[str, Tensor], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """One latent, mean (1, C_z, *s), with noise of the levels NOISED, and the clean one that the denoiser
-    estimates from each, both decoded: (3, C, *size)."""
+    """What the denoiser makes of noise, for a picture: a latent, mean (1, C_z, *s), with noise of each level
+    in NOISED, and the clean latent that the denoiser estimates from each. Both decoded: (3, C, *size)."""
     kernel, num = model.kernel, len(NOISED)
     z = model.normalise(mean).repeat(num, *(1,) * (mean.ndim - 1))
     noise = keyed_normal(0, torch.zeros(1), mean.shape[1:], "preview").to(z.device).expand_as(z)
     t = kernel.t_from_uniform(torch.tensor(NOISED), z.shape[2:])
     z_t = kernel.q_sample(z, t, noise)
-    told = {name: value[:1].repeat(num, *(1,) * (value.ndim - 1)) for name, value in told.items()}
+    cond = {name: value[:1].repeat(num, *(1,) * (value.ndim - 1)) for name, value in conditions.items()}
     with autocast(config.run.amp, model.device):
-        pred = model.denoiser(z_t, kernel.to_network_time(t).to(z.device), told)
+        pred = model.denoiser(z_t, kernel.to_network_time(t).to(z.device), cond)
         estimate = kernel.convert(pred.float(), z_t, t, kernel.config.prediction, "x_start")
         return model.decode(z_t).float().cpu(), model.decode(estimate).float().cpu()
 
@@ -355,27 +357,30 @@ def denoise_once(
 def preview(
     model: LatentDiffusion, real: list[dict[str, Any]], dataset: LatentDataset, config: Config, path: Path
 ) -> tuple[Path | None, Tensor]:
-    """A picture of up to four validation cases, with their sources if these are conditions, of four samples
-    under their conditions, and of the first case with noise and what the denoiser makes of it, with masks
-    also the true labels and those of the head, in colours; the samples' latents (4, C_z, *s)."""
+    """(the picture's path, the latents (4, C_z, *s) of four samples).
+
+    The rows of the picture: up to four validation cases (with sources, where these are conditions); samples
+    under the same conditions; the first case with noise, and the denoiser's estimates. With masks also true
+    labels and labels of the head, in colours.
+    """
     shown = [i % len(dataset) for i in range(4)]
     batch = to_device(collate([dataset[i, i] for i in shown]), model.device)
-    told = model.conditions_of(batch)
+    cond = model.conditions_of(batch)
     rows: dict[str, list[Tensor]] = {}
     if any(c.origin == "source" for c in model.denoiser.conditions):
         rows["source"] = [case["source"] for case in real[:4]]
     rows |= {"real (validation)": [case["image"] for case in real[:4]], "generated": []}
-    latents, settings = [], {"seed": config.run.seed, "amp": config.run.amp, "conditions": told}
+    latents, settings = [], {"seed": config.run.seed, "amp": config.run.amp, "conditions": cond}
     for x, z in model.stream(range(4), config.sample_steps, **settings):
         rows["generated"] += list(x)
         latents.append(z)
-    noised, estimated = denoise_once(model, batch["mean"][:1], told, config)
+    noised, estimated = denoise_once(model, batch["mean"][:1], cond, config)
     levels = ", ".join(map(str, NOISED))
     rows |= {f"the first with noise, u = {levels}": list(noised), "estimates from these": list(estimated)}
     sheet = {k: [x[0].numpy() for x in v] for k, v in rows.items()}
     if config.masks:
-        seen = model.label_maps(model.normalise(batch["mean"]), told, config.run.amp)
-        made = model.label_maps(torch.cat(latents), told, config.run.amp)
+        seen = model.label_maps(model.normalise(batch["mean"]), cond, config.run.amp)
+        made = model.label_maps(torch.cat(latents), cond, config.run.amp)
         images = [case["image"] for case in real[: len(shown)]]
         truth = [case["mask"].clamp(min=0) for case in real[: len(shown)]]
         coloured = {
@@ -392,7 +397,7 @@ def preview(
 
 
 def plan(config: Config) -> None:
-    """--plan: what training, encoding and decoding need, in memory, and the largest batch and cube to fit."""
+    """--plan: print the memory that training, encoding and decoding need, and the largest sizes that fit."""
     autoencoder, content = load_autoencoder(autoencoder_of(config))
     kernel = DiffusionKernel(config.kernel)
     whole = config.data.size or DataSpec.from_dict(content["state"]["data"]).size
@@ -434,7 +439,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     config, seed = run.config, run.config.run.seed
     if run.finished:
         return run
-    micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
+    micro_batch_size = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     source = autoencoder_of(config)
     autoencoder, stage_one = load_autoencoder(source)
@@ -454,8 +459,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     kernel = DiffusionKernel(config.kernel)
     ours = [c.name for c in conditions]
     if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
-        told = [",".join(names) or "nothing" for names in (theirs, ours)]
-        raise InputError(f"run.init: {config.run.init} is told {told[0]}, this run {told[1]}")
+        names = [",".join(part) or "none" for part in (theirs, ours)]
+        raise InputError(f"run.init: {config.run.init} has conditions {names[0]}, this run {names[1]}")
     run.initialise(net, () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*"))
     run.start(data.split, device)
     copy_autoencoder(source, run.dir)
@@ -481,7 +486,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         "latent_std": latent_std,
         "conditions": [c.to_dict() for c in conditions],
     }
-    if run.resumed:  # its own statistics: those of another number of ranks differ in the last digit
+    if run.resumed:  # stored statistics: computed by another number of ranks they differ in the last digit
         state = run.resumed["state"]
 
     ema, mean = EMA(net, config.run.ema_decay), Mean()
@@ -506,11 +511,11 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
     for group in run.steps(stream):
-        for batch, share in micro_batches(group, model, device, seed, run.step):
+        for batch, fraction in micro_batches(group, model, device, seed, run.step):
             if not config.latent_cache:
                 batch |= encode_batch(autoencoder, batch, conditions, config.run.amp, config.masks)
             shape, positions = batch["mean"].shape[1:], batch["position"]
-            told = hide_some(sampled.conditions_of(batch), config.condition, seed, positions)
+            cond = hide_some(sampled.conditions_of(batch), config.condition, seed, positions)
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
             u = keyed_uniform(seed, positions, "t")
@@ -518,8 +523,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             weight = anatomy_weight(config.anatomy, run.step, config.run.steps)
             posterior = batch["mean"], batch["logvar"], z_noise
             with autocast(config.run.amp, device):
-                loss, terms = sampled.losses(model, *posterior, u, noise, told, labels, weight)
-            stepper.backward(loss.mean() * share)
+                loss, terms = sampled.losses(model, *posterior, u, noise, cond, labels, weight)
+            stepper.backward(loss.mean() * fraction)
             mean.add(**terms)
         if stepper.step(run.step):
             ema.update(net, run.step)

@@ -65,8 +65,8 @@ from ldm3d.engine.training import (
     frozen,
     keyed_normal,
     micro_batches,
-    ranks_share,
     reseed,
+    samples_per_forward,
     to_device,
 )
 from ldm3d.losses import (
@@ -269,7 +269,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_data(config: Config) -> Config:
-    """The defaults that follow from the data: networks of their axes, and of the channels taken."""
+    """The defaults that follow from the data: the dimensions and the channels of the networks."""
     shape = {"dims": config.data.dims, "in_channels": len(config.data.channel) or config.vae.in_channels}
     return Config(vae=VAEConfig(**shape), disc=PatchDiscriminatorConfig(**shape))
 
@@ -281,7 +281,7 @@ def with_data(config: Config) -> Config:
 def evaluate(
     net: Autoencoder, dataset: VolumeDataset, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """PSNR (dB) and SSIM of the latent mean's reconstruction, its loss, and the KL, over whole validation
+    """PSNR (dB), SSIM and reconstruction loss of decode(latent mean), and the KL: means over whole validation
     cases."""
     means = Mean()
     total = -(-len(dataset) // world_size())
@@ -305,7 +305,8 @@ def evaluate(
 def preview(
     net: Autoencoder, dataset: VolumeDataset, config: Config, path: Path, device: torch.device
 ) -> tuple[Path | None, Tensor]:
-    """Up to four validation cases there and back: a picture of them, and their latents (B, C_z, *s)."""
+    """A picture of up to four validation cases and their reconstructions: (its path, the latents (B, C_z,
+    *s))."""
     rows, latents = {"original": [], "reconstruction": [], "difference": []}, []
     for i in range(min(4, len(dataset))):
         x = dataset[i, i]["image"][None].to(device)
@@ -320,8 +321,8 @@ def preview(
 
 
 def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> Data:
-    """The checked data of a run. The preset "phantom" writes its own first, once: an ordinary folder of NIfTI
-    files with a cases.csv."""
+    """The checked data of a run. The preset "phantom" first writes its own, once: a folder of NIfTI files and
+    a cases.csv, like any other data."""
     if config.vae.dims != config.data.dims:
         raise InputError(f"vae.dims: {config.vae.dims}, but data.dims is {config.data.dims}")
     for name in ("dims", "in_channels"):
@@ -345,7 +346,7 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
 def loss_terms(
     recon: Tensor, latent: Posterior | Quantized, x: Tensor, config: Config, step: int
 ) -> dict[str, Tensor]:
-    """The loss before perceptual and adversarial terms, and what it is made of, each (B,), in fp32."""
+    """The loss without perceptual and adversarial terms, and its terms by name, each (B,), in fp32."""
     terms = {"reconstruction": reconstruction_loss(recon, x, config.reconstruction)}
     loss = terms["reconstruction"]
     if config.gradient_weight:
@@ -416,7 +417,7 @@ def discriminator_terms(
 
 
 def plan(config: Config) -> None:
-    """--plan: what training and validation need, in memory, and the largest batch and cube that would fit."""
+    """--plan: print the memory that training and validation need, and the largest sizes that fit."""
     whole, step = config.data.size or open_volumes(config).spec.size, max(config.vae.downsampling)
     micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
 
@@ -463,7 +464,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     config, seed = run.config, run.config.run.seed
     if run.finished:
         return run
-    micro_batch_size = ranks_share(config.batch_size, config.micro_batch_size)
+    micro_batch_size = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     reseed(seed, 0)
     net = make_autoencoder(config.autoencoder, config.vae, config.quantizer).to(device)
@@ -501,7 +502,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     for group in run.steps(stream):
         adversarial = discriminator is not None and run.step >= config.disc_start
         pairs, latents = [], []
-        for batch, share in micro_batches(group, model, device, seed, run.step):
+        for batch, fraction in micro_batches(group, model, device, seed, run.step):
             x, positions = batch["image"], batch["position"]
             noise = keyed_normal(seed, positions, net.latent_shape(x.shape[2:]), "posterior")
             with autocast(config.run.amp, device):
@@ -518,7 +519,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
                 rise = ramp(run.step, config.disc_start, config.disc_ramp)
                 terms["loss"] = terms["loss"] + rise * terms["adversarial"]
                 pairs.append({**batch, "recon": recon.detach()})
-            stepper.backward(terms["loss"].mean() * share)
+            stepper.backward(terms["loss"].mean() * fraction)
             mean.add(**terms)
             latents.append(latent)
         if stepper.step(run.step):
@@ -526,9 +527,9 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
                 mean.add(**net.quantizer.update(latents, keyed_generator(seed, run.step, "codebook")))
             ema.update(net, run.step)
         if adversarial:
-            for batch, share in micro_batches(pairs, disc_model, device, seed, run.step):
+            for batch, fraction in micro_batches(pairs, disc_model, device, seed, run.step):
                 terms = discriminator_terms(disc_model, batch["image"], batch["recon"], config, run.step)
-                disc_stepper.backward(terms.pop("loss").mean() * share)
+                disc_stepper.backward(terms.pop("loss").mean() * fraction)
                 mean.add(**terms)
             disc_stepper.step(run.step)
 

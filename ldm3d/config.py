@@ -1,9 +1,16 @@
-"""Configuration: frozen dataclasses <-> JSON <-> command line.
+"""Settings: frozen dataclasses <-> JSON <-> command line.
 
 A configuration is a frozen dataclass of scalars, tuples, Literals, ``X | None`` and other configurations,
-defined right above the class that it configures. The trailing comment of a field is its help line, so that
-there is one place to read. Each source overrides the one before: defaults < preset name or JSON file <
-``--dotted.key value``.
+defined right above the class that it configures. The command line is made from the dataclass: each field is
+an option, and the comment at the end of the field's line is the option's help. For example
+
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = 1000  # optimizer steps
+        optim: OptimConfig = field(default_factory=OptimConfig)
+
+is read from ``--steps 500 --optim.lr 1e-3``. Each source overrides the one before: defaults, then a preset or
+JSON file, then the options of the command line.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ C = TypeVar("C")
 
 
 class InputError(ValueError):
-    """A mistake of the user's: one line that names the file or key. Scripts print it and exit with code 2."""
+    """A mistake of the user: one line that names the file or key. Scripts print the line and exit with 2."""
 
 
 # --- dataclass <-> plain values -----------------------------------------------------------------------------
@@ -69,20 +76,20 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     """The inverse of `to_dict`. Missing keys take their defaults; unknown keys and wrong types raise
     InputError.
 
-    Files outlive names: a class may have a static method `upgrade(values) -> values` that turns what an older
-    version stored into today's keys.
+    A class may have a static method `upgrade(values) -> values`, which turns the keys that an older version
+    stored into today's.
     """
     if not isinstance(values, dict):
         raise InputError(f"{where or cls.__name__}: expected an object of keys, got {values!r}")
     if hasattr(cls, "upgrade"):
         values = cls.upgrade(dict(values))
-    known = field_types(cls)
+    types_of = field_types(cls)
     kwargs = {}
     for name, value in values.items():
         key = f"{where}.{name}" if where else name
-        if name not in known:
-            raise InputError(unknown_key(key, [f"{where}.{k}" if where else k for k in known]))
-        kwargs[name] = convert(value, known[name], key)
+        if name not in types_of:
+            raise InputError(unknown_key(key, [f"{where}.{k}" if where else k for k in types_of]))
+        kwargs[name] = convert(value, types_of[name], key)
     try:
         return cls(**kwargs)
     except InputError as e:  # raised by __post_init__ with the bare field name
@@ -101,10 +108,10 @@ def upgraded(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 def replace(config: C, changes: dict[str, Any]) -> C:
     """A copy with ``{"dotted.key": value}`` applied; values are checked against the types of the fields."""
     nested = to_dict(config)
-    known = flatten(config)
+    keys = flatten(config).keys()
     for key, value in changes.items():
-        if key not in known:
-            raise InputError(unknown_key(key, list(known)))
+        if key not in keys:
+            raise InputError(unknown_key(key, list(keys)))
         node = nested
         *path, last = key.split(".")
         for part in path:
@@ -113,15 +120,15 @@ def replace(config: C, changes: dict[str, Any]) -> C:
     return from_dict(type(config), nested)
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    """One line that names the key and the nearest one that exists."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+def unknown_key(key: str, existing: list[str]) -> str:
+    """One line that names the key and the nearest existing one."""
+    near = difflib.get_close_matches(key, existing, n=1, cutoff=0.5)
     return f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def convert(value: Any, kind: Any, key: str) -> Any:
-    """`value` (from JSON, Python or the command line's text) as type `kind`; InputError naming `key` if it is
-    not one."""
+    """`value` (from JSON, Python or the text of an option) as type `kind`. An impossible value
+    raises an InputError that names `key`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, key)
@@ -146,16 +153,16 @@ def convert(value: Any, kind: Any, key: str) -> Any:
     return convert_scalar(value, kind, key)
 
 
-def convert_tuple(given: Any, args: tuple, kind: Any, key: str) -> tuple:
+def convert_tuple(source: Any, args: tuple, kind: Any, key: str) -> tuple:
     """Text is JSON ("[[1,2,2],[2,2,2]]") or a list with commas, spaces or x ("48,64,48", "48x64x48")."""
-    value = given
-    if isinstance(given, str):
-        text = given.strip()
+    value = source
+    if isinstance(source, str):
+        text = source.strip()
         if text[:1] in "[(":
             try:
                 value = json.loads(text.replace("(", "[").replace(")", "]"))
             except json.JSONDecodeError:
-                raise wrong(given, kind, key) from None
+                raise wrong(source, kind, key) from None
         else:
             value = [v for v in re.split(r"(?<=\d)x(?=\d)|[,\s]+", text) if v]
     if not isinstance(value, (list, tuple)):
@@ -163,7 +170,7 @@ def convert_tuple(given: Any, args: tuple, kind: Any, key: str) -> tuple:
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(convert(v, args[0], key) for v in value)
     if len(value) != len(args):
-        raise wrong(given, kind, key)
+        raise wrong(source, kind, key)
     return tuple(convert(v, a, key) for v, a in zip(value, args, strict=True))
 
 
@@ -207,15 +214,15 @@ def type_name(kind: Any) -> str:
 
 @functools.cache
 def field_comments(cls: type) -> dict[str, str]:
-    """Field name -> the trailing comment of its line in the source, also where the value is wrapped, and of
-    the configs that it extends."""
+    """Field name -> the comment at the end of the field's line, for the fields of a class and of its bases. A
+    value that is wrapped in parentheses over several lines is understood too."""
     field = r"^    (\w+)\s*:[^#\n]*(?:\(\n[^#\n]*)?#\s*(.+)$"
     sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     return dict(found for source in sources for found in re.findall(field, source, re.MULTILINE))
 
 
 def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, prefix: str = "") -> None:
-    """One option for every leaf of `cls`, one help group for every nested configuration."""
+    """Add one option for every leaf of `cls`, and one help group for every nested configuration."""
     group = group_parent.add_argument_group(prefix.rstrip(".") or "settings")
     comments = field_comments(cls)
     for name, kind in field_types(cls).items():
@@ -226,7 +233,7 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
         text = f"{comments.get(name, '')} ({type_name(kind)}; default {show(value)})".strip()
         text = text.replace("%", "%%")
         flag = {"nargs": "?", "const": "true"} if kind is bool else {}
-        if cls.__dataclass_fields__[name].metadata.get("repeat"):  # --key A --key B: (A, B), neither split
+        if cls.__dataclass_fields__[name].metadata.get("repeat"):  # --key A --key B gives (A, B), unsplit
             flag = {"action": "append"}
         group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **flag)
 
@@ -265,37 +272,37 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_command(
-    cls: type[C], places: dict[str, str], argv: list[str] | None, prog: str | None, doc: str | None
+    cls: type[C], positional: dict[str, str], argv: list[str] | None, prog: str | None, doc: str | None
 ) -> tuple[C, list[str]]:
-    """Read ``PLACE ... --key value ...`` of a tool: (settings, the places given). places: name -> what it
-    is; none may be missing."""
+    """Read ``WORD ... --key value ...`` of a tool: (settings, the words). positional: the name of each word,
+    and what the word is; all are required."""
     parser = Parser(prog=prog, description=doc)
-    for place, text in places.items():
-        parser.add_argument(place, nargs="?", help=text)
+    for name, text in positional.items():
+        parser.add_argument(name, nargs="?", help=text)
     add_options(parser, cls, cls())
     args = vars(parser.parse(argv))
-    given = [args.pop(place) for place in places]
-    for (place, text), value in zip(places.items(), given, strict=True):
-        if value is None:
-            raise InputError(f"which {place}? give the {text}")
-    return replace(cls(), args), given
+    words = [args.pop(name) for name in positional]
+    for (name, text), word in zip(positional.items(), words, strict=True):
+        if word is None:
+            raise InputError(f"which {name}? give the {text}")
+    return replace(cls(), args), words
 
 
-Task = tuple[type, dict[str, str], Callable[..., Any]]  # settings, places, what is called with them
+Task = tuple[type, dict[str, str], Callable[..., Any]]  # settings, positional words, the function called
 
 
 def run_task(tasks: dict[str, Task], argv: list[str] | None, prog: str, doc: str) -> None:
-    """Read ``TASK PLACE ... --key value ...`` and do the task of that name."""
+    """Read ``TASK WORD ... --key value ...`` and call the function of that task with (settings, *words)."""
     words = sys.argv[1:] if argv is None else argv
     task = words[0] if words else None
     if task in ("-h", "--help"):
         return print(doc, f"tasks: {', '.join(tasks)}; TASK --help lists every setting", sep="\n")
     if task not in tasks:
         raise InputError(f"which task? expected {' or '.join(tasks)}, got {task}")
-    cls, places, do = tasks[task]
+    cls, positional, do = tasks[task]
     doc = sys.modules[cls.__module__].__doc__
-    config, given = read_command(cls, places, words[1:], f"{prog} {task}", doc)
-    do(config, *given)
+    config, places = read_command(cls, positional, words[1:], f"{prog} {task}", doc)
+    do(config, *places)
 
 
 def parse(
@@ -305,13 +312,13 @@ def parse(
     doc: str | None = None,
     base: Callable[[C], C] | None = None,
 ) -> tuple[C, dict[str, Any]]:
-    """Read ``[preset | file.json] --dotted.key value ...``; returns (config, the flags given: dotted key ->
-    value).
+    """Read ``[preset | file.json] --dotted.key value ...``: (config, the flags by dotted key).
 
-    A preset is ``{"dotted.key": value}``; `cls` has a field `preset` that records which one was taken (of a
-    JSON file that does not say: its name). The file may be a run's config.json or a part of one. `base` gives
-    defaults that depend on what was asked for (stage two takes its data settings from the autoencoder): it
-    gets the merged configuration, and presets, file and flags are merged once more over what it returns.
+    A preset is ``{"dotted.key": value}``. The field `preset` of `cls` records the name of the preset, or of
+    the file if the file has no such key. The file may be a run's config.json or a part of one.
+
+    `base` makes defaults that depend on the settings: stage two takes its data settings from the autoencoder.
+    `base` gets the merged configuration; preset, file and flags are then merged once more over its result.
     """
     parser = Parser(description=doc)
     choices = f"one of: {', '.join(presets)}; or a JSON file"
@@ -325,18 +332,18 @@ def parse(
         chosen = {**presets[name], "preset": name}
     elif name.endswith(".json"):
         chosen = {"preset": Path(name).stem} | leaves(upgraded(cls, read_json(name)))
-        chosen.pop("kind", None)  # a run's config.json records whose it is
+        chosen.pop("kind", None)  # a run's config.json holds the kind of the run too
     else:
         near = difflib.get_close_matches(name, presets, n=1)
         if Path(name).is_dir():
             raise InputError(f"{name}: a folder; a preset comes first, data are named by --data.root {name}")
         raise InputError(f"{name}: no such preset; " + (f"did you mean {near[0]}?" if near else choices))
     types_of = leaf_types(cls)
-    given = {key: convert(value, types_of[key], key) for key, value in args.items()}
-    config = replace(cls(), chosen | given)
+    flags = {key: convert(value, types_of[key], key) for key, value in args.items()}
+    config = replace(cls(), chosen | flags)
     if base is not None:
-        config = replace(base(config), chosen | given)
-    return config, given
+        config = replace(base(config), chosen | flags)
+    return config, flags
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -357,7 +364,7 @@ def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; InputError naming the file if there is none."""
+    """The object in a JSON file; if there is none, an InputError that names the file."""
     try:
         content = json.loads(Path(path).read_text())
     except OSError as e:

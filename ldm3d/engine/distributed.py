@@ -1,9 +1,10 @@
-"""One process or many: raw torch.distributed behind a few functions that also work with no process group at
-all.
+"""One process or many: torch.distributed behind a few functions that also work without a process group.
 
-Under torchrun every rank runs the same script; without it all of this is a no-op. gloo on CPU, NCCL on GPU.
-Randomness is keyed by the position of the sample in the run and not by the rank, so that a run does not
-depend on how it is spread.
+Under torchrun every process ("rank") runs the same script on its part of each batch: gloo on CPU, NCCL on
+GPU. Without torchrun there is one rank, and every function here does what one rank needs: nothing.
+
+Ranks must take the same decisions, or they would wait for each other for ever: `any_rank` and `broadcast`.
+Randomness is keyed by the position of a sample in the run (`keyed_generator`), never by the rank.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 
 class Terminated(Exception):
-    """SIGTERM or Ctrl-C arrived, all ranks agreed on it, the state is saved. The exit code is 143."""
+    """SIGTERM or Ctrl-C arrived on some rank, and all ranks have saved. The exit code is 143."""
 
 
 def rank() -> int:
@@ -60,20 +61,20 @@ def setup(device: str = "auto") -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if launched() and not dist.is_initialized():
-        # gloo beside NCCL: decisions and counts are CPU tensors, and cost the GPU no synchronisation. The
-        # timeout is for rank 0 alone with the data (first reading); a rank that fails ends all at once.
+        # gloo beside NCCL: decisions and counts are CPU tensors, which need no synchronisation with the GPU.
+        # The long timeout is for the first reading of the data by rank 0, while the other ranks wait.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     return chosen
 
 
 def launched() -> bool:
-    """Did torchrun (or something like it) start this process as one rank?"""
+    """Was this process started as one rank, by torchrun or the like?"""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of the flag, the rank's own under torchrun; InputError if there is none such."""
+    """The device that `device` names, under torchrun the rank's own GPU; InputError if there is none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -105,7 +106,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if it is True on one: how ranks take decisions together."""
+    """True on every rank if `flag` is true on at least one: how ranks take decisions together."""
     return bool(all_reduce_sum(torch.tensor(float(flag))).item() > 0)
 
 
@@ -116,9 +117,9 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the block while the others wait, then they run it (downloads, caches, folders).
+    """Rank 0 runs the block while the others wait; then the others run it. For downloads, caches, folders.
 
-    If rank 0 fails, it raises and the others are ended by torchrun.
+    If rank 0 fails, its error ends the run, and torchrun ends the other ranks.
     """
     if not is_main():
         barrier()
@@ -127,7 +128,7 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
-def share(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Rank 0's value (plain Python) on every rank."""
     if not dist.is_initialized():
         return value
@@ -149,8 +150,8 @@ def wrap(net: nn.Module, device: torch.device, compiled: bool = False) -> nn.Mod
     """What a training loop calls in place of `net`: DDP around it if there is a process group, else `net`
     itself; `compiled` compiles the network in place first.
 
-    Our networks have no buffers that training changes and no unused parameters, so DDP needs neither of its
-    searches. The gradients live in its buckets, so that it costs no second copy of them.
+    Our networks have no buffers that training changes and no unused parameters, so DDP need not look for
+    them. Gradients live in DDP's buckets, so there is one copy of them.
     """
     if compiled:
         net.compile()
@@ -164,25 +165,26 @@ def wrap(net: nn.Module, device: torch.device, compiled: bool = False) -> nn.Mod
 
 
 def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Accumulation: gradients are reduced once, in the last micro-batch of a step."""
+    """Where gradients accumulate over micro-batches, DDP reduces them once, in the last one."""
     if last or not isinstance(model, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
 
 
 def keyed_generator(seed: int, position: int, purpose: str) -> torch.Generator:
-    """A CPU generator for one purpose of the sample at one position of the run: the same on every machine.
+    """A CPU generator for one purpose ("noise", "t", ...) and one sample, the same on every machine.
 
-    `position` counts samples over the whole run (step * batch_size + place in the batch), so that noise, t,
-    condition dropout and augmentation depend on neither ranks, micro-batches nor workers, and nothing random
-    need be stored.
+    `position` counts the samples of the whole run: step * batch_size + index in the global batch. So a
+    sample's noise, time, dropped conditions and augmentation do not depend on ranks, micro-batches or
+    workers, and no random state is stored. Example: with batch size 8 the third sample of step 5 has position
+    42 on one rank and on four.
     """
     digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class SigtermFlag:
-    """Remembers that SIGTERM or Ctrl-C arrived; the loop looks at it between steps, where all can be saved.
+    """Remembers that SIGTERM or Ctrl-C arrived. The loop looks between steps, where everything can be saved.
 
     A second Ctrl-C ends the process at once.
     """
@@ -194,7 +196,7 @@ class SigtermFlag:
                 self.before[number] = signal.signal(number, self._handle)
 
     def release(self) -> None:
-        """The signals end the process again, or whatever they did before."""
+        """Give the signals back the effect that they had before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -205,11 +207,10 @@ class SigtermFlag:
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Run a script's main and turn how it ended into an exit code: 0 done, 2 the user's mistake, 1 ours, 143
-    SIGTERM.
+    """Run a script's main and return its exit code: 0 done, 2 the user's mistake, 1 ours, 143 SIGTERM.
 
-    An error on one rank ends the others as well: the process exits without waiting for them, they lose the
-    connection, and torchrun stops what is left.
+    An error on one rank ends the others as well: this process exits without waiting for them, they lose the
+    connection, and torchrun stops the rest.
     """
     try:
         main(argv)
@@ -228,8 +229,8 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
             message, code = explain(late)
         print(f"{who}{message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        # No orderly exit: after an error it would wait for other ranks, which wait for us in a collective,
-        # and after success threads of gloo that are not done yet may abort a process whose work is done
+        # No orderly exit: after an error it would wait for other ranks, which wait for this one; after
+        # success, threads of gloo that still run may abort a process whose work is done
         if code == 0:
             dist.destroy_process_group()
         sys.stdout.flush()
@@ -239,14 +240,14 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
 
 
 def explain(e: Exception) -> tuple[str, int]:
-    """(message, exit code) of an exception: one line where the user can do something, else the traceback."""
+    """(message, exit code) for an exception: one line where the user can act, else the traceback."""
     first = (str(e).splitlines() or [""])[0]
     if isinstance(e, InputError):
         return f"error: {e}", EXIT_USER
     if isinstance(e, torch.OutOfMemoryError):
         return (
             f"error: the GPU's memory is full ({first}); try a lower micro_batch_size, a smaller data.patch, "
-            "or checkpointing of the network; --plan GIB tells beforehand what fits"
+            "or checkpointing of the network; --plan GIB prints beforehand what fits"
         ), EXIT_USER
     if isinstance(e, OSError) and e.errno in NO_ROOM:
         return f"error: {e.filename or 'a file could not be written'}: {e.strerror}", EXIT_USER

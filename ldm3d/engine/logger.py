@@ -1,7 +1,7 @@
-"""What a run tells: one JSON line per log step, always; the console; TensorBoard when asked; preview
-pictures.
+"""What can be seen of a run: the log, the console, TensorBoard, progress bars, preview pictures.
 
-The JSON lines are the record: every other view (console, TensorBoard, a later report) shows what they hold.
+log.jsonl is the record, one JSON object a line. Console, TensorBoard and the report of a run show the same
+numbers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from .distributed import is_main
 
 
 class Logger:
-    """Appends to ``run_dir/log.jsonl`` on rank 0; on resume the file is first cut back to the checkpoint's
-    step."""
+    """Appends to ``run_dir/log.jsonl`` on rank 0, after cutting the file back to `step`, where the run is."""
 
     def __init__(self, run_dir: str | Path, step: int, tensorboard: bool = False):
         self.path, self.file, self.board = Path(run_dir) / "log.jsonl", None, None
@@ -45,7 +44,7 @@ class Logger:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A log that cannot be written ends the run: what it trained on would leave no record."""
+        """A log that cannot be written ends the run: training without a record is of no use."""
         try:
             yield
         except OSError as e:
@@ -57,7 +56,7 @@ class Logger:
     def log(self, step: int, split: str, scalars: dict[str, Any], echo: bool = True) -> None:
         """One line: ``{"step": ..., "split": "train" | "val", "seconds": of training, **scalars}``.
 
-        What is not finite becomes null, since JSON has no word for it.
+        A number that is not finite is written as null, since JSON has no other word.
         """
         if self.file is None:
             return
@@ -79,7 +78,7 @@ class Logger:
                 self.board.flush()
 
     def picture(self, step: int, name: str, path: Path | None) -> None:
-        """Show a preview that was saved as a PNG in TensorBoard too."""
+        """Show a preview, saved as a PNG before, in TensorBoard too."""
         if self.board is not None and path is not None:
             import matplotlib.image
 
@@ -101,10 +100,9 @@ class Logger:
 
 
 def cut_back(path: Path, step: int) -> float:
-    """Drop the lines after `step`, which a killed run wrote before it could save, and a last line that is
-    torn.
+    """Drop the lines after `step`, which a killed run wrote before it could save, and lines that are torn.
 
-    Returns the seconds of training that the last line tells of. Atomic: another kill must not cost the log.
+    Returns the seconds of training at the last line kept. Atomic: another kill must not cost the log.
     """
     if not path.exists():
         return 0.0
@@ -124,8 +122,8 @@ def cut_back(path: Path, step: int) -> float:
 
 
 class Profile:
-    """torch.profiler over three steps, after three that warm up: a trace for chrome://tracing or Perfetto in
-    `folder`, and the ten operators that took most time on the console."""
+    """--run.profile: three steps under torch.profiler, after three steps of warm-up. A trace for
+    chrome://tracing or Perfetto is written to `folder`, the ten slowest operators are printed."""
 
     SKIP, STEPS = 3, 3
 
@@ -137,21 +135,21 @@ class Profile:
         self.profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
 
     def step(self) -> None:
-        """To be called after every step."""
+        """Call after every step."""
         self.count += 1
         if self.count == self.SKIP:
             self.profiler.start()
         elif self.count == self.SKIP + self.STEPS:
-            self._tell()
+            self._report()
 
     def close(self) -> None:
-        """There are no more steps: tell of those that there were."""
+        """The run ends: report the steps that were profiled."""
         if self.SKIP < self.count < self.SKIP + self.STEPS:
-            self._tell()
+            self._report()
         elif self.count <= self.SKIP:
             tqdm.write(f"note: run.profile: a run of {self.count} steps is too short to profile")
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self.profiler.stop()
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = self.profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40)
@@ -163,7 +161,7 @@ class Profile:
 
 
 def progress(items: Iterable, what: str, total: int | None = None, initial: int = 0) -> tqdm:
-    """A tqdm bar on rank 0 of a terminal; silent elsewhere."""
+    """A progress bar on rank 0 where stderr is a terminal; silent elsewhere."""
     quiet = not is_main() or not sys.stderr.isatty()
     return tqdm(
         items, desc=what, total=total, initial=initial, disable=quiet, leave=False, dynamic_ncols=True
@@ -203,7 +201,7 @@ def new_figure(**options: Any) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path | None:
-    """Write a figure of `new_figure` as PNG; without room on the disk None: pictures never stop a run."""
+    """Write a figure of `new_figure` as PNG. On a full disk None is returned: pictures never stop a run."""
     try:
         figure.canvas.print_png(str(path))
     except OSError as e:

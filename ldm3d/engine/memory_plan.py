@@ -1,17 +1,18 @@
-"""Memory planning: what a job needs, before a GPU is asked for it. Backs the --plan flag of the scripts.
+"""How much memory a run needs, before a GPU is used: the --plan flag of the scripts.
 
-The job itself runs once on fake tensors (torch._subclasses.FakeTensorMode: shapes and types without data, a
-second or so on the CPU whatever the size), and every storage that an operator makes is counted from birth to
-death:
+A job, such as one training step, runs once on fake tensors (torch._subclasses.FakeTensorMode). Fake tensors
+have a shape and a type but no data, so this takes about a second on the CPU at any size. Every storage that
+an operator makes is counted from birth to death:
 
     peak = copies * weights + max over time of the bytes of all other tensors alive
     copies = 1, in training 4: weights, EMA, and the two moments of AdamW (all fp32)
 
-The second term holds what autograd keeps for backward (backward runs too, so that what checkpointed blocks
-compute again is counted), gradients, inputs and outputs of each operator, and autocast's copies of the
-weights. Not seen: the workspaces inside a kernel (cuDNN, oneDNN), the CUDA context, and what the allocator
-loses in fragments; so a plan gives away only 90 % of the budget less 0.7 GiB. Under DDP the gradients live in
-buckets that stay: one copy of the weights more.
+The second term holds gradients, inputs and outputs of each operator, autocast's copies of the weights, and
+the activations kept for the backward pass. The backward pass runs too, so the activations that checkpointed
+blocks compute again are counted.
+
+Not counted: workspaces inside a kernel (cuDNN, oneDNN), the CUDA context, fragmentation of the allocator, and
+DDP's buckets (one more copy of the weights). So a plan uses only 90 % of what is left after 0.7 GiB.
 """
 
 from __future__ import annotations
@@ -35,19 +36,20 @@ from .training import autocast
 
 GIB = 2**30
 CPU = torch.device("cpu")
-CONTEXT, SHARE = 0.7 * GIB, 0.9  # of a GPU's memory: not for tensors; of the rest, what a plan may use
+CONTEXT = 0.7 * GIB  # of a GPU's memory, not usable for tensors
+USABLE = 0.9  # the fraction of the rest that a plan may fill
 
 
 # --- accounting ---------------------------------------------------------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make while it is on: `live` now, `peak` at most."""
+    """In this mode the bytes of every new storage are counted: `live` now, `peak` at most."""
 
-    def __init__(self, known: Sequence[Tensor] = ()):
+    def __init__(self, existing: Sequence[Tensor] = ()):
         super().__init__()
         self.live = self.peak = 0
-        self.storages = {t.untyped_storage()._cdata: None for t in known}  # alive before, not counted
+        self.storages = {t.untyped_storage()._cdata: None for t in existing}  # not counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -71,7 +73,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def like_gpu(net: nn.Module) -> None:
-    """What differs on a GPU: under autocast its norms run in fp32, and its fused attention takes dropout."""
+    """Make `net` need on the CPU what it needs on a GPU: norms in fp32 under autocast, dropout fused into
+    attention."""
     for module in net.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
@@ -82,7 +85,7 @@ def like_gpu(net: nn.Module) -> None:
 def peak_bytes(
     make: Callable[[], nn.Module], work: Callable[[nn.Module], Any], gpu: bool = True
 ) -> tuple[int, int]:
-    """(bytes of the weights of make(), most bytes of other tensors alive during work(module)); nothing is
+    """(bytes of the weights of net = make(), most bytes of other tensors during work(net)). No memory is
     allocated."""
     with ExitStack() as modes:
         modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -107,7 +110,8 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Job:
-    """Something to plan: need(batch, size) in bytes. `step`: sizes (*S) are tried in multiples of it."""
+    """One row of a plan. need(batch, size): bytes. batch, size (*S): what the run asks for. step: the sides
+    of a size are multiples of this number."""
 
     name: str
     need: Callable[[int, Size], int]
@@ -117,14 +121,14 @@ class Job:
 
 
 class Plan:
-    """Jobs for one device of `budget` GiB: a GPU with bf16, unless `amp` and `device` say otherwise."""
+    """The jobs of a run on one device of `budget` GiB: a GPU with bf16, or as `amp` and `device` say."""
 
     def __init__(self, budget: float, amp: str = "auto", device: str = "auto"):
         if budget * GIB <= CONTEXT:
             raise InputError(f"plan: expected more than {CONTEXT / GIB:.1f} GiB, got {budget:g}")
         self.budget, self.gpu = budget, not device.startswith("cpu")
         self.amp = ("bf16" if self.gpu else "fp32") if amp == "auto" else amp
-        self.room = SHARE * (budget * GIB - CONTEXT)  # for tensors
+        self.room = USABLE * (budget * GIB - CONTEXT)  # for tensors
         self.jobs: list[Job] = []
 
     def training(
@@ -138,12 +142,12 @@ class Plan:
         rounds: int = 1,
         beside: int = 0,
     ) -> Job:
-        """Steps on loss(net, batch, size), a scalar, `rounds` micro-batches each; `beside`: bytes of other
-        things."""
+        """Add training on loss(net, batch, size), a scalar, in steps of `rounds` micro-batches. beside: bytes
+        that other things take."""
 
         def need(batch: int, size: Size) -> int:
             def work(net: nn.Module) -> None:
-                for _ in range(min(2, rounds)):  # the second and later ones find gradients there
+                for _ in range(min(2, rounds)):  # the second round adds to the gradients of the first
                     with autocast(self.amp, CPU):
                         value = loss(net, batch, size)
                     value.backward()
@@ -163,7 +167,7 @@ class Plan:
         step: int = 1,
         beside: int = 0,
     ) -> Job:
-        """call(net, batch, size) without gradients."""
+        """Add call(net, batch, size) without gradients."""
 
         def need(batch: int, size: Size) -> int:
             def work(net: nn.Module) -> None:
@@ -189,7 +193,8 @@ class Plan:
         return job.step * self._largest(lambda n: job.need(job.batch, (n * job.step,) * dims), side, dims)
 
     def _largest(self, need: Callable[[int], int], start: int, power: int) -> int:
-        """The largest n with need(n) <= room. The need is nearly affine in n^power: secants, then a walk."""
+        """The largest n with need(n) <= room, to 1 %. The need is nearly affine in n^power: secants come
+        close, then n goes down or up in steps of 1 %."""
         low, n = max(1, start), 2 * max(1, start)
         for _ in range(4):
             slope = (need(n) - need(low)) / (n**power - low**power)

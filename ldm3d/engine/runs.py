@@ -201,7 +201,7 @@ class Run:
             return
         where = f"run.init {self.config.run.init}"
         new = load_weights(net, self.initial["ema"], where, may_miss)
-        print0(f"{where}: weights of step {self.initial['step']} taken as the start")
+        print0(f"{where}: weights of step {self.initial['step']} copied into the new run")
         if new:
             print0(f"note: {len(new)} weights are new, such as {new[0]}")
         self.initial = None

@@ -1,10 +1,23 @@
-"""Parts of a training loop, without the loop: optimizer step, EMA, learning rate, keyed randomness, means.
+"""The parts of a training loop, without the loop: learning rate, randomness, optimizer step, EMA, means.
 
-Every script owns its loop and uses these small objects. All randomness is keyed by (seed, position, purpose),
-so that a run depends on neither ranks, micro-batches nor workers, and nothing random need be stored.
+Each script owns its loop and calls these parts. One step is
 
-    lr_t  = lr * scaling(batch) * warm-up(t) * schedule(t)
-    EMA   : ema <- d ema + (1 - d) net, d = min(decay, (1 + step) / (10 + step))
+    for batch, fraction in micro_batches(group, model, device, seed, step):
+        loss = ...                                            # (B,), one value a sample
+        stepper.backward(loss.mean() * fraction)              # gradients add up over micro-batches and ranks
+        mean.add(loss=loss)                                   # for the log
+    if stepper.step(step):                                    # AdamW; False where something was not finite
+        ema.update(net, step)
+
+with
+    learning rate   lr * scaling(batch_size) * warm-up(step) * schedule(step)
+    EMA             ema <- d ema + (1 - d) net,   d = min(decay, (1 + step) / (10 + step))
+
+Randomness: a run counts its samples, and the sample at position p = step * batch_size + i draws its noise,
+its time, its augmentation from generators seeded with (seed, p, purpose). Module dropout is seeded with
+(seed, step, rank, micro-batch). So the numbers do not depend on how a step is spread over ranks,
+micro-batches and workers, no random state is stored, and a resumed run draws what an uninterrupted run would
+have drawn.
 """
 
 from __future__ import annotations
@@ -42,23 +55,23 @@ from .logger import Profile
 class RunConfig:
     dir: str | None = None  # run folder; none = runs/<kind>-<preset>
     steps: int = 1000  # optimizer steps
-    seed: int = 0  # keys all randomness, the split included
+    seed: int = 0  # seed of all randomness, the split included
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the networks
     deterministic: bool = False  # bit-exact GPU kernels (slower)
     workers: int = 0  # data-loading processes per rank
-    keep: int = 2  # numbered checkpoints that stay
+    keep: int = 2  # number of newest checkpoints to keep
     init: str | None = None  # start a new run from the weights of this checkpoint or run
     fresh: bool = False  # move an existing run folder aside and start anew
-    save_every: int = 500  # steps between checkpoints
-    log_every: int = 20  # steps between log lines
-    eval_every: int = 500  # steps between validations
-    patience: int = 0  # stop after this many validations without a better one; 0 = never
-    ema_decay: float = 0.999  # of the weights that are evaluated, kept as best and sampled from
-    max_bad_steps: int = 20  # non-finite steps in a row after which the run stops
+    save_every: int = 500  # steps from one checkpoint to the next
+    log_every: int = 20  # steps from one line of the log to the next
+    eval_every: int = 500  # steps from one validation to the next
+    patience: int = 0  # stop after this many validations without a new best; 0 = never
+    ema_decay: float = 0.999  # decay of the averaged weights, which validation, best.pt and sampling use
+    max_bad_steps: int = 20  # stop after this many non-finite steps in a row
     tensorboard: bool = False  # write TensorBoard files too (extra "viz")
-    profile: bool = False  # write a torch.profiler trace of three steps and print the ten dearest operators
+    profile: bool = False  # write a torch.profiler trace of three steps, print the ten slowest operators
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "keep", "save_every", "log_every", "eval_every", "max_bad_steps")
@@ -73,13 +86,13 @@ class OptimConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's moment decays
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     warmup_steps: int = 0  # linear warm-up from 0
-    schedule: Literal["constant", "cosine", "multistep"] = "constant"  # after the warm-up
-    min_lr_ratio: float = 0.0  # cosine ends at this share of lr
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"  # course of lr after the warm-up
+    min_lr_ratio: float = 0.0  # cosine: last learning rate / lr
     milestones: tuple[int, ...] = ()  # multistep: steps at which lr is multiplied by gamma
     gamma: float = 0.1  # multistep factor
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"  # scale lr with batch_size / reference_batch_size
-    reference_batch_size: int = 8  # batch size that lr was chosen for
-    grad_clip: float | None = 1.0  # global gradient norm is cut to this; none = off
+    reference_batch_size: int = 8  # batch size for which lr was chosen
+    grad_clip: float | None = 1.0  # largest norm of the whole gradient; none = no clipping
 
     def __post_init__(self) -> None:
         for name, fine, expected in (
@@ -115,18 +128,18 @@ def lr_at(step: int, steps: int, config: OptimConfig, batch_size: int) -> float:
 
 
 def keyed_normal(seed: int, positions: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
-    """Gaussian noise (B, *shape) on the CPU, each sample's from its own generator."""
+    """Gaussian noise (B, *shape) on the CPU; the sample at each of `positions` (B,) has its own generator."""
     rows = [torch.randn(shape, generator=keyed_generator(seed, int(p), purpose)) for p in positions]
     return torch.stack(rows)
 
 
 def keyed_uniform(seed: int, positions: Tensor, purpose: str) -> Tensor:
-    """Uniform numbers (B,) in [0, 1) on the CPU, each sample's from its own generator."""
+    """Uniform numbers (B,) in [0, 1) on the CPU; the sample at each of `positions` has its own generator."""
     return torch.cat([torch.rand(1, generator=keyed_generator(seed, int(p), purpose)) for p in positions])
 
 
 def reseed(*key: int) -> None:
-    """Seed the global generators, which draw initial weights and module dropout, from any numbers."""
+    """Seed the global generators, which draw initial weights and module dropout, with any numbers."""
     seed, position, *rest = key
     torch.manual_seed(keyed_generator(seed, position, f"modules{rest}").initial_seed())
 
@@ -135,7 +148,7 @@ def reseed(*key: int) -> None:
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of the flag, or None for fp32."""
+    """The autocast type that --run.amp means on this device; None is fp32."""
     if amp == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         amp = "fp32" if device.type == "cpu" else "bf16" if native else "fp16"
@@ -143,6 +156,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Mixed precision as --run.amp says; nothing for fp32."""
     dtype = amp_dtype(amp, device)
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -151,12 +165,11 @@ def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManage
 
 
 class Stepper:
-    """One network's AdamW with its learning rate, loss scaler, gradient clipping and guard against non-finite
-    steps.
+    """The optimizer step of one network: AdamW, learning rate, loss scaler, gradient clipping.
 
-    `backward` is called once per micro-batch, `step` once per optimizer step. A step whose loss or gradient
-    is not finite on any rank leaves the weights alone on all; a set number of them in a row raises
-    InputError.
+    `backward` is called once a micro-batch, `step` once an optimizer step. Where the loss or the gradient is
+    not finite on some rank, all ranks leave their weights alone. `run.max_bad_steps` such steps in a row
+    raise InputError.
     """
 
     def __init__(
@@ -174,7 +187,7 @@ class Stepper:
         self.loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro-batch's share of the loss."""
+        """Add the gradient of a micro-batch's part of the loss."""
         self.loss_is_finite = self.loss_is_finite & torch.isfinite(loss.detach())
         self.scaler.scale(loss).backward()
 
@@ -200,7 +213,7 @@ class Stepper:
         return fine
 
     def _count_bad(self, step: int) -> None:
-        """Tell what was not finite (a loss, else the first gradient); stop if that is so too often."""
+        """Name what was not finite (the loss, else the first gradient); stop after too many bad steps."""
         self.bad_in_a_row += 1
         self.skipped += 1
         named = ((n, p.grad) for n, p in self.net.named_parameters() if p.grad is not None)
@@ -240,7 +253,7 @@ class Stepper:
 
 
 class EMA:
-    """An exponential moving average of a network's weights: a separate copy, buffers copied as they are."""
+    """An exponential moving average of a network's weights, in a network of its own. Buffers are copied."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay = decay
@@ -255,16 +268,16 @@ class EMA:
 
 
 class Mean:
-    """Running means of scalars over samples, exact over ranks and micro-batches; part of the checkpoint.
+    """Means of scalars over samples, exact over ranks and micro-batches; a part of the checkpoint.
 
-    Sums and counts stay on the device until `pop`, so that adding never waits for a GPU.
+    Sums and counts stay on the device until `pop`, so `add` never waits for a GPU.
     """
 
     def __init__(self) -> None:
         self.table: dict[str, Tensor] = {}  # name -> (sum, count), float64
 
     def add(self, **values: Tensor) -> None:
-        """Add per-sample values (B,) or a scalar, which counts as one sample. NaN entries are left out."""
+        """Add the values (B,) of B samples, or a scalar as one sample. NaN values are left out."""
         for name, value in values.items():
             flat = value.detach().double().reshape(-1)
             there = ~flat.isnan()
@@ -272,7 +285,8 @@ class Mean:
             self.table[name] = self.table[name].to(pair.device) + pair if name in self.table else pair
 
     def pop(self) -> dict[str, float]:
-        """The means over all ranks since the last call; starts anew. A rank may have added nothing."""
+        """The means over all ranks since the last call; sums start again at 0. Called by all ranks; a rank
+        may have added nothing."""
         names = sorted(set().union(*gather(list(self.table))))
         nothing = torch.zeros(2, dtype=torch.float64)
         rows = [self.table.get(name, nothing).cpu() for name in names]
@@ -281,11 +295,12 @@ class Mean:
         return {name: total / n if n else math.nan for name, (total, n) in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of every rank: added up they would not end in the same last digit. Called by all ranks."""
+        """The sums of every rank, apart: one joint sum could differ in the last digit. Called by all
+        ranks."""
         return {"ranks": gather({name: pair.tolist() for name, pair in self.table.items()})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Each rank takes up its own sums; of another number of ranks, they are dealt out in turn."""
+        """Each rank loads its own sums; a different number of ranks deals the stored sums out in turn."""
         self.table = {}
         for sums in state["ranks"][rank() :: world_size()]:
             for name, pair in sums.items():
@@ -293,8 +308,9 @@ class Mean:
 
 
 class Speed:
-    """What a step costs, between two log lines: samples per second over all ranks; of this rank, the share of
-    time spent waiting for data and the peak memory of the process so far (GPU: of its tensors).
+    """What the steps since the last line of the log cost: samples per second over all ranks and, on this
+    rank, the fraction of time spent waiting for data and the peak memory (of the process; on a GPU of its
+    tensors).
 
     A step lasts from the request of its data to `stop`; evaluation, saving and logging are not counted.
     """
@@ -305,7 +321,7 @@ class Speed:
         self.steps = 0
 
     def watch(self, stream: Iterable) -> Iterator:
-        """The items of `stream`; the time that each took to come is counted as waiting."""
+        """The items of `stream`; the time until each item comes is counted as waiting."""
         items = iter(stream)
         while True:
             self.began = time.perf_counter()
@@ -340,10 +356,11 @@ def peak_bytes(device: torch.device) -> int:
 def micro_batches(
     batches: list[dict[str, Any]], model: nn.Module, device: torch.device, seed: int, step: int
 ) -> Iterator[tuple[dict[str, Any], float]]:
-    """This rank's micro-batches of one step, on `device`, with each one's share of the step's loss.
+    """This rank's micro-batches of one step, each on `device` and with its fraction of the rank's samples.
 
-    Gradients are reduced over ranks in the last one only. With DDP's mean over ranks, the sum of share *
-    loss.mean() is the mean over the global batch. Module dropout is keyed by (seed, step, rank, micro-batch).
+    The sum of fraction * loss.mean() over micro-batches is the mean over the rank's samples, and DDP takes
+    the mean over ranks, in the backward pass of the last micro-batch only. Example: a rank with 6 samples in
+    micro-batches of 4 and 2 has the fractions 2/3 and 1/3. Module dropout is keyed by (seed, step, rank, i).
     """
     total = sum(len(b["position"]) for b in batches)
     for i, batch in enumerate(batches):
@@ -354,7 +371,8 @@ def micro_batches(
 
 @contextlib.contextmanager
 def frozen(net: nn.Module | None) -> Iterator[None]:
-    """What is computed with `net` in this block gives its parameters no gradient. None: nothing is frozen."""
+    """In this block `net` is a fixed function: gradients pass through, but its parameters get none. `net` may
+    be None."""
     if net is not None:
         net.requires_grad_(False)
     yield
@@ -363,14 +381,14 @@ def frozen(net: nn.Module | None) -> Iterator[None]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on `device`, those of nested dicts too."""
+    """A batch with all its tensors on `device`, in nested dicts too."""
     if isinstance(batch, dict):
         return {k: to_device(v, device) for k, v in batch.items()}
     return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
-def ranks_share(batch_size: int, micro_batch_size: int | None) -> int:
-    """Check that the global batch divides over the ranks; returns the micro-batch per rank and forward."""
+def samples_per_forward(batch_size: int, micro_batch_size: int | None) -> int:
+    """The samples of one forward pass on one rank; InputError if the ranks cannot divide the batch."""
     if batch_size < 1 or batch_size % world_size():
         raise InputError(f"batch_size: {batch_size} does not divide over {world_size()} ranks")
     own = batch_size // world_size()

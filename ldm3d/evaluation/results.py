@@ -18,7 +18,7 @@ import numpy as np
 
 from ..config import InputError
 from ..engine.checkpoint import write_text
-from ..engine.distributed import gather, is_main, share
+from ..engine.distributed import broadcast, gather, is_main
 
 Rows = dict[str, dict[str, Any]]  # name of a case -> column -> value
 
@@ -53,7 +53,7 @@ def new_folder(run: Path, out: str | None, what: str) -> Path:
             error = str(e)
         except OSError as e:
             error = f"out: {folder} cannot be made ({e.strerror})"
-    error, folder = share((error, folder))
+    error, folder = broadcast((error, folder))
     if error:
         raise InputError(error)
     return folder

@@ -22,7 +22,7 @@ from ldm3d import AutoencoderKL, VAEConfig, read
 from ldm3d.data import batches, evaluation_batches
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
-from ldm3d.engine.distributed import all_reduce_sum, any_rank, gather, main_first, rank, share, wrap
+from ldm3d.engine.distributed import all_reduce_sum, any_rank, broadcast, gather, main_first, rank, wrap
 from ldm3d.engine.training import Mean, OptimConfig, RunConfig, Stepper, keyed_normal, micro_batches
 from ldm3d.losses import kl_per_element, reconstruction_loss
 
@@ -131,7 +131,7 @@ def on_each_rank(number: int, port: int, folder: str) -> None:
         result["kept"] = mean.pop()
         result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
         result["any"] = (any_rank(rank() == 1), any_rank(False))
-        result["share"] = share({"from": rank()})
+        result["broadcast"] = broadcast({"from": rank()})
         with main_first():
             path = Path(folder) / "made_by"
             result["made"] = path.read_text() if path.exists() else path.write_text(str(rank()))
@@ -198,7 +198,7 @@ def test_sums_decisions_and_rank_0_values_reach_all_ranks(ranks):
     for result in ranks:
         assert result["sum"] == [2.0, 1.0]
         assert result["any"] == (True, False)
-        assert result["share"] == {"from": 0}
+        assert result["broadcast"] == {"from": 0}
     assert ranks[1]["made"] == "0"
 
 

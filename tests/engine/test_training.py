@@ -23,8 +23,8 @@ from ldm3d.engine.training import (
     keyed_uniform,
     lr_at,
     micro_batches,
-    ranks_share,
     reseed,
+    samples_per_forward,
 )
 
 CPU = torch.device("cpu")
@@ -123,8 +123,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_joined_batch():
     net(x).square().mean().backward()
     joined, net.weight.grad = net.weight.grad.clone(), None
     parts = [{"x": x[:4], "position": torch.arange(4)}, {"x": x[4:], "position": torch.arange(4, 6)}]
-    for batch, share in micro_batches(parts, net, CPU, 0, 0):
-        (net(batch["x"]).square().mean() * share).backward()
+    for batch, fraction in micro_batches(parts, net, CPU, 0, 0):
+        (net(batch["x"]).square().mean() * fraction).backward()
     assert torch.allclose(net.weight.grad, joined, atol=1e-6)
 
 
@@ -188,10 +188,10 @@ def test_fp16_on_cpu_scales_the_loss_and_an_overflow_lowers_the_scale():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    assert ranks_share(8, None) == 8
-    assert ranks_share(8, 3) == 3
+    assert samples_per_forward(8, None) == 8
+    assert samples_per_forward(8, 3) == 3
     with pytest.raises(InputError, match="micro_batch_size"):
-        ranks_share(8, 0)
+        samples_per_forward(8, 0)
 
 
 # --- the run folder -----------------------------------------------------------------------------------------
