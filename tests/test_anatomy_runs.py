@@ -111,7 +111,7 @@ def test_it_starts_from_a_plain_run_and_its_registers_are_new(vae_run, tmp_path,
     assert torch.allclose(plain.denoiser(x, t), bound.denoiser(x, t), atol=1e-4)
     for more, words in (
         ([], r"the weights do not fit: unet\.registers"),
-        (["--condition.use", "class"], "plain is told nothing, this run class"),
+        (["--condition.use", "class"], "plain has conditions none, this run class"),
     ):
         other = ["--run.init", tmp_path / ("plain" if more else "bound")]
         with pytest.raises(InputError, match=words):
