@@ -13,7 +13,7 @@ import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig
 from ldm3d.config import replace
-from ldm3d.engine.memory_plan import CONTEXT, GIB, SHARE, Plan, decode, encode, peak_bytes
+from ldm3d.engine.memory_plan import CONTEXT, GIB, USABLE, Plan, decode, encode, peak_bytes
 from ldm3d.engine.training import autocast
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_nothing_is_allocated_however_large_the_volume():
 @pytest.mark.parametrize(("budget", "size"), [(2, (48, 48, 48)), (0.702, (48, 48, 48))])
 def test_the_largest_batch_and_cube_fit_and_the_next_ones_do_not(budget, size):
     plan = Plan(budget)
-    room = SHARE * (budget * GIB - CONTEXT)
+    room = USABLE * (budget * GIB - CONTEXT)
     job = plan.training("", lambda: AutoencoderKL(AE), autoencoder_loss, 1, size, step=2)
     batch, side = plan.largest_batch(job), plan.largest_cube(job)
     assert batch == 0 or job.need(batch, job.size) <= room
