@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm3d import blocks
 from ldm3d.blocks import (
     AttentionBlock,
     CrossAttention,
@@ -26,7 +25,6 @@ from ldm3d.blocks import (
     run_layer,
     timestep_embedding,
 )
-from ldm3d.config import InputError
 
 
 def close(actual, expected, tolerance=2e-5):
@@ -366,17 +364,3 @@ def test_timestep_embedding_is_its_formula(cos_first, dim):
         cosines, sines = [math.cos(a) for a in angles], [math.sin(a) for a in angles]
         expected = (cosines + sines if cos_first else sines + cosines) + [0.0] * (dim % 2)
         assert torch.allclose(row.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-4)
-
-
-def test_level_settings_are_checked_by_name():
-    class Config:
-        dims, channels, num_res_blocks, attention_levels, strides = 3, (4, 8), (1, 1, 1), (False,), None
-
-    with pytest.raises(InputError, match=r"num_res_blocks: expected 1 or 2 values"):
-        blocks.check_levels(Config())
-    Config.num_res_blocks, Config.strides = (1,), ((2, 3, 1),)
-    with pytest.raises(InputError, match="strides: expected 1 or 2 for each of 3 axes"):
-        blocks.check_levels(Config())
-    Config.strides = ()
-    with pytest.raises(InputError, match="strides: expected 1 tuples"):
-        blocks.check_levels(Config())

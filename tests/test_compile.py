@@ -1,15 +1,17 @@
 """Compiled networks: one graph, the outputs of eager, plain names in checkpoints, compiled once a run."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo
+from networks import NETWORKS, outputs_and_gradients
 from tiny import cdal_flags, ldm_flags, lines, start, vae_flags
 from torch import nn
 
 import train_cdal
 import train_ldm
 import train_vae
-from ldm3d import AutoencoderKL, Denoiser, UNetConfig, VAEConfig
 from ldm3d.engine.checkpoint import load, step_files
 
 
@@ -19,43 +21,31 @@ def forget():
     torch._dynamo.reset()
 
 
-def make(kind: str, dims: int, checkpointing: bool) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """A small network in training mode, and arguments of its forward."""
-    torch.manual_seed(0)
-    size = (8,) * dims
-    if kind == "autoencoder":
-        config = VAEConfig(dims, channels=(8, 16), num_groups=4, num_res_blocks=(1,), mid_attention=True)
-        net = AutoencoderKL(VAEConfig(**{**vars(config), "checkpointing": checkpointing}))
-        return net, (torch.randn(2, 1, *size), torch.randn(2, *net.latent_shape(size)))
-    config = UNetConfig(
-        dims, 4, 4, (8, 16), (1,), (False, True), head_channels=8, checkpointing=checkpointing
-    )
-    net = Denoiser(config)
-    for parameter in net.parameters():  # the zero-initialised layers too
-        nn.init.normal_(parameter, std=0.1)
-    return net, (torch.randn(2, 4, *size), torch.tensor([10.0, 900.0]))
+COMPILED = (
+    "kl attention",
+    "vq ema",
+    "unet context",
+    "denoiser conditions",
+    "denoiser registers",
+    "generator",
+)
+FAST = {("kl attention", 3, False), ("unet context", 3, False), ("denoiser registers", 2, False)}
+FAST |= {("generator", 3, False)}
+GRAPHS = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+    for case in itertools.product(COMPILED, (2, 3), (False, True))
+]
 
 
-def outputs_and_gradients(net: nn.Module, model, arguments) -> list[torch.Tensor]:
-    net.zero_grad()
-    out = model(*arguments)
-    out = [out] if isinstance(out, torch.Tensor) else [out[0], out[1].mean, out[1].logvar]
-    sum(o.square().mean() for o in out).backward()
-    return [o.detach() for o in out] + [p.grad.clone() for p in net.parameters()]
-
-
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dims", [3, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["autoencoder", "denoiser"])
-def test_a_network_is_one_graph_and_computes_what_eager_does(kind, dims, checkpointing):
-    net, arguments = make(kind, dims, checkpointing)
-    eager = outputs_and_gradients(net, net, arguments)
+@pytest.mark.parametrize(("name", "dims", "checkpointing"), GRAPHS)
+def test_a_network_is_one_graph_and_computes_what_eager_does(name, dims, checkpointing):
+    net, inputs = NETWORKS[name](dims, checkpointing)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    found = outputs_and_gradients(net, compiled, arguments)
-    count = len(found) - len(list(net.parameters()))
-    for i, (a, b) in enumerate(zip(eager, found, strict=True)):
-        scale = float(a.abs().max()) + 1e-6
-        assert float((a - b).abs().max()) <= (2e-5 if i < count else 1e-4) * scale
+    eager, found = (outputs_and_gradients(net, call, inputs) for call in (net, compiled))
+    pairs = [(a, b, 2e-5) for a, b in zip(eager[0], found[0], strict=True)]
+    pairs += [(eager[1][key], found[1][key], 1e-4) for key in eager[1].keys() | found[1].keys()]
+    for a, b, tolerance in pairs:
+        assert float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) + 1e-6)
 
 
 @pytest.fixture

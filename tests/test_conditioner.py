@@ -368,20 +368,3 @@ def test_captions_are_split_into_words_and_numbers():
     assert split_words("A 5.2 mm lesion, Left-sided.") == words
     assert parse_use("class:sex") == ("class", "sex")
     assert parse_use("text") == ("text", "text")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reduced_precision_is_close_and_finite(dtype):
-    net, values = make_denoiser(), values_of()
-    with torch.no_grad():
-        exact = net(X, T, values)
-        with torch.autocast("cpu", dtype):
-            rough = net(X, T, values).float()
-    assert (exact - rough).abs().max() < 3e-2 * exact.abs().max()
-
-
-@pytest.mark.slow
-def test_the_conditioned_denoiser_compiles_to_one_graph():
-    net, values = make_denoiser(), values_of()
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(X, T, values), net(X, T, values), atol=1e-5)

@@ -141,12 +141,15 @@ def test_channels_last_norm_is_exact_on_a_large_map():
     close(norm(channels_last(x)), exact, 1e-6)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous])
-def test_statistics_of_a_bfloat16_norm_are_computed_in_fp32(layout):
-    norm = GroupNorm(4, 2)
-    x = (image(1, 4, 16, 16, 16) + 50.0).bfloat16()  # a mean that sums in bf16 could not hold
-    exact = F.group_norm(x.double(), 2)
-    close(norm.bfloat16()(layout(x)), exact, 2e-2)
+def test_the_statistics_of_bfloat16_inputs_are_computed_in_fp32(layout, dims, weights):
+    norm = GroupNorm(8, 4).to(weights)
+    x = (100 + image(2, 8, *[10] * dims)).bfloat16()  # sums in bf16 would lose the spread
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = norm(layout(x))
+    close(found, F.group_norm(x.double(), 4), 2e-2)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -153,32 +153,12 @@ def test_the_same_weights_run_with_registers_on_or_off():
     assert not torch.allclose(net(x, t), net_on)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dims", [2, 3])
-def test_every_parameter_gets_a_gradient(dims, checkpointing):
-    net, (x, t, mask) = make(dims, checkpointing=checkpointing), arguments(dims)
-    out = net(x, t, mask=mask)
-    (out.pred.square().mean() + out.head.mean() + out.binding.mean()).backward()
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any(), name
-
-
 def test_every_parameter_takes_part_where_no_sample_has_a_mask():
     net, (x, t, mask) = make(), arguments()
     out = net(x, t, mask=torch.full_like(mask, -1))
     (out.pred.square().mean() + out.head.mean() + out.binding.mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     assert not any(p.grad.any() for p in net.head.parameters())
-
-
-@pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_supervised_forward_is_one_graph(dims):
-    torch._dynamo.reset()
-    net, (x, t, mask) = make(dims), arguments(dims)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for a, b in zip(net(x, t, mask=mask), compiled(x, t, mask=mask), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 # --- losses -------------------------------------------------------------------------------------------------
@@ -310,21 +290,6 @@ def test_the_weight_falls_from_strong_over_balanced_to_minimal():
     assert [anatomy_weight(config, s, 1000) for s in steps] == pytest.approx(expected)
     constant = AnatomyConfig(weights=(1.0, 1.0, 1.0), phases=(0.0, 0.0, 0.0))
     assert [anatomy_weight(constant, s, 10) for s in range(10)] == [1.0] * 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"weights": (2.0, -1.0, 0.1)}, "weights: expected numbers from 0 on"),
-        ({"phases": (0.5, 0.2, 0.8)}, "phases: expected three rising shares"),
-        ({"balance": 1.5}, "^balance: expected a number from 0 to 1"),
-        ({"head_balance": -1}, "head_balance: expected a number from 0 to 1"),
-        ({"per_label": 0}, "per_label: expected at least 1, got 0"),
-    ],
-)
-def test_mistakes_name_the_field(changes, match):
-    with pytest.raises(InputError, match=match):
-        AnatomyConfig(**changes)
 
 
 # --- learning -----------------------------------------------------------------------------------------------
