@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config import run_task
 from ..engine.distributed import run_script
-from .latent_map import LatentsConfig, latents
+from .latent_map import LatentsConfig, map_latents
 from .register_analysis import RegisterReportConfig, analyse_registers
 from .run_report import RunReportConfig, write_run_report
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     bound = {"run": "run folder of train_ldm.py --anatomy.registers bound, or a checkpoint in one"}
     tasks = {
         "run": (RunReportConfig, run, lambda config, run: write_run_report(config, Path(run))),
-        "latents": (LatentsConfig, run, lambda config, run: latents(config, Path(run))),
+        "latents": (LatentsConfig, run, lambda config, run: map_latents(config, Path(run))),
         "registers": (RegisterReportConfig, bound, lambda config, run: analyse_registers(config, Path(run))),
     }
     run_task(tasks, argv, "python -m ldm3d.reports", __doc__)

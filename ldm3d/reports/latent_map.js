@@ -42,7 +42,7 @@ function show() {
       i => DATA.cases[i].group === group && DATA.cases[i][column] === label);
     if (mine.length) traces.push({
       type: "scatter", mode: "markers", name: name(label, group),
-      x: mine.map(i => DATA.places[i][0]), y: mine.map(i => DATA.places[i][1]), customdata: mine,
+      x: mine.map(i => DATA.positions[i][0]), y: mine.map(i => DATA.positions[i][1]), customdata: mine,
       text: mine.map(i => DATA.cases[i].case), hovertemplate: "%{text}<extra></extra>",
       marker: { color, size: 9, opacity: 0.85, symbol: group === "other" ? "diamond-open" : "circle",
                 line: { width: group === "other" ? 2 : 0 } },
