@@ -1,6 +1,7 @@
 """Tiny runs for the tests of the engine: flags, commands, and what a run left behind."""
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -46,6 +47,12 @@ def cdal_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
     """train_cdal.py on the 2-D heads of the fixture `heads`, with a critic."""
     place = ["--data.root", heads, "--data.cache_dir", heads.parent / "cache", "--run.dir", run]
     return ["phantom", *map(str, [*place, "--run.steps", steps, *RUN, *CDAL, *more])]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, by the names of its columns."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def lines(run: Path, split: str = "train") -> list[dict]:

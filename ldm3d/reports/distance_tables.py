@@ -1,8 +1,8 @@
 """Distances of latents as tables: a line for each case, each subject, each pair of groups.
 
-A row describes a case: "case", "group" (first or other), "subject", "class", "split"; "" = unknown. All figures
-follow from two matrices of the N cases: gram (N, N), the inner products of their latents, and apart (N, N),
-their distances (projections.py).
+A row describes a case: "case", "group" (first or other), "subject", "class", "split"; "" = unknown. All
+figures follow from two matrices of the N cases: gram (N, N), the inner products of their latents, and apart
+(N, N), their distances (projections.py).
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def subject_table(rows: list[Row], gram: Tensor, apart: Tensor) -> list[dict[str
         for subject in dict.fromkeys(row["subject"] for row in rows if row["group"] == group):
             of_subject = torch.tensor([row["subject"] == subject for row in rows])
             here, there = of_subject & in_group, of_subject & ~in_group
-            count = int(here.sum())
+            pairs, count = apart[here][:, here], int(here.sum())
             table.append(
                 {
                     "group": group,
                     "subject": subject,
                     "cases": count,
                     "to_centre": float(centre[here].mean()),
-                    "within": float(apart[here][:, here].sum()) / (count * (count - 1)) if count > 1 else None,
+                    "within": float(pairs.sum()) / (count * (count - 1)) if count > 1 else None,
                     "to_other_group": _mean(apart[here][:, there]),
                     "centres": _between_means(gram, here, there) if there.any() else None,
                 }

@@ -1,14 +1,14 @@
-"""What has an autoencoder learned? A map of the latents of all cases, on which similar cases lie close together.
+"""What has an autoencoder learned? A map of its latents, on which similar cases lie close together.
 
     python -m ldm3d.reports latents runs/vae-hippocampus                             all cases of the run
     python -m ldm3d.reports latents RUN --data FOLDER --color-by subject --method umap
     python -m ldm3d.reports latents RUN --data FOLDER --other runs/ldm-hippocampus/samples-001
 
 The latent of a case is the mean of its posterior, for the whole case at the size that the run samples. The
-channels are shifted and scaled so that over the first group each has mean 0 and variance 1. The distance of two
-cases is then the root mean square of the difference of their latents: 0 for equal cases, about sqrt(2) = 1.414
-for cases that have nothing in common. A second group (--other, such as generated volumes) is projected into
-the space of the first.
+channels are shifted and scaled so that over the first group each has mean 0 and variance 1. The distance of
+two cases is then the root mean square of the difference of their latents: 0 for equal cases, about sqrt(2) =
+1.414 for cases that have nothing in common. A second group (--other, such as generated volumes) is projected
+into the space of the first.
 
 The map has two axes: the first two principal components, or t-SNE or UMAP of the 50 first principal scores.
 projections.py has the equations.
@@ -32,6 +32,7 @@ from ..conditions import class_name
 from ..config import InputError, at_least, to_dict
 from ..data import Case, open_images
 from ..engine.distributed import is_main, setup
+from ..evaluation.openers import autoencoder_path
 from ..evaluation.results import new_folder, write_csv, write_report
 from ..latent_diffusion import load_autoencoder
 from .distance_tables import Row, case_table, group_table, subject_table
@@ -200,8 +201,7 @@ def map_latents(config: LatentsConfig, run: Path) -> Path | None:
     """Encode the cases, map their latents, write tables, figure and page. Returns the folder on rank 0."""
     check_method(config.method)
     device = setup(config.device)
-    own = run / "autoencoder.pt"
-    autoencoder, content = load_autoencoder(own if own.exists() else run)
+    autoencoder, content = load_autoencoder(autoencoder_path(run))
     options = {"subject": config.subject, "max_cases": config.max_cases, "own_size": False}
     groups = {"first": open_images(content, config.data, **options)}
     if config.other:

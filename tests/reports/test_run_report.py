@@ -1,8 +1,6 @@
 """The report of a run shows what the run's files say: curves, previews, voxels, scores; offline."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ from tiny import ldm_flags
 import sample
 import train_ldm
 from ldm3d import Volume, write
-from ldm3d.engine.distributed import run_script
 from ldm3d.engine.logger import mid_slices
 from ldm3d.reports import pictures, run_log
 from ldm3d.reports.__main__ import main as reports_main
@@ -319,32 +316,3 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"kind": "vae", "run": {"steps": 5}}))
     reports_main(["run", str(tmp_path)])
     assert "Nothing is logged yet" in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ([], "which run"),
-        (["/nowhere"], "/nowhere"),
-        (["EMPTY"], "config.json"),
-        (["RUN", "--volumes", "-1"], "volumes"),
-        (["RUN", "--samples", "EMPTY"], "holds no volumes"),
-        (["RUN", "--samples", "/nowhere"], "/nowhere"),
-        (["RUN", "--out", "RUN/config.json"], "nothing is overwritten"),
-        (["RUN", "--volume", "3"], "did you mean --volumes"),
-    ],
-)
-def test_mistakes_are_named(run, tmp_path, capsys, flags, words):
-    places = {"RUN": str(run), "EMPTY": str(tmp_path)}
-    flags = [flag.replace("RUN", places["RUN"]).replace("EMPTY", places["EMPTY"]) for flag in flags]
-    assert run_script(reports_main, ["run", *flags]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-
-
-def test_it_runs_as_a_module(run, tmp_path):
-    command = [sys.executable, "-m", "ldm3d.reports", "run", str(run), "--out", str(tmp_path / "page.html")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "page.html").stat().st_size > 10_000

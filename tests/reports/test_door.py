@@ -1,0 +1,63 @@
+"""`python -m ldm3d.reports` names every mistake in one line, and runs as a module."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm3d.engine.distributed import run_script
+from ldm3d.reports.__main__ import main as reports_main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "which task"),
+        (["latent", "RUN"], "expected run or latents or registers"),
+        (["run"], "which run"),
+        (["run", "/nowhere"], "/nowhere"),
+        (["run", "EMPTY"], "config.json"),
+        (["run", "RUN", "--volumes", "-1"], "volumes"),
+        (["run", "RUN", "--samples", "EMPTY"], "holds no volumes"),
+        (["run", "RUN", "--samples", "/nowhere"], "/nowhere"),
+        (["run", "RUN", "--out", "RUN/config.json"], "nothing is overwritten"),
+        (["run", "RUN", "--volume", "3"], "did you mean --volumes"),
+        (["latents", "/nowhere"], "/nowhere"),
+        (["latents", "RUN", "--data", "/nowhere"], "/nowhere"),
+        (["latents", "RUN", "--colour-by", "class"], "did you mean --color_by"),
+        (["latents", "RUN", "--color-by", "age"], "subject | class | split"),
+        (["latents", "RUN", "--data", "HEADS/images", "--color-by", "class"], "no case has a class"),
+        (["latents", "RUN", "--max_cases", "2"], "max_cases"),
+        (["latents", "RUN", "--out", "HEADS"], "nothing is overwritten"),
+        (["registers", "RUN"], "RUN"),
+        (["registers", "BOUND", "--level", "1"], "level"),
+        (["registers", "BOUND", "--part", "test"], "no test cases"),
+    ],
+)
+def test_mistakes_are_named(vae_run, bound_run, heads, tmp_path, capsys, words, named):
+    folders = {"RUN": vae_run, "BOUND": bound_run, "HEADS": heads, "EMPTY": tmp_path}
+    for name, folder in folders.items():
+        words = [word.replace(name, str(folder)) for word in words]
+        named = named.replace(name, str(folder))
+    assert run_script(reports_main, words) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_it_runs_as_a_module(vae_run, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "ldm3d.reports",
+        "run",
+        str(vae_run),
+        "--out",
+        str(tmp_path / "page.html"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Autoencoder, preset phantom" in (tmp_path / "page.html").read_text()
