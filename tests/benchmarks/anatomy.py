@@ -26,7 +26,6 @@ Subjects are split once (train, val, test). Stopped and started again it goes on
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import sys
@@ -50,9 +49,17 @@ from ldm3d.data import Data, open_images, open_stored  # noqa: E402
 from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.distributed import choose_device  # noqa: E402
-from ldm3d.evaluation.morphology import label_components  # noqa: E402
+from ldm3d.evaluation.results import table, with_interval  # noqa: E402
+from ldm3d.evaluation.validity import (  # noqa: E402
+    PairedFile,
+    dice_of_labels,
+    label_shapes,
+    label_validity,
+    train_on_synthetic,
+    write_cases,
+)
 from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
-from ldm3d.metrics import dice, frechet_distance  # noqa: E402
+from ldm3d.metrics import frechet_distance  # noqa: E402
 
 TEST = ["--data.test_fraction", "0.2"]
 SPLIT = ["--data.subject", "none", "--data.test_fraction", "0"]  # the table tells it
@@ -125,45 +132,34 @@ def make_samples(run: Path, num: int, labelled: bool) -> Path:
 
 
 def train_segmenter(
-    given: argparse.Namespace, name: str, cases: Iterable[tuple[Path, Path, str]], seed: int, out: Path
+    given: argparse.Namespace, name: str, cases: Iterable[PairedFile], seed: int, out: Path
 ) -> Path:
     """A plain segmentation network of (image, mask, part) cases."""
-    run, table = out / f"segment-{name}-{seed}", out / f"cases-{name}-{seed}"
-    table.mkdir(parents=True, exist_ok=True)
-    with open(table / "cases.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("image", "mask", "split"), *cases])
-    flags = [*DATA[given.data][2], "--data.root", str(table), "--data.table", "cases.csv"]
+    run, folder = out / f"segment-{name}-{seed}", out / f"cases-{name}-{seed}"
+    write_cases(folder, cases)
+    flags = [*DATA[given.data][2], "--data.root", str(folder), "--data.table", "cases.csv"]
     flags += ["--cdal.diffusion", "false", "--data.num_labels", str(given.num_labels)]
     flags += ["--run.seed", str(seed), "--run.dir", str(run)]
     train_cdal.main([*flags, *run_flags(given, given.segment_steps)])
     return run
 
 
-def real_cases(data: Data) -> list[tuple[Path, Path, str]]:
+def real_cases(data: Data) -> list[PairedFile]:
     chosen = [(data.cases[name], part) for part in ("train", "val") for name in data.split[part]]
     return [(case.image.resolve(), case.mask.resolve(), part) for case, part in chosen]
-
-
-def made_cases(folder: Path, validate: bool) -> list[tuple[Path, Path, str]]:
-    """Generated pairs; validate: every tenth is for validation."""
-    images = sorted(p.resolve() for p in folder.iterdir() if p.name.endswith((".nii.gz", ".tif")))
-    part = [("val" if validate and i % 10 == 0 else "train") for i in range(len(images))]
-    return [(image, image.parent / "labels" / image.name, p) for image, p in zip(images, part, strict=True)]
 
 
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def test_dice(run: Path, data: Data, device: torch.device) -> list[float]:
     """Dice of every label, mean over the test cases."""
     cdal, net, content = load_segmenter(run, device)
-    cases, rows = data.dataset("test", own_size=True), []
-    for i in range(len(cases)):
-        item = cases[i, i]
-        p = cdal.segment(net, item["image"].to(device), 1, content["config"]["window"])
-        rows.append(dice(p.argmax(0)[None], item["mask"][None], len(p))[0])
-    return torch.stack(rows).nanmean(0).tolist()
+
+    def segment(image: Tensor) -> Tensor:
+        return cdal.segment(net, image.to(device), 1, content["config"]["window"]).argmax(0)
+
+    return dice_of_labels(segment, data.dataset("test", own_size=True))
 
 
 @torch.inference_mode()
@@ -180,41 +176,17 @@ def features(judge: Path, images: Iterable[Tensor], device: torch.device) -> Ten
     return torch.cat(found).double()
 
 
-def shape_of_labels(masks: Iterable[np.ndarray], spacing: Iterable[float], num_labels: int) -> np.ndarray:
-    """(N, K - 1, 2 + dims): volume (mm^dims), number of components, centroid (mm from the middle; nan: there
-    is none) of every label but the background."""
-    rows, mm = [], np.asarray(tuple(spacing))
-    for mask in masks:
-        middle = (np.asarray(mask.shape) - 1) / 2
-        row = []
-        for k in range(1, num_labels):
-            inside = mask == k
-            centre = (
-                (np.argwhere(inside).mean(0) - middle) * mm if inside.any() else np.full(mask.ndim, np.nan)
-            )
-            row.append([inside.sum() * mm.prod(), label_components(inside).max(), *centre])
-        rows.append(row)
-    return np.asarray(rows, dtype=np.float64)
+TITLES = {
+    "volume_wasserstein": "volume W",
+    "volume_ks": "volume KS",
+    "position_wasserstein": "position W",
+    "position_ks": "position KS",
+    "one_component": "one component",
+}
 
 
 def validity(made: np.ndarray, real: np.ndarray) -> Figures:
-    """Distances of two results of `shape_of_labels`, means over labels."""
-    from scipy.stats import ks_2samp, wasserstein_distance
-
-    found: dict[str, list[float]] = {
-        name: [] for name in ("volume W", "volume KS", "position W", "position KS")
-    }
-    for k in range(real.shape[1]):
-        a, b = made[:, k, 0], real[:, k, 0]
-        found["volume W"].append(wasserstein_distance(a, b) / max(b.std(), 1e-9))
-        found["volume KS"].append(ks_2samp(a, b).statistic)
-        for axis in range(2, real.shape[2]):
-            a, b = (v[:, k, axis][np.isfinite(v[:, k, axis])] for v in (made, real))
-            if len(a) and len(b):
-                found["position W"].append(wasserstein_distance(a, b))
-                found["position KS"].append(ks_2samp(a, b).statistic)
-    means = {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
-    return means | {"one component": float((made[..., 1] == 1).mean())}
+    return {TITLES[name]: value for name, value in label_validity(made, real).items()}
 
 
 class Judge:
@@ -228,7 +200,7 @@ class Judge:
     def _real(self, *parts: str) -> tuple[np.ndarray, Tensor]:
         sets = [self.data.dataset(part) for part in parts]
         items = [(d, i) for d in sets for i in range(len(d))]
-        shapes = shape_of_labels((d[i, i]["mask"].numpy() for d, i in items), self.spacing, self.num_labels)
+        shapes = label_shapes((d[i, i]["mask"].numpy() for d, i in items), self.spacing, self.num_labels)
         return shapes, features(self.run, (d[i, i]["image"] for d, i in items), self.device)
 
     def real(self) -> Figures:
@@ -247,7 +219,7 @@ class Judge:
                 segment_files(settings, self.run, self.device)
             labels = judged / "labels"
         masks = (read(path).array[0] for path in sorted(labels.iterdir()))
-        figures = validity(shape_of_labels(masks, self.spacing, self.num_labels), self.train[0])
+        figures = validity(label_shapes(masks, self.spacing, self.num_labels), self.train[0])
         if own:
             return figures
         opened = open_images(load_run(self.run, "cdal"), folder)
@@ -276,15 +248,17 @@ COLUMNS = {  # title -> digits
 
 def show_table(rows: dict[str, list[Figures]]) -> None:
     """Means over seeds, and in brackets the lowest and highest."""
-    lines = [f"| row | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    lines = [("row", *COLUMNS)]
     for name, seeds in rows.items():
         cells = []
         for title, digits in COLUMNS.items():
             values = [figures[title] for figures in seeds if title in figures]
-            ends = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{ends}" if values else "-")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    print("\n".join(["", *lines, ""]), flush=True)
+            if len(values) > 1:
+                cells.append(with_interval(np.mean(values), min(values), max(values), digits))
+            else:
+                cells.append(f"{values[0]:.{digits}f}" if values else "-")
+        lines.append((name, *cells))
+    print(f"\n{table(lines, markdown=True)}\n", flush=True)
 
 
 def lowest_loss(run: Path) -> float:
@@ -340,12 +314,13 @@ def main() -> None:
             figures = {"val loss": lowest_loss(run), **figures}
             if name == "bound":
                 own = once(folder / "own.json", lambda folder=folder: judge.samples(folder, own=True))
-                for kind, title in (("generated", "Dice, generated"), ("both", "Dice, both")):
-                    cases = made_cases(folder, validate=kind == "generated")
-                    cases = cases if kind == "generated" else [*real_cases(data), *cases]
+
+                def fit(kind: str, cases: list[PairedFile], seed: int = seed) -> float:
                     net = train_segmenter(given, kind, cases, seed, out)
-                    scores = once(net / "test.json", lambda net=net: test_dice(net, data, device))
-                    own[title] = float(np.mean(scores))
+                    return float(np.mean(once(net / "test.json", lambda: test_dice(net, data, device))))
+
+                scores = train_on_synthetic(real_cases(data), folder, fit)
+                own |= {f"Dice, {kind}": score for kind, score in scores.items() if kind != "real"}
                 rows.setdefault("bound, own labels", []).append(own)
             rows.setdefault(name, []).append(figures)
             show_table(rows)

@@ -20,6 +20,9 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from ldm3d.evaluation.results import table  # noqa: E402
 
 CRITIC = ["--disc_weight", "0.1", "--feature_weight", "1"]
 ROWS = {
@@ -72,14 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of every row")
     parser.add_argument("--out", default="runs/autoencoders", help="folder of the runs")
     args = parser.parse_args(argv)
-    table = ["| autoencoder | PSNR dB | SSIM | MS-SSIM | sharpness | s / step |", "|---|---|---|---|---|---|"]
+    lines = [("autoencoder", "PSNR dB", "SSIM", "MS-SSIM", "sharpness", "s / step")]
     for name in args.rows:
         run = train(name, ROWS[name], args)
         m = {metric: values["mean"] for metric, values in score(run).items()}
-        cells = f"{m['psnr']:.2f} | {m['ssim']:.4f} | {m['ms_ssim']:.4f} | {m['sharpness']:.2f}"
-        table.append(f"| {name} | {cells} | {seconds_per_step(run):.2f} |")
+        digits = {"psnr": 2, "ssim": 4, "ms_ssim": 4, "sharpness": 2}
+        cells = [f"{m[metric]:.{n}f}" for metric, n in digits.items()]
+        lines.append((name, *cells, f"{seconds_per_step(run):.2f}"))
     print(f"\n{args.data}, {args.steps} steps\n")
-    print("\n".join(table))
+    print(table(lines, markdown=True))
 
 
 if __name__ == "__main__":

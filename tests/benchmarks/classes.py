@@ -37,7 +37,8 @@ from ldm3d.data import AugmentConfig, Data, batches, open_stored  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
-from ldm3d.evaluation.results import write_report  # noqa: E402
+from ldm3d.evaluation.results import table, with_interval, write_report  # noqa: E402
+from ldm3d.evaluation.statistics import auc, auc_interval  # noqa: E402
 from ldm3d.guidance import Guidance  # noqa: E402
 from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
 
@@ -98,22 +99,11 @@ def logits(nets: list[Classifier], x: Tensor) -> np.ndarray:
     return torch.cat([sum(net(part.float()) for net in nets) for part in x.split(8)]).double().numpy()
 
 
-def auc(zeros: np.ndarray, ones: np.ndarray) -> float:
-    """P(score of class 1 > score of class 0), ties half: the Mann-Whitney statistic."""
-    difference = ones[:, None] - zeros[None]
-    return float((difference > 0).mean() + (difference == 0).mean() / 2)
-
-
 def auc_row(scores: list[np.ndarray], paired: bool, resamples: int = 2000) -> dict[str, float]:
     """The AUC of the scores of class 0 and 1, and its interval; paired: drawn again together."""
-    draw, values = np.random.default_rng(0), []
-    for _ in range(resamples):
-        places = [draw.integers(len(s), size=len(s)) for s in scores]
-        places = [places[0], places[0]] if paired else places
-        values.append(auc(*(s[place] for s, place in zip(scores, places, strict=True))))
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = auc_interval(*scores, resamples, paired)
     counts = {f"class {label}": len(s) for label, s in enumerate(scores)}
-    return {"auc": auc(*scores), "low": float(low), "high": float(high), **counts}
+    return {"auc": auc(*scores), "low": low, "high": high, **counts}
 
 
 # --- shapes -------------------------------------------------------------------------------------------------
@@ -185,12 +175,14 @@ def main(argv: list[str] | None = None) -> None:
             sheet[f"guidance {scale:g}, class {k}"] = [v[0].float().numpy() for v in x[:4]]
     save_sheet(out / "sheet.png", sheet, limits=(-1, 1))
     write_report(out / "report.json", rows)
-    lines = ["| shapes | AUC (95 %) | of class 0 | of class 1 |", "|---|---|---|---|"]
+    lines = [("shapes", "AUC (95 %)", "of class 0", "of class 1")]
     for name, row in rows.items():
-        interval = f"{row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        lines.append(f"| {name} | {interval} | {row['class 0']} | {row['class 1']} |")
-    (out / "report.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(["", *lines, "", str(out)]))
+        lines.append(
+            (name, with_interval(row["auc"], row["low"], row["high"]), row["class 0"], row["class 1"])
+        )
+    text = table(lines, markdown=True)
+    (out / "report.md").write_text(text + "\n")
+    print(f"\n{text}\n\n{out}")
 
 
 if __name__ == "__main__":

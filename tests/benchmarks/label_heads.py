@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from ldm3d.blocks import ResBlock, crop_to  # noqa: E402
 from ldm3d.data import VolumeDataset, open_stored  # noqa: E402
 from ldm3d.engine.logger import progress  # noqa: E402
+from ldm3d.evaluation.results import table  # noqa: E402
 from ldm3d.latent_diffusion import load_autoencoder  # noqa: E402
 from ldm3d.metrics import dice  # noqa: E402
 from ldm3d.normconv import Conv  # noqa: E402
@@ -119,8 +120,8 @@ def main() -> None:
     sets = [encode(autoencoder, data.dataset(part)) for part in ("train", "test")]
     std, mean = torch.std_mean(sets[0][0], dim=(0, *range(2, sets[0][0].ndim)), keepdim=True)
     learned, held_out = (((z - mean) / std, image, mask) for z, image, mask in sets)
-    labels = " | ".join(f"label {k}" for k in range(1, data.spec.num_labels))
-    lines = [f"| head | {labels} | mean Dice | s / step |", "|---" * (data.spec.num_labels + 2) + "|"]
+    labels = (f"label {k}" for k in range(1, data.spec.num_labels))
+    lines = [("head", *labels, "mean Dice", "s / step")]
     for kind in ("patch", "upsampled", "decoder"):
         scores, seconds = [], 0.0
         for seed in range(args.seeds):
@@ -131,9 +132,8 @@ def main() -> None:
             seconds += (time.process_time() - start) / (args.steps * args.seeds)
             scores.append(score(net, held_out))
         mean = torch.stack(scores).mean(0)
-        cells = " | ".join(f"{v:.3f}" for v in (*mean, mean.mean()))
-        lines.append(f"| {kind} | {cells} | {seconds:.2f} |")
-    print("\n".join(lines))
+        lines.append((kind, *(f"{v:.3f}" for v in (*mean, mean.mean())), f"{seconds:.2f}"))
+    print(table(lines, markdown=True))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import train_cdal  # noqa: E402
 from ldm3d.config import from_dict, replace, show  # noqa: E402
 from ldm3d.data import DataConfig  # noqa: E402
 from ldm3d.data.cases import resolve_root  # noqa: E402
+from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
 
 Z = {"generator.latent_dim": 64}  # the ablation's own rows have it: each changes one thing of "z"
@@ -93,7 +94,7 @@ def test(preset: str, run: Path, votes: int) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
-def row_of(name: str, run: Path, votes: int, report: dict) -> str:
+def row_of(name: str, run: Path, votes: int, report: dict) -> list[str]:
     metrics, config = report["metrics"], json.loads((run / "config.json").read_text())
     labels = sorted(int(key[5:]) for key in metrics if key.startswith("dice_"))
 
@@ -103,9 +104,9 @@ def row_of(name: str, run: Path, votes: int, report: dict) -> str:
 
     dice = metrics["dice"]
     diffusion = config["cdal"]["diffusion"]
-    cells = [
+    return [
         name,
-        f"{dice['mean']:.4f} [{dice['low']:.3f}, {dice['high']:.3f}]",
+        with_interval(dice["mean"], dice["low"], dice["high"]),
         " / ".join(mean(f"dice_{k}") for k in labels),
         " / ".join(mean(f"hd95_{k}", 2) for k in labels),
         mean("seconds", 2),
@@ -115,11 +116,9 @@ def row_of(name: str, run: Path, votes: int, report: dict) -> str:
         mean("retention_ratio", 2),
         str(config["run"]["steps"]),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
-COLUMNS = "row|mean Dice (95 %)|Dice per label|HD95, mm|s per case|T|votes|corr|retention|steps"
-HEAD = f"| {COLUMNS.replace('|', ' | ')} |\n{'|---' * 10}|"
+HEAD = "row|mean Dice (95 %)|Dice per label|HD95, mm|s per case|T|votes|corr|retention|steps".split("|")
 
 
 def cost(run: Path, rounds: int = 3) -> str:
@@ -171,7 +170,7 @@ def main() -> None:
         run, settings = given.runs / "-".join(words), settings | {"run.amp": given.amp}
         train(given.minutes, given.preset, settings, run)
         lines.append(row_of(name, run, votes, test(given.preset, run, votes)))
-        print("\n".join(["", HEAD, *lines, ""]), flush=True)
+        print(f"\n{table([HEAD, *lines], markdown=True)}\n", flush=True)
     print(cost(run))
 
 

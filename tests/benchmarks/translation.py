@@ -48,8 +48,8 @@ from ldm3d.engine.logger import progress, save_sheet  # noqa: E402
 from ldm3d.engine.training import EMA, OptimConfig, RunConfig, Stepper, reseed  # noqa: E402
 from ldm3d.evaluation.morphology import otsu_threshold  # noqa: E402
 from ldm3d.evaluation.pairs import object_of, overlap  # noqa: E402
-from ldm3d.evaluation.results import write_report  # noqa: E402
-from ldm3d.evaluation.statistics import summarise  # noqa: E402
+from ldm3d.evaluation.results import table, write_report  # noqa: E402
+from ldm3d.evaluation.statistics import finite_means, summarise  # noqa: E402
 from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
 from ldm3d.metrics import power_spectrum, psnr, ssim  # noqa: E402
 from ldm3d.unet import UNet, UNetConfig  # noqa: E402
@@ -202,12 +202,6 @@ def score(x: Tensor, target: Tensor) -> dict[str, float]:
     }
 
 
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Of every score, over the rows that have it: no Dice where neither image has an object."""
-    known = {key: [row[key] for row in rows if np.isfinite(row[key])] for key in rows[0]}
-    return {key: float(np.mean(values)) if values else np.nan for key, values in known.items()}
-
-
 @torch.inference_mode()
 def sample(run: Path, way: str, items: Items, num: int, steps: int, out: Path) -> np.ndarray:
     """(items, num, C, *size): translations of every item's source, made once and kept in `out`."""
@@ -224,16 +218,16 @@ def sample(run: Path, way: str, items: Items, num: int, steps: int, out: Path) -
     return np.load(path, mmap_mode="r")
 
 
-def table(results: dict[str, Rows]) -> str:
-    lines = [
-        "| row | PSNR dB | SSIM | Dice | IoU | bright | fine, dB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+DIGITS = {"PSNR dB": ".2f", "SSIM": ".4f", "Dice": ".3f", "IoU": ".3f", "bright": ".3f", "fine, dB": "+.1f"}
+
+
+def table_of(results: dict[str, Rows]) -> str:
+    """Means over the cases that have a score, in Markdown."""
+    lines = [("row", *DIGITS)]
     for name, rows in results.items():
-        m = mean_of(list(rows.values()))
-        cells = f"{m['psnr']:.2f} | {m['ssim']:.4f} | {m['dice']:.3f} | {m['iou']:.3f} | {m['bright']:.3f}"
-        lines.append(f"| {name} | {cells} | {m['fine']:+.1f} |")
-    return "\n".join(lines)
+        means = finite_means(list(rows.values())).values()
+        lines.append((name, *(format(m, digits) for m, digits in zip(means, DIGITS.values(), strict=True))))
+    return table(lines, markdown=True)
 
 
 def pictures(made: dict[str, list[Tensor]], items: Items, out: Path) -> None:
@@ -274,10 +268,8 @@ def test(name: str, task: Task, runs: dict[str, Path], args: argparse.Namespace)
     for way in task.ways:
         x = torch.from_numpy(np.array(sample(runs[way], way, items, args.num, args.sample_steps, out)))
         made[f"{way}, a sample"] = list(x[:, 0])
-        scored = [
-            mean_of([score(one, c["image"]) for one in several]) for several, c in zip(x, items, strict=True)
-        ]
-        results[f"{way}, single samples"] = {str(i): row for i, row in enumerate(scored)}
+        scored = [[score(one, c["image"]) for one in some] for some, c in zip(x, items, strict=True)]
+        results[f"{way}, single samples"] = {str(i): finite_means(rows) for i, rows in enumerate(scored)}
         add(f"{way}, mean of {args.num}", list(x.mean(1)))
     if task.regression[0]:
         steps, fold = args.regression_steps or task.regression[0], task.regression[1]
@@ -293,7 +285,7 @@ def test(name: str, task: Task, runs: dict[str, Path], args: argparse.Namespace)
         )
     pictures(made, items, out)
     write_report(out / "report.json", {title: summarise(rows, 2000) for title, rows in results.items()})
-    report = f"{name}: {len(items)} test cases, {args.num} samples each\n\n{table(results)}\n"
+    report = f"{name}: {len(items)} test cases, {args.num} samples each\n\n{table_of(results)}\n"
     (out / "report.md").write_text(report)
     print(f"\n{report}\n{out}")
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ldm3d.evaluation.statistics import half_sample_intervals, outliers, summarise
+from ldm3d.evaluation.statistics import (
+    auc,
+    auc_interval,
+    half_sample_intervals,
+    ks_distance,
+    outliers,
+    summarise,
+    wasserstein_distance,
+)
 from ldm3d.metrics import cubic_kernel, kernel_distance
 
 
@@ -58,3 +66,38 @@ def test_a_summary_leaves_out_what_is_not_a_number_and_says_how_many_are_left():
     summary = summarise(rows, 10)
     assert (summary["a"]["mean"], summary["a"]["cases"]) == (2.0, 2)
     assert summary["b"]["cases"] == 0
+
+
+# --- two samples --------------------------------------------------------------------------------------------
+
+
+def test_the_auc_is_scikit_learns_with_ties():
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    draw = np.random.default_rng(0)
+    zeros, ones = draw.integers(0, 20, 30).astype(float), draw.integers(5, 25, 50).astype(float)
+    truth = np.repeat([0, 1], [30, 50])
+    assert auc(zeros, ones) == pytest.approx(metrics.roc_auc_score(truth, np.concatenate([zeros, ones])))
+    low, high = np.zeros(3), np.ones(4)
+    assert (auc(low, high), auc(high, low), auc(low, low)) == (1, 0, 0.5)
+
+
+def test_the_interval_of_the_auc_is_as_wide_as_hanley_and_mcneils_and_pairs_are_drawn_together():
+    draw = np.random.default_rng(1)
+    zeros, ones = draw.normal(0, 1, 80), draw.normal(1, 1, 60)
+    low, high = auc_interval(zeros, ones, 1000)
+    a = auc(zeros, ones)
+    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
+    error = math.sqrt((a * (1 - a) + 59 * (q1 - a * a) + 79 * (q2 - a * a)) / (60 * 80))
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    shifted = zeros + 0.3  # each a little above its partner: together they always keep their order
+    together, apart = (auc_interval(zeros, shifted, 300, paired) for paired in (True, False))
+    assert together[1] - together[0] < 0.3 * (apart[1] - apart[0])
+
+
+@pytest.mark.parametrize("sizes", [(30, 30), (7, 50), (1, 2)])
+def test_distances_of_two_samples_are_scipys(sizes):
+    stats = pytest.importorskip("scipy.stats", reason="scipy (extra test) is not installed")
+    draw = np.random.default_rng(0)
+    a, b = draw.integers(0, 9, sizes[0]).astype(float), draw.normal(4, 2, sizes[1])
+    assert wasserstein_distance(a, b) == pytest.approx(stats.wasserstein_distance(a, b))
+    assert ks_distance(a, b) == pytest.approx(stats.ks_2samp(a, b).statistic)
