@@ -474,6 +474,15 @@ def trunk_options(config: Any) -> dict[str, Any]:
     }
 
 
+def middle(dims: int, width: int, attn_out_proj: bool, **norm: Any) -> list[nn.Module]:
+    """ResBlock, attention, ResBlock: what a trunk may have at the coarsest level."""
+    return [
+        ResBlock(dims, width, width, **norm),
+        AttentionBlock(width, **norm, out_proj=attn_out_proj),
+        ResBlock(dims, width, width, **norm),
+    ]
+
+
 def walk(layers: nn.ModuleList, x: Tensor, final_silu: bool, checkpointing: bool) -> Tensor:
     """Run the layers of a trunk on x; a norm is computed together with the convolution that follows it."""
     x, norm = channels_last(x), None
@@ -528,9 +537,7 @@ class Encoder(nn.Module):
             if level < len(channels) - 1:
                 layers.append(Downsample(dims, width, strides[level], down_pad))
         if mid_attention:
-            layers.append(ResBlock(dims, width, width, **norm))
-            layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
-            layers.append(ResBlock(dims, width, width, **norm))
+            layers += middle(dims, width, attn_out_proj, **norm)
         layers += [GroupNorm(width, **norm), Conv(dims, width, out_channels)]
         self.layers = nn.ModuleList(layers)
 
@@ -572,9 +579,7 @@ class Decoder(nn.Module):
         width = channels[-1]
         layers: list[nn.Module] = [Conv(dims, in_channels, width)]
         if mid_attention:
-            layers.append(ResBlock(dims, width, width, **norm))
-            layers.append(AttentionBlock(width, **norm, out_proj=attn_out_proj))
-            layers.append(ResBlock(dims, width, width, **norm))
+            layers += middle(dims, width, attn_out_proj, **norm)
         for level in reversed(range(len(channels))):
             for _ in range(num_res_blocks[level] + extra_up_block):
                 layers.append(ResBlock(dims, width, channels[level], **norm))

@@ -15,6 +15,8 @@ from ldm3d.metrics import (
     precision,
     psnr,
     sensitivity,
+    set_statistics,
+    sharpness,
     ssim,
 )
 
@@ -158,6 +160,15 @@ def test_dice_and_iou_count_voxels_of_each_label(dims: int) -> None:
     assert measured[0][1, 1] == 0
 
 
+def test_precision_and_sensitivity_are_counts_and_undefined_where_nothing_is() -> None:
+    target = torch.tensor([[[1, 1, 0], [0, 2, 2]]])
+    pred = torch.tensor([[[1, 0, 1], [1, 2, 0]]])
+    assert precision(pred, target, 3)[0].tolist() == pytest.approx([1 / 3, 1])
+    assert sensitivity(pred, target, 3)[0].tolist() == pytest.approx([1 / 2, 1 / 2])
+    assert sensitivity(pred, torch.zeros_like(target), 2).isnan().all()
+    assert precision(torch.zeros_like(pred), target, 2).isnan().all()
+
+
 def blobs(dims: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two label maps (2, *S) with labels 1 and 2, alike but not equal; one touches the border."""
     grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (13, 11, 12)[:dims]), indexing="ij"))
@@ -239,6 +250,23 @@ def test_hd95_of_two_planes_is_their_distance_in_mm_and_a_label_that_one_map_lac
     assert measured[1].isinf()
     assert measured[2].isnan()
     assert (hd95(pred, pred, 2, (1.0, 1.0, 1.0)) == 0).all()
+
+
+def test_sharpness_is_the_mean_slope_over_all_axes_longer_than_one_voxel() -> None:
+    i, j, k = torch.meshgrid(*(torch.arange(n) for n in (4, 5, 6)), indexing="ij")
+    ramp = (1.0 * i - 2.0 * j + 6.0 * k).expand(2, 1, -1, -1, -1)
+    assert sharpness(ramp) == pytest.approx((1 + 2 + 6) / 3)
+    assert sharpness(ramp[..., :1]) == pytest.approx((1 + 2) / 2)
+
+
+def test_the_statistics_of_a_set_are_those_of_all_its_voxels_and_of_neighbouring_pairs() -> None:
+    x = pair((3, 1, 9, 10))[0]
+    found = set_statistics(x)
+    assert found["mean"] == pytest.approx(x.double().mean().item())
+    assert found["std"] == pytest.approx(np.std(x.double().numpy(), ddof=1))
+    pairs = [ssim(x[[a]], x[[b]], 2.0).item() for a, b in ((0, 1), (1, 2), (2, 0))]
+    assert found["pair_ssim"] == pytest.approx(np.mean(pairs))
+    assert np.isnan(set_statistics(x[:1])["pair_ssim"])
 
 
 def test_different_shapes_are_refused() -> None:
