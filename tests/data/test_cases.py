@@ -55,6 +55,9 @@ def test_a_csv_fills_the_same_table(root, tmp_path, mark):
     assert split_cases(cases, DataConfig(), 0) == {"train": ["case_0"], "val": ["case_1"], "test": []}
     item = opened(DataConfig(root=str(tmp_path), cache_dir=str(tmp_path))).dataset("val")[5, 0]
     assert (item["label"], item["text"], item["position"], item["index"]) == (-1, "", 5, 0)
+    (tmp_path / "cases.csv").write_text(table.replace(f"{mark}1{mark}", f"{mark}0{mark}"))
+    zero = opened(DataConfig(root=str(tmp_path), cache_dir=str(tmp_path))).dataset("train")[0, 0]
+    assert zero["label"] == 0
 
 
 def test_an_msd_folder_is_recognised_and_its_validation_list_is_the_split(root, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from folders import ROLES, equal, opened, save
 
 from ldm3d.data import AugmentConfig, DataConfig, evaluation_batches, read
+from ldm3d.data.dataset import BothRoles
 from ldm3d.data.transforms import scale
 
 
@@ -36,6 +37,42 @@ def test_the_window_of_a_sample_is_the_one_of_the_docstring(tmp_path):
     assert dataset[5000, 0]["start"].tolist() == [19, 5, -7]
     centred = opened(replace(config, crop="centre")).dataset("train", augment=True)
     assert centred[5000, 0]["start"].tolist() == [18, 18, -7]
+
+
+def test_patches_are_for_training_and_whole_cases_for_validation(settings):
+    opened_data = opened(replace(settings, patch=(4, 5, 6)))
+    assert opened_data.dataset("train", augment=True)[0, 0]["mask"].shape == (4, 5, 6)
+    assert opened_data.dataset("val")[0, 0]["mask"].shape == opened_data.spec.size
+
+
+def test_augmented_intensities_stay_in_the_clipped_range(settings):
+    bright = AugmentConfig(intensity=1.0, max_gain=0.5, max_bias=0.5)
+    dataset = opened(replace(settings, augment=bright)).dataset("train", augment=True)
+    items = [dataset[position, 0] for position in range(6)]
+    assert max(float(item["image"].abs().max()) for item in items) == 1
+    assert len({float(item["image"].mean()) for item in items}) == 6
+
+
+def test_both_roles_are_the_images_and_then_the_sources(settings):
+    dataset = opened(settings).dataset("train")
+    both = BothRoles(dataset)
+    assert len(both) == 2 * len(dataset)
+    for index in range(len(dataset)):
+        case = dataset[0, index]
+        assert torch.equal(both[0, index]["image"], case["image"])
+        assert torch.equal(both[0, index + len(dataset)]["image"], case["source"])
+        assert both[0, index + len(dataset)]["index"] == index + len(dataset)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"label_values": (3, 2, 1, 0)}, {"spacing": (1.0, 2.0, 1.0)}],
+)
+def test_files_of_cache_disk_are_of_one_way_to_read_only(settings, change):
+    settings = replace(settings, cache="disk")
+    for one in (settings, replace(settings, **change)):
+        cached, plain = opened(one).dataset("train"), opened(replace(one, cache="none")).dataset("train")
+        assert equal(cached[0, 0], plain[0, 0])
 
 
 def test_padding_repeats_the_edge(settings):

@@ -90,6 +90,19 @@ def test_an_empty_slice_of_a_series_of_pictures_is_only_noted(tmp_path, capsys):
     assert "b.tif" in capsys.readouterr().out
 
 
+def test_a_mask_may_lie_one_voxel_off_its_image_and_no_more(fresh):
+    affine = np.diag([1.0, 2.0, 1.0, 1.0])
+    save(fresh / "images/a.nii.gz", image(), affine)
+    for shift, lies_there in ((1.9, True), (2.1, False)):
+        affine[0, 3] = shift
+        save(fresh / "labels/a.nii.gz", mask(), affine)
+        if lies_there:
+            opened(fresh_settings(fresh))
+        else:
+            refused(fresh_settings(fresh), "labels/a.nii.gz", "2.1 mm off")
+    opened(fresh_settings(fresh, check_affine=False))
+
+
 def test_label_values_that_were_not_announced_are_refused(fresh):
     refused(fresh_settings(fresh, label_values=(0, 2)), "labels/a.nii.gz", "label 1", "(0, 2)")
 

@@ -56,4 +56,5 @@ def test_mask_values_can_be_named(tmp_path):
     opened_data = opened(config)
     item = opened_data.dataset("val")[0, 0]
     assert opened_data.spec.num_labels == 2
+    assert all(info.labels == (0, 1) for info in opened_data.infos.values())
     assert item["mask"].unique().tolist() == [0, 1]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from folders import OBLIQUE, make_folder, opened, save
 
-from ldm3d.data import DataConfig, DataSpec, open_data, restore, write
+from ldm3d.data import Case, DataConfig, DataSpec, open_data, restore, write
+from ldm3d.data.inspection import CaseInfo
 from ldm3d.data.phantoms import write_phantoms
+from ldm3d.data.spec import make_spec
 
 
 def test_the_spec_has_the_medians_of_the_training_cases_and_survives_json(settings):
@@ -22,6 +24,29 @@ def test_the_spec_has_the_medians_of_the_training_cases_and_survives_json(settin
     )
     assert (spec.channels, spec.source_channels, spec.num_labels, spec.num_classes) == (1, 1, 4, None)
     assert DataSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_the_spec_is_of_the_training_cases_alone_but_labels_and_classes_are_of_all():
+    def info(shape, spacing, orientation, low, labels):
+        return CaseInfo(shape, spacing, (), orientation, (low,), (low + 10.0,), labels=labels)
+
+    infos = {
+        "a": info((35, 51, 30), (1.0, 1.0, 2.0), "LPS", 0.0, (0, 1)),
+        "b": info((38, 47, 36), (1.5, 1.0, 4.0), "RAS", 2.0, (0,)),
+        "c": info((20, 20, 20), (9.0, 1.0, 3.0), "LPS", 7.0, (0, 2)),
+        "d": info((99, 99, 99), (5.0, 5.0, 5.0), "PSR", 99.0, (0, 5)),
+    }
+    cases = [
+        Case(name, "x", mask="y", label=label) for name, label in zip("abcd", (0, None, 1, 3), strict=True)
+    ]
+    split = {"train": ["a", "b", "c"], "val": ["d"], "test": []}
+    spec = make_spec(cases, infos, split, DataConfig(), multiple=(8, 8, 8))
+    assert spec.size == (40, 56, 40)
+    assert spec.spacing == (1.5, 1.0, 3.0)
+    assert spec.orientation == "LPS"
+    assert (spec.low, spec.high) == ((2.0,), (12.0,))
+    assert (spec.num_labels, spec.num_classes) == (6, 4)
+    assert make_spec(cases, infos, split, DataConfig(size=(8, 8, 8), num_labels=7)).num_labels == 7
 
 
 def test_dataset_scaling_is_the_mean_and_deviation_of_all_training_voxels(tmp_path):

@@ -29,6 +29,12 @@ def test_the_other_scalings_put_their_two_values_at_minus_one_and_one(kind, low,
     assert scaling_numbers(values, kind, (0, 100), (-5, 25)) == pytest.approx((low, high))
 
 
+def test_an_image_of_few_values_is_scaled_by_its_whole_range():
+    values = np.zeros(1000)
+    values[7] = 3.0  # both percentiles are 0
+    assert scaling_numbers(values, "percentile", (0.5, 99.5), (0, 1)) == (0, 3)
+
+
 def test_the_percentile_example_of_the_docstring_holds():
     values = np.concatenate([np.linspace(20, 1020, 199), [0.0], [3000.0]])
     low, high = scaling_numbers(values, "percentile", (0.5, 99.5), (0, 1))
