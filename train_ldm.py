@@ -68,11 +68,7 @@ from ldm3d.engine.training import (
     to_device,
 )
 from ldm3d.inference.segmentation import overlay
-from ldm3d.latent_diffusion import (
-    LatentDiffusion,
-    copy_autoencoder,
-    load_autoencoder,
-)
+from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.latents import (
     LatentDataset,
     WithConditions,
@@ -82,6 +78,7 @@ from ldm3d.latents import (
     latent_statistics,
 )
 from ldm3d.metrics import dice, set_statistics
+from ldm3d.pipeline import copy_autoencoder, load_autoencoder
 from ldm3d.registers import AnatomyConfig, anatomy_weight
 from ldm3d.unet import UNetConfig
 from ldm3d.vae import Autoencoder
@@ -499,7 +496,6 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         state["latent_mean"].to(device),
         state["latent_std"].to(device),
         data.spec,
-        config.data,
     )
     model = wrap(net, device, config.run.compile)
 

@@ -37,8 +37,8 @@ from .discriminators import (
 )
 from .guidance import Guidance
 from .inference.editing import ImageEdit, Interpolation
-from .inference.segmentation import load_segmenter
 from .latent_diffusion import LatentDiffusion
+from .pipeline import load
 from .registers import AnatomyConfig
 from .unet import UNet, UNetConfig
 from .vae import Autoencoder, AutoencoderKL, VAEConfig
@@ -76,7 +76,7 @@ __all__ = [
     "VAEConfig",
     "Volume",
     "VolumeDataset",
-    "load_segmenter",
+    "load",
     "read",
     "write",
 ]

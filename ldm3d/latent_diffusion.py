@@ -1,92 +1,88 @@
-"""Latent diffusion: a frozen autoencoder, the statistics of its latents, a denoiser, and a diffusion kernel.
+"""Latent diffusion: an autoencoder, a denoiser and a diffusion kernel as one module.
 
-    z       = (encode(x).mean - latent_mean) / latent_std        per channel, measured over the training set
-    loss    = kernel loss of the denoiser at z_t, with z drawn afresh from the posterior at every step
-    sample  = decode(latent_std * kernel.sample(denoiser, noise) + latent_mean)
+A volume is too large to be denoised voxel by voxel, so an autoencoder makes it small first, and the diffusion
+happens in its latent space (Rombach et al. 2022, arXiv 2112.10752, section 3). An example in 3-D, with an
+autoencoder that halves each axis twice and has 4 latent channels:
 
-Rombach et al. 2022 (2112.10752), section 3;
-the measured per-channel scale replaces their single 1 / std of the first batch (section G). With a VQ
-autoencoder z is the latent before quantisation, whose posterior has no width, and `decode` quantises it.
+    x                        (B, 1, 64, 64, 64)  scaled intensities, about -1 to 1
+    mean, logvar = encode    (B, 4, 16, 16, 16)  the latent voxel (i, j, k) describes the 4^3 voxels of x
+                             that begin at (4 i, 4 j, 4 k), as seen with their surroundings
+    z = (mean + exp(logvar / 2) z_noise - latent_mean) / latent_std           `draw`
+    z_t = alpha_t z + sigma_t noise                                           diffusion_kernel.py
+    loss = |denoiser(z_t, t, conditions) - target|^2, mean over elements      `losses`
 
-Conditions that are volumes enter as latents: a source by its posterior's mean, normalised by the statistics
-of the target's latents, labels as shares in each latent voxel. A denoiser with bound registers (registers.py)
-gives a label map with every sample: that of its head at the sample's own latent, without noise.
+Sampling goes the other way: the kernel's sampler turns noise into z, step by step, and
+
+    x = decode(z latent_std + latent_mean)                                    `decode`
+
+Why z is normalised: the kernel adds noise of standard deviation 1, so a latent channel of standard deviation
+0.01 would drown in the first step. latent_mean and latent_std are measured per channel over the training set
+(latents.py): with mean 2 and std 0.5, a latent value of 3 becomes (3 - 2) / 0.5 = 2. Rombach et al. divide by
+one number, the standard deviation of the first batch (section G).
+
+With a VQ autoencoder the posterior has no width, z is the latent before quantisation, and `decode` quantises.
+Volumes that serve as conditions enter as latents too: a source image by its posterior's mean, normalised like
+z; a mask by the share of each label in every latent voxel. A denoiser with bound registers (registers.py)
+also predicts a label map of every sample, from the sample's own clean latent.
+
+Not here: files and run folders (pipeline.py), cached latents (latents.py), edits (inference/editing.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import crop_to
-from .conditions import (
-    Condition,
-    ConditionConfig,
-    absent,
-    check_indices,
-    check_names,
-    label_shares,
-)
-from .config import InputError, from_dict, read_json
-from .data import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_files
+from .conditions import Condition, absent, check_indices, check_names, label_shares
+from .config import InputError
+from .data import DataSpec
 from .denoiser import Denoiser
-from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .engine.checkpoint import load_run, load_weights, save
-from .engine.distributed import is_main, keyed_generator
+from .diffusion_kernel import DiffusionKernel
+from .engine.distributed import keyed_generator
 from .engine.training import autocast
 from .guidance import Guidance, guided
-from .registers import AnatomyConfig
-from .unet import UNetConfig
-from .vae import Autoencoder, VAEConfig
-from .vqvae import QuantizerConfig, make_autoencoder
+from .vae import Autoencoder
 
-
-def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
-    """The autoencoder (EMA weights, frozen, eval mode, on the CPU) of a run or checkpoint, and the
-    checkpoint's content."""
-    content = load_run(run, "vae")
-    config = content["config"]
-    autoencoder = make_autoencoder(
-        config.get("autoencoder", "kl"),
-        from_dict(VAEConfig, config["vae"], "vae"),
-        from_dict(QuantizerConfig, config.get("quantizer", {}), "quantizer"),
-    )
-    load_weights(autoencoder, content["ema"], str(run))
-    return autoencoder.eval().requires_grad_(False), content
-
-
-# --- the model ----------------------------------------------------------------------------------------------
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) on 0..T) -> prediction
 
 
 class Edit:
-    """What an edit changes in sampling, at three places; this one changes nothing. See editing.py."""
+    """An edit changes sampling at three places, which `LatentDiffusion.stream` calls in this order. This
+    class changes nothing; inference/editing.py has edits that do.
+
+    Example: inpainting starts from the noisy latent of an image, replaces the prediction outside the region,
+    and puts the untouched voxels back after decoding.
+    """
 
     def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:
-        """Where samples with these indices start: (x_t (B, C_z, *s), the falling times to visit)."""
+        """(the latent x_t (B, C_z, *s) that sampling starts from, the falling times that it visits) of the
+        samples numbered `indices`, whose noise is given."""
         return noise, times
 
-    def around(self, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Callable:
-        """The prediction to sample with, (x_t, t (B,) on 0..T) -> prediction."""
+    def around(self, predict: Predict, noise: Tensor) -> Predict:
+        """The prediction to sample with, in place of `predict`."""
         return predict
 
     def finish(self, x: Tensor) -> Tensor:
-        """Decoded volumes (B, C, *S) -> what is given out."""
+        """The volumes (B, C, *S) to return, made from the decoded ones."""
         return x
 
 
 NO_EDIT, NO_GUIDANCE = Edit(), Guidance()
 
 
-class LatentDiffusion:
-    """What samples: autoencoder, denoiser and kernel with the latent statistics and the data's geometry.
+class LatentDiffusion(nn.Module):
+    """The model that trains on latents and samples volumes.
 
-    latent_mean, latent_std: (C_z,). `spec` tells the size, spacing and intensity of the volumes it makes.
+    latent_mean, latent_std: (C_z,), kept as buffers that broadcast against latents. spec: size, spacing and
+    intensities of the training volumes, which samples have too. The caller decides what is frozen and in
+    eval mode; `ldm3d.load` gives a model that is ready to sample.
     """
 
     def __init__(
@@ -97,41 +93,12 @@ class LatentDiffusion:
         latent_mean: Tensor,
         latent_std: Tensor,
         spec: DataSpec,
-        layout: DataConfig | None = None,
     ):
+        super().__init__()
         self.autoencoder, self.denoiser, self.kernel, self.spec = autoencoder, denoiser, kernel, spec
-        self.layout = layout  # how files are read and scaled; without it conditions must be tensors
         per_channel = (1, -1) + (1,) * len(spec.size)
-        self.latent_mean, self.latent_std = latent_mean.view(per_channel), latent_std.view(per_channel)
-
-    @classmethod
-    def load(cls, run: str | Path, device: str | torch.device = "cpu") -> LatentDiffusion:
-        """From the run folder of train_ldm.py (best.pt, else the newest checkpoint) or a checkpoint in it."""
-        run = Path(run)
-        content = load_run(run, "ldm")
-        folder = run if run.is_dir() else run.parent
-        autoencoder, _ = load_autoencoder(folder / "autoencoder.pt")
-        state = content["state"]
-        data = DataSpec.from_dict(state["data"])
-        denoiser = Denoiser(
-            from_dict(UNetConfig, content["config"]["unet"], "unet"),
-            from_dict(ConditionConfig, content["config"].get("condition", {}), "condition"),
-            [Condition.from_dict(c) for c in state.get("conditions", [])],
-            from_dict(AnatomyConfig, content["config"].get("anatomy", {}), "anatomy"),
-            data.num_labels or 0,
-            autoencoder.downsampling,
-        )
-        load_weights(denoiser, content["ema"], str(run))
-        kernel = DiffusionKernel(from_dict(KernelConfig, content["config"]["kernel"], "kernel"))
-        return cls(
-            autoencoder.to(device),
-            denoiser.to(device).eval().requires_grad_(False),
-            kernel,
-            state["latent_mean"].to(device),
-            state["latent_std"].to(device),
-            data,
-            from_dict(DataConfig, content["config"]["data"], "data"),
-        )
+        self.register_buffer("latent_mean", latent_mean.view(per_channel))
+        self.register_buffer("latent_std", latent_std.view(per_channel))
 
     @property
     def device(self) -> torch.device:
@@ -139,8 +106,14 @@ class LatentDiffusion:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C_z, *s) of a volume of the run's size."""
+        """(C_z, *s) of a volume of the training size."""
         return self.autoencoder.latent_shape(self.spec.size)
+
+    @property
+    def default_sampler(self) -> str:
+        return "heun" if self.kernel.process == "flow" else "dpmpp"
+
+    # Volumes and latents
 
     def normalise(self, z: Tensor) -> Tensor:
         return (z - self.latent_mean) / self.latent_std
@@ -149,12 +122,26 @@ class LatentDiffusion:
         """x (B, C, *S), scaled intensities -> normalised latent (B, C_z, *s), the posterior's mean."""
         return self.normalise(self.autoencoder.encode(x).mean)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Normalised latent (B, C_z, *s) -> x (B, C, *size)."""
-        return self.autoencoder.decode(z * self.latent_std + self.latent_mean, self.spec.size)
+    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Normalised latent (B, C_z, *s) -> x (B, C, *size); size: voxels, none = the training size."""
+        return self.autoencoder.decode(z * self.latent_std + self.latent_mean, self.volume_size(size))
+
+    def volume_size(self, size: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The size of samples in voxels: `size`, or the training size if it is None.
+
+        Every layer is a convolution, an attention or a norm, so any size can be made; a size far from the
+        training size is up to the network to extrapolate.
+        """
+        if size is None:
+            return self.spec.size
+        if len(size) != self.spec.dims or min(size) < 1:
+            raise InputError(f"size: expected {self.spec.dims} numbers of voxels, got {tuple(size)}")
+        return tuple(size)
+
+    # Training
 
     def draw(self, mean: Tensor, logvar: Tensor, z_noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(normalised z drawn from cached posteriors by z_noise, times t (B,) of u (B,) in [0, 1))."""
+        """(z (B, C_z, *s), t (B,)): z_noise draws z from the posterior, u (B,) in [0, 1) sets the time."""
         z = self.normalise(mean + torch.exp(0.5 * logvar) * z_noise)
         return z, self.kernel.t_from_uniform(u, z.shape[2:])
 
@@ -167,33 +154,36 @@ class LatentDiffusion:
         u: Tensor,
         noise: Tensor,
         conditions: dict[str, Tensor] | None = None,
-        labels: Tensor | None = None,
+        mask: Tensor | None = None,
         anatomy_weight: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `model` (the denoiser, bare or in DDP) lowers on cached posteriors, (B,), and what it is made
-        of: "loss", that of the diffusion, and with labels (B, *S) "head" and "binding", NaN for samples whose
-        labels are -1 everywhere.
+        """The training loss of each sample (B,), and its terms by name, each (B,).
 
-        z_noise draws z from the posterior, noise is the diffusion's, u (B,) in [0, 1) sets t; all keyed by
-        the sample.
+            loss = diffusion                                                                  without a mask
+            loss = diffusion + anatomy_weight signal_share(t) (head + binding_weight binding)    with masks
+
+        model: the denoiser, bare or in DDP. mean, logvar: the cached posterior (latents.py). z_noise draws z,
+        u (B,) in [0, 1) sets t, noise is added to z. mask: labels (B, *S), -1 everywhere in a sample without
+        one, for a denoiser with bound registers. The terms: "loss" is the diffusion's; "head" and "binding"
+        (registers.py) are NaN for samples without a mask, so that means leave them out.
         """
         z, t = self.draw(mean, logvar, z_noise, u)
-        if labels is None:
+        if mask is None:
             loss = self.kernel.losses(model, z, t, noise, conditions=conditions)
             return loss, {"loss": loss}
         time = self.kernel.to_network_time(t).to(z.device)
-        out = model(self.kernel.q_sample(z, t, noise), time, conditions=conditions, mask=labels)
+        out = model(self.kernel.q_sample(z, t, noise), time, conditions=conditions, mask=mask)
         loss = self.kernel.loss_of(out.pred, z, t, noise)
-        share = self.kernel.signal_share(t).to(loss)  # pure noise is nobody's to segment
+        share = self.kernel.signal_share(t).to(loss)  # near pure noise there is no anatomy to be found
         anatomy = out.head + self.denoiser.anatomy.binding_weight * out.binding
-        parts = {"head": out.head, "binding": out.binding}
-        parts = {name: part.masked_fill(absent(labels), math.nan) for name, part in parts.items()}
-        return loss + anatomy_weight * share * anatomy, {"loss": loss, **parts}
+        terms = {"head": out.head, "binding": out.binding}
+        terms = {name: term.masked_fill(absent(mask), math.nan) for name, term in terms.items()}
+        return loss + anatomy_weight * share * anatomy, {"loss": loss, **terms}
 
     # Conditions
 
     def conditions_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The conditions of a batch of `LatentDataset` or `encode_batch` with "conditions", by name."""
+        """The conditions, by name, of a batch of `LatentDataset`, or of volumes after `encode_batch`."""
         values = {}
         for c in self.denoiser.conditions:
             if c.origin == "source":
@@ -202,13 +192,19 @@ class LatentDiffusion:
                 values[c.name] = batch["conditions"][c.name] if c.origin == "column" else batch[c.kind]
         return values
 
-    def prepare(self, conditions: dict[str, Any], num: int = 1, amp: str = "fp32") -> dict[str, Tensor]:
-        """Plain values -> tensors (num, ...) for `stream`: one value for all samples, or a list of num.
+    def prepare(
+        self,
+        conditions: dict[str, Any],
+        num: int = 1,
+        amp: str = "fp32",
+        size: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Conditions as plain values -> tensors (num, ...), as `stream` wants them.
 
-        class: 1 or its name; number: 63.5; text: a caption; embedding: a file or (L, E); spacing: a tuple;
-        image, tokens: a file, or a source (C, *size) in scaled intensities; labels: a file, or integers
-        (*size). None is blank. amp: the precision to encode sources with. InputError for whatever the run
-        does not know.
+        A value serves all samples, or a list has one for each of the num samples. By kind: class: 1, or its
+        name; number: 63.5; text: a caption; embedding: (L, E); spacing: a tuple in mm; image, tokens: the
+        source (C, *size) in scaled intensities; labels: integers (*size). None is blank. amp: the precision
+        to encode sources with. InputError for a name or a value that the model does not know.
         """
         check_names(conditions, self.denoiser.conditions)
         prepared = {}
@@ -219,22 +215,22 @@ class LatentDiffusion:
                 raise InputError(
                     f"condition {c.name}: expected one value or {num} in a list, got {len(values)}"
                 )
-            distinct = {id(value): value for value in values}
-            tensors = {key: self._tensor(c, value, amp) for key, value in distinct.items()}
+            distinct = {id(value): value for value in values}  # what many samples share is encoded once
+            tensors = {key: self._prepared(c, value, amp, size) for key, value in distinct.items()}
             prepared[c.name] = torch.stack([tensors[id(value)] for value in values])
         return prepared
 
-    def _tensor(self, c: Condition, value: Any, amp: str) -> Tensor:
+    def _prepared(self, c: Condition, value: Any, amp: str, size: Sequence[int] | None) -> Tensor:
         """One value of one condition, without batch axis."""
         if c.origin in ("column", "spacing"):
             return c.encode(value)
+        size, labels = self.volume_size(size), c.origin == "mask"
         if value is None or (isinstance(value, str) and not value.strip()):
-            return torch.full((c.width, *self.latent_shape[1:]), math.nan)
-        labels = c.origin == "mask"
+            return torch.full((c.width, *self.autoencoder.latent_shape(size)[1:]), math.nan)
         if isinstance(value, (str, Path)):
-            value = self.open([value], "mask" if labels else "source")[0, 0]["mask" if labels else "image"]
+            raise InputError(f"condition {c.name}: {value} is a file; use ldm3d.load(RUN).sample")
         value = torch.as_tensor(value)
-        expected = self.spec.size if labels else (self.spec.source_channels, *self.spec.size)
+        expected = size if labels else (self.spec.source_channels, *size)
         if tuple(value.shape) != tuple(expected):
             raise InputError(f"condition {c.name}: expected shape {expected}, got {tuple(value.shape)}")
         if labels:
@@ -246,19 +242,13 @@ class LatentDiffusion:
         with torch.inference_mode(), autocast(amp, self.device):
             return self.encode(value[None].float().to(self.device))[0].float().cpu()
 
-    def open(self, paths: Sequence[str | Path], role: str) -> VolumeDataset:
-        """Files as the training data's "image", "source" or "mask" were read, or a "region"; centred to the
-        run's size."""
-        if self.layout is None:
-            raise InputError(f"{paths[0]}: the model does not know how files are read; give tensors")
-        return open_files(paths, role, self.layout, self.spec)
-
     # Sampling
 
     @torch.inference_mode()
     def sample(
         self,
         num: int = 1,
+        size: Sequence[int] | None = None,
         steps: int = 30,
         sampler: str | None = None,
         seed: int = 0,
@@ -276,41 +266,32 @@ class LatentDiffusion:
         """New volumes (num, C, *size) on the CPU, in scaled intensities; with_labels: and their label maps
         (num, *size) int64.
 
-        Sample i has its own CPU generator keyed by (seed, i), so that it does not depend on batch size, rank
-        or device (to rounding). `first` numbers the first one: sample(2, first=4) gives samples 4 and 5.
-        conditions: see `prepare`; those not given are absent. guidance: see guidance.py.
+        size: voxels; none = the training size. Sample i has its own CPU generator keyed by (seed, i), so the
+        sample does not depend on batch size, rank or device (to rounding). `first` numbers the first sample:
+        sample(2, first=4) gives samples 4 and 5. conditions: see `prepare`; those not named are absent.
+        guidance: see guidance.py.
         """
         if with_labels:
             self.check_labels()
         if num < 1:
             raise InputError(f"num: expected 1 or more, got {num}")
-        told = self.prepare(conditions or {}, num, amp)
+        cond = self.prepare(conditions or {}, num, amp, size)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         guidance.check(self.denoiser.conditions)
-        guidance.note_idle(told)
-        stream = self.stream(
-            range(first, first + num),
-            steps,
-            sampler,
-            seed,
-            batch_size,
-            eta,
-            amp,
-            told,
-            guidance,
-            edit,
-        )
+        guidance.note_idle(cond)
+        indices, settings = range(first, first + num), (steps, sampler, seed, batch_size, eta, amp)
         volumes, labels = [], []
-        for i, (x, z) in enumerate(stream):
+        for i, (x, z) in enumerate(self.stream(indices, *settings, cond, guidance, edit, size)):
             part = slice(i * batch_size, (i + 1) * batch_size)
             volumes.append(x)
             if with_labels:
-                labels.append(self.label_maps(z, {name: v[part] for name, v in told.items()}, amp))
+                own = {name: value[part] for name, value in cond.items()}
+                labels.append(self.label_maps(z, own, amp, size=size))
         return (torch.cat(volumes), torch.cat(labels)) if with_labels else torch.cat(volumes)
 
     def stream(
         self,
-        indices: range | list[int],
+        indices: Sequence[int],
         steps: int,
         sampler: str | None = None,
         seed: int = 0,
@@ -320,13 +301,16 @@ class LatentDiffusion:
         conditions: dict[str, Tensor] | None = None,
         guidance: Guidance = NO_GUIDANCE,
         edit: Edit = NO_EDIT,
+        size: Sequence[int] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`sample` batch by batch, for the samples with these indices: (volumes on the CPU, their normalised
-        latents). conditions: tensors with one entry an index."""
-        sampler = sampler or self.default_sampler
+        """`sample` batch by batch, for the samples numbered `indices`: (volumes on the CPU, their normalised
+        latents). conditions: tensors with one entry for each index."""
+        sampler, size = sampler or self.default_sampler, self.volume_size(size)
         self.kernel.check_sampler(sampler, eta)
         guidance.check(self.denoiser.conditions)
         check_indices(conditions or {}, self.denoiser.conditions)
+        if edit is not NO_EDIT and size != self.spec.size:
+            raise InputError(f"size: an edit has the training size {self.spec.size}, got {size}")
         for start in range(0, len(indices), batch_size):
             part = slice(start, start + batch_size)
             with torch.inference_mode(), autocast(amp, self.device):
@@ -335,16 +319,18 @@ class LatentDiffusion:
                 def draw(shape: torch.Size, generators: list = generators) -> Tensor:
                     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
 
-                noise = draw((len(generators), *self.latent_shape)).to(self.device)
-                told = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
-                predict = guided(self.denoiser, told, noise, guidance, self.kernel.num_timesteps)
+                noise = draw((len(generators), *self.autoencoder.latent_shape(size))).to(self.device)
+                cond = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
+                predict = guided(self.denoiser, cond, noise, guidance, self.kernel.num_timesteps)
                 times = self.kernel.sampling_times(sampler, steps, noise.shape[2:])
                 x_t, times = edit.start(noise, times, list(indices[part]))
                 predict = edit.around(predict, noise)
                 z = self.kernel.sample(predict, x_t, times, sampler, eta=eta, draw=draw)
-                x = torch.cat([self.decode(one).float().cpu() for one in z.split(1)])  # least memory
-                x = edit.finish(x)
+                x = [self.decode(one, size).float().cpu() for one in z.split(1)]  # one by one: least memory
+                x = edit.finish(torch.cat(x))
             yield x, z
+
+    # Label maps of bound registers
 
     @torch.inference_mode()
     def label_maps(
@@ -353,15 +339,16 @@ class LatentDiffusion:
         conditions: dict[str, Tensor] | None = None,
         amp: str = "fp32",
         t: Tensor | None = None,
+        size: Sequence[int] | None = None,
     ) -> Tensor:
-        """(B, *size) int64 on the CPU: what the head sees in normalised latents z (B, C_z, *s), such as those
-        of `stream`, under their conditions. t (B,): the times of noisy ones; none: they are clean."""
+        """The label maps (B, *size) int64, on the CPU, that the head sees in normalised latents z
+        (B, C_z, *s) under their conditions. t (B,): the times of noisy latents; none: z is clean."""
         self.check_labels()
-        told = {name: value.to(z.device) for name, value in (conditions or {}).items()}
+        cond = {name: value.to(z.device) for name, value in (conditions or {}).items()}
         time = self.kernel.to_network_time(torch.zeros(len(z)) if t is None else t).to(z.device)
         with autocast(amp, self.device):
-            logits = self.denoiser.label_logits(z, time, told)
-        return crop_to(logits.argmax(1, keepdim=True), self.spec.size)[:, 0].cpu()
+            logits = self.denoiser.label_logits(z, time, cond)
+        return crop_to(logits.argmax(1, keepdim=True), self.volume_size(size))[:, 0].cpu()
 
     def check_labels(self) -> None:
         """InputError unless the denoiser has learned to give label maps."""
@@ -369,30 +356,7 @@ class LatentDiffusion:
             raise InputError("with_labels: the run has learned none (train_ldm.py --anatomy.registers bound)")
 
     def use_registers(self, on: bool) -> None:
-        """Let the U-Net read its registers, as it was trained to, or not, to compare the two."""
+        """Let the U-Net read its registers, as in training, or not, to compare the two."""
         if self.denoiser.unet.registers is None:
             raise InputError("registers: the run has none (train_ldm.py --anatomy.registers bound)")
         self.denoiser.unet.registers.on = on
-
-    @property
-    def default_sampler(self) -> str:
-        return "heun" if self.kernel.process == "flow" else "dpmpp"
-
-
-def run_data(run: str | Path, model: LatentDiffusion) -> Data:
-    """The cases of a run of train_ldm.py in its own split, as they were read in training, opened anew."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    preset = load_run(folder / "autoencoder.pt", "vae")["config"]["preset"]
-    seed = load_run(run, "ldm")["config"]["run"]["seed"]
-    data = open_data(model.layout, preset, seed, read_json(folder / "split.json"))
-    return dataclasses.replace(data, spec=model.spec)
-
-
-def copy_autoencoder(source: str | Path, run_dir: Path) -> None:
-    """Put the autoencoder's EMA weights into a stage-two folder, once, so that the folder is complete."""
-    target = run_dir / "autoencoder.pt"
-    if target.exists() or not is_main():
-        return
-    content = load_run(source, "vae")
-    keep = ("kind", "config", "state", "ema", "step", "best")
-    save(target, {k: content[k] for k in keep})

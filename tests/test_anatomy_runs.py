@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny import BOUND, ROOT, ldm_flags, lines, torchrun, vae_flags
 
+import ldm3d
 import sample
 import train_ldm
 import train_vae
-from ldm3d import InputError, LatentDiffusion, read, write
+from ldm3d import InputError, read, write
 from ldm3d.config import parse, replace
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
@@ -35,7 +36,7 @@ def test_every_preset_is_a_configuration(name):
 
 
 def test_training_logs_what_it_lowers_and_validation_the_dice_of_every_label_and_level(run):
-    model = LatentDiffusion.load(run)
+    model = ldm3d.load(run).model
     train, val = lines(run)[-1], lines(run, "val")[-1]
     assert {"loss", "head", "binding", "anatomy_weight"} <= train.keys()
     wanted = {f"dice_{k}_u{u}" for k in range(1, model.denoiser.num_labels) for u in train_ldm.EVAL_LEVELS}
@@ -46,7 +47,7 @@ def test_training_logs_what_it_lowers_and_validation_the_dice_of_every_label_and
 
 
 def test_the_loss_of_a_sample_is_that_of_the_diffusion_plus_the_weighted_terms(run):
-    model, u = LatentDiffusion.load(run), torch.tensor([0.1, 0.8])
+    model, u = ldm3d.load(run).model, torch.tensor([0.1, 0.8])
     draw = torch.Generator().manual_seed(0)
     mean, z_noise, noise = torch.randn(3, 2, *model.latent_shape, generator=draw)
     labels = torch.randint(model.denoiser.num_labels, (2, *model.spec.size), generator=draw)
@@ -64,7 +65,7 @@ def test_masks_lie_beside_the_cached_latents_as_small_integers(run):
     masks = np.load(folder / "mask.npy")
     assert masks.dtype == np.int8
     val = json.loads((run / "split.json").read_text())["val"]
-    root = LatentDiffusion.load(run).layout.root
+    root = ldm3d.load(run).layout.root
     assert np.array_equal(masks[0, 0], read(f"{root}/labels/{val[0]}.tif").array[0])
 
 
@@ -106,7 +107,7 @@ def test_it_starts_from_a_plain_run_and_its_registers_are_new(vae_run, tmp_path,
     start = ["--run.init", tmp_path / "plain", "--optim.lr", "1e-9", "--run.ema_decay", "0"]
     train_ldm.main(ldm_flags(vae_run, tmp_path / "bound", 1, *BOUND, *start))
     assert "weights are new, such as unet.registers.bank" in capsys.readouterr().out
-    plain, bound = (LatentDiffusion.load(tmp_path / name) for name in ("plain", "bound"))
+    plain, bound = (ldm3d.load(tmp_path / name).model for name in ("plain", "bound"))
     x, t = torch.randn(2, *plain.latent_shape), torch.tensor([100.0, 700.0])
     assert torch.allclose(plain.denoiser(x, t), bound.denoiser(x, t), atol=1e-4)
     for more, words in (
@@ -123,7 +124,7 @@ def test_the_bank_without_masks_has_the_same_registers_and_no_labels(vae_run, ru
     free = [word if word != "bound" else "free" for word in BOUND]
     train_ldm.main(ldm_flags(vae_run, tmp_path / "free", 2, *free))
     assert "head" not in lines(tmp_path / "free")[-1]
-    a, b = (LatentDiffusion.load(folder).denoiser for folder in (run, tmp_path / "free"))
+    a, b = (ldm3d.load(folder).model.denoiser for folder in (run, tmp_path / "free"))
     assert [p.shape for p in a.unet.parameters()] == [p.shape for p in b.unet.parameters()]
     with pytest.raises(InputError, match="with_labels: the run has learned none"):
         sample.main([str(tmp_path / "free"), "--with-labels"])
@@ -169,7 +170,7 @@ def test_masks_of_the_background_alone_are_one_label(vae_run, heads, tmp_path):
     run = tmp_path / "ldm"
     train_ldm.main(ldm_flags(vae_run, run, 2, *BOUND, "--data.root", tmp_path / "heads"))
     assert not any("dice" in name for name in lines(run, "val")[-1])
-    assert not LatentDiffusion.load(run).sample(1, steps=1, with_labels=True)[1].any()
+    assert not ldm3d.load(run).sample(1, steps=1, with_labels=True)[1].any()
 
 
 def test_a_label_that_is_unknown_is_refused_before_training(vae_run, tmp_path):
@@ -194,7 +195,7 @@ def test_label_maps_lie_on_their_volumes_and_are_those_of_the_python_door(which,
     folder = request.getfixturevalue(which)
     folder = folder / "ldm" if which == "some_masks" else folder
     sample.main([str(folder), "--num", "3", "--steps", "2", "--with-labels", "--out", str(tmp_path / "out")])
-    model = LatentDiffusion.load(folder)
+    model = ldm3d.load(folder).model
     x, labels = model.sample(3, steps=2, with_labels=True)
     assert torch.allclose(x, model.sample(3, steps=2))
     suffix = "tif" if which == "run" else "nii.gz"
@@ -210,7 +211,7 @@ def test_label_maps_lie_on_their_volumes_and_are_those_of_the_python_door(which,
 
 
 def test_registers_can_be_switched_off_from_the_same_noise(run, tmp_path):
-    model = LatentDiffusion.load(run)
+    model = ldm3d.load(run).model
     for reader in model.denoiser.unet.registers.readers:  # twelve steps have hardly opened them
         reader.attention.gate.data.fill_(1.0)
     on = model.sample(1, steps=2)
@@ -227,9 +228,6 @@ def test_what_cannot_be_done_is_refused(run, heads):
     image = str(heads / "images" / "phantom_0000.tif")
     with pytest.raises(InputError, match="with_labels, inpaint: give one of the two"):
         sample.main([str(run), "--with-labels", "--inpaint", image, "--region", image])
-    for job in ("segment", "reconstruct"):
-        with pytest.raises(InputError, match=f"with_labels: has no effect with {job}"):
-            sample.main([str(run), f"--{job}", image, "--with-labels"])
 
 
 @pytest.mark.slow

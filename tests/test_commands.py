@@ -89,7 +89,11 @@ def check_door(door, arguments: list[str]) -> None:
 
 
 def check_sample(arguments: list[str]) -> None:
-    read_command(sample.Config, {"run": "run folder"}, arguments, "sample.py", "")
+    """The run's name, such as runs/vae-mine, says its kind; any other, such as RUN, is of train_ldm.py."""
+    path = Path(arguments[0])
+    kind = "vae" if path.name == "autoencoder.pt" else path.name.split("-")[0]
+    config, places, _ = sample.PROGRAMS[kind if kind in sample.PROGRAMS else "ldm"]
+    read_command(config, places, arguments, "sample.py", "")
 
 
 class Accepted(Exception):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny import ROOT, ldm_flags, lines, torchrun, vae_flags
 
+import ldm3d
 import sample
 import train_ldm
 import train_vae
-from ldm3d import InputError, LatentDiffusion, Volume, read, write
+from ldm3d import InputError, Volume, read, write
 from ldm3d.conditions import absent
 from ldm3d.data import DataConfig, open_data
 from ldm3d.data.cases import find_cases, split_cases
@@ -55,7 +56,7 @@ def run(place):
 
 
 def test_the_checkpoint_knows_the_conditions(run):
-    model = LatentDiffusion.load(run)
+    model = ldm3d.load(run).model
     assert [c.name for c in model.denoiser.conditions] == [
         "class",
         "text",
@@ -71,14 +72,14 @@ def test_the_checkpoint_knows_the_conditions(run):
 
 
 def test_the_cache_holds_the_latent_of_the_source_and_the_shares_of_the_labels(run):
-    model = LatentDiffusion.load(run)
+    pipeline = ldm3d.load(run)
     folder = next((run / "latents").glob("val-*"))
     names = {p.stem for p in folder.glob("*.npy")}
     assert names == {"mean", "logvar", "source", "labels", "spacing"}
     val = json.loads((run / "split.json").read_text())["val"][0]
-    root = model.layout.root
-    x = model.open([f"{root}/sources/{val}.tif"], "source")[0, 0]["image"]
-    expected = model.autoencoder.encode(x[None]).mean[0]
+    root = pipeline.layout.root
+    x = pipeline.read(f"{root}/sources/{val}.tif", "source")
+    expected = pipeline.model.autoencoder.encode(x[None]).mean[0]
     assert np.allclose(np.load(folder / "source.npy")[0, 0], expected, atol=1e-5)
     labels = np.load(folder / "labels.npy")[0, 0]
     assert np.allclose(labels.sum(0), 1)
@@ -88,15 +89,15 @@ def test_the_cache_holds_the_latent_of_the_source_and_the_shares_of_the_labels(r
 
 def test_sampling_sees_what_training_saw(run):
     """The conditions of a case, read from its files and cells as `sample` reads what it is given."""
-    model = LatentDiffusion.load(run)
-    request = request_of_cases(RequestConfig(cases="val"), run, model, "fp32")
-    case = request.places.cases[0]
-    given = {c.name: case.columns.get(c.name) for c in model.denoiser.conditions}
+    pipeline = ldm3d.load(run)
+    request = request_of_cases(RequestConfig(cases="val"), pipeline, "fp32")
+    case, conditions = request.images.cases[0], pipeline.model.denoiser.conditions
+    given = {c.name: case.columns.get(c.name) for c in conditions}
     given |= {"image": case.source, "tokens": case.source, "labels": case.mask, "spacing": (12.0, 11.0)}
-    given["report"] = f"{model.layout.root}/{case.columns['report']}"
-    told = model.prepare(given)
-    assert list(told) == [c.name for c in model.denoiser.conditions]
-    for name, value in told.items():
+    given["report"] = f"{pipeline.layout.root}/{case.columns['report']}"
+    cond = pipeline.prepare(given)
+    assert list(cond) == [c.name for c in conditions]
+    for name, value in cond.items():
         assert torch.allclose(value, request.conditions[name][:1].to(value), atol=1e-5, equal_nan=True)
         assert absent(value).tolist() == [given[name] == ""]
 
@@ -131,7 +132,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(place, run, tmp_path):
 
 
 def test_samples_follow_what_they_are_told(run):
-    model = LatentDiffusion.load(run)
+    model = ldm3d.load(run)
     root = model.layout.root
     plain = model.sample(1, steps=2)
     told = {"class": 1, "text": "a large lesion", "age": 50, "image": f"{root}/sources/phantom_0003.tif"}
@@ -168,7 +169,7 @@ def files_of(folder):
 
 
 def test_sample_takes_conditions_and_puts_the_result_where_its_source_lies(run, tmp_path, capsys):
-    source = f"{LatentDiffusion.load(run).layout.root}/sources/phantom_0003.tif"
+    source = f"{ldm3d.load(run).layout.root}/sources/phantom_0003.tif"
     flags = [
         "--condition",
         "class=1",
@@ -199,7 +200,7 @@ def test_sample_takes_a_table_of_conditions(run, tmp_path):
         [str(run), "--conditions", str(tmp_path / "told.csv"), "--steps", "2", "--out", str(tmp_path / "out")]
     )
     assert files_of(tmp_path / "out") == ["first.tif", "second.tif"]
-    model = LatentDiffusion.load(run)
+    model = ldm3d.load(run)
     x = model.sample(2, steps=2, conditions={"class": [1, None], "text": ["a lesion", None]})
     written = read(tmp_path / "out" / "second.tif").array
     assert np.allclose(written, model.spec.to_volume(x[1]).array, rtol=1e-3, atol=0.5)
@@ -212,10 +213,10 @@ def test_sample_compares_the_cases_of_a_part_with_their_targets(run, tmp_path):
     assert set(scores) == {f"{name}{end}" for name in val for end in ("_00", "_01", " mean")}
     assert all(np.isfinite(row["psnr"]) for row in scores.values())
     assert (tmp_path / "out" / "preview.png").exists()
-    model, name = LatentDiffusion.load(run), f"{val[0]}_01"
+    pipeline, name = ldm3d.load(run), f"{val[0]}_01"
     sheet = read(tmp_path / "out" / "sheets" / f"{name}.tif").array
-    source = model.open([f"{model.layout.root}/sources/{val[0]}.tif"], "source")[0, 0]["image"]
-    target = model.open([f"{model.layout.root}/images/{val[0]}.tif"], "image")[0, 0]["image"]
+    source = pipeline.read(f"{pipeline.layout.root}/sources/{val[0]}.tif", "source")
+    target = pipeline.read(f"{pipeline.layout.root}/images/{val[0]}.tif")
     assert sheet.dtype == np.float32
     assert np.allclose(sheet[..., :40], torch.cat([source, target], 2), atol=1e-5)
     assert sheet.shape[-1] == 60
@@ -223,7 +224,7 @@ def test_sample_compares_the_cases_of_a_part_with_their_targets(run, tmp_path):
 
 def test_a_target_of_one_value_has_no_score(run, tmp_path, capsys):
     """Whatever is black there would score without end."""
-    root = LatentDiffusion.load(run).layout.root
+    root = ldm3d.load(run).layout.root
     name = json.loads((run / "split.json").read_text())["val"][0]
     path = Path(f"{root}/images/{name}.tif")
     kept, volume = path.read_bytes(), read(path)
@@ -257,7 +258,7 @@ def test_two_ranks_sample_as_one(run, tmp_path):
 
 
 def test_inpainting_leaves_the_known_voxels_of_the_file_untouched(run, tmp_path):
-    root = LatentDiffusion.load(run).layout.root
+    root = ldm3d.load(run).layout.root
     image, mask = (f"{root}/{kind}/phantom_0002.tif" for kind in ("images", "labels"))
     flags = [
         "--inpaint",
@@ -281,7 +282,7 @@ def test_inpainting_leaves_the_known_voxels_of_the_file_untouched(run, tmp_path)
 
 
 def test_images_are_edited_and_interpolated(run, tmp_path):
-    root = LatentDiffusion.load(run).layout.root
+    root = ldm3d.load(run).layout.root
     a, b = (f"{root}/images/phantom_000{i}.tif" for i in (1, 2))
     sample.main([str(run), "--edit", a, "--num", "1", "--steps", "4", "--out", str(tmp_path / "edit")])
     sample.main(
@@ -300,9 +301,9 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
     ]  # of 4 steps of heun, and of the half of them that strength 0.5 visits
 
 
-def read_table(run, model, path, text, **more):
+def read_table(pipeline, path, text):
     path.write_text(text)
-    return read_request(RequestConfig(conditions=str(path), **more), run, model)
+    return read_request(RequestConfig(conditions=str(path)), pipeline)
 
 
 @pytest.mark.parametrize(
@@ -316,19 +317,19 @@ def read_table(run, model, path, text, **more):
 )
 def test_a_wrong_table_of_conditions_is_told(run, tmp_path, text, words):
     with pytest.raises(InputError, match=words):
-        read_table(run, LatentDiffusion.load(run), tmp_path / "told.csv", text)
+        read_table(ldm3d.load(run), tmp_path / "told.csv", text)
 
 
 def test_each_row_of_a_table_is_written_where_its_own_source_lies(run, tmp_path, capsys):
-    model = LatentDiffusion.load(run)
-    source = read(f"{model.layout.root}/sources/phantom_0003.tif")
+    pipeline = ldm3d.load(run)
+    source = read(f"{pipeline.layout.root}/sources/phantom_0003.tif")
     write(tmp_path / "beside.tif", source)
     large = np.pad(source.array, [(0, 0), (4, 4), (4, 4)], mode="edge")
     write(tmp_path / "large.tif", Volume(large, np.diag([24.0, 22.0, 1.0])))
     caption = "a lesion " * 40
     rows = f"a;beside.tif;{caption};\nb;;;30,20\nc;;;\nd;large.tif;;30,20\n"
-    request = read_table(run, model, tmp_path / "told.csv", "name;image;text;spacing\n" + rows)
-    volumes = [request.volume(i, torch.zeros(1, 16, 20), model) for i in range(4)]
+    request = read_table(pipeline, tmp_path / "told.csv", "name;image;text;spacing\n" + rows)
+    volumes = [request.volume(i, torch.zeros(1, 16, 20), pipeline.spec) for i in range(4)]
     assert np.allclose(volumes[0].affine, source.affine)
     assert [v.spacing for v in volumes[1:]] == [(30.0, 20.0), pytest.approx((12.0, 11.0)), (24.0, 22.0)]
     out = capsys.readouterr().out
@@ -346,7 +347,7 @@ def test_a_table_of_one_row_names_the_sample(run, tmp_path):
 
 
 def test_arrays_serve_as_tensors_do_and_are_encoded_once(run):
-    model, calls = LatentDiffusion.load(run), []
+    model, calls = ldm3d.load(run).model, []
     encode, model.encode = model.encode, lambda x: calls.append(len(x)) or encode(x)
     x = np.arange(320, dtype=np.int64).reshape(1, 16, 20) % 2
     told = model.prepare({"image": x, "labels": x[0], "class": torch.tensor(1)}, 8)
@@ -357,7 +358,7 @@ def test_arrays_serve_as_tensors_do_and_are_encoded_once(run):
 
 
 def test_an_edited_image_and_the_maps_of_inpainting_are_in_the_units_of_the_image(run, tmp_path):
-    root = LatentDiffusion.load(run).layout.root
+    root = ldm3d.load(run).layout.root
     bright = read(f"{root}/images/phantom_0001.tif")
     bright = replace(bright, array=1000 * bright.array)
     write(tmp_path / "bright.tif", bright)
@@ -373,7 +374,7 @@ def test_an_edited_image_and_the_maps_of_inpainting_are_in_the_units_of_the_imag
 
 
 def test_labels_that_the_run_does_not_know_are_refused(run, tmp_path):
-    model = LatentDiffusion.load(run)
+    model = ldm3d.load(run)
     mask = read(f"{model.layout.root}/labels/phantom_0001.tif")
     for value in (40, 256):
         array = mask.array.astype(np.uint16)
@@ -391,16 +392,16 @@ def test_labels_that_the_run_does_not_know_are_refused(run, tmp_path):
 
 
 def test_masks_have_one_channel_whichever_the_images_are_taken_from(run):
-    model = LatentDiffusion.load(run)
+    model = ldm3d.load(run)
     path = f"{model.layout.root}/labels/phantom_0001.tif"
-    before = {role: model.open([path], role)[0, 0]["mask"] for role in ("mask", "region")}
+    before = {role: model.read(path, role) for role in ("mask", "region")}
     model.layout = replace(model.layout, channel=(1,))
     for role, mask in before.items():
-        assert torch.equal(model.open([path], role)[0, 0]["mask"], mask)
+        assert torch.equal(model.read(path, role), mask)
 
 
 def test_a_region_must_lie_where_the_image_lies_and_within_what_is_made(run, tmp_path):
-    model, affine, far = LatentDiffusion.load(run), *np.tile(np.diag([12.0, 11.0, 1.0]), (2, 1, 1))
+    model, affine, far = ldm3d.load(run), *np.tile(np.diag([12.0, 11.0, 1.0]), (2, 1, 1))
     far[0, 2] = 5000
     image, region = np.zeros((1, 24, 20), np.float32), np.zeros((1, 24, 20), np.uint8)
     image[0, 8:16, 4:9], region[0, 12, 9] = 1, 1
@@ -445,7 +446,8 @@ def test_a_region_must_lie_where_the_image_lies_and_within_what_is_made(run, tmp
         (["--cases", "test"], "has no test cases"),
         (["--inpaint", "a.tif"], "one needs the other"),
         (["--strength", "0.3"], "strength: needs"),
-        (["--reference", "labels"], "reference: needs segment"),
+        (["--reference", "labels"], "--reference: no such setting"),
+        (["FOLDER"], "FOLDER: not expected here"),
         (["--interpolate", "3"], "interpolate: expected two"),
         (["--interpolate", "3,a.tif"], "interpolate: expected two samples or two images, got '3,a.tif'"),
         (["--interpolate", "0,1", "--sampler", "ddpm"], "interpolate: needs a sampler that draws no fresh"),
@@ -457,7 +459,7 @@ def test_a_region_must_lie_where_the_image_lies_and_within_what_is_made(run, tmp
 )
 def test_what_the_run_does_not_know_is_told_before_any_work(run, flags, words, capsys):
     before = sorted(run.iterdir())
-    image = f"{LatentDiffusion.load(run).layout.root}/images/phantom_0001.tif"
+    image = f"{ldm3d.load(run).layout.root}/images/phantom_0001.tif"
     flags = [image if flag == "IMAGE" else flag for flag in flags]
     assert run_script(sample.main, [str(run), "--steps", "2", *flags]) == 2
     err = capsys.readouterr().err

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import ROOT, cdal_flags, ldm_flags, lines, torchrun, vae_flags
 
+import ldm3d
 import sample
 import train_cdal
 import train_ldm
 import train_vae
-from ldm3d import AutoencoderKL, LatentDiffusion, UNet, UNetConfig, VAEConfig
+from ldm3d import AutoencoderKL, UNet, UNetConfig, VAEConfig
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.memory_plan import Plan, decode
 from ldm3d.engine.training import EMA, autocast
@@ -141,7 +142,7 @@ def test_samples_do_not_depend_on_the_device(place):
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        made = [LatentDiffusion.load(run, device).sample(2, steps=4, seed=3) for device in ("cpu", "cuda")]
+        made = [ldm3d.load(run, device).sample(2, steps=4, seed=3) for device in ("cpu", "cuda")]
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
     assert torch.allclose(*made, atol=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+import ldm3d
 import train_ldm
 from ldm3d import (
     AutoencoderKL,
@@ -159,7 +160,7 @@ def test_a_sampler_of_the_other_process_is_refused_before_any_work(model):
 
 def test_the_preview_shows_noised_latents_and_what_a_true_denoiser_estimates_from_them(vae_run, tmp_path):
     train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "ldm", 1))
-    model = LatentDiffusion.load(tmp_path / "ldm")
+    model = ldm3d.load(tmp_path / "ldm").model
     mean = model.autoencoder.encode(torch.randn(1, 1, *model.spec.size)).mean
     z = model.normalise(mean)
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+import ldm3d
 import sample
 import train_ldm
 import train_vae
-from ldm3d import InputError, LatentDiffusion, read
+from ldm3d import InputError, read
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import run_script
@@ -115,7 +116,7 @@ def test_samples_open_with_the_shape_spacing_and_orientation_of_the_training_dat
 
 
 def test_a_sample_depends_on_its_seed_and_number_alone(place):
-    model = LatentDiffusion.load(place / "ldm")
+    model = ldm3d.load(place / "ldm")
     together = model.sample(3, steps=3, seed=1, batch_size=3)
     apart = model.sample(2, steps=3, seed=1, batch_size=1, first=1)
     assert torch.allclose(together[1:], apart, atol=1e-4)
@@ -125,7 +126,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone(place):
 
 
 def test_reconstructions_keep_geometry_and_units_of_each_case(place, capsys):
-    sample.main([str(place / "vae"), "--reconstruct", str(place / "heads" / "images")])
+    sample.main([str(place / "vae"), str(place / "heads" / "images")])
     folder = place / "vae" / "reconstructions-001"
     assert "psnr" in capsys.readouterr().out
     for path in sorted((place / "heads" / "images").iterdir())[:3]:
@@ -210,6 +211,37 @@ def test_sigterm_and_ctrl_c_save_and_exit_143(heads, tmp_path, number):
 
 
 @pytest.mark.parametrize(
+    ("run", "flags", "words"),
+    [
+        ("ldm", ["--num", "0"], "num: expected at least 1, got 0"),
+        ("ldm", ["--votes", "3"], "--votes: no such setting; did you mean --"),
+        ("vae", [], "which images? give the image file, or folder of images"),
+        ("vae", ["FOLDER", "--num", "3"], "--num: no such setting"),
+        ("vae", ["/nowhere"], "/nowhere: no such file or folder"),
+    ],
+)
+def test_every_kind_of_run_has_settings_of_its_own(place, run, flags, words, capsys):
+    assert run_script(sample.main, [str(place / run), *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_help_shows_the_settings_of_the_run_alone(place, capsys):
+    for run, own, others in (("ldm", "--sampler", "--votes"), ("vae", "--amp", "--sampler")):
+        with pytest.raises(SystemExit):
+            sample.main([str(place / run), "--help"])
+        text = capsys.readouterr().out
+        assert own in text
+        assert others not in text
+    sample.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(
+        word in text for word in ("train_ldm.py", "train_vae.py", "train_cdal.py", "--sampler", "--votes")
+    )
+
+
+@pytest.mark.parametrize(
     ("main", "flags", "words"),
     [
         (train_vae.main, ["phantm"], ["phantm", "phantom"]),
@@ -219,7 +251,6 @@ def test_sigterm_and_ctrl_c_save_and_exit_143(heads, tmp_path, number):
         (train_vae.main, ["phantom", "--run.device", "abacus"], ["device", "abacus"]),
         (train_ldm.main, ["phantom", "--vae", "/nowhere"], ["/nowhere"]),
         (sample.main, ["/nowhere"], ["/nowhere"]),
-        (sample.main, ["/nowhere", "--num", "0"], ["num"]),
         (sample.main, [], ["run"]),
     ],
 )
@@ -246,8 +277,6 @@ def test_a_finished_run_says_so_and_exits_0(place, dims, capsys):
 def test_a_run_folder_of_another_kind_is_refused(place, capsys):
     assert run_script(train_ldm.main, ldm_flags(place / "vae", place / "vae")) == 2
     assert "'vae'" in capsys.readouterr().err
-    assert run_script(sample.main, [str(place / "vae")]) == 2
-    assert "train_vae.py" in capsys.readouterr().err
 
 
 def test_a_sampler_of_the_other_process_is_refused_with_the_right_ones(place, capsys):
@@ -273,7 +302,7 @@ def test_the_autoencoder_takes_axes_and_channels_of_the_data_or_names_the_settin
 
 def test_a_folder_to_reconstruct_that_holds_nothing_is_named(place, tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "nothing"):
-        assert run_script(sample.main, [str(place / "vae"), "--reconstruct", str(folder)]) == 2
+        assert run_script(sample.main, [str(place / "vae"), str(folder)]) == 2
         err = capsys.readouterr().err
         assert str(folder) in err
         assert err.count("\n") == 1

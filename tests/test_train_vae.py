@@ -14,17 +14,18 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+import ldm3d
 import sample
 import train_ldm
 import train_vae
-from ldm3d import LatentDiffusion, read
+from ldm3d import read
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import run_script, wrap
 from ldm3d.evaluation.__main__ import main as evaluation_main
-from ldm3d.latent_diffusion import load_autoencoder
 from ldm3d.losses import VGG16, adaptive_weight
+from ldm3d.pipeline import load_autoencoder
 from ldm3d.vqvae import VQVAE, QuantizerConfig, VectorQuantizer
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +120,7 @@ def test_stage_two_and_sampling_run_on_a_codebook(place):
         --batch_size 4 --run.steps 4 --run.eval_every 4 --sample_steps 2"""
     )
     train_ldm.main(["phantom", "--vae", str(place / "vq"), "--run.dir", str(place / "ldm"), *ldm])
-    model = LatentDiffusion.load(place / "ldm")
+    model = ldm3d.load(place / "ldm").model
     assert isinstance(model.autoencoder, VQVAE)
     x = model.sample(2, steps=2, seed=1)
     assert x.isfinite().all()
@@ -128,7 +129,7 @@ def test_stage_two_and_sampling_run_on_a_codebook(place):
     near = model.normalise(moved)
     assert torch.allclose(model.decode(z), model.decode(near), atol=1e-5)
     sample.main([str(place / "ldm"), "--num", "1", "--steps", "2"])
-    sample.main([str(place / "vq"), "--reconstruct", str(place / "heads" / "images")])
+    sample.main([str(place / "vq"), str(place / "heads" / "images")])
     assert read(next((place / "ldm" / "samples-001").glob("sample_*"))).shape == (24, 28)
     evaluation_main(["reconstruct", str(place / "vq"), "--resamples", "5"])
     report = json.loads((place / "vq" / "evaluation-001" / "report.json").read_text())

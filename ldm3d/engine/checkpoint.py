@@ -125,7 +125,7 @@ def step_files(run_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: int(STEP_FILE.match(p.name)[1]), reverse=True)
 
 
-def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
+def load_latest(run_dir: str | Path, kind: str | None = None) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, or None. A damaged newer one is named and passed over."""
     files = step_files(run_dir)
     for path in files:
@@ -138,7 +138,7 @@ def load_latest(run_dir: str | Path, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def load_run(run: str | Path, kind: str) -> dict[str, Any]:
+def load_run(run: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The checkpoint that a user means by a run: the file itself, or best.pt of the folder, else its newest
     checkpoint."""
     run = Path(run)

@@ -37,7 +37,7 @@ from ..data.transforms import augment
 from ..engine.checkpoint import load, load_weights, save
 from ..engine.distributed import keyed_generator, print0
 from ..engine.logger import progress
-from ..latent_diffusion import load_autoencoder
+from ..pipeline import load_autoencoder
 from ..vae import Autoencoder
 from .openers import VolumeSets, autoencoder_path, stamp, volumes_of
 

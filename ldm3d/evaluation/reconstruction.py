@@ -44,8 +44,8 @@ from ..diffusion_kernel import DiffusionKernel, KernelConfig
 from ..engine.distributed import gather, is_main, rank, setup, world_size
 from ..engine.logger import mid_slices, progress, save_sheet
 from ..engine.training import autocast
-from ..latent_diffusion import load_autoencoder
 from ..metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
+from ..pipeline import load_autoencoder
 from ..vqvae import VQVAE, perplexity_of
 from .openers import autoencoder_path
 from .results import WorstPictures, new_folder, table, write_csv, write_report

@@ -28,9 +28,7 @@ from torch import Tensor
 from ..conditions import label_shares
 from ..config import InputError
 from ..engine.distributed import keyed_generator
-from ..latent_diffusion import Edit, LatentDiffusion
-
-Predict = Callable[[Tensor, Tensor], Tensor]
+from ..latent_diffusion import Edit, LatentDiffusion, Predict
 
 
 class ImageEdit(Edit):

@@ -1,7 +1,9 @@
-"""What sampling is asked for: sets of conditions, an edit, and where the volumes made under them belong.
+"""A request for samples: sets of conditions, an edit, and the geometry of the files to write.
 
-Conditions come from the command line, from a CSV, or from the run's own cases, whose images are then the
-targets. Everything is checked, and the files are read, before anything is made.
+A set of conditions is what one group of samples has in common, such as class 1 and the caption "a lesion".
+The sets come from the command line (one set), from a CSV (a set in each row), or from the run's own cases (a
+set for each case, whose image is then the target that samples are compared with). Everything is checked, and
+the files are read, before the first sample is made.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from torch import Tensor
 
 from ..conditions import Condition, absent, check_names, split_words
 from ..config import InputError, at_least
-from ..data import CaseInfo, Volume, VolumeDataset, collate, restore
+from ..data import CaseInfo, DataSpec, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
 from ..data.inspection import distance
 from ..data.loading import keeps_grid, load_role
 from ..engine.distributed import print0
 from ..engine.training import to_device
 from ..guidance import Guidance
-from ..latent_diffusion import NO_EDIT, Edit, LatentDiffusion, run_data
+from ..latent_diffusion import NO_EDIT, Edit
 from ..latents import WithConditions, encode_batch
+from ..pipeline import LatentDiffusionPipeline
 from .editing import ImageEdit, Interpolation
 
 
@@ -59,64 +62,67 @@ class RequestConfig:
 
     @property
     def samples(self) -> int:
-        """Of each set of conditions."""
+        """Samples of each set of conditions."""
         return self.num or (1 if self.conditions or self.cases else 16)
 
 
 @dataclass
 class Request:
-    """Sets of conditions, and where the volumes made under them belong.
+    """Sets of conditions, and the files that the volumes made under them are aligned with.
 
-    conditions: by name, (sets, ...). infos: of each set, the file whose geometry its samples take; none: the
-    run's. places: the cases that are the targets, or the image that is edited. edit: see editing.py.
+    names: of the sets. conditions: by name, (sets, ...). values: of each set, as they were asked for. infos:
+    of each set, the file whose geometry its samples take, or None for the training data's. images: the
+    targets, one a set, if has_targets, else the image that is edited. edit: see editing.py. paste: write the
+    region that was made into the edited image's own volume.
     """
 
     names: list[str]
     conditions: dict[str, Tensor]
-    given: list[dict[str, Any]]
+    values: list[dict[str, Any]]
     infos: list[CaseInfo | None]
-    places: VolumeDataset | None = None
-    targets: bool = False
+    images: VolumeDataset | None = None
+    has_targets: bool = False
     edit: Edit = NO_EDIT
-    paste: bool = False  # into the place's own volume
+    paste: bool = False
 
-    def volume(self, number: int, x: Tensor, model: LatentDiffusion) -> Volume:
+    def volume(self, number: int, x: Tensor, spec: DataSpec) -> Volume:
         """A sample of set `number` as a volume, in the units of the training data or, if an image is edited,
         of that image."""
         info, spacing = self.infos[number], self.conditions.get("spacing")
         if info is None and spacing is not None and not absent(spacing)[number]:
-            return dataclasses.replace(model.spec, spacing=tuple(spacing[number].tolist())).to_volume(x)
+            return dataclasses.replace(spec, spacing=tuple(spacing[number].tolist())).to_volume(x)
         if info is None:
-            return model.spec.to_volume(x)
+            return spec.to_volume(x)
         if not isinstance(self.edit, ImageEdit):
-            info = dataclasses.replace(info, low=model.spec.low, high=model.spec.high)
-        return restore(x, model.spec, info)
+            info = dataclasses.replace(info, low=spec.low, high=spec.high)
+        return restore(x, spec, info)
 
 
-def read_request(config: RequestConfig, run: Path, model: LatentDiffusion, amp: str = "fp32") -> Request:
-    """All that is asked of the model of a run. amp: the precision to encode sources with."""
+def read_request(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: str = "fp32") -> Request:
+    """The request that the settings describe. amp: the precision to encode sources with."""
     if config.cases:
-        return request_of_cases(config, run, model, amp)
-    known = model.denoiser.conditions
+        return request_of_cases(config, pipeline, amp)
+    conditions = pipeline.model.denoiser.conditions
     names, rows = ["set_0000"], [pairs(config.condition)]
     if config.conditions:
-        names, rows = read_rows(config.conditions, [c.name for c in known if c.may_be_file])
-    check_names([name for row in rows for name in row], known)
-    tell_of_captions(rows, known)
-    infos, given = with_sources(rows, model)
-    used, told = {name for row in rows for name in row}, []
-    for set_name, row in zip(names, given, strict=True):
+        names, rows = read_rows(config.conditions, [c.name for c in conditions if c.may_be_file])
+    check_names([name for row in rows for name in row], conditions)
+    note_captions(rows, conditions)
+    infos, values = with_sources(rows, pipeline)
+    used, parts = {name for row in rows for name in row}, []
+    for set_name, row in zip(names, values, strict=True):
         try:
-            told.append(model.prepare({name: row.get(name) for name in used}, amp=amp))
+            parts.append(pipeline.prepare({name: row.get(name) for name in used}, amp=amp))
         except InputError as e:
             where = f"{config.conditions}: {set_name}: " if config.conditions else ""
             raise InputError(f"{where}{e}") from None
-    conditions = {name: torch.cat([values[name] for values in told]) for name in told[0]}
-    return with_edit(Request(names, conditions, rows, infos), config, model)
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return with_edit(Request(names, tensors, rows, infos), config, pipeline)
 
 
 def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
-    """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}. key: what errors name."""
+    """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}. key: the setting that errors
+    name."""
     made: dict[str, str] = {}
     for word in words:
         name, mark, value = word.partition("=")
@@ -129,10 +135,10 @@ def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
 
 
 def read_rows(path: str, files: list[str]) -> tuple[list[str], list[dict[str, str]]]:
-    """Names and rows of a CSV of conditions; what the columns `files` name is looked for beside it."""
+    """Names and rows of a CSV of conditions. files: columns whose cells name files, relative to the CSV."""
     if not os.path.isfile(path):
         raise InputError(f"conditions: no file {path}")
-    rows, beside = read_csv(Path(path), []), Path(path).parent
+    rows, folder = read_csv(Path(path), []), Path(path).parent
     if not rows:
         raise InputError(f"{path}: lists no conditions")
     names = [row.pop("name", f"set_{i:04d}") for i, row in enumerate(rows)]
@@ -142,13 +148,13 @@ def read_rows(path: str, files: list[str]) -> tuple[list[str], list[dict[str, st
     if len(set(names)) < len(names):
         raise InputError(f"{path}: two rows have the same name")
     for row in rows:
-        row |= {k: str(beside / row[k]) for k in files if row.get(k) and os.path.isfile(beside / row[k])}
+        row |= {k: str(folder / row[k]) for k in files if row.get(k) and os.path.isfile(folder / row[k])}
     return names, rows
 
 
-def tell_of_captions(rows: list[dict[str, str]], known: Sequence[Condition]) -> None:
-    """Notes of words that the run does not know, and of those beyond the length that it reads."""
-    for c in (c for c in known if c.kind == "text"):
+def note_captions(rows: list[dict[str, str]], conditions: Sequence[Condition]) -> None:
+    """Print a note of words that are not in the run's vocabulary, and of captions that are cut."""
+    for c in (c for c in conditions if c.kind == "text"):
         captions = [row.get(c.name, "") for row in rows]
         if words := sorted({word for caption in captions for word in c.unknown_words(caption)}):
             print0(f"note: words that the run does not know: {', '.join(words)}")
@@ -157,32 +163,32 @@ def tell_of_captions(rows: list[dict[str, str]], known: Sequence[Condition]) -> 
             print0(f"note: captions are read up to {c.length} words; of {long[0]!r} that is {words!r}")
 
 
+def note_geometry(images: VolumeDataset, spec: DataSpec) -> None:
+    """Print a note of files that are larger than the samples, or of another spacing."""
+    for case in images.cases:
+        info = images.infos[case.id]
+        if max(np.subtract(info.shape, spec.size)) > 0:
+            print0(f"note: {case.image} has shape {info.shape}, only its middle is taken")
+        if not np.allclose(info.spacing, spec.spacing, rtol=0.1):
+            ours = "x".join(f"{mm:g}" for mm in spec.spacing)
+            print0(f"note: {case.image} has another spacing than the training data, {ours} mm")
+
+
 def with_sources(
-    rows: list[dict[str, str]], model: LatentDiffusion
+    rows: list[dict[str, str]], pipeline: LatentDiffusionPipeline
 ) -> tuple[list[CaseInfo | None], list[dict[str, Any]]]:
-    """(of each row what was found in its source, rows with the source itself in place of its path)."""
-    kinds = [c.name for c in model.denoiser.conditions if c.origin == "source"]
-    infos, given = [None] * len(rows), [dict(row) for row in rows]
+    """(the geometry of each row's source, or None; the rows with the source's voxels instead of its path)."""
+    kinds = [c.name for c in pipeline.model.denoiser.conditions if c.origin == "source"]
+    infos, values = [None] * len(rows), [dict(row) for row in rows]
     name = next((name for name in kinds if any(row.get(name) for row in rows)), None)
     having = [i for i, row in enumerate(rows) if name and row.get(name)]
     if not having:
-        return infos, given
-    places = model.open([rows[i][name] for i in having], "source")
+        return infos, values
+    images = pipeline.open([rows[i][name] for i in having], "source")
     for j, i in enumerate(having):
-        given[i][name], infos[i] = places[j, j]["image"], places.infos[places.cases[j].id]
-    tell_of_places(places, model)
-    return infos, given
-
-
-def tell_of_places(places: VolumeDataset, model: LatentDiffusion) -> None:
-    """Notes of files that are larger than what the run makes, or of another spacing."""
-    for case in places.cases:
-        info = places.infos[case.id]
-        if max(np.subtract(info.shape, model.spec.size)) > 0:
-            print0(f"note: {case.image} has shape {info.shape}, only its middle is taken")
-        if not np.allclose(info.spacing, model.spec.spacing, rtol=0.1):
-            there = "x".join(f"{mm:g}" for mm in model.spec.spacing)
-            print0(f"note: {case.image} has another spacing than the training data, {there} mm")
+        values[i][name], infos[i] = images[j, j]["image"], images.infos[images.cases[j].id]
+    note_geometry(images, pipeline.spec)
+    return infos, values
 
 
 def guidance_of(config: RequestConfig) -> Guidance:
@@ -196,24 +202,24 @@ def guidance_of(config: RequestConfig) -> Guidance:
     return Guidance(scale, config.guidance_rescale, config.guidance_interval)
 
 
-def request_of_cases(config: RequestConfig, run: Path, model: LatentDiffusion, amp: str) -> Request:
-    """The conditions of the run's own cases of one part, which are the targets."""
-    data = run_data(run, model)
+def request_of_cases(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: str) -> Request:
+    """The conditions of the run's own cases of one part of the split; their images are the targets."""
+    data, model = pipeline.data(), pipeline.model
     if not data.split[config.cases]:
         raise InputError(f"cases: the run has no {config.cases} cases")
-    places, known = data.dataset(config.cases), model.denoiser.conditions
-    dataset, parts = WithConditions(places, known, places.cases, data.folder), []
+    images, conditions = data.dataset(config.cases), model.denoiser.conditions
+    dataset, parts = WithConditions(images, conditions, images.cases, data.folder), []
     for i in range(len(dataset)):
         batch = to_device(collate([dataset[i, i]]), model.device)
-        batch |= encode_batch(model.autoencoder, batch, known, amp)
+        batch |= encode_batch(model.autoencoder, batch, conditions, amp)
         parts.append({name: value.cpu() for name, value in model.conditions_of(batch).items()})
-    conditions = {c.name: torch.cat([part[c.name] for part in parts]) for c in known}
-    names = [case.id for case in places.cases]
-    given, infos = [{"case": name} for name in names], [places.infos[name] for name in names]
-    return Request(names, conditions, given, infos, places, targets=True)
+    tensors = {c.name: torch.cat([part[c.name] for part in parts]) for c in conditions}
+    names = [case.id for case in images.cases]
+    values, infos = [{"case": name} for name in names], [images.infos[name] for name in names]
+    return Request(names, tensors, values, infos, images, has_targets=True)
 
 
-def with_edit(request: Request, config: RequestConfig, model: LatentDiffusion) -> Request:
+def with_edit(request: Request, config: RequestConfig, pipeline: LatentDiffusionPipeline) -> Request:
     """The request with what --inpaint, --edit or --interpolate change."""
     path = config.inpaint or config.edit
     if path is None and config.interpolate is None:
@@ -221,50 +227,49 @@ def with_edit(request: Request, config: RequestConfig, model: LatentDiffusion) -
     if len(request.names) > 1:
         raise InputError("conditions: editing takes one set of conditions (--condition)")
     if path is None:
-        edit, infos = interpolation(config, model)
+        edit, infos = interpolation(config, pipeline)
         return dataclasses.replace(request, edit=edit, infos=infos)
-    places = model.open([path], "image")
-    tell_of_places(places, model)
-    region = read_region(config.region, places, model) if config.region else None
+    images = pipeline.open([path], "image")
+    note_geometry(images, pipeline.spec)
+    region = read_region(config.region, images, pipeline) if config.region else None
     usual = 1.0 if config.inpaint else 0.5
     strength = usual if config.strength is None else config.strength
-    edit = ImageEdit(model, places[0, 0]["image"], region, strength)
-    infos = list(places.infos.values())
-    return dataclasses.replace(request, infos=infos, places=places, edit=edit, paste=region is not None)
+    edit = ImageEdit(pipeline.model, images[0, 0]["image"], region, strength)
+    infos = list(images.infos.values())
+    return dataclasses.replace(request, infos=infos, images=images, edit=edit, paste=region is not None)
 
 
-def read_region(path: str, places: VolumeDataset, model: LatentDiffusion) -> Tensor:
-    """The region (*size) bool to inpaint in the one image of `places`; it must lie where the image lies, and
-    within the middle of it that the run sees."""
-    regions, file = model.open([path], "region"), places.cases[0].image
-    here, there = (next(iter(dataset.infos.values())) for dataset in (regions, places))
-    if not keeps_grid(file, "image", places.config):
+def read_region(path: str, images: VolumeDataset, pipeline: LatentDiffusionPipeline) -> Tensor:
+    """The region (*size) bool to inpaint in the one image of `images`. The region must be on the image's
+    grid, and within the middle of the image, which is all that a sample of the run's size covers."""
+    regions, file = pipeline.open([path], "region"), images.cases[0].image
+    ours, theirs = (next(iter(dataset.infos.values())) for dataset in (regions, images))
+    if not keeps_grid(file, "image", images.config):
         raise InputError(f"inpaint: {file} would be resampled to the run's grid, and not stay as it is")
-    if here.shape != there.shape:
-        raise InputError(f"region: {path} has shape {here.shape}, the image {file} {there.shape}")
-    if model.layout.check_affine and (off := distance(here, there)) > max(there.spacing):
+    if ours.shape != theirs.shape:
+        raise InputError(f"region: {path} has shape {ours.shape}, the image {file} {theirs.shape}")
+    if pipeline.layout.check_affine and (off := distance(ours, theirs)) > max(theirs.spacing):
         raise InputError(f"region: {path} lies up to {off:.3g} mm off the image {file}")
     region = regions[0, 0]["mask"] > 0
     seen, whole = regions.restore(0, region[None]).array, load_role(Path(path), "mask", regions.config).array
     if np.count_nonzero(whole) > np.count_nonzero(seen):
-        size = "x".join(map(str, model.spec.size))
+        size = "x".join(map(str, pipeline.spec.size))
         raise InputError(f"region: {path} reaches beyond the middle {size} of the image, all that is made")
     return region
 
 
 def interpolation(
-    config: RequestConfig, model: LatentDiffusion
+    config: RequestConfig, pipeline: LatentDiffusionPipeline
 ) -> tuple[Interpolation, list[CaseInfo | None]]:
-    """(what is between two samples or images, where it lies: of images where the first lies)."""
+    """(the interpolation between two samples or two images, the geometry of what it makes: the first image's,
+    or None)."""
     words = [word.strip() for word in config.interpolate.split(",")]
-    if len(words) != 2:
-        raise InputError(f"interpolate: expected two samples or two images, got {config.interpolate!r}")
     ends, info = [int(word) for word in words if word.isdecimal()], None
-    if len(ends) == 1:
+    if len(words) != 2 or len(ends) == 1:
         raise InputError(f"interpolate: expected two samples or two images, got {config.interpolate!r}")
     if not ends:
-        places = model.open(words, "image")
-        tell_of_places(places, model)
-        ends, info = [places[i, i]["image"] for i in range(2)], places.infos[places.cases[0].id]
+        images = pipeline.open(words, "image")
+        note_geometry(images, pipeline.spec)
+        ends, info = [images[i, i]["image"] for i in range(2)], images.infos[images.cases[0].id]
     strength = 0.3 if config.strength is None else config.strength
-    return Interpolation(model, tuple(ends), config.samples, config.seed, strength), [info]
+    return Interpolation(pipeline.model, tuple(ends), config.samples, config.seed, strength), [info]

@@ -1,17 +1,25 @@
-"""Segment files with a run of train_cdal.py, and score label maps. Backs `sample.py RUN --segment FOLDER`.
+"""Segment images with a run of train_cdal.py, and score the label maps.
 
-The folder that is made holds labels/ and uncertainty/ (and probability/) with the names of the images, in
-their own geometry; cases.csv (a row a case: seconds and, where references are given, scores), report.json
-(means with bootstrap confidence intervals, and how all was made) and overlays.png (lowest Dice first).
+a folder          python sample.py runs/cdal-hippocampus FOLDER --votes 5
+one image         python sample.py runs/cdal-hippocampus IMAGE --probabilities
+with scores       python sample.py runs/cdal-hippocampus FOLDER --reference LABELS --part test
 
-Scores are by label, without background, on the grid of the files: Dice, IoU, precision, sensitivity, HD95 in
-mm (metrics.py). A label that neither map has gives none, one that only one map has no HD95: means are over
-the `cases` that have a score. Calibration, over N voxels with uncertainty u and error e (0 or 1):
+The new folder holds labels/ and uncertainty/ (and probability/), whose files have the names and the geometry
+of the images; cases.csv, a row for each case with its seconds and, with --reference, its scores; report.json,
+the settings and the means with bootstrap confidence intervals; and overlays.png, lowest Dice first.
 
-    error correlation    Pearson's, of u and e
-    retention area       mean over n = 1 .. N of (errors among the n most certain voxels) / N: an expert would
-                         mend the others, most uncertain first. Malinin et al. 2021, arXiv 2107.07455
-    retention ratio      that over (mean of e) / 2, which a useless u gives; a perfect one: the mean of e
+Scores are computed for each label but the background, on the grid of the files: Dice, IoU, precision,
+sensitivity, and HD95 in mm (metrics.py). A label that is in neither map has no score; a label that is in one
+map only has no HD95. A mean is over the cases that have the score, and `cases` counts them.
+
+Does a high uncertainty mark the errors? Over N voxels with uncertainty u and error e (0 or 1):
+
+    error correlation    Pearson's correlation of u and e
+    retention area       mean over n = 1 .. N of (errors among the n most certain voxels) / N. The picture: an
+                         expert corrects the most uncertain voxels, and the n others are retained as they are.
+                         Malinin et al. 2021, arXiv 2107.07455
+    retention ratio      retention area / (mean of e / 2). A u that says nothing about e has ratio 1, and a
+                         perfect u has the mean of e, e.g. 0.03 if 3 % of the voxels are wrong
 """
 
 from __future__ import annotations
@@ -26,26 +34,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window, uncertainty
-from ..config import InputError, at_least, from_dict, to_dict
-from ..data import CaseInfo, DataConfig, DataSpec, Volume, VolumeDataset, open_images, write
+from ..cdal import check_window, uncertainty
+from ..config import InputError, at_least, to_dict
+from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import crop_or_pad, resample
 from ..data.loading import load_role
-from ..data.volumes import (
-    NIFTI,
-    TIFF,
-    Header,
-    read_header,
-    strip_suffix,
-)
-from ..engine.checkpoint import load_run, load_weights
-from ..engine.distributed import gather, is_main, print0, rank, world_size
+from ..data.volumes import NIFTI, TIFF, Header, read_header, strip_suffix
+from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import mid_slices, progress, save_sheet
-from ..engine.training import autocast
 from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
 from ..evaluation.statistics import interval_words, summarise
 from ..metrics import dice, hd95, iou, precision, sensitivity
-from ..unet import UNetConfig
+from ..pipeline import SegmentationPipeline
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
 SHOWN, RESAMPLES = 8, 2000  # cases in the picture; of the bootstrap
@@ -53,50 +53,30 @@ SHOWN, RESAMPLES = 8, 2000  # cases in the picture; of the bootstrap
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    segment: str  # image, or folder of images
     reference: str | None = None  # folder of label maps of the same names, to score against
     part: Literal["all", "train", "val", "test"] = "all"  # only these cases of the run's split
     votes: int = 5  # segmentations of a case, whose mean is taken
-    window: tuple[int, ...] | None = None  # voxels of the windows; none = as in the run's validation
+    window: tuple[int, ...] | None = None  # voxels that are segmented at once; none = as in validation
     overlap: float = 0.5  # part of a window that it shares with the next, at least
     probabilities: bool = False  # write the probability of every label too
     seed: int = 0  # of the votes
     batch_size: int = 8  # votes at once
-    amp: str = "auto"  # precision of the networks
-    out: str | None = None  # new folder for the results
-    format: str = "auto"  # of the files; auto = that of the image
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
+    out: str | None = None  # new folder for the results; none = segmentations-001 ... in the run folder
+    format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = that of the image
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "votes")
+        at_least(self, 1, "votes", "batch_size")
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap: expected 0 <= overlap < 1, got {self.overlap}")
-
-
-# --- the model ----------------------------------------------------------------------------------------------
-
-
-def load_segmenter(
-    run: str | Path, device: str | torch.device = "cpu"
-) -> tuple[CDAL, Generator, dict[str, Any]]:
-    """(method, generator with the EMA weights, the checkpoint's content) of a run of train_cdal.py."""
-    content = load_run(run, "cdal")
-    config, spec = content["config"], DataSpec.from_dict(content["state"]["data"])
-    net = Generator(
-        from_dict(GeneratorConfig, config["generator"], "generator"),
-        from_dict(UNetConfig, config["unet"], "unet"),
-        spec.channels,
-        spec.num_labels,
-    )
-    load_weights(net, content["ema"], str(run))
-    cdal = CDAL(from_dict(CDALConfig, config["cdal"], "cdal"), spec.num_labels)
-    return cdal, net.to(device).eval().requires_grad_(False), content
 
 
 # --- cases --------------------------------------------------------------------------------------------------
 
 
 def on_file_grid(values: Tensor, info: CaseInfo, header: Header) -> Volume:
-    """Values (K, *S) on the grid that training sees -> on that of the file, in RAS."""
+    """Values (K, *S) on the grid that training sees -> a volume on the grid of the file, in RAS."""
     volume = Volume(values.numpy(), np.array(info.affine), header.orientation)
     if info.shape == header.shape and np.allclose(info.spacing, header.spacing, rtol=1e-4):
         return dataclasses.replace(volume, affine=header.affine)
@@ -106,7 +86,7 @@ def on_file_grid(values: Tensor, info: CaseInfo, header: Header) -> Volume:
 
 
 def file_labels(labels: np.ndarray, layout: DataConfig, num_labels: int) -> np.ndarray:
-    """Labels 0, 1, 2 ... as the values that stand for them in files, in the smallest type."""
+    """Labels 0, 1, 2 ... -> the values that files have for them (data.label_values), in the smallest type."""
     values = np.array(layout.label_values or range(num_labels))
     return values[labels].astype(np.uint8 if values.max() < 256 else np.uint16)
 
@@ -165,31 +145,20 @@ def overlay(image: Tensor, labels: Tensor | None) -> list[np.ndarray]:
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Path:
-    """Segment all images of `config`; returns the new folder."""
-    cdal, net, content = load_segmenter(run, device)
-    window = config.window or content["config"]["window"]
-    check_window(window, content["config"]["data"]["dims"])
-    dataset = open_images(content, config.segment, config.part, config.reference)
+def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
+    """Segment one image or all images of a folder; returns the new folder."""
+    pipeline = SegmentationPipeline(run, setup(config.device))
+    check_window(config.window, pipeline.layout.dims)
+    dataset = open_images(pipeline.content, images, config.part, config.reference)
     folder = new_folder(run, config.out, "segmentations")
     rows, worst = {}, WorstPictures(SHOWN)
-    print0(f"{len(dataset)} cases, T = {cdal.kernel.num_timesteps}, {config.votes} votes")
+    steps = pipeline.method.kernel.num_timesteps
+    print0(f"{len(dataset)} cases, T = {steps}, {config.votes} votes")
+    settings = (config.votes, config.window, config.overlap, config.seed)
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
         case, item = dataset.cases[i], dataset[i, i]
-        x = item["image"]
-        start = time.perf_counter()
-        with autocast(config.amp, device):
-            p = cdal.segment(
-                net,
-                x.to(device),
-                config.votes,
-                window,
-                config.overlap,
-                config.seed,
-                case.id,
-                config.batch_size,
-            )
+        x, start = item["image"], time.perf_counter()
+        p = pipeline.segment(x, *settings, case.id, config.batch_size, config.amp)
         seconds = time.perf_counter() - start
         rows[case.id] = {"seconds": seconds, **write_case(p, dataset, i, config, folder)}
         pictures = [
@@ -202,22 +171,23 @@ def segment_files(config: SegmentConfig, run: Path, device: torch.device) -> Pat
     rows = dict(sorted((k, v) for part in gather(rows) for k, v in part.items()))
     worst.gather()
     if is_main():
-        report(config, run, content["step"], folder, rows, worst)
+        facts = {"run": str(run), "images": str(images), "step": pipeline.content["step"]}
+        report(config, facts, folder, rows, worst)
     return folder
 
 
 def write_case(
     p: Tensor, dataset: VolumeDataset, index: int, config: SegmentConfig, folder: Path
 ) -> dict[str, float]:
-    """Write what was found of a case on its file's grid, from p (K, *S); returns its scores, if there are
-    references."""
+    """Write label map, uncertainty and probabilities of a case on its file's grid, from p (K, *S) on the
+    grid that training sees; returns the case's scores, if it has a reference."""
     case, layout = dataset.cases[index], dataset.config
     header = read_header(case.image, layout.channel or None, layout.file_spacing, layout.dims)
     volume = on_file_grid(p, dataset.infos[case.id], header)
     p = torch.from_numpy(volume.array)
     labels, doubt = p.argmax(0), uncertainty(p)
     array = file_labels(labels.numpy()[None], layout, len(p))
-    suffix = suffix_of(case.image, config.format, layout.dims)
+    suffix = suffix_of(config.format, layout.dims, case.image)
     write(folder / "labels" / f"{case.id}{suffix}", dataclasses.replace(volume, array=array))
     array = doubt.numpy()[None]
     write(folder / "uncertainty" / f"{case.id}{suffix}", dataclasses.replace(volume, array=array))
@@ -230,29 +200,28 @@ def write_case(
     return score(labels, truth, len(p), header.spacing) | calibration(doubt, labels != truth)
 
 
-def suffix_of(image: Path, wanted: str, dims: int) -> str:
-    """ ".nii.gz" and the like: the image's own where it can be written."""
-    if wanted != "auto":
-        return f".{wanted}"
-    own = image.name[len(strip_suffix(image)) :].lower()
+def suffix_of(format: str, dims: int, image: Path | None = None) -> str:
+    """The suffix of a file to write, such as ".nii.gz". format "auto": as `image` has it, if it can be
+    written, else by dims."""
+    if format != "auto":
+        return f".{format}"
+    own = image.name[len(strip_suffix(image)) :].lower() if image else ""
     return own if own in NIFTI + TIFF else {2: ".tif", 3: ".nii.gz"}[dims]
 
 
 def report(
     config: SegmentConfig,
-    run: Path,
-    step: int,
+    facts: dict[str, Any],
     folder: Path,
     rows: dict[str, dict[str, float]],
     worst: WorstPictures,
 ) -> None:
-    """cases.csv, report.json, overlays.png, and the means on the console."""
+    """cases.csv, report.json, overlays.png, and the means on the console. facts: run, images, step."""
     write_csv(folder / "cases.csv", rows)
     metrics = summarise(rows, RESAMPLES)
     how = {
         **to_dict(config),
-        "run": str(run),
-        "step": step,
+        **facts,
         "weights": "EMA",
         "cases": len(rows),
         "interval": interval_words(RESAMPLES),

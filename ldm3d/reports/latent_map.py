@@ -34,7 +34,7 @@ from ..data import Case, open_images
 from ..engine.distributed import is_main, setup
 from ..evaluation.openers import autoencoder_path
 from ..evaluation.results import new_folder, write_csv, write_report
-from ..latent_diffusion import load_autoencoder
+from ..pipeline import load_autoencoder
 from .distance_tables import Row, case_table, group_table, subject_table
 from .encoded_cases import cache_folder, encode_cases
 from .latent_figures import draw_map, palette, write_map_page

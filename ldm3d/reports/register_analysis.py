@@ -44,8 +44,9 @@ from ..engine.logger import progress, save_sheet
 from ..engine.training import autocast, keyed_normal, to_device
 from ..evaluation.results import new_folder, table, write_report
 from ..inference.segmentation import overlay
-from ..latent_diffusion import LatentDiffusion, run_data
+from ..latent_diffusion import LatentDiffusion
 from ..latents import WithConditions, encode_batch
+from ..pipeline import LatentDiffusionPipeline
 
 DEAD = 0.1  # a register with less than this part of an even share of the attention is not used
 
@@ -178,7 +179,7 @@ def with_and_without(
     batches = {}
     for name, on in (("samples with registers", True), ("the same without", False)):
         model.use_registers(on)
-        batches[name] = model.sample(config.shown, config.steps, seed=config.seed, amp=config.amp)
+        batches[name] = model.sample(config.shown, steps=config.steps, seed=config.seed, amp=config.amp)
     model.use_registers(True)
     on, off = batches.values()
     difference = float((on - off).square().mean().sqrt())
@@ -191,9 +192,9 @@ def with_and_without(
 def analyse_registers(config: RegisterReportConfig, run: Path) -> Path:
     """Write registers.json and registers.png; returns their folder."""
     device = setup(config.device)
-    model = LatentDiffusion.load(run, device)
+    pipeline = LatentDiffusionPipeline(run, device)
+    model, data = pipeline.model, pipeline.data()
     model.use_registers(True)
-    data = run_data(run, model)
     if not data.split[config.part]:
         raise InputError(f"part: the run has no {config.part} cases")
     folder = new_folder(run, config.out, "registers")

@@ -58,8 +58,9 @@ from ldm3d.evaluation.validity import (  # noqa: E402
     train_on_synthetic,
     write_cases,
 )
-from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
+from ldm3d.inference.segmentation import SegmentConfig, segment_files  # noqa: E402
 from ldm3d.metrics import frechet_distance  # noqa: E402
+from ldm3d.pipeline import SegmentationPipeline  # noqa: E402
 
 TEST = ["--data.test_fraction", "0.2"]
 SPLIT = ["--data.subject", "none", "--data.test_fraction", "0"]  # the table tells it
@@ -154,10 +155,10 @@ def real_cases(data: Data) -> list[PairedFile]:
 
 def test_dice(run: Path, data: Data, device: torch.device) -> list[float]:
     """Dice of every label, mean over the test cases."""
-    cdal, net, content = load_segmenter(run, device)
+    pipeline = SegmentationPipeline(run, device)
 
     def segment(image: Tensor) -> Tensor:
-        return cdal.segment(net, image.to(device), 1, content["config"]["window"]).argmax(0)
+        return pipeline.segment(image, votes=1).argmax(0)
 
     return dice_of_labels(segment, data.dataset("test", own_size=True))
 
@@ -165,12 +166,13 @@ def test_dice(run: Path, data: Data, device: torch.device) -> list[float]:
 @torch.inference_mode()
 def features(judge: Path, images: Iterable[Tensor], device: torch.device) -> Tensor:
     """(N, F): the means over space of the deepest map of the judge."""
-    cdal, net, _ = load_segmenter(judge, device)
+    pipeline = SegmentationPipeline(judge, device)
+    net, num_labels = pipeline.net, pipeline.spec.num_labels
     found: list[Tensor] = []
     net.unet.mid[-1].register_forward_hook(lambda _, __, h: found.append(h.flatten(2).mean(2).cpu()))
     for x in images:
         size = x.shape[1:]
-        labels = torch.zeros(1, cdal.num_labels, *size, device=device)
+        labels = torch.zeros(1, num_labels, *size, device=device)
         z = torch.zeros(1, net.config.latent_dim, device=device)
         net(labels, torch.zeros(1, device=device), x[None].to(device), z)
     return torch.cat(found).double()
@@ -215,8 +217,8 @@ class Judge:
             judged = folder / "judged"
             if not (judged / "report.json").exists():
                 shutil.rmtree(judged, ignore_errors=True)
-                settings = SegmentConfig(str(folder), votes=1, out=str(judged))
-                segment_files(settings, self.run, self.device)
+                settings = SegmentConfig(votes=1, device=str(self.device), out=str(judged))
+                segment_files(settings, self.run, folder)
             labels = judged / "labels"
         masks = (read(path).array[0] for path in sorted(labels.iterdir()))
         figures = validity(label_shapes(masks, self.spacing, self.num_labels), self.train[0])

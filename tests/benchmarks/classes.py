@@ -31,6 +31,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+import ldm3d  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.data import AugmentConfig, Data, batches, open_stored  # noqa: E402
@@ -125,7 +126,7 @@ def generate(run: Path, num: int, scale: float, steps: int, out: Path) -> list[T
     """(num, 1, D, H, W) float16 of each class, from the same noise; made once and kept in `out`."""
     path = out / f"guidance-{scale:g}-{num}-{steps}.npy"
     if not path.exists() or path.stat().st_mtime < (run / "best.pt").stat().st_mtime:
-        model, made = LatentDiffusion.load(run), []
+        model, made = ldm3d.load(run).model, []
         for label in (0, 1):
             told = model.prepare({"class": label}, num)
             stream = model.stream(range(num), steps, batch_size=8, conditions=told, guidance=Guidance(scale))
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     augment = AugmentConfig(flip_axes=(0,), affine=0.7, max_scale=0.05)
     data = open_stored(content, patch=None, augment=augment)
     nets = judges(data, args.classifier_steps, out / f"classifiers-{args.classifier_steps}.pt")
-    model = LatentDiffusion.load(ldm)
+    model = ldm3d.load(ldm).model
     real = held_out(data)
     seen = [through(model, x) for x in real]
     rows = {

@@ -31,9 +31,9 @@ from ldm3d.blocks import ResBlock, crop_to  # noqa: E402
 from ldm3d.data import VolumeDataset, open_stored  # noqa: E402
 from ldm3d.engine.logger import progress  # noqa: E402
 from ldm3d.evaluation.results import table  # noqa: E402
-from ldm3d.latent_diffusion import load_autoencoder  # noqa: E402
 from ldm3d.metrics import dice  # noqa: E402
 from ldm3d.normconv import Conv  # noqa: E402
+from ldm3d.pipeline import load_autoencoder  # noqa: E402
 from ldm3d.registers import AnatomyConfig, LabelHead, head_loss  # noqa: E402
 from ldm3d.unet import UNetConfig  # noqa: E402
 from ldm3d.vae import Autoencoder  # noqa: E402

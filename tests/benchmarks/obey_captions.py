@@ -28,13 +28,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import ldm3d
 import train_ldm
 import train_vae
-from ldm3d import LatentDiffusion
 from ldm3d.data.phantoms import make_phantom, write_phantoms
 from ldm3d.data.transforms import scale
 from ldm3d.engine.logger import save_sheet
 from ldm3d.evaluation.results import write_report
+from ldm3d.pipeline import LatentDiffusionPipeline
 
 VAE = """phantom --data.dims 2 --data.patch 80,80 --batch_size 8 --vae.channels 32,64,96 --run.steps 1500
  --run.eval_every 500"""
@@ -79,15 +80,15 @@ def train(out: Path, more: dict[str, list[str]]) -> Path:
 
 
 @torch.inference_mode()
-def try_judge(model: LatentDiffusion, num: int = 100) -> dict[str, float]:
+def try_judge(pipeline: LatentDiffusionPipeline, num: int = 100) -> dict[str, float]:
     """The share of captions that the judge finds right on phantoms of its own, as they are and after they
     went through the autoencoder."""
     right = {"phantoms": 0, "phantoms, by the autoencoder": 0}
     for index in range(10_000, 10_000 + num):
         phantom = make_phantom(index, dims=2)
-        low, high = np.percentile(phantom.image, model.layout.percentiles)
+        low, high = np.percentile(phantom.image, pipeline.layout.percentiles)
         x = torch.from_numpy(scale(phantom.image, (low,), (high,), clip=True))
-        seen = model.decode(model.encode(x[None]))[0]
+        seen = pipeline.model.decode(pipeline.model.encode(x[None]))[0]
         right["phantoms"] += judge(torch.from_numpy(phantom.image[0]), phantom.spacing) == phantom.caption
         right["phantoms, by the autoencoder"] += judge(seen[0] + 1, phantom.spacing) == phantom.caption
     return {name: count / num for name, count in right.items()}
@@ -108,21 +109,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = LatentDiffusion.load(train(args.out, {"vae": args.vae.split(), "ldm": args.ldm.split()}))
-    report: dict[str, object] = dict(try_judge(model))
+    pipeline = ldm3d.load(train(args.out, {"vae": args.vae.split(), "ldm": args.ldm.split()}))
+    report: dict[str, object] = dict(try_judge(pipeline))
     for name, share in report.items():
         print(f"the judge on {name}: {share:.0%} of captions right")
     captions = [caption for caption in CAPTIONS for _ in range(args.num)]
     for guidance in args.guidance:
-        x = model.sample(
+        x = pipeline.sample(
             len(captions),
-            args.steps,
+            steps=args.steps,
             batch_size=20,
             conditions={"text": captions},
             guidance_scale=guidance,
             guidance_interval=tuple(args.interval),
         )
-        said = [judge(image[0] + 1, model.spec.spacing) for image in x]
+        said = [judge(image[0] + 1, pipeline.spec.spacing) for image in x]
         obeyed = sum(a == b for a, b in zip(said, captions, strict=True))
         print(f"guidance {guidance:g}: {obeyed} of {len(captions)} obey ({obeyed / len(captions):.0%})")
         report[f"guidance {guidance:g}"] = obeyed / len(captions)

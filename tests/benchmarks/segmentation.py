@@ -25,11 +25,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_cdal  # noqa: E402
-from ldm3d.config import from_dict, replace, show  # noqa: E402
-from ldm3d.data import DataConfig  # noqa: E402
+from ldm3d.config import replace, show  # noqa: E402
 from ldm3d.data.cases import resolve_root  # noqa: E402
 from ldm3d.evaluation.results import table, with_interval  # noqa: E402
-from ldm3d.inference.segmentation import SegmentConfig, load_segmenter, segment_files  # noqa: E402
+from ldm3d.inference.segmentation import SegmentConfig, segment_files  # noqa: E402
+from ldm3d.pipeline import SegmentationPipeline  # noqa: E402
 
 Z = {"generator.latent_dim": 64}  # the ablation's own rows have it: each changes one thing of "z"
 ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
@@ -83,14 +83,12 @@ def test(preset: str, run: Path, votes: int) -> dict:
     """The report of segmenting the test subjects."""
     out = run / f"test-votes-{votes}"
     if not (out / "report.json").exists():
-        _, _, content = load_segmenter(run)
-        data = from_dict(DataConfig, content["config"]["data"], "data")
-        root = resolve_root(data, preset)
+        root = resolve_root(SegmentationPipeline(run).layout, preset)
         images, masks = FOLDERS[preset]
         config = SegmentConfig(
-            str(root / images), str(root / masks), part="test", votes=votes, batch_size=votes, out=str(out)
+            reference=str(root / masks), part="test", votes=votes, batch_size=votes, out=str(out)
         )
-        segment_files(config, run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        segment_files(config, run, root / images)
     return json.loads((out / "report.json").read_text())
 
 
@@ -123,12 +121,12 @@ HEAD = "row|mean Dice (95 %)|Dice per label|HD95, mm|s per case|T|votes|corr|ret
 
 def cost(run: Path, rounds: int = 3) -> str:
     """Seconds of T = 4 with 5 votes over those of one forward of the same network, on one training patch."""
-    cdal, net, content = load_segmenter(run)
-    size = content["config"]["data"]["patch"]
+    pipeline = SegmentationPipeline(run)
+    cdal, net, size = pipeline.method, pipeline.net, pipeline.layout.patch
     method = train_cdal.CDAL(
         replace(cdal.config, {"diffusion": True, "kernel.num_timesteps": 4}), cdal.num_labels
     )
-    image = torch.zeros(content["state"]["data"]["channels"], *size)
+    image = torch.zeros(pipeline.spec.channels, *size)
     x, t, z = torch.zeros(1, cdal.num_labels, *size), torch.zeros(1), torch.zeros(1, net.config.latent_dim)
     best = {"one": 1e9, "all": 1e9}
     with torch.inference_mode():

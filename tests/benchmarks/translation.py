@@ -38,6 +38,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+import ldm3d  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.blocks import DepthToSpace, SpaceToDepth  # noqa: E402
@@ -50,7 +51,6 @@ from ldm3d.evaluation.morphology import otsu_threshold  # noqa: E402
 from ldm3d.evaluation.pairs import object_of, overlap  # noqa: E402
 from ldm3d.evaluation.results import table, write_report  # noqa: E402
 from ldm3d.evaluation.statistics import finite_means, summarise  # noqa: E402
-from ldm3d.latent_diffusion import LatentDiffusion  # noqa: E402
 from ldm3d.metrics import power_spectrum, psnr, ssim  # noqa: E402
 from ldm3d.unet import UNet, UNetConfig  # noqa: E402
 
@@ -207,7 +207,7 @@ def sample(run: Path, way: str, items: Items, num: int, steps: int, out: Path) -
     """(items, num, C, *size): translations of every item's source, made once and kept in `out`."""
     path = out / f"samples-{way}-{num}-{steps}.npy"
     if not path.exists() or path.stat().st_mtime < (run / "best.pt").stat().st_mtime:
-        model = LatentDiffusion.load(run)
+        model = ldm3d.load(run).model
         z = torch.cat([model.encode(item["source"][None]) for item in items])
         told = {way: z.repeat_interleave(num, 0)}
         stream = model.stream(range(len(items) * num), steps, batch_size=num, conditions=told)
@@ -248,7 +248,7 @@ def pictures(made: dict[str, list[Tensor]], items: Items, out: Path) -> None:
 
 
 def test(name: str, task: Task, runs: dict[str, Path], args: argparse.Namespace) -> None:
-    model, out = LatentDiffusion.load(runs[task.ways[0]]), args.out / f"{name}-report"
+    model, out = ldm3d.load(runs[task.ways[0]]).model, args.out / f"{name}-report"
     out.mkdir(exist_ok=True)
     content = load_run(runs["vae"], "vae")
     data = open_stored(content)

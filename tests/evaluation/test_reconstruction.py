@@ -20,7 +20,7 @@ from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.reconstruction import LatentStatistics, loss_floor
 from ldm3d.evaluation.statistics import bootstrap_interval, summarise
-from ldm3d.latent_diffusion import load_autoencoder
+from ldm3d.pipeline import load_autoencoder
 
 ROOT = Path(__file__).parents[2]
 

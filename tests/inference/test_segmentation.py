@@ -174,7 +174,7 @@ def test_what_cannot_work_is_one_line_before_training(heads, tmp_path, capsys, m
 
 def test_a_folder_is_segmented_scored_and_shown(run, heads, capsys):
     images, labels = str(heads / "images"), str(heads / "labels")
-    sample.main([str(run), "--segment", images, "--reference", labels, "--votes", "3", "--probabilities"])
+    sample.main([str(run), images, "--reference", labels, "--votes", "3", "--probabilities"])
     folder = run / "segmentations-001"
     for name in ("labels", "uncertainty", "probability"):
         assert len(list((folder / name).iterdir())) == 12
@@ -204,15 +204,15 @@ def test_a_folder_is_segmented_scored_and_shown(run, heads, capsys):
 
 def test_one_file_and_one_part_of_the_split_can_be_asked_for(run, heads):
     first = sorted((heads / "images").iterdir())[0]
-    sample.main([str(run), "--segment", str(first), "--votes", "1", "--out", str(run / "one")])
+    sample.main([str(run), str(first), "--votes", "1", "--out", str(run / "one")])
     assert [p.name for p in (run / "one/labels").iterdir()] == [first.name]
-    sample.main([str(run), "--segment", str(heads / "images"), "--part", "val", "--out", str(run / "val")])
+    sample.main([str(run), str(heads / "images"), "--part", "val", "--out", str(run / "val")])
     split = json.loads((run / "split.json").read_text())
     assert sorted(p.stem for p in (run / "val/labels").iterdir()) == sorted(split["val"])
 
 
 def test_label_maps_have_the_geometry_of_their_image_and_the_label_values_of_the_data(volumes):
-    place = ["--segment", str(volumes / "images"), "--reference", str(volumes / "labels")]
+    place = [str(volumes / "images"), "--reference", str(volumes / "labels")]
     sample.main([str(volumes / "run"), *place, "--window", "8,6,8", "--votes", "2"])
     folder = volumes / "run/segmentations-001"
     for path in sorted((volumes / "images").iterdir()):
@@ -260,7 +260,7 @@ def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volu
     content["config"]["data"]["spacing"] = [10.0, 15.0, 11.0]
     torch.save(content, tmp_path / "finer.pt")
     path = sorted((volumes / "images").iterdir())[2]
-    sample.main([str(tmp_path / "finer.pt"), "--segment", str(path), "--reference", str(volumes / "labels")])
+    sample.main([str(tmp_path / "finer.pt"), str(path), "--reference", str(volumes / "labels")])
     found = nib.load(next((tmp_path / "segmentations-001/labels").iterdir()))
     assert found.shape == nib.load(path).shape
     assert np.allclose(found.affine, nib.load(path).affine, atol=1e-3)
@@ -273,7 +273,6 @@ def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, 
     image = nib.Nifti1Image(nib.load(broken).get_fdata(), nib.load(broken).affine)
     flags = [
         str(volumes / "run"),
-        "--segment",
         str(volumes / "images"),
         "--reference",
         str(tmp_path / "labels"),
@@ -293,14 +292,14 @@ def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, 
     broken.unlink()
     assert run_script(sample.main, flags) == 2
     assert str(volumes / "images" / broken.name) in capsys.readouterr().err
-    assert run_script(sample.main, [str(run), "--segment", str(heads / "nothing")]) == 2
+    assert run_script(sample.main, [str(run), str(heads / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
-    assert run_script(sample.main, [str(run), "--segment", str(heads / "images"), "--part", "test"]) == 2
+    assert run_script(sample.main, [str(run), str(heads / "images"), "--part", "test"]) == 2
     assert "test" in capsys.readouterr().err
 
 
 def test_a_run_segments_its_validation_cases_as_in_training(run, heads):
-    place = ["--segment", str(heads / "images"), "--reference", str(heads / "labels"), "--part", "val"]
+    place = [str(heads / "images"), "--reference", str(heads / "labels"), "--part", "val"]
     sample.main([str(run), *place, "--votes", "1", "--out", str(run / "again")])
     report, step = json.loads((run / "again/report.json").read_text()), load(run / "best.pt")["best"]["step"]
     (logged,) = (line for line in lines(run, "val") if line["step"] == step)

@@ -13,7 +13,7 @@ from tiny import read_csv
 from ldm3d.config import InputError
 from ldm3d.data import VolumeDataset, open_images
 from ldm3d.engine.distributed import run_script
-from ldm3d.latent_diffusion import load_autoencoder
+from ldm3d.pipeline import load_autoencoder
 from ldm3d.reports import latent_map
 from ldm3d.reports.__main__ import main as reports_main
 

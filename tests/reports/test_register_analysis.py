@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm3d import LatentDiffusion
+import ldm3d
 from ldm3d.reports.__main__ import main as reports_main
 from ldm3d.reports.register_analysis import bank_figures
 
@@ -27,7 +27,7 @@ def report(bound_run, tmp_path_factory) -> dict:
 
 
 def test_norms_and_similarity_are_those_of_the_trained_bank(report, bound_run):
-    bank = LatentDiffusion.load(bound_run).denoiser.unet.registers.bank.detach()
+    bank = ldm3d.load(bound_run).model.denoiser.unet.registers.bank.detach()
     assert np.allclose(report["norms"], bank.norm(dim=2), rtol=1e-5)
     K, M = bank.shape[:2]
     cosine = {}
@@ -44,7 +44,7 @@ def test_norms_and_similarity_are_those_of_the_trained_bank(report, bound_run):
 
 
 def test_the_difference_is_that_of_samples_from_the_same_noise(report, bound_run):
-    model = LatentDiffusion.load(bound_run)
+    model = ldm3d.load(bound_run).model
     samples = []
     for on in (True, False):
         model.use_registers(on)

@@ -1,0 +1,309 @@
+"""Sample new volumes from a run of train_ldm.py.
+
+new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
+several GPUs      torchrun --nproc_per_node 4 -- sample.py runs/ldm-hippocampus --num 64
+under conditions  python sample.py RUN --condition class=1 --condition text="a small lesion" --guidance 3
+                  python sample.py RUN --conditions FILE.csv --guidance class=3,text=2
+translation       python sample.py RUN --condition image=PATH --num 8 --maps
+                  python sample.py RUN --cases test --num 8       the run's own cases, beside their targets
+editing           python sample.py RUN --inpaint IMAGE --region MASK
+                  python sample.py RUN --edit IMAGE --strength 0.5
+                  python sample.py RUN --interpolate 3,7          or two images
+with labels       python sample.py runs/ldm-phantom-anatomy --with-labels
+
+Volumes are written as NIfTI (2-D: TIFF), with the spacing, orientation and median intensity range of the
+training data, or with the geometry of the source or of the edited image. Beside them are a preview sheet, and
+samples.json with scores and all settings.
+Sample i depends on (seed, i) alone: not on the batch size, the number of ranks, or the device (to rounding).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import InputError, at_least, to_dict
+from ..data import Volume, write
+from ..data.geometry import centred
+from ..data.loading import load_role
+from ..data.volumes import spacing_affine
+from ..denoiser import Denoiser
+from ..engine.distributed import all_reduce_sum, barrier, gather, is_main, print0, rank, setup, world_size
+from ..engine.logger import progress, save_sheet
+from ..engine.memory_plan import Plan, decode, weight_bytes
+from ..evaluation.results import new_folder, table, write_report
+from ..guidance import branch_weights
+from ..metrics import psnr, set_statistics, ssim
+from ..pipeline import LatentDiffusionPipeline
+from .sampling_request import Request, RequestConfig, guidance_of, read_request
+from .segmentation import file_labels, overlay, suffix_of
+
+SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
+
+
+@dataclass(frozen=True)
+class SampleConfig(RequestConfig):
+    steps: int = 30  # intervals of the sampling grid; network calls are printed
+    sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
+    eta: float = 0.0  # share of fresh noise of ddim
+    batch_size: int = 8  # volumes made at once, on each rank
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
+    compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
+    maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples, into maps/
+    with_labels: bool = False  # write label maps too, into labels/ (runs with --anatomy.registers bound)
+    registers: bool = True  # false: without the registers that the run has learned, to compare
+    out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
+    format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
+    plan: float | None = None  # GiB of a GPU: only print how much memory sampling needs, and what would fit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "steps", "batch_size")
+        if self.with_labels and self.inpaint:
+            raise InputError("with_labels, inpaint: give one of the two")
+        if self.interpolate and (self.sampler == "ddpm" or self.eta):
+            raise InputError("interpolate: needs a sampler that draws no fresh noise, and eta 0")
+        if self.maps and self.samples < 2:
+            raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """Writes samples to files, and keeps what the report needs: the first samples, sums over each set,
+    scores beside targets. On several ranks each has its own, and `close` joins them."""
+
+    def __init__(
+        self, config: SampleConfig, pipeline: LatentDiffusionPipeline, request: Request, folder: Path
+    ):
+        self.config, self.pipeline, self.request, self.folder = config, pipeline, request, folder
+        self.spec, self.each = pipeline.spec, config.samples
+        self.suffix = suffix_of(config.format, self.spec.dims)
+        self.summed = self.each > 1 and (config.maps or request.has_targets)
+        self.shown: dict[int, Tensor] = {}
+        self.shown_labels: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}  # set -> (2, C, *size), of the samples and of their squares
+        self.scores: dict[str, dict[str, float]] = {}
+
+    def add(self, i: int, x: Tensor, labels: Tensor | None = None) -> None:
+        """Sample i, x (C, *size), with its label map (*size)."""
+        number, name = i // self.each, f"sample_{i:04d}"
+        if self.config.conditions or self.request.has_targets:
+            name = self.request.names[number] + (f"_{i % self.each:02d}" if self.each > 1 else "")
+        self.write(name, number, x)
+        if labels is not None:
+            self.write_labels(name, number, labels)
+            self.shown_labels |= {i: labels} if i < 4 else {}
+        if i < SHOWN or (self.request.has_targets and number < 4 and i % self.each == 0):
+            self.shown[i] = x
+        if self.summed:
+            pair = torch.stack([x.double(), x.double().square()])
+            self.sums[number] = self.sums[number] + pair if number in self.sums else pair
+        if self.request.has_targets:
+            self.scores[name] = self.score(x, number)
+            if self.spec.dims == 2:
+                self.sheet(name, x, number)
+
+    def write(self, name: str, number: int, x: Tensor) -> None:
+        volume = self.request.volume(number, x, self.spec)
+        if self.request.paste:
+            volume = pasted(volume, self.request)
+        write(self.folder / f"{name}{self.suffix}", volume)
+
+    def sheet(self, name: str, x: Tensor, number: int) -> None:
+        """sheets/NAME.tif: source, target and sample side by side, first channels, scaled, float32."""
+        case = self.request.images[number, number]
+        row = [case[role][:1] for role in ("source", "image") if role in case] + [x[:1].float()]
+        volume = Volume(torch.cat(row, 2).numpy(), spacing_affine(self.spec.spacing))
+        write(self.folder / "sheets" / f"{name}.tif", volume)
+
+    def write_labels(self, name: str, number: int, labels: Tensor) -> None:
+        """labels/NAME: a label map (*size), with its volume's geometry and the values of training masks."""
+        volume = self.request.volume(number, labels[None], self.spec)
+        array = file_labels(volume.array, self.pipeline.layout, self.spec.num_labels)
+        volume = dataclasses.replace(volume, array=array)
+        write(self.folder / "labels" / f"{name}{self.suffix}", volume)
+
+    def score(self, x: Tensor, number: int) -> dict[str, float]:
+        """PSNR (dB) and SSIM beside the target, both in the scaled range [-1, 1]. A target of one value, such
+        as an empty slice, has no score: a PSNR there has no upper limit."""
+        target = self.request.images[number, number]["image"][None]
+        if target.min() == target.max():
+            return {"psnr": math.nan, "ssim": math.nan}
+        x = x[None].float().clamp(-1, 1) if self.spec.clipped else x[None].float()
+        return {"psnr": float(psnr(x, target, 2.0)), "ssim": float(ssim(x, target, 2.0))}
+
+    def close(self) -> None:
+        """Join the results of all ranks; write the maps of each set."""
+        self.shown = {i: v for part in gather(self.shown) for i, v in part.items()}
+        self.shown_labels = {i: v for part in gather(self.shown_labels) for i, v in part.items()}
+        for number, name in enumerate(self.request.names) if self.summed else ():
+            shape = (2, self.spec.channels, *self.spec.size)
+            sums = all_reduce_sum(self.sums.pop(number, torch.zeros(shape, dtype=torch.float64)))
+            mean = sums[0] / self.each
+            if is_main() and self.request.has_targets:
+                self.scores[f"{name} mean"] = self.score(mean.float(), number)
+            if is_main() and self.config.maps:
+                std = (sums[1] / self.each - mean.square()).clamp(min=0).sqrt()
+                self.write(f"maps/{name}_mean", number, mean.float())
+                zero, width = (self.request.volume(number, v.float(), self.spec) for v in (0 * std, std))
+                volume = dataclasses.replace(width, array=width.array - zero.array)  # no offset
+                write(self.folder / "maps" / f"{name}_std{self.suffix}", volume)
+        self.scores = {k: v for part in gather(self.scores) for k, v in part.items()}
+        barrier()
+
+    def rows(self) -> dict[str, list[np.ndarray]]:
+        """The pictures of the preview sheet: targets and samples, or the first samples; then label maps."""
+        shown = [self.shown[i][0].numpy() for i in sorted(self.shown)]
+        starts, last = range(0, len(shown), 4), len(shown) - 1
+        rows = {f"samples {i} to {min(i + 3, last)}": shown[i : i + 4] for i in starts}
+        if self.request.has_targets:
+            some = [self.request.images[i, i] for i in range(min(4, len(self.request.names)))]
+            kinds = {"source": "source", "target": "image"} if "source" in some[0] else {"target": "image"}
+            rows = {title: [case[role][0].numpy() for case in some] for title, role in kinds.items()}
+            first = [i * self.each for i in range(len(some)) if i * self.each in self.shown]
+            rows["generated"] = [self.shown[i][0].numpy() for i in first]
+        if self.shown_labels:
+            some = [(self.shown[i], self.shown_labels[i]) for i in sorted(self.shown_labels)]
+            rows["the first with their labels"] = [part for pair in some for part in overlay(*pair)]
+        return rows
+
+
+def pasted(made: Volume, request: Request) -> Volume:
+    """The edited image's own file, with the region's voxels replaced by those of `made`."""
+    images, region = request.images, request.edit.region
+    whole = load_role(images.cases[0].image, "image", images.config)
+    start = centred(whole.shape, tuple(region.shape))
+    inside = [slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, made.shape, strict=True)]
+    window = (slice(None), *(slice(max(0, s), max(0, s) + n) for s, n in zip(start, made.shape, strict=True)))
+    array = whole.array.copy()
+    array[window] = np.where(region.numpy()[tuple(inside)], made.array, array[window])
+    return dataclasses.replace(whole, array=array)
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
+    """preview.png, samples.json, and on the console the scores of the first samples. facts: what only the
+    sampling knows: sampler, network calls, seconds."""
+    config, request, spec = results.config, results.request, results.spec
+    x = torch.stack([results.shown[i] for i in sorted(results.shown)])
+    scores = {"generated": set_statistics(x), "real (validation)": spec.reference}
+    picture = save_sheet(results.folder / "preview.png", results.rows(), limits=(-1, 1))
+    total, seconds = results.each * len(request.names), facts["seconds"]
+    content = {
+        **to_dict(config),
+        "num": total,
+        "run": str(run),
+        "step": results.pipeline.content["step"],
+        **facts,
+        "seconds_per_volume": round(seconds / max(1, total), 3),
+        "size": list(spec.size),
+        "spacing": list(spec.spacing),
+        "scores": scores,
+        "sets": dict(zip(request.names, request.values, strict=True)),
+        "cases_scores": results.scores,
+    }
+    write_report(results.folder / "samples.json", content)
+    print(table([["", *scores["generated"]], *([name, *row.values()] for name, row in scores.items())]))
+    print_target_scores(results.scores)
+    print(f"{total} volumes in {seconds:.1f} s: {results.folder}" + (f", {picture}" if picture else ""))
+
+
+def print_target_scores(scores: dict[str, dict[str, float]]) -> None:
+    """The means over all samples, and over the means of all sets, of their scores beside targets."""
+    for what in ("samples", "means") if scores else ():
+        rows = [row for name, row in scores.items() if name.endswith(" mean") == (what == "means")]
+        scored = [row for row in rows if math.isfinite(row["psnr"])]
+        if len(scored) < len(rows):
+            left = f"{len(rows) - len(scored)} of {len(rows)} {what}"
+            print(f"note: {left} are not scored, their target has one value everywhere")
+        if scored:
+            means = [sum(row[k] for row in scored) / len(scored) for k in scored[0]]
+            print(table([["", *scored[0]], [f"{what} beside targets, {len(scored)}", *means]]))
+
+
+def plan(config: SampleConfig, run: Path) -> None:
+    """--plan: print the memory that denoising and decoding need, and the largest batch and cube that fit."""
+    model = LatentDiffusionPipeline(run).model
+    both = weight_bytes(model.denoiser) + weight_bytes(model.autoencoder)
+    guidance = guidance_of(config)
+    guidance.check(model.denoiser.conditions)
+    weights = branch_weights(guidance.scales(model.denoiser.conditions))
+    branches = sum(weight != 0 for weight in weights)  # in one batch
+
+    def denoise(net: nn.Module, batch: int, size: tuple[int, ...]) -> None:
+        z = torch.zeros(batch, model.latent_shape[0], *size)
+        slope, half = z + 0, z + 0  # what a sampler keeps between two calls
+        preds = net(torch.cat([z] * branches), torch.zeros(branches * batch)).to(z.dtype)
+        preds[:batch] + slope + half
+
+    def make_denoiser() -> nn.Module:
+        return Denoiser(*model.denoiser.arguments)
+
+    plan = Plan(config.plan, config.amp, config.device)
+    steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)
+    latent = model.latent_shape[1:]
+    plan.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
+    plan.inference("decoding", model.autoencoder.fresh_copy, decode, 1, model.spec.size, steps[1], both)
+    plan.print()
+
+
+# --- all of it ----------------------------------------------------------------------------------------------
+
+
+def sample_files(config: SampleConfig, run: Path) -> Path | None:
+    """Make the samples that the settings describe, and write them; returns the new folder."""
+    if config.plan is not None:
+        return plan(config, run)
+    pipeline = LatentDiffusionPipeline(run, setup(config.device))
+    model = pipeline.model
+    if config.with_labels:
+        model.check_labels()
+    if not config.registers:
+        model.use_registers(False)
+    if config.compile:
+        model.denoiser.compile()
+    sampler = model.default_sampler if config.sampler == "auto" else config.sampler
+    model.kernel.check_sampler(sampler, config.eta)
+    guidance = guidance_of(config)
+    guidance.check(model.denoiser.conditions)
+    request = read_request(config, pipeline, config.amp)
+    guidance.note_idle(request.conditions)
+    times = model.kernel.sampling_times(sampler, config.steps, model.latent_shape[1:])
+    _, times = request.edit.start(torch.zeros(1, *model.latent_shape, device=model.device), times, [0])
+    calls, total = model.kernel.num_network_calls(sampler, times), config.samples * len(request.names)
+    folder = new_folder(run, config.out, "samples")
+    size = "x".join(map(str, model.spec.size))
+    print0(f"{total} volumes of {size}, {sampler}, {len(times)} steps = {calls} network calls each")
+
+    indices = list(range(total))[rank() :: world_size()]
+    sets = torch.tensor(indices, dtype=torch.long) // config.samples
+    cond = {name: value[sets] for name, value in request.conditions.items()}
+    start, results = time.perf_counter(), Results(config, pipeline, request, folder)
+    settings = (config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp)
+    stream = model.stream(indices, *settings, cond, guidance, request.edit)
+    batches, done = -(-len(indices) // config.batch_size), 0
+    for x, z in progress(stream, "sampling", batches):
+        own = {name: value[done : done + len(x)] for name, value in cond.items()}
+        labels = model.label_maps(z, own, config.amp) if config.with_labels else [None] * len(x)
+        for i, volume, label_map in zip(indices[done:], x, labels, strict=False):
+            results.add(i, volume, label_map)
+        done += len(x)
+    results.close()
+    if is_main():
+        seconds = round(time.perf_counter() - start, 2)
+        report(results, run, {"sampler": sampler, "network_calls": calls, "seconds": seconds})
+    barrier()
+    return folder

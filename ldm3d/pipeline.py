@@ -1,0 +1,240 @@
+"""Runs opened for use: `load(RUN)` is the one door from a run folder to a network that does its work.
+
+    pipeline = ldm3d.load("runs/vae-hippocampus")     # AutoencoderPipeline
+    pipeline.reconstruct("head.nii.gz")               # (C, *S), through encoder and decoder
+    pipeline = ldm3d.load("runs/ldm-hippocampus")     # LatentDiffusionPipeline
+    pipeline.sample(4, conditions={"image": "t1.nii.gz"})
+    pipeline = ldm3d.load("runs/cdal-hippocampus")    # SegmentationPipeline
+    pipeline.segment("head.nii.gz", votes=5)          # (K, *S) probabilities
+
+The networks know no files. A pipeline knows both: the networks, with the EMA weights of the run's best
+checkpoint, and how the run's training files were read and scaled, so that other files are read alike. Tensors
+are in scaled intensities everywhere; `pipeline.spec.to_volume(x)` gives a volume in the units of the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig
+from .conditions import Condition, ConditionConfig
+from .config import InputError, from_dict, read_json
+from .data import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_files, open_images
+from .denoiser import Denoiser
+from .diffusion_kernel import DiffusionKernel, KernelConfig
+from .engine.checkpoint import load_run, load_weights, save
+from .engine.distributed import is_main
+from .engine.training import autocast
+from .latent_diffusion import LatentDiffusion
+from .registers import AnatomyConfig
+from .unet import UNetConfig
+from .vae import Autoencoder, VAEConfig
+from .vqvae import QuantizerConfig, make_autoencoder
+
+# --- autoencoders -------------------------------------------------------------------------------------------
+
+
+def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
+    """The autoencoder (EMA weights, frozen, eval mode, on the CPU) of a run or checkpoint, and the
+    checkpoint's content."""
+    content = load_run(run, "vae")
+    config = content["config"]
+    autoencoder = make_autoencoder(
+        config.get("autoencoder", "kl"),
+        from_dict(VAEConfig, config["vae"], "vae"),
+        from_dict(QuantizerConfig, config.get("quantizer", {}), "quantizer"),
+    )
+    load_weights(autoencoder, content["ema"], str(run))
+    return autoencoder.eval().requires_grad_(False), content
+
+
+def copy_autoencoder(source: str | Path, run_dir: Path) -> None:
+    """Put the autoencoder's EMA weights into a stage-two folder, once, so that the folder is complete."""
+    target = run_dir / "autoencoder.pt"
+    if target.exists() or not is_main():
+        return
+    content = load_run(source, "vae")
+    keep = ("kind", "config", "state", "ema", "step", "best")
+    save(target, {k: content[k] for k in keep})
+
+
+# --- pipelines ----------------------------------------------------------------------------------------------
+
+
+class Pipeline:
+    """A run opened for use. run: the folder or checkpoint; folder: the run's folder; content: the checkpoint
+    without weights; spec: size, spacing and intensities of the training data; layout: how files are read."""
+
+    def __init__(self, run: str | Path, content: dict[str, Any], device: str | torch.device):
+        self.run, self.device = Path(run), torch.device(device)
+        self.folder = self.run if self.run.is_dir() else self.run.parent
+        self.content = {k: content[k] for k in ("kind", "config", "state", "step")}
+        self.spec = DataSpec.from_dict(content["state"]["data"])
+        self.layout = from_dict(DataConfig, content["config"]["data"], "data")
+
+    def own_size(self, x: Tensor | str | Path) -> Tensor:
+        """An image (C, *S), scaled as in training, in its own size; x: this tensor itself, or its file."""
+        return x if isinstance(x, Tensor) else open_images(self.content, x)[0, 0]["image"]
+
+
+class AutoencoderPipeline(Pipeline):
+    """A run of train_vae.py: `net` is the autoencoder."""
+
+    def __init__(self, run: str | Path, device: str | torch.device = "cpu"):
+        self.net, content = load_autoencoder(run)
+        self.net.to(device)
+        super().__init__(run, content, device)
+
+    @torch.inference_mode()
+    def reconstruct(self, x: Tensor | str | Path, amp: str = "fp32") -> Tensor:
+        """x: an image file, or (C, *S) in scaled intensities, of any size -> (C, *S) after the encoder (the
+        posterior's mean) and the decoder, float32 on the CPU."""
+        x = self.own_size(x)[None].to(self.device)
+        with autocast(amp, self.device):
+            recon = self.net.decode(self.net.encode(x).mode(), x.shape[2:])
+        return recon.float()[0].cpu()
+
+
+class SegmentationPipeline(Pipeline):
+    """A run of train_cdal.py: `method` (cdal.py) segments with `net`, the generator."""
+
+    def __init__(self, run: str | Path, device: str | torch.device = "cpu"):
+        content = load_run(run, "cdal")
+        super().__init__(run, content, device)
+        config = content["config"]
+        self.method = CDAL(from_dict(CDALConfig, config["cdal"], "cdal"), self.spec.num_labels)
+        net = Generator(
+            from_dict(GeneratorConfig, config["generator"], "generator"),
+            from_dict(UNetConfig, config["unet"], "unet"),
+            self.spec.channels,
+            self.spec.num_labels,
+        )
+        load_weights(net, content["ema"], str(run))
+        self.net = net.to(device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        x: Tensor | str | Path,
+        votes: int = 5,
+        window: Sequence[int] | None = None,
+        overlap: float = 0.5,
+        seed: int = 0,
+        key: str = "",
+        batch_size: int = 8,
+        amp: str = "fp32",
+    ) -> Tensor:
+        """x: an image file, or (C, *S) in scaled intensities, of any size -> the mean probability (K, *S) of
+        the votes, on the CPU. The label map is its argmax over K. window: none = as in the run's validation.
+        The other settings: `CDAL.segment`."""
+        window = window or self.content["config"]["window"]
+        with autocast(amp, self.device):
+            x = self.own_size(x).to(self.device)
+            return self.method.segment(self.net, x, votes, window, overlap, seed, key, batch_size)
+
+
+class LatentDiffusionPipeline(Pipeline):
+    """A run of train_ldm.py: `model` is the LatentDiffusion."""
+
+    def __init__(self, run: str | Path, device: str | torch.device = "cpu"):
+        content = load_run(run, "ldm")
+        super().__init__(run, content, device)
+        autoencoder, _ = load_autoencoder(self.folder / "autoencoder.pt")
+        config, state = content["config"], content["state"]
+        denoiser = Denoiser(
+            from_dict(UNetConfig, config["unet"], "unet"),
+            from_dict(ConditionConfig, config.get("condition", {}), "condition"),
+            [Condition.from_dict(c) for c in state.get("conditions", [])],
+            from_dict(AnatomyConfig, config.get("anatomy", {}), "anatomy"),
+            self.spec.num_labels or 0,
+            autoencoder.downsampling,
+        )
+        load_weights(denoiser, content["ema"], str(run))
+        kernel = DiffusionKernel(from_dict(KernelConfig, config["kernel"], "kernel"))
+        statistics = state["latent_mean"], state["latent_std"]
+        model = LatentDiffusion(autoencoder, denoiser, kernel, *statistics, self.spec)
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def open(
+        self, paths: Sequence[str | Path], role: str = "image", size: Sequence[int] | None = None
+    ) -> VolumeDataset:
+        """Files as the training data's "image", "source" or "mask" were read, or a "region" (a mask of any
+        labels); centred to `size`, none = the training size."""
+        spec = dataclasses.replace(self.spec, size=self.model.volume_size(size))
+        return open_files(paths, role, self.layout, spec)
+
+    def read(self, path: str | Path, role: str = "image", size: Sequence[int] | None = None) -> Tensor:
+        """One file of `open` as a tensor: scaled intensities (C, *size), or integers (*size)."""
+        key = "mask" if role in ("mask", "region") else "image"
+        return self.open([path], role, size)[0, 0][key]
+
+    def read_conditions(
+        self, conditions: dict[str, Any], size: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """The conditions with tensors in place of the names of files of sources and masks."""
+        known = self.model.denoiser.conditions
+        roles = {c.name: c.origin for c in known if c.origin in ("source", "mask")}
+        tensors: dict[tuple[str, str], Tensor] = {}  # a file that many samples share is read once
+
+        def tensor(value: Any, role: str) -> Any:
+            if not isinstance(value, (str, Path)) or not str(value).strip():
+                return value
+            if (str(value), role) not in tensors:
+                tensors[str(value), role] = self.read(value, role, size)
+            return tensors[str(value), role]
+
+        made = dict(conditions)
+        for name, role in ((name, role) for name, role in roles.items() if name in made):
+            value = made[name]
+            made[name] = [tensor(v, role) for v in value] if isinstance(value, list) else tensor(value, role)
+        return made
+
+    def prepare(self, conditions: dict[str, Any], num: int = 1, amp: str = "fp32") -> dict[str, Tensor]:
+        """`LatentDiffusion.prepare`, where sources and masks may be files."""
+        return self.model.prepare(self.read_conditions(conditions), num, amp)
+
+    def sample(
+        self,
+        num: int = 1,
+        size: Sequence[int] | None = None,
+        conditions: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`LatentDiffusion.sample`, where sources and masks may be files: (num, C, *size), and with
+        with_labels their label maps. settings: steps, sampler, seed, guidance_scale ... of that method."""
+        cond = self.read_conditions(conditions or {}, size)
+        return self.model.sample(num, size, conditions=cond, **settings)
+
+    def data(self) -> Data:
+        """The run's own cases in the run's split, opened anew and read as in training."""
+        preset = load_run(self.folder / "autoencoder.pt", "vae")["config"]["preset"]
+        seed, split = self.content["config"]["run"]["seed"], read_json(self.folder / "split.json")
+        return dataclasses.replace(open_data(self.layout, preset, seed, split), spec=self.spec)
+
+
+# --- the door -----------------------------------------------------------------------------------------------
+
+PIPELINES = {"vae": AutoencoderPipeline, "ldm": LatentDiffusionPipeline, "cdal": SegmentationPipeline}
+
+
+def kind_of(run: str | Path) -> str:
+    """What a run folder or checkpoint is of: "vae", "ldm" or "cdal"."""
+    stored = Path(run) / "config.json"
+    kind = read_json(stored).get("kind") if stored.exists() else load_run(run)["kind"]
+    if kind not in PIPELINES:
+        raise InputError(f"{run}: is a {kind!r} run, expected one of {', '.join(PIPELINES)}")
+    return kind
+
+
+def load(
+    run: str | Path, device: str | torch.device = "cpu"
+) -> AutoencoderPipeline | LatentDiffusionPipeline | SegmentationPipeline:
+    """Open a run for use: its folder (best.pt, else the newest checkpoint) or a checkpoint in it. The kind of
+    the run decides what is returned. InputError names what is wrong with the files."""
+    return PIPELINES[kind_of(run)](run, device)
