@@ -217,7 +217,7 @@ def test_sigterm_and_ctrl_c_save_and_exit_143(heads, tmp_path, number):
         ("ldm", ["--votes", "3"], "--votes: no such setting; did you mean --"),
         ("vae", [], "which images? give the image file, or folder of images"),
         ("vae", ["FOLDER", "--num", "3"], "--num: no such setting"),
-        ("vae", ["/nowhere"], "/nowhere: no such file or folder"),
+        ("vae", ["/nowhere"], "/nowhere: no such folder"),
     ],
 )
 def test_every_kind_of_run_has_settings_of_its_own(place, run, flags, words, capsys):
