@@ -12,7 +12,7 @@ from tiny import read_csv, vae_flags
 
 import train_vae
 from ldm3d.data import VolumeDataset, open_images
-from ldm3d.latent_diffusion import load_autoencoder
+from ldm3d.pipeline import load_autoencoder
 from ldm3d.reports import encoded_cases
 from ldm3d.reports.__main__ import main as reports_main
 from ldm3d.reports.encoded_cases import cache_folder, from_cache
