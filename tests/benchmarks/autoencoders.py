@@ -1,4 +1,4 @@
-"""Which autoencoder reconstructs best: KL or VQ, with and without a critic, for the same number of steps.
+"""Which autoencoder reconstructs best: KL or VQ, with or without a discriminator, in the same steps.
 
     python tests/benchmarks/autoencoders.py hippocampus                              # 3-D
     python tests/benchmarks/autoencoders.py tiff_pairs                               # 2-D
@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from ldm3d.evaluation.results import table  # noqa: E402
 
-CRITIC = ["--disc_weight", "0.1", "--feature_weight", "1"]
+DISCRIMINATOR = ["--disc_weight", "0.1", "--feature_weight", "1"]
 ROWS = {
     "KL": [],
-    "KL + critic": CRITIC,
+    "KL + discriminator": DISCRIMINATOR,
     "VQ": ["--autoencoder", "vq"],
-    "VQ + critic": ["--autoencoder", "vq", *CRITIC],
+    "VQ + discriminator": ["--autoencoder", "vq", *DISCRIMINATOR],
 }
 # Slices of two patients: trained on one, validated on the other
 SLICES = """hippocampus --data.name tiff_pairs --data.dims 2 --data.image flair/*.tif --data.subject (p\\d+)_
@@ -59,7 +59,7 @@ def score(run: Path) -> dict[str, dict[str, float]]:
 
 
 def seconds_per_step(run: Path) -> float:
-    """The median of the log's, over the last half: with the critic, where there is one."""
+    """The median of the log's, over the last half: with the discriminator, where there is one."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch_size = json.loads((run / "config.json").read_text())["batch_size"]
     speeds = [line["samples_per_s"] for line in lines if line["split"] == "train"]

@@ -1,5 +1,5 @@
-"""Every command in the guides and docstrings is one that its program accepts: presets exist, flags are known,
-values have the right type. Nothing is run."""
+"""The guides tell the truth about the tree: every command in them and in docstrings is one that its program
+accepts, every link leads somewhere, every file they name exists. No command is run."""
 
 import argparse
 import ast
@@ -25,9 +25,12 @@ MORE_FLAGS = {"--vae": train_vae, "--ldm": train_ldm}  # of benchmarks, which ha
 PROGRAM = r"(?:\b(?:python|torchrun)|(?<=`)(?:train_\w+|sample)\.py)\s[^`]*"
 
 
+GUIDES = [ROOT / "README.md", *ROOT.glob("ldm3d/**/README.md"), *ROOT.glob("tests/**/README.md")]
+
+
 def texts() -> Iterator[tuple[str, str]]:
     """(name, text) of every guide and of every module's docstring."""
-    for path in [ROOT / "README.md", *ROOT.glob("ldm3d/**/README.md"), *ROOT.glob("tests/**/README.md")]:
+    for path in GUIDES:
         yield str(path.relative_to(ROOT)), path.read_text()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("ldm3d/**/*.py"), *ROOT.glob("tests/benchmarks/*.py")]:
         yield str(path.relative_to(ROOT)), ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -152,3 +155,39 @@ def test_every_program_and_task_is_shown_somewhere():
 def test_a_wrong_command_is_found(command, capsys):
     with pytest.raises((InputError, SystemExit)):
         check(shlex.split(command))
+
+
+# --- links and names ----------------------------------------------------------------------------------------
+
+
+def anchors(guide: Path) -> set[str]:
+    """What a link can point to within a guide: its headings, written as GitHub does."""
+    headings = re.findall(r"^#+ (.+)$", guide.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_and_picture_of_a_guide_leads_somewhere(guide):
+    for link in re.findall(r"\]\(([^)\s]+)\)", guide.read_text()):
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            target = guide.parent / name if name else guide
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_that_a_guide_names_exists(guide):
+    for name in re.findall(r"`([\w/]+\.py)`", guide.read_text()):
+        assert any((folder / name).exists() for folder in (guide.parent, ROOT / "ldm3d", ROOT)), name
+
+
+def test_every_folder_of_the_package_has_a_guide_that_names_its_modules():
+    for folder in {path.parent for path in ROOT.glob("ldm3d/**/*.py")}:
+        text = (folder / "README.md").read_text()
+        for module in folder.glob("[!_]*.py"):
+            assert f"`{module.name}`" in text, module.relative_to(ROOT)
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
