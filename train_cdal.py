@@ -127,7 +127,7 @@ PUBLISHED: dict[str, Any] = {
     "cdal.attention": "input",
     "cdal.attention_normalised": False,
     "cdal.attention_layer": 1,
-    "cdal.critic_sees_image": False,
+    "cdal.disc_sees_image": False,
     "generator.output": "tanh",
     "generator.latent_dim": 50,
     "data.scaling": "minmax",
@@ -233,7 +233,7 @@ def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> 
 
 def make_discriminator(config: Config, channels: int, num_labels: int) -> TimeDiscriminator:
     """The discriminator of pairs of label maps (and of images of `channels`, where it sees them)."""
-    in_channels = 2 * num_labels + (channels if config.cdal.critic_sees_image else 0)
+    in_channels = 2 * num_labels + (channels if config.cdal.disc_sees_image else 0)
     discriminator = TimeDiscriminator(dataclasses.replace(config.disc, in_channels=in_channels))
     num_blocks = len(discriminator.blocks)
     if not -num_blocks <= config.cdal.attention_layer < num_blocks:
@@ -280,7 +280,7 @@ def plan(config: Config) -> None:
 
     def loss(net: Generator, batch: int, size: tuple[int, ...]) -> Tensor:
         discriminator = None
-        if config.cdal.has_critic:
+        if config.cdal.has_discriminator:
             discriminator = make_discriminator(config, spec.channels, spec.num_labels)
 
         def draw(purpose: str, *shape: int) -> Tensor:
@@ -290,15 +290,15 @@ def plan(config: Config) -> None:
         terms, pair = cdal.losses(net, net, discriminator, image, labels, torch.zeros(batch), draw)
         value = terms["loss"]
         if discriminator is not None:
-            value = value + cdal.critic_losses(discriminator, image, pair, 1)["loss"]
+            value = value + cdal.discriminator_losses(discriminator, image, pair, 1)["loss"]
         return value.mean()
 
     def infer(net: Generator, batch: int, size: tuple[int, ...]) -> None:
         cdal.vote(
             net,
             net.encode(torch.zeros(1, spec.channels, *size)),
-            torch.zeros(batch, cdal.kernel.num_timesteps, spec.num_labels, *size),
-            torch.zeros(batch, cdal.kernel.num_timesteps, config.generator.latent_dim),
+            torch.zeros(batch, cdal.num_timesteps, spec.num_labels, *size),
+            torch.zeros(batch, cdal.num_timesteps, config.generator.latent_dim),
         )
 
     plan = Plan(config.plan, config.run.amp, config.run.device)
@@ -324,7 +324,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     cdal = CDAL(config.cdal, num_labels)
     net = Generator(config.generator, config.unet, channels, num_labels).to(device)
     discriminator = None
-    if config.cdal.has_critic:
+    if config.cdal.has_discriminator:
         discriminator = make_discriminator(config, channels, num_labels).to(device)
     state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
@@ -363,7 +363,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             amp = "fp32" if cdal.penalised(run.step) else config.run.amp  # a gradient's gradient wants fp32
             for batch, fraction in micro_batches(pairs, disc_model, device, seed, run.step):
                 with autocast(amp, device):
-                    terms = cdal.critic_losses(disc_model, batch["image"], batch, run.step)
+                    terms = cdal.discriminator_losses(disc_model, batch["image"], batch, run.step)
                 disc_stepper.backward(terms.pop("loss").mean() * fraction)
                 mean.add(**terms)
             disc_stepper.step(run.step)

@@ -17,15 +17,14 @@ from ldm3d.cdal import (
     CDAL,
     CDALConfig,
     FewStepConfig,
-    FewStepKernel,
     Generator,
     GeneratorConfig,
     attention_map,
+    few_step_betas,
     uncertainty,
     window_starts,
-    window_weight,
 )
-from ldm3d.config import InputError
+from ldm3d.config import InputError, from_dict
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import keyed_generator, rank, wrap
@@ -56,19 +55,19 @@ def make(dims: int = 2, seed: int = 0, stem: int = 1, **changes) -> Generator:
     for parameter in net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
-    nn.init.normal_(net.unet.conv_in.weight, std=0.1)  # at first it does not see x_next
+    nn.init.normal_(net.unet.conv_in.weight, std=0.1)  # at first it does not see x_prev
     return net
 
 
-def make_critic(dims: int = 2, image_channels: int = 1, seed: int = 1) -> TimeDiscriminator:
-    """A small critic, all weights random and large, so that its gradients are far above rounding."""
+def make_discriminator(dims: int = 2, image_channels: int = 1, seed: int = 1) -> TimeDiscriminator:
+    """A small discriminator, all weights random and large, so that its gradients are far above rounding."""
     torch.manual_seed(seed)
     config = TimeDiscriminatorConfig(dims, 2 * K + image_channels, channels=(4, 8), emb_dim=8)
-    critic = TimeDiscriminator(config)
+    disc = TimeDiscriminator(config)
     with torch.no_grad():
-        for parameter in critic.parameters():
+        for parameter in disc.parameters():
             parameter.copy_(2.5 * (parameter if parameter.any() else nn.init.normal_(parameter, std=0.1)))
-    return critic
+    return disc
 
 
 def batch(dims: int = 2, num: int = 4, side: int = 8):
@@ -112,44 +111,41 @@ TABLES = {
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_the_coefficients_are_the_published_ones(steps):
-    kernel = FewStepKernel(FewStepConfig(num_timesteps=steps))
-    for name, expected in TABLES[steps].items():
-        assert getattr(kernel, name).tolist() == pytest.approx(expected, abs=1e-6), name
+    method, table = make_method(steps), TABLES[steps]
+    for name in ("betas", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
+        assert getattr(method.kernel, name).tolist() == pytest.approx(table[name], abs=1e-6), name
+    one, zero = torch.ones(steps, 1, 1, 1), torch.zeros(steps, 1, 1, 1)
+    coef1, variance = method.posterior.q_posterior(one, zero, torch.arange(steps))
+    coef2, _ = method.posterior.q_posterior(zero, one, torch.arange(steps))
+    assert coef1.flatten().tolist() == pytest.approx(table["posterior_mean_coef1"], abs=1e-6)
+    assert coef2.flatten().tolist() == pytest.approx(table["posterior_mean_coef2"], abs=1e-6)
+    assert variance.flatten().tolist() == pytest.approx(table["posterior_variance"], abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["vp", "geometric"])
+@pytest.mark.parametrize(("schedule", "low", "high"), [("vp", 0.1, 20.0), ("geometric", 0.01, 0.99)])
 @pytest.mark.parametrize("steps", [1, 3, 8])
-def test_one_step_after_another_is_the_closed_form(schedule, steps):
-    low, high = (0.1, 20.0) if schedule == "vp" else (0.01, 0.99)
-    kernel = FewStepKernel(FewStepConfig(steps, schedule, low, high))
-    a, s = kernel.sqrt_alphas_cumprod, kernel.sqrt_one_minus_alphas_cumprod
-    for t in range(steps):
-        beta = kernel.betas[t + 1]
-        assert a[t + 1] == pytest.approx(float((1 - beta).sqrt() * a[t]), rel=1e-10)
-        assert s[t + 1] ** 2 == pytest.approx(float((1 - beta) * s[t] ** 2 + beta), rel=1e-10)
-    if schedule == "geometric":
-        ratio = 1 - (low * (high / low) ** 0.001)
-        assert a[-1] ** 2 * ratio == pytest.approx((1 - 1e-8) * (1 - high), rel=1e-6)
+def test_what_all_steps_leave_of_the_mask_is_the_schedule_between_its_ends(schedule, low, high, steps):
+    betas = few_step_betas(FewStepConfig(steps, schedule, low, high))
+    assert betas.shape == (steps + 1,)
+    assert betas[0] == 1e-8
+
+    def signal(tau):
+        if schedule == "geometric":
+            return 1 - low * (high / low) ** tau
+        return math.exp(-low * tau - (high - low) * tau**2 / 2)
+
+    for i in range(1, steps + 1):
+        expected = signal(0.001 + 0.999 * i / steps) / signal(0.001)
+        assert math.prod(1 - betas[1 : i + 1].numpy()) == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_posterior_is_that_of_conditioned_gaussians():
-    kernel = FewStepKernel(FewStepConfig(num_timesteps=4))
-    x_start, x_next = torch.tensor([[[0.7]]]), torch.tensor([[[-0.4]]])
-    cumprod = (1 - kernel.betas[1:]).cumprod(0)
-    for t in (1, 2, 3):
-        mean, variance = kernel.q_posterior(x_start, x_next, torch.tensor([t]))
-        # x_t = N(a, b^2), x_next = r x_t + N(0, beta): precision-weighted, in plain numbers
-        a, b2 = math.sqrt(cumprod[t - 1]) * 0.7, 1 - float(cumprod[t - 1])
-        r, beta = math.sqrt(1 - kernel.betas[t + 1]), float(kernel.betas[t + 1])
-        precision = 1 / b2 + r * r / beta
-        assert float(variance) == pytest.approx(1 / precision, rel=1e-5)
-        assert float(mean) == pytest.approx((a / b2 + r * -0.4 / beta) / precision, rel=1e-5)
-
-
-def test_the_last_posterior_is_the_estimate_itself_whatever_the_noise():
-    kernel, x_start = FewStepKernel(FewStepConfig(num_timesteps=4)), torch.randn(2, K, 4, 4)
-    noise = torch.full_like(x_start, 1e6)
-    assert torch.equal(kernel.step(x_start, torch.randn(2, K, 4, 4), torch.tensor([0, 0]), noise), x_start)
+def test_the_worked_example_and_the_last_step_which_ends_in_the_estimate_whatever_the_noise():
+    method, one = make_method(2), torch.ones(1, 1, 1, 1)
+    first, last = torch.tensor([1]), torch.tensor([0])
+    assert float(method.step(one, -0.5 * one, first, 0 * one)) == pytest.approx(0.270, abs=5e-4)
+    assert float(method.step(one, -0.5 * one, first, one)) == pytest.approx(0.270 + 0.960, abs=1e-3)
+    x_start = torch.randn(1, K, 4, 4)
+    assert torch.equal(method.step(x_start, torch.randn(1, K, 4, 4), last, 1e6 * one), x_start)
 
 
 def test_training_times_have_the_share_that_is_asked_for():
@@ -158,6 +154,10 @@ def test_training_times_have_the_share_that_is_asked_for():
         t = make_method(4, noisiest=share).t_from_uniform(u)
         assert (torch.bincount(t, minlength=4) / 8000).tolist() == pytest.approx(expected, abs=2e-3)
     assert make_method(1, noisiest=0.3).t_from_uniform(u).max() == 0
+
+
+def test_a_stored_setting_of_the_old_name_is_read():
+    assert not from_dict(CDALConfig, {"critic_sees_image": False}).disc_sees_image
 
 
 @pytest.mark.parametrize(
@@ -251,34 +251,36 @@ def test_losses_are_the_plain_formulas(weighted):
 
 
 class Spy(nn.Module):
-    """A critic that notes whether what it is shown carries gradients."""
+    """A discriminator that notes whether what it is shown carries gradients."""
 
-    def __init__(self, critic: nn.Module):
+    def __init__(self, disc: nn.Module):
         super().__init__()
-        self.critic, self.carried = critic, []
+        self.disc, self.carried = disc, []
 
     def forward(self, x_t, *rest, **more):
         self.carried.append(x_t.requires_grad)
-        return self.critic(x_t, *rest, **more)
+        return self.disc(x_t, *rest, **more)
 
 
-def gradients(method: CDAL, net: Generator, critic: nn.Module | None, of: str = "loss") -> list[torch.Tensor]:
-    terms, _ = method.losses(net, net, critic, *batch())
+def gradients(method: CDAL, net: Generator, disc: nn.Module | None, of: str = "loss") -> list[torch.Tensor]:
+    terms, _ = method.losses(net, net, disc, *batch())
     return list(torch.autograd.grad(terms[of].sum(), list(net.parameters()), allow_unused=True))
 
 
 @pytest.mark.parametrize("sees", [True, False])
 @pytest.mark.parametrize("attention", ["none", "input", "loss"])
 @pytest.mark.parametrize("weight", [0.0, 0.7])
-def test_the_critics_gradient_reaches_the_generator_exactly_when_the_switch_says_so(weight, attention, sees):
-    net, critic = make(), Spy(make_critic(image_channels=int(sees)).requires_grad_(False))
-    switches = {"attention": attention, "critic_sees_image": sees, "own_estimate": attention != "input"}
-    with_term = gradients(make_method(adversarial_weight=weight, **switches), net, critic)
-    assert any(critic.carried) == (weight > 0)
-    assert all(p.grad is None for p in critic.parameters())
+def test_the_discriminators_gradient_reaches_the_generator_exactly_when_the_switch_says_so(
+    weight, attention, sees
+):
+    net, disc = make(), Spy(make_discriminator(image_channels=int(sees)).requires_grad_(False))
+    switches = {"attention": attention, "disc_sees_image": sees, "own_estimate": attention != "input"}
+    with_term = gradients(make_method(adversarial_weight=weight, **switches), net, disc)
+    assert any(disc.carried) == (weight > 0)
+    assert all(p.grad is None for p in disc.parameters())
     if weight:
-        without = gradients(make_method(**switches), net, critic)
-        term = gradients(make_method(adversarial_weight=weight, **switches), net, critic, "g_loss")
+        without = gradients(make_method(**switches), net, disc)
+        term = gradients(make_method(adversarial_weight=weight, **switches), net, disc, "g_loss")
         assert max(float(g.abs().max()) for g in term) > 1e-2
         for a, b, c in zip(with_term, without, term, strict=True):
             assert torch.allclose(a, b + weight * c, rtol=1e-4, atol=1e-5)
@@ -298,7 +300,7 @@ def test_a_plain_network_sees_nothing_but_the_image():
     again, _ = method.losses(net, net, None, image, labels, 0.5 * u, lambda *a: 9 * draw(*a))
     assert torch.equal(terms["loss"], again["loss"])
     assert pair == {}
-    assert method.kernel.num_timesteps == 1
+    assert method.num_timesteps == 1
 
 
 @pytest.mark.parametrize(
@@ -312,13 +314,13 @@ def test_a_plain_network_sees_nothing_but_the_image():
     ],
 )
 def test_a_training_step_is_the_process_by_hand(output, switches):
-    net, critic, T = make(output=output), make_critic(), 4
+    net, disc, T = make(output=output), make_discriminator(), 4
     method = make_method(T, mse_weight=0.5, adversarial_weight=0.7, **switches)
-    (image, labels, u, draw), c, kernel = batch(), method.config, method.kernel
+    (image, labels, u, draw), c = batch(), method.config
     t = torch.tensor([0, 1, 2, 3])  # of u = 0, 0.33, 0.66, 0.99
     names = "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "betas"
     names += "posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance"
-    alpha, sigma, beta, c1, c2, variance = (getattr(kernel, n).float().view(-1, 1, 1, 1) for n in names)
+    alpha, sigma, beta, c1, c2, variance = (torch.tensor(TABLES[T][n]).view(-1, 1, 1, 1) for n in names)
 
     def noise(purpose):
         return draw(purpose, K, 8, 8)
@@ -329,10 +331,10 @@ def test_a_training_step_is_the_process_by_hand(output, switches):
 
     y = torch.stack([2.0 * (labels == k) - 1 for k in range(K)], 1)
     x_t = alpha[t] * y + sigma[t] * noise("x_t")
-    x_next = (1 - beta[t + 1]).sqrt() * x_t + beta[t + 1].sqrt() * noise("x_next")
-    seen, weight = x_next, None
+    x_prev = (1 - beta[t + 1]).sqrt() * x_t + beta[t + 1].sqrt() * noise("x_next")
+    seen, weight = x_prev, None
     if c.attention != "none":
-        hidden = critic(x_t, t, x_next, image).features[c.attention_layer]
+        hidden = disc(x_t, t, x_prev, image).features[c.attention_layer]
         a = attention_map(hidden, (8, 8), c.attention_normalised).detach()
         weight = a[:, 0] if c.attention == "loss" else None
         if c.attention == "input":
@@ -342,31 +344,31 @@ def test_a_training_step_is_the_process_by_hand(output, switches):
         own = alpha[t + 1] * first + sigma[t + 1] * noise("x_next of the estimate")
         seen = torch.where(t.view(-1, 1, 1, 1) < T - 1, own, seen)
     out, x_start = estimate(seen, t, "z")
-    made, made_unaided = (
-        c1[t] * start + c2[t] * x_next + variance[t].sqrt() * noise("posterior")
-        for start in (x_start, estimate(x_next, t, "z")[1])
+    fake, fake_unaided = (
+        c1[t] * start + c2[t] * x_prev + variance[t].sqrt() * noise("posterior")
+        for start in (x_start, estimate(x_prev, t, "z")[1])
     )
     expected = method.overlap_terms(out, x_start, labels, weight)
-    expected["g_loss"] = nn.functional.softplus(-critic(made, t, x_next, image).logits[0])[:, 0]
+    expected["g_loss"] = nn.functional.softplus(-disc(fake, t, x_prev, image).logits[0])[:, 0]
     expected["loss"] = expected["loss"] + 0.7 * expected["g_loss"]
-    shown = {"x_t": x_t, "x_next": x_next, "t": t, "made": made_unaided if c.attention == "input" else made}
+    shown = {"x_t": x_t, "x_prev": x_prev, "t": t, "fake": fake_unaided if c.attention == "input" else fake}
 
-    both = method.losses(net, net, critic, image, labels, u, draw)
+    both = method.losses(net, net, disc, image, labels, u, draw)
     for found, wanted in zip(both, (expected, shown), strict=True):
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
 
 
-def test_the_critic_judges_true_and_made_pairs_in_one_forward_with_r1_scaled_by_its_interval():
-    net, critic = make(), make_critic()
+def test_the_discriminator_judges_real_and_fake_pairs_in_one_forward_with_r1_scaled_by_its_interval():
+    net, disc = make(), make_discriminator()
     method = make_method(adversarial_weight=1.0, r1_weight=0.5, r1_every=4)
     image, labels, u, draw = batch()
-    _, pair = method.losses(net, net, critic, image, labels, u, draw)
-    plain, lazy = (method.critic_losses(critic, image, pair, step) for step in (3, 4))
+    _, pair = method.losses(net, net, disc, image, labels, u, draw)
+    plain, lazy = (method.discriminator_losses(disc, image, pair, step) for step in (3, 4))
     assert "r1" not in plain
-    real = critic(x := pair["x_t"].clone().requires_grad_(), pair["t"], pair["x_next"], image).logits[0]
-    fake = critic(pair["made"], pair["t"], pair["x_next"], image).logits[0]
+    real = disc(x := pair["x_t"].clone().requires_grad_(), pair["t"], pair["x_prev"], image).logits[0]
+    fake = disc(pair["fake"], pair["t"], pair["x_prev"], image).logits[0]
     expected = nn.functional.softplus(-real) + nn.functional.softplus(fake)
     assert torch.allclose(plain["loss"], expected[:, 0], rtol=1e-5)
     (gradient,) = torch.autograd.grad(real.sum(), x)
@@ -374,7 +376,7 @@ def test_the_critic_judges_true_and_made_pairs_in_one_forward_with_r1_scaled_by_
     assert penalty.min() > 0.01
     assert torch.allclose(lazy["loss"] - plain["loss"], 0.5 * 4 * penalty, rtol=1e-3)
     lazy["loss"].mean().backward()
-    assert all(p.grad is not None for p in critic.parameters())
+    assert all(p.grad is not None for p in disc.parameters())
 
 
 # --- inference ----------------------------------------------------------------------------------------------
@@ -470,8 +472,7 @@ def test_votes_are_samples_of_the_process_with_the_generators_estimates():
                 2 * net(x, torch.full((2,), float(t)), image.expand(2, -1, -1, -1), z[:, i]).softmax(1) - 1
             )
             c1, c2, variance = (
-                float(getattr(method.kernel, f"posterior_{name}")[t])
-                for name in ("mean_coef1", "mean_coef2", "variance")
+                TABLES[4][f"posterior_{name}"][t] for name in ("mean_coef1", "mean_coef2", "variance")
             )
             fresh = noise[:, i + 1] if t else 0
             x = c1 * guess + c2 * x + math.sqrt(variance) * fresh
@@ -486,13 +487,6 @@ def test_windows_cover_everything_and_overlap_as_asked(size, window, overlap):
     assert starts[0] == 0
     assert starts[-1] == size - window
     assert all(b - a <= max(1, window * (1 - overlap)) for a, b in itertools.pairwise(starts))
-
-
-def test_window_weights_are_symmetric_and_positive():
-    weight = window_weight((4, 5))
-    assert torch.allclose(weight, weight.flip(0, 1))
-    assert weight.min() > 0
-    assert weight[2, 2] == pytest.approx(float(weight.max()))
 
 
 def test_uncertainty_is_entropy_over_that_of_equal_probabilities():
@@ -530,33 +524,33 @@ def test_one_image_that_is_overfitted_is_segmented_with_dice_over_098(changes):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_losses_in_half_precision_are_those_of_fp32(amp):
-    net, critic, method = make(3), make_critic(3), make_method(adversarial_weight=0.1, attention="loss")
-    exact, _ = method.losses(net, net, critic, *batch(3))
+    net, disc, method = make(3), make_discriminator(3), make_method(adversarial_weight=0.1, attention="loss")
+    exact, _ = method.losses(net, net, disc, *batch(3))
     with autocast(amp, CPU):
-        half, pair = method.losses(net, net, critic, *batch(3))
-        judged = method.critic_losses(critic, batch(3)[0], pair, 1)
+        half, pair = method.losses(net, net, disc, *batch(3))
+        judged = method.discriminator_losses(disc, batch(3)[0], pair, 1)
     assert all(v.dtype == torch.float32 for v in (*half.values(), *judged.values()))
     for name, value in exact.items():
         assert torch.allclose(half[name], value, rtol=3e-2, atol=3e-2), name
 
 
 def one_step(part: slice) -> list[torch.Tensor]:
-    """Gradients of the generator and of the critic on a part of four samples, over all ranks."""
+    """Gradients of the generator and of the discriminator on a part of four samples, over all ranks."""
     discriminators.minibatch_statistic = lambda h, parts: 0 * h[:, :1]  # the one thing that is per rank
-    net, critic, method = make(), make_critic(), make_method(adversarial_weight=0.5)
-    model, critic_model = wrap(net, CPU), wrap(critic, CPU)
+    net, disc, method = make(), make_discriminator(), make_method(adversarial_weight=0.5)
+    model, disc_model = wrap(net, CPU), wrap(disc, CPU)
     image, labels, u, _ = batch()
     positions = torch.arange(4)[part]
 
     def draw(purpose, *shape):
         return keyed_normal(7, positions, shape, purpose)
 
-    critic.requires_grad_(False)
-    terms, pair = method.losses(model, net, critic, image[part], labels[part], u[part], draw)
-    critic.requires_grad_(True)
+    disc.requires_grad_(False)
+    terms, pair = method.losses(model, net, disc, image[part], labels[part], u[part], draw)
+    disc.requires_grad_(True)
     terms["loss"].mean().backward()
-    method.critic_losses(critic_model, image[part], pair, 0)["loss"].mean().backward()
-    return [p.grad for n in (net, critic) for p in n.parameters()]
+    method.discriminator_losses(disc_model, image[part], pair, 0)["loss"].mean().backward()
+    return [p.grad for n in (net, disc) for p in n.parameters()]
 
 
 def on_each_rank(number: int, port: int, folder: str) -> None:

@@ -44,7 +44,7 @@ def ldm_flags(vae: Path, run: Path, steps: int, *more: str) -> list[str]:
 
 
 def cdal_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
-    """train_cdal.py on the 2-D heads of the fixture `heads`, with a critic."""
+    """train_cdal.py on the 2-D heads of the fixture `heads`, with a discriminator."""
     place = ["--data.root", heads, "--data.cache_dir", heads.parent / "cache", "--run.dir", run]
     return ["phantom", *map(str, [*place, "--run.steps", steps, *RUN, *CDAL, *more])]
 

@@ -152,8 +152,7 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     dataset = open_images(pipeline.content, images, config.part, config.reference)
     folder = new_folder(run, config.out, "segmentations")
     rows, worst = {}, WorstPictures(SHOWN)
-    steps = pipeline.method.kernel.num_timesteps
-    print0(f"{len(dataset)} cases, T = {steps}, {config.votes} votes")
+    print0(f"{len(dataset)} cases, T = {pipeline.method.num_timesteps}, {config.votes} votes")
     settings = (config.votes, config.window, config.overlap, config.seed)
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
         case, item = dataset.cases[i], dataset[i, i]

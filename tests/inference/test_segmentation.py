@@ -84,8 +84,8 @@ def test_a_run_in_two_parts_ends_bit_identical_with_all_that_learns(heads, tmp_p
     assert set(whole["optimizers"]) == {"generator", "discriminator"}
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
-    critics = (content["others"]["discriminator"] for content in (whole, parts))
-    assert all(torch.equal(a, b) for a, b in zip(*(c.values() for c in critics), strict=True))
+    discriminators = (content["others"]["discriminator"] for content in (whole, parts))
+    assert all(torch.equal(a, b) for a, b in zip(*(d.values() for d in discriminators), strict=True))
     assert [line["loss"] for line in lines(tmp_path / "whole")] == [
         line["loss"] for line in lines(tmp_path / "parts")
     ]
@@ -106,7 +106,7 @@ def test_the_preset_published_is_the_published_method():
     assert cdal.kernel.num_timesteps == 4
     assert (cdal.mse_weight, cdal.ce_weight, cdal.dice_weight, cdal.adversarial_weight) == (1, 0, 0, 0)
     assert (cdal.attention, cdal.attention_normalised, cdal.attention_layer) == ("input", False, 1)
-    assert (cdal.own_estimate, cdal.noisiest, cdal.critic_sees_image) == (False, None, False)
+    assert (cdal.own_estimate, cdal.noisiest, cdal.disc_sees_image) == (False, None, False)
     assert (cdal.r1_weight, cdal.r1_every) == (0.5, 10)
     assert (config.generator.output, config.generator.latent_dim) == ("tanh", 50)
     assert (config.optim.lr, config.disc_optim.lr, config.run.ema_decay) == (1.6e-4, 1.25e-4, 0.999)
@@ -136,18 +136,18 @@ def test_the_published_method_and_a_plain_network_train_with_the_same_command(he
     assert np.mean([line[name] for line in steps[-4:]]) < 0.9 * steps[0][name]
 
 
-def test_the_plan_counts_generator_critic_and_votes_and_makes_no_run(heads, tmp_path, monkeypatch):
+def test_the_plan_counts_generator_discriminator_and_votes_and_makes_no_run(heads, tmp_path, monkeypatch):
     def needs(self):
         found.update({job.name: job.need(job.batch, job.size) for job in self.jobs})
 
     monkeypatch.setattr(train_cdal.Plan, "print", needs)
     found: dict[str, int] = {}
     train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "4"])
-    with_critic = dict(found)
+    with_discriminator = dict(found)
     plain = ["--cdal.adversarial_weight", 0, "--cdal.attention", "none", "--votes", 5]
     train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3, *plain), "--plan", "4"])
-    assert found["training"] < with_critic["training"]
-    assert found["validation, votes"] > with_critic["validation, votes"] > 0
+    assert found["training"] < with_discriminator["training"]
+    assert found["validation, votes"] > with_discriminator["validation, votes"] > 0
     assert not (tmp_path / "run").exists()
 
 
