@@ -52,6 +52,13 @@ def arguments(dims=2, batch=2):
     return x, torch.linspace(20.0, 900.0, batch), mask
 
 
+def edge_repeated(mask, size):
+    """The mask with its edge repeated at the end, as the autoencoder pads images."""
+    for axis, n in enumerate(size, start=1):
+        mask = mask.index_select(axis, torch.arange(n).clamp(max=mask.shape[axis] - 1))
+    return mask
+
+
 # --- the bank in the U-Net ----------------------------------------------------------------------------------
 
 
@@ -184,6 +191,16 @@ def test_the_cross_entropy_weighs_labels_as_its_equation_says(balance):
         assert torch.allclose(got, -(log_p * y).sum(1).flatten(1).mean(1))
 
 
+@pytest.mark.parametrize(
+    ("balance", "weights"), [(0.0, (0.99, 0.01)), (0.5, (0.995, 0.1)), (1.0, (1.0, 1.0))]
+)
+def test_the_balance_decides_how_much_ten_voxels_in_a_thousand_count(balance, weights):
+    y = F.one_hot((torch.arange(1000) >= 990).long(), 2).mT[None].float()
+    log_q = torch.tensor([-1.0, -3.0])[None, :, None].expand(1, 2, 1000)  # CE_c = 1 and 3
+    expected = (weights[0] * 1 + weights[1] * 3) / sum(weights)
+    assert float(balanced_cross_entropy(log_q, y, balance)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_binding_loss_is_least_where_each_label_attends_to_its_own_registers():
     mask = torch.randint(4, (1, 16, 24), generator=torch.Generator().manual_seed(0))
     y = label_shares(mask, 4, (4, 4))
@@ -220,6 +237,16 @@ def test_maps_of_a_padded_unet_meet_labels_padded_alike(size):
     assert float(got) == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_masks_are_padded_as_the_encoder_pads_images():
+    """21 voxels are 6 latent voxels of 4: the edge is repeated, no voxel moves."""
+    net, mask = make(), torch.randint(4, (1, 21, 21), generator=torch.Generator().manual_seed(0))
+    out, expected = (
+        net(torch.zeros(1, 3, 6, 6), torch.ones(1), mask=m) for m in (mask, edge_repeated(mask, (24, 24)))
+    )
+    assert torch.equal(out.binding, expected.binding)
+    assert torch.equal(out.head, expected.head)
+
+
 def test_samples_without_a_mask_have_no_anatomical_loss_and_do_not_touch_the_others():
     net, (x, t, mask) = make(), arguments(batch=3)
     both = net(x, t, mask=mask)
@@ -250,7 +277,7 @@ def test_the_head_is_supervised_at_the_resolution_of_the_image():
     net, (x, t, mask) = make(), arguments()
     logits = net.label_logits(x, t)
     assert logits.shape == (2, 4, 20, 24)
-    perfect = 50 * F.one_hot(label_full(mask, (20, 24)), 4).movedim(-1, 1).float()
+    perfect = 50 * F.one_hot(edge_repeated(mask, (20, 24)), 4).movedim(-1, 1).float()
     assert head_loss(perfect, mask, 0.5).abs().max() < 1e-3
     assert head_loss(logits, mask, 0.5).min() > 1.0
 
@@ -271,13 +298,6 @@ def test_each_of_the_two_losses_has_a_balance_of_its_own():
     maps = [m.flatten(1, 2) for m in net.attention_maps(x, t)]
     assert torch.allclose(out.head, head_loss(net.label_logits(x, t), mask, 0.0), atol=1e-5)
     assert torch.allclose(out.binding, binding_loss(maps, mask, 4, (4, 4), multiple, 1.0), atol=1e-5)
-
-
-def label_full(mask, size):
-    """Labels with their edge repeated at the end, as the autoencoder pads images."""
-    for axis, n in enumerate(size, start=1):
-        mask = mask.index_select(axis, torch.arange(n).clamp(max=mask.shape[axis] - 1))
-    return mask
 
 
 # --- schedule and settings ----------------------------------------------------------------------------------
