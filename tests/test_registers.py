@@ -344,7 +344,7 @@ def test_registers_learn_the_anatomy_of_phantoms(dims):
         return np.mean(found.figures()["pointing"])
 
     before, losses = pointing(), []
-    for _ in range(150):
+    for _ in range(100):
         chosen = torch.randint(48, (8,), generator=draw)
         out = net(*noisy(chosen), mask=mask[chosen])
         optimizer.zero_grad()
