@@ -175,11 +175,12 @@ class VectorQuantizer(nn.Module):
         """Quantise z (B, C_z, *s). Changes no state, neither in training nor in evaluation; see `update`."""
         z = z.to(self.codebook.dtype)
         codes, indices = self.quantise(z)
-        commitment = (z - codes.detach()).square().flatten(1).mean(1)
-        codebook = (z.detach() - codes).square().flatten(1).mean(1)
+        commitment = (z - codes.detach()).square().flatten(1).mean(1)  # |z - sg(e)|^2
+        codebook = (z.detach() - codes).square().flatten(1).mean(1)  # |sg(z) - e|^2
         if self.config.update == "ema":
             codebook = torch.zeros_like(codebook)
-        return Quantized(z, z + (codes - z).detach(), indices, codebook, commitment)
+        z_q = z + (codes - z).detach()  # straight through: the value of codes, the gradient of z
+        return Quantized(z, z_q, indices, codebook, commitment)
 
     @torch.no_grad()
     def update(self, outputs: Sequence[Quantized], draw: torch.Generator) -> dict[str, Tensor]:
@@ -201,9 +202,9 @@ class VectorQuantizer(nn.Module):
                 start = draw_vectors(vectors, c.codebook_size, draw)
                 codebook.copy_(k_means(vectors, start, c.kmeans_steps))
                 counts, sums = code_statistics(vectors, nearest(vectors, codebook), c.codebook_size)
-        self.code_count.lerp_(counts, 1 - decay)
+        self.code_count.lerp_(counts, 1 - decay)  # n_k
         if c.update == "ema":
-            self.code_sum.lerp_(sums, 1 - decay)
+            self.code_sum.lerp_(sums, 1 - decay)  # m_k
             means = self.code_sum / self.code_count.clamp(min=1e-12)[:, None]
             codebook.copy_(torch.where(self.code_count[:, None] > 1e-6, means, codebook))
         return {**report, "codes_revived": self._revive(vectors, float(counts.mean()), draw)}
