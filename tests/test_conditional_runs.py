@@ -20,7 +20,6 @@ from ldm3d.conditions import absent
 from ldm3d.data import DataConfig, open_data
 from ldm3d.data.cases import find_cases, split_cases
 from ldm3d.data.phantoms import write_phantoms
-from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import run_script
 from ldm3d.inference.sampling_request import RequestConfig, read_region, read_request, request_of_cases
 
@@ -109,26 +108,6 @@ def test_training_without_a_cache_goes_the_same_way(place, tmp_path):
         train_ldm.main(flags)
         ends.append([line["loss"] for line in lines(tmp_path / name)])
     assert np.allclose(*ends, rtol=1e-4)
-
-
-def test_two_ranks_train_as_one(place, tmp_path):
-    flags = [*USE, "--unet.dropout", "0"]
-    process = torchrun(ROOT / "train_ldm.py", *ldm_flags(place / "vae", tmp_path / "two", 4, *flags))
-    train_ldm.main(ldm_flags(place / "vae", tmp_path / "one", 4, *flags))
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, out + err
-    one, two = ([line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two"))
-    assert np.allclose(one, two, rtol=1e-3)
-
-
-def test_a_stopped_run_goes_on_bit_by_bit(place, run, tmp_path):
-    train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 5, *USE))
-    train_ldm.main(
-        ["phantom", "--vae", str(place / "vae"), "--run.dir", str(tmp_path / "ldm"), "--run.steps", "12"]
-    )
-    a, b = (load(step_files(folder)[0]) for folder in (run, tmp_path / "ldm"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert a["state"]["conditions"] == b["state"]["conditions"]
 
 
 def test_samples_follow_what_they_are_told(run):

@@ -1,12 +1,6 @@
-"""The scripts do the whole job: train, be killed and go on bit-exactly, sample what opens in a viewer, refuse
-bad input."""
+"""The scripts do the whole job: train, sample what opens in a viewer, refuse bad input."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -63,14 +57,6 @@ def losses(run: Path, split="train"):
     return {line["step"]: line["loss"] for line in lines if line["split"] == split and "loss" in line}
 
 
-def command(script, *flags, **more):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    arguments = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **more
-    )
-
-
 # --- the job ------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +93,7 @@ def test_samples_open_with_the_shape_spacing_and_orientation_of_the_training_dat
         assert nib.aff2axcodes(nib.load(files[0]).affine) == ("R", "A", "S")
     how = json.loads((folder / "samples.json").read_text())
     assert (how["seed"], how["sampler"], how["steps"], how["network_calls"]) == (0, "heun", 3, 6)
-    assert (folder / "preview.png").stat().st_size > 1000
+    assert (folder / "preview.png").read_bytes()[:4] == b"\x89PNG"
     assert "real (validation)" in capsys.readouterr().out
     sample.main([str(place / "ldm"), "--num", "1", "--steps", "2"])
     assert (place / "ldm" / "samples-002").is_dir()  # nothing is overwritten
@@ -146,65 +132,6 @@ def test_the_run_of_another_init_starts_from_its_weights(place, tmp_path, dims):
     start = load(place / "vae" / "checkpoint_0000040.pt")["ema"]
     end = load(tmp_path / "vae" / "checkpoint_0000001.pt")["model"]
     assert all(torch.allclose(start[k], end[k], atol=1e-6) for k in start)
-
-
-# --- resume -------------------------------------------------------------------------------------------------
-
-
-def assert_same_end(one: Path, other: Path):
-    a, b = (load(step_files(run)[0]) for run in (one, other))
-    assert a["step"] == b["step"]
-    for part in ("model", "ema"):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
-    for name, state in a["optimizers"].items():
-        theirs = b["optimizers"][name]["optimizer"]["state"]
-        for k, slots in state["optimizer"]["state"].items():
-            assert all(
-                torch.equal(torch.as_tensor(v), torch.as_tensor(theirs[k][s])) for s, v in slots.items()
-            )
-    assert losses(one) == losses(other)
-    assert losses(one, "val") == losses(other, "val")
-
-
-def kill_when(process, run: Path, step: int, sig):
-    """Send `sig` once the log has reached `step`."""
-    for _ in range(3000):
-        if (run / "log.jsonl").exists() and any(s >= step for s in losses(run)):
-            break
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(sig)
-    return process.communicate(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def heads(tmp_path_factory):
-    place = tmp_path_factory.mktemp("resume")
-    write_phantoms(place / "heads", 10, size=(16, 16, 16), spacing=(12.0, 14.0, 12.0))
-    return place / "heads"
-
-
-def test_a_run_killed_at_any_moment_and_restarted_ends_bit_identical(heads, tmp_path):
-    flags = [*vae_flags(heads, tmp_path / "whole"), "--data.cache_dir", str(tmp_path)]
-    whole = command("train_vae", *flags)
-    flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
-    killed = command("train_vae", *flags)
-    kill_when(killed, tmp_path / "killed", 15, signal.SIGKILL)
-    again = command("train_vae", *flags)
-    for process in (whole, again):
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    assert "going on from step" in out
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_and_ctrl_c_save_and_exit_143(heads, tmp_path, number):
-    flags = [*vae_flags(heads, tmp_path / "run", steps=100_000), "--data.cache_dir", str(tmp_path)]
-    out, err = kill_when(process := command("train_vae", *flags), tmp_path / "run", 5, number)
-    assert process.returncode == 143, err
-    assert "saved step" in out
-    assert list((tmp_path / "run").glob("checkpoint_*.pt"))
 
 
 # --- bad input ----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Tiny runs for the tests of the engine: flags, commands, and what a run left behind."""
+"""Tiny runs for tests: every kind of training, flags, commands, and what a run left behind."""
 
 import contextlib
 import csv
+import importlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import setup
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,23 @@ CDAL = """--batch_size 4 --data.dims 2 --data.val_fraction 0.2 --data.patch 12,1
 
 BOUND = """--anatomy.registers bound --anatomy.dim 16 --anatomy.head_width 8
  --unet.attention_levels true""".split()
+
+
+DISCRIMINATOR = """--disc_weight 0.1 --feature_weight 0.1 --disc_start 2 --disc_ramp 1 --disc.channels 4
+ --disc.num_layers 1 --r1_weight 1 --r1_every 2 --disc_optim.lr 1e-3 --kl_warmup 5 --free_bits 0.01
+ --structure_weight 0.1""".split()
+CODEBOOK = "--autoencoder vq --quantizer.codebook_size 16".split()
+CONDITIONS = "--condition.use class,text,labels --condition.context_dim 16 --condition.dropout 0.2".split()
+
+KINDS: dict[str, tuple[str, list[str]]] = {  # every kind of training: the script, and flags beside the usual
+    "KL autoencoder": ("train_vae", []),
+    "KL autoencoder, discriminator": ("train_vae", DISCRIMINATOR),
+    "codebook, discriminator": ("train_vae", [*CODEBOOK, *DISCRIMINATOR]),
+    "denoiser": ("train_ldm", []),
+    "denoiser, conditions, registers": ("train_ldm", [*CONDITIONS, *BOUND]),
+    "segmentation, discriminator": ("train_cdal", []),
+}
+HAS_DISCRIMINATOR = [kind for kind in KINDS if "discriminator" in kind]
 
 
 def vae_flags(heads: Path, run: Path, steps: int, *more: str) -> list[str]:
@@ -59,6 +78,49 @@ def lines(run: Path, split: str = "train") -> list[dict]:
     """The log lines of one kind."""
     found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in found if line["split"] == split]
+
+
+def command_of(kind: str, heads: Path, vae: Path, run: Path, steps: int, *more: object) -> list[str]:
+    """A script and its flags for one of the KINDS, on the fixtures `heads` and `vae_run`."""
+    script, flags = KINDS[kind]
+    make = {"train_vae": vae_flags, "train_ldm": ldm_flags, "train_cdal": cdal_flags}[script]
+    return [str(ROOT / f"{script}.py"), *make(vae if make is ldm_flags else heads, run, steps, *flags, *more)]
+
+
+def train(script: str, *flags: str) -> None:
+    """Run a command of `command_of` in this process."""
+    importlib.import_module(Path(script).stem).main(list(flags))
+
+
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    """Nested dicts, lists and tensors, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (v, w) in enumerate(zip(a, b, strict=True)):
+            assert_equal(v, w, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b or a != a, where
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """The newest checkpoints of two runs, and all numbers in their logs but for time and memory."""
+    a, b = (load(step_files(run)[0]) for run in (one, other))
+    for part in a.keys() - {"config"}:
+        assert_equal(a[part], b[part], part)
+    measured = {"seconds", "samples_per_s", "data_wait", "peak_gib"}
+    for split in ("train", "val"):
+        logs = [
+            [{k: v for k, v in line.items() if k not in measured} for line in lines(run, split)]
+            for run in (one, other)
+        ]
+        assert_equal(*logs, split)
 
 
 def start(*arguments: object, **more: object) -> subprocess.Popen:

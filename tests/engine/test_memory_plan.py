@@ -154,13 +154,13 @@ def test_each_script_prints_its_plan_and_touches_nothing(heads, vae_run, tmp_pat
     assert not list((tmp_path / "ldm").glob("samples*"))
 
 
-def test_plans_hold_the_critic_and_know_codebooks(heads, tmp_path, capsys, monkeypatch):
+def test_plans_hold_the_discriminator_and_know_codebooks(heads, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Plan, "_largest", lambda *_, **__: 7)
-    critic = (
+    discriminator = (
         "--disc_weight 0.1 --feature_weight 1 --r1_weight 1 --disc.channels 4 --disc.num_layers 1".split()
     )
     codes = "--autoencoder vq --quantizer.codebook_size 16".split()
-    train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes, *critic, "--plan", "1"))
+    train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes, *discriminator, "--plan", "1"))
     assert "its discriminator 4 x 16x20" in capsys.readouterr().out
     train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes))
     train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2, "--plan", "1"))

@@ -1,18 +1,102 @@
-"""Killed five times at random moments, each time started by the same command: the end is bit-identical."""
+"""To resume, run the same command again: a run that was killed, or begun by an older version, ends bit for
+bit as one that nothing happened to."""
 
 import contextlib
+import shutil
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, cdal_flags, kill_all, ldm_flags, lines, start, torchrun, vae_flags
+from tiny import (
+    HAS_DISCRIMINATOR,
+    KINDS,
+    assert_same_end,
+    command_of,
+    kill_all,
+    lines,
+    start,
+    torchrun,
+    train,
+)
 
 from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.training import reseed
 
-CRITIC = """--autoencoder vq --quantizer.codebook_size 16 --disc_weight 0.1 --feature_weight 0.1
- --disc_start 10 --disc.channels 4 --disc.num_layers 1 --r1_weight 1 --r1_every 4""".split()
+MORE = "--micro_batch_size 3 --run.save_every 5 --run.log_every 3 --run.eval_every 2".split()
+DROPOUT = ["--unet.dropout", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def runs(heads, vae_run, tmp_path_factory):
+    """runs(kind, name): a run of eight steps. name "whole": nothing happens to it. Another name: a copy of
+    "whole" as a kill leaves it: the newest checkpoint is that of step 5, the log goes further."""
+    place = tmp_path_factory.mktemp("resume")
+
+    def run(kind: str, name: str) -> Path:
+        whole, folder = (place / f"{list(KINDS).index(kind)}-{n}" for n in ("whole", name))
+        if not whole.exists():
+            train(*eight_steps(kind, heads, vae_run, whole))
+        if not folder.exists():
+            shutil.copytree(whole, folder)
+            step_files(folder)[0].unlink()
+        return folder
+
+    return run
+
+
+def eight_steps(kind: str, heads: Path, vae_run: Path, folder: Path) -> list[str]:
+    more = MORE if KINDS[kind][0] == "train_vae" else [*MORE, *DROPOUT]
+    return command_of(kind, heads, vae_run, folder, 8, *more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_as_a_whole_one_in_everything_that_a_checkpoint_and_the_log_hold(
+    kind, runs, heads, vae_run, capsys
+):
+    whole, killed = runs(kind, "whole"), runs(kind, "killed")
+    assert load(step_files(killed)[0])["step"] == 5
+    reseed(1, 2, 3)  # what happened in between must not matter
+    train(*eight_steps(kind, heads, vae_run, killed))
+    assert "going on from step 5 of 8" in capsys.readouterr().out
+    assert_same_end(whole, killed)
+
+
+@pytest.mark.parametrize("kind", HAS_DISCRIMINATOR)
+def test_a_run_of_an_older_version_goes_on(kind, runs, heads, vae_run):
+    older = runs(kind, "older")
+    path = step_files(older)[0]
+    content = torch.load(path, weights_only=True)  # with the names that older versions wrote
+    content["optimizers"]["critic"] = content["optimizers"].pop("discriminator")
+    for sums in content["others"]["mean"]["ranks"]:
+        sums["critic_accuracy"] = sums.pop("disc_accuracy")
+    if KINDS[kind][0] == "train_vae":
+        assert content["best"]["name"] == "psnr with discriminator"
+        content["best"]["name"] = "psnr with the critic"
+    torch.save(content, path)
+    train(*eight_steps(kind, heads, vae_run, older))
+    assert_same_end(runs(kind, "whole"), older)
+
+
+@pytest.mark.parametrize(
+    ("kind", "score", "best_of"),
+    [
+        ("KL autoencoder", "psnr", max),
+        ("denoiser", "loss", min),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_the_best_validation(kind, score, best_of, runs):
+    folder = runs(kind, "whole")
+    scores = {line["step"]: line[score] for line in lines(folder, "val")}
+    best = load(folder / "best.pt")
+    assert len(set(scores.values())) > 1
+    assert best["best"] == {"name": score, "value": best_of(scores.values()), "step": best["step"]}
+    assert scores[best["step"]] == best_of(scores.values())
+
+
+# --- processes that are ended from outside ------------------------------------------------------------------
 
 
 def last_step(run: Path) -> int:
@@ -22,23 +106,18 @@ def last_step(run: Path) -> int:
     return 0
 
 
-def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, EMA, optimizers, loss scales and logged losses, bit by bit."""
-    a, b = (load(step_files(run)[0]) for run in (one, other))
-    assert (a["step"], a["best"]) == (b["step"], b["best"])
-    critics = [content["others"].get("discriminator", {}) for content in (a, b)]
-    for part, x, y in [("critic", *critics)] + [(part, a[part], b[part]) for part in ("model", "ema")]:
-        assert x.keys() == y.keys()
-        assert all(torch.equal(x[k], y[k]) for k in x), part
-    for name, state in a["optimizers"].items():
-        other_state = b["optimizers"][name]
-        assert state["scaler"] == other_state["scaler"]
-        for k, slots in state["optimizer"]["state"].items():
-            theirs = other_state["optimizer"]["state"][k]
-            assert all(torch.equal(v, theirs[slot]) for slot, v in slots.items())
-    for split in ("train", "val"):
-        logs = [[(line["step"], line.get("loss")) for line in lines(run, split)] for run in (one, other)]
-        assert logs[0] == logs[1]
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_sigterm_and_ctrl_c_save_and_exit_143(heads, vae_run, tmp_path, number):
+    process = start(*command_of("KL autoencoder", heads, vae_run, tmp_path / "run", 100_000))
+    while last_step(tmp_path / "run") < 6:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    step = load(step_files(tmp_path / "run")[0])["step"]
+    assert f"saved step {step}" in out
+    assert step == last_step(tmp_path / "run")
 
 
 def run_and_kill(launch, run: Path, draw: np.random.Generator) -> bool:
@@ -61,23 +140,29 @@ def run_and_kill(launch, run: Path, draw: np.random.Generator) -> bool:
     return alive
 
 
+def test_a_run_killed_at_any_moment_and_restarted_ends_bit_identical(heads, vae_run, tmp_path):
+    command = command_of("KL autoencoder", heads, vae_run, tmp_path / "killed", 40)
+    assert run_and_kill(lambda: start(*command), tmp_path / "killed", np.random.default_rng(0))
+    process = start(*command)
+    train(*command_of("KL autoencoder", heads, vae_run, tmp_path / "whole", 40))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "going on from step" in out
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", ["train_vae", "train_ldm", "train_cdal"])
-def test_five_kills_at_random_moments_change_nothing(heads, vae_run, tmp_path, script, workers, ranks):
+@pytest.mark.parametrize("kind", ["codebook, discriminator", "denoiser", "segmentation, discriminator"])
+def test_five_kills_at_random_moments_change_nothing(heads, vae_run, tmp_path, kind, workers, ranks):
     more = ["--run.workers", workers, "--run.amp", "fp16" if workers else "fp32", "--micro_batch_size", 1]
     more += ["--run.log_every", 3]  # saved every 5: between two lines of the log
+    more += [] if KINDS[kind][0] == "train_vae" else DROPOUT
 
     def launch(run: str):
-        if script == "train_vae":
-            flags = vae_flags(heads, tmp_path / run, 60, *more, *(CRITIC if workers else ()))
-        elif script == "train_cdal":
-            flags = cdal_flags(heads, tmp_path / run, 60, *more, "--unet.dropout", 0.2)
-        else:
-            flags = ldm_flags(vae_run, tmp_path / run, 60, *more, "--unet.dropout", 0.2)
         process = start if ranks == 1 else torchrun
-        return process(ROOT / f"{script}.py", *flags)
+        return process(*command_of(kind, heads, vae_run, tmp_path / run, 60, *more))
 
     draw = np.random.default_rng(10 * workers + ranks)
     kills = [run_and_kill(lambda: launch("killed"), tmp_path / "killed", draw) for _ in range(5)]
