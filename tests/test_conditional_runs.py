@@ -17,7 +17,7 @@ import train_ldm
 import train_vae
 from ldm3d import InputError, Volume, read, write
 from ldm3d.conditions import absent
-from ldm3d.data import DataConfig, open_data
+from ldm3d.data import DataConfig
 from ldm3d.data.cases import find_cases, split_cases
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.distributed import run_script
@@ -493,33 +493,6 @@ def test_the_python_lines_on_conditions_in_the_readme_run_as_written(tmp_path, m
 
 
 # --- data ---------------------------------------------------------------------------------------------------
-
-
-def test_validation_within_subjects_leaves_a_gap_and_whole_subjects_are_the_test(tmp_path):
-    for subject, count in (("p1", 20), ("p2", 7), ("p3", 3)):
-        for i in range(count):
-            (tmp_path / f"{subject}_{i:02d}.npy").touch()
-    config = DataConfig(
-        root=str(tmp_path), image="*.npy", dims=2, subject=r"(p\d)_", test_subjects=("p2", "p3"), val_gap=2,
-        val_fraction=0.2,
-    )  # fmt: skip
-    split = split_cases(find_cases(config, tmp_path), config, 0)
-    assert split["val"] == [f"p1_{i:02d}" for i in range(8, 12)]
-    assert split["train"] == [f"p1_{i:02d}" for i in (*range(6), *range(14, 20))]
-    assert len(split["test"]) == 10
-    with pytest.raises(InputError, match="test_subjects: no case is of subject p9"):
-        split_cases(find_cases(config, tmp_path), DataConfig(test_subjects=("p9",)), 0)
-
-
-def test_an_autoencoder_of_both_roles_sees_the_sources_too(place, tmp_path):
-    from ldm3d.data.dataset import BothRoles
-
-    config = DataConfig(root=str(place / "heads"), dims=2, cache_dir=str(tmp_path))
-    dataset = open_data(config, "phantom", 0).dataset("train")
-    both = BothRoles(dataset)
-    assert len(both) == 2 * len(dataset)
-    assert torch.equal(both[0, 1]["image"], dataset[0, 1]["image"])
-    assert torch.equal(both[0, 1 + len(dataset)]["image"], dataset[0, 1]["source"])
 
 
 @pytest.mark.real_data

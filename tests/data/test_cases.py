@@ -250,7 +250,7 @@ def test_hippocampus_is_split_by_subject_and_a_subject_has_two_neighbouring_file
     assert not sides[1] & sides[2]
 
 
-def test_a_given_split_that_shares_subjects_is_noted(capsys):
+def test_a_split_of_the_table_that_shares_subjects_is_noted(capsys):
     cases = [Case("a", "x", subject="s", split="train"), Case("b", "x", subject="s", split="val")]
     split_cases(cases, DataConfig(), 0)
     assert "subject s is in both train and val" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from ldm3d.data.loading import load_role
 
 
 @pytest.mark.parametrize("change", [{"spacing": (2.0, 1.0, 3.3)}, {"resize": True, "size": (7, 16, 5)}, {}])
-def test_the_grid_told_from_the_header_is_the_one_that_is_loaded(tmp_path, change):
+def test_the_grid_that_the_header_promises_is_the_one_that_is_loaded(tmp_path, change):
     make_folder(tmp_path, 3, affine=OBLIQUE)
     config = DataConfig(image=ROLES["image"], mask=ROLES["mask"], **change)
     cases = find_cases(config, tmp_path)
@@ -42,6 +42,11 @@ def test_a_mask_with_a_slope_is_rounded_and_not_cut(real_data):
     assert cases[0].id == "brats_2013_pat0003_1"
     assert np.unique(mask).tolist() == [0, 1]
     assert 0.05 < mask.mean() < 0.5
+
+
+def test_labels_a_little_off_an_integer_are_rounded(tmp_path):
+    path = save(tmp_path / "mask.nii", np.array([[[0.0, 0.9996, 2.0004]]], dtype=np.float32))
+    assert load_role(path, "mask", DataConfig()).array.ravel().tolist() == [0, 1, 2]
 
 
 def test_mask_values_can_be_named(tmp_path):

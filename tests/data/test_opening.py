@@ -59,6 +59,22 @@ def test_phantoms_are_an_ordinary_data_set(tmp_path):
     assert item["image"].shape == item["source"].shape == (1, *item["mask"].shape) == (1, 24, 24)
 
 
+def test_the_files_of_a_part_are_those_of_all_roles_and_paths_start_at_the_table(settings, root, tmp_path):
+    data = opened(settings)
+    expected = {
+        f"{root}/{folder}/{name}.nii.gz"
+        for folder in ("images", "labels", "sources")
+        for name in data.split["val"]
+    }
+    assert set(data.files("val")) == expected
+    assert data.folder == root
+    (tmp_path / "lists").mkdir()
+    rows = "".join(f"{root}/images/case_{i}.nii.gz\n" for i in range(3))
+    (tmp_path / "lists/named.csv").write_text("image\n" + rows)
+    table = DataConfig(root=str(tmp_path), table="lists/named.csv", cache_dir=str(tmp_path / "c"))
+    assert opened(table).folder == tmp_path / "lists"
+
+
 def test_a_stored_split_is_kept_and_cases_it_lacks_are_left_out(settings):
     stored = {"train": ["case_1", "case_4"], "val": ["case_2"], "test": []}
     opened_data = opened(settings, split=stored)

@@ -163,6 +163,11 @@ def test_units_of_a_nifti_become_millimetres(tmp_path: Path) -> None:
     assert np.allclose(read_header(tmp_path / "micron.nii").spacing, (0.5, 0.25, 1.0))
 
 
+def test_a_nifti_keeps_its_own_spacing_whatever_the_setting_says(tmp_path: Path) -> None:
+    nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), np.diag([2.0, 3, 4, 1])).to_filename(tmp_path / "a.nii")
+    assert read(tmp_path / "a.nii", spacing=(1.0, 1.0, 1.0)).spacing == (2, 3, 4)
+
+
 def test_a_tiff_gives_pages_as_depth_colours_as_channels_and_its_resolution_as_spacing(
     tmp_path: Path,
 ) -> None:
@@ -187,7 +192,7 @@ def test_a_tiff_gives_pages_as_depth_colours_as_channels_and_its_resolution_as_s
     )
 
 
-def test_numpy_arrays_and_pictures_are_read_with_the_spacing_given(tmp_path: Path) -> None:
+def test_numpy_arrays_and_pictures_are_read_with_the_spacing_of_the_call(tmp_path: Path) -> None:
     array = np.random.default_rng(7).random((2, 4, 5, 6))
     np.save(tmp_path / "a.npy", array)
     np.savez(tmp_path / "a.npz", image=array)
@@ -214,7 +219,7 @@ def test_arrays_of_one_npz_file_are_channels_in_the_order_of_their_names(tmp_pat
     assert np.array_equal(read(tmp_path / "pair.npz", dims=3).array, np.stack([high, low]))
 
 
-def test_names_of_volumes_are_told_from_others() -> None:
+def test_volumes_are_recognised_by_their_names() -> None:
     assert all(map(is_volume_file, ("a.nii", "b/a.NII.GZ", "a.tiff", "a.npz", "a.jpg")))
     assert not any(map(is_volume_file, ("a.txt", "a.gz", ".a.nii.gz", "nii", "a.nii.gz.7.tmp")))
     assert [strip_suffix(name) for name in ("x/a.b.nii.gz", "a.tif", "a.txt")] == ["a.b", "a", "a.txt"]
