@@ -73,8 +73,8 @@ Draw = Callable[..., Tensor]
 class FewStepConfig:
     num_timesteps: int = 2  # steps T
     schedule: Literal["vp", "geometric"] = "vp"  # how noise grows with time
-    beta_min: float = 0.1  # of the schedule
-    beta_max: float = 20.0  # of the schedule; geometric: the variance at the end, below 1
+    beta_min: float = 0.1  # noise per unit of time at the start; geometric: the variance there
+    beta_max: float = 20.0  # noise per unit of time at the end; geometric: the variance there, below 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_timesteps <= 8:
@@ -109,7 +109,7 @@ def few_step_betas(config: FewStepConfig) -> Tensor:
 @dataclass(frozen=True)
 class GeneratorConfig:
     encoder_channels: int = 16  # width of the image encoder, which runs once a case
-    encoder_blocks: int = 2  # its residual blocks
+    encoder_blocks: int = 2  # residual blocks of the image encoder
     stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all; exact and cheap
     latent_dim: int = 0  # length of the random vector z; 0 = no z
     mapping_layers: int = 3  # layers from z to the embedding, beside the first
@@ -224,15 +224,15 @@ class CDALConfig:
     kernel: FewStepConfig = field(default_factory=FewStepConfig)
     noisiest: float | None = None  # share of the training samples at t = T - 1; none = 1 / T
     own_estimate: bool = True  # train at t < T - 1 on the generator's own mask, noised, not on the true one
-    mse_weight: float = 0.0  # of the squared error of x_start
-    ce_weight: float = 1.0  # of the cross-entropy
-    dice_weight: float = 1.0  # of the Dice loss
-    adversarial_weight: float = 0.0  # of the discriminator's judgement of x_t made from x_start
+    mse_weight: float = 0.0  # weight of the squared error of pred_x_start
+    ce_weight: float = 1.0  # weight of the cross-entropy
+    dice_weight: float = 1.0  # weight of the Dice loss
+    adversarial_weight: float = 0.0  # weight of g_loss: the discriminator should take the fake x_t for real
     attention: Literal["none", "input", "loss"] = "none"  # the discriminator's, on the true mask or the loss
-    attention_normalised: bool = True  # positive and of mean 1, instead of a raw mean over channels
+    attention_normalised: bool = True  # attention positive and of mean 1, instead of a raw mean over channels
     attention_layer: int = -1  # block of the discriminator that the attention is taken from
     disc_sees_image: bool = True  # the discriminator sees the image beside x_t and x_prev
-    r1_weight: float = 0.5  # of R1, the discriminator's squared gradient at real x_t
+    r1_weight: float = 0.5  # weight of R1, the discriminator's squared gradient at real x_t
     r1_every: int = 10  # R1 is computed every so many steps, and multiplied by this number
 
     @staticmethod
@@ -344,7 +344,7 @@ class CDAL:
         shape = y.shape[1:]
         x_t = self.kernel.q_sample(y, t, draw("x_t", *shape))
         x_prev = self.kernel.q_step(x_t, t + 1, draw("x_next", *shape))
-        # What the generator sees, x_prev unless a setting says otherwise
+        # What the generator sees: x_prev, unless a setting says otherwise
         seen, weight = x_prev, None
         if c.attention != "none":
             with torch.no_grad():

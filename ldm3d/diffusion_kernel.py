@@ -1,6 +1,6 @@
 """The diffusion kernel: how noise is added to x_start, what a network learns from it, how samplers remove it.
 
-It knows no network: x_start may be a latent, an image or a label map. Everything follows from one line, in
+It knows no network: x_start may be a latent, an image or a mask. Everything follows from one line, in
 which noise is a standard Gaussian and t runs from clean to noise:
 
     x_t = alpha_t x_start + sigma_t noise                                                  Ho (4), Liu (1)
@@ -252,7 +252,7 @@ def extrapolate(estimate: Tensor, past: Past, length: float) -> Tensor:
 
 
 def ddpm(step: Step, past: Past) -> tuple[Tensor, Past]:
-    """x_next drawn from q(x_next given x_start, x_t), with the estimate in place of x_start. Ho (6), (7)."""
+    """x_next drawn from q(x_next given x_start, x_t), where the estimate stands for x_start. Ho (6), (7)."""
     (level, level_next), (pred_x_start, _) = step.levels(), step.estimate()
     coef1, coef2, variance = posterior_coefficients(level.alpha**2, level_next.alpha**2)
     return step.add_noise(coef1 * pred_x_start + coef2 * step.x_t, math.sqrt(variance)), None
@@ -370,7 +370,7 @@ class DiffusionKernel:
 
     It has float64 tables and no parameters. Arithmetic is float32 whatever the precision of the network, and
     float64 where the data are float64. t (B,) may live on any device; on the CPU, where training draws it, it
-    costs no synchronisation. betas (T,), if given, take the place of the configured schedule.
+    costs no synchronisation. betas (T,) replace the configured schedule.
     """
 
     def __init__(self, config: KernelConfig, betas: Tensor | None = None) -> None:

@@ -205,9 +205,9 @@ def test_at_first_the_generator_looks_at_the_image_alone():
 
 def test_the_latent_moves_the_output_and_its_length_does_not():
     net, z = make(), torch.randn(1, 5)
-    given = torch.randn(1, K, 8, 8), torch.zeros(1), torch.randn(1, 1, 8, 8)
-    assert torch.allclose(net(*given, z), net(*given, 3 * z), atol=1e-5)
-    assert not torch.allclose(net(*given, z), net(*given, -z), atol=1e-3)
+    inputs = torch.randn(1, K, 8, 8), torch.zeros(1), torch.randn(1, 1, 8, 8)
+    assert torch.allclose(net(*inputs, z), net(*inputs, 3 * z), atol=1e-5)
+    assert not torch.allclose(net(*inputs, z), net(*inputs, -z), atol=1e-3)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -383,7 +383,7 @@ def test_the_discriminator_judges_real_and_fake_pairs_in_one_forward_with_r1_sca
 
 
 class Pointwise:
-    """In place of a generator: its output depends on each voxel's image, state and z alone."""
+    """Stands for a generator; its output depends on each voxel's image and noisy mask and on z alone."""
 
     config, mapping = GeneratorConfig(latent_dim=2), True
 
@@ -438,8 +438,8 @@ def test_the_noise_of_a_vote_is_the_same_at_a_voxel_in_every_window_that_holds_i
     method.segment(net, image, window=(4, 5), overlap=0.5)
     seen: dict[float, torch.Tensor] = {}
     for features, x in net.predicted:
-        for place, value in zip(features[0, 0].flatten().tolist(), x[0].flatten(1).T, strict=True):
-            assert torch.equal(seen.setdefault(place, value), value)
+        for voxel, value in zip(features[0, 0].flatten().tolist(), x[0].flatten(1).T, strict=True):
+            assert torch.equal(seen.setdefault(voxel, value), value)
         assert len({tuple(v.tolist()) for v in x[0].flatten(1).T}) == 20  # within a window all differ
     assert len(seen) == 72
 
@@ -494,7 +494,10 @@ def test_uncertainty_is_entropy_over_that_of_equal_probabilities():
     assert uncertainty(p).tolist() == pytest.approx([0, math.log(2) / math.log(3), 1], abs=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"diffusion": False}, {"own_estimate": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, *(pytest.param({name: False}, marks=pytest.mark.slow) for name in ("diffusion", "own_estimate"))],
+)
 def test_one_image_that_is_overfitted_is_segmented_with_dice_over_098(changes):
     head = make_phantom(3, dims=2, size=(24, 28))
     image = torch.from_numpy(head.image / head.image.max())[None]

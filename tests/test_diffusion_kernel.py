@@ -13,7 +13,14 @@ from torch.distributions import Normal, SigmoidTransform, TransformedDistributio
 import sample
 import train_ldm
 from ldm3d.config import InputError, from_dict, parse, to_dict
-from ldm3d.diffusion_kernel import PREDICTIONS, DiffusionKernel, KernelConfig
+from ldm3d.diffusion_kernel import (
+    PREDICTIONS,
+    SAMPLERS,
+    DiffusionKernel,
+    KernelConfig,
+    extrapolate,
+    shift_time,
+)
 from ldm3d.engine.checkpoint import load, save, step_files
 
 SHAPES = {2: (4, 3, 5, 4), 3: (4, 3, 5, 4, 3)}
@@ -225,6 +232,20 @@ def test_flow_runs_from_clean_at_0_to_noise_at_1():
     assert torch.equal(kernel.q_sample(x_start, torch.zeros(4), noise), x_start)
     assert torch.equal(kernel.q_sample(x_start, torch.ones(4), noise), noise)
     assert torch.equal(kernel.target(x_start, torch.ones(4) / 2, noise), noise - x_start)
+
+
+def test_the_worked_examples_of_the_docstrings():
+    kernel, x_start, noise = (
+        make_kernel("velocity", flow_shift=1.0),
+        torch.full((1, 1, 1), 2.0),
+        -torch.ones(1, 1, 1),
+    )
+    for t, x_t in ((0.25, 1.25), (1.0, -1.0)):
+        assert kernel.q_sample(x_start, torch.tensor([t]), noise) == x_t
+        assert kernel.target(x_start, torch.tensor([t]), noise) == -3
+    assert kernel.sample(lambda x, t: noise - x_start, noise, 1, "euler") == x_start
+    assert shift_time(0.5, 4) == pytest.approx(0.8)
+    assert extrapolate(torch.tensor(1.2), (torch.tensor(1.0), 0.1), 0.1) == pytest.approx(1.3)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +482,10 @@ def impulse_response(kernel, sampler, steps, eta=0.0, dtype=torch.float32):
     return x[0].item(), x.square().sum().sqrt().item()
 
 
+def samplers_of(process):
+    return [name for name, row in SAMPLERS.items() if row.process == process]
+
+
 STEPS = (5, 10, 20, 50, 1000)
 VP_SETTINGS = {
     "eps": {"prediction": "eps"},
@@ -472,7 +497,7 @@ VP_SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", VP_SETTINGS)
-@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("dpmpp", 0.0)])
+@pytest.mark.parametrize(("sampler", "eta"), [*((name, 0.0) for name in samplers_of("vp")), ("ddim", 0.5)])
 def test_every_vp_sampler_equals_its_linear_recursion(setting, sampler, eta):
     kernel = make_kernel(**VP_SETTINGS[setting])
     for steps in STEPS:
@@ -486,7 +511,7 @@ def test_every_vp_sampler_equals_its_linear_recursion(setting, sampler, eta):
 @pytest.mark.parametrize(
     ("prediction", "shift"), [("velocity", 1), ("velocity", 4), ("x_start", 4), ("v", 4)]
 )
-@pytest.mark.parametrize("sampler", ["euler", "heun", "ab2"])
+@pytest.mark.parametrize("sampler", samplers_of("flow"))
 def test_every_flow_sampler_equals_its_linear_recursion(sampler, prediction, shift):
     kernel = make_kernel(prediction, "flow", flow_shift=shift)
     for steps in STEPS:
