@@ -18,7 +18,7 @@ Each kind has a learned null, which torch.where puts in place of a blank value. 
 in every forward, as DDP demands, whichever conditions are absent.
 
 Text goes through a small pre-norm transformer trained with the model (Vaswani et al. 2017, arXiv 1706.03762).
-Embeddings added to that of the time: Dhariwal & Nichol 2021 (2105.05233). Context and channels: Rombach et
+Embeddings added to the time's: Dhariwal & Nichol 2021 (2105.05233). Context and channels: Rombach et
 al. 2022 (2112.10752), section 3.3. Left out: pretrained text encoders, whose output is the kind `embedding`.
 """
 
@@ -88,7 +88,7 @@ class NumberPart(Part):
 
 
 class TextEncoder(nn.Module):
-    """(B, L) words, -1 = none -> tokens (B, L, E), mask (B, L)."""
+    """A small transformer over captions: (B, L) words, -1 = none -> tokens (B, L, E), mask (B, L)."""
 
     def __init__(self, num_words: int, length: int, width: int, layers: int):
         super().__init__()
@@ -112,7 +112,7 @@ class TextEncoder(nn.Module):
 
 
 class VectorEncoder(nn.Module):
-    """(B, L, E') vectors, NaN = none -> tokens (B, L, E), mask (B, L)."""
+    """The output of some other text encoder, (B, L, E'), NaN = none -> tokens (B, L, E), mask (B, L)."""
 
     def __init__(self, in_width: int, width: int):
         super().__init__()

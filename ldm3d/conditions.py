@@ -17,7 +17,7 @@ conditioner.py turns the tensors into inputs of the U-Net.
 Example: two cases under `--condition.use class:sex,number:age,text`, with the vocabulary (a, left, lesion):
 
     sex   F, M                           [0, 1]                        values F, M
-    age   40, an empty cell              [[40.], [nan]]                the second age is blank
+    age   40, an empty cell              [[40.], [nan]]                nan: the second age is blank
     text  "A lesion, left", "a lesion"   [[1, 3, 2], [1, 3, -1]]       L = 3, the longest training caption
 
 A value may be blank in any sample; conditioner.py puts a learned null in its place. Dropout in training,
@@ -87,7 +87,7 @@ class ConditionConfig:
     context_dim: int = 128  # width of the context tokens (text, embedding, tokens)
     text_layers: int = 2  # transformer layers of the text encoder
     text_length: int = 64  # words of a caption that are read; fewer if the training captions are shorter
-    text_min_count: int = 2  # words of fewer training captions are unknown words
+    text_min_count: int = 2  # a word that fewer training captions hold is an unknown word
 
     def __post_init__(self) -> None:
         names = [name for _, name in map(parse_use, self.use)]
@@ -220,6 +220,7 @@ class Condition:
         return {word: i for i, word in enumerate(self.values, start=1)}
 
     def word_ids(self, text: str) -> list[int]:
+        """The numbers of the words of a caption, 0 for unknown words."""
         return [self._ids.get(word, 0) for word in split_words(text)]
 
     def unknown_words(self, text: str) -> list[str]:
@@ -254,7 +255,7 @@ def read_embedding(path: Path) -> Tensor:
             raise InputError(f"{path}: expected a .npz or .pt file of text embeddings")
     except InputError:
         raise
-    except Exception as e:  # whatever the readers throw: the user needs to know the file
+    except Exception as e:  # numpy and torch raise many kinds; the message must name the file
         raise InputError(
             f"{path}: cannot be read as text embeddings ({str(e).splitlines()[0]:.100})"
         ) from None
@@ -285,9 +286,9 @@ def fit_conditions(
 ) -> tuple[Condition, ...]:
     """The conditions of a run, fitted to its cases.
 
-    cases: the columns of all cases by id; train: ids of the training cases; spacings: of the training cases,
-    in mm. has_source, num_labels: whether the cases have sources, and masks of how many labels. folder: where
-    paths in the table begin.
+    cases: the columns of all cases, by id. train: ids of the training cases. spacings: of the training cases,
+    in mm. has_source: whether the cases have sources. num_labels: labels of their masks, None without masks.
+    folder: where paths in the table begin.
 
     Vocabulary, means and lengths come from the training cases alone, the values of a class from all cases.
     Every cell of every case is checked: InputError names the case.

@@ -127,7 +127,10 @@ class Stage(nn.Module):
         context: Tensor | tuple[KeysValues, ...] | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """All but the reader, which UNet.features calls. context: tokens, or the U-Net's whole kv_cache."""
+        """h (B, C_in, *s) -> (B, C_out, *s); the reader is left to UNet.features.
+
+        context: tokens (B, M, E), or the whole kv_cache of the U-Net.
+        """
         h = self.res(h, emb)
         if isinstance(self.attention, TransformerBlock):
             own = context[self.layer_idx] if isinstance(context, tuple) else context
@@ -138,9 +141,9 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
 
-    Sampling asks many times under one context: `kv_cache(context)`, made once, may be passed as the context.
-    `make_registers`, if given, is called with the width C of h at every attention layer and returns a module
-    that is called as `h = registers(h, emb, maps, layer_idx=...)` after these layers (registers.py).
+    All steps of sampling have one context: `kv_cache(context)`, computed once, may take its place.
+    `make_registers` is called with the width C of h at every attention layer and returns the registers, a
+    module that is called as `h = registers(h, emb, maps, layer_idx=...)` after these layers (registers.py).
     """
 
     def __init__(

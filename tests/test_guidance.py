@@ -72,6 +72,7 @@ def test_the_weights_of_the_branches_are_those_of_the_nested_formula():
     pred = preds[0] + sum(s * (preds[k + 1] - preds[k]) for k, s in enumerate(scales))
     got = sum(w * p for w, p in zip(branch_weights(scales), preds, strict=True))
     assert torch.allclose(got, pred, atol=1e-12)
+    assert branch_weights((3, 1)) == [-2, 2, 1]
 
 
 @pytest.mark.parametrize("scales", [(3.0, 2.0, 1.5), (0.0, 4.0, 4.0), (2.0, 1.0, 0.0)])
@@ -98,7 +99,7 @@ def test_no_branch_is_computed_in_vain(net, values, scale, branches):
     assert net.calls == [2 * branches]
 
 
-def test_a_condition_that_is_not_given_takes_no_part(net, values):
+def test_a_missing_condition_takes_no_part(net, values):
     some = {"text": values["text"]}
     got = predictor(net, some, 3.0)(X, T)
     with_text, without = net(X, T, some), net(X, T)

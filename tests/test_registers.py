@@ -1,5 +1,7 @@
-"""A register means its label: bound by the masks in training, left alone by a closed gate, read by place; the
-head gives label maps as fine as the image."""
+"""A register means its label: bound by masks in training, silent behind a closed gate, read by position.
+
+The head gives label maps as fine as the image.
+"""
 
 import dataclasses
 import math
@@ -268,7 +270,7 @@ def test_all_background_and_missing_labels_give_finite_losses_and_gradients(num_
     assert out.head.isfinite().all()
     assert out.binding.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
-    if num_labels == 1:  # there is nothing to tell apart
+    if num_labels == 1:  # the one label is everywhere
         assert out.binding.abs().max() < 1e-4
         assert out.head.abs().max() < 1e-4
 

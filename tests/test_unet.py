@@ -39,13 +39,13 @@ def make(dims, make_registers=None, **changes):
 
 def arguments(dims, size=(6, 7, 8), context=False, batch=2):
     generator = torch.Generator().manual_seed(1)
-    given = {
+    inputs = {
         "x": torch.randn(batch, 3, *size[:dims], generator=generator),
         "t": torch.tensor([3.0, 700.5])[:batch],
     }
     if context:
-        given["context"] = torch.randn(batch, 5, 6, generator=generator)
-    return given
+        inputs["context"] = torch.randn(batch, 5, 6, generator=generator)
+    return inputs
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -65,9 +65,9 @@ def test_any_size_in_is_the_same_size_out(dims, size, strides):
 
 
 def test_odd_sizes_are_computed_as_if_their_edge_were_repeated():
-    net, given = make(2), arguments(2, (5, 6))
-    padded = torch.cat([given["x"], given["x"][:, :, -1:]], dim=2)
-    close(net(**given), net(padded, given["t"])[:, :, :5], 1e-6)
+    net, inputs = make(2), arguments(2, (5, 6))
+    padded = torch.cat([inputs["x"], inputs["x"][:, :, -1:]], dim=2)
+    close(net(**inputs), net(padded, inputs["t"])[:, :, :5], 1e-6)
 
 
 def test_attention_is_where_the_levels_say_and_always_in_the_middle():
@@ -93,30 +93,30 @@ def test_the_channels_last_way_gives_the_same_prediction_and_gradients(dims, mon
 
 
 def test_dropout_acts_in_training_only():
-    net, given = make(2, dropout=0.5), arguments(2)
-    assert not torch.equal(net(**given), net(**given))
+    net, inputs = make(2, dropout=0.5), arguments(2)
+    assert not torch.equal(net(**inputs), net(**inputs))
     net.eval()
-    assert torch.equal(net(**given), net(**given))
+    assert torch.equal(net(**inputs), net(**inputs))
 
 
 def test_the_extra_embedding_is_added_to_that_of_time():
-    net, given = make(2), arguments(2)
+    net, inputs = make(2), arguments(2)
     emb = torch.randn(2, net.config.emb_dim, generator=torch.Generator().manual_seed(2))
     assert net.config.emb_dim == 16
-    close(net.embed(given["t"], emb), net.embed(given["t"]) + emb)
-    assert not torch.allclose(net(**given, emb=emb), net(**given))
-    close(net(**given, emb=torch.zeros_like(emb)), net(**given))
+    close(net.embed(inputs["t"], emb), net.embed(inputs["t"]) + emb)
+    assert not torch.allclose(net(**inputs, emb=emb), net(**inputs))
+    close(net(**inputs, emb=torch.zeros_like(emb)), net(**inputs))
 
 
 def test_time_and_context_matter_and_masked_tokens_do_not():
-    net, given = make(2, context_dim=6), arguments(2, context=True)
-    out = net(**given)
-    assert not torch.allclose(out, net(**{**given, "t": given["t"] + 50}))
-    assert not torch.allclose(out, net(**{**given, "context": given["context"] + 1}))
+    net, inputs = make(2, context_dim=6), arguments(2, context=True)
+    out = net(**inputs)
+    assert not torch.allclose(out, net(**{**inputs, "t": inputs["t"] + 50}))
+    assert not torch.allclose(out, net(**{**inputs, "context": inputs["context"] + 1}))
     mask = torch.tensor([[True, True, True, False, False]] * 2)
-    changed = given["context"].clone()
+    changed = inputs["context"].clone()
     changed[:, 3:] += 5
-    close(net(**{**given, "context": changed}, context_mask=mask), net(**given, context_mask=mask))
+    close(net(**{**inputs, "context": changed}, context_mask=mask), net(**inputs, context_mask=mask))
 
 
 def test_sine_and_cosine_can_change_places():
@@ -143,11 +143,11 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_registers_are_read_once_after_every_attention_layer(checkpointing):
-    net, given, maps = make(2, Recorder, checkpointing=checkpointing), arguments(2), []
-    net.output(net.features(**given, maps=maps), (6, 7)).sum().backward()
+    net, inputs, maps = make(2, Recorder, checkpointing=checkpointing), arguments(2), []
+    net.output(net.features(**inputs, maps=maps), (6, 7)).sum().backward()
     assert net.registers.calls == [(i, c, (2, 16), maps) for i, c in enumerate(net.registers.widths)]
     assert len(net.registers.calls) == len(net.attention_stages) == 4
-    assert not torch.allclose(net(**given), make(2)(**given))
+    assert not torch.allclose(net(**inputs), make(2)(**inputs))
 
 
 def test_the_weights_of_registers_are_named_once_and_come_last():
@@ -158,22 +158,22 @@ def test_the_weights_of_registers_are_named_once_and_come_last():
 
 def test_a_copy_reads_registers_of_its_own():
     """As the EMA copies the network, and lets the copy go its own way."""
-    net, given = make(2, Recorder), arguments(2)
+    net, inputs = make(2, Recorder), arguments(2)
     twin = copy.deepcopy(net)
-    before = net(**given)
+    before = net(**inputs)
     with torch.no_grad():
         twin.registers.shift.add_(1)
-    assert torch.equal(net(**given), before)
-    assert not torch.allclose(twin(**given), before)
+    assert torch.equal(net(**inputs), before)
+    assert not torch.allclose(twin(**inputs), before)
 
 
 def test_keys_and_values_of_a_context_serve_every_step():
-    net, given = make(2, context_dim=6), arguments(2, context=True)
-    expected, cached = net(**given), net.kv_cache(given["context"])
+    net, inputs = make(2, context_dim=6), arguments(2, context=True)
+    expected, cached = net(**inputs), net.kv_cache(inputs["context"])
     assert len(cached) == len(net.attention_stages) == 4
     for stage in net.attention_stages:
         stage.attention.cross_attn.kv = None  # they are not made again
-    assert torch.equal(net(**{**given, "context": cached}), expected)
+    assert torch.equal(net(**{**inputs, "context": cached}), expected)
 
 
 def test_the_network_exists_on_the_meta_device_without_memory():
@@ -196,9 +196,8 @@ def test_monai_weights_give_monai_outputs_and_gradients(dims, changes):
 
     torch.manual_seed(0)
     ours, theirs = twin_unet(UNetConfig(dims=dims, **{**SMALL, **changes}))
-    given = arguments(dims, (8, 12, 8), context="context_dim" in changes)
-    inputs = [given["x"], given["t"], *([given["context"]] if "context" in given else [])]
-    out, expected = ours(*inputs), theirs(*inputs)
+    inputs = arguments(dims, (8, 12, 8), context="context_dim" in changes)
+    out, expected = ours(**inputs), theirs(*inputs.values())
     close(out, expected)
     out.square().mean().backward()
     expected.square().mean().backward()
