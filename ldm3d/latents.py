@@ -1,8 +1,17 @@
-"""Latents of a data set: encoded once, kept on the disk, measured, and handed out with their conditions.
+"""The latents of a data set: encoded once, kept on the disk, measured, and loaded as training samples.
 
-Stage two trains from a cache of (mean, logvar), so that the encoder runs once a case and not once a step; the
-variance of the posterior is not lost, since z is drawn from it. What volumes give to conditions lies beside
-them: the latent of the source, the shares of the labels, the spacing; and the masks, if registers learn them.
+Stage two sees every case many times, but the autoencoder is frozen, so each case is encoded once and its
+latent is read from a cache afterwards. The cache holds the posterior (mean and logvar), and each training
+step draws a fresh z from it (latent_diffusion.py).
+
+Volumes that serve as conditions are cached with the image: the latent of its source, the share of each label
+in every latent voxel, its voxel size. Masks are cached too if registers learn them. Example: 200 cases of
+64^3 voxels with 4 latent channels at a quarter of the resolution, `num_variants` 8, one source:
+
+    mean.npy, logvar.npy, source.npy    (200, 8, 4, 16, 16, 16) float32, 105 MB each, read as memory maps
+
+Augmentation cannot change a latent that is cached. Instead each case is encoded `num_variants` times, each
+time augmented anew, and each training sample takes one of the variants.
 """
 
 from __future__ import annotations
@@ -30,8 +39,11 @@ from .vae import Autoencoder
 
 
 def cache_key(autoencoder: Autoencoder, data: DataConfig, spec: DataSpec, files: list[str]) -> str:
-    """A hash of all that a cached latent depends on: encoder weights, data settings, and the files' paths,
-    sizes, times."""
+    """The name of a cache: a hash of everything that the latents depend on.
+
+    That is the autoencoder's weights, all data settings (percentiles and window of the scaling included), the
+    spec, and the files with their paths, sizes and times of change. Any difference makes a new cache.
+    """
     digest = hashlib.sha256()
     for name, value in autoencoder.state_dict().items():
         digest.update(name.encode())
@@ -39,7 +51,7 @@ def cache_key(autoencoder: Autoencoder, data: DataConfig, spec: DataSpec, files:
     try:
         stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
     except OSError as e:
-        raise InputError(f"{e.filename}: is gone, it was there when the data were checked") from None
+        raise InputError(f"{e.filename}: is gone since the data was checked") from None
     digest.update(repr((data, spec.to_dict(), stats)).encode())
     return digest.hexdigest()[:16]
 
@@ -52,9 +64,12 @@ def encode_batch(
     amp: str = "fp32",
     masks: bool = False,
 ) -> dict[str, Tensor]:
-    """What a batch of volumes is to stage two: mean and logvar of the image's posterior (B, C_z, *s) and, as
-    far as conditions want them, "source", the posterior mean of the source (B, C_z, *s), "labels", the shares
-    of labels (B, K, *s), and "spacing" (B, dims). masks: also "mask" (B, *S), -1 where there is none."""
+    """A batch of volumes -> what stage two trains on, by name.
+
+    "mean" and "logvar" (B, C_z, *s): the image's posterior. As far as the conditions need them: "source"
+    (B, C_z, *s), the posterior mean of the source; "labels" (B, K, *s), the share of each label in every
+    latent voxel; "spacing" (B, dims) in mm. With masks: "mask" (B, *S), -1 in samples without one.
+    """
     origins = {c.origin: c for c in conditions}
     with autocast(amp, batch["image"].device):
         posterior = autoencoder.encode(batch["image"])
@@ -69,6 +84,25 @@ def encode_batch(
     return made | ({"spacing": batch["spacing"]} if "spacing" in origins else {})
 
 
+def reserve(path: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
+    """Make an empty .npy file and reserve its room on the disk. InputError if the disk is too full.
+
+    Without this, a disk that fills up later would kill the process while it writes to the memory map, without
+    any message.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as e:
+        with suppress(OSError):
+            path.unlink()
+        gib = np.dtype(dtype).itemsize * math.prod(shape) / 2**30
+        raise InputError(f"{path}: no room for {gib:.2g} GiB of latents ({e.strerror or e})") from None
+
+
 @torch.inference_mode()
 def cache_latents(
     autoencoder: Autoencoder,
@@ -80,10 +114,11 @@ def cache_latents(
     conditions: Sequence[Condition] = (),
     masks: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What `encode_batch` makes of every case, as memory maps (cases, variants, ...) by name, masks in the
-    smallest integers that hold them; made once, rank-sharded, then read.
+    """The arrays of `encode_batch` for all cases, as memory maps (cases, variants, ...) by name.
 
-    Variant v of case i is the dataset's item (v * cases + i, i): with augmentation on, each is another draw.
+    They are encoded at the first call, a part on each rank, and written to `folder`; later calls only open
+    them. Masks are stored in the smallest integers that hold all labels. Variant v of case i is the dataset's
+    item (v * cases + i, i), so with augmentation on, every variant is another draw.
     """
     first = collate([dataset[0, 0]])
     made = encode_batch(autoencoder, to_device(first, device), conditions, amp, masks)
@@ -115,25 +150,9 @@ def cache_latents(
     return tables
 
 
-def reserve(path: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
-    """Make an empty .npy file whose room on the disk is certain: a memory map that runs out of it
-    later would kill the process without a word."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    except OSError as e:
-        with suppress(OSError):
-            path.unlink()
-        gib = np.dtype(dtype).itemsize * math.prod(shape) / 2**30
-        raise InputError(f"{path}: no room for {gib:.2g} GiB of latents ({e.strerror or e})") from None
-
-
 class LatentDataset(Dataset):
-    """Cached latents. Item (position, index): mean, logvar (C_z, *s) and whatever else was cached, of one
-    variant, chosen by the position."""
+    """Cached latents as a data set. Item (position, index) holds mean and logvar (C_z, *s) of case `index`,
+    and whatever else is cached, from one variant. The variant is random, keyed by (seed, position)."""
 
     def __init__(self, tables: dict[str, np.ndarray], seed: int):
         self.tables, self.seed = tables, seed
@@ -151,10 +170,13 @@ class LatentDataset(Dataset):
 
 
 def latent_statistics(tables: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """(latent_mean, latent_std), each (C_z,), of z = mean + std * noise over all cached cases, in float64.
+    """(latent_mean, latent_std), each (C_z,): mean and standard deviation of z over all cached cases.
 
-    The posterior's own variance is added in closed form: Var z = Var mean + E exp(logvar). Reduced over
-    ranks.
+    z is random, z = mean + exp(logvar / 2) z_noise, but nothing is drawn here: by the law of total variance
+
+        Var z = Var mean + E exp(logvar)
+
+    for each channel, over cases, variants and latent voxels. Sums are in float64 and go over all ranks.
     """
     means, logvars = tables["mean"], tables["logvar"]  # (cases, variants, C_z, *s)
     channels = means.shape[2]
@@ -173,8 +195,9 @@ def latent_statistics(tables: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 class WithConditions(Dataset):
-    """A data set whose items also hold "conditions": name -> value (conditions.py), of those conditions
-    that columns of the table give. `cases` are the data set's, in order."""
+    """A data set whose items also hold "conditions": name -> value, for the conditions that come from columns
+    of the table of cases (conditions.py). cases: the data set's cases, in order. folder: paths in the table
+    are relative to it."""
 
     def __init__(
         self, dataset: Dataset, conditions: Sequence[Condition], cases: Sequence[Case], folder: Path

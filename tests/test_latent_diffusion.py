@@ -82,12 +82,13 @@ def test_cached_masks_move_with_their_images(data, tmp_path):
 
 
 def test_the_key_changes_with_weights_settings_and_files(data):
-    def key(seed=0, num_variants=1, part="train"):
-        config = DataConfig(root=data.config.root, num_variants=num_variants)
+    def key(seed=0, part="train", **settings):
+        config = DataConfig(root=data.config.root, **settings)
         return cache_key(make_vae(seed), config, data.spec, data.files(part))
 
     assert key() == key()
-    assert len({key(), key(seed=1), key(num_variants=2), key(part="val")}) == 4
+    scalings = [key(percentiles=(1.0, 99.0)), key(window=(0.0, 80.0))]  # two scalings, two sets of latents
+    assert len({key(), key(seed=1), key(num_variants=2), key(part="val"), *scalings}) == 6
 
 
 def test_variants_are_chosen_by_the_position_alone(tmp_path):

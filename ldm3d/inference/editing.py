@@ -1,17 +1,33 @@
-"""Editing: inpainting, image-to-image and interpolation, as changes of where and with what sampling goes.
+"""Editing: change an image, or a region of it, or go from one image to another, with a trained model.
 
-With z the latent of a known image, x_t = alpha_t z + sigma_t noise its noisy version, m the region to make:
+An edit needs no training. It changes where sampling starts and what the network predicts (the hooks of `Edit`
+in latent_diffusion.py, which also has the sampler that calls them). Let z be the latent of the image and
+x_t = alpha_t z + sigma_t noise the same latent with noise.
 
-    strength   sampling starts at time strength * T from x_t instead of from noise            Meng, section 3
-    region     outside m the prediction is replaced by that of a network that knew x_start = z, so that the
-               known part follows its own noising backwards, exactly, with every sampler; inside, the network
-               sees at every step the known surroundings at the right noise level. Lugmayr replaces x_t
-               itself, which is the same for ddpm, and would break the samplers that remember past slopes.
-    decoding   out = m (decoded + c) + (1 - m) x: the known voxels are kept bit by bit. c carries what the
-               autoencoder got wrong at the border, x - decoded, into m, falling off over a few voxels, so
-               that no seam shows. In latent space m is a voxel wider, since latents there have seen its
-               inside.
-    between    slerp(a, b, w) = (sin((1 - w) r) a + sin(w r) b) / sin r, r the angle of a and b  Shoemake 1985
+Strength (Meng, section 3). Sampling starts at the time strength * T from x_t instead of at T from noise. The
+noise hides the details that are to change: with strength 0.5 and 30 steps, the last 15 steps are made.
+
+Region. A latent voxel outside the region must end at z. The network's prediction there is replaced by the
+prediction that a network would make that knew x_start = z. So the outside follows its own noise back to z,
+with every sampler, and at every step the network sees the surroundings at the right noise level. (Lugmayr
+replaces x_t itself. For ddpm this is the same; a sampler that remembers its last slope would be disturbed.)
+
+The region in latent space. The encoder mixes each voxel with its neighbours, so a latent voxel beside the
+region still carries the old content of the region. The region in latent space therefore has every latent
+voxel that touches the region, and one more on each side.
+
+Decoding. The autoencoder does not reproduce the image exactly, so the voxels outside are copied from the
+image, bit by bit. To hide the seam, the error at the border, x - decoded, is carried into the region, where
+it fades over `feather` voxels:
+
+    out = decoded + correction  in the region,   x  outside
+
+Interpolation. The mean of two noises has too little variance to be noise, so noises are interpolated on the
+sphere, with r the angle between a and b (Shoemake 1985):
+
+    slerp(a, b, w) = (sin((1 - w) r) a + sin(w r) b) / sin r
+
+For two independent noises r is about 90 degrees, and half-way lies 0.71 a + 0.71 b, again of variance 1.
 
 Meng et al. 2022 (SDEdit) arXiv:2108.01073; Lugmayr et al. 2022 (RePaint) 2201.09865.
 """
@@ -32,11 +48,11 @@ from ..latent_diffusion import Edit, LatentDiffusion, Predict
 
 
 class ImageEdit(Edit):
-    """Samples made from a known image x (C, *size), in scaled intensities.
+    """Samples that start from an image x (C, *size), in scaled intensities.
 
-    region (*size) bool: what is made anew, the rest is kept exactly; None: everything may change. strength in
-    (0, 1]: how much noise the image is given; 1 makes the region from nothing. feather: voxels over which the
-    autoencoder's error at the border fades.
+    region (*size) bool: the part that is made anew, while the rest is kept exactly; None: all of the image
+    changes. strength in (0, 1]: how much noise hides the image; with 1 nothing of it remains in the region.
+    feather: voxels over which the autoencoder's error at the border fades.
     """
 
     def __init__(
@@ -71,30 +87,32 @@ class ImageEdit(Edit):
         kernel, z = self.model.kernel, self.z.expand_as(noise)
 
         def masked(x_t: Tensor, t: Tensor) -> Tensor:
+            """The network's prediction inside; outside, the prediction that leads to z."""
             if kernel.process == "flow":
-                known = kernel.target(z, t / kernel.num_timesteps, noise)
+                outside = kernel.target(z, t / kernel.num_timesteps, noise)
             else:
-                known = kernel.convert(z, x_t, t.long(), "x_start", kernel.config.prediction)
-            return torch.where(self.inside, predict(x_t, t).to(known.dtype), known)
+                outside = kernel.convert(z, x_t, t.long(), "x_start", kernel.config.prediction)
+            return torch.where(self.inside, predict(x_t, t).to(outside.dtype), outside)
 
         return predict if self.region is None else masked
 
     def finish(self, x: Tensor) -> Tensor:
         if self.region is None:
             return x
-        missing, known = self.x.cpu() - x, ~self.region.cpu()
-        correction = missing * known
-        for _ in range(self.feather):
-            correction = torch.where(known, missing, neighbours(correction, mean_pool))
-        return torch.where(known, self.x.cpu(), x + correction)
+        error, outside = self.x.cpu() - x, ~self.region.cpu()
+        correction = error * outside
+        for _ in range(self.feather):  # each round carries the error one voxel further into the region
+            correction = torch.where(outside, error, neighbours(correction, mean_pool))
+        return torch.where(outside, self.x.cpu(), x + correction)
 
 
 class Interpolation(Edit):
     """num samples on the way from one end to the other, both included.
 
-    Ends that are numbers are samples of `seed`: the noise in between is spherical. Ends that are images
-    (C, *size), in scaled intensities, are encoded; what lies between them is given noise of `strength`, the
-    same for all, and made clean. Samplers that draw fresh noise (ddpm, ddim with eta) leave the ends.
+    Two numbers are samples of `seed`, and their noises are interpolated. Two images (C, *size), in scaled
+    intensities, are encoded, and their latents are interpolated; each point between them gets noise of
+    `strength`, the same noise for all, and is denoised. The path only begins and ends at the two ends if the
+    sampler draws no fresh noise, as ddpm and ddim with eta do.
     """
 
     def __init__(
@@ -135,8 +153,8 @@ class Interpolation(Edit):
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """On the great circle from a (weight 0) to b (1), tensors of any equal shape; on the line where they are
-    nearly parallel."""
+    """The point between a (weight 0) and b (weight 1) on their great circle; where a and b are nearly
+    parallel, on the line between them. Tensors of any equal shape."""
     cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
     angle = float(torch.arccos(cosine))
     if math.sin(angle) < 1e-4:
@@ -145,12 +163,13 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 def last_part(times: list[float], strength: float) -> list[float]:
-    """The last `strength` of the falling times, at least one."""
+    """The last part of the falling times, a share of `strength`, at least one time: of 30 times at 0.5,
+    the last 15."""
     return times[len(times) - max(1, math.ceil(strength * len(times) - 1e-9)) :]
 
 
 def noisy(model: LatentDiffusion, z: Tensor, t: float, noise: Tensor) -> Tensor:
-    """z (B, C_z, *s) at time t."""
+    """x_t (B, C_z, *s) of a clean latent z with this noise."""
     dtype = torch.float32 if model.kernel.process == "flow" else torch.int64
     return model.kernel.q_sample(z, torch.full((len(z),), t, dtype=dtype), noise)
 
