@@ -1,17 +1,20 @@
-"""Synthetic heads: image, label map, paired image, class and caption, all of one random anatomy.
+"""Synthetic heads, to try every part of the package without data of one's own.
 
-A head is a list of shapes given by signed distances d(p) in mm (negative inside), painted from the outside
-in:
+A head has an image, a label map, a second image of another contrast, a class and a caption, all of one random
+anatomy. So a test can check what a network has learned: a generated head that was asked for as "a small
+lesion in the left hemisphere" can be measured. Nothing here is a model of disease.
 
-    coverage = clip(1/2 - d / voxel, 0, 1)          partial volume: a border is one voxel wide and smooth
-    image    = (1 - coverage) image + coverage value[tissue]
+A head is a list of shapes, painted one over the other from the outside in: skin, muscle, eyes, skull, fluid,
+grey and white matter folded by a random field, cerebellum, ventricles, deep nuclei (missing in some heads)
+and at most one lesion. A shape is a signed distance d in mm, negative inside. A shape is painted with
 
-skin, muscle, eyes, skull, fluid, grey and white matter folded by a random field, cerebellum, ventricles, deep
-nuclei (missing in some heads) and at most one lesion. Positions are bent by a smooth random displacement;
-both contrasts get texture, a bias field, noise, and a gain that differs between heads, as files of real
-scanners do. The contrasts are tables of tissue values (T1-like `image`, T2-like `source`): a non-linear map
-of one anatomy. In `image` only fat, outside the skull, is as bright as the lesion. Nothing here is a model of
-disease.
+    coverage = clip(1/2 - distance / voxel, 0, 1)    a border is one voxel wide and smooth (partial volume)
+    weights  = (1 - coverage) * weights;    weights[tissue] += coverage
+
+and the image is the sum of the tissue weights times the values of `TISSUES`: one column for the T1-like
+`image`, one for the T2-like `source`, so that `source` to `image` is a non-linear map of one anatomy. Then
+come texture, a bias field, noise, and a gain that differs from head to head, as in files of real scanners. In
+`image` only fat, outside the skull, is as bright as the lesion.
 """
 
 import csv
@@ -64,10 +67,10 @@ class Phantom:
 
 
 def describe(lesion: np.ndarray, spacing: tuple[float, ...]) -> str:
-    """Caption of a lesion given as booleans (*S), spacing in mm: also judges a generated image, thresholded.
+    """Caption of a lesion, a boolean mask (*S); spacing in mm. Also judges a generated image, thresholded.
 
-    Present from 40 % of the smallest lesion drawn, large from the ball (2-D: disc) of 15 mm, side of its
-    centroid.
+    A lesion counts from 40 % of the volume of the smallest lesion that is drawn. From the volume of a ball
+    (2-D: disc) of radius 15 mm on it is large. The side is the side of its centroid.
     """
     dims, voxel = lesion.ndim, float(np.prod(spacing))
     ball = {2: np.pi, 3: 4 / 3 * np.pi}[dims]
@@ -295,7 +298,7 @@ def write_phantoms(
     spacing: tuple[float, ...] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Writes heads 0 .. num-1 as a data set: images/, labels/, sources/ (NIfTI; 2-D: TIFF) and cases.csv.
+    """Writes heads 0 ... num - 1 as a data set: images/, labels/, sources/ (NIfTI; 2-D: TIFF) and cases.csv.
 
     Columns: image, mask, source, class, text, subject. The folder appears complete or not at all; if it
     exists already, that is an `InputError`.
