@@ -1,6 +1,7 @@
 """The report of a run shows what the run's files say: curves, previews, voxels, scores; offline."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,11 @@ import sample
 import train_ldm
 from ldm3d import Volume, write
 from ldm3d.engine.logger import mid_slices
-from ldm3d.reports import pictures, run_log
+from ldm3d.reports import pictures, run_log, run_report
 from ldm3d.reports.__main__ import main as reports_main
 from ldm3d.reports.html_tables import key_table, tables_of
 from ldm3d.reports.pictures import grey, png
 
-ROOT = Path(__file__).parents[2]
 STEPS = 40
 
 
@@ -100,11 +100,50 @@ def test_the_facts_are_those_of_the_log(run):
         "skipped steps": "0",
         "cases": "2 train, 1 val",
     }
-    assert (
-        run_log.best_validation([{"split": "val", "step": 5, "psnr": 20.0, "loss": 1.0}])
-        == "PSNR 20.00 dB at step 5"
-    )
     assert [run_log.duration(s) for s in (12, 200, 3725.4)] == ["12 s", "3 min 20 s", "1 h 02 min"]
+
+
+def test_figures_that_change_are_summed_up_as_their_title_says():
+    changing = [
+        {"samples_per_s": 1.0, "data_wait": 0.1, "peak_gib": 2.5, "skipped_steps": 0},
+        {"samples_per_s": 9.0, "data_wait": 0.2, "peak_gib": 1.5, "skipped_steps": 3},
+        {"samples_per_s": 2.0, "data_wait": 0.6, "peak_gib": 2.0, "skipped_steps": 4},
+    ]
+    lines = [{"split": "train", "step": i, "seconds": 1.0, **line} for i, line in enumerate(changing)]
+    facts = run_log.facts_of({"run": {"steps": 9}}, lines, {})
+    assert facts["samples per second"] == "2 (median)"
+    assert facts["waiting for data"] == "30.0% of the time"
+    assert facts["peak memory"] == "2.5 GiB"
+    assert facts["skipped steps"] == "4"
+    assert facts["best validation"] == "none yet"
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [("psnr", "PSNR 21.00 dB at step 2"), ("dice", "Dice 21.000 at step 2"), ("loss", "loss 19 at step 3")],
+)
+def test_the_best_validation_has_the_highest_score_or_the_lowest_loss(figure, words):
+    lines = [{"split": "val", "step": i, figure: v} for i, v in ((1, 20.0), (2, 21.0), (3, 19.0))]
+    lines += [{"split": "train", "step": 4, "psnr": 99.0, "dice": 99.0, "loss": 0.0}]
+    assert run_log.best_validation(lines) == words
+    scored = [{"loss": 1.0 - line["step"], "dice": 0.5, **line} for line in lines]  # a loss counts last
+    if figure != "loss":
+        assert run_log.best_validation(scored) == words
+
+
+def test_many_previews_are_thinned_evenly_and_the_newest_results_come_first(tmp_path):
+    for step in range(1, 101):
+        (tmp_path / f"step_{step:07d}.png").write_bytes(png(np.zeros((1, 1), np.uint8)))
+    steps = [preview["step"] for preview in run_report.previews(tmp_path)]
+    assert (len(steps), steps[0], steps[-1]) == (24, 1, 100)
+    assert set(np.diff(steps)) <= {4, 5}
+    for name, age in (("samples-001", 2), ("samples-002", 1), ("evaluation-001", 3), ("previews", 0)):
+        (tmp_path / name).mkdir()
+        if name != "previews":
+            (tmp_path / name / "a.json").write_text("{}")
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    names = [folder.name for folder in run_report.result_folders(tmp_path)]
+    assert names == ["samples-002", "samples-001", "evaluation-001"]
 
 
 def test_json_becomes_tables_and_nothing_of_it_is_lost():
