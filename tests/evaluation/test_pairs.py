@@ -45,12 +45,11 @@ def pairs(request, tmp_path):
 
 def run(place, *flags: str):
     """(rows by case, report) of the command."""
-    evaluation_main(
-        ["compare", str(place / "made"), str(place / "target"), "--out", str(place / "out"), *flags]
-    )
-    rows = {row.pop("case"): row for row in csv.DictReader((place / "out" / "cases.csv").open())}
+    out = place / f"out{len(list(place.glob('out*')))}"
+    evaluation_main(["compare", str(place / "made"), str(place / "target"), "--out", str(out), *flags])
+    rows = {row.pop("case"): row for row in csv.DictReader((out / "cases.csv").open())}
     rows = {name: {k: float(v) for k, v in row.items()} for name, row in rows.items()}
-    return rows, json.loads((place / "out" / "report.json").read_text())
+    return rows, json.loads((out / "report.json").read_text())
 
 
 def read_array(folder, name: str, dims: int) -> np.ndarray:
@@ -91,8 +90,12 @@ def test_objects_are_found_and_measured(pairs):
     assert report["metrics"]["dice"]["worst_case"] == "shifted"
     assert report["metrics"]["dice"]["outliers_iqr"] == ["shifted"]
     assert report["metrics"]["height_ratio"]["above"]["0.97"] == 5
-    assert (place / "out" / "worst.png").stat().st_size > 1000
-    assert (place / "out" / "histograms.png").stat().st_size > 1000
+    assert {p.name for p in (place / "out0").iterdir()} == {
+        "cases.csv",
+        "report.json",
+        "worst.png",
+        "histograms.png",
+    }
 
 
 @pytest.mark.parametrize("align", ["shift", "rigid"])
@@ -121,6 +124,27 @@ def test_an_empty_target_has_no_object(tmp_path):
     assert math.isnan(rows["empty"]["height_generated"])
     assert rows["filled"]["dice"] == 0
     assert rows["filled"]["height_generated"] == 11
+
+
+def test_one_threshold_that_of_the_target_finds_both_objects(tmp_path):
+    save(tmp_path / "target", "a", blob(2, 12.0, 6.0))
+    save(tmp_path / "made", "a", 0.4 * blob(2, 12.0, 6.0))  # the same form, but darker than the threshold
+    rows, _ = run(tmp_path, "--resamples", "5")
+    assert (rows["a"]["dice"], rows["a"]["height_target"]) == (0, 13)
+    assert math.isnan(rows["a"]["height_generated"])
+
+
+def test_upright_heights_are_along_the_object_and_not_along_the_image(tmp_path):
+    r, c = np.indices((80, 60)) - np.array([40, 30])[:, None, None]
+    along, across = (r + c) / 2**0.5, (r - c) / 2**0.5  # turned by 45 degrees; voxels are 1 x 2 mm
+    leaning = np.where((along / 24) ** 2 + (across / 8) ** 2 <= 1, 100.0, 10.0).astype(np.float32)
+    write(tmp_path / "target" / "a.tif", Volume(leaning[None], np.eye(3)))
+    write(tmp_path / "made" / "a.tif", Volume(leaning[None], np.eye(3)))
+    plain, _ = run(tmp_path, "--resamples", "5")
+    upright, _ = run(tmp_path, "--resamples", "5", "--upright")
+    assert plain["a"]["height_target"] == pytest.approx(2 * math.sqrt((24**2 + 8**2) / 2), abs=2)
+    assert upright["a"]["height_target"] == pytest.approx(48, abs=2)
+    assert upright["a"]["width_50_target"] == pytest.approx(16, abs=2)
 
 
 def test_label_maps_are_compared_label_by_label(tmp_path):
@@ -228,6 +252,14 @@ def test_a_description_counts_what_lies_outside_the_normal_interval():
     assert (found["psnr"]["worst"], found["psnr"]["worst_case"]) == (1.0, "0")
     assert found["x_ratio"]["above"] == {"0.9": 4, "0.95": 4, "0.97": 0}
     assert found["x_difference"]["below_mm"] == {"5.0": 0, "10.0": 4}
+
+
+@pytest.mark.parametrize("column", ["mse", "mae", "height_difference", "feature_distance"])
+def test_the_worst_case_of_an_error_is_the_one_with_the_highest(column):
+    rows = {name: {column: value, "ssim": value} for name, value in (("low", 1.0), ("high", 3.0))}
+    found = describe(rows, 10)
+    assert (found[column]["worst"], found[column]["worst_case"]) == (3.0, "high")
+    assert (found["ssim"]["worst"], found["ssim"]["worst_case"]) == (1.0, "low")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,17 @@ def test_the_half_sample_interval_of_the_kernel_distance_is_as_wide_as_it_varies
     assert np.mean(widths) == pytest.approx(2 * 1.96 * varies, rel=0.35)
 
 
+def test_a_bias_that_depends_on_the_number_of_cases_moves_the_interval_and_does_not_widen_it():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 50)
+
+    def statistic(i: np.ndarray) -> dict[str, float]:
+        return {"plain": values[i].mean(), "biased": values[i].mean() + 100 / len(i)}  # halves: 2 more
+
+    found = half_sample_intervals(statistic, [50], 200)
+    for end in ("value", "low", "high"):
+        assert found["biased"][end] == pytest.approx(found["plain"][end] + 2)
+
+
 def test_a_set_too_small_to_be_halved_has_a_value_and_no_interval():
     found = half_sample_intervals(lambda i, j: {"n": len(i) + len(j)}, [3, 50], 10)["n"]
     assert found["value"] == 53
@@ -52,12 +63,12 @@ def test_a_set_too_small_to_be_halved_has_a_value_and_no_interval():
 
 
 def test_outliers_are_beyond_the_quartiles_or_three_deviations():
-    values = np.array([*np.linspace(0, 1, 40), 2.6, math.nan])
-    first, third = np.percentile(values[:41], [25, 75])
-    beyond, far = outliers(values)
-    assert values[beyond].tolist() == [2.6]
-    assert third + 1.5 * (third - first) < 2.6
-    assert far.tolist() == [False] * 40 + [True, False]
+    values = np.array([*np.linspace(0, 1, 101), 1.8, -0.7, math.nan])  # quartiles near 1/4 and 3/4
+    assert values[outliers(values)[0]].tolist() == [1.8, -0.7]  # beyond 1.5 and -0.5
+    values = np.array([*np.linspace(-1, 1, 101), *[5.0, -5.0] * 20, 7.5])  # of standard deviation 2.7
+    assert not outliers(values)[1].any()
+    values[-1] = 9.0
+    assert values[outliers(values)[1]].tolist() == [9.0]
     assert not outliers(np.array([1.0]))[0].any()
 
 

@@ -208,7 +208,8 @@ def test_label_maps_have_the_geometry_of_their_image_and_the_label_values_of_the
 
 
 def assert_scores_are_those_of_the_files(folder: Path, references: Path) -> None:
-    """Dice in cases.csv = Dice of the NIfTI files that were written and the references, voxel by voxel."""
+    """Dice and HD95 in cases.csv = those of the NIfTI files that were written and the references."""
+    ndimage = pytest.importorskip("scipy.ndimage", reason="scipy (extra test) is not installed")
     rows = list(csv.DictReader((folder / "cases.csv").read_text().splitlines()))
     for row in rows:
         found, truth = (
@@ -219,6 +220,13 @@ def assert_scores_are_those_of_the_files(folder: Path, references: Path) -> None
             a, b = found == value, truth == value
             expected = 2 * (a & b).sum() / (a.sum() + b.sum())
             assert float(row[f"dice_{k}"]) == pytest.approx(expected, abs=1e-9)
+            if not (a.any() and b.any()):
+                continue
+            mm = np.linalg.norm(nib.load(references / f"{row['case']}.nii.gz").affine[:3, :3], axis=0)
+            surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (a, b)]
+            away = [ndimage.distance_transform_edt(~surface, sampling=mm) for surface in surfaces]
+            ends = [np.percentile(far[near], 95) for far, near in zip(away, surfaces[::-1], strict=True)]
+            assert float(row[f"hd95_{k}"]) == pytest.approx(max(ends), rel=1e-4)
     assert max(float(row["dice_1"]) for row in rows) > 0
 
 

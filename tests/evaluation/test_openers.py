@@ -1,0 +1,65 @@
+"""Two sets are brought to one grid and one scale: by the run's rule, else the real set's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ldm3d.config import InputError
+from ldm3d.data import Volume, write
+from ldm3d.engine.checkpoint import load_run
+from ldm3d.evaluation.openers import OpenConfig, beside, open_sets
+
+
+def write_set(folder, num: int = 3, spacing: tuple[float, float] = (1.0, 1.0), channels: int = 1) -> str:
+    draw = np.random.default_rng(num)
+    for i in range(num):
+        array = draw.normal(5, 2, (channels, 16, 20)).astype(np.float32)
+        write(folder / f"{i}.tif", Volume(array, np.diag([*spacing, 1.0])))
+    return str(folder)
+
+
+def test_scaling_by_data_set_takes_the_numbers_of_the_run_else_those_of_the_real_set(vae_run, tmp_path):
+    real, made = write_set(tmp_path / "real", 4), write_set(tmp_path / "made")
+    config = OpenConfig(scaling="dataset")
+    alone = open_sets(made, {"real": (real, "val")}, config).sets["generated"]
+    voxels = np.stack([np.random.default_rng(4).normal(5, 2, (4, 16, 20)).astype(np.float32)])
+    assert alone.spec.low[0] == pytest.approx(voxels.mean() - voxels.std(), rel=1e-4)
+    stored = load_run(vae_run, "vae")["state"]["data"]
+    by_run = open_sets(made, {"real": (real, "val")}, config, run=str(vae_run)).sets
+    for dataset in by_run.values():
+        assert list(dataset.spec.low) == stored["low"]
+        array = 2 * (5.0 - stored["low"][0]) / (stored["high"][0] - stored["low"][0]) - 1
+        assert float(dataset[0, 0]["image"].mean()) == pytest.approx(array, rel=0.05)
+
+
+def test_a_run_stands_for_the_cases_of_a_part_of_its_split(vae_run, heads):
+    split = json.loads((vae_run / "split.json").read_text())
+    made = str(heads / "images")
+    for part, names in (("val", split["val"]), ("held-out", split["val"] + split.get("test", []))):
+        sets = open_sets(made, {"real": (str(vae_run), part)}, OpenConfig())
+        assert [case.id for case in sets.sets["real"].cases] == sorted(names)
+        assert sets.run == str(vae_run)
+    subset = open_sets(made, {"real": (str(vae_run), "train")}, OpenConfig(subset=2)).sets
+    assert {name: len(dataset) for name, dataset in subset.items()} == {"real": 2, "generated": 2}
+
+
+def test_files_of_other_spacing_come_to_the_real_sets_and_the_report_says_so(tmp_path):
+    real, made = write_set(tmp_path / "real"), write_set(tmp_path / "made", spacing=(2.0, 1.0))
+    sets = open_sets(made, {"real": (real, "val")}, OpenConfig())
+    assert sets.protocol["spacing_mm"] == [1.0, 1.0]
+    assert sets.sets["generated"].infos["0"].shape == (32, 20)
+    assert sets.sets["generated"][0, 0]["image"].shape == (1, 16, 20)  # its middle
+
+
+def test_sets_of_different_channels_are_refused_unless_one_is_chosen(tmp_path):
+    real, made = write_set(tmp_path / "real", channels=2), write_set(tmp_path / "made")
+    with pytest.raises(InputError, match="differ in their number of channels"):
+        open_sets(made, {"real": (real, "val")}, OpenConfig())
+    sets = open_sets(made, {"real": (real, "val")}, OpenConfig(channel=(1,)))  # made: only this
+    assert {dataset[0, 0]["image"].shape for dataset in sets.sets.values()} == {(1, 16, 20)}
+
+
+def test_a_report_goes_beside_the_folder_or_the_folder_of_the_pattern(tmp_path):
+    write_set(tmp_path / "a" / "b")
+    assert beside(str(tmp_path / "a" / "b")) == beside(str(tmp_path / "a" / "b" / "*.tif")) == tmp_path / "a"
