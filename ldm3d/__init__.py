@@ -13,7 +13,6 @@ folders. README.md beside this file gives the order in which to read them.
     latents, latent_diffusion                 the cache of latents; both stages as one model
     pipeline                                  a run folder opened for use: ldm3d.load(RUN)
     cdal                                      segmentation by diffusion
-    pipeline                                  a run folder opened for use: load(RUN)
     config                                    settings: dataclass <-> JSON <-> command line
 
     data/         files to batches

@@ -97,8 +97,8 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.autoencoder, self.denoiser, self.kernel, self.spec = autoencoder, denoiser, kernel, spec
         per_channel = (1, -1) + (1,) * len(spec.size)
-        self.register_buffer("latent_mean", latent_mean.view(per_channel))
-        self.register_buffer("latent_std", latent_std.view(per_channel))
+        self.register_buffer("latent_mean", latent_mean.view(per_channel).clone())
+        self.register_buffer("latent_std", latent_std.view(per_channel).clone())
 
     @property
     def device(self) -> torch.device:

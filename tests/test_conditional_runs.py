@@ -462,11 +462,11 @@ def test_conditions_that_the_data_lack_are_told_before_training(place, tmp_path,
     assert not (tmp_path / "ldm").exists()
 
 
-def test_the_python_lines_on_conditions_in_the_readme_run_as_written(tmp_path, monkeypatch):
+def test_the_python_lines_of_the_guide_run_as_written(tmp_path, monkeypatch):
     write_phantoms(tmp_path / "heads", 6, size=(16, 20, 16), spacing=(12.0, 11.0, 12.0))
     axes = ["--data.dims", "3", "--vae.dims", "3"]
     train_vae.main(vae_flags(tmp_path / "heads", tmp_path / "vae", 1, *axes))
-    told = [
+    use = [
         "--condition.use",
         "class,text",
         "--condition.context_dim",
@@ -474,22 +474,16 @@ def test_the_python_lines_on_conditions_in_the_readme_run_as_written(tmp_path, m
         "--condition.text_min_count",
         "1",
     ]
-    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "runs" / "ldm-told", 1, *told))
-    text = (
-        (ROOT / "ldm3d/inference/README.md")
-        .read_text()
-        .split("## Conditions")[1]
-        .split("## ")[0]
-        .split("In Python:")[1]
-    )
+    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "runs" / "ldm-captions", 1, *use))
+    text = (ROOT / "ldm3d/inference/README.md").read_text().split("## In Python")[1].split("\n## ")[0]
     lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
-    assert len(lines) <= 6
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec("\n".join(lines).replace("steps=30", "steps=2"), names)
     assert names["y"].shape == (2, 1, 16, 20, 16)
     kept = ~names["region"]
     assert torch.equal(names["y"][0, 0][kept], names["x"][0, 0][kept])
+    assert names["z"].shape == (1, 1, 48, 56, 48)
 
 
 # --- data ---------------------------------------------------------------------------------------------------
