@@ -119,6 +119,36 @@ def test_padding_of_a_caption_changes_nothing():
     assert a.context_mask.tolist() == [[True, True, False]]
 
 
+def test_numbers_are_standardised_and_embeddings_added_up():
+    encoder = noisy(Conditioner(CONFIG, [ALL["age"], ALL["class"]], 2, 8))
+    got = encoder({"age": torch.tensor([[65.0], [math.nan], [50.0]]), "class": torch.tensor([2, 0, -1])}, X)
+    age, rows = encoder.parts[0], encoder.parts[1].table.weight
+    expected = [age.mlp(torch.tensor([1.5])) + rows[2], age.null + rows[0], age.mlp(torch.zeros(1)) + rows[3]]
+    assert torch.allclose(got.emb, torch.stack(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["text", "report"])
+def test_a_blank_sequence_is_one_null_token(name):
+    """Several would draw more attention than one, away from the tokens of other conditions."""
+    encoder = noisy(Conditioner(CONFIG, [ALL[name]], 2, 8))
+    got, null = encoder({}, X[:1]), encoder.parts[0].null
+    assert got.context_mask.tolist() == [[True] + [False] * (ALL[name].length - 1)]
+    assert torch.equal(got.context[0, 0], null)
+    assert torch.allclose(got.emb[0], encoder.parts[0].pooled(null), atol=1e-6)
+
+
+def test_tokens_are_latents_with_their_positions_which_also_enter_beside_x_t():
+    encoder, value = noisy(Conditioner(CONFIG, [ALL["tokens"]], 2, 8)), values_of()["tokens"]
+    got, linear = encoder({"tokens": value}, X), encoder.parts[0].linear
+    positions = position_features((4, 6), 5, torch.device("cpu"))[0]
+    assert torch.equal(got.channels, positions.expand(3, *positions.shape))
+    for i, j in ((0, 0), (1, 5), (3, 2)):
+        expected = linear(torch.cat([value[:, :, i, j], positions[:, i, j].expand(3, -1)], 1))
+        assert torch.allclose(got.context[:, 6 * i + j], expected, atol=1e-5)
+    assert got.context_mask is None
+    assert encoder.num_channels == len(positions)
+
+
 def test_an_unknown_word_says_nothing_until_training_has_one():
     encoder = Conditioner(CONFIG, [ALL["text"]], 2, 8).parts[0].encoder
     assert not encoder.words.weight[0].any()
