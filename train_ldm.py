@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -283,6 +284,38 @@ def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Co
     )
 
 
+def check_conditions(run: Run, conditions: tuple[Condition, ...]) -> None:
+    """Refuse to resume, or to start from, a run that has other conditions."""
+    if run.resumed and [c.to_dict() for c in conditions] != run.resumed["state"].get("conditions", []):
+        raise InputError(
+            f"{run.dir}: the table of cases has changed since this run was started (--run.fresh)"
+        )
+    ours = [c.name for c in conditions]
+    if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
+        names = [",".join(part) or "none" for part in (theirs, ours)]
+        raise InputError(f"run.init: {run.config.run.init} has conditions {names[0]}, this run {names[1]}")
+
+
+def open_latents(
+    part: str,
+    config: Config,
+    autoencoder: Autoencoder,
+    data: Data,
+    conditions: tuple[Condition, ...],
+    run: Run,
+    device: torch.device,
+) -> tuple[WithConditions, dict[str, np.ndarray]]:
+    """(the latents and conditions of the cases in one part of the split, the table of all latents). Cases are
+    encoded once and cached in the run folder, for training in `data.num_variants` variants."""
+    variants = config.data.num_variants if part == "train" and config.latent_cache else 1
+    dataset = data.dataset(part, augment=variants > 1)
+    key = cache_key(autoencoder, config.data, data.spec, data.files(part))
+    how = variants, device, config.run.amp, conditions, config.masks
+    tables = cache_latents(autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", *how)
+    latents = LatentDataset(tables, config.run.seed)
+    return WithConditions(latents, conditions, dataset.cases, data.folder), tables
+
+
 def hide_some(
     conditions: dict[str, Tensor], config: ConditionConfig, seed: int, positions: Tensor
 ) -> dict[str, Tensor]:
@@ -445,35 +478,20 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     data = open_latent_data(config, stage_one, run.split())
     run.check_data(data.spec.to_dict())
     conditions = conditions_for(config, data, autoencoder.config.latent_channels)
-    if run.resumed and [c.to_dict() for c in conditions] != run.resumed["state"].get("conditions", []):
-        raise InputError(
-            f"{run.dir}: the table of cases has changed since this run was started (--run.fresh)"
-        )
+    check_conditions(run, conditions)
     if any(c.origin == "source" for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     reseed(seed, 0)
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder).to(device)
     kernel = DiffusionKernel(config.kernel)
-    ours = [c.name for c in conditions]
-    if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
-        names = [",".join(part) or "none" for part in (theirs, ours)]
-        raise InputError(f"run.init: {config.run.init} has conditions {names[0]}, this run {names[1]}")
     run.initialise(net, () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*"))
     run.start(data.split, device)
     copy_autoencoder(source, run.dir)
 
-    sets = {}
-    for part, variants in (("train", config.data.num_variants if config.latent_cache else 1), ("val", 1)):
-        dataset = data.dataset(part, augment=variants > 1)
-        key = cache_key(autoencoder, config.data, data.spec, data.files(part))
-        folder = run.dir / "latents" / f"{part}-{key}"
-        how = variants, device, config.run.amp, conditions, config.masks
-        tables = cache_latents(autoencoder, dataset, folder, *how)
-        sets[part] = WithConditions(
-            LatentDataset(tables, config.run.seed), conditions, dataset.cases, data.folder
-        )
-        if part == "train":
-            latent_mean, latent_std = latent_statistics(tables)
+    opened = config, autoencoder, data, conditions, run, device
+    train_set, tables = open_latents("train", *opened)
+    val_latents, _ = open_latents("val", *opened)
+    latent_mean, latent_std = latent_statistics(tables)
     val_set = data.dataset("val")
     real = [val_set[i, i] for i in range(min(16, len(val_set)))]
     scores = set_statistics(torch.stack([case["image"] for case in real]))
@@ -499,7 +517,6 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     )
     model = wrap(net, device, config.run.compile)
 
-    train_set = sets["train"]
     if not config.latent_cache:
         fresh = data.dataset("train", augment=True)
         train_set = WithConditions(fresh, conditions, fresh.cases, data.folder)
@@ -527,10 +544,10 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
         run.end_step(**({"anatomy_weight": weight} if config.masks else {}), **stepper.report())
         if run.due("eval_every"):
-            scores = evaluate(sampled, ema.net, sets["val"], config, device)
+            scores = evaluate(sampled, ema.net, val_latents, config, device)
             run.log("val", scores)
             if is_main():
-                picture, z = preview(sampled, real, sets["val"], config, run.preview_path)
+                picture, z = preview(sampled, real, val_latents, config, run.preview_path)
                 run.logger.picture(run.step, "samples", picture)
                 run.logger.histogram(run.step, "generated latent", z)
             run.keep_best("loss", scores["loss"])

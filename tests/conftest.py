@@ -41,6 +41,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"no real data at {DATA}"))
 
 
+@pytest.fixture
+def mistake(capsys):
+    """mistake(main, flags): the line that a program prints about a mistake of the user, exiting with 2."""
+    from ldm3d.engine.distributed import run_script
+
+    def line(main, flags) -> str:
+        capsys.readouterr()
+        assert run_script(main, [str(flag) for flag in flags]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        return error
+
+    return line
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of the real data sets."""

@@ -15,7 +15,7 @@ from tiny import cdal_flags, lines
 
 import sample
 import train_cdal
-from ldm3d.config import flatten, replace, show
+from ldm3d.config import replace, show
 from ldm3d.data import CaseInfo, read
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.data.volumes import Header
@@ -98,13 +98,6 @@ def test_the_preset_published_is_the_published_method():
         assert (optim.adam_betas, optim.schedule) == ((0.5, 0.9), "constant")
 
 
-def test_every_preset_is_a_valid_configuration():
-    known = flatten(train_cdal.Config())
-    for name, preset in train_cdal.PRESETS.items():
-        assert preset.keys() <= known.keys(), name
-        replace(train_cdal.Config(), preset)
-
-
 @pytest.mark.parametrize("mode", ["published", "plain"])
 def test_the_published_method_and_a_plain_network_train_with_the_same_command(heads, tmp_path, mode):
     faster = {"optim.lr", "run.ema_decay"}  # left as they are in the tiny runs
@@ -145,10 +138,8 @@ def test_the_plan_counts_generator_discriminator_and_votes_and_makes_no_run(head
         (["--votes", "0"], ["votes"]),
     ],
 )
-def test_what_cannot_work_is_one_line_before_training(heads, tmp_path, capsys, more, words):
-    assert run_script(train_cdal.main, cdal_flags(heads, tmp_path / "never", 3, *more)) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
+def test_what_cannot_work_is_one_line_before_training(heads, tmp_path, mistake, more, words):
+    err = mistake(train_cdal.main, cdal_flags(heads, tmp_path / "never", 3, *more))
     assert all(word in err for word in words), err
     assert not (tmp_path / "never").exists()
 
