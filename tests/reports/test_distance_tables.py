@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm3d.reports.distance_tables import group_table, subject_table
+from ldm3d.reports.distance_tables import case_table, group_table, subject_table
 
 
 def test_subjects_and_groups_are_told_as_brute_force_has_them():
@@ -40,3 +40,12 @@ def test_subjects_and_groups_are_told_as_brute_force_has_them():
         assert line["pairs"] == pytest.approx(np.mean([p for row in pairs.values() for p in row]))
         assert line["nearest"] == pytest.approx(np.mean([min(p) for p in pairs.values()]))
         assert line["centres"] == pytest.approx(np.linalg.norm(x[a].mean(0) - x[b].mean(0)), abs=1e-7)
+
+
+def test_the_nearest_case_is_another_one_of_the_first_group():
+    x = torch.tensor([[0.0], [5.0], [9.0], [8.9], [0.2]], dtype=torch.float64)
+    rows = [{"case": name, "group": "first" if name in "abc" else "other"} for name in "abcde"]
+    table = case_table(rows, torch.zeros(5, 2), x @ x.T, torch.cdist(x, x))
+    assert [line["nearest_case"] for line in table] == ["b", "c", "b", "c", "a"]
+    assert [line["nearest"] for line in table] == pytest.approx([5, 4, 4, 0.1, 0.2])
+    assert [line["to_centre"] for line in table] == pytest.approx(np.abs(x[:, 0] - 14 / 3).tolist())

@@ -23,7 +23,8 @@ def test_a_png_decodes_to_the_pixels_that_were_written(shape):
 def test_grey_values_run_from_limit_to_limit_and_what_is_not_finite_is_black():
     values = np.array([-2.0, -1.0, 0.0, 1.0, 3.0, np.nan, np.inf])
     assert pictures.grey(values, (-1, 1)).tolist() == [0, 0, 128, 255, 255, 0, 0]
-    ramp = np.linspace(0, 1, 1001)
+    ramp = np.linspace(0, 1, 1001)  # by default from the percentile 0.5 to 99.5
+    assert pictures.grey(ramp).tolist() == np.rint(255 * ((ramp - 0.005) / 0.99).clip(0, 1)).tolist()
     assert pictures.grey(ramp)[500] == 128
     assert np.ptp(pictures.grey(ramp)) == 255
     assert pictures.grey(np.full(4, np.nan)).tolist() == [0, 0, 0, 0]
