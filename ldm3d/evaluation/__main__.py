@@ -1,9 +1,9 @@
 """Figures of quality: an autoencoder's reconstructions, generated sets, pairs, copies of training cases.
 
-python -m ldm3d.evaluation reconstruct RUN               reconstruction.py: an autoencoder
-python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are they distributed like real ones?
-python -m ldm3d.evaluation compare GENERATED TARGET      pairs.py: each volume against its own target
-python -m ldm3d.evaluation copies GENERATED TRAIN        copies.py: are they copies of training cases?
+python -m ldm3d.evaluation reconstruct RUN               reconstruction.py: how good is an autoencoder?
+python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are samples distributed like real cases?
+python -m ldm3d.evaluation compare GENERATED TARGET      pairs.py: how near is each image to its target?
+python -m ldm3d.evaluation copies GENERATED TRAIN        copies.py: are samples copies of training cases?
 """
 
 from __future__ import annotations

@@ -1,32 +1,37 @@
-"""Are generated volumes copies of training cases? A question that users of medical data must answer.
+"""Are generated volumes copies of training cases? Users of medical data must know before they share samples.
 
     python -m ldm3d.evaluation copies runs/ldm-mine/samples-001 runs/ldm-mine    its own cases
     python -m ldm3d.evaluation copies GENERATED TRAIN --holdout OTHER_REAL_CASES
 
-For each sample, and each held-out real case, the distances d_1 <= d_2 ... to all training cases, in two
-spaces:
+For each sample, and for each held-out real case, the distances d_1 <= d_2 ... to all training cases are
+measured in two spaces:
 
-image     1 - max over shifts and flips of <x', y> / (|x'| |y|), by FFT, of volumes that were averaged to at
-          most 32 (2-D: 96) voxels along an axis and lost their local mean (what all cases share is mostly
-          smooth)
-feature   Euclidean distance of the features of a network (networks.py), least over flips; means over space,
-          so that a shift hardly counts
+image     1 - max over shifts and flips of <x', y> / (|x'| |y|), by FFT. Volumes are averaged to at most 32
+          voxels (2-D: 96) along an axis, and their local mean is subtracted: what all cases share is mostly
+          smooth
+feature   Euclidean distance of the features of a network (networks.py), the least over flips. Features are
+          means over space, so a shift hardly changes them
 
-An unsharp volume lies near to everything, so what counts is how much nearer the nearest case is than others:
+A blurred volume is near to every case. So what counts is how much nearer the nearest case is than others:
 
     r = d_1 / mean(d_1 ... d_50)                              Carlini et al. 2023 (2301.13188), section 5.1
 
-A sample is called a copy if its r is below that of each of n held-out cases and its logarithm more than 4 (1
-+ 4 / n) robust standard deviations (1.4826 x median absolute deviation) below their median: the fewer there
-are to tell what is usual, the clearer it has to be. That is asked in image space; or in feature space if both
-spaces name the same training case, since features alone take what looks alike for the same. Without held-out
-cases each training case takes their part, against those of other subjects. All samples together: the rank
-test of Meehan et al. 2020 (2004.05675), z of Mann and Whitney's U of the samples' r against the held-out
-ones'; z < -3 says that samples lie nearer to training cases than new cases do, copies or not.
+Held-out cases say which r is usual for new cases. A sample is a copy if its r is below that of all n held-out
+cases, and log r is more than 4 (1 + 4 / n) robust standard deviations (1.4826 x median absolute deviation)
+below their median; with few held-out cases a copy has to be clearer. Example: 20 held-out cases have r from
+0.85 to 0.95. A sample with r = 0.9 is a new case, a sample with r = 0.3 is a copy.
 
-The folder that is made holds cases.csv, report.json and nearest.png (sample, training case as it was turned
-and shifted, difference). Copies of parts of a volume, and copies after a rotation or deformation, are not
-looked for.
+Image space decides. Feature space decides too if both spaces name the same training case; features alone
+confuse cases that merely look alike. Without held-out cases each training case takes their role, against the
+cases of other subjects.
+
+For all samples together: z of Mann and Whitney's U, of the r of samples against the r of held-out cases
+(Meehan et al. 2020, 2004.05675). z < -3 means that samples lie nearer to training cases than new cases do,
+even if no single sample is a copy.
+
+The new folder holds cases.csv, report.json and nearest.png (sample, nearest training case flipped and shifted
+like the sample, difference). Copies of parts of a volume, and copies after a rotation or deformation, are
+not found.
 """
 
 from __future__ import annotations
@@ -51,9 +56,9 @@ from .networks import Extractor, whole_features
 from .openers import OpenConfig, VolumeSets, beside, is_run, open_sets, volumes_of
 from .results import Rows, check_out, new_folder, table, write_csv, write_report
 
-LARGEST = {2: 96, 3: 32}  # voxels along an axis of the volumes that are searched
-NEAREST = 50  # training cases whose mean distance is the yardstick
-SPREADS = 4.0  # robust standard deviations that make a copy
+LARGEST = {2: 96, 3: 32}  # voxels along the longest axis in image space; larger volumes are averaged
+NEAREST = 50  # training cases in the mean distance of r
+SPREADS = 4.0  # robust standard deviations below the median: a copy
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class CopiesConfig:
     feature_steps: int = 200  # of training an own network
     run: str | None = None  # run folder whose grid, scaling and encoder count; none = TRAIN, if it is one
     flip_axes: tuple[int, ...] | None = None  # axes along which copies may be flipped; none = all
-    max_shift: float = 0.25  # part of the size by which copies may be shifted
-    shown: int = 8  # samples on the picture, nearest first; all copies are
+    max_shift: float = 0.25  # fraction of the size by which copies may be shifted
+    shown: int = 8  # samples in the picture, nearest first; copies are always shown
     seed: int = 0  # of the own network
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     cache_dir: str = "runs/cache"  # where own networks are kept
@@ -87,7 +92,7 @@ def flips_of(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 class ImageSearch:
-    """The training cases, ready for the greatest correlation over shifts. Volumes are (C, *S)."""
+    """Finds the greatest correlation of a volume (C, *S) with every training case, over shifts and flips."""
 
     def __init__(self, volumes: Any, size: tuple[int, ...], max_shift: float, device: torch.device):
         dims = len(size)
@@ -95,9 +100,8 @@ class ImageSearch:
         self.pool = tuple(min(n, -(-max(size) // LARGEST[dims])) for n in size)
         small = [n // p for n, p in zip(size, self.pool, strict=True)]
         self.reach = [int(max_shift * n) for n in small]
-        self.room = [
-            n + r for n, r in zip(small, self.reach, strict=True)
-        ]  # shifts up to `reach` do not wrap
+        # With this much room shifts up to `reach` do not wrap around
+        self.room = [n + r for n, r in zip(small, self.reach, strict=True)]
         self.spectra = torch.stack(
             [torch.fft.rfftn(self.detail(x), s=self.room, dim=self.over) for x in volumes]
         )
@@ -107,17 +111,16 @@ class ImageSearch:
         return tuple(range(-self.dims, 0))
 
     def detail(self, x: Tensor) -> Tensor:
-        """(C, *s) what is searched of x: averaged, its local mean (5 voxels wide) taken away, of norm 1."""
+        """x (C, *S) as it is compared: averaged to (C, *s), minus its local mean over 5 voxels, of norm 1."""
         pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[self.dims]
         x = pool(x[None].to(self.device).float(), self.pool)
         x = (x - pool(x, 5, stride=1, padding=2, count_include_pad=False))[0]
         return x / x.norm().clamp(min=1e-12)
 
     def correlations(self, x: Tensor, flips: list[tuple[int, ...]]) -> tuple[Tensor, list[tuple]]:
-        """(N,) greatest correlation of x with every training case, and [(flip, shift in voxels)] that gives
-        it.
+        """(greatest correlation with each training case (N,), [(flipped axes, shift in voxels)] of each).
 
-        A copy is the training case shifted: x'(p) = y(p - shift), x' being x after the flip.
+        A copy is the shifted training case: x'(p) = y(p - shift), where x' is the flipped x.
         """
         best, found = (
             torch.full((len(self.spectra),), -math.inf),
@@ -129,11 +132,11 @@ class ImageSearch:
             for start in range(0, len(self.spectra), 64):
                 product = (spectrum * self.spectra[start : start + 64].conj()).sum(1)
                 surface = torch.fft.irfftn(product, s=self.room, dim=self.over)  # (n, *room), [s]: shift s
-                values, places = self._within_reach(surface).flatten(1).max(1)
-                for k, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True), start):
+                values, peaks = self._within_reach(surface).flatten(1).max(1)
+                for k, (value, peak) in enumerate(zip(values.tolist(), peaks.tolist(), strict=True), start):
                     if value > best[k]:
                         best[k] = value
-                        shift = np.unravel_index(place, self.room)
+                        shift = np.unravel_index(peak, self.room)
                         signed = (
                             s - n if s > r else s
                             for s, n, r in zip(shift, self.room, self.reach, strict=True)
@@ -142,36 +145,34 @@ class ImageSearch:
         return best, found
 
     def _within_reach(self, surface: Tensor) -> Tensor:
-        """The surface with -inf where the shift is too large."""
+        """The correlations (n, *room) with -inf where the shift is too large."""
         for axis, (n, reach) in enumerate(zip(self.room, self.reach, strict=True), start=1):
             far = torch.arange(reach + 1, n - reach, device=surface.device)
             surface = surface.index_fill(axis, far, -math.inf)
         return surface
 
 
-def aligned(y: Tensor, turned: tuple[int, ...], shift: tuple[int, ...]) -> Tensor:
-    """A training case y (C, *S) as the sample shows it: shifted, then flipped back; the edge goes on."""
+def aligned(y: Tensor, flips: tuple[int, ...], shift: tuple[int, ...]) -> Tensor:
+    """A training case y (C, *S) in the position of the sample: shifted (its edge repeated) and flipped."""
     for axis, s in enumerate(shift, start=1):
-        places = (torch.arange(y.shape[axis]) - s).clamp(0, y.shape[axis] - 1)
-        y = y.index_select(axis, places)
-    return y.flip([a + 1 for a in turned])
+        voxels = (torch.arange(y.shape[axis]) - s).clamp(0, y.shape[axis] - 1)
+        y = y.index_select(axis, voxels)
+    return y.flip([a + 1 for a in flips])
 
 
 def nearness(distances: Tensor) -> tuple[float, int, float]:
-    """(r, index of the nearest, its distance) of the distances (N,) of one case to all training cases."""
+    """(r, index of the nearest training case, its distance), from the distances (N,) to all of them."""
     ordered, order = distances.double().clamp(min=0).sort()
-    known = ordered[ordered.isfinite()]
-    yardstick = known[:NEAREST].mean().clamp(min=1e-12)
-    return (ordered[0] / yardstick).item(), int(order[0]), ordered[0].item()
+    usual = ordered[ordered.isfinite()][:NEAREST].mean().clamp(min=1e-12)
+    return (ordered[0] / usual).item(), int(order[0]), ordered[0].item()
 
 
 def rank_z(values: np.ndarray, others: np.ndarray) -> float:
-    """z of Mann and Whitney's U: below 0 if `values` tend to be smaller than `others`; ties share their
-    ranks."""
+    """z of Mann and Whitney's U: below 0 if `values` tend to be smaller than `others`. Ties share a rank."""
     n, m = len(values), len(others)
     both = np.concatenate([values, others])
-    _, place, counts = np.unique(both, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    _, group, counts = np.unique(both, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]
     u = ranks[:n].sum() - n * (n + 1) / 2
     ties = (counts**3 - counts).sum() / ((n + m) * (n + m - 1))
     spread = math.sqrt(n * m / 12 * (n + m + 1 - ties))
@@ -190,19 +191,19 @@ def limit_of(held_out: np.ndarray) -> float:
 
 @dataclass
 class Nearest:
-    """What was found for one case in one space."""
+    """The nearest training case of one case, in one space."""
 
     ratio: float
     index: int
     distance: float
-    turned: tuple[int, ...] = ()
-    shift: tuple[int, ...] = ()
+    flips: tuple[int, ...] = ()  # axes
+    shift: tuple[int, ...] = ()  # voxels
 
 
 def in_image_space(
     sets: VolumeSets, names: list[str], config: CopiesConfig, device: torch.device
 ) -> dict[str, list[Nearest]]:
-    """The nearest training case of each case of the sets with these names."""
+    """Name of a set -> the nearest training case of each of its cases, by correlation of images."""
     train = sets.sets["train"]
     axes = _flip_axes(config, train.spec.dims)
     search = ImageSearch(volumes_of(train), train.spec.size, config.max_shift, device)
@@ -224,18 +225,20 @@ def in_image_space(
 def in_feature_space(
     sets: VolumeSets, names: list[str], config: CopiesConfig, network: Extractor
 ) -> dict[str, list[Nearest]]:
-    """The same for the features of a network."""
+    """Name of a set -> the nearest training case of each of its cases, by features, least over flips."""
     train = sets.sets["train"]
     flips = flips_of(_flip_axes(config, train.spec.dims))
-    known = torch.cat(
+    training = torch.cat(
         [network(x[None]) for x in progress(volumes_of(train), "features", len(train))]
     ).double()
     found: dict[str, list[Nearest]] = {}
     for name in names:
         found[name] = []
         for i, x in enumerate(progress(volumes_of(sets.sets[name]), "features", len(sets.sets[name]))):
-            turned = torch.cat([network(x[None].flip([a + 2 for a in axes])) for axes in flips]).double()
-            distances = torch.cdist(turned, known, compute_mode="donot_use_mm_for_euclid_dist").min(0).values
+            views = torch.cat([network(x[None].flip([a + 2 for a in axes])) for axes in flips]).double()
+            distances = (
+                torch.cdist(views, training, compute_mode="donot_use_mm_for_euclid_dist").min(0).values
+            )
             if name == "train":
                 distances = _without(distances, train, i)
             found[name].append(Nearest(*nearness(distances)))
@@ -250,15 +253,17 @@ def _flip_axes(config: CopiesConfig, dims: int) -> tuple[int, ...]:
 
 
 def _without(distances: Tensor, train: VolumeDataset, index: int) -> Tensor:
-    """Distances with inf for the case itself and all others of its subject."""
+    """The distances, with inf for all cases of the subject of the case at `index`, itself included."""
     subjects = [case.subject for case in train.cases]
     same = torch.tensor([s == subjects[index] for s in subjects])
     return distances.masked_fill(same.to(distances.device), math.inf)
 
 
 def check_subjects(subjects: list[str]) -> None:
-    """InputError where training cases, of these subjects, cannot stand in for held-out ones: r = d_1 / d_1
-    = 1 of a case that has one other to be near to would hide every copy."""
+    """InputError if training cases of these subjects cannot take the role of held-out cases.
+
+    A case needs two cases of other subjects. With one, r = d_1 / d_1 = 1 whatever the case: no limit at all.
+    """
     for subject in dict.fromkeys(subjects):
         others = len(subjects) - subjects.count(subject)
         if others < 2:
@@ -269,7 +274,7 @@ def check_subjects(subjects: list[str]) -> None:
 
 
 def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
-    """Look for copies and write the report; returns its folder."""
+    """Look for copies and write the report; returns its folder. InputError names what does not fit."""
     check_out(config.out)
     device = choose_device(config.device)
     real = {"train": (train, "train")}
@@ -277,7 +282,7 @@ def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
         real["holdout"] = (config.holdout or train, "held-out")
     sets = open_sets(generated, real, config.data, config.run)
     if len(sets.sets["train"]) < 3:
-        raise InputError(f"train: {len(sets.sets['train'])} cases, expected at least 3 to tell near from far")
+        raise InputError(f"train: {len(sets.sets['train'])} cases, expected at least 3")
     reference = "holdout" if "holdout" in real else "train"
     if reference == "train":
         check_subjects([case.subject for case in sets.sets["train"].cases])
@@ -305,7 +310,7 @@ def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
     write_csv(folder / "cases.csv", rows)
     write_report(folder / "report.json", report)
     picture = draw(folder / "nearest.png", sets, spaces["image"]["generated"], rows, config.shown)
-    tell(report, rows)
+    print_summary(report, rows)
     print(f"{folder}" + (f", {picture}" if picture else ""))
     return folder
 
@@ -313,28 +318,28 @@ def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
 def judge(
     sets: VolumeSets, spaces: dict[str, dict[str, list[Nearest]]], reference: str
 ) -> tuple[Rows, dict[str, dict[str, float]]]:
-    """(a row for every sample, what was found in each space)."""
+    """(sample -> row of cases.csv, space -> its figures for the report)."""
     names = {name: [case.id for case in dataset.cases] for name, dataset in sets.sets.items()}
     rows: Rows = {name: {"copy": False} for name in names["generated"]}
     found = {}
     for space, nearest in spaces.items():
-        ours, theirs = (np.array([n.ratio for n in nearest[name]]) for name in ("generated", reference))
-        limit = limit_of(theirs)
+        made, usual = (np.array([n.ratio for n in nearest[name]]) for name in ("generated", reference))
+        limit = limit_of(usual)
         for row, one in zip(rows.values(), nearest["generated"], strict=True):
             row[f"{space}_nearest"] = names["train"][one.index]
             row[f"{space}_ratio"], row[f"{space}_distance"] = one.ratio, one.distance
             row[f"{space}_copy"] = one.ratio < limit
             if space == "image":
-                row["flipped_axes"] = " ".join(map(str, one.turned))
+                row["flipped_axes"] = " ".join(map(str, one.flips))
                 row["shift_voxels"] = " ".join(map(str, one.shift))
             row["copy"] |= row[f"{space}_copy"] and row[f"{space}_nearest"] == row["image_nearest"]
         found[space] = {
             "limit": limit,
-            "copies": int((ours < limit).sum()),
-            "generated_median": float(np.median(ours)),
-            "reference_median": float(np.median(theirs)),
-            "reference_min": float(theirs.min()),
-            "rank_z": rank_z(ours, theirs),
+            "copies": int((made < limit).sum()),
+            "generated_median": float(np.median(made)),
+            "reference_median": float(np.median(usual)),
+            "reference_min": float(usual.min()),
+            "rank_z": rank_z(made, usual),
         }
     return rows, found
 
@@ -342,7 +347,7 @@ def judge(
 def verdict(
     copies: int, samples: int, spaces: dict[str, dict[str, float]], references: int, kind: str
 ) -> str:
-    """One sentence for the reader who reads nothing else, and what weakens it."""
+    """One sentence for those who read nothing else, with what weakens the finding."""
     words = (
         f"{copies} of {samples} samples are copies of training cases"
         if copies
@@ -359,7 +364,7 @@ def verdict(
 
 
 def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown: int) -> Path | None:
-    """Samples beside their nearest training case as they show it: all copies, then the nearest ones."""
+    """Draw samples beside their nearest training case in the same position, copies first, nearest first."""
     generated, train = sets.sets["generated"], sets.sets["train"]
     listed = list(rows.items())
     order = sorted(range(len(listed)), key=lambda i: (not listed[i][1]["copy"], listed[i][1]["image_ratio"]))
@@ -368,7 +373,7 @@ def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown
     for i in order:
         name, row = listed[i]
         x = generated[i, i]["image"]
-        y = aligned(train[nearest[i].index, nearest[i].index]["image"], nearest[i].turned, nearest[i].shift)
+        y = aligned(train[nearest[i].index, nearest[i].index]["image"], nearest[i].flips, nearest[i].shift)
         near = psnr(x[None], y[None], 2.0).item()
         title = (
             f"{'COPY: ' if row['copy'] else ''}{name} | {row['image_nearest']} | difference   {near:.1f} dB"
@@ -377,8 +382,8 @@ def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown
     return save_sheet(path, sheet, limits=(-1, 1)) if sheet else None
 
 
-def tell(report: dict[str, Any], rows: Rows) -> None:
-    """The verdict and the copies on the console."""
+def print_summary(report: dict[str, Any], rows: Rows) -> None:
+    """The figures of each space, the copies and the verdict, on the console."""
     lines = [("space", "copies", "limit of r", "samples", "reference", "least", "rank z")]
     for name, s in report["spaces"].items():
         numbers = (s["generated_median"], s["reference_median"], s["reference_min"], s["rank_z"])

@@ -1,14 +1,14 @@
 """The object in a mask: its largest connected part, holes, orientation, heights and widths.
 
-Connected components (neighbours share a face): voxels in a row along the last axis form runs; runs that touch
-along another axis are joined by union-find over all pairs at once, where every root takes the lowest root
-that it touches until nothing changes (Shiloach & Vishkin 1982), so the work is in the number of runs and
-not of voxels.
+Connected components (neighbours share a face): voxels in a row along the last axis form runs. Runs that touch
+along another axis belong together. Each run points to a root, at first itself; in every round each root takes
+the lowest root that it touches, until nothing changes (Shiloach & Vishkin 1982). So the work grows with the
+number of runs, not of voxels.
 
-Otsu's threshold (1979, IEEE Trans. SMC 9, eq. 12 to 14) parts a histogram so that the variance between the
-two classes, w_0 w_1 (m_0 - m_1)^2, is greatest.
+Otsu's threshold (1979, IEEE Trans. SMC 9, eq. 12 to 14) divides a histogram into two classes with shares w_0,
+w_1 and means m_0, m_1, so that the variance between them, w_0 w_1 (m_0 - m_1)^2, is greatest.
 
-Orientation: the eigenvectors of the covariance of the voxels' places (mm), the longest first.
+The orientation is given by the eigenvectors of the covariance of the voxels' positions (mm), longest first.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def label_components(mask: np.ndarray) -> np.ndarray:
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
-    """The connected part of a boolean mask (*S) with most voxels; of equal ones the first. Empty stays
-    empty."""
+    """The connected part of a boolean mask (*S) with most voxels, the first of equal ones."""
     labels = label_components(mask)
     counts = np.bincount(labels.ravel())
     counts[0] = 0
@@ -57,15 +56,14 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """The mask (*S) with all that it encloses: background that has no way to the border."""
+    """The mask (*S) with its holes filled: a hole is background without a path to the border."""
     outside = label_components(~mask)
     borders = [outside.take(end, axis).ravel() for axis in range(mask.ndim) for end in (0, -1)]
     return mask | ~np.isin(outside, np.unique(np.concatenate(borders)))
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
-    """The value that parts `values` best into two classes, at the centre of a histogram bin; nan if all are
-    equal."""
+    """The value that divides `values` best into two classes, a centre of a bin; nan if all are equal."""
     if values.min() == values.max():
         return float("nan")
     counts, edges = np.histogram(values, bins)
@@ -75,19 +73,19 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         difference = sums / low - (sums[-1] - sums) / (total - low)
     between = low * (total - low) * np.nan_to_num(difference) ** 2
-    best = between[:-1] >= between[:-1].max() * (1 - 1e-9)  # nothing in between: the middle of the gap
+    best = between[:-1] >= between[:-1].max() * (1 - 1e-9)  # equal over an empty gap: take its middle
     return float(centres[:-1][best].mean())
 
 
-def places(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """(n, dims) mm: where the voxels of a mask are."""
+def positions(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """(n, dims) positions of the voxels of a mask, mm."""
     return np.argwhere(mask) * np.asarray(spacing, dtype=np.float64)
 
 
 def orientation(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of a mask (*S): centroid (dims,) mm, axes (dims, dims) as rows, longest first, standard deviations
-    (mm) along them."""
-    points = places(mask, spacing)
+    """Centroid (dims,) mm of a mask (*S), its axes as rows (dims, dims), longest first, and the standard
+    deviations (mm) along them."""
+    points = positions(mask, spacing)
     centre = points.mean(0)
     values, vectors = np.linalg.eigh(np.cov((points - centre).T, bias=True))
     return centre, vectors.T[::-1], np.sqrt(values[::-1].clip(min=0))
@@ -96,23 +94,21 @@ def orientation(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray,
 def heights_and_widths(
     mask: np.ndarray, spacing: Sequence[float], axis: int, upright: bool = False
 ) -> dict[str, float]:
-    """Height of an object along `axis` and its widths (mm) at 1/4, 1/2, 3/4 of it, one for each other axis.
+    """Height of an object along `axis`, and its widths along the other axes at 1/4, 1/2, 3/4 of the height.
 
-    upright: along the object's own axes instead, the longest for `axis`, so that a tilt does not count; its
-    accuracy is about a voxel. Keys: height, width_25 ... in 2-D; width0_25 ... with the number of the axis
-    in 3-D. An empty mask has nan.
+    All in mm. upright: measure along the object's own axes, the longest as the height, so that a tilt does
+    not count; accurate to about a voxel. Keys: height, width_25 ... in 2-D; width0_25 ... with the number of
+    the axis in 3-D. nan for an empty mask.
     """
     others = [a for a in range(mask.ndim) if a != axis]
     names = ["width" if mask.ndim == 2 else f"width{a}" for a in others]
     keys = ["height", *(f"{name}_{round(100 * level)}" for name in names for level in LEVELS)]
     if not mask.any():
         return dict.fromkeys(keys, float("nan"))
-    points, voxel = places(mask, spacing), np.asarray(spacing, dtype=np.float64)
+    points, voxel = positions(mask, spacing), np.asarray(spacing, dtype=np.float64)
     if upright:
         _, axes, _ = orientation(mask, spacing)
-        axes = np.stack(
-            [axes[0], *_nearest(axes[1:], others)]
-        )  # height first, then the others in their order
+        axes = np.stack([axes[0], *_nearest(axes[1:], others)])  # of the height, then of the widths
         points, voxel = points @ axes.T, np.abs(axes) @ voxel / np.abs(axes).sum(1)
     else:
         points, voxel = points[:, [axis, *others]], voxel[[axis, *others]]
@@ -120,16 +116,15 @@ def heights_and_widths(
     found = {"height": float(top - bottom)}
     for column, name in enumerate(names, start=1):
         for level in LEVELS:
-            slab = points[
-                np.abs(points[:, 0] - (bottom + level * (top - bottom))) <= 0.5001 * voxel[0], column
-            ]
+            away = np.abs(points[:, 0] - (bottom + level * (top - bottom)))
+            slab = points[away <= 0.5001 * voxel[0], column]
             width = np.ptp(slab) + voxel[column] if len(slab) else 0.0
             found[f"{name}_{round(100 * level)}"] = float(width)
     return found
 
 
 def _nearest(axes: np.ndarray, others: Sequence[int]) -> list[np.ndarray]:
-    """The axes (rows) in the order of the array axes that they are nearest to."""
+    """The axes (rows), sorted by the array axis that each is nearest to."""
     rows = sorted(range(len(axes)), key=lambda r: int(np.abs(axes[r, list(others)]).argmax()))
     return [axes[r] for r in rows]
 
@@ -137,12 +132,11 @@ def _nearest(axes: np.ndarray, others: Sequence[int]) -> list[np.ndarray]:
 def rigid_between(
     moving: np.ndarray, fixed: np.ndarray, spacing: Sequence[float], rotate: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(R (dims, dims), t (dims,)): a place p (mm) in the frame of `fixed` lies at R p + t in that of
-    `moving`.
+    """The rigid motion between two masks (*S): R (dims, dims) and t (dims,), mm.
 
-    Both masks (*S), by centroid and, if `rotate`, by their axes, each turned the shorter way. Objects
-    without a clear longest axis (two standard deviations within 5 %), and turns above 45 degrees, are
-    shifted only.
+    Position p in `fixed` corresponds to R p + t in `moving`. Centroids correspond and, if `rotate`, axes too,
+    each in the direction that needs the smaller turn. There is no rotation for objects without clear axes
+    (two standard deviations within 5 %), nor one above 45 degrees.
     """
     (centre, axes, spread), (target, wanted, reach) = (orientation(m, spacing) for m in (moving, fixed))
     turn = np.eye(fixed.ndim)

@@ -1,20 +1,21 @@
-"""Networks that turn a volume or a slice into a feature vector, so that sets of them can be compared.
+"""Networks that turn a volume or a slice into a feature vector, so that sets of volumes can be compared.
 
-Distances of features compare only if the network is the same one, hence the hash. Three kinds:
+Distances of features can only be compared if the network is the same, so reports hold its hash. Three kinds:
 
-    own    a small network that learns to tell the given real volumes apart, without labels: two views of a
-           volume (small rotation, shift, scaling, gain) have to be nearer to one another than to the views
-           of all others (Chen et al. 2020, 2002.05709, eq. 1; h: features, z = head(h) / |head(h)|,
-           temperature tau):
+    own    a small network that learns to distinguish the given real volumes, without labels. Two random views
+           of one volume (small rotation, shift, scaling, gain) shall get features nearer to each other than
+           to the views of all other volumes (Chen et al. 2020, arXiv 2002.05709, eq. 1). With features h and
+           z = head(h) / |head(h)| of view i, its partner j, and temperature tau:
 
                l(i, j) = -log( exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau) )
 
-           Features are the means over space of the last two levels, divided by their standard deviations over
-           the real set. Trained once, stored by what it was trained on, the same for the same seed.
-    FILE   TorchScript or torch.export, (B, C, *S) -> (B, F) or maps (B, F, *s), which are averaged; or the
-           stored file of an own network. C is 1 channel or 3: then grey is repeated.
-    run    the encoder of a run: means of its latent in 2 x 2 (x 2) parts. It knows what this run can
-           express, so it serves comparisons within the run and nothing else.
+           The features used later are the means over space of the last two levels, divided by their standard
+           deviations over the real set. A network is trained once, stored under a key of its training
+           data, and the same for the same seed.
+    FILE   TorchScript or torch.export: (B, C, *S) -> (B, F), or -> maps (B, F, *s), which are averaged over
+           space; or the stored file of an own network. C is 1 or 3; for 3 the grey image is repeated.
+    run    the encoder of a run: the means of its latent in 2 x 2 (x 2) parts. The encoder knows only what
+           this run can express, so its figures compare samples of this run and no others.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from ..engine.distributed import keyed_generator, print0
 from ..engine.logger import progress
 from ..pipeline import load_autoencoder
 from ..vae import Autoencoder
-from .openers import VolumeSets, autoencoder_path, stamp, volumes_of
+from .openers import VolumeSets, autoencoder_path, content_key, volumes_of
 
 WIDTHS = (16, 32, 16, 16)
 VIEWS = AugmentConfig(affine=1.0, max_rotation=10.0, max_scale=0.1, max_shift=0.05, intensity=1.0)
-LARGEST = {2: 256, 3: 64}  # voxels along the longest axis that the own network sees; more are averaged
+LARGEST = {2: 256, 3: 64}  # voxels along the longest axis that an own network sees; larger are averaged
 
 
 @dataclass(frozen=True)
 class FeatureConfig:
     dims: Literal[2, 3] = 3
     channels: int = 1
-    pool: int = 1  # voxels along each axis that are averaged first
+    pool: int = 1  # factor by which every axis is averaged first
     steps: int = 200  # optimizer steps
     batch_size: int = 16  # volumes or slices a step, each in two views
     lr: float = 2e-3
@@ -59,7 +60,7 @@ class FeatureConfig:
 
 
 class FeatureChoice(Protocol):
-    """What the settings of a command say of its features."""
+    """The settings of a command that choose its features."""
 
     features: str  # own, run, none, or a file
     feature_steps: int
@@ -68,7 +69,7 @@ class FeatureChoice(Protocol):
 
 
 class FeatureNet(nn.Module):
-    """x (B, C, *S) -> features (B, 32), of unit variance over the set that it was trained on."""
+    """Pooled x (B, C, *S) -> features (B, 32) with mean 0 and variance 1 over the training set."""
 
     def __init__(self, config: FeatureConfig):
         super().__init__()
@@ -85,13 +86,13 @@ class FeatureNet(nn.Module):
         self.register_buffer("std", torch.ones(num))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """x averaged over config.pool voxels along each axis, as far as it is as long."""
+        """x averaged over config.pool voxels along each axis; shorter axes over their whole length."""
         pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[self.config.dims]
         width = [min(self.config.pool, n) for n in x.shape[2:]]
         return pool(x, width) if max(width) > 1 else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features of x (B, C, *S) that `pooled` has seen."""
+        """x: a result of `pooled`."""
         found = []
         for level in self.levels:
             x = F.leaky_relu(level(x), 0.2)
@@ -109,7 +110,7 @@ def contrastive_loss(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def standardise(net: FeatureNet, groups: Sequence[Tensor], device: torch.device) -> None:
-    """Give the features mean 0 and variance 1 over all items, but for those that hardly vary."""
+    """Make the features of all items have mean 0 and variance 1; features that hardly vary stay small."""
     net.mean.zero_()
     net.std.fill_(1)
     found = torch.cat([net(x[None].to(device)) for group in groups for x in group])
@@ -119,14 +120,14 @@ def standardise(net: FeatureNet, groups: Sequence[Tensor], device: torch.device)
 
 
 def train_features(groups: Sequence[Tensor], config: FeatureConfig, device: torch.device) -> FeatureNet:
-    """A network trained on volumes or slices that were pooled; it depends on them and config.seed alone.
+    """Train a feature network on pooled volumes or slices; the result depends on them and the config alone.
 
-    groups: tensors (N, C, *S), each of one shape; every step takes its batch from the next one.
+    groups: tensors (N, C, *S). All items of a group have one shape; steps take turns through the groups.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = FeatureNet(config).to(device)
-    standardise(net, groups, device)  # what all items share would else hide what tells them apart
+    standardise(net, groups, device)  # what all items share would hide what distinguishes them
     optimizer = torch.optim.Adam(net.parameters(), config.lr)
     spacing = torch.ones(config.dims)
     for step in progress(range(config.steps), "learning features"):
@@ -144,8 +145,7 @@ def train_features(groups: Sequence[Tensor], config: FeatureConfig, device: torc
 
 
 class Extractor:
-    """Something that gives features (B, F) of x (B, C, *S), with the name and hash that figures are told
-    with."""
+    """A feature network ready for use: x (B, C, *S) -> features (B, F); with name and hash for the report."""
 
     def __init__(self, call: Any, name: str, digest: str, device: torch.device, channels: int | None = None):
         self.call, self.name, self.digest = call, name, digest
@@ -153,11 +153,11 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, F) float32 on the CPU. A network of three channels gets grey repeated."""
+        """(B, F) float32 on the CPU. InputError if the network refuses x or returns no finite features."""
         x = x.to(self.device)
         try:
             out = self._call(x)
-        except Exception as e:  # a stranger's network
+        except Exception as e:  # the network is the user's: anything can happen in it
             reason = (str(e).strip().splitlines() or [type(e).__name__])[-1]
             raise InputError(
                 f"{self.name}: does not take an input of shape {tuple(x.shape)} ({reason})"
@@ -188,7 +188,7 @@ class Extractor:
 
 
 def weights_hash(net: nn.Module) -> str:
-    """Of the names and values of all weights."""
+    """SHA-256 of the names and values of all weights."""
     digest = hashlib.sha256()
     for name, value in net.state_dict().items():
         digest.update(name.encode())
@@ -197,7 +197,7 @@ def weights_hash(net: nn.Module) -> str:
 
 
 def encoder_features(autoencoder: Autoencoder, device: torch.device) -> Extractor:
-    """Of a run's encoder: the latent's means over 2 parts of every axis, (B, C_z * 2^dims)."""
+    """Features of a run's encoder: means of the latent over 2 parts of every axis, (B, C_z * 2^dims)."""
     autoencoder = autoencoder.to(device)
     pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[autoencoder.config.dims]
 
@@ -208,7 +208,7 @@ def encoder_features(autoencoder: Autoencoder, device: torch.device) -> Extracto
 
 
 def file_features(path: str, dims: int, device: torch.device) -> Extractor:
-    """From a file: TorchScript, torch.export, or an own network that was stored."""
+    """The feature network in a file: TorchScript, torch.export, or a stored own network."""
     if not Path(path).is_file():
         raise InputError(f"features: {path}: no such file (own, run, none, or a file)")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -223,7 +223,7 @@ def file_features(path: str, dims: int, device: torch.device) -> Extractor:
     problems = []
     for reader in (_script, _exported):
         try:
-            with warnings.catch_warnings():  # TorchScript is on its way out
+            with warnings.catch_warnings():  # TorchScript is deprecated
                 warnings.simplefilter("ignore")
                 return Extractor(reader(path, device), path, digest, device)
         except Exception as e:
@@ -258,7 +258,7 @@ def own_extractor(net: FeatureNet, name: str, device: torch.device) -> Extractor
 
 
 def pool_for(size: Sequence[int]) -> int:
-    """How many voxels the own network averages, of volumes of this size."""
+    """The `pool` of an own network for volumes or slices of this size."""
     return -(-max(size) // LARGEST[len(size)])
 
 
@@ -269,11 +269,10 @@ def own_features(
     folder: Path,
     device: torch.device,
 ) -> Extractor:
-    """Read, if a network for `key` and `config` is in `folder`, else trained on make_groups(pooled) and
-    stored there.
+    """An own network: read from `folder` if it was trained for this key and config before, else trained now.
 
-    make_groups gets the function that averages items (B, C, *S) to what the network sees, and gives the
-    tensors of `train_features`. key: all that they depend on (files, sizes, times, settings); its repr is
+    make_groups: gets the function that pools items (B, C, *S), returns the tensors for `train_features`; only
+    called for training. key: all that these tensors depend on, such as files and their times; its repr is
     hashed.
     """
     digest = hashlib.sha256(repr((key, to_dict(config), WIDTHS, VIEWS)).encode()).hexdigest()[:16]
@@ -295,8 +294,10 @@ def own_features(
 def whole_features(
     sets: VolumeSets, real: str, choice: FeatureChoice, device: torch.device
 ) -> Extractor | None:
-    """The network for whole volumes that the settings ask for; an own one learns from the set named
-    `real`."""
+    """The network for whole volumes that the settings choose; None for "none".
+
+    real: name of the set that an own network is trained on.
+    """
     dataset = sets.sets[real]
     if choice.features == "none":
         return None
@@ -314,4 +315,4 @@ def whole_features(
     def volumes(pooled: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return [torch.cat([pooled(x[None]) for x in volumes_of(dataset)])]
 
-    return own_features(volumes, stamp(dataset), config, Path(choice.cache_dir), device)
+    return own_features(volumes, content_key(dataset), config, Path(choice.cache_dir), device)

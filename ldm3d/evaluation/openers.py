@@ -1,14 +1,15 @@
-"""Two sets of volumes that are to be compared, brought to one grid and one scale of intensities.
+"""Sets of volumes that are to be compared, opened on one grid and with one scale of intensities.
 
 A set is a folder of images, a glob in quotes, a folder laid out like training data, or a run folder, which
-stands for the cases of one part of its stored split. The rule for both sets comes from the run if there is
-one (real set, or the run that is named), else from the settings, whose defaults are those of training:
+stands for the cases of one part of its stored split. All sets are read by one rule. The rule is that of the
+run if there is one (the real set, or --run); else the settings give it, with the defaults of training:
 
-    grid         the run's spacing and size; else the files' own spacing if all agree within 1 %, or the
-                 median of the real set's; the size of the largest real volume. Smaller volumes repeat their
-                 edge, of larger ones it is the middle.
-    intensities  each volume by its own percentiles 0.5 and 99.5 to [-1, 1], clipped. That forgives a wrong
-                 brightness or contrast; scaling `window` and `dataset` (the real set's numbers) do not.
+    grid         spacing and size of the run. Without a run: the spacing of the files if all agree within 1 %,
+                 else the median spacing of the real set; and the size of the largest real volume. Smaller
+                 volumes are padded by repeating their edge, larger ones cut to their middle.
+    intensities  each volume is scaled by its own percentiles 0.5 and 99.5 to [-1, 1] and clipped, so a wrong
+                 brightness or contrast does not count. It counts with scaling `window`, and with `dataset`,
+                 which scales all volumes by the numbers of the run, or of the real set.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Scaling = Literal["percentile", "window", "minmax", "zscore", "dataset", "none"]
 class OpenConfig:
     dims: Literal[2, 3] | None = None  # pictures or volumes; none = as the first real file is
     channel: tuple[int, ...] | None = None  # channels taken; none = the run's, else all
-    file_spacing: tuple[float, ...] | None = None  # mm, of files that do not tell
+    file_spacing: tuple[float, ...] | None = None  # mm, of files that state none
     spacing: tuple[float, ...] | None = None  # mm, of the common grid; none = the run's, else see above
     size: tuple[int, ...] | None = None  # voxels of the common grid; none = the run's, else the largest real
     scaling: Scaling | None = None  # none = the run's, else percentile
@@ -49,20 +50,20 @@ class OpenConfig:
 
 @dataclass(frozen=True)
 class VolumeSets:
-    """Data sets whose items have one shape, spacing and intensity rule, and the record of what was done."""
+    """Sets of volumes that can be compared: items have one shape, spacing and scale of intensities."""
 
-    sets: dict[str, VolumeDataset]  # "generated", and the real parts that were asked for
-    run: str | None  # the run folder that gave the rule
-    protocol: dict[str, Any]
+    sets: dict[str, VolumeDataset]  # "generated" and the real sets, by name
+    run: str | None  # the run folder whose rule all sets follow
+    protocol: dict[str, Any]  # grid and scaling, for the report
 
 
 def is_run(place: str | None) -> bool:
-    """Is it a run folder, of either stage?"""
+    """Is this place a run folder, of the autoencoder or of the diffusion?"""
     return place is not None and (Path(place) / "config.json").is_file()
 
 
 def autoencoder_path(run: str | Path) -> Path:
-    """Where a run's autoencoder is: in stage two its own copy."""
+    """The checkpoint of a run's autoencoder: the copy in a stage-two folder, else the run itself."""
     own = Path(run) / "autoencoder.pt"
     return own if own.exists() else Path(run)
 
@@ -139,7 +140,7 @@ def open_sets(
 def _common_spacing(
     rules: dict[str, DataConfig], found: dict[str, list[Case]], first: str
 ) -> tuple[dict[str, DataConfig], dict[str, dict[str, CaseInfo]]]:
-    """Look into all files; where their spacings differ, look again on the grid of the real set's median."""
+    """Inspect all files; if their spacings differ, again with the median spacing of the real set `first`."""
     infos = {name: inspect_cases(cases, rules[name]) for name, cases in found.items()}
     rule, spacings = rules[first], [info.spacing for part in infos.values() for info in part.values()]
     median = np.median([info.spacing for info in infos[first].values()], axis=0)
@@ -153,7 +154,7 @@ def _common_spacing(
 
 
 def _protocol(rule: DataConfig, spec: DataSpec) -> dict[str, Any]:
-    """What figures have to be told with, or they cannot be compared with others."""
+    """Grid and scaling: figures can only be compared where all of this is equal."""
     how = {"percentile": list(rule.percentiles), "window": list(rule.window)}
     return {
         "size": list(spec.size),
@@ -167,8 +168,8 @@ def _protocol(rule: DataConfig, spec: DataSpec) -> dict[str, Any]:
     }
 
 
-def stamp(dataset: VolumeDataset) -> Any:
-    """All that the items of a data set depend on."""
+def content_key(dataset: VolumeDataset) -> Any:
+    """All that the items of a data set depend on: files, grid and scaling. A key for caches."""
     files = [
         (str(c.image.resolve()), c.image.stat().st_size, c.image.stat().st_mtime_ns) for c in dataset.cases
     ]

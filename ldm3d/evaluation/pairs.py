@@ -4,25 +4,26 @@
     python -m ldm3d.evaluation compare GENERATED TARGET --masks data/lesion --align rigid --upright
     python -m ldm3d.evaluation compare PREDICTED LABELS --labels
 
-Files are paired by name (without folder and suffix); one without a partner is an error. Intensities are the
-files' own. For every pair:
+Files are paired by name (without folder and suffix); a file without a partner is an error. Intensities are in
+the unit of the files. For every pair:
 
-image     PSNR (dB), SSIM, mean squared and absolute error; on request cosine and Euclidean distance of the
-          features of a network, which sees both images scaled by the pair's lowest and highest value to
-          [-1, 1]
-object    the voxels of the first channel above a threshold (Otsu's of the target, applied to both), of
-          which the largest connected part counts, its holes filled; or masks from a folder. A target of one
-          value everywhere has no object; the generated image has one where it is brighter. Dice, IoU,
-          precision, sensitivity; height and widths at 1/4, 1/2, 3/4 of it (mm) of both, smaller / larger,
-          absolute difference
-labels    instead of all this, for label maps: Dice, IoU, precision, sensitivity of each label that occurs
+image     PSNR (dB), SSIM, mean squared and absolute error; with --features also cosine and Euclidean distance
+          of the features of a network. The network sees both images, scaled to [-1, 1] by the lowest and
+          highest value of the pair
+object    Dice, IoU, precision, sensitivity; height, and widths at 1/4, 1/2, 3/4 of the height (mm), of both
+          objects, as a ratio (smaller / larger) and as a difference. The object is the largest connected
+          part of the voxels above a threshold, holes filled, in the first channel; or a mask from a folder.
+          The threshold is Otsu's for the target and serves both images, so that a darker result does not get
+          away with a threshold of its own. A target with one value everywhere has no object
+labels    with --labels, instead of all this: Dice, IoU, precision, sensitivity of each label that occurs
 
---align moves the generated image onto its target by the objects' centroids, and axes, before anything is
-measured; it tells of form without place. --upright measures heights along the object's own axes.
+--align moves the generated image onto its target before anything is measured, by the centroids (shift) or
+also the axes (rigid) of the objects: scores then measure form and not position. --upright measures heights
+along the object's own longest axis.
 
-The folder that is made holds cases.csv, report.json (mean, worst, 95 % bootstrap interval, normal interval
-mean -+ 1.96 std / sqrt(n), outliers by interquartile range and by z, numbers of cases within thresholds),
-and with matplotlib histograms.png and worst.png (target, generated, difference).
+The new folder holds cases.csv, report.json (mean, 95 % bootstrap interval, normal interval mean -+ 1.96 std /
+sqrt(n), worst case, outliers by interquartile range and by z, number of cases within thresholds), and with
+matplotlib histograms.png and worst.png (target, generated, difference).
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ from .openers import beside
 from .results import Rows, WorstPictures, check_out, new_folder, table, write_csv, write_report
 from .statistics import interval_words, outliers, summarise
 
-LOWER_IS_BETTER = ("mse", "mae", "difference", "distance")  # ends of the columns of which it is true
-RATIOS = (0.90, 0.95, 0.97)  # of heights and widths: how many cases reach them
-DIFFERENCES = (5.0, 10.0)  # mm: how many cases stay below
+LOWER_IS_BETTER = ("mse", "mae", "difference", "distance")  # columns that end so: the worst is the highest
+RATIOS = (0.90, 0.95, 0.97)  # of heights and widths: the report counts the cases above each
+DIFFERENCES = (5.0, 10.0)  # mm: the report counts the cases below each
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class PairsConfig:
 
 
 def named_files(place: str, key: str) -> dict[str, Path]:
-    """Name -> file of all images of a folder or glob."""
+    """Name without suffix -> file, of all images in a folder or glob."""
     try:
         root, pattern = locate(place)
     except InputError as e:
@@ -106,12 +107,11 @@ def named_files(place: str, key: str) -> dict[str, Path]:
 
 
 def pair_files(places: dict[str, str]) -> dict[str, dict[str, Path]]:
-    """{name: {role: file}} of {role: folder or glob}; a file without its partner in every other is an
-    error."""
+    """{role: folder or glob} -> {name: {role: file}}. InputError if a file lacks its partner in any place."""
     roles = {role: named_files(place, role) for role, place in places.items()}
     for files in roles.values():
-        for other, theirs in roles.items():
-            alone = sorted(files.keys() - theirs.keys())
+        for other, partners in roles.items():
+            alone = sorted(files.keys() - partners.keys())
             if alone:
                 more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
                 raise InputError(
@@ -121,7 +121,7 @@ def pair_files(places: dict[str, str]) -> dict[str, dict[str, Path]]:
 
 
 def read_pair(files: dict[str, Path], config: PairsConfig) -> dict[str, Volume]:
-    """The volumes of a pair, of one shape and spacing; masks and label maps as integers."""
+    """{role: volume} of a pair, masks and labels as integers; InputError if shapes or spacings differ."""
     found, target = {}, files["target"]
     for role, path in files.items():
         whole = config.labels or "masks" in role
@@ -146,7 +146,7 @@ def read_pair(files: dict[str, Path], config: PairsConfig) -> dict[str, Volume]:
 
 
 def _labels(array: np.ndarray, path: Path) -> np.ndarray:
-    """A label map as integers, if it is one."""
+    """The array as integers; InputError if it is no label map."""
     whole = np.rint(array)
     wrong = array[(np.abs(array - whole) > 1e-3) | (whole < 0)]
     if wrong.size:
@@ -158,15 +158,17 @@ def _labels(array: np.ndarray, path: Path) -> np.ndarray:
 
 
 def object_of(values: np.ndarray, threshold: float) -> np.ndarray:
-    """The object in an image (*S): its largest connected part above the threshold, holes filled."""
+    """Mask (*S) of the object in an image (*S): the largest connected part above the threshold, filled."""
     return fill_holes(largest_component(values > threshold))
 
 
 def move(
     x: np.ndarray, turn: np.ndarray, shift: np.ndarray, spacing: Sequence[float], mode: str
 ) -> np.ndarray:
-    """x (C, *S) seen from elsewhere: its value at mm place R p + t (index * spacing) is put at p; the edge
-    goes on."""
+    """Move x (C, *S) rigidly: the result at position p has the value of x at R p + t, both in mm.
+
+    turn: R (dims, dims). shift: t (dims,). A position is index * spacing. Outside, the edge is repeated.
+    """
     size, mm = x.shape[1:], np.asarray(spacing, dtype=np.float64)
     axes = [np.arange(n) * s for n, s in zip(size, mm, strict=True)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1) @ turn.T + shift
@@ -177,8 +179,10 @@ def move(
 
 
 def overlap(pred: np.ndarray, target: np.ndarray, labels: Sequence[int] = (1,)) -> dict[str, float]:
-    """Dice, IoU, precision, sensitivity of maps (*S) that hold 0 and `labels` (ascending) only, keys with
-    the label where there are several."""
+    """Dice, IoU, precision, sensitivity of label maps (*S) that hold 0 and `labels` (ascending) only.
+
+    Keys are "dice" for a single label, "dice_1" ... for several.
+    """
     maps = [torch.from_numpy(np.searchsorted((0, *labels), v.astype(np.int64)))[None] for v in (pred, target)]
     found = {}
     for name, score in (("dice", dice), ("iou", iou), ("precision", precision), ("sensitivity", sensitivity)):
@@ -190,7 +194,7 @@ def overlap(pred: np.ndarray, target: np.ndarray, labels: Sequence[int] = (1,)) 
 def compare_pair(
     volumes: dict[str, Volume], config: PairsConfig, data_range: float, network: Extractor | None
 ) -> tuple[dict[str, float], np.ndarray]:
-    """(scores, the generated array as it was compared) of one pair of images."""
+    """(scores of one pair of images, the generated array (C, *S) as it was compared)."""
     target, generated, spacing = (
         volumes["target"].array,
         volumes["generated"].array,
@@ -231,8 +235,10 @@ def compare_pair(
 
 
 def feature_similarity(network: Extractor, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Cosine and Euclidean distance of the features of two images (1, C, *S), both scaled by the lowest and
-    highest value of the pair to [-1, 1]."""
+    """Cosine similarity and Euclidean distance of the features of two images (1, C, *S).
+
+    Both are scaled to [-1, 1] by the lowest and highest value of the pair.
+    """
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     a, b = (network(2 * (v - low) / (high - low).clamp(min=1e-12) - 1)[0] for v in (x, y))
     return {
@@ -245,7 +251,7 @@ def feature_similarity(network: Extractor, x: Tensor, y: Tensor) -> dict[str, fl
 
 
 def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
-    """Compare all pairs and write the report; returns its folder."""
+    """Compare all pairs and write the report; returns its folder. InputError names what does not fit."""
     places = {"target": target, "generated": generated}
     places |= {key: getattr(config, key) for key in ("masks", "generated_masks") if getattr(config, key)}
     pairs = pair_files(places)
@@ -289,13 +295,13 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
     if worst.kept:
         save_sheet(folder / "worst.png", worst.sheet(lambda name, score: f"{name}: {score:.3g}"))
     draw_histograms(folder / "histograms.png", rows)
-    tell(metrics)
+    print_summary(metrics)
     print(f"{len(rows)} pairs: {folder}")
     return folder
 
 
 def _range_of(pairs: dict[str, dict[str, Path]], config: PairsConfig) -> tuple[float | None, list[int]]:
-    """(range of intensities: given, or that of all targets; the labels that occur in label maps)."""
+    """(range of intensities: the setting, or that of all targets; labels that occur, if these are maps)."""
     if config.data_range is not None:
         return config.data_range, []
     low, high, labels = math.inf, -math.inf, {0}
@@ -318,7 +324,7 @@ def _range_of(pairs: dict[str, dict[str, Path]], config: PairsConfig) -> tuple[f
 
 
 def describe(rows: Rows, resamples: int) -> dict[str, dict[str, Any]]:
-    """Of every column: mean, interval, worst case, outliers, and how many cases keep to the thresholds."""
+    """Column -> `summarise`, normal interval, outliers, worst case, numbers of cases within thresholds."""
     found = summarise(rows, resamples)
     names = list(rows)
     for column, s in found.items():
@@ -341,8 +347,8 @@ def describe(rows: Rows, resamples: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tell(metrics: dict[str, dict[str, Any]]) -> None:
-    """The means on the console."""
+def print_summary(metrics: dict[str, dict[str, Any]]) -> None:
+    """Means, intervals and worst cases, on the console."""
     lines = [("", "mean", "low", "high", "worst", "case", "outliers")]
     for name, s in metrics.items():
         if "worst" in s:

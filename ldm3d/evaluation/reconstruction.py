@@ -1,30 +1,26 @@
-"""How good is it? An autoencoder's reconstructions and latents, generated volumes, paired results.
-
-    python -m ldm3d.evaluation reconstruct RUN               this file
-    python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are they distributed like real ones?
-    python -m ldm3d.evaluation compare GENERATED TARGET      pairs.py: each against its own target
+"""How good is an autoencoder? Its reconstructions, and what its latents offer to diffusion.
 
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus                   the run's validation cases
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --part test
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --data FOLDER     any other images
 
-Every case goes whole, at its own size, through encoder (mean) and decoder. The folder that is made holds
-cases.csv (a row a case: PSNR, SSIM, MS-SSIM, mean absolute error in the file's units, sharpness),
-report.json (means with bootstrap confidence intervals, how they were made, the latent report) and worst.png
-(lowest PSNR).
+Every case goes whole, at its own size, through encoder (mean) and decoder. The new folder holds cases.csv (a
+row per case: PSNR, SSIM, MS-SSIM, mean absolute error in the unit of the files, sharpness), report.json
+(means with bootstrap intervals, how they were made, the latent report) and worst.png (the lowest PSNR).
 
-Latent report, per channel over all cases, with z = mean + exp(logvar / 2) * xi as diffusion sees it:
+The latent report describes each channel over all cases. Diffusion sees z = mean + exp(logvar / 2) * xi:
 
-    noise share   s^2 = E exp(logvar) / Var z: what of a latent is the posterior's noise and not the image's
-    loss floor    a network that knew the posterior's mean would predict y = c z + d eps from x_t = a z +
-                  b eps with the error that conditioning a Gaussian leaves (Var z = s^2, Var eps = 1):
+    noise share   s^2 = E exp(logvar) / Var z: the part of a latent's variance that is noise of the posterior
+                  and says nothing about the image
+    loss floor    no network can predict that noise. A network that knew the posterior's mean would predict
+                  y = c z + d eps from x_t = a z + b eps with the error that conditioning a Gaussian leaves
+                  (Var z = s^2, Var eps = 1):
                       Var(y | x_t, mean) = s^2 (a d - b c)^2 / (a^2 s^2 + b^2)
-                  averaged over training times and voxels: no diffusion loss can fall below it. For flow with
-                  shift 1 it is s pi / 2.
-    dead          a channel that is nearly all noise, or that hardly varies
+                  The mean of this error over training times and voxels is a floor under every diffusion
+                  loss. For flow with shift 1 the floor is s pi / 2. Example: a noise share of 0.01 (s = 0.1)
+                  means a floor of 0.157, so a loss of 0.16 cannot be improved by training longer
+    dead          a channel that is nearly all noise, or hardly varies
     correlation   of the means of two channels, over all voxels
-
-Intervals are percentile bootstrap over cases (Efron & Tibshirani 1993, chapter 13).
 """
 
 from __future__ import annotations
@@ -59,7 +55,7 @@ class ReconstructionConfig:
     data: str | None = None  # folder of images to reconstruct; none = cases of the run itself
     part: Literal["train", "val", "test"] = "val"  # which of the run's own cases
     out: str | None = None  # new folder for the report; none = evaluation-001 (-002, ...) in the run folder
-    worst: int = 4  # cases of lowest PSNR that are shown
+    worst: int = 4  # cases with the lowest PSNR in worst.png
     resamples: int = 2000  # of the bootstrap
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # precision of the networks
@@ -87,9 +83,9 @@ def loss_floor(noise_share: Tensor, kernel: DiffusionKernel, size: tuple[int, ..
 
 
 class LatentStatistics:
-    """Sums over all voxels of all cases, from which `report` makes the latent report; in float64.
+    """Collects sums over all voxels of all cases, in float64, for the latent report.
 
-    Variances are kept as a histogram of their logarithm too, since the loss floor is not linear in them.
+    Variances are also kept as a histogram of their logarithm, since the loss floor is not linear in them.
     """
 
     edges = torch.linspace(-30, 20, 401, dtype=torch.float64)
@@ -102,7 +98,7 @@ class LatentStatistics:
         self.histogram = torch.zeros(channels, len(self.edges) - 1, dtype=torch.float64)
 
     def add(self, mean: Tensor, logvar: Tensor) -> None:
-        """One posterior, (1, C_z, *s) each."""
+        """Add one posterior: mean and logvar (1, C_z, *s)."""
         mean, logvar = (v[0].flatten(1).double().cpu() for v in (mean, logvar))  # (C_z, voxels)
         self.count += mean.shape[1]
         self.first += mean.sum(1)
@@ -112,12 +108,12 @@ class LatentStatistics:
         self.histogram += torch.stack([torch.bincount(b, minlength=self.histogram.shape[1]) for b in bins])
 
     def merge(self, others: list[LatentStatistics]) -> None:
-        """Become the sums of all `others`."""
+        """Take the sums over all `others`, such as those of all ranks."""
         for name in ("count", "first", "second", "noise", "histogram"):
             setattr(self, name, sum(getattr(other, name) for other in others))
 
     def report(self, size: tuple[int, ...]) -> dict[str, Any]:
-        """The latent report; `size`: spatial shape of a latent, which sets the shift of flow."""
+        """The latent report. size: spatial shape of a latent, which sets the shift of the flow."""
         mean, noise = self.first / self.count, self.noise / self.count
         covariance = self.second / self.count - mean[:, None] * mean
         signal = covariance.diagonal().clamp(min=0)
@@ -150,7 +146,7 @@ class LatentStatistics:
 
 @torch.inference_mode()
 def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
-    """Reconstruct all cases and write the report; returns its folder."""
+    """Reconstruct all cases and write the report; returns its folder. InputError names what does not fit."""
     device = setup(config.device)
     autoencoder, content = load_autoencoder(autoencoder_path(run))
     autoencoder.to(device)
@@ -196,7 +192,7 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
             report["codebook"] = {"codes": len(codes), "used": used, "perplexity": perplexity}
         write_csv(folder / "cases.csv", rows)
         write_report(folder / "report.json", report)
-        tell(report)
+        print_summary(report)
         sheet = worst.sheet(lambda name, score: f"{name}: {score:.2f} dB")
         picture = save_sheet(folder / "worst.png", sheet, limits=(-1, 1)) if sheet else None
         print(f"{len(rows)} cases: {folder}" + (f", {picture}" if picture else ""))
@@ -204,10 +200,12 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
 
 
 def scores_of(recon: Tensor, x: Tensor, dataset: VolumeDataset, index: int) -> dict[str, float]:
-    """Of one case (1, C, *S): PSNR (dB), SSIM and MS-SSIM of the scaled intensities, whose range is 2.
+    """Scores of one reconstruction and its original (1, C, *S).
 
-    MAE in the file's units, of the intensities as clipped by the scaling, mean over channels. Sharpness: mean
-    difference of neighbouring voxels over that of the original; 1 is as sharp, nan where that is constant.
+    PSNR (dB), SSIM and MS-SSIM are of the scaled intensities, whose range is 2. MAE is in the unit of the
+    file, of intensities clipped by the scaling, mean over channels. Sharpness is the mean difference of
+    neighbouring voxels, divided by the same of the original: below 1 is a blur; nan if the original is
+    constant.
     """
     made, real = (dataset.restore(index, v[0].cpu()).array.astype(np.float64) for v in (recon, x))
     detail = sharpness(x)
@@ -225,8 +223,8 @@ def slices_of(x: Tensor) -> list[np.ndarray]:
     return mid_slices(x[0, 0].float().cpu().numpy())
 
 
-def tell(report: dict[str, Any]) -> None:
-    """The means on the console."""
+def print_summary(report: dict[str, Any]) -> None:
+    """Means and latent report, on the console."""
     lines = [(name, s["mean"], s["low"], s["high"]) for name, s in report["metrics"].items()]
     print(table([("", "mean", "low", "high"), *lines]))
     latent = report["latent"]

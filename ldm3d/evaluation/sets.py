@@ -6,16 +6,22 @@
 
 whole     features of whole volumes (pictures in 2-D): Frechet and kernel distance, precision, recall,
           density, coverage
-plane     features of slices across each axis, 2.5-D: Frechet and kernel distance, and their mean over planes.
-          In the kernel distance the pairs are slices of different cases: those of one case are not
-          independent
-diversity mean MS-SSIM of pairs within each set (of generated ones about as low as of real ones)
-intensity Wasserstein distance of the histograms (range 2), root mean square difference of the spectra (dB)
+plane     features of slices across each axis, and the mean over the three planes ("2.5-D"): Frechet and
+          kernel distance. The kernel distance pairs slices of different cases only, since slices of one case
+          are not independent
+diversity mean MS-SSIM of pairs within each set. Generated volumes that are more alike than real ones are
+          less varied
+intensity Wasserstein distance of the histograms (the scaled range is 2), root mean square difference of the
+          power spectra (dB)
 
-The equations are in metrics.py. An interval is that of half-sampling the cases (statistics.py). Beside every
-figure stands that of a part of the real set, as many cases as are generated but at most half of it, against
-its rest: what volumes of the same kind get, with so few cases. The folder that is made holds report.json and,
-with matplotlib, figure.png.
+The equations are in metrics.py, the intervals (half-samples of the cases) in statistics.py.
+
+What is a good value? None of the figures has an absolute scale, so beside each stands "real halves": the
+same figure of real cases against other real cases. As many real cases as are generated, but at most half of
+them, are compared with the rest. Example: a kernel distance of 0.02 is excellent where real halves get 0.02,
+and poor where they get 0.001.
+
+The new folder holds report.json and, with matplotlib, figure.png.
 """
 
 from __future__ import annotations
@@ -54,13 +60,13 @@ from .networks import (
     pool_for,
     whole_features,
 )
-from .openers import OpenConfig, VolumeSets, beside, open_sets, stamp, volumes_of
+from .openers import OpenConfig, VolumeSets, beside, content_key, open_sets, volumes_of
 from .results import check_out, new_folder, table, write_report
 from .statistics import half_sample_intervals
 
 BINS = 256  # of the histograms
-HALVINGS = 10  # partings of the real set, for what equal distributions get
-MAX_SLICES = 6000  # that the network of slices learns from
+HALVINGS = 10  # random divisions of the real set, for the column "real halves"
+MAX_SLICES = 6000  # an own network of slices is trained on at most
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,9 @@ class SetsConfig:
     features: str = "own"  # of whole volumes: own, run, none, or a file (TorchScript, torch.export)
     slice_features: str = "own"  # of slices of volumes: own, none, or a file
     feature_steps: int = 200  # of training an own network
-    slices: int = 16  # of each plane of each volume, evenly spaced over the middle 80 %
+    slices: int = 16  # slices of each volume in each plane, evenly spaced over the middle 80 %
     neighbours: int = 5  # k of precision, recall, density and coverage
-    pairs: int = 100  # of each set, for diversity
+    pairs: int = 100  # pairs of each set that are compared, for diversity
     resamples: int = 200  # half-samples of the cases, for the intervals
     seed: int = 0  # of the own networks, pairs and half-samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -93,13 +99,13 @@ def planes_of(x: Tensor, slices: int) -> list[Tensor]:
     found = []
     for axis, n in enumerate(x.shape[1:], start=1):
         num = min(slices, max(1, round(0.8 * n)))
-        places = (0.1 * n + 0.8 * n * (torch.arange(num) + 0.5) / num).long().clamp(max=n - 1)
-        found.append(x.index_select(axis, places).movedim(axis, 0))
+        chosen = (0.1 * n + 0.8 * n * (torch.arange(num) + 0.5) / num).long().clamp(max=n - 1)
+        found.append(x.index_select(axis, chosen).movedim(axis, 0))
     return found
 
 
 def slice_extractor(config: SetsConfig, real: VolumeDataset, device: torch.device) -> Extractor | None:
-    """The network of slices that was asked for; pictures have no slices."""
+    """The network for slices that the settings choose; None for "none", and for pictures."""
     if config.slice_features == "none" or real.spec.dims == 2:
         return None
     if config.slice_features != "own":
@@ -112,18 +118,18 @@ def slice_extractor(config: SetsConfig, real: VolumeDataset, device: torch.devic
         each = [[pooled(plane) for plane in planes_of(x, per_plane)] for x in volumes_of(real)]
         return [torch.cat([case[axis] for case in each]) for axis in range(3)]
 
-    return own_features(planes, (stamp(real), per_plane), network, Path(config.cache_dir), device)
+    return own_features(planes, (content_key(real), per_plane), network, Path(config.cache_dir), device)
 
 
 # --- what is measured of a case, and of two sets ------------------------------------------------------------
 
 
 class Measured:
-    """All cases of both sets, generated first: what the figures are made of. Rows are cases.
+    """What is measured of every case, so that the figures of any subset of cases are quick to compute.
 
-    features (N, F), slice_features [(N, slices, F)] by plane, histograms (N, C, BINS), spectra (N, C, bins),
-    and similarity (N, N) with nan where a pair was not compared; the matrices of distances and kernel
-    values are made once, so that a half-sample only picks rows and columns.
+    Rows are cases, the generated ones first: features (N, F) or None, slices [(N, slices, F)] by plane,
+    histograms (N, C, BINS), spectra (N, C, bins), similarity (N, N) with nan where a pair was not compared.
+    Matrices of distances and kernel values are computed once; a half-sample picks rows and columns.
     """
 
     def __init__(self, features: Tensor | None, slices: list[Tensor], histograms: Tensor, spectra: Tensor):
@@ -141,7 +147,7 @@ class Measured:
         ]
 
     def figures(self, generated: Tensor, real: Tensor, width: float, neighbours: int) -> dict[str, float]:
-        """Every figure for the cases with these indices; `width` of a histogram bin."""
+        """Every figure for the cases with these row numbers. width: of a histogram bin."""
         found = {}
         if self.features is not None:
             d, k = self.distances, self.kernel
@@ -175,10 +181,10 @@ def _kernel_distance(kernel: Tensor, x: Tensor, y: Tensor) -> float:
 def measure(
     config: SetsConfig, sets: VolumeSets, whole: Extractor | None, slices: Extractor | None
 ) -> tuple[Measured, float, float]:
-    """One pass over the volumes of both sets; and where the histograms begin, and the width of a bin.
+    """Measure all volumes of both sets: (what was measured, start of the histograms, width of a bin).
 
-    Where intensities have no bounds the histogram spans those of the real set; what lies outside counts in
-    the outer bins.
+    The histograms span [-1, 1] where intensities are clipped, else the range of the real set; generated
+    intensities outside count in the outer bins.
     """
     real, generated = sets.sets["real"], sets.sets["generated"]
     low, high = _limits(sets)
@@ -203,7 +209,7 @@ def measure(
 
 
 def _limits(sets: VolumeSets) -> tuple[float, float]:
-    """Of the histograms: the scaled range, or what the real volumes hold."""
+    """Range of the histograms: the scaled range, or lowest and highest value of the real set."""
     if sets.protocol["intensity_range"]:
         return tuple(sets.protocol["intensity_range"])
     ends = [(x.min().item(), x.max().item()) for x in volumes_of(sets.sets["real"])]
@@ -231,7 +237,7 @@ def _compare_pairs(
 
 
 def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
-    """Compare the two sets and write the report; returns its folder."""
+    """Compare two sets and write the report; returns its folder. InputError names what does not fit."""
     check_out(config.out)
     device = choose_device(config.device)
     sets = open_sets(generated, {"real": (real, config.part)}, config.data, config.run)
@@ -274,13 +280,13 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
     folder = new_folder(beside(generated), config.out, "sets")
     write_report(folder / "report.json", report)
     picture = draw_figure(folder / "figure.png", measured, num_generated, low_end, width)
-    tell(report)
+    print_summary(report)
     print(f"{num_generated} generated, {num_real} real: {folder}" + (f", {picture}" if picture else ""))
     return folder
 
 
 def _bounds(name: str) -> tuple[float, float]:
-    """What a figure can be at all: the unbiased kernel distance may be negative, a share is at most 1."""
+    """Possible values of a figure. The unbiased kernel distance can be negative; shares are at most 1."""
     share = name.endswith(("precision", "recall", "coverage")) or name.startswith("ms_ssim")
     return -math.inf if name.endswith("kernel") else 0.0, 1.0 if share else math.inf
 
@@ -288,9 +294,11 @@ def _bounds(name: str) -> tuple[float, float]:
 def real_halves(
     measured: Measured, first: int, width: float, config: SetsConfig
 ) -> tuple[dict[str, float], tuple[int, int]]:
-    """The mean figures of random real cases (those from row `first` on) against the rest; how many each.
+    """({name: figure of random real cases against all other real cases}, (number of these, of the others)).
 
-    As many as are generated, `first`, but at most half: figures depend on both numbers. {} of under four.
+    first: number of generated cases; rows from there on are real. The random cases are as many as are
+    generated, but at most half, since figures depend on the number of cases. Means over HALVINGS draws; {} if
+    there are fewer than four real cases.
     """
     rows, draw = torch.arange(first, len(measured.histograms)), torch.Generator().manual_seed(config.seed)
     m, found = min(first, len(rows) // 2), []
@@ -302,41 +310,41 @@ def real_halves(
 
 
 def warnings_of(config: SetsConfig, measured: Measured, counts: tuple[int, int]) -> list[str]:
-    """Why the figures may not mean what they seem to."""
-    words, least = [], min(counts)
+    """Sentences for the report: why some figures may not mean what they seem to."""
+    notes, least = [], min(counts)
     if least < 4:
-        words.append(f"{least} cases in the smaller set: no intervals, they need 4")
+        notes.append(f"{least} cases in the smaller set: no intervals, they need 4")
     if measured.features is not None:
         num = measured.features.shape[1]
         if least < 2 * num:
-            words.append(
+            notes.append(
                 f"whole/frechet: {least} cases for {num} features are too few for a stable covariance "
                 f"(at least {2 * num}); trust whole/kernel, which has no bias, and compare with real_halves"
             )
         if least <= config.neighbours:
-            words.append(
+            notes.append(
                 f"{least} cases have no {config.neighbours} neighbours each: no precision, recall ..."
             )
         elif least <= 2 * config.neighbours + 1:
-            words.append(
+            notes.append(
                 f"precision, recall, density, coverage: half of {least} cases have no {config.neighbours} "
                 "neighbours each: no intervals"
             )
         if config.neighbours < least < 50:
-            words.append(f"precision, recall, density, coverage: {least} cases are too few for stable shares")
+            notes.append(f"precision, recall, density, coverage: {least} cases are too few for stable shares")
     if measured.slices and least * measured.slices[0].shape[1] < 2 * measured.slices[0].shape[-1]:
-        words.append("planes/frechet: too few slices for a stable covariance; trust planes/kernel")
+        notes.append("planes/frechet: too few slices for a stable covariance; trust planes/kernel")
     if max(counts) > 1.5 * least:
-        words.append(f"{counts[0]} generated, {counts[1]} real: the Frechet distance depends on both numbers")
+        notes.append(f"{counts[0]} generated, {counts[1]} real: the Frechet distance depends on both numbers")
     if config.features == "run":
-        words.append(
+        notes.append(
             "features of the run's own encoder: figures compare within this run, with no other model"
         )
-    return words
+    return notes
 
 
-def tell(report: dict[str, Any]) -> None:
-    """The figures on the console."""
+def print_summary(report: dict[str, Any]) -> None:
+    """The figures and warnings, on the console."""
     lines = [("", "value", "low", "high", "real halves")]
     for name, f in report["figures"].items():
         lines.append((name, f["value"], f["low"], f["high"], f["real_halves"]))
@@ -346,8 +354,10 @@ def tell(report: dict[str, Any]) -> None:
 
 
 def draw_figure(path: Path, measured: Measured, first: int, low: float, width: float) -> Path | None:
-    """Histograms (from `low` on), spectra, and the features on their two main axes; None without
-    matplotlib."""
+    """Draw histograms (from `low` on), spectra, and features on the two main axes of the real set.
+
+    None without matplotlib.
+    """
     figure = new_figure(figsize=(13, 4), dpi=100, layout="constrained")
     if figure is None:
         return None
@@ -361,11 +371,11 @@ def draw_figure(path: Path, measured: Measured, first: int, low: float, width: f
         if measured.features is not None:
             centred = measured.features - measured.features[first:].mean(0)
             axes = torch.linalg.svd(centred[first:], full_matrices=False).Vh[:2]
-            places = torch.zeros(len(centred[rows]), 2)  # one case, or one feature, has one axis only
-            places[:, : len(axes)] = centred[rows] @ axes.T
-            scatter.scatter(*places.T, s=12, c=colour, alpha=0.7, label=name)
+            points = torch.zeros(len(centred[rows]), 2)  # one case, or one feature, has one axis only
+            points[:, : len(axes)] = centred[rows] @ axes.T
+            scatter.scatter(*points.T, s=12, c=colour, alpha=0.7, label=name)
     histogram.set(title="intensities", xlabel="scaled intensity", ylabel="density")
     spectrum.set(title="power spectrum", xlabel="cycles per voxel", ylabel="dB")
-    scatter.set(title="features: main axes of the real ones")
+    scatter.set(title="features: main axes of the real set")
     histogram.legend()
     return save_figure(figure, path)

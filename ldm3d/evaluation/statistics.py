@@ -1,11 +1,17 @@
-"""What figures mean: intervals, summaries over cases, outliers.
+"""What figures mean: intervals, summaries over cases, outliers, distances of two samples.
 
-Mean of independent cases: percentile bootstrap (Efron & Tibshirani 1993, chapter 13). Statistics of whole
-sets (distances of distributions, shares of neighbours) cannot be bootstrapped so: a case drawn twice is its
-own nearest neighbour. For them half of the cases is drawn without replacement, again and again. The
-variance of a mean over half of n cases, drawn so, is (s^2 / (n / 2)) (1 - 1/2) = s^2 / n, that of the mean
-over all, so the spread needs no scaling (Politis, Romano & Wolf 1999, Subsampling, chapter 2). It is laid
-around the value of the whole sets, since such statistics depend on the number of cases.
+A mean over independent cases gets a percentile bootstrap interval: cases are drawn with replacement
+(Efron & Tibshirani 1993, chapter 13).
+
+A statistic of whole sets, such as the kernel distance, cannot be bootstrapped that way: a case that is drawn
+twice would be its own nearest neighbour. Instead half of the cases is drawn without replacement, many times
+(Politis, Romano & Wolf 1999, Subsampling, chapter 2). The spread of the half-samples needs no scaling, since
+the mean over half of n cases, drawn like this, varies as much as the mean over n independent cases does:
+
+    (s^2 / (n / 2)) (1 - 1/2) = s^2 / n
+
+Such statistics depend on the number of cases, so the half-samples lie beside the value of the whole sets.
+Only their spread is used: it is centred, then laid around the value of the whole sets.
 """
 
 from __future__ import annotations
@@ -31,10 +37,10 @@ def bootstrap_interval(values: np.ndarray, resamples: int, seed: int = 0) -> tup
 def half_sample_intervals(
     statistic: Callable[..., dict[str, float]], counts: Sequence[int], resamples: int, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """{name: {"value", "low", "high"}} of `statistic`, which gets the indices
-    of the cases taken of each set and returns {name: value}.
+    """{name: {"value", "low", "high"}}: figures of whole sets with 95 % intervals from half-samples.
 
-    counts: cases in each set. 95 % intervals; nan where a set has fewer than four cases to be halved.
+    statistic: gets, for each set, the indices of the chosen cases; returns {name: value}. counts: cases in
+    each set. Intervals are nan if a set has fewer than four cases.
     """
     whole = statistic(*(np.arange(n) for n in counts))
     low, high = dict.fromkeys(whole, math.nan), dict.fromkeys(whole, math.nan)
@@ -67,8 +73,10 @@ def interval_words(resamples: int) -> str:
 
 
 def summarise(rows: Rows, resamples: int) -> dict[str, dict[str, float | None]]:
-    """Column -> mean over the cases that have a finite number there, 95 % interval, standard deviation,
-    extremes."""
+    """Column -> {"cases", "mean", "low", "high", "std", "min", "max"}, over the cases with a finite number.
+
+    low and high are the 95 % bootstrap interval of the mean.
+    """
     summary = {}
     for name in next(iter(rows.values())):
         values = np.array([row[name] for row in rows.values()], dtype=np.float64)
@@ -92,9 +100,10 @@ def summarise(rows: Rows, resamples: int) -> dict[str, dict[str, float | None]]:
 
 
 def outliers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of values (n,) lie outside: (more than 1.5 interquartile ranges beyond the quartiles, |z| > 3).
+    """Two boolean masks of values (n,): (by quartiles, by standard deviations).
 
-    Tukey 1977, section 2D; z with the sample's standard deviation. What is not finite is no outlier.
+    The first marks values more than 1.5 interquartile ranges below the first or above the third quartile
+    (Tukey 1977, section 2D), the second those with |z| > 3. inf and nan are no outliers.
     """
     values = np.asarray(values, dtype=np.float64)
     fine = np.isfinite(values)
