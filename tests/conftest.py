@@ -93,3 +93,48 @@ def bound_run(vae_run) -> Path:
     folder = vae_run.parent / "bound"
     train_ldm.main(tiny.ldm_flags(vae_run, folder, 12, *tiny.BOUND))
     return folder
+
+
+@pytest.fixture(scope="session")
+def conditional_run(tmp_path_factory) -> Path:
+    """The run folder of a denoiser with a condition of every kind, after twelve steps.
+
+    Its 2-D heads have two classes, two more columns and some blank cells, and lie beside the run, as does the
+    autoencoder, which has learned both contrasts.
+    """
+    import csv
+
+    import numpy as np
+    import tiny
+
+    import train_ldm
+    import train_vae
+    from ldm3d.data.phantoms import write_phantoms
+
+    place = tmp_path_factory.mktemp("conditional")
+    write_phantoms(place / "heads", 12, dims=2, size=(16, 20), spacing=(12.0, 11.0))
+    np.savez(place / "heads" / "report.npz", embedding=np.ones((3, 4), np.float32), mask=np.array([1, 1, 0]))
+    table = place / "heads" / "cases.csv"
+    rows = list(csv.DictReader(table.open()))
+    for i, row in enumerate(rows):
+        row["age"] = "" if i % 4 == 0 else str(40 + i)
+        row["text"] = "" if i % 5 == 0 else row["text"]
+        row["report"], row["class"] = "report.npz", str(i % 2)
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    train_vae.main(tiny.vae_flags(place / "heads", place / "vae", 10, "--data.learn_sources"))
+    train_ldm.main(tiny.ldm_flags(place / "vae", place / "ldm", 12, *tiny.EVERY_CONDITION))
+    return place / "ldm"
+
+
+@pytest.fixture(scope="session")
+def cdal_run(heads) -> Path:
+    """The run folder of a segmentation network, after sixty steps."""
+    import tiny
+
+    import train_cdal
+
+    train_cdal.main(tiny.cdal_flags(heads, heads.parent / "cdal", 60))
+    return heads.parent / "cdal"

@@ -6,24 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import cdal_flags, ldm_flags
 
 import ldm3d
-import train_cdal
-import train_ldm
 from ldm3d import InputError, LatentDiffusion, read
 from ldm3d.data import open_stored
 from ldm3d.engine.checkpoint import load_run
 
 
-@pytest.fixture(scope="module")
-def runs(vae_run):
-    """A run folder of every kind. The denoiser is conditioned on a source, a mask and a class."""
-    folders = {"vae": vae_run, "ldm": vae_run.parent / "opened-ldm", "cdal": vae_run.parent / "opened-cdal"}
-    use = ["--condition.use", "image,labels,class"]
-    train_ldm.main(ldm_flags(vae_run, folders["ldm"], 4, *use))
-    train_cdal.main(cdal_flags(vae_run.parent / "heads", folders["cdal"], 4))
-    return folders
+@pytest.fixture
+def runs(vae_run, conditional_run, cdal_run):
+    """A run folder of every kind."""
+    return {"vae": vae_run, "ldm": conditional_run, "cdal": cdal_run}
 
 
 @pytest.mark.parametrize(("kind", "net"), [("vae", "net"), ("ldm", "model"), ("cdal", "net")])
@@ -47,7 +40,7 @@ def test_a_checkpoint_opens_as_its_run_does_and_a_run_without_settings_too(runs,
     assert torch.equal(ldm3d.load(tmp_path / "ldm").sample(1, steps=1), whole)
     inner = ldm3d.load(runs["ldm"] / "autoencoder.pt")  # the autoencoder of a latent diffusion run
     x = torch.randn(1, 16, 20)
-    assert torch.equal(inner.reconstruct(x), ldm3d.load(runs["vae"]).reconstruct(x))
+    assert torch.equal(inner.reconstruct(x), ldm3d.load(runs["ldm"].parent / "vae").reconstruct(x))
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -126,6 +119,6 @@ def test_a_latent_diffusion_model_is_one_module_with_its_statistics(runs):
 
 def test_the_data_of_a_run_are_its_own_split_again(runs):
     pipeline = ldm3d.load(runs["ldm"])
-    data, stored = pipeline.data(), load_run(runs["vae"], "vae")["state"]["split"]
+    data, stored = pipeline.data(), load_run(runs["ldm"] / "autoencoder.pt", "vae")["state"]["split"]
     assert data.split == stored
     assert data.spec == pipeline.spec

@@ -39,6 +39,8 @@ DISCRIMINATOR = """--disc_weight 0.1 --feature_weight 0.1 --disc_start 2 --disc_
  --structure_weight 0.1""".split()
 CODEBOOK = "--autoencoder vq --quantizer.codebook_size 16".split()
 CONDITIONS = "--condition.use class,text,labels --condition.context_dim 16 --condition.dropout 0.2".split()
+EVERY_CONDITION = """--condition.use class,text,number:age,spacing,image,labels,tokens,embedding:report
+ --condition.context_dim 16 --condition.dropout 0.2 --condition.text_layers 1""".split()
 
 KINDS: dict[str, tuple[str, list[str]]] = {  # every kind of training: the script, and flags beside the usual
     "KL autoencoder": ("train_vae", []),

@@ -1,0 +1,132 @@
+"""Every mistake of a user is one line that names what is wrong, exit code 2, and nothing is written."""
+
+import shlex
+
+import pytest
+from tiny import BOUND, cdal_flags, ldm_flags, vae_flags
+
+import sample
+import train_cdal
+import train_ldm
+import train_vae
+
+SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder of the data
+    ("ldm", "--condition klass=1", "condition klass: the model has no such condition"),
+    ("ldm", "--condition class=7", "condition class: got '7', expected one of 0, 1"),
+    ("ldm", "--condition class", "condition: expected NAME=VALUE, got 'class'"),
+    ("ldm", "--condition class=0 --condition class=1", "condition: class is given twice"),
+    ("ldm", "--condition image=nowhere.tif", "nowhere.tif: no such file"),
+    ("ldm", "--condition image=" + 300 * "x", "no such file"),
+    ("ldm", "--conditions nowhere.csv", "conditions: no file nowhere.csv"),
+    ("ldm", "--guidance strong", "guidance: expected a number"),
+    ("ldm", "--guidance klass=2", "condition klass: the model has no such condition"),
+    ("ldm", "--guidance nan --condition class=1", "guidance: expected a finite number"),
+    ("ldm", "--guidance class=2 --guidance class=3", "guidance: class is given twice"),
+    ("ldm", "--guidance 2 --guidance class=3", "guidance: expected NAME=VALUE, got '2'"),
+    ("ldm", "--guidance_interval 0.7,0.2", "guidance_interval: expected 0 <= low < high <= 1"),
+    ("ldm", "--edit {heads}/images/phantom_0001.tif --strength 0", "strength: expected above 0"),
+    ("ldm", "--edit .", ".: a folder, expected a file"),
+    ("ldm", "--inpaint a.tif", "inpaint, region: one needs the other"),
+    ("ldm", "--strength 0.3", "strength: needs inpaint, edit or interpolate"),
+    ("ldm", "--interpolate 0,1 --strength 0", "strength: expected above 0"),
+    ("ldm", "--interpolate 3", "interpolate: expected two samples or two images, got '3'"),
+    ("ldm", "--interpolate 3,a.tif", "interpolate: expected two samples or two images, got '3,a.tif'"),
+    ("ldm", "--interpolate 0,1 --sampler ddpm", "interpolate: needs a sampler that draws no fresh noise"),
+    ("ldm", "--cases test", "cases: the run has no test cases"),
+    ("ldm", "--num 1 --maps", "maps: need at least 2 samples"),
+    ("ldm", "--num 0", "num: expected at least 1, got 0"),
+    ("ldm", "--sampler ddim", "heun"),
+    ("ldm", "--eta 0.5", "eta: got 0.5 with sampler heun"),
+    ("ldm", "--with-labels", "with_labels: the run has learned none"),
+    ("ldm", "--registers false", "registers: the run has none"),
+    ("ldm", "--votes 3", "--votes: no such setting; did you mean --"),
+    ("ldm", "{heads}/images", "images: not expected here"),
+    ("bound", "--with-labels --inpaint a.tif --region b.tif", "with_labels, inpaint: give one of the two"),
+    ("vae", "", "which images? give the image file, or folder of images"),
+    ("vae", "{heads}/images --num 3", "--num: no such setting"),
+    ("vae", "/nowhere", "/nowhere: no such folder"),
+    ("vae", "{heads}/../empty", "empty: holds no images"),
+    ("cdal", "", "which images? give the image file, or folder of images"),
+    ("cdal", "{heads}/images --steps 3", "--steps: no such setting"),
+    ("cdal", "/nowhere", "/nowhere: no such folder"),
+    ("cdal", "{heads}/images --part test", "part: "),
+    ("cdal", "{heads}/images --votes 0", "votes: expected at least 1, got 0"),
+    ("cdal", "{heads}/images --window 4", "window"),
+    ("cdal", "{heads}/images --overlap 1", "overlap: expected 0 <= overlap < 1, got 1.0"),
+    ("cdal", "{heads}/images --reference /nowhere", "reference: /nowhere is not a folder"),
+]
+
+TRAIN = [  # kind of the run, more flags, what the line says
+    ("vae", "--run.stepz 3", "--run.stepz: no such setting; did you mean --run.steps?"),
+    ("vae", "--data.root /nowhere", "/nowhere"),
+    ("vae", "--vae.channels none", "vae.channels: expected"),
+    ("vae", "--run.device abacus", "abacus"),
+    ("vae", "--vae.in_channels 3", "vae.in_channels: 3, but the images have 1"),
+    ("vae", "--vae.dims 3", "vae.dims: 3, but data.dims is 2"),
+    ("ldm", "--vae /nowhere", "/nowhere: no such run folder or checkpoint"),
+    ("ldm", "--data.scaling minmax", "data.scaling: the autoencoder was trained with percentile"),
+    ("ldm", "--data.percentiles 1,99", "data.percentiles: the autoencoder was trained with"),
+    ("ldm", "--data.augment.flip_axes 1", "data.num_variants > 1"),
+    ("ldm", "--data.num_variants 3", "data.num_variants: all would be equal"),
+    ("ldm", "--condition.use klass", "is no condition"),
+    ("ldm", "--condition.use class:stage", "no column 'stage'"),
+    ("ldm", "--condition.use class --unet.context_dim 8", "unet.context_dim: follows from the conditions"),
+    ("ldm", "--condition.use class --condition.dropout 1.5", "condition.dropout: expected probabilities"),
+    ("bound", "--data.num_labels 2", "label 2, expected 0 to 1 (data.num_labels)"),
+    ("bound", "--data.image images/*.tif", "anatomy.registers: needs masks (data.mask, or a column"),
+    ("cdal", "--cdal.attention_layer 5", "cdal.attention_layer"),
+    ("cdal", "--unet.dims 3", "unet.dims"),
+    ("cdal", "--cdal.kernel.num_timesteps 9", "num_timesteps: expected 1 to 8"),
+    ("cdal", "--data.image images/*.tif", "no label map"),
+    ("cdal", "--votes 0", "votes"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(vae_run, conditional_run, bound_run, cdal_run):
+    return {"vae": vae_run, "ldm": conditional_run, "bound": bound_run, "cdal": cdal_run}
+
+
+@pytest.mark.parametrize(("kind", "flags", "words"), SAMPLE)
+def test_sampling_reconstructing_and_segmenting(runs, heads, kind, flags, words, mistake):
+    (heads.parent / "empty").mkdir(exist_ok=True)
+    before = sorted(runs[kind].iterdir())
+    arguments = [str(runs[kind]), *shlex.split(flags.format(heads=heads))]
+    assert words in mistake(sample.main, arguments)
+    assert sorted(runs[kind].iterdir()) == before
+
+
+@pytest.mark.parametrize(("kind", "flags", "words"), TRAIN)
+def test_training(vae_run, heads, tmp_path, kind, flags, words, mistake):
+    folder, more = tmp_path / "run", shlex.split(flags)
+    main, arguments = {
+        "vae": lambda: (train_vae.main, vae_flags(heads, folder, 2, *more)),
+        "ldm": lambda: (train_ldm.main, ldm_flags(vae_run, folder, 2, *more)),
+        "bound": lambda: (train_ldm.main, ldm_flags(vae_run, folder, 2, *BOUND, *more)),
+        "cdal": lambda: (train_cdal.main, cdal_flags(heads, folder, 2, *more)),
+    }[kind]()
+    assert words in mistake(main, arguments)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (train_vae.main, ["phantm"], "phantm: no such preset; did you mean phantom?"),
+        (train_ldm.main, [], "which preset?"),
+        (sample.main, ["/nowhere"], "/nowhere: no such run folder or checkpoint"),
+        (sample.main, [], "which run?"),
+        (sample.main, ["--num", "3"], "which run?"),
+    ],
+)
+def test_what_comes_first(main, arguments, words, mistake):
+    assert words in mistake(main, arguments)
+
+
+def test_a_run_folder_of_another_kind(runs, mistake):
+    assert "'vae'" in mistake(train_ldm.main, ldm_flags(runs["vae"], runs["vae"], 2))
+
+
+def test_another_architecture_on_resuming(runs, heads, mistake):
+    flags = vae_flags(heads, runs["vae"], 10, "--vae.channels", "8,24")
+    assert "vae.channels was (8, 16), now (8, 24)" in mistake(train_vae.main, flags)
