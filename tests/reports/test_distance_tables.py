@@ -48,4 +48,4 @@ def test_the_nearest_case_is_another_one_of_the_first_group():
     table = case_table(rows, torch.zeros(5, 2), x @ x.T, torch.cdist(x, x))
     assert [line["nearest_case"] for line in table] == ["b", "c", "b", "c", "a"]
     assert [line["nearest"] for line in table] == pytest.approx([5, 4, 4, 0.1, 0.2])
-    assert [line["to_centre"] for line in table] == pytest.approx(np.abs(x[:, 0] - 14 / 3).tolist())
+    assert [line["to_centre"] for line in table] == pytest.approx((x[:, 0] - 14 / 3).abs().tolist())

@@ -16,6 +16,7 @@ from ldm3d.engine.distributed import run_script
 from ldm3d.pipeline import load_autoencoder
 from ldm3d.reports import latent_map
 from ldm3d.reports.__main__ import main as reports_main
+from ldm3d.reports.latent_map import LatentsConfig
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +150,18 @@ def test_groups_are_those_of_the_column_and_a_second_group_keeps_its_name():
     rows += [{"group": "other", "split": "val"}]
     assert latent_map.groups_of(rows, "split") == ["val", "unknown", "other: val"]
     assert latent_map.groups_of(rows, "group") == ["first", "first", "other"]
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("tsne", "perplexity"), pytest.param("umap", "neighbors", marks=pytest.mark.slow)]
+)
+def test_the_setting_of_a_method_is_the_one_asked_for(method, name):
+    pytest.importorskip({"tsne": "sklearn", "umap": "umap"}[method])
+    scores = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps = []
+    for value in (2, 5):
+        positions, used = latent_map.make_map(scores, 18, LatentsConfig(method=method, **{name: value}))
+        assert used[name] == value
+        maps.append(positions)
+    assert maps[0].shape == (20, 2)
+    assert not torch.allclose(*maps)
