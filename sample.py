@@ -40,7 +40,7 @@ def print_help() -> None:
     """What the three programs do, and the names of their settings."""
     print(__doc__)
     for kind, (config, places, _) in PROGRAMS.items():
-        print(f"{' '.join(places)}, where run is of train_{kind}.py; settings:")
+        print(f"sample.py {' '.join(places).upper()}, where RUN is of train_{kind}.py:")
         names = " ".join(f"--{name}" for name in field_types(config))
         print(
             textwrap.fill(names, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)

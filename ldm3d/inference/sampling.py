@@ -53,7 +53,7 @@ SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones t
 class SampleConfig(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
     sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
-    eta: float = 0.0  # share of fresh noise of ddim
+    eta: float = 0.0  # ddim: fresh noise, 0 = none, 1 = as much as ddpm
     batch_size: int = 8  # volumes made at once, on each rank
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU

@@ -36,18 +36,18 @@ from .editing import ImageEdit, Interpolation
 
 @dataclass(frozen=True)
 class RequestConfig:
-    num: int | None = None  # volumes to make of each set of conditions; none = 16, of a list 1
+    num: int | None = None  # samples of each set of conditions; none = 16, or 1 with conditions or cases
     seed: int = 0  # sample i depends on (seed, i) alone
     condition: tuple[str, ...] = field(default=(), metadata={"repeat": True})  # NAME=VALUE, repeatable
     conditions: str | None = None  # CSV, each row a set of conditions, its columns their names (and name)
-    cases: Literal["train", "val", "test"] | None = None  # the conditions of the run's own cases, and scores
+    cases: Literal["train", "val", "test"] | None = None  # the run's own cases: their conditions, and scores
     guidance: tuple[str, ...] = field(default=("1",), metadata={"repeat": True})  # scale; or class=3,text=2
-    guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions get back their standard deviation
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T between which there is guidance
+    guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions regain their deviation
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
     region: str | None = None  # mask of the region to inpaint: all that is not 0
     edit: str | None = None  # image to start from instead of from noise
-    strength: float | None = None  # noise given to images, 0 to 1; none = inpaint 1, edit .5, interpolate .3
+    strength: float | None = None  # noise that hides the image, 0 to 1; none = inpaint 1, edit .5, else .3
     interpolate: str | None = None  # two samples, such as 3,7, or two images, to go from one to the other
 
     def __post_init__(self) -> None:
