@@ -10,7 +10,36 @@ import torch
 
 import ldm3d
 from ldm3d.reports.__main__ import main as reports_main
-from ldm3d.reports.register_analysis import bank_figures
+from ldm3d.reports.register_analysis import AttentionFigures, bank_figures
+
+
+def test_figures_of_attention_are_those_of_a_count_by_hand():
+    K, M, size = 3, 2, (4, 5)
+    draw, found = np.random.default_rng(0), AttentionFigures(K)
+    layers = draw.random((2, 2, K, M, *size))  # of two cases
+    masks = draw.integers(2, size=(2, *size))  # no case has label 2
+    for case in range(2):
+        found.add(list(torch.from_numpy(layers[case])), torch.from_numpy(masks[case]))
+    figures = found.figures()
+    for k in (0, 1):
+        labels = layers.mean(1)[:, k].sum(1)  # (cases, *size), mean of both layers
+        peaks = [np.unravel_index(a.argmax(), size) for a in labels]
+        pointing = np.mean([mask[peak] == k for mask, peak in zip(masks, peaks, strict=True)])
+        inside = np.mean([a[mask == k].mean() for a, mask in zip(labels, masks, strict=True)])
+        assert figures["pointing"][k] == pytest.approx(pointing)
+        assert figures["attention"][k] == pytest.approx(inside)
+        one = [a[mask == k].mean() for a, mask in zip(layers[:, 1, k].sum(1), masks, strict=True)]
+        assert figures["layers"]["layer 1"]["attention"][k] == pytest.approx(np.mean(one))
+    assert np.isnan(figures["pointing"][2])
+    used = layers.mean((0, 1, 4, 5))
+    assert np.allclose(figures["usage"], used / used.sum(1, keepdims=True))
+    assert figures["dead"] == []
+    unused = AttentionFigures(1)
+    unused.add([torch.tensor([[[1.0, 1.0]], [[0.0, 0.1]]])[None, :, 0]], torch.zeros(2, dtype=torch.int64))
+    assert unused.figures()["dead"] == [[0, 1]]
+    rare = AttentionFigures(1)  # a share of 0.06 / 1.06 is above a tenth of an even share
+    rare.add([torch.tensor([[[1.0, 1.0]], [[0.0, 0.12]]])[None, :, 0]], torch.zeros(2, dtype=torch.int64))
+    assert rare.figures()["dead"] == []
 
 
 def report_of(run: Path, folder: Path, *flags: str) -> dict:
