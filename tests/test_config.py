@@ -12,6 +12,13 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d.config import InputError, field_comments, field_types, flatten, from_dict, parse, replace, to_dict
+from ldm3d.evaluation.copies import CopiesConfig
+from ldm3d.evaluation.pairs import PairsConfig
+from ldm3d.evaluation.reconstruction import ReconstructionConfig
+from ldm3d.evaluation.sets import SetsConfig
+from ldm3d.reports.latent_map import LatentsConfig
+from ldm3d.reports.register_analysis import RegisterReportConfig
+from ldm3d.reports.run_report import RunReportConfig
 
 
 # fmt: off
@@ -161,8 +168,14 @@ def test_help_lists_every_field_with_type_default_and_comment(capsys):
     assert "a kind (one | two; default one)" in text
 
 
-@pytest.mark.parametrize("script", [train_vae, train_ldm, train_cdal, sample])
-def test_every_setting_of_a_script_is_explained(script):
+SETTINGS = [script.Config for script in (train_vae, train_ldm, train_cdal)]
+SETTINGS += [config for config, *_ in sample.PROGRAMS.values()]
+SETTINGS += [CopiesConfig, PairsConfig, ReconstructionConfig, SetsConfig]
+SETTINGS += [LatentsConfig, RegisterReportConfig, RunReportConfig]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda c: f"{c.__module__}.{c.__name__}")
+def test_every_setting_of_a_program_is_explained(settings):
     def explained(cls):
         for name, kind in field_types(cls).items():
             if dataclasses.is_dataclass(kind):
@@ -170,7 +183,7 @@ def test_every_setting_of_a_script_is_explained(script):
             else:
                 assert field_comments(cls).get(name), f"{cls.__name__}.{name}"
 
-    explained(script.Config)
+    explained(settings)
 
 
 def test_the_help_of_a_field_is_found_where_the_formatter_wrapped_its_value():

@@ -36,7 +36,7 @@ def ldm_flags(vae, run, steps=120):
     return ["phantom", "--vae", str(vae), "--run.dir", str(run), "--run.steps", str(steps), *LDM]
 
 
-@pytest.fixture(scope="module", params=[3, 2])
+@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)])
 def dims(request):
     return request.param
 
