@@ -40,6 +40,7 @@ from ..engine.distributed import all_reduce_sum, barrier, gather, is_main, print
 from ..engine.logger import progress, save_sheet
 from ..engine.memory_plan import Plan, decode, weight_bytes
 from ..evaluation.results import new_folder, table, write_report
+from ..evaluation.statistics import finite_means
 from ..guidance import branch_weights
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
@@ -230,7 +231,7 @@ def print_target_scores(scores: dict[str, dict[str, float]]) -> None:
             left = f"{len(rows) - len(scored)} of {len(rows)} {what}"
             print(f"note: {left} are not scored, their target has one value everywhere")
         if scored:
-            means = [sum(row[k] for row in scored) / len(scored) for k in scored[0]]
+            means = finite_means(scored).values()
             print(table([["", *scored[0]], [f"{what} beside targets, {len(scored)}", *means]]))
 
 
