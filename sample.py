@@ -29,7 +29,7 @@ from ldm3d.pipeline import kind_of
 
 RUN = {"run": "run folder, such as runs/ldm-phantom, or a checkpoint in one"}
 IMAGES = {"images": "image file, or folder of images"}
-PROGRAMS: dict[str, tuple[type, dict[str, str], Callable[..., Any]]] = {  # kind -> settings, places, work
+PROGRAMS: dict[str, tuple[type, dict[str, str], Callable[..., Any]]] = {  # kind -> (settings, words, work)
     "ldm": (SampleConfig, RUN, sample_files),
     "vae": (ReconstructConfig, RUN | IMAGES, reconstruct_files),
     "cdal": (SegmentConfig, RUN | IMAGES, segment_files),
@@ -39,8 +39,8 @@ PROGRAMS: dict[str, tuple[type, dict[str, str], Callable[..., Any]]] = {  # kind
 def print_help() -> None:
     """What the three programs do, and the names of their settings."""
     print(__doc__)
-    for kind, (config, places, _) in PROGRAMS.items():
-        print(f"sample.py {' '.join(places).upper()}, where RUN is of train_{kind}.py:")
+    for kind, (config, positional, _) in PROGRAMS.items():
+        print(f"sample.py {' '.join(positional).upper()}, where RUN is of train_{kind}.py:")
         names = " ".join(f"--{name}" for name in field_types(config))
         print(
             textwrap.fill(names, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         return print_help()
     if not words or words[0].startswith("-"):
         raise InputError(f"which run? give the {RUN['run']}, before all settings")
-    config_class, places, work = PROGRAMS[kind_of(words[0])]
+    config_class, positional, work = PROGRAMS[kind_of(words[0])]
     doc = sys.modules[config_class.__module__].__doc__
-    config, paths = read_command(config_class, places, words, None, doc)
+    config, paths = read_command(config_class, positional, words, None, doc)
     work(config, *map(Path, paths))
 
 

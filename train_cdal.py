@@ -254,12 +254,12 @@ def evaluate(
         case = dataset[i, i]
         with autocast(config.run.amp, device):
             p = cdal.segment(net, case["image"].to(device), config.votes, config.window, key=case["id"])
-        labels = p.argmax(0)
-        scores = dice(labels[None], case["mask"][None], cdal.num_labels)[0]
+        label_map = p.argmax(0)
+        scores = dice(label_map[None], case["mask"][None], cdal.num_labels)[0]
         means.add(dice=scores.nanmean(), **{f"dice_{k}": score for k, score in enumerate(scores, start=1)})
         if is_main() and len(sheet["truth"]) < 4:
             sheet["truth"] += overlay(case["image"], case["mask"])
-            sheet["prediction"] += overlay(case["image"], labels)
+            sheet["prediction"] += overlay(case["image"], label_map)
     picture = save_sheet(path, sheet) if is_main() and sheet["truth"] else None
     return means.pop(), picture
 
@@ -286,8 +286,8 @@ def plan(config: Config) -> None:
         def draw(purpose: str, *shape: int) -> Tensor:
             return torch.zeros(batch, *shape)
 
-        image, labels = torch.zeros(batch, spec.channels, *size), torch.zeros(batch, *size).long()
-        terms, pair = cdal.losses(net, net, discriminator, image, labels, torch.zeros(batch), draw)
+        image, mask = torch.zeros(batch, spec.channels, *size), torch.zeros(batch, *size).long()
+        terms, pair = cdal.losses(net, net, discriminator, image, mask, torch.zeros(batch), draw)
         value = terms["loss"]
         if discriminator is not None:
             value = value + cdal.discriminator_losses(discriminator, image, pair, 1)["loss"]

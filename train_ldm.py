@@ -356,9 +356,11 @@ def evaluate(
             means.add(loss=loss, **{f"loss_u{level}": loss})
             if config.masks:
                 z, t = model.draw(*posterior, u)
-                labels = model.label_maps(model.kernel.q_sample(z, t, noise), conditions, config.run.amp, t)
+                z_t = model.kernel.q_sample(z, t, noise)
+                label_maps = model.label_maps(z_t, conditions, config.run.amp, t)
                 truth = batch["mask"].long().cpu()
-                scores = dice(labels, truth, net.num_labels).masked_fill(absent(truth)[:, None], math.nan)
+                scores = dice(label_maps, truth, net.num_labels)
+                scores = scores.masked_fill(absent(truth)[:, None], math.nan)
                 means.add(**{f"dice_{k}_u{level}": v for k, v in enumerate(scores.unbind(1), start=1)})
     return means.pop()
 
@@ -410,16 +412,16 @@ def preview(
     sheet = {k: [x[0].numpy() for x in v] for k, v in rows.items()}
     if config.masks:
         seen = model.label_maps(model.normalise(batch["mean"]), cond, config.run.amp)
-        made = model.label_maps(torch.cat(latents), cond, config.run.amp)
+        sampled = model.label_maps(torch.cat(latents), cond, config.run.amp)
         images = [case["image"] for case in real[: len(shown)]]
         truth = [case["mask"].clamp(min=0) for case in real[: len(shown)]]
         coloured = {
             "labels (validation)": (images, truth),
             "labels of the head (validation)": (images, seen),
-            "labels of the head (generated)": (rows["generated"], made),
+            "labels of the head (generated)": (rows["generated"], sampled),
         }
         for title, pairs in coloured.items():
-            sheet[title] = [part for x, labels in zip(*pairs, strict=False) for part in overlay(x, labels)]
+            sheet[title] = [part for x, mask in zip(*pairs, strict=False) for part in overlay(x, mask)]
     return save_sheet(path, sheet, limits=(-1, 1)), torch.cat(latents)
 
 
@@ -507,7 +509,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     run.restore(state, net, ema, {"denoiser": stepper}, mean)
-    sampled = LatentDiffusion(
+    ldm = LatentDiffusion(  # samples and evaluates with the averaged weights
         autoencoder,
         ema.net,
         kernel,
@@ -528,15 +530,15 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             if not config.latent_cache:
                 batch |= encode_batch(autoencoder, batch, conditions, config.run.amp, config.masks)
             shape, positions = batch["mean"].shape[1:], batch["position"]
-            cond = hide_some(sampled.conditions_of(batch), config.condition, seed, positions)
+            cond = hide_some(ldm.conditions_of(batch), config.condition, seed, positions)
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
             u = keyed_uniform(seed, positions, "t")
-            labels = batch["mask"].long() if config.masks else None
+            mask = batch["mask"].long() if config.masks else None
             weight = anatomy_weight(config.anatomy, run.step, config.run.steps)
             posterior = batch["mean"], batch["logvar"], z_noise
             with autocast(config.run.amp, device):
-                loss, terms = sampled.losses(model, *posterior, u, noise, cond, labels, weight)
+                loss, terms = ldm.losses(model, *posterior, u, noise, cond, mask, weight)
             stepper.backward(loss.mean() * fraction)
             mean.add(**terms)
         if stepper.step(run.step):
@@ -544,10 +546,10 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
         run.end_step(**({"anatomy_weight": weight} if config.masks else {}), **stepper.report())
         if run.due("eval_every"):
-            scores = evaluate(sampled, ema.net, val_latents, config, device)
+            scores = evaluate(ldm, ema.net, val_latents, config, device)
             run.log("val", scores)
             if is_main():
-                picture, z = preview(sampled, real, val_latents, config, run.preview_path)
+                picture, z = preview(ldm, real, val_latents, config, run.preview_path)
                 run.logger.picture(run.step, "samples", picture)
                 run.logger.histogram(run.step, "generated latent", z)
             run.keep_best("loss", scores["loss"])

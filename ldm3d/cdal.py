@@ -63,7 +63,7 @@ from .losses import (
 from .unet import UNet, UNetConfig
 
 # draw(purpose, *shape) -> (B, *shape) Gaussian, each sample's own. The purpose is part of the seed: another
-# word for it would make other numbers.
+# word for it would make other numbers. So the noise of x_prev keeps its first purpose, "x_next".
 Draw = Callable[..., Tensor]
 
 # --- few steps ----------------------------------------------------------------------------------------------
@@ -426,9 +426,10 @@ class CDAL:
     # Inference
 
     def vote(self, net: Generator, features: Tensor, noise: Tensor, z: Tensor) -> Tensor:
-        """Probabilities (V, K, *S) of V votes on one image, in one batch; features (1, ...) are its `encode`.
+        """Probabilities (V, K, *S) of V votes on one image, in one batch.
 
-        noise (V, T, K, *S): x_T, then the noise of every posterior that has any. z (V, T, latent_dim).
+        features (1, encoder_channels, *s): `Generator.encode` of the image. noise (V, T, K, *S): x_T, then
+        the noise of every posterior that has any. z (V, T, latent_dim).
         """
         features = features.expand(len(noise), *features.shape[1:])
         x, T = noise[:, 0], self.num_timesteps

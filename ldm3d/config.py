@@ -301,8 +301,8 @@ def run_task(tasks: dict[str, Task], argv: list[str] | None, prog: str, doc: str
         raise InputError(f"which task? expected {' or '.join(tasks)}, got {task}")
     cls, positional, do = tasks[task]
     doc = sys.modules[cls.__module__].__doc__
-    config, places = read_command(cls, positional, words[1:], f"{prog} {task}", doc)
-    do(config, *places)
+    config, arguments = read_command(cls, positional, words[1:], f"{prog} {task}", doc)
+    do(config, *arguments)
 
 
 def parse(

@@ -32,7 +32,7 @@ from .unet import UNet, UNetConfig
 
 
 class Arguments(NamedTuple):
-    """What a denoiser was made from: `Denoiser(*denoiser.arguments)` is another one with fresh weights."""
+    """The arguments of a denoiser: `Denoiser(*denoiser.arguments)` is another one with fresh weights."""
 
     unet: UNetConfig
     condition: ConditionConfig | None
@@ -90,11 +90,11 @@ class Denoiser(nn.Module):
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """The conditions that it was made for, in the order in which guidance nests."""
+        """The conditions that the denoiser takes, in the order in which guidance nests."""
         return self.arguments.conditions
 
     def encode_conditions(self, conditions: dict[str, Tensor], like: Tensor) -> Conditioned:
-        """The part of forward that depends on neither t nor x_t, once for all steps of sampling.
+        """The part of `forward` that depends on neither t nor x_t, computed once for all steps of sampling.
 
         Keys and values of the context are included. like: any tensor of the shape and device of x_t.
         Conditions without a value are absent from all samples.

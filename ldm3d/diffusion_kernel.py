@@ -243,8 +243,9 @@ Past = tuple[Tensor, float] | None  # (estimate, length of the interval) of the 
 def extrapolate(estimate: Tensor, past: Past, length: float) -> Tensor:
     """What the estimate will be in the middle of the coming interval, by the line through the last two.
 
-    Example: 1.0 one step ago, 1.2 now, intervals of equal length: half an interval on it is 1.3. In the first
-    step, and for an infinite interval (in log-SNR, to the clean end), it stays the estimate.
+    Example: the estimate was 1.0 one step ago and is 1.2 now. If the intervals are equally long, the line is
+    at 1.3 half an interval later. In the first step, and for an infinite interval (in log-SNR, to the clean
+    end), there is no such line, and the estimate is returned unchanged.
     """
     if past is None or math.isinf(length):
         return estimate
@@ -302,7 +303,11 @@ def heun(step: Step, past: Past) -> tuple[Tensor, Past]:
 
 
 def ab2(step: Step, past: Past) -> tuple[Tensor, Past]:
-    """Adams-Bashforth: the velocity halfway, by the last two: second order for one call of the network."""
+    """Euler's step with the velocity in the middle of the interval, on the line of the last two velocities.
+
+    Adams-Bashforth: second order for one call of the network (Hairer, Norsett & Wanner 1993, Solving Ordinary
+    Differential Equations I, section III.1).
+    """
     dt, velocity = step.t_next - step.t, step.velocity(step.x_t, step.t)
     return step.x_t + dt * extrapolate(velocity, past, dt), (velocity, dt)
 
@@ -345,9 +350,7 @@ def shifted_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> lis
 class Sampler:
     process: Process
     step: Callable[[Step, Past], tuple[Tensor, Past]]  # -> (x at t_next, what the next step gets as past)
-    times: Callable[
-        [DiffusionKernel, int, Sequence[int]], list[float]
-    ]  # (kernel, number, latent size) -> grid
+    times: Callable[[DiffusionKernel, int, Sequence[int]], list[float]]  # (kernel, steps, size) -> grid
     calls: int = 1  # of the network, in each step
     fresh_noise: Literal["no", "yes", "eta"] = "no"  # eta: as much as the setting of that name says
 
@@ -368,9 +371,9 @@ SAMPLERS = {
 class DiffusionKernel:
     """One process: `q_sample` adds noise, `losses` trains a network, `sample` removes the noise.
 
-    It has float64 tables and no parameters. Arithmetic is float32 whatever the precision of the network, and
-    float64 where the data are float64. t (B,) may live on any device; on the CPU, where training draws it, it
-    costs no synchronisation. betas (T,) replace the configured schedule.
+    A kernel has float64 tables and no parameters. Arithmetic is float32 whatever the precision of the
+    network, and float64 where the data are float64. t (B,) may live on any device. Training draws t on the
+    CPU, where the tables are, so that no GPU has to be waited for. betas (T,) replace the schedule.
     """
 
     def __init__(self, config: KernelConfig, betas: Tensor | None = None) -> None:
@@ -395,9 +398,7 @@ class DiffusionKernel:
         t = u.double()
         if self.process == "vp":
             return (t * self.num_timesteps).long()
-        if (
-            self.config.t_distribution == "logit_normal"
-        ):  # Esser (19): more of the middle, where it is hardest
+        if self.config.t_distribution == "logit_normal":  # Esser (19): more of the middle, the hardest times
             t = torch.sigmoid(self.config.logit_mean + self.config.logit_std * torch.special.ndtri(t))
         return shift_time(t, self.flow_shift(size)).to(u.dtype)
 

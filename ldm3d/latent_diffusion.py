@@ -5,8 +5,8 @@ happens in its latent space (Rombach et al. 2022, arXiv 2112.10752, section 3). 
 autoencoder that halves each axis twice and has 4 latent channels:
 
     x                        (B, 1, 64, 64, 64)  scaled intensities, about -1 to 1
-    mean, logvar = encode    (B, 4, 16, 16, 16)  the latent voxel (i, j, k) describes the 4^3 voxels of x
-                             that begin at (4 i, 4 j, 4 k), as seen with their surroundings
+    mean, logvar = encode    (B, 4, 16, 16, 16)  latent voxel (i, j, k) describes the 4^3 voxels of x from
+                             (4 i, 4 j, 4 k) on, and what surrounds them
     z = (mean + exp(logvar / 2) z_noise - latent_mean) / latent_std           `draw`
     z_t = alpha_t z + sigma_t noise                                           diffusion_kernel.py
     loss = |denoiser(z_t, t, conditions) - target|^2, mean over elements      `losses`
@@ -53,16 +53,19 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) on 0..T) -> predict
 
 
 class Edit:
-    """An edit changes sampling at three places, which `LatentDiffusion.stream` calls in this order. This
-    class changes nothing; inference/editing.py has edits that do.
+    """What an edit can change in sampling: three methods, which `LatentDiffusion.stream` calls in this order.
+    This class changes nothing; inference/editing.py has edits that do.
 
     Example: inpainting starts from the noisy latent of an image, replaces the prediction outside the region,
     and puts the untouched voxels back after decoding.
     """
 
     def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:
-        """(the latent x_t (B, C_z, *s) that sampling starts from, the falling times that it visits) of the
-        samples numbered `indices`, whose noise is given."""
+        """Where sampling starts: (x_t (B, C_z, *s), the falling times to visit).
+
+        noise (B, C_z, *s), times: what sampling without an edit starts from. indices: numbers of the B
+        samples.
+        """
         return noise, times
 
     def around(self, predict: Predict, noise: Tensor) -> Predict:
@@ -163,9 +166,9 @@ class LatentDiffusion(nn.Module):
             loss = diffusion + anatomy_weight signal_share(t) (head + binding_weight binding)    with masks
 
         model: the denoiser, bare or in DDP. mean, logvar: the cached posterior (latents.py). z_noise draws z,
-        u (B,) in [0, 1) sets t, noise is added to z. mask: labels (B, *S), -1 everywhere in a sample without
-        one, for a denoiser with bound registers. The terms: "loss" is the diffusion's; "head" and "binding"
-        (registers.py) are NaN for samples without a mask, so that means leave them out.
+        u (B,) in [0, 1) sets t, noise is added to z. mask: (B, *S) integers, -1 everywhere in samples without
+        a mask; for a denoiser with bound registers. The terms: "loss" is the diffusion's; "head" and
+        "binding" (registers.py) are NaN for samples without a mask, so that means leave them out.
         """
         z, t = self.draw(mean, logvar, z_noise, u)
         if mask is None:
@@ -204,7 +207,7 @@ class LatentDiffusion(nn.Module):
         A value serves all samples, or a list has one for each of the num samples. By kind: class: 1, or its
         name; number: 63.5; text: a caption; embedding: (L, E); spacing: a tuple in mm; image, tokens: the
         source (C, *size) in scaled intensities; labels: integers (*size). None is blank. amp: the precision
-        to encode sources with. InputError for a name or a value that the model does not know.
+        to encode sources with. InputError for a name or a value that the model does not have.
         """
         check_names(conditions, self.denoiser.conditions)
         prepared = {}
@@ -224,16 +227,16 @@ class LatentDiffusion(nn.Module):
         """One value of one condition, without batch axis."""
         if c.origin in ("column", "spacing"):
             return c.encode(value)
-        size, labels = self.volume_size(size), c.origin == "mask"
+        size, is_mask = self.volume_size(size), c.origin == "mask"
         if value is None or (isinstance(value, str) and not value.strip()):
             return torch.full((c.width, *self.autoencoder.latent_shape(size)[1:]), math.nan)
         if isinstance(value, (str, Path)):
             raise InputError(f"condition {c.name}: {value} is a file; use ldm3d.load(RUN).sample")
         value = torch.as_tensor(value)
-        expected = size if labels else (self.spec.source_channels, *size)
+        expected = size if is_mask else (self.spec.source_channels, *size)
         if tuple(value.shape) != tuple(expected):
             raise InputError(f"condition {c.name}: expected shape {expected}, got {tuple(value.shape)}")
-        if labels:
+        if is_mask:
             low, high = int(value.min()), int(value.max())
             if not (0 <= low <= high < c.width or low == high == -1):
                 expected = f"labels from 0 to {c.width - 1}, or -1 everywhere"
@@ -263,8 +266,9 @@ class LatentDiffusion(nn.Module):
         edit: Edit = NO_EDIT,
         with_labels: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """New volumes (num, C, *size) on the CPU, in scaled intensities; with_labels: and their label maps
-        (num, *size) int64.
+        """New volumes (num, C, *size) on the CPU, in scaled intensities.
+
+        With with_labels the result is (volumes, their label maps (num, *size) int64).
 
         size: voxels; none = the training size. Sample i has its own CPU generator keyed by (seed, i), so the
         sample does not depend on batch size, rank or device (to rounding). `first` numbers the first sample:
@@ -280,14 +284,14 @@ class LatentDiffusion(nn.Module):
         guidance.check(self.denoiser.conditions)
         guidance.note_idle(cond)
         indices, settings = range(first, first + num), (steps, sampler, seed, batch_size, eta, amp)
-        volumes, labels = [], []
+        volumes, label_maps = [], []
         for i, (x, z) in enumerate(self.stream(indices, *settings, cond, guidance, edit, size)):
             part = slice(i * batch_size, (i + 1) * batch_size)
             volumes.append(x)
             if with_labels:
                 own = {name: value[part] for name, value in cond.items()}
-                labels.append(self.label_maps(z, own, amp, size=size))
-        return (torch.cat(volumes), torch.cat(labels)) if with_labels else torch.cat(volumes)
+                label_maps.append(self.label_maps(z, own, amp, size=size))
+        return (torch.cat(volumes), torch.cat(label_maps)) if with_labels else torch.cat(volumes)
 
     def stream(
         self,

@@ -74,14 +74,14 @@ def encode_batch(
     with autocast(amp, batch["image"].device):
         posterior = autoencoder.encode(batch["image"])
         source = autoencoder.encode(batch["source"]).mean if "source" in origins else None
-    made = {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+    tensors = {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
     if source is not None:
-        made["source"] = source.float()
+        tensors["source"] = source.float()
     if "mask" in origins:
-        made["labels"] = label_shares(batch["mask"], origins["mask"].width, autoencoder.downsampling)
+        tensors["labels"] = label_shares(batch["mask"], origins["mask"].width, autoencoder.downsampling)
     if masks:
-        made["mask"] = batch["mask"].int()
-    return made | ({"spacing": batch["spacing"]} if "spacing" in origins else {})
+        tensors["mask"] = batch["mask"].int()
+    return tensors | ({"spacing": batch["spacing"]} if "spacing" in origins else {})
 
 
 def reserve(path: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
@@ -121,8 +121,8 @@ def cache_latents(
     item (v * cases + i, i), so with augmentation on, every variant is another draw.
     """
     first = collate([dataset[0, 0]])
-    made = encode_batch(autoencoder, to_device(first, device), conditions, amp, masks)
-    shapes = {name: (len(dataset), num_variants, *value.shape[1:]) for name, value in made.items()}
+    tensors = encode_batch(autoencoder, to_device(first, device), conditions, amp, masks)
+    shapes = {name: (len(dataset), num_variants, *value.shape[1:]) for name, value in tensors.items()}
     smallest = np.min_scalar_type(-(dataset.spec.num_labels or 1))  # -1 to num_labels - 1
     types = {name: smallest if name == "mask" else np.float32 for name in shapes}
     paths = {name: folder / f"{name}.npy" for name in shapes}

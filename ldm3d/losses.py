@@ -91,13 +91,13 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
     return torch.stack(terms).mean(0)
 
 
-def cross_entropy_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """(B,) cross-entropy of logits (B, K, *S) and labels (B, *S) int64, mean over voxels.
+def cross_entropy_loss(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """(B,) cross-entropy of logits (B, K, *S) and mask (B, *S) int64, mean over voxels.
 
     weight (B, *S) multiplies the loss of every voxel before the mean.
     """
     log_p = _full_precision(logits).log_softmax(1)
-    loss = -log_p.gather(1, labels[:, None])[:, 0]  # F.cross_entropy has no deterministic mode on a GPU
+    loss = -log_p.gather(1, mask[:, None])[:, 0]  # F.cross_entropy has no deterministic mode on a GPU
     return (loss if weight is None else loss * weight).flatten(1).mean(1)
 
 

@@ -166,7 +166,7 @@ def precision(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
 
 
 def sensitivity(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) share of a label's voxels in `target` that are found; nan where it has none."""
+    """(B, num_labels - 1) share of a label's voxels in `target` that are found; nan if there are none."""
     both, _, num_target = _overlap(pred, target, num_labels)
     return both / num_target
 
@@ -322,7 +322,7 @@ def neighbour_scores(
     names = ("precision", "recall", "density", "coverage")
     if min(between.shape) <= neighbours:
         return dict.fromkeys(names, math.nan)
-    # neighbours + 1: the smallest distance of all is 0, that of a case to itself
+    # neighbours + 1: the smallest distance is 0, from a case to itself
     real_radius, generated_radius = (d.kthvalue(neighbours + 1, dim=1).values for d in (real, generated))
     in_real = between <= real_radius[:, None]  # (N, M)
     in_generated = between <= generated_radius[None]

@@ -178,8 +178,7 @@ class LatentDiffusionPipeline(Pipeline):
         self, conditions: dict[str, Any], size: Sequence[int] | None = None
     ) -> dict[str, Any]:
         """The conditions with tensors in place of the names of files of sources and masks."""
-        known = self.model.denoiser.conditions
-        roles = {c.name: c.origin for c in known if c.origin in ("source", "mask")}
+        roles = {c.name: c.origin for c in self.model.denoiser.conditions if c.origin in ("source", "mask")}
         tensors: dict[tuple[str, str], Tensor] = {}  # a file that many samples share is read once
 
         def tensor(value: Any, role: str) -> Any:
@@ -189,11 +188,12 @@ class LatentDiffusionPipeline(Pipeline):
                 tensors[str(value), role] = self.read(value, role, size)
             return tensors[str(value), role]
 
-        made = dict(conditions)
-        for name, role in ((name, role) for name, role in roles.items() if name in made):
-            value = made[name]
-            made[name] = [tensor(v, role) for v in value] if isinstance(value, list) else tensor(value, role)
-        return made
+        values = dict(conditions)
+        for name in (name for name in roles if name in values):
+            value, role = values[name], roles[name]
+            many = isinstance(value, list)
+            values[name] = [tensor(v, role) for v in value] if many else tensor(value, role)
+        return values
 
     def prepare(self, conditions: dict[str, Any], num: int = 1, amp: str = "fp32") -> dict[str, Tensor]:
         """`LatentDiffusion.prepare`, where sources and masks may be files."""

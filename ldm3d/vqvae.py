@@ -186,8 +186,8 @@ class VectorQuantizer(nn.Module):
     def update(self, outputs: Sequence[Quantized], draw: torch.Generator) -> dict[str, Tensor]:
         """Move the codes after an optimizer step: k-means at the first call, running means, revival.
 
-        outputs: those of forward for all micro-batches of this step on this rank. draw: a CPU generator in
-        the same state on all ranks. Returns the perplexity, codes_used and codes_revived over all ranks.
+        outputs: what `forward` returned for each micro-batch of this step on this rank. draw: a CPU generator
+        in the same state on all ranks. Returns the perplexity, codes_used and codes_revived over all ranks.
         """
         c, codebook = self.config, self.codebook.detach()
         vectors = torch.cat([q.z.detach().movedim(1, -1).flatten(0, -2) for q in outputs])  # (N, C_z)
@@ -249,7 +249,8 @@ class VQVAE(Autoencoder):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
         """(recon, quantized): all that the loss and `quantizer.update` need.
 
-        `noise` is not used, for the posterior has no width; the argument is that of AutoencoderKL.forward.
+        `noise` is not used, since the posterior has no width. The argument is there so that a training loop
+        can call both kinds of autoencoder alike.
         """
         quantized = self.quantizer(self.encode(x).mean)
         return super().decode(quantized.z_q, x.shape[2:]), quantized

@@ -52,7 +52,7 @@ class Case:
     source: Path | None = None
     subject: str = ""
     split: str | None = None  # "train", "val", "test"; None: to be drawn
-    label: int | None = None  # the class, if the column `class` holds a number; None: blank, or a name
+    class_idx: int | None = None  # the class, if the column `class` holds a number; None: blank, or a name
     text: str = ""
     columns: dict[str, str] = field(default_factory=dict)  # the cells that name no file of a role
 
@@ -248,7 +248,7 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
         if row[role] is None and not (role == "mask" and config.allow_missing_mask):
             hint = "; --data.allow_missing_mask lets such cases take part" if role == "mask" else ""
             problems.append(f"case {name}: no {role} for {row['image']} ({where}{hint})")
-    split, label = row.get("split") or None, row.get("class") or ""
+    split, cell = row.get("split") or None, row.get("class") or ""
     if split not in (None, *SPLITS):
         problems.append(f"case {name}: split is {split!r}, expected one of {', '.join(SPLITS)}")
     return Case(
@@ -258,7 +258,7 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
         source=row.get("source"),
         subject=row.get("subject") or name,
         split=split,
-        label=int(label) if re.fullmatch("[0-9]+", label) else None,
+        class_idx=int(cell) if re.fullmatch("[0-9]+", cell) else None,
         text=row.get("text") or "",
         columns={k: v or "" for k, v in row.items() if k not in ROLES},
     )

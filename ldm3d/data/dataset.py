@@ -1,7 +1,7 @@
 """Cases as tensors: a window of each volume, scaled and, in training, augmented.
 
-An item is asked for by (position, index): `index` is the number of the case, `position` counts the samples of
-the whole run. All that is random in an item comes from a generator with the key (seed, position). So a sample
+Item (position, index) of a data set: `index` is the number of the case, `position` counts the samples of the
+whole run. All that is random in an item comes from a generator with the key (seed, position). So a sample
 depends neither on ranks, nor on micro-batches, workers or restarts.
 
 Example: patches of (64, 64, 64) from a case of (100, 100, 50) voxels, seed 0. Sample 5000 of the run draws u
@@ -42,10 +42,10 @@ class VolumeDataset(Dataset):
 
     image        (C, *size) float32, scaled
     source       (C', *size) float32, scaled; only in a data set with sources
-    mask         (*size) int64 labels, all -1 for a case without mask; only in a data set with masks
+    mask         (*size) int64, all -1 for a case without mask; only in a data set with masks
     spacing      (dims,) mm
     start        (dims,) voxel of the case at which the window begins, negative = padding
-    label        the class of the case, -1 = none
+    class        the class of the case, -1 = none
     position, index, id, text
 
     training: random windows of data.patch (or spec.size), augmented. Otherwise: windows of spec.size in the
@@ -115,7 +115,7 @@ class VolumeDataset(Dataset):
             **{role: volume.contiguous() for role, volume in volumes.items()},
             "spacing": spacing,
             "start": torch.tensor(start),
-            "label": -1 if case.label is None else case.label,
+            "class": -1 if case.class_idx is None else case.class_idx,
             "position": position,
             "index": index,
             "id": case.id,

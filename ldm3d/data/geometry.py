@@ -64,15 +64,15 @@ def resampled_grid(
     return tuple(max(1, round(n / ratio)) for n, ratio in zip(shape, ratios, strict=True)), grid
 
 
-def _resample_axis(array: np.ndarray, axis: int, size: int, ratio: float, labels: bool) -> np.ndarray:
+def _resample_axis(array: np.ndarray, axis: int, size: int, ratio: float, is_mask: bool) -> np.ndarray:
     """One axis of an array onto `size` samples, `ratio` old voxels apart; outside, the edge is repeated.
 
-    Labels: the nearest voxel. Images: linear interpolation; where the grid gets coarser (ratio > 1), the mean
+    Masks: the nearest voxel. Images: linear interpolation; where the grid gets coarser (ratio > 1), the mean
     of the interpolated values over a width of ratio - 1 old voxels, so that fine detail is averaged and not
     aliased. A linear ramp stays the same ramp, so structures stay where they are.
     """
     last, edges = array.shape[axis] - 1, np.arange(size) + 0.5
-    if labels:
+    if is_mask:
         return array.take(np.clip(np.floor(edges * ratio).astype(int), 0, last), axis)
     centres, half = edges * ratio - 0.5, max(0.0, ratio - 1) / 2
     num_taps = int(np.floor(2 * (1 + half))) + 1
@@ -94,16 +94,16 @@ def _resample_axis(array: np.ndarray, axis: int, size: int, ratio: float, labels
     return out
 
 
-def resample(volume: Volume, spacing: tuple[float, ...], labels: bool = False) -> Volume:
-    """The volume on the `resampled_grid` of `spacing` mm; images become float32, `labels` keep their dtype.
+def resample(volume: Volume, spacing: tuple[float, ...], is_mask: bool = False) -> Volume:
+    """The volume on the `resampled_grid` of `spacing` mm; images become float32, masks keep their dtype.
 
-    Images: linear interpolation, averaged where the grid gets coarser; labels: the nearest voxel.
+    Images: linear interpolation, averaged where the grid gets coarser; masks: the nearest voxel.
     """
     if len(spacing) != volume.dims or min(spacing) <= 0:
         raise InputError(f"spacing {tuple(spacing)}, expected {volume.dims} positive numbers (mm)")
     shape, affine = resampled_grid(volume.shape, volume.affine, spacing)
-    array = volume.array if labels else volume.array.astype(np.float32)
+    array = volume.array if is_mask else volume.array.astype(np.float32)
     for axis, ratio in enumerate(np.asarray(spacing, dtype=np.float64) / volume.spacing):
         if abs(ratio - 1) > 1e-6:
-            array = _resample_axis(array, axis + 1, shape[axis], ratio, labels)
+            array = _resample_axis(array, axis + 1, shape[axis], ratio, is_mask)
     return replace(volume, array=array, affine=affine)

@@ -18,7 +18,7 @@ from ..engine.distributed import print0
 from .cases import Case, find_cases, resolve_root
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
-from .opening import scan_cache
+from .opening import inspection_cache
 from .settings import DataConfig
 from .spec import DataSpec
 from .transforms import AugmentConfig
@@ -37,9 +37,9 @@ def own_images(folder: Path) -> str | None:
     return f"*{suffixes[0]}" if suffixes else None
 
 
-def locate(place: str | Path) -> tuple[Path, str | None]:
+def locate(location: str | Path) -> tuple[Path, str | None]:
     """(root, pattern of the images below it) of a glob, "FOLDER/*/t1.nii.gz". A folder has no pattern."""
-    path = Path(place).expanduser()
+    path = Path(location).expanduser()
     if path.is_dir():
         return path, None
     wild = next((i for i, part in enumerate(path.parts) if "*" in part or "?" in part), None)
@@ -47,34 +47,34 @@ def locate(place: str | Path) -> tuple[Path, str | None]:
     if wild is not None and root.is_dir():
         return root, str(Path(*path.parts[wild:]))
     if path.is_file():
-        raise InputError(f"{place}: a file, expected a folder or a pattern in quotes")
+        raise InputError(f"{location}: a file, expected a folder or a pattern in quotes")
     raise InputError(f"{root}: no such folder")
 
 
 def find_images(
-    place: str | Path, layout: DataConfig, subject: str | None = None
+    location: str | Path, layout: DataConfig, subject: str | None = None
 ) -> tuple[DataConfig, list[Case]]:
     """The images in a folder or glob, or one file: (how they are read, cases without masks and sources).
 
     layout: how the run's training data is read and laid out. Its rule of subjects is used where it fits;
-    `subject`, a rule for this place, has to fit. Samples of a run hold the run's channels only, so none are
-    picked from them.
+    `subject`, a rule for these images, has to fit. Samples of a run hold the run's channels only, so no
+    channels are picked from them.
     """
     layout = replace(layout, cache="none", mask=None, source=None, split=None, allow_missing_mask=True)
-    path = Path(place).expanduser()
+    path = Path(location).expanduser()
     if path.is_file():
         root, cases = path.parent, [Case(strip_suffix(path), path, subject=strip_suffix(path))]
     else:
-        root, pattern = locate(place)
+        root, pattern = locate(location)
         pattern = pattern or own_images(root)  # none: laid out like the training data
         if pattern is not None:
             layout = replace(layout, image=pattern, table=None)
-        cases = _find(layout, root, place, subject)
+        cases = _find(layout, root, location, subject)
     layout = replace(layout, root=str(root), subject=None)
     return _with_own_channels(layout, cases[0].image), [replace(c, mask=None, source=None) for c in cases]
 
 
-def _find(layout: DataConfig, root: Path, place: str | Path, subject: str | None) -> list[Case]:
+def _find(layout: DataConfig, root: Path, location: str | Path, subject: str | None) -> list[Case]:
     try:
         if subject is None and layout.subject is not None:
             try:
@@ -84,7 +84,7 @@ def _find(layout: DataConfig, root: Path, place: str | Path, subject: str | None
         return find_cases(replace(layout, subject=subject), root)
     except InputError as e:
         why = "" if layout.image else "holds no images, and is not laid out like the training data: "
-        raise InputError(f"{place}: {why}{e}") from e
+        raise InputError(f"{location}: {why}{e}") from e
 
 
 def _with_own_channels(layout: DataConfig, image: Path) -> DataConfig:
@@ -142,7 +142,7 @@ def with_references(cases: list[Case], folder: Path) -> list[Case]:
 
 def open_images(
     content: dict[str, Any],
-    place: str | Path | None = None,
+    location: str | Path | None = None,
     part: str = "all",
     references: str | Path | None = None,
     subject: str | None = None,
@@ -151,23 +151,23 @@ def open_images(
 ) -> VolumeDataset:
     """Images for the network whose checkpoint is `content`, read and scaled as in training.
 
-    place: folder, glob or file; None opens the run's own cases. part: only these cases of the run's split,
+    location: folder, glob or file; None opens the run's own cases. part: only these cases of the run's split,
     see `own_cases`. references: folder of label maps, which items then hold as "mask". subject: rule of the
     subjects instead of the run's. own_size: every case at its own size, else at the size of the run's
     samples. InputError names the file that is missing or does not fit.
     """
     cache = None
-    if place is None:
+    if location is None:
         layout, cases = own_cases(content, part, subject)
-        cache = scan_cache(layout, Path(layout.root))
+        cache = inspection_cache(layout, Path(layout.root))
     else:
         layout = from_dict(DataConfig, content["config"]["data"], "data")
-        layout, cases = find_images(place, replace(layout, subset=None), subject)
+        layout, cases = find_images(location, replace(layout, subset=None), subject)
         if part != "all":
             names = set(content["state"]["split"][part])
             cases = [case for case in cases if case.id in names]
             if not cases:
-                raise InputError(f"part: {place} holds none of the run's {part} cases")
+                raise InputError(f"part: {location} holds none of the run's {part} cases")
     cases = cases[:max_cases]
     spec = DataSpec.from_dict(content["state"]["data"])
     if references is not None:
@@ -188,7 +188,8 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, spec:
     """Single files, read, scaled and centred as those of a role in training; every one a case.
 
     Items hold "image" (roles image and source) or "mask". A "region" is a mask of any labels. Intensities are
-    scaled by the file's own numbers; sources that share those of their image, by the training set's.
+    scaled by the file's own numbers. With paired_scaling "shared" a source is scaled by the numbers of its
+    image, which is not known here: the median numbers of the training set serve instead.
     """
     if role == "region":
         role, config = "mask", replace(config, label_values=())

@@ -55,13 +55,13 @@ def keeps_grid(path: Path, role: str, config: DataConfig) -> bool:
 
 
 def load_role(path: Path, role: str, config: DataConfig) -> Volume:
-    """The whole file on the training grid: float32 intensities as stored, or the int32 labels of a mask."""
+    """The whole file on the training grid: float32 intensities as stored, or an int32 mask."""
     volume = read(path, **read_options(role, config))
     if role == "mask":
         values = np.rint(volume.array).astype(np.int32)  # a file with a slope may store 0.9999999
-        labels = np.zeros_like(values)
+        mask = np.zeros_like(values)
         for label, value in enumerate(config.label_values):
-            labels[values == value] = label
-        volume = replace(volume, array=labels if config.label_values else values)
+            mask[values == value] = label
+        volume = replace(volume, array=mask if config.label_values else values)
     spacing = _new_spacing(volume.shape, volume.spacing, config)
-    return volume if spacing is None else resample(volume, spacing, labels=role == "mask")
+    return volume if spacing is None else resample(volume, spacing, is_mask=role == "mask")

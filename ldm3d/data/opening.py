@@ -59,7 +59,7 @@ def check_numbering(data: Data) -> None:
         )
 
 
-def scan_cache(config: DataConfig, root: Path) -> Path:
+def inspection_cache(config: DataConfig, root: Path) -> Path:
     """The file that keeps what the inspection of the cases below `root` has found."""
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     return Path(config.cache_dir) / f"scan-{digest}.json"
@@ -91,7 +91,7 @@ def open_data(
                 f"note: {len(cases) - len(listed)} cases of {root} are left out, the stored split lacks them"
             )
         cases = [case for case in cases if case.id in listed]
-    infos = inspect_cases(cases, config, scan_cache(config, root))
+    infos = inspect_cases(cases, config, inspection_cache(config, root))
     spec = make_spec(cases, infos, split, config, multiple)
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
 

@@ -60,7 +60,7 @@ class Phantom:
     image: np.ndarray  # (1, *S) float32, T1-like, scanner units (white matter 300 to 1200)
     mask: np.ndarray  # (1, *S) uint8, see LABEL_NAMES
     source: np.ndarray  # (1, *S) float32, T2-like, the same anatomy
-    label: int  # class: 0 no lesion, 1 lesion
+    class_idx: int  # 0 no lesion, 1 lesion
     caption: str  # what `describe` says of the mask: "a large lesion in the left hemisphere", "no lesion"
     spacing: tuple[float, ...]  # mm
     affine: np.ndarray  # (dims + 1, dims + 1), the centre of the field of view at 0 mm
@@ -209,15 +209,15 @@ def _paint(
     layers += [] if missing else [("nuclei", nuclei, 3)]
     layers += [("fluid", ventricles, 2), ("lesion", lesion, 4)]
     weights = np.zeros((len(TISSUES), *head.shape), dtype=np.float32)
-    labels = np.zeros(head.shape, dtype=np.uint8)
+    mask = np.zeros(head.shape, dtype=np.uint8)
     for tissue, distance, label in layers:
         coverage = np.clip(0.5 - distance / np.float32(voxel), 0, 1).astype(np.float32)
         weights *= 1 - coverage
         if tissue != "air":
             weights[list(TISSUES).index(tissue)] += coverage
         if label or tissue in ("fluid", "skull"):
-            labels[distance < 0] = label
-    return weights, labels
+            mask[distance < 0] = label
+    return weights, mask
 
 
 def make_phantom(
@@ -256,7 +256,7 @@ def make_phantom(
         for x in np.meshgrid(*axes, indexing="ij", sparse=True)
     ]
     voxel = float(np.prod(spacing) ** (1 / dims))
-    weights, labels = _paint(bent, axes, rng, voxel, plane)
+    weights, mask = _paint(bent, axes, rng, voxel, plane)
     shared = 1 + 0.05 * _field(rng, axes, 35.0)  # texture of the tissue itself
     contrasts = []
     for column in range(2):
@@ -266,7 +266,7 @@ def make_phantom(
         noise = noise_rng.standard_normal((2, *picture.shape), dtype=np.float32) * np.float32(0.02)
         picture = np.sqrt((picture + noise[0]) ** 2 + noise[1] ** 2)  # Rician, as magnitude images have it
         contrasts.append((picture * np.float32(rng.uniform(400, 1500))).astype(np.float32))
-    volumes = [contrasts[0], labels, contrasts[1]]
+    volumes = [contrasts[0], mask, contrasts[1]]
     if dims == 2:
         volumes = [volume[:, :, 0].T for volume in volumes]  # (x, y) to (row, column); y was built downwards
     image, mask, source = (np.ascontiguousarray(volume)[None] for volume in volumes)
@@ -314,7 +314,8 @@ def write_phantoms(
             arrays = {"images": case.image, "labels": case.mask, "sources": case.source}
             for folder, array in arrays.items():
                 _save(temporary / folder / f"{name}{suffix}", array, case.affine)
-            rows.append([*(f"{folder}/{name}{suffix}" for folder in arrays), case.label, case.caption, name])
+            files = [f"{folder}/{name}{suffix}" for folder in arrays]
+            rows.append([*files, case.class_idx, case.caption, name])
         temporary.mkdir(parents=True, exist_ok=True)
         with open(temporary / "cases.csv", "w", newline="") as file:
             csv.writer(file).writerows([["image", "mask", "source", "class", "text", "subject"], *rows])

@@ -45,7 +45,7 @@ class DataConfig:
     window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1, clipped (window)
     paired_scaling: Literal["separate", "shared"] = "separate"  # shared = sources by the numbers of the image
     num_labels: int | None = None  # labels of the masks, background included; none = found in the data
-    label_values: tuple[int, ...] = ()  # values in mask files that stand for 0, 1, 2 ...; empty = the labels
+    label_values: tuple[int, ...] = ()  # values in mask files for the labels 0, 1, 2 ...; empty = the same
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     learn_sources: bool = False  # the autoencoder learns the sources as well (to translate from them)
     num_variants: int = 1  # encodings cached per case for stage two; above 1 they are augmented

@@ -92,7 +92,7 @@ def make_spec(
     rounded = tuple(-(-n // m) * m for n, m in zip(largest, multiple or (1,) * config.dims, strict=True))
     labels = [label for case in cases if case.mask for label in infos[case.id].labels]
     num_labels = config.num_labels or len(config.label_values) or max(labels, default=0) + 1
-    classes = [case.label for case in cases if case.label is not None]
+    classes = [case.class_idx for case in cases if case.class_idx is not None]
     low, high = _typical([info.low for info in train], [info.high for info in train], config.scaling)
     source = ([info.source_low for info in train], [info.source_high for info in train])
     source_low, source_high = _typical(*source, config.scaling)

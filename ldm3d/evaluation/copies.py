@@ -122,10 +122,8 @@ class ImageSearch:
 
         A copy is the shifted training case: x'(p) = y(p - shift), where x' is the flipped x.
         """
-        best, found = (
-            torch.full((len(self.spectra),), -math.inf),
-            [((), (0,) * self.dims)] * len(self.spectra),
-        )
+        best = torch.full((len(self.spectra),), -math.inf)
+        found = [((), (0,) * self.dims)] * len(self.spectra)
         detail = self.detail(x)
         for axes in flips:
             spectrum = torch.fft.rfftn(detail.flip([a + 1 for a in axes]), s=self.room, dim=self.over)
@@ -323,7 +321,7 @@ def judge(
     rows: Rows = {name: {"copy": False} for name in names["generated"]}
     found = {}
     for space, nearest in spaces.items():
-        made, usual = (np.array([n.ratio for n in nearest[name]]) for name in ("generated", reference))
+        generated, usual = (np.array([n.ratio for n in nearest[name]]) for name in ("generated", reference))
         limit = limit_of(usual)
         for row, one in zip(rows.values(), nearest["generated"], strict=True):
             row[f"{space}_nearest"] = names["train"][one.index]
@@ -335,11 +333,11 @@ def judge(
             row["copy"] |= row[f"{space}_copy"] and row[f"{space}_nearest"] == row["image_nearest"]
         found[space] = {
             "limit": limit,
-            "copies": int((made < limit).sum()),
-            "generated_median": float(np.median(made)),
+            "copies": int((generated < limit).sum()),
+            "generated_median": float(np.median(generated)),
             "reference_median": float(np.median(usual)),
             "reference_min": float(usual.min()),
-            "rank_z": rank_z(made, usual),
+            "rank_z": rank_z(generated, usual),
         }
     return rows, found
 
@@ -357,7 +355,7 @@ def verdict(
     if lowest < -3:
         words += f"; samples lie nearer to training cases than new real cases do (rank z = {lowest:.1f})"
     if kind == "train":
-        words += "; measured by training cases, since no held-out cases were given: --holdout is surer"
+        words += "; measured by training cases, since there are no held-out cases: --holdout is surer"
     if references < 20:
         words += f"; only {references} real cases to measure by, so only clear copies are found"
     return words

@@ -49,10 +49,10 @@ def label_components(mask: np.ndarray) -> np.ndarray:
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The connected part of a boolean mask (*S) with most voxels, the first of equal ones."""
-    labels = label_components(mask)
-    counts = np.bincount(labels.ravel())
+    components = label_components(mask)
+    counts = np.bincount(components.ravel())
     counts[0] = 0
-    return labels == counts.argmax() if counts.any() else np.zeros_like(labels, dtype=bool)
+    return components == counts.argmax() if counts.any() else np.zeros_like(components, dtype=bool)
 
 
 def fill_holes(mask: np.ndarray) -> np.ndarray:

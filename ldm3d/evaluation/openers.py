@@ -57,9 +57,9 @@ class VolumeSets:
     protocol: dict[str, Any]  # grid and scaling, for the report
 
 
-def is_run(place: str | None) -> bool:
-    """Is this place a run folder, of the autoencoder or of the diffusion?"""
-    return place is not None and (Path(place) / "config.json").is_file()
+def is_run(location: str | None) -> bool:
+    """Is this the path of a run folder, of the autoencoder or of the diffusion?"""
+    return location is not None and (Path(location) / "config.json").is_file()
 
 
 def autoencoder_path(run: str | Path) -> Path:
@@ -68,16 +68,16 @@ def autoencoder_path(run: str | Path) -> Path:
     return own if own.exists() else Path(run)
 
 
-def beside(place: str) -> Path:
-    """The folder that holds the folder `place`, or that of a pattern: where a report on its images goes."""
-    return locate(place)[0].resolve().parent
+def beside(location: str) -> Path:
+    """Where a report on the images of a folder or pattern goes: into the folder that holds that folder."""
+    return locate(location)[0].resolve().parent
 
 
-def _images(place: str, rule: DataConfig, key: str) -> tuple[DataConfig, list[Case]]:
+def _images(location: str, rule: DataConfig, key: str) -> tuple[DataConfig, list[Case]]:
     """The images of a set: (how they are read, cases)."""
     try:
-        locate(place)
-        return find_images(place, rule)
+        locate(location)
+        return find_images(location, rule)
     except InputError as e:
         raise InputError(f"{key}: {e}") from None
 
@@ -103,8 +103,8 @@ def open_sets(
 ) -> VolumeSets:
     """Open the generated set and the real ones on one grid.
 
-    real: name of each real set -> (place, part of the split if the place is a run folder). Grid and numbers
-    are those of the first one, or of `run`. InputError for what does not exist or does not fit.
+    real: name of each real set -> (location, part of the split if that is a run folder). Grid and scaling
+    numbers are those of the first one, or of `run`. InputError for what does not exist or does not fit.
     """
     first = next(iter(real))
     if run is not None and not is_run(run):
@@ -113,12 +113,12 @@ def open_sets(
     content = load_run(autoencoder_path(run), "vae") if run else None
     rule = _rule(config, content, real[first][0])
     rules, found = {}, {}
-    for name, (place, part) in {**real, "generated": (generated, "all")}.items():
-        if name in real and is_run(place):
-            rules[name], cases = rule, own_cases(load_run(autoencoder_path(place), "vae"), part)[1]
+    for name, (location, part) in {**real, "generated": (generated, "all")}.items():
+        if name in real and is_run(location):
+            rules[name], cases = rule, own_cases(load_run(autoencoder_path(location), "vae"), part)[1]
             found[name] = cases[: rule.subset]
         else:
-            read, found[name] = _images(place, rule, name)
+            read, found[name] = _images(location, rule, name)
             rules[name] = dataclasses.replace(rule, channel=read.channel)
     rules, infos = _common_spacing(rules, found, first)
     channels = {name: infos[name][cases[0].id].channels for name, cases in found.items()}

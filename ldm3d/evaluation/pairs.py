@@ -87,10 +87,10 @@ class PairsConfig:
 # --- pairs --------------------------------------------------------------------------------------------------
 
 
-def named_files(place: str, key: str) -> dict[str, Path]:
+def named_files(location: str, key: str) -> dict[str, Path]:
     """Name without suffix -> file, of all images in a folder or glob."""
     try:
-        root, pattern = locate(place)
+        root, pattern = locate(location)
     except InputError as e:
         raise InputError(f"{key}: {e}") from None
     pattern = pattern or own_images(root)
@@ -102,20 +102,20 @@ def named_files(place: str, key: str) -> dict[str, Path]:
                 raise InputError(f"{key}: {files[name]} and {path} have the same name")
             files[name] = path
     if not files:
-        raise InputError(f"{key}: {place}: holds no images")
+        raise InputError(f"{key}: {location}: holds no images")
     return files
 
 
-def pair_files(places: dict[str, str]) -> dict[str, dict[str, Path]]:
-    """{role: folder or glob} -> {name: {role: file}}. InputError if a file lacks its partner in any place."""
-    roles = {role: named_files(place, role) for role, place in places.items()}
+def pair_files(locations: dict[str, str]) -> dict[str, dict[str, Path]]:
+    """{role: folder or glob} -> {name: {role: file}}. InputError if a file lacks a partner."""
+    roles = {role: named_files(location, role) for role, location in locations.items()}
     for files in roles.values():
         for other, partners in roles.items():
             alone = sorted(files.keys() - partners.keys())
             if alone:
                 more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
                 raise InputError(
-                    f"{files[alone[0]]}: no partner named {alone[0]} in {other} {places[other]}{more}"
+                    f"{files[alone[0]]}: no partner named {alone[0]} in {other} {locations[other]}{more}"
                 )
     return {name: {role: roles[role][name] for role in roles} for name in next(iter(roles.values()))}
 
@@ -195,11 +195,8 @@ def compare_pair(
     volumes: dict[str, Volume], config: PairsConfig, data_range: float, network: Extractor | None
 ) -> tuple[dict[str, float], np.ndarray]:
     """(scores of one pair of images, the generated array (C, *S) as it was compared)."""
-    target, generated, spacing = (
-        volumes["target"].array,
-        volumes["generated"].array,
-        volumes["target"].spacing,
-    )
+    target, spacing = volumes["target"].array, volumes["target"].spacing
+    generated = volumes["generated"].array
     threshold = config.threshold if config.threshold is not None else otsu_threshold(target[0])
     if math.isnan(threshold):  # one value everywhere: the target has no object
         threshold = float(target[0].max())
@@ -252,9 +249,9 @@ def feature_similarity(network: Extractor, x: Tensor, y: Tensor) -> dict[str, fl
 
 def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
     """Compare all pairs and write the report; returns its folder. InputError names what does not fit."""
-    places = {"target": target, "generated": generated}
-    places |= {key: getattr(config, key) for key in ("masks", "generated_masks") if getattr(config, key)}
-    pairs = pair_files(places)
+    locations = {"target": target, "generated": generated}
+    locations |= {key: getattr(config, key) for key in ("masks", "generated_masks") if getattr(config, key)}
+    pairs = pair_files(locations)
     check_out(config.out)
     data_range, labels = _range_of(pairs, config)
     first = read_pair(next(iter(pairs.values())), config)["target"]
@@ -268,14 +265,14 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
     key = "dice_mean" if config.labels else "psnr"
     for name, files in progress(pairs.items(), "comparing", len(pairs)):
         volumes = read_pair(files, config)
-        made, real = volumes["generated"].array, volumes["target"].array
+        x, y = volumes["generated"].array, volumes["target"].array
         if config.labels:
-            rows[name] = overlap(made[0], real[0], labels)
+            rows[name] = overlap(x[0], y[0], labels)
             present = [v for k, v in rows[name].items() if k.startswith("dice") and not math.isnan(v)]
             rows[name]["dice_mean"] = float(np.mean(present)) if present else math.nan
         else:
-            rows[name], made = compare_pair(volumes, config, data_range, network)
-        pictures = [v.astype(np.float32) for v in (real[0], made[0], made[0] - real[0])]
+            rows[name], x = compare_pair(volumes, config, data_range, network)
+        pictures = [v.astype(np.float32) for v in (y[0], x[0], x[0] - y[0])]
         worst.add(name, rows[name][key], pictures)
     metrics = describe(rows, config.resamples)
     report = {

@@ -6,7 +6,7 @@
 
 Every case goes whole, at its own size, through encoder (mean) and decoder. The new folder holds cases.csv (a
 row per case: PSNR, SSIM, MS-SSIM, mean absolute error in the unit of the files, sharpness), report.json
-(means with bootstrap intervals, how they were made, the latent report) and worst.png (the lowest PSNR).
+(means with bootstrap intervals, all settings, the latent report) and worst.png (the lowest PSNR).
 
 The latent report describes each channel over all cases. Diffusion sees z = mean + exp(logvar / 2) * xi:
 
@@ -207,13 +207,13 @@ def scores_of(recon: Tensor, x: Tensor, dataset: VolumeDataset, index: int) -> d
     neighbouring voxels, divided by the same of the original: below 1 is a blur; nan if the original is
     constant.
     """
-    made, real = (dataset.restore(index, v[0].cpu()).array.astype(np.float64) for v in (recon, x))
+    restored, original = (dataset.restore(index, v[0].cpu()).array.astype(np.float64) for v in (recon, x))
     detail = sharpness(x)
     return {
         "psnr": psnr(recon, x, data_range=2.0).item(),
         "ssim": ssim(recon, x, data_range=2.0).item(),
         "ms_ssim": ms_ssim(recon, x, data_range=2.0).item(),
-        "mae": float(np.abs(made - real).mean()),
+        "mae": float(np.abs(restored - original).mean()),
         "sharpness": sharpness(recon) / detail if detail else math.nan,
     }
 

@@ -47,14 +47,14 @@ def label_shapes(masks: Iterable[np.ndarray], spacing: Sequence[float], num_labe
     """
     mm, maps = np.asarray(tuple(spacing), dtype=np.float64), []
     for mask in masks:
-        middle, labels = (np.asarray(mask.shape) - 1) / 2, []
+        middle, shapes = (np.asarray(mask.shape) - 1) / 2, []
         for label in range(1, num_labels):
             inside = mask == label
             centroid = np.full(mask.ndim, math.nan)
             if inside.any():
                 centroid = (np.argwhere(inside).mean(0) - middle) * mm
-            labels.append([inside.sum() * mm.prod(), label_components(inside).max(), *centroid])
-        maps.append(labels)
+            shapes.append([inside.sum() * mm.prod(), label_components(inside).max(), *centroid])
+        maps.append(shapes)
     return np.asarray(maps, dtype=np.float64)
 
 

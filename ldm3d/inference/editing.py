@@ -5,10 +5,10 @@ in latent_diffusion.py, which also has the sampler that calls them). Let z be th
 x_t = alpha_t z + sigma_t noise the same latent with noise.
 
 Strength (Meng, section 3). Sampling starts at the time strength * T from x_t instead of at T from noise. The
-noise hides the details that are to change: with strength 0.5 and 30 steps, the last 15 steps are made.
+noise hides the details that are to change: with strength 0.5 and 30 steps, only the last 15 steps are taken.
 
-Region. A latent voxel outside the region must end at z. The network's prediction there is replaced by the
-prediction that a network would make that knew x_start = z. So the outside follows its own noise back to z,
+Region. A latent voxel outside the region must end at z. There the network's prediction is replaced by the
+exact one, which follows from x_start = z. So the outside follows its own noise back to z,
 with every sampler, and at every step the network sees the surroundings at the right noise level. (Lugmayr
 replaces x_t itself. For ddpm this is the same; a sampler that remembers its last slope would be disturbed.)
 
@@ -50,7 +50,7 @@ from ..latent_diffusion import Edit, LatentDiffusion, Predict
 class ImageEdit(Edit):
     """Samples that start from an image x (C, *size), in scaled intensities.
 
-    region (*size) bool: the part that is made anew, while the rest is kept exactly; None: all of the image
+    region (*size) bool: the part that is sampled anew, while the rest is kept exactly; None: all of the image
     changes. strength in (0, 1]: how much noise hides the image; with 1 nothing of it remains in the region.
     feather: voxels over which the autoencoder's error at the border fades.
     """
@@ -111,8 +111,8 @@ class Interpolation(Edit):
 
     Two numbers are samples of `seed`, and their noises are interpolated. Two images (C, *size), in scaled
     intensities, are encoded, and their latents are interpolated; each point between them gets noise of
-    `strength`, the same noise for all, and is denoised. The path only begins and ends at the two ends if the
-    sampler draws no fresh noise, as ddpm and ddim with eta do.
+    `strength`, the same noise for all, and is denoised. ddpm, and ddim with eta above 0, draw fresh noise at
+    every step; with them the path does not begin and end at the two ends.
     """
 
     def __init__(

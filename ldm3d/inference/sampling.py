@@ -36,6 +36,7 @@ from ..data.geometry import centred
 from ..data.loading import load_role
 from ..data.volumes import spacing_affine
 from ..denoiser import Denoiser
+from ..diffusion_kernel import SAMPLERS
 from ..engine.distributed import all_reduce_sum, barrier, gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import progress, save_sheet
 from ..engine.memory_plan import Plan, decode, weight_bytes
@@ -47,13 +48,14 @@ from ..pipeline import LatentDiffusionPipeline
 from .sampling_request import Request, RequestConfig, guidance_of, read_request
 from .segmentation import file_labels, overlay, suffix_of
 
+SamplerName = Literal[("auto", *SAMPLERS)]  # a tuple, since Python 3.10 knows no star here
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
 
 
 @dataclass(frozen=True)
 class SampleConfig(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
-    sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun", "ab2"] = "auto"  # auto = heun or dpmpp
+    sampler: SamplerName = "auto"  # auto = heun or dpmpp
     eta: float = 0.0  # ddim: fresh noise, 0 = none, 1 = as much as ddpm
     batch_size: int = 8  # volumes made at once, on each rank
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -96,15 +98,15 @@ class Results:
         self.sums: dict[int, Tensor] = {}  # set -> (2, C, *size), of the samples and of their squares
         self.scores: dict[str, dict[str, float]] = {}
 
-    def add(self, i: int, x: Tensor, labels: Tensor | None = None) -> None:
-        """Sample i, x (C, *size), with its label map (*size)."""
+    def add(self, i: int, x: Tensor, label_map: Tensor | None = None) -> None:
+        """Write sample i, x (C, *size), with its label map (*size), and keep what the report needs."""
         number, name = i // self.each, f"sample_{i:04d}"
         if self.config.conditions or self.request.has_targets:
             name = self.request.names[number] + (f"_{i % self.each:02d}" if self.each > 1 else "")
         self.write(name, number, x)
-        if labels is not None:
-            self.write_labels(name, number, labels)
-            self.shown_labels |= {i: labels} if i < 4 else {}
+        if label_map is not None:
+            self.write_label_map(name, number, label_map)
+            self.shown_labels |= {i: label_map} if i < 4 else {}
         if i < SHOWN or (self.request.has_targets and number < 4 and i % self.each == 0):
             self.shown[i] = x
         if self.summed:
@@ -128,9 +130,9 @@ class Results:
         volume = Volume(torch.cat(row, 2).numpy(), spacing_affine(self.spec.spacing))
         write(self.folder / "sheets" / f"{name}.tif", volume)
 
-    def write_labels(self, name: str, number: int, labels: Tensor) -> None:
+    def write_label_map(self, name: str, number: int, label_map: Tensor) -> None:
         """labels/NAME: a label map (*size), with its volume's geometry and the values of training masks."""
-        volume = self.request.volume(number, labels[None], self.spec)
+        volume = self.request.volume(number, label_map[None], self.spec)
         array = file_labels(volume.array, self.pipeline.layout, self.spec.num_labels)
         volume = dataclasses.replace(volume, array=array)
         write(self.folder / "labels" / f"{name}{self.suffix}", volume)
@@ -180,15 +182,16 @@ class Results:
         return rows
 
 
-def pasted(made: Volume, request: Request) -> Volume:
-    """The edited image's own file, with the region's voxels replaced by those of `made`."""
+def pasted(sample: Volume, request: Request) -> Volume:
+    """The edited image's own file, with the voxels of the region taken from the sample."""
     images, region = request.images, request.edit.region
     whole = load_role(images.cases[0].image, "image", images.config)
     start = centred(whole.shape, tuple(region.shape))
-    inside = [slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, made.shape, strict=True)]
-    window = (slice(None), *(slice(max(0, s), max(0, s) + n) for s, n in zip(start, made.shape, strict=True)))
+    firsts = list(zip(start, sample.shape, strict=True))
+    inside = tuple(slice(max(0, -s), max(0, -s) + n) for s, n in firsts)
+    window = (slice(None), *(slice(max(0, s), max(0, s) + n) for s, n in firsts))
     array = whole.array.copy()
-    array[window] = np.where(region.numpy()[tuple(inside)], made.array, array[window])
+    array[window] = np.where(region.numpy()[inside], sample.array, array[window])
     return dataclasses.replace(whole, array=array)
 
 
@@ -298,8 +301,8 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     batches, done = -(-len(indices) // config.batch_size), 0
     for x, z in progress(stream, "sampling", batches):
         own = {name: value[done : done + len(x)] for name, value in cond.items()}
-        labels = model.label_maps(z, own, config.amp) if config.with_labels else [None] * len(x)
-        for i, volume, label_map in zip(indices[done:], x, labels, strict=False):
+        label_maps = model.label_maps(z, own, config.amp) if config.with_labels else [None] * len(x)
+        for i, volume, label_map in zip(indices[done:], x, label_maps, strict=False):
             results.add(i, volume, label_map)
         done += len(x)
     results.close()

@@ -53,8 +53,8 @@ class RequestConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "num")
         for names in (("condition", "conditions", "cases"), ("inpaint", "edit", "interpolate", "cases")):
-            if len(given := [name for name in names if getattr(self, name)]) > 1:
-                raise InputError(f"{given[0]}, {given[1]}: give one of the two")
+            if len(chosen := [name for name in names if getattr(self, name)]) > 1:
+                raise InputError(f"{chosen[0]}, {chosen[1]}: give one of the two")
         if bool(self.region) != bool(self.inpaint):
             raise InputError("inpaint, region: one needs the other")
         if self.strength is not None and not (self.inpaint or self.edit or self.interpolate):
@@ -68,22 +68,16 @@ class RequestConfig:
 
 @dataclass
 class Request:
-    """Sets of conditions, and the files that the volumes made under them are aligned with.
-
-    names: of the sets. conditions: by name, (sets, ...). values: of each set, as they were asked for. infos:
-    of each set, the file whose geometry its samples take, or None for the training data's. images: the
-    targets, one a set, if has_targets, else the image that is edited. edit: see editing.py. paste: write the
-    region that was made into the edited image's own volume.
-    """
+    """Sets of conditions, and the files whose geometry the samples take. A list has an entry for each set."""
 
     names: list[str]
-    conditions: dict[str, Tensor]
-    values: list[dict[str, Any]]
-    infos: list[CaseInfo | None]
-    images: VolumeDataset | None = None
+    conditions: dict[str, Tensor]  # by name, (sets, ...)
+    values: list[dict[str, Any]]  # the conditions as they were asked for, for the report
+    infos: list[CaseInfo | None]  # the file whose geometry the samples take; None: no file
+    images: VolumeDataset | None = None  # with has_targets the targets, one a set; else the image to edit
     has_targets: bool = False
     edit: Edit = NO_EDIT
-    paste: bool = False
+    paste: bool = False  # write the sampled region into the edited image's own volume
 
     def volume(self, number: int, x: Tensor, spec: DataSpec) -> Volume:
         """A sample of set `number` as a volume, in the units of the training data or, if an image is edited,
@@ -123,15 +117,15 @@ def read_request(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: 
 def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
     """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}. key: the setting that errors
     name."""
-    made: dict[str, str] = {}
+    values: dict[str, str] = {}
     for word in words:
         name, mark, value = word.partition("=")
         if not mark:
             raise InputError(f"{key}: expected NAME=VALUE, got {word!r}")
-        if name in made:
+        if name in values:
             raise InputError(f"{key}: {name} is given twice")
-        made[name] = value
-    return made
+        values[name] = value
+    return values
 
 
 def read_rows(path: str, files: list[str]) -> tuple[list[str], list[dict[str, str]]]:
@@ -261,8 +255,8 @@ def read_region(path: str, images: VolumeDataset, pipeline: LatentDiffusionPipel
 def interpolation(
     config: RequestConfig, pipeline: LatentDiffusionPipeline
 ) -> tuple[Interpolation, list[CaseInfo | None]]:
-    """(the interpolation between two samples or two images, the geometry of what it makes: the first image's,
-    or None)."""
+    """The interpolation between two samples or two images, and a list of one entry: the first image, whose
+    geometry the samples take, or None."""
     words = [word.strip() for word in config.interpolate.split(",")]
     ends, info = [int(word) for word in words if word.isdecimal()], None
     if len(words) != 2 or len(ends) == 1:

@@ -85,18 +85,18 @@ def on_file_grid(values: Tensor, info: CaseInfo, header: Header) -> Volume:
     return dataclasses.replace(volume, affine=header.affine)
 
 
-def file_labels(labels: np.ndarray, layout: DataConfig, num_labels: int) -> np.ndarray:
+def file_labels(label_map: np.ndarray, layout: DataConfig, num_labels: int) -> np.ndarray:
     """Labels 0, 1, 2 ... -> the values that files have for them (data.label_values), in the smallest type."""
     values = np.array(layout.label_values or range(num_labels))
-    return values[labels].astype(np.uint8 if values.max() < 256 else np.uint16)
+    return values[label_map].astype(np.uint8 if values.max() < 256 else np.uint16)
 
 
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def score(labels: Tensor, truth: Tensor, num_labels: int, spacing: tuple[float, ...]) -> dict[str, float]:
+def score(label_map: Tensor, truth: Tensor, num_labels: int, spacing: tuple[float, ...]) -> dict[str, float]:
     """Scores of one label map (*S): the mean Dice over labels, then every score of every label."""
-    pair = labels[None], truth[None]
+    pair = label_map[None], truth[None]
     scores = {
         "dice": dice(*pair, num_labels)[0],
         "iou": iou(*pair, num_labels)[0],
@@ -129,13 +129,13 @@ def calibration(doubt: Tensor, wrong: Tensor) -> dict[str, float]:
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def overlay(image: Tensor, labels: Tensor | None) -> list[np.ndarray]:
-    """Image (C, *S) in [-1, 1] and labels (*S) -> coloured middle slices, uint8 (h, w, 3)."""
+def overlay(image: Tensor, mask: Tensor | None) -> list[np.ndarray]:
+    """Image (C, *S) in [-1, 1] and mask (*S) -> middle slices, uint8 (h, w, 3), labels in colours."""
     grey = ((image.float().clamp(-1, 1) + 1) * 127.5).numpy()
     slices = [mid_slices(grey[c]) for c in ((0, 1, 2) if len(grey) == 3 else (0, 0, 0))]
     pictures = [np.stack(channels, axis=-1) for channels in zip(*slices, strict=True)]
-    if labels is not None:
-        for picture, part in zip(pictures, mid_slices(labels.float().numpy()), strict=True):
+    if mask is not None:
+        for picture, part in zip(pictures, mid_slices(mask.float().numpy()), strict=True):
             for k in range(1, int(part.max()) + 1):
                 inside = part == k
                 picture[inside] = 0.5 * picture[inside] + 0.5 * np.array(COLOURS[(k - 1) % len(COLOURS)])
@@ -184,8 +184,8 @@ def write_case(
     header = read_header(case.image, layout.channel or None, layout.file_spacing, layout.dims)
     volume = on_file_grid(p, dataset.infos[case.id], header)
     p = torch.from_numpy(volume.array)
-    labels, doubt = p.argmax(0), uncertainty(p)
-    array = file_labels(labels.numpy()[None], layout, len(p))
+    label_map, doubt = p.argmax(0), uncertainty(p)
+    array = file_labels(label_map.numpy()[None], layout, len(p))
     suffix = suffix_of(config.format, layout.dims, case.image)
     write(folder / "labels" / f"{case.id}{suffix}", dataclasses.replace(volume, array=array))
     array = doubt.numpy()[None]
@@ -196,7 +196,7 @@ def write_case(
         return {}
     truth = load_role(case.mask, "mask", dataclasses.replace(layout, spacing=None, resize=False)).array[0]
     truth = torch.from_numpy(truth.astype(np.int64))
-    return score(labels, truth, len(p), header.spacing) | calibration(doubt, labels != truth)
+    return score(label_map, truth, len(p), header.spacing) | calibration(doubt, label_map != truth)
 
 
 def suffix_of(format: str, dims: int, image: Path | None = None) -> str:

@@ -22,12 +22,14 @@ from ..engine.checkpoint import write_atomically
 from ..engine.distributed import gather, print0, rank, world_size
 from ..engine.logger import progress
 from ..engine.training import autocast
-from ..latents import Autoencoder, cache_key
+from ..latents import cache_key
+from ..vae import Autoencoder
 from .pictures import slices_picture
 
 Arrays = dict[str, np.ndarray]
 
-SEEN_BY_ENCODER = """dims channel file_spacing spacing size resize scaling percentiles window""".split()
+READING = ("dims", "channel", "file_spacing", "spacing", "size", "resize")
+SEEN_BY_ENCODER = (*READING, "scaling", "percentiles", "window")  # settings that change what it sees
 
 
 def from_cache(path: Path, make: Callable[[], Arrays]) -> Arrays:
@@ -59,8 +61,8 @@ def cache_folder(run: Path, autoencoder: Autoencoder, data: VolumeDataset, amp: 
 def file_key(path: Path) -> str:
     """A hash of the path, size and modification time of a file."""
     stat = path.stat()
-    state = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    return hashlib.sha256(repr(state).encode()).hexdigest()[:24]
+    stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    return hashlib.sha256(repr(stamp).encode()).hexdigest()[:24]
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@
     python -m ldm3d.reports registers RUN --part test --level 0.3
 
 Registers are learned tokens, M for each of K labels, which the U-Net reads after every attention layer
-(registers.py). Real cases of the run are encoded, noised to one level, and given to the denoiser. Of each
+(registers.py). Real cases of the run are encoded, noised to one level, and shown to the denoiser. Of each
 layer we keep A (K, M, *S): the attention that each register gets from a voxel, averaged over heads. The
 attention to label c is sum_m A_cm. Figures are averaged over the layers; "layers" has those of each:
 
@@ -91,14 +91,14 @@ def bank_figures(bank: Tensor) -> dict[str, Any]:
 
 
 class AttentionFigures:
-    """Sums over cases, from which the figures of attention are made: of each layer, and of all layers."""
+    """Sums over cases, from which the figures of attention follow: for each layer, and for all layers."""
 
     def __init__(self, num_labels: int):
         self.num_labels = num_labels
-        self.usage: Tensor | float = (
-            0.0  # (K, M), attention summed over cases, averaged over voxels and layers
-        )
-        self.sums: dict[str, Tensor] = {}  # layer -> (3, K): peaks inside the mask; attention inside; cases
+        # (K, M): attention summed over cases, averaged over voxels and layers
+        self.usage: Tensor | float = 0.0
+        # layer -> (3, K): peaks inside the mask; attention inside; cases
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, layers: list[Tensor], mask: Tensor) -> Tensor:
         """Add a case. layers: attention (K, M, *S) of each layer, on the grid of the image; mask (*S).

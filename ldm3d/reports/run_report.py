@@ -118,7 +118,7 @@ def settings_html(settings: dict[str, Any]) -> str:
     return f'<div class="settings">{"".join(cards)}</div>'
 
 
-def body_html(title: str, made: str, facts: dict[str, str], sections: dict[str, tuple[str, str]]) -> str:
+def body_html(title: str, subtitle: str, facts: dict[str, str], sections: dict[str, tuple[str, str]]) -> str:
     """Heading, links, facts, and the sections: {id: (heading, HTML)}."""
     tiles = "".join(
         f"<div class=card><div class=faint>{escape(k)}</div><div class=fact>{escape(v)}</div></div>"
@@ -129,7 +129,8 @@ def body_html(title: str, made: str, facts: dict[str, str], sections: dict[str, 
         f'<section id="{k}"><h2>{escape(heading)}</h2>{html}</section>'
         for k, (heading, html) in sections.items()
     ]
-    return f"""<header><h1>{escape(title)}</h1><p class="faint">{escape(made)}</p><nav>{links}</nav></header>
+    top = f'<h1>{escape(title)}</h1><p class="faint">{escape(subtitle)}</p>'
+    return f"""<header>{top}<nav>{links}</nav></header>
 <div class="facts">{tiles}</div>
 {"".join(parts)}"""
 
@@ -172,9 +173,9 @@ def make_page(run: Path, config: RunReportConfig) -> str:
     sections["settings"] = ("Configuration", settings_html(settings))
 
     title, kind = run.resolve().name, settings.get("kind", "")
-    made = f"{KINDS.get(kind, kind)}, preset {settings.get('preset', '')}; page of "
-    made += time.strftime("%Y-%m-%d %H:%M")
-    body = body_html(title, made, facts_of(settings, lines, split), sections)
+    subtitle = f"{KINDS.get(kind, kind)}, preset {settings.get('preset', '')}; page of "
+    subtitle += time.strftime("%Y-%m-%d %H:%M")
+    body = body_html(title, subtitle, facts_of(settings, lines, split), sections)
     return page(f"{title}: report", body, "run_report", data)
 
 

@@ -66,8 +66,8 @@ class Classifier(nn.Module):
 def learn(data: Data, steps: int, seed: int) -> Classifier:
     """A classifier of the training cases, flipped and moved at random."""
     dataset = data.dataset("train", augment=True)
-    labels = [case.label for case in dataset.cases]
-    weight = torch.tensor([len(labels) / (2 * labels.count(label)) for label in (0, 1)])
+    classes = [case.class_idx for case in dataset.cases]
+    weight = torch.tensor([len(classes) / (2 * classes.count(k)) for k in (0, 1)])
     reseed(seed, 0)
     net = Classifier()
     optim = OptimConfig(2e-3, weight_decay=1e-2, warmup_steps=20, schedule="cosine")
@@ -75,7 +75,7 @@ def learn(data: Data, steps: int, seed: int) -> Classifier:
     for step, group in progress(enumerate(batches(dataset, 8, 8, seed, 0, steps)), "classifier", steps):
         (batch,) = group
         loss = F.binary_cross_entropy_with_logits(
-            net(batch["image"]), batch["label"].float(), weight[batch["label"]]
+            net(batch["image"]), batch["class"].float(), weight[batch["class"]]
         )
         stepper.backward(loss)
         stepper.step(step)
@@ -113,7 +113,7 @@ def auc_row(scores: list[np.ndarray], paired: bool, resamples: int = 2000) -> di
 def held_out(data: Data) -> list[Tensor]:
     """(N, 1, D, H, W) of validation and test cases, for each class."""
     items = [d[i, i] for d in (data.dataset("val"), data.dataset("test")) for i in range(len(d))]
-    return [torch.stack([item["image"] for item in items if item["label"] == k]) for k in (0, 1)]
+    return [torch.stack([item["image"] for item in items if item["class"] == k]) for k in (0, 1)]
 
 
 @torch.inference_mode()

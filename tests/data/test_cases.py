@@ -46,18 +46,18 @@ def test_a_csv_fills_the_same_table(root, tmp_path, mark):
     ]
     (tmp_path / "cases.csv").write_text("\ufeff" + "\n".join(mark.join(row) for row in rows) + "\n")
     first, second = cases = find_cases(DataConfig(), tmp_path)
-    assert (first.id, first.label, first.text, first.subject) == ("case_0", 1, "an old head", "anna")
-    assert (second.id, second.label, second.text, second.subject) == ("case_1", None, "", "ben")
+    assert (first.id, first.class_idx, first.text, first.subject) == ("case_0", 1, "an old head", "anna")
+    assert (second.id, second.class_idx, second.text, second.subject) == ("case_1", None, "", "ben")
     table = (tmp_path / "cases.csv").read_text()
     (tmp_path / "named.csv").write_text(table.replace(f"{mark}1{mark}", f"{mark}benign{mark}"))
     named = find_cases(DataConfig(table="named.csv"), tmp_path)[0]
-    assert (named.label, named.columns["class"]) == (None, "benign")
+    assert (named.class_idx, named.columns["class"]) == (None, "benign")
     assert split_cases(cases, DataConfig(), 0) == {"train": ["case_0"], "val": ["case_1"], "test": []}
     item = opened(DataConfig(root=str(tmp_path), cache_dir=str(tmp_path))).dataset("val")[5, 0]
-    assert (item["label"], item["text"], item["position"], item["index"]) == (-1, "", 5, 0)
+    assert (item["class"], item["text"], item["position"], item["index"]) == (-1, "", 5, 0)
     (tmp_path / "cases.csv").write_text(table.replace(f"{mark}1{mark}", f"{mark}0{mark}"))
     zero = opened(DataConfig(root=str(tmp_path), cache_dir=str(tmp_path))).dataset("train")[0, 0]
-    assert zero["label"] == 0
+    assert zero["class"] == 0
 
 
 def test_an_msd_folder_is_recognised_and_its_validation_list_is_the_split(root, tmp_path):

@@ -158,4 +158,4 @@ def test_a_case_without_a_mask_takes_part_if_allowed(root, settings, tmp_path):
     batch = next(evaluation_batches(dataset, 2))
     assert batch["mask"][0].min() == 0
     assert torch.equal(batch["mask"][1], torch.full_like(batch["mask"][1], -1))
-    assert (batch["id"], batch["label"].tolist()) == (["case_0", "case_1"], [-1, -1])
+    assert (batch["id"], batch["class"].tolist()) == (["case_0", "case_1"], [-1, -1])

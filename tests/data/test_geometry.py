@@ -63,7 +63,7 @@ def test_coarsening_the_grid_averages_the_linear_interpolant() -> None:
 @pytest.mark.parametrize("spacing", [(0.6, 1.7, 1.0), (2.3, 0.9, 1.0)])
 def test_resampled_labels_are_the_nearest_ones_exactly(dtype: type, spacing: tuple[float, ...]) -> None:
     array = np.random.default_rng(3).integers(0, 5, (1, 11, 9, 4)).astype(dtype)
-    out = resample(Volume(array, spacing_affine((1.0, 1.0, 1.0))), spacing, labels=True)
+    out = resample(Volume(array, spacing_affine((1.0, 1.0, 1.0))), spacing, is_mask=True)
     nearest = np.rint(world_image(out.shape, out.affine) - 1e-9).astype(int)
     nearest = tuple(np.clip(nearest[..., a], 0, array.shape[a + 1] - 1) for a in range(3))
     assert out.array.dtype == dtype

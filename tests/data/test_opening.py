@@ -54,7 +54,7 @@ def test_the_tiff_pairs_open(real_data, tmp_path):
 def test_phantoms_are_an_ordinary_data_set(tmp_path):
     root = write_phantoms(tmp_path / "heads", 3, dims=2, size=(24, 24))
     item = opened(DataConfig(root=str(root), dims=2, cache_dir=str(tmp_path))).dataset("train")[0, 0]
-    assert item["label"] in (0, 1)
+    assert item["class"] in (0, 1)
     assert item["text"]
     assert item["image"].shape == item["source"].shape == (1, *item["mask"].shape) == (1, 24, 24)
 

@@ -41,7 +41,7 @@ def test_a_head_depends_on_its_seed_and_index_only(dims: int) -> None:
     others = [make_phantom(8, dims, seed=3), make_phantom(7, dims, seed=4)]
     for name in ("image", "mask", "source", "affine"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
-    assert (first.caption, first.label) == (again.caption, again.label)
+    assert (first.caption, first.class_idx) == (again.caption, again.class_idx)
     assert not any(np.array_equal(first.image, other.image) for other in others)
 
 
@@ -63,11 +63,11 @@ def test_captions_are_obeyed_by_the_intensities(heads: list) -> None:
 
 def test_class_caption_and_label_map_agree_and_every_kind_occurs(heads: list) -> None:
     for head in heads:
-        assert head.label == int((head.mask == LESION).any())
-        assert (head.caption == "no lesion") == (CLASS_NAMES[head.label] == "no lesion")
+        assert head.class_idx == int((head.mask == LESION).any())
+        assert (head.caption == "no lesion") == (CLASS_NAMES[head.class_idx] == "no lesion")
         assert head.caption == describe(head.mask[0] == LESION, head.spacing)
     assert len({head.caption for head in heads}) == 5
-    assert 0.1 < np.mean([head.label == 0 for head in heads]) < 0.45
+    assert 0.1 < np.mean([head.class_idx == 0 for head in heads]) < 0.45
     missing = np.mean([not (head.mask == NUCLEI).any() for head in heads])
     assert 0.05 < missing < 0.5
 
@@ -87,7 +87,7 @@ def test_two_contrasts_order_the_tissues_differently(heads: list) -> None:
         brain, fluid = head.mask == BRAIN, head.mask == VENTRICLES
         assert np.median(head.image[fluid]) < np.median(head.image[brain])
         assert np.median(head.source[fluid]) > np.median(head.source[brain])
-        if head.label:
+        if head.class_idx:
             assert np.median(head.image[head.mask == LESION]) > 1.2 * np.median(head.image[brain])
 
 
@@ -141,7 +141,7 @@ def test_a_written_set_is_read_back_as_it_was_made(dims: int, size: tuple[int, .
             assert np.allclose(volume.spacing, head.spacing, rtol=1e-4)
             if dims == 3:
                 assert np.allclose(volume.affine, head.affine, atol=1e-4)
-        assert (int(row["class"]), row["text"]) == (head.label, head.caption)
+        assert (int(row["class"]), row["text"]) == (head.class_idx, head.caption)
 
 
 def test_a_set_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

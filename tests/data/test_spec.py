@@ -36,9 +36,7 @@ def test_the_spec_is_of_the_training_cases_alone_but_labels_and_classes_are_of_a
         "c": info((20, 20, 20), (9.0, 1.0, 3.0), "LPS", 7.0, (0, 2)),
         "d": info((99, 99, 99), (5.0, 5.0, 5.0), "PSR", 99.0, (0, 5)),
     }
-    cases = [
-        Case(name, "x", mask="y", label=label) for name, label in zip("abcd", (0, None, 1, 3), strict=True)
-    ]
+    cases = [Case(name, "x", mask="y", class_idx=k) for name, k in zip("abcd", (0, None, 1, 3), strict=True)]
     split = {"train": ["a", "b", "c"], "val": ["d"], "test": []}
     spec = make_spec(cases, infos, split, DataConfig(), multiple=(8, 8, 8))
     assert spec.size == (40, 56, 40)
