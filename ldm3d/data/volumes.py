@@ -23,7 +23,9 @@ OME-XML.
 """
 
 import gzip
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -133,6 +135,22 @@ def _slice_affine(affine: np.ndarray, keep: list[int]) -> np.ndarray:
     return flat
 
 
+def _nifti_voxels(path: Path, image: nib.Nifti1Pair, channel: int | None) -> np.ndarray:
+    """The voxels in the axes of the file, slope and intercept applied; of a 4-D file one channel, or all.
+
+    A compressed file ends with a checksum of what was compressed, which is compared only by who reads to the
+    end. nibabel stops after the last voxel, so that a flipped bit would give wrong voxels without a word.
+    """
+    picked = slice(None) if channel is None else (..., channel)
+    if _suffix(path) != ".nii.gz":
+        return np.asanyarray(image.dataobj[picked])
+    with gzip.open(path) as file:
+        data = np.asanyarray(type(image).from_stream(file).dataobj[picked])
+        while file.read(2**20):
+            pass
+    return data
+
+
 def _open_nifti(path: Path, dims: int | None) -> _Opened:
     image = nib.load(path)
     if not isinstance(image, nib.Nifti1Pair):
@@ -158,10 +176,8 @@ def _open_nifti(path: Path, dims: int | None) -> _Opened:
         affine, codes = _slice_affine(affine, keep), codes[:own] + codes[own + 1 :]
 
     def load(picks: tuple[int, ...]) -> np.ndarray:
-        if len(image.shape) == 4 and len(picks) == 1:  # read one channel, not all
-            data, picks = np.asanyarray(image.dataobj[..., picks[0]]), (0,)
-        else:
-            data = np.asanyarray(image.dataobj)  # slope and intercept applied by nibabel
+        one = picks[0] if len(image.shape) == 4 and len(picks) == 1 else None  # read one channel, not all
+        data, picks = _nifti_voxels(path, image, one), picks if one is None else (0,)
         if data.dtype.fields:
             data = np.stack([data[name] for name in data.dtype.fields], axis=-1)
         data = np.moveaxis(apply_orientation(data.reshape(*grid, -1), to_ras), -1, 0)
@@ -187,8 +203,35 @@ def _tiff_spacing(file: tifffile.TiffFile, dims: int) -> tuple[float, ...] | Non
     return plane if dims == 2 else (depth, *plane)
 
 
+class _TiffErrors(logging.Filter):
+    """What tifffile logs in this thread within the block: an error becomes an InputError, a warning nothing.
+
+    tifffile logs an error and goes on where pages are missing: a stack that was cut short would have fewer
+    slices.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.thread, self.error = path, threading.get_ident(), ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.thread != self.thread:
+            return True
+        if record.levelno >= logging.ERROR:
+            self.error = self.error or record.getMessage()
+        return False
+
+    def __enter__(self) -> None:
+        logging.getLogger("tifffile").addFilter(self)
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        logging.getLogger("tifffile").removeFilter(self)
+        if self.error and kind is None:
+            raise InputError(f"{self.path}: the file is damaged ({self.error.splitlines()[0]})")
+
+
 def _open_tiff(path: Path, dims: int | None) -> _Opened:
-    with tifffile.TiffFile(path) as file:
+    with _TiffErrors(path), tifffile.TiffFile(path) as file:
         if len(file.series) != 1:
             raise InputError(f"{path}: holds {len(file.series)} images of different shape, expected one")
         axes, shape, dtype = file.series[0].axes, file.series[0].shape, file.series[0].dtype
@@ -214,7 +257,8 @@ def _open_tiff(path: Path, dims: int | None) -> _Opened:
     channels = int(np.prod([shape[axis] for axis in color], dtype=int))
 
     def load(picks: tuple[int, ...]) -> np.ndarray:
-        data = tifffile.imread(path, series=0).reshape(shape).transpose(color + space)
+        with _TiffErrors(path):
+            data = tifffile.imread(path, series=0).reshape(shape).transpose(color + space)
         return data.reshape(channels, *out)[list(picks)]
 
     return _Opened(channels, out, dtype, affine, None, load)
@@ -244,6 +288,8 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
         raise InputError(f"{path}: PNG and JPEG need Pillow; pip install 'ldm3d[viz]'") from error
     if dims == 3:
         raise InputError(f"{path}: a 2-D picture, expected a volume (dims = 3)")
+    with Image.open(path) as image:
+        image.verify()  # the checksums of a PNG, which are not compared otherwise
     with Image.open(path) as image:  # a palette picture gives its indices: that is how label maps are stored
         data = np.asarray(image)
     data = data[None] if data.ndim == 2 else np.moveaxis(data, -1, 0)

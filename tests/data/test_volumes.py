@@ -285,6 +285,58 @@ def test_a_file_that_cannot_be_an_image_is_named_in_one_line(tmp_path: Path) -> 
             assert "\n" not in message
 
 
+@pytest.mark.parametrize("suffix", [".nii.gz", ".npz", ".png", ".tif"])
+def test_a_flipped_bit_in_compressed_voxels_is_never_read_as_other_voxels(
+    suffix: str, tmp_path: Path
+) -> None:
+    array = np.random.default_rng(0).integers(90, 110, (160, 160), dtype=np.uint8)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".nii.gz":
+        nib.Nifti1Image(array[..., None], np.eye(4)).to_filename(path)
+    elif suffix == ".npz":
+        np.savez_compressed(path, array)
+    elif suffix == ".png":
+        pytest.importorskip("PIL.Image", reason="Pillow (extra viz) is not installed").fromarray(array).save(
+            path
+        )
+    else:
+        tifffile.imwrite(path, array, compression="zlib")
+    whole, original = path.read_bytes(), read(path).array
+    # a TIFF has no checksum of its tags, only one of the voxels
+    bits = range(8 * (len(whole) // 2), 8 * len(whole), len(whole) // 40 + 1)
+    refused = 0
+    for bit in bits:
+        spoiled = bytearray(whole)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoiled)
+        try:
+            assert np.array_equal(read(path).array, original), bit
+        except InputError:
+            refused += 1
+    assert refused > 0.8 * len(bits)
+
+
+def test_one_channel_of_a_file_is_refused_if_a_bit_of_another_is_flipped(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 9, (6, 7, 8, 3), dtype=np.int16)
+    nib.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "a.nii.gz")
+    assert np.array_equal(read(tmp_path / "a.nii.gz", channel=0).array[0], array[..., 0])
+    spoiled = bytearray((tmp_path / "a.nii.gz").read_bytes())
+    spoiled[-40] ^= 1
+    (tmp_path / "a.nii.gz").write_bytes(spoiled)
+    with pytest.raises(InputError, match=r"cannot read .*a\.nii\.gz"):
+        read(tmp_path / "a.nii.gz", channel=0)
+
+
+def test_a_stack_of_pages_that_was_cut_short_is_no_shorter_stack(tmp_path: Path, caplog) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.random.default_rng(0).random((6, 32, 24)), compression="zlib")
+    whole = (tmp_path / "a.tif").read_bytes()
+    for length in range(10, len(whole), len(whole) // 40):
+        (tmp_path / "a.tif").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"a\.tif"):
+            read(tmp_path / "a.tif")
+    assert not caplog.records  # one line each, and no other
+
+
 def test_a_wrong_channel_spacing_or_number_of_axes_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.nii", Volume(np.zeros((2, 4, 5, 6)), np.eye(4)))
     for channel in (2, -1, (0, 5)):
