@@ -22,7 +22,7 @@ from .opening import inspection_cache
 from .settings import DataConfig
 from .spec import DataSpec
 from .transforms import AugmentConfig
-from .volumes import PICTURE, SUFFIXES, is_volume_file, read_header, strip_suffix
+from .volumes import PICTURE, SUFFIXES, file_name, is_volume_file, read_header, strip_suffix
 
 # --- where images are ---------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ def with_references(cases: list[Case], folder: Path) -> list[Case]:
     files = {strip_suffix(path): path for path in sorted(folder.iterdir()) if is_volume_file(path)}
     found = []
     for case in cases:
-        path = files.get(strip_suffix(case.image)) or files.get(case.id)
+        path = files.get(strip_suffix(case.image)) or files.get(file_name(case.id))
         if path is None:
             raise InputError(f"reference: {folder} holds no label map of {case.image}")
         found.append(replace(case, mask=path))

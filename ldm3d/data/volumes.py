@@ -23,8 +23,10 @@ OME-XML.
 """
 
 import gzip
+import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -382,6 +384,21 @@ def strip_suffix(name: str | Path) -> str:
     """The file name without folder and volume suffix: "a/b.nii.gz" -> "b"."""
     name = Path(name).name
     return name[: len(name) - len(_suffix(name))]
+
+
+def file_name(case: str) -> str:
+    """A name for the files of a case, so that results never leave their folder. Suffixes may be appended.
+
+    An id comes from a table or a path and may hold anything. One that can be a file name stays as it is;
+    otherwise "_" stands in for what cannot, and a hash of the id keeps names unique: "p01_a" -> "p01_a",
+    "../p01" -> "_p01-3babf6e6".
+    """
+    name = re.sub(r'[/\\:*?"<>|\x00-\x1f\x7f]+', "_", case).strip(". ")
+    if len(os.fsencode(name)) > 160:
+        name = os.fsencode(name)[:150].decode(errors="ignore")
+    if name == case and name:
+        return name
+    return f"{name}-{hashlib.sha256(os.fsencode(case)).hexdigest()[:8]}"
 
 
 # --- read ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Literal
 
 from ..config import to_dict
 from ..data import open_images, write
+from ..data.volumes import file_name
 from ..engine.distributed import barrier, gather, is_main, rank, setup, world_size
 from ..engine.logger import progress, save_sheet
 from ..evaluation.results import new_folder, table, write_report
@@ -45,7 +46,7 @@ def reconstruct_files(config: ReconstructConfig, run: Path, images: Path) -> Pat
         recon = pipeline.reconstruct(x, config.amp)
         scores = {"psnr": psnr(recon[None], x[None], 2.0), "ssim": ssim(recon[None], x[None], 2.0)}
         rows[name] = {k: float(v) for k, v in scores.items()}
-        write(folder / f"{name}{suffix}", dataset.restore(i, recon))
+        write(folder / f"{file_name(name)}{suffix}", dataset.restore(i, recon))
         if len(sheet["original"]) < 4:
             sheet["original"].append(x[0].numpy())
             sheet["reconstruction"].append(recon[0].numpy())

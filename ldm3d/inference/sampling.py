@@ -34,7 +34,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import Volume, write
 from ..data.geometry import centred
 from ..data.loading import load_role
-from ..data.volumes import spacing_affine
+from ..data.volumes import file_name, spacing_affine
 from ..denoiser import Denoiser
 from ..diffusion_kernel import SAMPLERS
 from ..engine.distributed import all_reduce_sum, barrier, gather, is_main, print0, rank, setup, world_size
@@ -117,25 +117,25 @@ class Results:
             if self.spec.dims == 2:
                 self.sheet(name, x, number)
 
-    def write(self, name: str, number: int, x: Tensor) -> None:
+    def write(self, name: str, number: int, x: Tensor, folder: str = "") -> None:
         volume = self.request.volume(number, x, self.spec)
         if self.request.paste:
             volume = pasted(volume, self.request)
-        write(self.folder / f"{name}{self.suffix}", volume)
+        write(self.folder / folder / f"{file_name(name)}{self.suffix}", volume)
 
     def sheet(self, name: str, x: Tensor, number: int) -> None:
         """sheets/NAME.tif: source, target and sample side by side, first channels, scaled, float32."""
         case = self.request.images[number, number]
         row = [case[role][:1] for role in ("source", "image") if role in case] + [x[:1].float()]
         volume = Volume(torch.cat(row, 2).numpy(), spacing_affine(self.spec.spacing))
-        write(self.folder / "sheets" / f"{name}.tif", volume)
+        write(self.folder / "sheets" / f"{file_name(name)}.tif", volume)
 
     def write_label_map(self, name: str, number: int, label_map: Tensor) -> None:
         """labels/NAME: a label map (*size), with its volume's geometry and the values of training masks."""
         volume = self.request.volume(number, label_map[None], self.spec)
         array = file_labels(volume.array, self.pipeline.layout, self.spec.num_labels)
         volume = dataclasses.replace(volume, array=array)
-        write(self.folder / "labels" / f"{name}{self.suffix}", volume)
+        write(self.folder / "labels" / f"{file_name(name)}{self.suffix}", volume)
 
     def score(self, x: Tensor, number: int) -> dict[str, float]:
         """PSNR (dB) and SSIM beside the target, both in the scaled range [-1, 1]. A target of one value, such
@@ -158,10 +158,10 @@ class Results:
                 self.scores[f"{name} mean"] = self.score(mean.float(), number)
             if is_main() and self.config.maps:
                 std = (sums[1] / self.each - mean.square()).clamp(min=0).sqrt()
-                self.write(f"maps/{name}_mean", number, mean.float())
+                self.write(f"{name}_mean", number, mean.float(), "maps")
                 zero, width = (self.request.volume(number, v.float(), self.spec) for v in (0 * std, std))
                 volume = dataclasses.replace(width, array=width.array - zero.array)  # no offset
-                write(self.folder / "maps" / f"{name}_std{self.suffix}", volume)
+                write(self.folder / "maps" / f"{file_name(f'{name}_std')}{self.suffix}", volume)
         self.scores = {k: v for part in gather(self.scores) for k, v in part.items()}
         barrier()
 

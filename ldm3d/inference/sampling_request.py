@@ -25,6 +25,7 @@ from ..data import CaseInfo, DataSpec, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
 from ..data.inspection import distance
 from ..data.loading import keeps_grid, load_role
+from ..data.volumes import file_name
 from ..engine.distributed import print0
 from ..engine.training import to_device
 from ..guidance import Guidance
@@ -137,7 +138,7 @@ def read_rows(path: str, files: list[str]) -> tuple[list[str], list[dict[str, st
         raise InputError(f"{path}: lists no conditions")
     names = [row.pop("name", f"set_{i:04d}") for i, row in enumerate(rows)]
     for name in names:
-        if not name or Path(name).name != name or "\\" in name:
+        if file_name(name) != name:
             raise InputError(f"{path}: name is {name!r}, expected one that a file can have")
     if len(set(names)) < len(names):
         raise InputError(f"{path}: two rows have the same name")

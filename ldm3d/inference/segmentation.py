@@ -39,7 +39,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import crop_or_pad, resample
 from ..data.loading import load_role
-from ..data.volumes import NIFTI, TIFF, Header, read_header, strip_suffix
+from ..data.volumes import NIFTI, TIFF, Header, file_name, read_header, strip_suffix
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import mid_slices, progress, save_sheet
 from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
@@ -186,12 +186,12 @@ def write_case(
     p = torch.from_numpy(volume.array)
     label_map, doubt = p.argmax(0), uncertainty(p)
     array = file_labels(label_map.numpy()[None], layout, len(p))
-    suffix = suffix_of(config.format, layout.dims, case.image)
-    write(folder / "labels" / f"{case.id}{suffix}", dataclasses.replace(volume, array=array))
+    name = file_name(case.id) + suffix_of(config.format, layout.dims, case.image)
+    write(folder / "labels" / name, dataclasses.replace(volume, array=array))
     array = doubt.numpy()[None]
-    write(folder / "uncertainty" / f"{case.id}{suffix}", dataclasses.replace(volume, array=array))
+    write(folder / "uncertainty" / name, dataclasses.replace(volume, array=array))
     if config.probabilities:
-        write(folder / "probability" / f"{case.id}{suffix}", volume)
+        write(folder / "probability" / name, volume)
     if case.mask is None:
         return {}
     truth = load_role(case.mask, "mask", dataclasses.replace(layout, spacing=None, resize=False)).array[0]
