@@ -112,24 +112,25 @@ def _unfit(
         return None
     if header.shape != image.shape:
         return f"{role} has shape {header.shape}, its image {{image}} has {image.shape}"
-    if config.check_affine and (off := distance(header, image)) > max(image.spacing):
+    if config.check_affine and (off := voxels_off(header, image)) > 1:
         return (
-            f"{role} lies up to {off:.3g} mm off its image {{image}} "
+            f"{role} lies up to {off:.3g} voxels off its image {{image}} "
             "(by their affines; --data.check_affine false lets it pass)"
         )
     return None
 
 
-def distance(one: Header | CaseInfo, other: Header | CaseInfo) -> float:
-    """The largest distance in mm between the same corner of two grids of one shape.
+def voxels_off(one: Header | CaseInfo, image: Header | CaseInfo) -> float:
+    """How far the same corner of two grids of one shape lies apart, in voxels of `image`: the largest
+    distance along any axis. 0 if the format of a file states no position, as TIFF and NumPy.
 
-    0 if the format of a file states no position, as TIFF and NumPy.
+    Voxels and not mm: 2 mm are less than a slice of 5 mm, and four pixels of 0.5 mm.
     """
-    if not (one.orientation and other.orientation):
+    if not (one.orientation and image.orientation):
         return 0.0
-    ends = np.stack(np.meshgrid(*((0, n - 1) for n in one.shape)), -1).reshape(-1, len(one.shape))
-    shift = np.asarray(one.affine) - np.asarray(other.affine)
-    return float(np.linalg.norm(ends @ shift[:-1, :-1].T + shift[:-1, -1], axis=1).max())
+    ends = np.stack(np.meshgrid(*((0, n - 1) for n in one.shape), 1), -1).reshape(-1, len(one.shape) + 1)
+    moved = np.linalg.solve(np.asarray(image.affine), np.asarray(one.affine)) @ ends.T  # voxels of `image`
+    return float(np.abs(moved - ends.T).max())
 
 
 def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:

@@ -23,7 +23,7 @@ from ..conditions import Condition, absent, check_names, split_words
 from ..config import InputError, at_least
 from ..data import CaseInfo, DataSpec, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
-from ..data.inspection import distance
+from ..data.inspection import voxels_off
 from ..data.loading import keeps_grid, load_role
 from ..data.volumes import file_name
 from ..engine.distributed import print0
@@ -243,8 +243,8 @@ def read_region(path: str, images: VolumeDataset, pipeline: LatentDiffusionPipel
         raise InputError(f"inpaint: {file} would be resampled to the run's grid, and not stay as it is")
     if ours.shape != theirs.shape:
         raise InputError(f"region: {path} has shape {ours.shape}, the image {file} {theirs.shape}")
-    if pipeline.layout.check_affine and (off := distance(ours, theirs)) > max(theirs.spacing):
-        raise InputError(f"region: {path} lies up to {off:.3g} mm off the image {file}")
+    if pipeline.layout.check_affine and (off := voxels_off(ours, theirs)) > 1:
+        raise InputError(f"region: {path} lies up to {off:.3g} voxels off the image {file}")
     region = regions[0, 0]["mask"] > 0
     seen, whole = regions.restore(0, region[None]).array, load_role(Path(path), "mask", regions.config).array
     if np.count_nonzero(whole) > np.count_nonzero(seen):

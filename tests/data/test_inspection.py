@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
-from folders import SHAPE, fresh_settings, image, mask, opened, refused, save
+from folders import SHAPE, fresh_settings, image, mask, oblique_affine, opened, refused, save
 
 import ldm3d.data.inspection as inspection
 from ldm3d.config import InputError
@@ -90,16 +90,19 @@ def test_an_empty_slice_of_a_series_of_pictures_is_only_noted(tmp_path, capsys):
     assert "b.tif" in capsys.readouterr().out
 
 
-def test_a_mask_may_lie_one_voxel_off_its_image_and_no_more(fresh):
-    affine = np.diag([1.0, 2.0, 1.0, 1.0])
+@pytest.mark.parametrize("axis", range(3))
+def test_a_mask_may_lie_one_voxel_off_its_image_along_each_axis_and_no_more(fresh, axis):
+    """Of thick slices too: 0.9 slices of 5 mm are allowed, nine pixels of 0.5 mm are not."""
+    affine = oblique_affine("PSR", (0.5, 0.5, 5.0))
     save(fresh / "images/a.nii.gz", image(), affine)
-    for shift, lies_there in ((1.9, True), (2.1, False)):
-        affine[0, 3] = shift
-        save(fresh / "labels/a.nii.gz", mask(), affine)
+    for voxels, lies_there in ((0.9, True), (-0.9, True), (1.1, False), (-9, False)):
+        moved = affine.copy()
+        moved[:3, 3] += voxels * affine[:3, axis]
+        save(fresh / "labels/a.nii.gz", mask(), moved)
         if lies_there:
             opened(fresh_settings(fresh))
         else:
-            refused(fresh_settings(fresh), "labels/a.nii.gz", "2.1 mm off")
+            refused(fresh_settings(fresh), "labels/a.nii.gz", f"{abs(voxels)} voxels off")
     opened(fresh_settings(fresh, check_affine=False))
 
 
