@@ -1,7 +1,8 @@
 """A look into the files of all cases before training starts: whatever is wrong is found here.
 
 Headers are read at every start. Voxels are read once: what was found in a file is kept in a cache, by path,
-size and modification time. All problems end in one InputError.
+size and modification time. All problems end in one InputError. Reading many files takes long: the cache is
+written every few seconds, so that an inspection that was interrupted goes on where it was.
 
 Besides the checks, the inspection measures what later steps need: the two scaling numbers of each channel
 (transforms.py) and the labels that occur. The numbers are those of the whole file as it is stored, before any
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from .transforms import scaling_numbers
 from .volumes import Header, read, read_header
 
 MAX_LABEL = 65535
+KEEP_EVERY, SAY_EVERY = 5.0, 30.0  # seconds: what was found is written; a line where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,43 @@ def _jobs(cases: list[Case]) -> list[tuple[Path, str]]:
 
 
 def _each(
-    function: Callable[[Path, str], Any], jobs: Iterable[tuple[Path, str]], title: str, problems: list[str]
+    function: Callable[[Path, str], Any],
+    jobs: Iterable[tuple[Path, str]],
+    title: str,
+    problems: list[str],
+    keep: Callable[[dict], None] = lambda done: None,
 ) -> dict[tuple[Path, str], Any]:
-    """{(path, role): function(path, role)}, in parallel threads. An exception becomes a problem."""
-    done = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        futures = {job: pool.submit(function, *job) for job in jobs}
-        for job, future in tqdm(futures.items(), title, disable=None if is_main() else True, leave=False):
+    """{(path, role): function(path, role)}, in parallel threads. An exception becomes a problem.
+
+    keep: called with what is done so far, every few seconds and at the end, also on Ctrl-C.
+    """
+    jobs, done, failed = list(jobs), {}, {}
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    futures = {pool.submit(function, *job): job for job in jobs}
+    bar = tqdm(as_completed(futures), title, len(jobs), disable=None if is_main() else True, leave=False)
+    said = kept = time.monotonic()
+    try:
+        for future in bar:
+            job, now = futures[future], time.monotonic()
             try:
                 done[job] = future.result()
             except InputError as e:
-                problems.append(str(e))
+                failed[job] = str(e)
             except Exception as e:  # whatever a library raises: the user needs the name of the file
-                problems.append(f"{job[0]}: cannot be read ({type(e).__name__}: {e})")
-    return done
+                failed[job] = f"{job[0]}: cannot be read ({type(e).__name__}: {e})"
+            if now - kept > KEEP_EVERY:
+                keep(done)
+                kept = now
+            if bar.disable and now - said > SAY_EVERY:
+                print0(f"{title}: {len(done) + len(failed)} of {len(jobs)} files")
+                said = now
+    finally:  # on Ctrl-C no other file is begun, and those that were being read are finished
+        pool.shutdown(cancel_futures=True)
+        ended = {job: future for future, job in futures.items() if not future.cancelled()}
+        done |= {job: future.result() for job, future in ended.items() if not future.exception()}
+        keep(done)
+    problems += [failed[job] for job in jobs if job in failed]
+    return {job: done[job] for job in jobs if job in done}
 
 
 def _inspect_headers(cases: list[Case], config: DataConfig) -> dict[tuple[Path, str], Header]:
@@ -186,10 +212,13 @@ def _inspect_voxels(
         else:
             new[path, role] = (key, stat.st_size, stat.st_mtime_ns)
     problems: list[str] = []
-    measured = _each(lambda *job: _measure(*job, config), new, "reading every voxel once", problems)
-    if measured and cache is not None:
-        entries = {key: [*stamp, measured[job]] for job, (key, *stamp) in new.items() if job in measured}
-        _write_cache(cache, cached | entries)
+
+    def keep(measured: dict[tuple[Path, str], dict]) -> None:
+        if measured and cache is not None:
+            entries = {key: [*stamp, measured[job]] for job, (key, *stamp) in new.items() if job in measured}
+            _write_cache(cache, cached | entries)
+
+    measured = _each(lambda *job: _measure(*job, config), new, "reading every voxel once", problems, keep)
     raise_all(problems)
     return found | measured
 

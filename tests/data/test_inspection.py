@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -194,6 +196,52 @@ def test_files_that_were_fine_are_not_read_again_after_a_bad_one_is_mended(fresh
     measured.clear()
     open_data(fresh_settings(fresh), "heads", seed=0)
     assert measured == ["c.nii.gz"]
+
+
+def test_an_inspection_that_is_interrupted_begins_no_other_file_and_keeps_what_it_has(tmp_path, monkeypatch):
+    for i in range(40):
+        save(tmp_path / f"data/{i:02d}.nii.gz", image(seed=i))
+    config, begun, measure = DataConfig(image="*.nii.gz"), [], inspection._measure
+
+    def slow(path, *rest):
+        begun.append(path.name)
+        sixth = len(begun) == 6
+        time.sleep(0.05)
+        if sixth:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
+        return measure(path, *rest)
+
+    monkeypatch.setattr(inspection, "_measure", slow)
+    cases, cache = find_cases(config, tmp_path / "data"), tmp_path / "scan.json"
+    with pytest.raises(KeyboardInterrupt):
+        inspect_cases(cases, config, cache)
+    first = set(begun)
+    assert 6 <= len(first) < 6 + 2 * min(8, os.cpu_count())
+    begun.clear()
+    monkeypatch.setattr(inspection, "_measure", lambda path, *a: begun.append(path.name) or measure(path, *a))
+    assert len(inspect_cases(cases, config, cache)) == 40
+    assert not first & set(begun)
+    assert len(begun) == 40 - len(first)
+
+
+def test_an_inspection_writes_what_it_finds_and_says_how_far_it_is_while_it_goes_on(
+    fresh, tmp_path, monkeypatch, capsys
+):
+    measure, cache, seen = inspection._measure, tmp_path / "scan.json", []
+    monkeypatch.setattr(inspection, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(inspection, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(inspection.os, "cpu_count", lambda: 1)
+
+    def look(path, *rest):
+        time.sleep(0.1)
+        seen.append(cache.exists() and cache.read_text().count(".nii.gz"))
+        return measure(path, *rest)
+
+    monkeypatch.setattr(inspection, "_measure", look)
+    config = fresh_settings(fresh, mask=None)
+    inspect_cases(find_cases(config, fresh), config, cache)
+    assert seen[-1] >= 2  # killed now, it would have lost no more than what it is reading
+    assert "reading every voxel once: 3 of 4 files" in capsys.readouterr().out
 
 
 def test_headers_are_looked_at_even_when_the_voxels_are_known(fresh):
