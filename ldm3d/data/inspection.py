@@ -11,9 +11,11 @@ resampling or crop. So a patch has the intensities that the whole volume would h
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ class CaseInfo:
     source_low: tuple[float, ...] = ()
     source_high: tuple[float, ...] = ()
     labels: tuple[int, ...] = ()  # labels that occur in the mask
+    content: str = ""  # hash of the voxels of the image; "" if they all have one value
 
     @property
     def channels(self) -> int:
@@ -160,7 +163,8 @@ def voxels_off(one: Header | CaseInfo, image: Header | CaseInfo) -> float:
 
 
 def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
-    """A look at every voxel: {"low", "high"}, per channel, of an image or source; {"labels"} of a mask."""
+    """A look at every voxel: {"low", "high"}, per channel, and "content", a hash, of an image or source;
+    {"labels"} of a mask."""
     array = read(path, **read_options(role, config)).array
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
@@ -174,24 +178,31 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
             raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
         return {"labels": np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()}
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
-    return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs]}
+    content = hashlib.sha256(array).hexdigest()[:32] if array.min() < array.max() else ""
+    return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs], "content": content}
+
+
+def _checksum(files: dict[str, list]) -> int:
+    return zlib.crc32(json.dumps(files).encode())
 
 
 def _read_cache(cache: Path | None) -> dict[str, list]:
-    """What earlier inspections found. A missing or damaged cache is an empty one."""
-    try:
-        content = json.loads(Path(cache).read_text()) if cache is not None else {}
-    except (OSError, ValueError):
+    """What earlier inspections found. A missing or damaged cache, or one of an older version, is empty."""
+    if cache is None:
         return {}
-    return content if isinstance(content, dict) else {}
+    try:
+        content = json.loads(Path(cache).read_text())
+        return content["files"] if content["checksum"] == _checksum(content["files"]) else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
-def _write_cache(cache: Path, content: dict[str, list]) -> None:
+def _write_cache(cache: Path, files: dict[str, list]) -> None:
     """Atomically. A folder that cannot be written only costs time: the next start reads all voxels again."""
     temporary = Path(f"{cache}.tmp{os.getpid()}")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps({"checksum": _checksum(files), "files": files}))
         os.replace(temporary, cache)
     except OSError as e:
         print0(f"note: what was found in the files cannot be kept in {cache} ({e.strerror})")
@@ -207,7 +218,7 @@ def _inspect_voxels(
         key = f"{path.resolve()} {'labels' if role == 'mask' else rule}"
         stat = path.stat()
         entry = cached.get(key)
-        if isinstance(entry, list) and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
+        if entry and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
             found[path, role] = entry[2]
         else:
             new[path, role] = (key, stat.st_size, stat.st_mtime_ns)
@@ -225,7 +236,9 @@ def _inspect_voxels(
 
 def _above(numbers: dict[str, list]) -> tuple[float, ...]:
     """`high` of each channel; low + 1 for a channel with one value everywhere, which is then scaled to -1."""
-    return tuple(high if high > low else low + 1.0 for low, high in zip(*numbers.values(), strict=True))
+    return tuple(
+        high if high > low else low + 1.0 for low, high in zip(numbers["low"], numbers["high"], strict=True)
+    )
 
 
 def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) -> tuple[int, ...]:
@@ -269,6 +282,7 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
             source_low=tuple(source["low"]),
             source_high=_above(source),
             labels=_labels(case.mask, found, config, problems) if case.mask else (),
+            content=image["content"],
         )
     blank = [
         job[0] for job, numbers in found.items() if job[1] != "mask" and numbers["low"] == numbers["high"]

@@ -1,6 +1,5 @@
 """Whatever is wrong with the files is one line naming the file, within a second, before training starts."""
 
-import json
 import os
 import signal
 import time
@@ -185,8 +184,32 @@ def test_voxels_are_read_once_and_again_when_a_file_or_the_rule_changes(fresh, t
     assert look()[0] == []
     assert look(percentiles=(1.0, 99.0))[0] == names
     assert look()[0] == []
-    (tmp_path / "scan.json").write_text(json.dumps({})[:1])
-    assert look() == (names, first[1])
+
+
+def damages(whole: str) -> dict[str, bytes]:
+    """What may have become of a cache of the inspection."""
+    return {
+        "cut short": whole[: len(whole) // 2].encode(),
+        "another number": whole.replace('"low": [', '"low": [1').encode(),
+        "not UTF-8": b"\xff" + whole.encode(),
+        "nested": b"[" * 100_000,
+        "of an older version": b'{"images/a.nii.gz": [1, 2, {"low": [0]}]}',
+        "a list": b"[1]",
+        "other contents": b'{"checksum": 0, "files": [1]}',
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("what", damages(""))
+def test_a_damaged_cache_is_an_empty_one(fresh, tmp_path, measured, what):
+    config, cache = fresh_settings(fresh, mask=None), tmp_path / "scan.json"
+    first = inspect_cases(find_cases(config, fresh), config, cache)
+    cache.write_bytes(damages(cache.read_text())[what])
+    measured.clear()
+    assert inspect_cases(find_cases(config, fresh), config, cache) == first
+    assert len(measured) == 4
+    assert inspect_cases(find_cases(config, fresh), config, cache) == first
+    assert len(measured) == 4
 
 
 def test_files_that_were_fine_are_not_read_again_after_a_bad_one_is_mended(fresh, measured):
