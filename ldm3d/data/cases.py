@@ -284,6 +284,12 @@ def find_cases(config: DataConfig, root: Path) -> list[Case]:
         rows, origin = _rows_of_globs(globs, root, problems)
     else:
         rows, origin = _rows_of_table(config.table, root, problems)
+        blank = sorted(name for name, row in rows.items() if row.get("subject") == "")
+        if blank and not config.subject:
+            print0(
+                f"note: {len(blank)} of {len(rows)} cases have no subject in {origin['image']}, such as "
+                f"{blank[0]}; each of them counts as a subject of its own"
+            )
     for column in ("subject", "split"):
         if getattr(config, column):
             _assign(getattr(config, column), column, rows, root, problems)
@@ -313,14 +319,6 @@ def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, st
     return parts | dict.fromkeys(names[first : first + count], "val")
 
 
-def _warn_of_leaks(cases: list[Case]) -> None:
-    """Notes subjects that the split of the table has in two parts: their scores would be too good."""
-    subjects = {part: {case.subject for case in cases if case.split == part} for part in SPLITS}
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        if both := subjects[a] & subjects[b]:
-            print0(f"note: subject {min(both)} is in both {a} and {b} of the split in the table")
-
-
 def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, list[str]]:
     """{"train": ids, "val": ids, "test": ids}: as the table says, else drawn by subject with `seed`.
 
@@ -334,7 +332,6 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
         raise InputError(f"data.test_subjects: no case is of subject {min(unknown)}")
     if cases and cases[0].split is not None:
         part_of = {case.id: case.split for case in cases}
-        _warn_of_leaks(cases)
     elif config.val_gap is not None:
         part_of = {
             name: part for subject in subjects for name, part in _within(subject, cases, config).items()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,60 @@ def check_numbering(data: Data) -> None:
         )
 
 
+REPEATS = (  # expressions of names that end with what tells the scans of one subject apart
+    r"^(sub-[^_]+)",  # sub-01_ses-1_T1w
+    r"^(.*\d[^\W_]*)[_\-. ][^_\-. ]+$",  # p01_a, cells1_B02
+    r"^(.*\d)[A-Za-z]$",  # p01a
+)
+
+
+def _repeats(part_of: dict[str, str]) -> tuple[str, str, str] | None:
+    """(expression, one case, another in another part) if the names look as if subjects had several scans.
+
+    All names must fit the expression, which `data.subject` can then be.
+    """
+    for rule in REPEATS:
+        found = {name: re.search(rule, name) for name in part_of}
+        if all(found.values()) and len({match[1] for match in found.values()}) > 1:
+            first: dict[str, str] = {}
+            for name in sorted(part_of):
+                one = first.setdefault(found[name][1], name)
+                if part_of[one] != part_of[name]:
+                    return rule, one, name
+    return None
+
+
+def note_split(
+    cases: list[Case], infos: dict[str, CaseInfo], split: dict[str, list[str]], config: DataConfig
+) -> None:
+    """Prints how many subjects each part of the split has, and a note of what may be in two parts at once.
+
+    Three kinds of leaks make scores too good: a subject in two parts, the same voxels under two names, and
+    names that look like several scans of one subject where every case counts as a subject of its own.
+    """
+    case_of = {case.id: case for case in cases}
+    subjects = {part: {case_of[name].subject for name in ids} for part, ids in split.items()}
+    counts = [f"{part} {len(ids)} cases of {len(subjects[part])}" for part, ids in split.items() if ids]
+    print0(f"split by subject: {', '.join(counts)} subjects")
+    parts = [part for part in split if split[part] != split["train"] or part == "train"]  # val may be train
+    for a, b in itertools.combinations(parts, 2):
+        if (both := subjects[a] & subjects[b]) and config.val_gap is None:
+            print0(f"note: subject {min(both)} is in both {a} and {b}; such subjects: {len(both)}")
+        first = {infos[name].content: name for name in reversed(split[a]) if infos[name].content}
+        same = [(first[infos[name].content], name) for name in split[b] if infos[name].content in first]
+        if same:
+            one, other = (case_of[name].image for name in same[0])
+            print0(f"note: {one} ({a}) and {other} ({b}) have the same voxels; such pairs: {len(same)}")
+    part_of = {name: part for part in parts for name in split[part]}
+    alone = not config.subject and all(case.subject == case.id for case in cases)
+    if alone and (found := _repeats(part_of)):
+        rule, one, other = found
+        print0(
+            f"note: every case counts as a subject of its own, but {one} ({part_of[one]}) and {other} "
+            f"({part_of[other]}) look like one subject; --data.subject '{rule}' keeps such cases together"
+        )
+
+
 def inspection_cache(config: DataConfig, root: Path) -> Path:
     """The file that keeps what the inspection of the cases below `root` has found."""
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
@@ -92,6 +148,7 @@ def open_data(
             )
         cases = [case for case in cases if case.id in listed]
     infos = inspect_cases(cases, config, inspection_cache(config, root))
+    note_split(cases, infos, split, config)
     spec = make_spec(cases, infos, split, config, multiple)
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
 

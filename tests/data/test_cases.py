@@ -248,9 +248,3 @@ def test_hippocampus_is_split_by_subject_and_a_subject_has_two_neighbouring_file
     assert not sides[0] & sides[1]
     assert not sides[0] & sides[2]
     assert not sides[1] & sides[2]
-
-
-def test_a_split_of_the_table_that_shares_subjects_is_noted(capsys):
-    cases = [Case("a", "x", subject="s", split="train"), Case("b", "x", subject="s", split="val")]
-    split_cases(cases, DataConfig(), 0)
-    assert "subject s is in both train and val" in capsys.readouterr().out

@@ -1,9 +1,12 @@
 """The data of a run opens from any format and layout, with the split that the run has stored."""
 
+from dataclasses import replace
+
+import nibabel as nib
 import numpy as np
 import pytest
 import tifffile
-from folders import fresh_settings, mask, opened, save
+from folders import fresh_settings, image, mask, opened, save
 
 from ldm3d.config import InputError
 from ldm3d.data import DataConfig, open_data
@@ -97,3 +100,84 @@ def test_labels_that_are_hardly_numbered_one_by_one_are_not_learned(fresh):
         data = open_data(fresh_settings(fresh, **changes), "heads", seed=0)
         check_numbering(data)
         assert data.spec.num_labels == num
+
+
+# --- what leaks from one part of the split to another -------------------------------------------------------
+
+
+def table_of(fresh, columns="subject,split", **rows):
+    """The data of a table with these cells beside the images of the cases a, b, c, d."""
+    lines = [f"image,{columns}", *(f"images/{name}.nii.gz,{cells}" for name, cells in rows.items())]
+    (fresh / "cases.csv").write_text("\n".join(lines) + "\n")
+    return open_data(DataConfig(root=str(fresh), cache_dir=str(fresh.parent / "cache")), "heads", seed=0)
+
+
+def test_the_subjects_of_every_part_are_printed(fresh, capsys):
+    table_of(fresh, a="x,train", b="x,train", c="y,train", d="z,val")
+    said = capsys.readouterr().out
+    assert "split by subject: train 3 cases of 2, val 1 cases of 1 subjects" in said
+    assert "note" not in said
+
+
+def test_a_subject_in_two_parts_is_noted_whether_the_split_is_of_the_table_or_stored(fresh, capsys):
+    data = table_of(fresh, a="x,train", b="y,train", c="x,val", d="z,test")
+    assert "note: subject x is in both train and val" in capsys.readouterr().out
+    open_data(data.config, "heads", 0, data.split)
+    assert "note: subject x is in both train and val" in capsys.readouterr().out
+    opened(fresh_settings(fresh, val_fraction=0.0, subject="(.)"))
+    assert "is in both" not in capsys.readouterr().out  # validation is on the training cases, as was said
+
+
+@pytest.mark.parametrize("part", ["val", "train"])
+def test_the_same_voxels_under_two_names_are_noted_if_they_are_in_two_parts(fresh, capsys, part):
+    twin = nib.load(fresh / "images/a.nii.gz")
+    nib.save(nib.Nifti1Image(twin.get_fdata().astype(np.float64), twin.affine), fresh / "images/d.nii.gz")
+    table_of(fresh, a="a,train", b="b,train", c="c,val", d=f"d,{part}")
+    note = f"images/a.nii.gz (train) and {fresh}/images/d.nii.gz (val) have the same voxels"
+    assert (note in capsys.readouterr().out) == (part == "val")
+
+
+def test_blank_slices_in_two_parts_are_not_taken_for_copies(tmp_path, capsys):
+    for i in range(4):
+        tifffile.imwrite(tmp_path / f"{i}.tif", np.zeros((8, 8), np.float32) + (i == 0))
+        tifffile.imwrite(tmp_path / f"{i + 4}.tif", np.random.default_rng(i).random((8, 8), dtype=np.float32))
+    opened(DataConfig(root=str(tmp_path), image="*.tif", dims=2, val_fraction=0.5, cache_dir=str(tmp_path)))
+    assert "same voxels" not in capsys.readouterr().out
+
+
+def test_blank_cells_of_the_subject_are_noted_as_subjects_of_their_own(fresh, capsys):
+    table_of(fresh, "subject", a="x", b="", c="x", d="")
+    assert "note: 2 of 4 cases have no subject" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        (["p01_a", "p01_b", "p02_a", "p02_b"], True),
+        (["p01a", "p01b", "p02a", "p02b"], True),
+        (["sub-01_ses-1_T1w", "sub-01_ses-2_T1w", "sub-02_ses-1_T1w", "sub-02_ses-2_T1w"], True),
+        (["p07_z040", "p07_z041", "p19_z040", "p19_z041"], True),
+        (["case_1", "case_2", "case_3", "case_4"], False),
+        (
+            ["BraTS20_Training_001", "BraTS20_Training_002", "BraTS20_Training_003", "BraTS20_Training_004"],
+            False,
+        ),
+        (["TCGA-A7-A13E-01Z-00-DX1", "TCGA-A7-A13F-01Z-00-DX1", "TCGA-18-5592-01Z-00-DX1", "x-1-DX1"], False),
+    ],
+)
+def test_names_that_look_like_several_scans_of_a_subject_are_noted_with_a_rule_that_keeps_them_together(
+    tmp_path, capsys, names, rule
+):
+    for i, name in enumerate(names):
+        save(tmp_path / f"data/{name}.nii.gz", image(seed=i))
+    config = DataConfig(
+        root=str(tmp_path / "data"), image="*.nii.gz", val_fraction=0.5, cache_dir=str(tmp_path)
+    )
+    seed = 2  # which parts the two scans of a subject fall into depends on it
+    open_data(config, "x", seed)
+    said = capsys.readouterr().out
+    assert ("look like one subject" in said) == rule
+    if rule:
+        data = open_data(replace(config, subject=said.split("--data.subject '")[1].split("'")[0]), "x", seed)
+        assert len({case.subject for case in data.cases.values()}) == 2
+        assert "look like one subject" not in capsys.readouterr().out
