@@ -25,6 +25,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ import torch
 from ..config import InputError
 from ..engine.distributed import keyed_generator, print0
 from .settings import DataConfig
+from .volumes import volume_suffix
 
 ROLES = ("image", "mask", "source")
 SPLITS = ("train", "val", "test")
@@ -90,22 +92,29 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
 
     "*/t1_*.nii" makes p01/t1_x.nii the case "p01"; "{id}/{id}.tif" makes p01/a.tif the case "p01_a". The
     other * match anything, but only one file may be left for an id. Where the pattern ends in *, the suffix
-    of the file is not part of the id. Names that begin with a dot are ignored: some archives have such a twin
-    of every file.
+    of the file is not part of the id. A suffix of volumes may be written in capitals in the files. Names that
+    begin with a dot are ignored: some archives have such a twin of every file.
     """
     marked = pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
     if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise InputError(f"{key}: expected a pattern below the root with * for the case id, got {pattern!r}")
     meaning = {"{id}": "([^/]+)", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\{id\}|\*\*/|\*|\?)", marked)
-    expression = re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
+    end = volume_suffix(pattern)
+    parts = re.split(r"(\{id\}|\*\*/|\*|\?)", marked[: len(marked) - len(end)])
+    parts = [meaning.get(part, re.escape(part)) for part in parts]
+    expression = re.compile(f"{''.join(parts)}(?i:{re.escape(end)})")
+    any_case = "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in end)
+    pattern_of_glob = pattern[: len(pattern) - len(end)].replace("[", "[[]").replace("{id}", "*") + any_case
     files: dict[str, Path] = {}
+    dangling: list[Path] = []
     try:
-        found = sorted(root.glob(pattern.replace("[", "[[]").replace("{id}", "*")))
+        found = sorted(root.glob(pattern_of_glob))
     except ValueError as e:  # such as ** within a name
         raise InputError(f"{key}: {pattern!r} is no pattern of files ({e})") from None
     for path in found:
         match = expression.fullmatch(path.relative_to(root).as_posix())
+        if match and path.is_symlink() and not path.exists():
+            dangling.append(path)
         if not match or path.name.startswith(".") or not path.is_file():
             continue
         name = "_".join(match.groups())
@@ -116,6 +125,11 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
                 "narrower, or write {id} for each part of the path that names the case"
             )
         files[name] = path
+    if dangling:
+        raise InputError(
+            f"{key}: {len(dangling)} links lead to files that are not there, such as {dangling[0]}; get the "
+            "files (git annex get, datalad get), or list those that are there in a --data.table"
+        )
     if not files:
         raise InputError(f"{key}: no file in {root} fits {pattern!r}")
     return files
@@ -152,6 +166,8 @@ def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
             raise InputError(
                 f"{path}: no column {column!r}, only {', '.join(reader.fieldnames) or 'nothing'}"
             )
+    if twice := [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]:
+        raise InputError(f"{path}: two columns {twice[0]!r}, expected one")
     rows = []
     for row in reader:
         if None in row or None in row.values():

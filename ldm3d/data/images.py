@@ -22,15 +22,15 @@ from .opening import inspection_cache
 from .settings import DataConfig
 from .spec import DataSpec
 from .transforms import AugmentConfig
-from .volumes import PICTURE, SUFFIXES, file_name, is_volume_file, read_header, strip_suffix
+from .volumes import PICTURE, SUFFIXES, file_name, is_volume_file, read_header, strip_suffix, volume_suffix
 
 # --- where images are ---------------------------------------------------------------------------------------
 
 
 def own_images(folder: Path) -> str | None:
     """The pattern of the image files in the folder itself, all of one kind; None: it holds none."""
-    names = [p.name for p in folder.iterdir() if is_volume_file(p)]
-    suffixes = [end for end in SUFFIXES if any(name.endswith(end) for name in names)]
+    found = {volume_suffix(p) for p in folder.iterdir() if is_volume_file(p)}
+    suffixes = [end for end in SUFFIXES if end in found]
     others = [end for end in suffixes[1:] if end not in PICTURE]  # pictures beside volumes are previews
     if others:
         print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(others)}")

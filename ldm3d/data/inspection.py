@@ -133,6 +133,8 @@ def _unfit(
         return f"is {len(header.shape)}-D {header.shape}, data.dims is {config.dims}"
     if config.dims == 3 and min(header.shape) == 1:
         return f"a single slice {header.shape}, data.dims is 3"
+    if role != "mask" and header.palette:
+        return "has a palette: its values are numbers of colours, and no intensities; save it as grey or RGB"
     if role == "mask" and header.channels != 1:
         return f"a mask has one channel, this has {header.channels}"
     if header.channels != reference.channels:

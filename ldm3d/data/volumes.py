@@ -43,6 +43,7 @@ from ..config import InputError
 
 NIFTI, TIFF = (".nii.gz", ".nii"), (".tiff", ".tif")
 NUMPY, PICTURE = (".npy", ".npz"), (".png", ".jpg", ".jpeg")
+SCREEN_DPI = {72, 96}  # what programs write as the resolution of a TIFF where they know none
 MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "inch": 25.4}
 
 
@@ -86,6 +87,7 @@ class Header:
     affine: np.ndarray  # (dims + 1, dims + 1) float64
     orientation: str | None
     dtype: np.dtype  # as stored
+    palette: bool = False  # the values are indices of a table of colours, and no intensities
 
 
 class _Opened(NamedTuple):
@@ -97,6 +99,7 @@ class _Opened(NamedTuple):
     affine: np.ndarray | None  # None: the file states none
     orientation: str | None
     load: Callable[[tuple[int, ...]], np.ndarray]
+    palette: bool = False
 
 
 # --- affines ------------------------------------------------------------------------------------------------
@@ -115,6 +118,43 @@ def spacing_affine(spacing: tuple[float, ...]) -> np.ndarray:
 # --- formats: read ------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _logged(library: str) -> Iterator[list[logging.LogRecord]]:
+    """What a library logs in this thread within the block. It is kept here and not printed."""
+    records: list[logging.LogRecord] = []
+    logger, thread = logging.getLogger(library), threading.get_ident()
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.thread == thread:
+            records.append(record)
+        return record.thread != thread
+
+    logger.addFilter(keep)
+    try:
+        yield records
+    finally:
+        logger.removeFilter(keep)
+
+
+def _load_nifti(load: Callable, source: Any, path: Path) -> Any:
+    """nibabel's load(source). InputError where nibabel only logs that it has mended a damaged header."""
+    with _logged("nibabel.global") as records:
+        image = load(source)
+    said = " ".join(record.getMessage() for record in records)
+    sized = not isinstance(image, nib.Nifti1Pair) or image.ndim < 3 or image.header["sform_code"] > 0
+    if "sizeof_hdr" in said or ("should be non-zero" in said and not sized):
+        raise InputError(f"{path}: its header is damaged ({said})")
+    return image
+
+
+def _check_affine(affine: np.ndarray, path: Path) -> None:
+    """InputError for an affine that collapses an axis, or is not finite."""
+    lengths = np.array(affine_spacing(affine))
+    finite = np.isfinite(affine).all() and np.isfinite(lengths.prod())
+    if not finite or abs(np.linalg.det(affine[:-1, :-1])) <= 1e-6 * lengths.prod():
+        raise InputError(f"{path}: its affine is singular or not finite, so its voxels have no position")
+
+
 def _nifti_affine(path: Path, image: nib.Nifti1Pair) -> np.ndarray:
     """The affine (4, 4) in mm: sform, else qform, else pixel size, as nibabel chooses.
 
@@ -122,9 +162,7 @@ def _nifti_affine(path: Path, image: nib.Nifti1Pair) -> np.ndarray:
     """
     affine = np.asarray(image.affine, dtype=np.float64).copy()
     affine[:3] *= MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
-    volume, lengths = abs(np.linalg.det(affine[:3, :3])), np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or volume <= 1e-6 * lengths.prod():
-        raise InputError(f"{path}: its affine is singular or not finite, so its voxels have no position")
+    _check_affine(affine, path)
     return affine
 
 
@@ -144,17 +182,17 @@ def _nifti_voxels(path: Path, image: nib.Nifti1Pair, channel: int | None) -> np.
     end. nibabel stops after the last voxel, so that a flipped bit would give wrong voxels without a word.
     """
     picked = slice(None) if channel is None else (..., channel)
-    if _suffix(path) != ".nii.gz":
+    if volume_suffix(path) != ".nii.gz":
         return np.asanyarray(image.dataobj[picked])
     with gzip.open(path) as file:
-        data = np.asanyarray(type(image).from_stream(file).dataobj[picked])
+        data = np.asanyarray(_load_nifti(type(image).from_stream, file, path).dataobj[picked])
         while file.read(2**20):
             pass
     return data
 
 
 def _open_nifti(path: Path, dims: int | None) -> _Opened:
-    image = nib.load(path)
+    image = _load_nifti(nib.load, path, path)
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"{path}: a {type(image).__name__} file, not an image on a voxel grid")
     dtype, shape = image.get_data_dtype(), image.shape
@@ -201,39 +239,21 @@ def _tiff_spacing(file: tifffile.TiffFile, dims: int) -> tuple[float, ...] | Non
     if scale is None or len(rates) < 2 or min(rates) <= 0:
         return None
     plane = tuple(scale / rate for rate in rates)  # rates: pixels per unit
+    if not unit and {round(25.4 / length) for length in plane} <= SCREEN_DPI:
+        return None
     depth = float(fields["spacing"]) * scale if "spacing" in fields else plane[0]
     return plane if dims == 2 else (depth, *plane)
 
 
-class _TiffErrors(logging.Filter):
-    """What tifffile logs in this thread within the block: an error becomes an InputError, a warning nothing.
-
-    tifffile logs an error and goes on where pages are missing: a stack that was cut short would have fewer
-    slices.
-    """
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path, self.thread, self.error = path, threading.get_ident(), ""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.thread != self.thread:
-            return True
-        if record.levelno >= logging.ERROR:
-            self.error = self.error or record.getMessage()
-        return False
-
-    def __enter__(self) -> None:
-        logging.getLogger("tifffile").addFilter(self)
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        logging.getLogger("tifffile").removeFilter(self)
-        if self.error and kind is None:
-            raise InputError(f"{self.path}: the file is damaged ({self.error.splitlines()[0]})")
+def _check_tiff(records: list[logging.LogRecord], path: Path) -> None:
+    """InputError for errors that tifffile only logs: a stack that was cut short would have fewer pages."""
+    errors = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
+    if errors:
+        raise InputError(f"{path}: the file is damaged ({errors[0].splitlines()[0]})")
 
 
 def _open_tiff(path: Path, dims: int | None) -> _Opened:
-    with _TiffErrors(path), tifffile.TiffFile(path) as file:
+    with _logged("tifffile") as records, tifffile.TiffFile(path) as file:
         if len(file.series) != 1:
             raise InputError(f"{path}: holds {len(file.series)} images of different shape, expected one")
         axes, shape, dtype = file.series[0].axes, file.series[0].shape, file.series[0].dtype
@@ -254,16 +274,24 @@ def _open_tiff(path: Path, dims: int | None) -> _Opened:
             affine = None
         if affine is None and (spacing := _tiff_spacing(file, dims)):
             affine = spacing_affine(spacing)
+        photometric, bits = file.pages[0].photometric, file.pages[0].bitspersample
+    _check_tiff(records, path)
+    inverted = photometric == tifffile.PHOTOMETRIC.MINISWHITE
+    if inverted and dtype.kind not in "bu":
+        raise InputError(f"{path}: MINISWHITE values of {dtype}; expected MINISBLACK, where 0 is black")
     space = [*stack, axes.index("Y"), axes.index("X")]
     out = (1,) * (dims - len(space)) + tuple(shape[axis] for axis in space)  # one page as a stack of one
     channels = int(np.prod([shape[axis] for axis in color], dtype=int))
 
     def load(picks: tuple[int, ...]) -> np.ndarray:
-        with _TiffErrors(path):
+        with _logged("tifffile") as records:
             data = tifffile.imread(path, series=0).reshape(shape).transpose(color + space)
-        return data.reshape(channels, *out)[list(picks)]
+        _check_tiff(records, path)
+        data = data.reshape(channels, *out)[list(picks)]
+        return (~data if data.dtype.kind == "b" else 2**bits - 1 - data) if inverted else data
 
-    return _Opened(channels, out, dtype, affine, None, load)
+    palette = photometric == tifffile.PHOTOMETRIC.PALETTE
+    return _Opened(channels, out, dtype, affine, None, load, palette)
 
 
 def _open_numpy(path: Path, dims: int | None) -> _Opened:
@@ -293,9 +321,10 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
     with Image.open(path) as image:
         image.verify()  # the checksums of a PNG, which are not compared otherwise
     with Image.open(path) as image:  # a palette picture gives its indices: that is how label maps are stored
-        data = np.asarray(image)
+        data, palette = np.asarray(image), image.mode in ("P", "PA")
     data = data[None] if data.ndim == 2 else np.moveaxis(data, -1, 0)
-    return _Opened(len(data), data.shape[1:], data.dtype, None, None, lambda picks: data[list(picks)])
+    shape = data.shape[1:]
+    return _Opened(len(data), shape, data.dtype, None, None, lambda picks: data[list(picks)], palette)
 
 
 # --- formats: write -----------------------------------------------------------------------------------------
@@ -365,7 +394,7 @@ FORMATS = (
 SUFFIXES = tuple(suffix for kind in FORMATS for suffix in kind.suffixes)
 
 
-def _suffix(path: str | Path) -> str:
+def volume_suffix(path: str | Path) -> str:
     """The end of the name that is in `SUFFIXES`, such as ".nii.gz"; "" if none is."""
     name = Path(path).name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
@@ -377,13 +406,13 @@ def _format(suffix: str) -> Format:
 
 def is_volume_file(path: str | Path) -> bool:
     """Does the name end like one of `FORMATS`? Hidden files (".a.nii") are not volumes."""
-    return bool(_suffix(path)) and not Path(path).name.startswith(".")
+    return bool(volume_suffix(path)) and not Path(path).name.startswith(".")
 
 
 def strip_suffix(name: str | Path) -> str:
     """The file name without folder and volume suffix: "a/b.nii.gz" -> "b"."""
     name = Path(name).name
-    return name[: len(name) - len(_suffix(name))]
+    return name[: len(name) - len(volume_suffix(name))]
 
 
 def file_name(case: str) -> str:
@@ -418,7 +447,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _open(path: Path, channel: Any, spacing: Any, dims: int | None) -> tuple[Header, Callable]:
     """The header, and a function without arguments that reads the chosen channels, in RAS+ order."""
-    suffix = _suffix(path)
+    suffix = volume_suffix(path)
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
     if not suffix:
@@ -442,7 +471,10 @@ def _open(path: Path, channel: Any, spacing: Any, dims: int | None) -> tuple[Hea
             raise InputError(f"{path}: spacing {spacing}, expected {len(opened.shape)} positive numbers (mm)")
         affine = spacing_affine(spacing)
     dtype, lengths = opened.dtype.newbyteorder("="), affine_spacing(affine)
-    header = Header(opened.shape, len(picks), lengths, affine, opened.orientation, dtype)
+    if min(lengths) == 0 and not kind.states_spacing:
+        raise InputError(f"{path}: states voxels of {lengths} mm; --data.file_spacing gives them a size")
+    _check_affine(affine, path)
+    header = Header(opened.shape, len(picks), lengths, affine, opened.orientation, dtype, opened.palette)
     return header, lambda: opened.load(picks)
 
 
@@ -500,7 +532,7 @@ def write(path: str | Path, volume: Volume, dtype: Any = None, overwrite: bool =
     as int32, other integers as they are. InputError for a file that exists already (unless `overwrite`) and
     for a value that does not fit `dtype`.
     """
-    path, suffix = Path(path), _suffix(path)
+    path, suffix = Path(path), volume_suffix(path)
     writable = [end for kind in FORMATS if kind.write for end in kind.suffixes]
     if suffix not in writable:
         raise InputError(f"{path}: can write {' '.join(writable)}, not this kind of file")

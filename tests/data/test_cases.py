@@ -23,6 +23,8 @@ from ldm3d.data.cases import find_cases, resolve_root, split_cases
         (["a.tif", "b.nii.gz"], "*", ["a", "b"]),
         (["images/a.tif", "images/._a.tif"], "images/*.tif", ["a"]),
         (["x[1]/a1.tif", "x[1]/a22.tif"], "x[1]/*?.tif", ["a", "a2"]),
+        (["a.NII.GZ", "b.nii.gz", "c.Nii.gz"], "*.nii.gz", ["a", "b", "c"]),
+        (["p1/T1.TIF", "p2/T1.tif", "p2/t1.tif"], "*/T1.tif", ["p1", "p2"]),
     ],
 )
 def test_the_case_id_is_what_the_first_star_or_the_ids_match(tmp_path, files, pattern, ids):
@@ -111,6 +113,19 @@ def test_a_case_without_its_partner_is_named(fresh):
     )
 
 
+@pytest.mark.parametrize("pattern", ["*/t1.tif", "{id}/*.tif", "**/*1.tif", "*/*"])
+def test_links_to_files_that_are_not_there_are_named(tmp_path, pattern):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t1.tif").touch()
+    assert len(find_cases(DataConfig(image=pattern.replace("**/*1", "{id}/t1")), tmp_path)) == 3
+    for name in "bc":
+        (tmp_path / name / "t1.tif").unlink()
+        (tmp_path / name / "t1.tif").symlink_to(tmp_path / ".git/annex/objects" / name)
+    with pytest.raises(InputError, match=r"data\.image: 2 links .* such as .*b/t1\.tif; .*datalad get"):
+        find_cases(DataConfig(image=pattern), tmp_path)
+
+
 def test_a_missing_or_empty_folder_is_named_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.delenv("LDM3D_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -158,6 +173,7 @@ def test_a_setting_that_does_not_fit_the_folder_is_named(fresh, changes, parts):
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,\n", ["case b", "no split"]),
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,learn\n", ["case b", "'learn'"]),
         ("image\n", ["lists no case"]),
+        ("image,mask,image\nimages/a.nii.gz,,images/b.nii.gz\n", ["two columns 'image'"]),
         ("", ["no column 'image'"]),
         ("image,text\nimages/a.nii.gz,a small, round lesion\n", ["cases.csv: line 2", "2 cells", "quotes"]),
         ("image,text\nimages/a.nii.gz,\nimages/b.nii.gz\n", ["cases.csv: line 3 has not the 2 cells"]),

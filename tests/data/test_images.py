@@ -39,6 +39,11 @@ def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
     one, folder = open_images(content, path), open_images(content, tmp_path / "other")
     assert [case.id for case in one.cases] == ["new"]
     assert torch.equal(one[0, 0]["image"], folder[0, 1]["image"])
+    (tmp_path / "capitals").mkdir()
+    (tmp_path / "capitals/NEW.NII.GZ").write_bytes(path.read_bytes())
+    capitals = open_images(content, tmp_path / "capitals")
+    assert [case.id for case in capitals.cases] == ["NEW"]
+    assert torch.equal(capitals[0, 0]["image"], folder[0, 1]["image"])
 
 
 def test_scaling_by_data_set_scales_another_folder_by_the_numbers_of_the_training_set(settings, tmp_path):

@@ -78,6 +78,28 @@ def test_a_mixed_folder_of_pictures_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_indices_of_a_palette_are_labels_but_no_intensities(tmp_path, suffix):
+    for name in "ab":
+        indices = np.random.default_rng(ord(name)).integers(0, 3, (16, 16), dtype=np.uint8)
+        for folder in ("grey", "colours"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        if suffix == "tif":
+            tifffile.imwrite(tmp_path / f"grey/{name}.tif", indices)
+            table = np.random.default_rng(0).integers(0, 65536, (3, 256), dtype=np.uint16)
+            tifffile.imwrite(tmp_path / f"colours/{name}.tif", indices, photometric="palette", colormap=table)
+        else:
+            pictures = pytest.importorskip("PIL.Image", reason="Pillow (extra viz) is not installed")
+            pictures.fromarray(indices).save(tmp_path / f"grey/{name}.png")
+            coloured = pictures.fromarray(indices).convert("P")
+            coloured.putpalette([7 * i % 256 for i in range(768)])
+            coloured.save(tmp_path / f"colours/{name}.png")
+    grey, colours = f"grey/*.{suffix}", f"colours/*.{suffix}"
+    config = DataConfig(root=str(tmp_path), dims=2, image=grey, mask=colours, cache_dir=str(tmp_path))
+    assert opened(config).spec.num_labels == 3
+    refused(replace(config, image=colours, mask=None), f"colours/a.{suffix}: has a palette")
+
+
 def test_an_empty_slice_of_a_series_of_pictures_is_only_noted(tmp_path, capsys):
     for name, array in {
         "a": image((16, 16)),

@@ -192,6 +192,48 @@ def test_a_tiff_gives_pages_as_depth_colours_as_channels_and_its_resolution_as_s
     )
 
 
+def test_a_tiff_whose_0_is_white_is_read_with_0_black(tmp_path: Path) -> None:
+    for dtype, top in ((np.uint8, 255), (np.uint16, 65535), (bool, 1)):
+        black = np.random.default_rng(0).integers(0, 2, (6, 9, 8)).astype(dtype)
+        tifffile.imwrite(tmp_path / "white.tif", top - black.astype(int) > 0 if top == 1 else top - black,
+                         photometric="miniswhite")  # fmt: skip
+        assert np.array_equal(read(tmp_path / "white.tif").array[0], black)
+    tifffile.imwrite(tmp_path / "float.tif", np.zeros((4, 5), np.float32), photometric="miniswhite")
+    with pytest.raises(InputError, match=r"float\.tif: MINISWHITE values of float32"):
+        read(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("dpi", [72, 96])
+def test_the_resolution_of_a_screen_is_not_the_spacing_of_a_tiff(tmp_path: Path, dpi: int) -> None:
+    image = np.zeros((4, 5), np.uint8)
+    for per_inch, spacing in ((dpi, 1.0), (254, 0.1)):
+        tifffile.imwrite(tmp_path / "a.tif", image, resolution=(per_inch, per_inch), resolutionunit="INCH")
+        assert np.allclose(read_header(tmp_path / "a.tif").spacing, spacing)
+        tifffile.imwrite(tmp_path / "a.tif", image, resolution=(per_inch / 2.54, per_inch / 2.54),
+                         resolutionunit="CENTIMETER")  # fmt: skip
+        assert np.allclose(read_header(tmp_path / "a.tif").spacing, spacing)
+    own = {"unit": "inch", "axes": "YX"}  # ImageJ's field is a statement
+    tifffile.imwrite(tmp_path / "a.tif", image, imagej=True, resolution=(dpi, dpi), metadata=own)
+    assert np.allclose(read_header(tmp_path / "a.tif").spacing, 25.4 / dpi)
+
+
+def test_voxels_without_a_size_are_refused_until_a_size_is_given(tmp_path: Path) -> None:
+    stack = np.zeros((4, 5, 6), np.float32)
+    thin = {"axes": "ZYX", "spacing": 0, "unit": "mm"}
+    tifffile.imwrite(tmp_path / "thin.tif", stack, imagej=True, resolution=(2, 2), metadata=thin)
+    flat = {"axes": "YX", "affine": np.zeros((3, 3)).tolist()}
+    tifffile.imwrite(tmp_path / "flat.tif", stack[0], metadata=flat)
+    for name in ("thin.tif", "flat.tif"):
+        with pytest.raises(InputError, match=rf"{name}: states voxels of .* --data\.file_spacing"):
+            read_header(tmp_path / name)
+    assert read_header(tmp_path / "thin.tif", spacing=(3.0, 0.5, 0.5)).spacing == (3.0, 0.5, 0.5)
+    header = bytearray(nib.Nifti1Image(stack, np.eye(4)).to_bytes())
+    header[252:256], header[76:108] = bytes(4), bytes(32)  # neither qform nor sform, and pixdim of zeros
+    (tmp_path / "none.nii").write_bytes(header)
+    with pytest.raises(InputError, match=r"none\.nii: its header is damaged \(pixdim"):
+        read_header(tmp_path / "none.nii")
+
+
 def test_numpy_arrays_and_pictures_are_read_with_the_spacing_of_the_call(tmp_path: Path) -> None:
     array = np.random.default_rng(7).random((2, 4, 5, 6))
     np.save(tmp_path / "a.npy", array)
@@ -240,6 +282,11 @@ def broken_files(folder: Path) -> dict[str, str]:
     (folder / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
     (folder / "cut.nii").write_bytes(image.to_bytes()[:2000])
     (folder / "notes.txt").write_text("")
+    bare = bytearray(image.to_bytes())
+    bare[0:4] = (349).to_bytes(4, "little")
+    (folder / "size.nii").write_bytes(bare)
+    bare[0:4], bare[280:284] = (348).to_bytes(4, "little"), np.float32("nan").tobytes()
+    (folder / "nan.nii").write_bytes(bare)
     flat = bytearray(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)).to_bytes())
     flat[280:296] = bytes(16)  # the first row of the sform
     (folder / "flat.nii").write_bytes(flat)
@@ -262,6 +309,8 @@ def broken_files(folder: Path) -> dict[str, str]:
         "cut.nii": "read",
         "notes.txt": "unknown kind",
         "flat.nii": "singular",
+        "nan.nii": "singular or not finite",
+        "size.nii": "sizeof_hdr",
         "complex.nii": "complex64",
         "five.nii": "shape",
         "mixed.tif": "different shape",
@@ -273,9 +322,9 @@ def broken_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_file_that_cannot_be_an_image_is_named_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_an_image_is_named_in_one_line(tmp_path: Path, caplog) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error")
         for name, words in broken_files(tmp_path).items():
             with pytest.raises(InputError) as info:
                 read(tmp_path / name)
