@@ -305,8 +305,10 @@ def open_latents(
     run: Run,
     device: torch.device,
 ) -> tuple[WithConditions, dict[str, np.ndarray]]:
-    """(the latents and conditions of the cases in one part of the split, the table of all latents). Cases are
-    encoded once and cached in the run folder, for training in `data.num_variants` variants."""
+    """Open one part of the split for training: (data set of latents and conditions, tables of all latents).
+
+    Cases are encoded once and cached in the run folder, for training in `data.num_variants` variants.
+    """
     variants = config.data.num_variants if part == "train" and config.latent_cache else 1
     dataset = data.dataset(part, augment=variants > 1)
     key = cache_key(autoencoder, config.data, data.spec, data.files(part))
@@ -389,7 +391,7 @@ def denoise_once(
 def preview(
     model: LatentDiffusion, real: list[dict[str, Any]], dataset: LatentDataset, config: Config, path: Path
 ) -> tuple[Path | None, Tensor]:
-    """(the picture's path, the latents (4, C_z, *s) of four samples).
+    """Draw a picture of validation: (its path, the latents (4, C_z, *s) of four samples).
 
     The rows of the picture: up to four validation cases (with sources, where these are conditions); samples
     under the same conditions; the first case with noise, and the denoiser's estimates. With masks also true

@@ -162,22 +162,22 @@ class ResBlock(nn.Module):
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, heads * d) -> (B, heads, N, d), without a copy."""
+    """Tokens cut into attention heads, without a copy: (B, N, heads * d) -> (B, heads, N, d)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, heads, N, d) -> (B, N, heads * d)."""
+    """Attention heads joined to tokens again: (B, heads, N, d) -> (B, N, heads * d)."""
     return x.transpose(1, 2).flatten(-2)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, *S) -> (B, N, C)."""
+    """Every voxel of a map as a token: (B, C, *S) -> (B, N, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
 def to_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, N, C) -> (B, C, *size)."""
+    """Tokens as a map again: (B, N, C) -> (B, C, *size)."""
     return tokens.transpose(1, 2).unflatten(2, tuple(size))
 
 
@@ -266,9 +266,9 @@ class CrossAttention(nn.Module):
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """(weights v, weights) with weights = softmax(q k^T / sqrt(d)) in fp32, (B, heads, N, M).
+    """Attention with its weights: (weights v, weights), where weights = softmax(q k^T / sqrt(d)) in fp32.
 
-    mask (B, 1, 1, M) bool, True = use; at least one True a sample.
+    weights (B, heads, N, M); mask (B, 1, 1, M) bool, True = use; at least one True a sample.
     """
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, heads, N, M)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
@@ -369,7 +369,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, *S) -> (B, C, *(stride * S)), with stride 1 or 2 per axis.
+    """Doubles the axes of stride 2: (B, C, *S) -> (B, C, *(stride * S)), with stride 1 or 2 per axis.
 
     "nearest" repeats voxels and "trilinear" interpolates along every axis, each followed by a convolution of
     kernel 3; "deconv2" and "deconv3" are transposed convolutions of kernel 2 and 3.

@@ -329,7 +329,7 @@ class CDAL:
         u: Tensor,
         draw: Draw,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(the generator's terms with `loss`, each (B,); the pair that `discriminator_losses` gets).
+        """The generator's training loss: (terms with `loss`, each (B,); the pair for `discriminator_losses`).
 
         image (B, C, *S), mask (B, *S) in 0 .. K - 1, u (B,) uniform in [0, 1), from which t follows. The
         discriminator is called bare; the caller freezes it.
@@ -443,7 +443,8 @@ class CDAL:
     def draw_votes(
         self, net: Generator, votes: int, size: Sequence[int], seed: int, key: str
     ) -> tuple[Tensor, Tensor]:
-        """(noise, z) for `vote`, on the CPU. A vote's noise depends on seed, key and its number alone."""
+        """The random numbers of votes: (noise, z) for `vote`, on the CPU. They depend on seed, key and the
+        number of the vote alone."""
         T = self.num_timesteps
         noise, z = torch.zeros(votes, T, self.num_labels, *size), torch.zeros(votes, T, net.config.latent_dim)
         for v in range(votes if self.config.diffusion else 0):

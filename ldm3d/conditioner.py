@@ -58,7 +58,7 @@ class Part(nn.Module):
 
 
 class ClassPart(Part):
-    """(B,) class -> embedding. The last row of the table is the null."""
+    """A class (B,) -> embedding: a row of a table, whose last row is the null."""
 
     def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
@@ -70,7 +70,7 @@ class ClassPart(Part):
 
 
 class NumberPart(Part):
-    """(B, n) numbers -> embedding of (value - mean) / std."""
+    """Numbers (B, n) -> embedding of (value - mean) / std."""
 
     def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
@@ -157,7 +157,7 @@ def fill(value: Tensor, null: Tensor) -> Tensor:
 
 
 class ChannelPart(Part):
-    """(B, C, *s) -> the same as input channels; a blank sample is one learned constant per channel."""
+    """A latent (B, C, *s) -> the same as input channels; blank: one learned constant per channel."""
 
     def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
@@ -169,7 +169,7 @@ class ChannelPart(Part):
 
 
 class TokenPart(Part):
-    """(B, C, *s) -> context tokens W [latent, position] + b, one a latent voxel, and positions as channels.
+    """A latent (B, C, *s) -> context tokens W [latent, position] + b, one a voxel, and positions as channels.
 
     A voxel of x_t that does not know its own position cannot look for the token of the same position. So the
     positions also enter as channels beside x_t.

@@ -382,7 +382,7 @@ def hide(value: Tensor, hidden: Tensor) -> Tensor:
 
 
 def absent(value: Tensor) -> Tensor:
-    """(B,) bool: the samples whose value is blank."""
+    """Which samples have a blank value, (B,) bool."""
     gone = value.isnan() if value.is_floating_point() else value < 0
     return gone.flatten(1).all(1) if value.ndim > 1 else gone
 

@@ -138,7 +138,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 def posterior_coefficients(
     cumprod: Coefficient, cumprod_next: Coefficient
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
-    """(on x_start, on x_t, variance) of q(x_next given x_start, x_t), Ho (6), (7).
+    """The posterior q(x_next given x_start, x_t) as (factor on x_start, on x_t, variance), Ho (6), (7).
 
     cumprod and cumprod_next are alphas_cumprod at t and at any cleaner t_next, not only at t - 1.
     """
@@ -167,7 +167,7 @@ def make_prediction(
 def solve_prediction(
     kind: Prediction, pred: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> tuple[Tensor, Tensor]:
-    """(x_start, noise) that agree with x_t and with the network's output pred.
+    """What the network's output pred says of x_start and noise, given x_t: (x_start, noise).
 
     Two linear equations, solved by Cramer's rule:
         pred = c noise + d x_start
@@ -403,7 +403,7 @@ class DiffusionKernel:
         return shift_time(t, self.flow_shift(size)).to(u.dtype)
 
     def to_network_time(self, t: Tensor) -> Tensor:
-        """(B,) float on the scale 0..T, for both processes."""
+        """The time t (B,) as the network receives it: float on the scale 0..T, for both processes."""
         return t.float() if self.process == "vp" else t * self.num_timesteps
 
     # Adding noise
@@ -417,7 +417,7 @@ class DiffusionKernel:
         return _per_sample(alpha, like), _per_sample(sigma, like)
 
     def signal_share(self, t: Tensor) -> Tensor:
-        """(B,) float64: alpha_t^2 / (alpha_t^2 + sigma_t^2), from 1 = clean to 0 = noise alone."""
+        """The part of x_t that is signal, (B,) float64: alpha_t^2 / (alpha_t^2 + sigma_t^2); 0 = noise."""
         alpha, sigma = (v.flatten() for v in self.coefficients(t, torch.empty(1, dtype=torch.float64)))
         return alpha.square() / (alpha.square() + sigma.square())
 
@@ -454,7 +454,7 @@ class DiffusionKernel:
         return make_prediction(self.config.prediction, x_start, noise, *self.coefficients(t, x_start))
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """(B,) float64: the weight of a sample's error; 1, or min-SNR-gamma. Hang, section 3.4.
+        """The weight of a sample's error, (B,) float64: 1, or min-SNR-gamma (Hang, section 3.4).
 
         Min-SNR weighs the squared error of x_start by min(snr, gamma), snr = alpha_t^2 / sigma_t^2, so that
         the nearly clean times, where snr is huge, do not outweigh the others. An error of eps is sqrt(snr)
@@ -468,7 +468,7 @@ class DiffusionKernel:
         return snr.clamp(max=gamma) / {"x_start": 1, "eps": snr, "v": snr + 1}[self.config.prediction]
 
     def loss_of(self, pred: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """(B,) weighted loss of a prediction made at q_sample(x_start, t, noise), mean over elements."""
+        """The weighted loss (B,) of a prediction at q_sample(x_start, t, noise), mean over elements."""
         error = pred.to(_precision(x_start)) - self.target(x_start, t, noise)
         error = error.abs() if self.config.loss == "l1" else error.square()
         return error.flatten(1).mean(1) * self.loss_weight(t).to(error)
@@ -476,7 +476,7 @@ class DiffusionKernel:
     def losses(
         self, model: Callable[..., Tensor], x_start: Tensor, t: Tensor, noise: Tensor, **model_kwargs
     ) -> Tensor:
-        """(B,) weighted loss per sample; model(x_t, time (B,) on 0..T, **model_kwargs) -> prediction."""
+        """The training loss (B,) of model(x_t, time (B,) on 0..T, **model_kwargs) -> prediction."""
         time = self.to_network_time(t).to(x_start.device)
         return self.loss_of(model(self.q_sample(x_start, t, noise), time, **model_kwargs), x_start, t, noise)
 

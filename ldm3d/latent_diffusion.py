@@ -109,7 +109,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C_z, *s) of a volume of the training size."""
+        """The shape (C_z, *s) of the latent of a volume of the training size."""
         return self.autoencoder.latent_shape(self.spec.size)
 
     @property
@@ -144,7 +144,7 @@ class LatentDiffusion(nn.Module):
     # Training
 
     def draw(self, mean: Tensor, logvar: Tensor, z_noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(z (B, C_z, *s), t (B,)): z_noise draws z from the posterior, u (B,) in [0, 1) sets the time."""
+        """Training samples: (z (B, C_z, *s) from the posterior by z_noise, t (B,) from u (B,) in [0, 1))."""
         z = self.normalise(mean + torch.exp(0.5 * logvar) * z_noise)
         return z, self.kernel.t_from_uniform(u, z.shape[2:])
 

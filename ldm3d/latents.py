@@ -170,7 +170,7 @@ class LatentDataset(Dataset):
 
 
 def latent_statistics(tables: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """(latent_mean, latent_std), each (C_z,): mean and standard deviation of z over all cached cases.
+    """Mean and standard deviation of z over all cached cases: (latent_mean, latent_std), each (C_z,).
 
     z is random, z = mean + exp(logvar / 2) z_noise, but nothing is drawn here: by the law of total variance
 

@@ -54,13 +54,13 @@ AdversarialKind = Literal["hinge", "lsgan", "non_saturating"]
 
 
 def reconstruction_loss(recon: Tensor, x: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
-    """(B,) mean absolute or squared difference of recon and x, both (B, C, *S)."""
+    """Mean absolute or squared difference of recon and x (B, C, *S): (B,)."""
     error = _full_precision(recon) - _full_precision(x)
     return (error.abs() if kind == "l1" else error.square()).flatten(1).mean(1)
 
 
 def kl_per_element(mean: Tensor, logvar: Tensor, free_bits: float = 0.0) -> Tensor:
-    """(B,) KL of the posterior to the standard normal, in nats per latent element; inputs (B, C_z, *s).
+    """KL of the posterior to the standard normal, in nats per latent element: (B,) from (B, C_z, *s).
 
     free_bits: the least that a channel of a sample costs, in nats per element. A channel below this floor
     pays the floor and has no gradient, so that the KL cannot switch off a channel that carries little.
@@ -71,7 +71,7 @@ def kl_per_element(mean: Tensor, logvar: Tensor, free_bits: float = 0.0) -> Tens
 
 
 def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
-    """(B,) mean absolute difference of the gradients of recon and x (B, C, *S), over axes and scales.
+    """Mean absolute difference of the gradients of recon and x (B, C, *S), over axes and scales: (B,).
 
     The gradient is the difference of neighbouring voxels. Each further scale averages pairs of voxels along
     all axes that are at least 4 long; there are fewer scales where no axis is. An axis of length 1 has no
@@ -92,7 +92,7 @@ def gradient_loss(recon: Tensor, x: Tensor, num_scales: int = 3) -> Tensor:
 
 
 def cross_entropy_loss(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """(B,) cross-entropy of logits (B, K, *S) and mask (B, *S) int64, mean over voxels.
+    """Cross-entropy of logits (B, K, *S) and mask (B, *S) int64, mean over voxels: (B,).
 
     weight (B, *S) multiplies the loss of every voxel before the mean.
     """
@@ -102,7 +102,7 @@ def cross_entropy_loss(logits: Tensor, mask: Tensor, weight: Tensor | None = Non
 
 
 def dice_loss(probability: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """(B,) soft Dice loss of probability (B, K, *S) and one-hot target (B, K, *S), without label 0.
+    """Soft Dice loss of probability (B, K, *S) and one-hot target (B, K, *S), without label 0: (B,).
 
     weight (B, *S) multiplies every voxel in the sums.
     """
@@ -127,7 +127,7 @@ def _full_precision(x: Tensor) -> Tensor:
 def discriminator_loss(
     logits_real: Sequence[Tensor], logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge"
 ) -> Tensor:
-    """(B,) what the discriminator minimises; logits (B, 1, *patches), one tensor per scale."""
+    """What the discriminator minimises, (B,); logits (B, 1, *patches), one tensor per scale."""
     if kind == "hinge":
         real = _patch_mean(logits_real, lambda r: F.relu(1 - r))
         return real + _patch_mean(logits_fake, lambda f: F.relu(1 + f))
@@ -138,7 +138,7 @@ def discriminator_loss(
 
 
 def generator_loss(logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge") -> Tensor:
-    """(B,) what the autoencoder minimises; logits of its reconstructions, one tensor per scale."""
+    """What the autoencoder minimises, (B,); logits of its reconstructions, one tensor per scale."""
     if kind == "hinge":
         return -_patch_mean(logits_fake, lambda f: f)
     if kind == "lsgan":
@@ -149,14 +149,14 @@ def generator_loss(logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge
 def disc_accuracy(
     logits_real: Sequence[Tensor], logits_fake: Sequence[Tensor], kind: AdversarialKind = "hinge"
 ) -> Tensor:
-    """(B,) share of patches that are judged rightly: 1/2 by chance, 1 when the discriminator has won."""
+    """Share of patches that are judged rightly, (B,): 1/2 by chance, 1 when the discriminator has won."""
     middle = 0.5 if kind == "lsgan" else 0.0
     real = _patch_mean(logits_real, lambda r: (r > middle).float())
     return (real + _patch_mean(logits_fake, lambda f: (f <= middle).float())) / 2
 
 
 def r1_penalty(logits_real: Sequence[Tensor], x: Tensor) -> Tensor:
-    """(B,) R1 at real images x: how steeply the discriminator's logits change with the image.
+    """R1 at real images x, (B,): how steeply the discriminator's logits change with the image.
 
     logits_real must have been computed from x, and x must require a gradient. The result can be
     differentiated again.
@@ -169,7 +169,7 @@ def r1_penalty(logits_real: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def feature_matching_loss(features_fake: Sequence[Tensor], features_real: Sequence[Tensor]) -> Tensor:
-    """(B,) mean absolute difference of a discriminator's hidden maps; real ones receive no gradient."""
+    """Mean absolute difference of a discriminator's hidden maps, (B,); real ones receive no gradient."""
     pairs = zip(features_fake, features_real, strict=True)
     return _map_mean([(_full_precision(a) - _full_precision(b.detach())).abs() for a, b in pairs])
 
@@ -190,12 +190,12 @@ def adaptive_weight(
 
 
 def _patch_mean(logits: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """(B,) loss(logits), averaged over the patches of a scale, then over scales."""
+    """Mean of loss(logits) over the patches of a scale, then over scales: (B,)."""
     return _map_mean([loss(_full_precision(v)) for v in logits])
 
 
 def _map_mean(maps: Sequence[Tensor]) -> Tensor:
-    """(B,) mean over the elements of each map, then over maps."""
+    """Mean over the elements of each map, then over maps: (B,)."""
     return torch.stack([v.flatten(1).mean(1) for v in maps]).mean(0)
 
 
@@ -288,7 +288,7 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, recon: Tensor, x: Tensor, draws: Sequence[torch.Generator] = ()) -> Tensor:
-        """(B,) distance of recon and x (B, C, *S), both in [-1, 1].
+        """Distance of recon and x (B, C, *S), both in [-1, 1]: (B,).
 
         draws: one CPU generator a sample, which chooses the slices of a volume; images need none.
         """
@@ -305,7 +305,7 @@ class PerceptualLoss(nn.Module):
         return torch.stack(planes).mean(0)
 
     def distance(self, recon: Tensor, x: Tensor, colours: bool) -> Tensor:
-        """(B,) distance of images (B, C, H, W); C is 3 where they have `colours`."""
+        """Distance of images (B, C, H, W), where C is 3 if they have `colours`: (B,)."""
         num = len(x)
         if not colours:
             recon, x = (y.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) for y in (recon, x))

@@ -49,7 +49,7 @@ def _check(x: Tensor, y: Tensor) -> None:
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float) -> Tensor:
-    """(B,) peak signal-to-noise ratio (dB) of x and y (B, C, *S); inf where they are equal.
+    """Peak signal-to-noise ratio of x and y (B, C, *S) in dB: (B,), inf where they are equal.
 
     data_range: largest minus smallest possible intensity, 2 for [-1, 1].
     """
@@ -97,7 +97,7 @@ def _ssim_terms(x: Tensor, y: Tensor, data_range: float, window: int) -> tuple[T
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float, window: int = 7) -> Tensor:
-    """(B,) structural similarity of x and y (B, C, *S), mean over channels.
+    """Structural similarity of x and y (B, C, *S), mean over channels: (B,).
 
     window: an odd number of voxels; along a shorter axis the largest odd number that fits.
     """
@@ -124,7 +124,7 @@ def ms_ssim_weights(size: Sequence[int], window: int = 7) -> tuple[float, ...]:
 def ms_ssim(
     x: Tensor, y: Tensor, data_range: float, window: int = 7, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """(B,) multi-scale structural similarity of x and y (B, C, *S), mean over channels; computed in `dtype`.
+    """Multi-scale structural similarity of x and y (B, C, *S), mean over channels: (B,), computed in `dtype`.
 
     Every scale has half the resolution of the scale before. 1 - ms_ssim(recon, x, 2.0, dtype=torch.float32)
     is a loss. A scale where recon and x have nothing in common gives no gradient.
@@ -154,25 +154,25 @@ def _overlap(pred: Tensor, target: Tensor, num_labels: int) -> tuple[Tensor, Ten
 
 
 def dice(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) Dice of label maps (B, *S), without background; nan where neither has the label."""
+    """Dice of label maps (B, *S): (B, num_labels - 1), without background; nan if neither has the label."""
     both, num_pred, num_target = _overlap(pred, target, num_labels)
     return 2 * both / (num_pred + num_target)
 
 
 def precision(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) share of a label's voxels in `pred` that are right; nan where `pred` has none."""
+    """Share of a label's voxels in `pred` that are right: (B, num_labels - 1); nan where `pred` has none."""
     both, num_pred, _ = _overlap(pred, target, num_labels)
     return both / num_pred
 
 
 def sensitivity(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) share of a label's voxels in `target` that are found; nan if there are none."""
+    """Share of a label's voxels in `target` that are found: (B, num_labels - 1); nan if there are none."""
     both, _, num_target = _overlap(pred, target, num_labels)
     return both / num_target
 
 
 def iou(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
-    """(B, num_labels - 1) IoU of label maps (B, *S), without background; nan where neither has the label."""
+    """IoU of label maps (B, *S): (B, num_labels - 1), without background; nan where neither has the label."""
     both, num_pred, num_target = _overlap(pred, target, num_labels)
     return both / (num_pred + num_target - both)
 
@@ -195,7 +195,7 @@ def surface(mask: Tensor) -> Tensor:
 
 
 def nearest_distances(of: Tensor, to: Tensor, spacing: Sequence[float]) -> Tensor:
-    """(n,) exact distances in mm from every voxel of the mask `of` to the nearest voxel of the mask `to`.
+    """Exact distances (n,) in mm from every voxel of the mask `of` to the nearest voxel of the mask `to`.
 
     Both are boolean masks (*S) with 2 or 3 axes. All distances are inf if `to` is empty.
 
@@ -236,7 +236,7 @@ def _spread(squares: Tensor, s: float) -> Tensor:
 
 
 def hd95(pred: Tensor, target: Tensor, num_labels: int, spacing: Sequence[float]) -> Tensor:
-    """(B, num_labels - 1) HD95 in mm of label maps (B, *S), computed on the CPU, without background 0.
+    """HD95 of label maps (B, *S) in mm: (B, num_labels - 1), without background 0, computed on the CPU.
 
     nan where neither map has the label, inf where only one has it. spacing: mm along each axis.
     """
@@ -293,7 +293,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(N, M) values k(x_i, y_j) of features (N, F) and (M, F)."""
+    """The kernel k(x_i, y_j) of the kernel distance: (N, M) values from features (N, F) and (M, F)."""
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
 
@@ -342,7 +342,7 @@ def histogram_distance(p: Tensor, q: Tensor, width: float) -> float:
 
 
 def power_spectrum(x: Tensor, bins: int) -> Tensor:
-    """(C, bins) power in dB of x (C, *S) in shells of equal width, from frequency 0 to 1/2 cycle per voxel.
+    """Power of x (C, *S) in shells of equal width, from frequency 0 to 1/2 cycle per voxel: (C, bins) in dB.
 
     The mean of x is subtracted and the borders are faded out (Hann window), because mean and borders would
     leak into other shells. White noise of standard deviation s has a power of 20 log10 s in every shell.

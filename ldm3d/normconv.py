@@ -159,10 +159,10 @@ def group_mean(values: Tensor, groups: int) -> Tensor:
 
 
 def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / std) of each channel's group, both (B, 1, 1, C), of channels-last x (B, C, *S).
+    """What group norm needs to know of channels-last x (B, C, *S): (mean, 1 / std) of each channel's group.
 
     Differences to the first voxel are summed, and the sums of planes are added in float64, so that a large
-    mean costs no precision. The result is in fp32, or in float64 for float64 x.
+    mean costs no precision. Both results are (B, 1, 1, C), in fp32, or in float64 for float64 x.
     """
     dtype, n = torch.promote_types(x.dtype, torch.float32), x[0, 0].numel()
     origin = x.flatten(2)[:, None, None, :, 0].to(dtype)  # (B, 1, 1, C)

@@ -163,7 +163,7 @@ class Autoencoder(nn.Module):
         return self.config.downsampling
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """(C_z, *s), the shape of the latent of one image of `size` voxels."""
+        """The shape (C_z, *s) of the latent of one image of `size` voxels."""
         latent_size = (math.ceil(n / f) for n, f in zip(size, self.downsampling, strict=True))
         return (self.config.latent_channels, *latent_size)
 
@@ -201,7 +201,10 @@ class AutoencoderKL(Autoencoder):
         return Posterior.from_moments(moments)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
-        """(recon, posterior) with recon = decode(mean + std * noise); without noise, decode(mean)."""
+        """Image to latent and back: (recon, posterior) with recon = decode(mean + std * noise).
+
+        Without noise, recon = decode(mean).
+        """
         posterior = self.encode(x)
         z = posterior.mode() if noise is None else posterior.sample(noise)
         return self.decode(z, x.shape[2:]), posterior

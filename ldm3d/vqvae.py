@@ -134,7 +134,7 @@ class QuantizerConfig:
 
 
 def quantizer_loss(quantized: Quantized, config: QuantizerConfig) -> Tensor:
-    """(B,) what is added to the reconstruction loss."""
+    """What a codebook adds to the reconstruction loss, (B,)."""
     return quantized.codebook_loss + config.commitment_weight * quantized.commitment_loss
 
 
@@ -168,7 +168,7 @@ class VectorQuantizer(nn.Module):
             return F.embedding(indices, self.codebook).movedim(-1, 1), indices
 
     def usage(self, z: Tensor) -> Tensor:
-        """(K,) how many vectors of z (B, C_z, *s) each code serves."""
+        """How many vectors of z (B, C_z, *s) each code serves, (K,)."""
         return torch.bincount(self.quantise(z)[1].flatten(), minlength=len(self.codebook))
 
     def forward(self, z: Tensor) -> Quantized:
@@ -247,7 +247,7 @@ class VQVAE(Autoencoder):
         return super().decode(self.quantizer.quantise(z)[0], size)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
-        """(recon, quantized): all that the loss and `quantizer.update` need.
+        """Image to codes and back: (recon, quantized), all that the loss and `quantizer.update` need.
 
         `noise` is not used, since the posterior has no width. The argument is there so that a training loop
         can call both kinds of autoencoder alike.

@@ -52,7 +52,7 @@ def crop_or_pad(volume: Volume, start: tuple[int, ...], size: tuple[int, ...]) -
 def resampled_grid(
     shape: tuple[int, ...], affine: np.ndarray, spacing: tuple[float, ...]
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """(shape, affine) of the same field of view on voxels of `spacing` mm.
+    """The same field of view on voxels of `spacing` mm, as (shape, affine).
 
     An axis gets max(1, round(extent / spacing)) voxels. Spacing and the outer corner of the first voxel are
     exact, so that the far end may move by half a new voxel.

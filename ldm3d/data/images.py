@@ -38,7 +38,7 @@ def own_images(folder: Path) -> str | None:
 
 
 def locate(location: str | Path) -> tuple[Path, str | None]:
-    """(root, pattern of the images below it) of a glob, "FOLDER/*/t1.nii.gz". A folder has no pattern."""
+    """A glob, "FOLDER/*/t1.nii.gz", as (root, pattern of the images below it). A folder has no pattern."""
     path = Path(location).expanduser()
     if path.is_dir():
         return path, None

@@ -40,7 +40,7 @@ def _new_spacing(
 def training_grid(
     header: Header, config: DataConfig
 ) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray]:
-    """(shape, spacing in mm, affine) of what `load_role` will return, from the header alone."""
+    """The grid that `load_role` will return, from the header alone: (shape, spacing in mm, affine)."""
     spacing = _new_spacing(header.shape, header.spacing, config)
     if spacing is None:
         return header.shape, header.spacing, header.affine

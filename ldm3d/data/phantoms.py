@@ -184,7 +184,7 @@ def _lesion(
 def _paint(
     p: list[np.ndarray], axes: list[np.ndarray], rng: np.random.Generator, voxel: float, plane: float
 ) -> Pair:
-    """(tissue weights (num_tissues, X, Y, Z) summing to at most 1, label map)."""
+    """Paint all shapes: (tissue weights (num_tissues, X, Y, Z), whose sum is at most 1; mask)."""
     radii = np.array([66.0, 82.0, 58.0]) * rng.uniform(0.94, 1.05, 3)
     cavity = _ellipsoid(p, (0, 0, 0), tuple(radii + 3))
     low = _ellipsoid(p, (0, -30, -42), (48, 40, 30))  # the skull around the cerebellum

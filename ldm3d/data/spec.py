@@ -55,7 +55,7 @@ class DataSpec:
         return self.scaling in ("percentile", "window")
 
     def numbers(self, info: CaseInfo | None, role: str = "image") -> tuple[tuple[float, ...], ...]:
-        """(low, high) to scale a case with: its own, or for scaling "dataset" those of the training set.
+        """The (low, high) to scale a case with: its own, or for scaling "dataset" those of the training set.
 
         info None: there is no case, such as for a sample; the numbers are those of the training set.
         """
@@ -114,7 +114,7 @@ def make_spec(
 
 
 def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(low, high) of the training set from the (low, high) of its cases, per channel.
+    """The scaling numbers of the training set, (low, high) per channel, from those of its cases.
 
     The medians; for scaling "dataset" mean - std and mean + std of all voxels, every case with the same
     weight:

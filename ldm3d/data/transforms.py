@@ -49,7 +49,7 @@ def _foreground(values: np.ndarray) -> np.ndarray:
 def scaling_numbers(
     values: np.ndarray, kind: str, percentiles: tuple[float, float], window: tuple[float, float]
 ) -> tuple[float, float]:
-    """(low, high) of one channel: the values that become -1 and 1. Equal if the channel is constant."""
+    """The values of one channel that become -1 and 1: (low, high). Equal if the channel is constant."""
     if kind == "none":
         return -1.0, 1.0
     if kind == "window":

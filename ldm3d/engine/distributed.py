@@ -240,7 +240,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
 
 
 def explain(e: Exception) -> tuple[str, int]:
-    """(message, exit code) for an exception: one line where the user can act, else the traceback."""
+    """What to print for an exception: (one line where the user can act, else the traceback; exit code)."""
     first = (str(e).splitlines() or [""])[0]
     if isinstance(e, InputError):
         return f"error: {e}", EXIT_USER

@@ -118,7 +118,7 @@ class ImageSearch:
         return x / x.norm().clamp(min=1e-12)
 
     def correlations(self, x: Tensor, flips: list[tuple[int, ...]]) -> tuple[Tensor, list[tuple]]:
-        """(greatest correlation with each training case (N,), [(flipped axes, shift in voxels)] of each).
+        """Compare x with all training cases: (greatest correlation (N,), [(flipped axes, shift in voxels)]).
 
         A copy is the shifted training case: x'(p) = y(p - shift), where x' is the flipped x.
         """
@@ -159,7 +159,7 @@ def aligned(y: Tensor, flips: tuple[int, ...], shift: tuple[int, ...]) -> Tensor
 
 
 def nearness(distances: Tensor) -> tuple[float, int, float]:
-    """(r, index of the nearest training case, its distance), from the distances (N,) to all of them."""
+    """The nearest training case by the distances (N,) to all of them: (r, its index, its distance)."""
     ordered, order = distances.double().clamp(min=0).sort()
     usual = ordered[ordered.isfinite()][:NEAREST].mean().clamp(min=1e-12)
     return (ordered[0] / usual).item(), int(order[0]), ordered[0].item()

@@ -78,7 +78,7 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
 
 
 def positions(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """(n, dims) positions of the voxels of a mask, mm."""
+    """Where the voxels of a mask lie, (n, dims) mm."""
     return np.argwhere(mask) * np.asarray(spacing, dtype=np.float64)
 
 

@@ -107,7 +107,7 @@ def named_files(location: str, key: str) -> dict[str, Path]:
 
 
 def pair_files(locations: dict[str, str]) -> dict[str, dict[str, Path]]:
-    """{role: folder or glob} -> {name: {role: file}}. InputError if a file lacks a partner."""
+    """Pair files by name: {role: folder or glob} -> {name: {role: file}}; every file must have a partner."""
     roles = {role: named_files(location, role) for role, location in locations.items()}
     for files in roles.values():
         for other, partners in roles.items():
@@ -121,7 +121,7 @@ def pair_files(locations: dict[str, str]) -> dict[str, dict[str, Path]]:
 
 
 def read_pair(files: dict[str, Path], config: PairsConfig) -> dict[str, Volume]:
-    """{role: volume} of a pair, masks and labels as integers; InputError if shapes or spacings differ."""
+    """Read a pair: {role: volume}, masks as integers. InputError if shapes or spacings differ."""
     found, target = {}, files["target"]
     for role, path in files.items():
         whole = config.labels or "masks" in role
@@ -194,7 +194,7 @@ def overlap(pred: np.ndarray, target: np.ndarray, labels: Sequence[int] = (1,)) 
 def compare_pair(
     volumes: dict[str, Volume], config: PairsConfig, data_range: float, network: Extractor | None
 ) -> tuple[dict[str, float], np.ndarray]:
-    """(scores of one pair of images, the generated array (C, *S) as it was compared)."""
+    """Score one pair of images: (scores, the generated array (C, *S) after alignment)."""
     target, spacing = volumes["target"].array, volumes["target"].spacing
     generated = volumes["generated"].array
     threshold = config.threshold if config.threshold is not None else otsu_threshold(target[0])
@@ -298,7 +298,7 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
 
 
 def _range_of(pairs: dict[str, dict[str, Path]], config: PairsConfig) -> tuple[float | None, list[int]]:
-    """(range of intensities: the setting, or that of all targets; labels that occur, if these are maps)."""
+    """(The range of intensities, by the setting or over all targets; the labels that occur in label maps)."""
     if config.data_range is not None:
         return config.data_range, []
     low, high, labels = math.inf, -math.inf, {0}

@@ -294,7 +294,7 @@ def _bounds(name: str) -> tuple[float, float]:
 def real_halves(
     measured: Measured, first: int, width: float, config: SetsConfig
 ) -> tuple[dict[str, float], tuple[int, int]]:
-    """({name: figure of random real cases against all other real cases}, (number of these, of the others)).
+    """What real cases get against real cases: ({name: figure}, (number of random cases, of all others)).
 
     first: number of generated cases; rows from there on are real. The random cases are as many as are
     generated, but at most half, since figures depend on the number of cases. Means over HALVINGS draws; {} if

@@ -37,7 +37,7 @@ def bootstrap_interval(values: np.ndarray, resamples: int, seed: int = 0) -> tup
 def half_sample_intervals(
     statistic: Callable[..., dict[str, float]], counts: Sequence[int], resamples: int, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """{name: {"value", "low", "high"}}: figures of whole sets with 95 % intervals from half-samples.
+    """Figures of whole sets with 95 % intervals from half-samples: {name: {"value", "low", "high"}}.
 
     statistic: gets, for each set, the indices of the chosen cases; returns {name: value}. counts: cases in
     each set. Intervals are nan if a set has fewer than four cases.
@@ -147,7 +147,7 @@ def auc_interval(
 
 
 def _steps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(all values (n + m,) ascending, difference of the two distribution functions at each of them)."""
+    """All values (n + m,), ascending, and the difference of the two distribution functions at each value."""
     values = np.sort(np.concatenate([a, b]))
     share_a, share_b = (np.searchsorted(np.sort(v), values, side="right") / len(v) for v in (a, b))
     return values, share_a - share_b

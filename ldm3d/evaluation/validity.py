@@ -40,7 +40,7 @@ from .statistics import ks_distance, wasserstein_distance
 
 
 def label_shapes(masks: Iterable[np.ndarray], spacing: Sequence[float], num_labels: int) -> np.ndarray:
-    """(N, K - 1, 2 + dims): what every label but the background looks like in N label maps (*S).
+    """How large and where every label but the background is in N label maps (*S): (N, K - 1, 2 + dims).
 
     The last axis holds the volume (mm^3; mm^2 in 2-D), the number of connected components, and the centroid
     (mm from the middle of the map, one number per axis; nan where the label is missing).
@@ -105,7 +105,7 @@ def write_cases(folder: Path, cases: Iterable[PairedFile]) -> Path:
 def train_on_synthetic(
     real: list[PairedFile], samples: Path, fit: Callable[[str, list[PairedFile]], Any]
 ) -> dict[str, Any]:
-    """{"generated", "real", "both": fit(name, cases)}: a network for each kind of training cases.
+    """Train a network on each kind of cases: {"generated", "real", "both": fit(name, cases)}.
 
     real: training and validation cases. samples: folder of generated images with labels/. fit: trains a
     network from cases and returns its score on real test cases, such as `dice_of_labels`. Real cases alone

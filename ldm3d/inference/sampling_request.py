@@ -116,8 +116,10 @@ def read_request(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: 
 
 
 def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
-    """("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}. key: the setting that errors
-    name."""
+    """Words NAME=VALUE as a dict: ("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}.
+
+    key: the setting that errors name.
+    """
     values: dict[str, str] = {}
     for word in words:
         name, mark, value = word.partition("=")

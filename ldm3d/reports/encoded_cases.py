@@ -69,7 +69,7 @@ def file_key(path: Path) -> str:
 def encode_cases(
     autoencoder: Autoencoder, data: VolumeDataset, folder: Path, device: torch.device, amp: str
 ) -> list[Arrays]:
-    """{"mean": (C_z, *s) float32, "picture": (h, w) uint8} of every case. The ranks share the work."""
+    """Encode every case, on all ranks: {"mean": (C_z, *s) float32, "picture": (h, w) uint8} of each."""
 
     def encode(index: int) -> Arrays:
         item = data[index, index]

@@ -47,7 +47,7 @@ def folded(title: str, body: str) -> str:
 
 
 def tables_of(content: dict[str, Any], title: str = "") -> tuple[str, dict[str, Any]]:
-    """(HTML of all nested objects of a JSON object, the values that are not objects).
+    """A JSON object as tables: (HTML of all nested objects, the values that are not objects).
 
     An object of flat objects, such as {"psnr": {"mean": 25.0, "low": 24.5}, "ssim": {...}}, becomes one table
     with a line for each. A table of more than LONG lines is folded.

@@ -108,9 +108,9 @@ def check_method(method: str) -> None:
 
 
 def make_map(scores: Tensor, num_first: int, config: LatentsConfig) -> tuple[Tensor, dict[str, Any]]:
-    """(positions (N, 2) in the map, the settings that were used) from principal scores (N, K).
+    """Place the cases in a plane by their principal scores (N, K): (positions (N, 2), the settings used).
 
-    The map is made of the first `num_first` cases; all others are placed in it afterwards.
+    The first `num_first` cases decide the map; all others are placed in it afterwards.
     """
     first, others = scores[:num_first].numpy(), scores[num_first:]
     if config.method == "tsne":

@@ -95,7 +95,7 @@ def volume_for_viewer(path: Path, dims: int) -> dict[str, Any]:
 
 
 def side_by_side(array: np.ndarray) -> tuple[np.ndarray, int]:
-    """(a volume (C, *S) uint8 as one picture, number of slices in a row of the picture)."""
+    """A volume (C, *S) uint8 as one picture: (picture, number of slices in a row of the picture)."""
     if array.ndim == 3:
         return (array[0] if len(array) == 1 else array.transpose(1, 2, 0)), 1
     slices = array[0].transpose(2, 1, 0)  # (K, J, I)

@@ -68,14 +68,14 @@ def pca(gram: Tensor, num_first: int, num: int) -> tuple[Tensor, Tensor]:
 
 
 def distances(gram: Tensor) -> Tensor:
-    """(N, N), the root mean square difference of each two cases."""
+    """The root mean square difference of each two cases, (N, N)."""
     own = gram.diagonal()
     squares = (own[:, None] + own - 2 * gram).clamp(min=0)
     return squares.fill_diagonal_(0).sqrt()
 
 
 def to_centre(gram: Tensor, members: Tensor) -> Tensor:
-    """(N,), the distance of every case to the mean of some cases. members: mask (N,) of these cases."""
+    """The distance of every case to the mean of some cases, (N,). members: mask (N,) of these cases."""
     inside = gram[members]
     return (gram.diagonal() - 2 * inside.mean(0) + inside[:, members].mean()).clamp(min=0).sqrt()
 

@@ -141,7 +141,7 @@ def on_image(model: LatentDiffusion, weights: Tensor) -> Tensor:
 def attention_on_cases(
     config: RegisterReportConfig, model: LatentDiffusion, dataset: VolumeDataset, folder: Path
 ) -> tuple[AttentionFigures, dict[str, list[np.ndarray]]]:
-    """(figures over the cases of `dataset`, rows of pictures of the first cases).
+    """Measure attention on the cases of `dataset`: (figures, rows of pictures of the first cases).
 
     folder: the folder of the table of cases, from which paths in the table start.
     """
@@ -172,7 +172,7 @@ def attention_on_cases(
 def with_and_without(
     config: RegisterReportConfig, model: LatentDiffusion
 ) -> tuple[float, dict[str, list[np.ndarray]]]:
-    """(root mean square difference, samples) of sampling with and without registers from the same noise.
+    """Sample with and without registers from the same noise: (root mean square difference, samples).
 
     Intensities span a range of 2.
     """
