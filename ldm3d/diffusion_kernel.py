@@ -21,15 +21,15 @@ Where to look
     with what weight          `DiffusionKernel.loss_weight`, applied in `loss_of`
     the samplers              one function each, from `ddpm` to `ab2`, listed in the table SAMPLERS
     adding a sampler          write a function like `ddim` or `euler`, which takes x_t to the cleaner t_next,
-                              and give it a row in SAMPLERS: its process, its grid of times, its network
-                              calls a step. The command line, guidance and editing need no change.
+                              and give it a row in SAMPLERS: its process, its grid of times. The command
+                              line, guidance and editing need no change.
 
 Of two times, t_prev is the noisier one (earlier in sampling) and t_next the cleaner one (later in sampling).
 Left out: learned variances, continuous-time VP, stochastic samplers of flow.
 
 Ho 2020 arXiv:2006.11239; Song 2021 (DDIM) 2010.02502; Nichol & Dhariwal 2021 2102.09672; Salimans & Ho 2022
-2202.00512; Lu 2022 (DPM-Solver++) 2211.01095; Lin 2024 2305.08891; Hang 2023 2303.09556; Liu 2022 2209.03003
-and Lipman 2023 2210.02747 (both with t reversed); Esser 2024 (SD3) 2403.03206.
+2202.00512; Karras 2022 (EDM) 2206.00364; Lu 2022 (DPM-Solver++) 2211.01095; Lin 2024 2305.08891; Hang 2023
+2303.09556; Liu 2022 2209.03003, Lipman 2023 2210.02747 (both with t reversed); Esser 2024 (SD3) 2403.03206.
 """
 
 from __future__ import annotations
@@ -294,10 +294,13 @@ def euler(step: Step, past: Past) -> tuple[Tensor, Past]:
 
 
 def heun(step: Step, past: Past) -> tuple[Tensor, Past]:
-    """Euler's step, then the step again with the mean of the velocities at both of its ends: second order."""
+    """Euler's step, then the step again with the mean of the velocities at both of its ends: second order.
+
+    The step to t = 0 is Euler's alone (Karras, Algorithm 1). Without noise in its training data there, a
+    network cannot see what noise x_t still has, and the correction would put half of it back.
+    """
     dt, velocity = step.t_next - step.t, step.velocity(step.x_t, step.t)
-    # At t = 0, x_t is x_start whatever the noise: a network that predicts x_start has no velocity there
-    if step.t_next > 0 or step.kernel.config.prediction != "x_start":
+    if step.t_next > 0:
         velocity = (velocity + step.velocity(step.x_t + dt * velocity, step.t_next)) / 2
     return step.x_t + dt * velocity, None
 
@@ -351,7 +354,7 @@ class Sampler:
     process: Process
     step: Callable[[Step, Past], tuple[Tensor, Past]]  # -> (x at t_next, what the next step gets as past)
     times: Callable[[DiffusionKernel, int, Sequence[int]], list[float]]  # (kernel, steps, size) -> grid
-    calls: int = 1  # of the network, in each step
+    corrects: bool = False  # asks the network at the end of each step too, but not at the clean end
     fresh_noise: Literal["no", "yes", "eta"] = "no"  # eta: as much as the setting of that name says
 
 
@@ -360,7 +363,7 @@ SAMPLERS = {
     "ddim": Sampler("vp", ddim, trailing_times, fresh_noise="eta"),
     "dpmpp": Sampler("vp", dpmpp, log_snr_times),
     "euler": Sampler("flow", euler, shifted_times),
-    "heun": Sampler("flow", heun, shifted_times, calls=2),
+    "heun": Sampler("flow", heun, shifted_times, corrects=True),
     "ab2": Sampler("flow", ab2, shifted_times),
 }
 
@@ -523,9 +526,12 @@ class DiffusionKernel:
         return times
 
     def num_network_calls(self, sampler: str, steps: int | Sequence[float]) -> int:
-        """Calls of the network in `sample`. dpmpp may visit fewer times than steps."""
-        calls = len(self.sampling_times(sampler, steps, size=(1,))) * SAMPLERS[sampler].calls
-        return calls - (sampler == "heun" and self.config.prediction == "x_start")  # its last step is Euler's
+        """Calls of the network in `sample`: one a step, and heun's corrections, one less than its steps.
+
+        dpmpp may visit fewer times than steps.
+        """
+        times = len(self.sampling_times(sampler, steps, size=(1,)))
+        return times + (times - 1 if SAMPLERS[sampler].corrects else 0)
 
     @torch.no_grad()
     def sample(
