@@ -324,15 +324,25 @@ def trailing_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> li
     return [(2 * i * T + num) // (2 * num) - 1 for i in range(num, 0, -1)]  # rounded in integers
 
 
-def log_snr_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
-    """The timesteps nearest to a grid that is even in log(alpha / sigma); duplicates are dropped."""
-    last = kernel.num_timesteps - 1
-    # A last timestep of zero SNR is infinitely far away: its step precedes a grid that starts at T - 2
-    infinite = int(kernel.config.zero_terminal_snr)
-    ends = kernel.half_log_snr[last - infinite], kernel.half_log_snr[0]
-    grid = torch.linspace(*ends, num - infinite, dtype=torch.float64)
-    nearest = (grid[:, None] - kernel.half_log_snr).abs().argmin(1)
-    return sorted({last, *nearest.tolist()}, reverse=True)
+NOISIEST = math.log(1 / 20)  # log(alpha / sigma) below which x_t says next to nothing of x_start
+
+
+def mixed_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
+    """The grid of dpmpp: times between `trailing_times` and a grid even in log(alpha / sigma).
+
+    With many steps, steps of equal length in log(alpha / sigma) are best (Lu, section 4). With three steps
+    they are worse than the trailing ones, because `extrapolate` reaches too far. So the share of the trailing
+    grid is 3 / num. On schedules that end in nearly pure noise an even grid would spend half its steps there:
+    between timesteps 999 and 990 of "cosine" log(alpha / sigma) grows by 5.8. One step goes from the last
+    timestep to NOISIEST, and the even grid begins there. Timesteps are rounded; duplicates are dropped.
+    """
+    last, levels = kernel.num_timesteps - 1, kernel.half_log_snr
+    infinite = int(levels[last] < NOISIEST)
+    even = torch.linspace(max(levels[last].item(), NOISIEST), levels[0], num - infinite, dtype=torch.float64)
+    nearest = [last] * infinite + (even[:, None] - levels).abs().argmin(1).tolist()
+    share = min(1, 3 / num)
+    pairs = zip(trailing_times(kernel, num, size), nearest, strict=True)
+    return sorted({round(share * a + (1 - share) * b) for a, b in pairs}, reverse=True)
 
 
 def shift_time(t: Coefficient, shift: float) -> Coefficient:
@@ -361,7 +371,7 @@ class Sampler:
 SAMPLERS = {
     "ddpm": Sampler("vp", ddpm, trailing_times, fresh_noise="yes"),
     "ddim": Sampler("vp", ddim, trailing_times, fresh_noise="eta"),
-    "dpmpp": Sampler("vp", dpmpp, log_snr_times),
+    "dpmpp": Sampler("vp", dpmpp, mixed_times),
     "euler": Sampler("flow", euler, shifted_times),
     "heun": Sampler("flow", heun, shifted_times, corrects=True),
     "ab2": Sampler("flow", ab2, shifted_times),
