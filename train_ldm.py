@@ -475,6 +475,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         return run
     micro_batch_size = samples_per_forward(config.batch_size, config.micro_batch_size)
 
+    if not run.resumed:
+        config.kernel.check_start()
     source = autoencoder_of(config)
     autoencoder, stage_one = load_autoencoder(source)
     check_settings(config, stage_one)

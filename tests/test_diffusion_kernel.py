@@ -733,6 +733,50 @@ def test_impossible_configurations_are_refused_by_the_name_of_the_key(settings, 
         KernelConfig(**settings)
 
 
+UNTRAINABLE = [
+    ({**VP, "prediction": "eps", "schedule": "cosine"}, r"prediction: got eps, .*alpha_t = 4.9e-05"),
+    ({**VP, "min_snr_gamma": 5.0, "zero_terminal_snr": True}, "min_snr_gamma: got 5, expected none"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), UNTRAINABLE)
+def test_no_run_is_started_whose_network_could_not_begin_sampling(settings, message):
+    config = KernelConfig(**settings)  # a run of before is read, and goes on
+    with pytest.raises(InputError, match=message):
+        config.check_start()
+
+
+@pytest.mark.parametrize(("settings", "message"), UNTRAINABLE)
+def test_the_training_script_refuses_new_runs_alone(settings, message, vae_run, tmp_path, monkeypatch):
+    flags = [word for key, value in settings.items() for word in (f"--kernel.{key}", str(value).lower())]
+    with pytest.raises(InputError, match=message):
+        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 2, *flags))
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as before:
+        before.setattr(KernelConfig, "check_start", lambda self: None)
+        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 2, *flags))
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 4, *flags))
+    assert tiny.lines(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_what_a_new_run_may_have_can_begin_sampling():
+    """An error of 1 % in the network's output stays small with every setting that is not refused."""
+    noise = torch.randn(2000, 1, 1, generator=torch.Generator().manual_seed(0))
+    spread = {}
+    for schedule, clip in (("linear", None), ("scaled_linear", None), ("cosine", None), ("cosine", 2.0)):
+        ends = {"beta_start": 1e-4, "beta_end": 0.02} if schedule == "linear" else {}
+        kernel = make_kernel("eps", schedule=schedule, clip_x_start=clip, **ends)
+        optimal = oracle(kernel)
+        wrong = kernel.sample(lambda x, t: optimal(x, t) + 0.01, noise, 20, "ddim")  # noqa: B023
+        spread[schedule, clip] = wrong.square().mean().sqrt() / DATA_STD
+    assert spread.pop(("cosine", None)) > 5
+    assert max(spread.values()) < 2
+    for prediction in ("v", "x_start"):
+        weights = make_kernel(prediction, min_snr_gamma=5.0).loss_weight(torch.arange(1000))
+        assert weights.min() > 0
+        make_kernel(prediction, schedule="cosine", zero_terminal_snr=True).config.check_start()
+
+
 @pytest.mark.parametrize(
     ("prediction", "steps", "sampler", "eta", "message"),
     [
