@@ -27,9 +27,10 @@ Where to look
 Of two times, t_prev is the noisier one (earlier in sampling) and t_next the cleaner one (later in sampling).
 Left out: learned variances, continuous-time VP, stochastic samplers of flow.
 
-Ho 2020 arXiv:2006.11239; Song 2021 (DDIM) 2010.02502; Nichol & Dhariwal 2021 2102.09672; Salimans & Ho 2022
-2202.00512; Karras 2022 (EDM) 2206.00364; Lu 2022 (DPM-Solver++) 2211.01095; Lin 2024 2305.08891; Hang 2023
-2303.09556; Liu 2022 2209.03003, Lipman 2023 2210.02747 (both with t reversed); Esser 2024 (SD3) 2403.03206.
+Ho 2020 arXiv:2006.11239; Rombach 2022 2112.10752; Song 2021 (DDIM) 2010.02502; Nichol & Dhariwal 2021
+2102.09672; Salimans & Ho 2022 2202.00512; Karras 2022 (EDM) 2206.00364; Lu 2022 (DPM-Solver++) 2211.01095;
+Lin 2024 2305.08891; Hang 2023 2303.09556; Liu 2022 2209.03003 and Lipman 2023 2210.02747 (both with t
+reversed); Esser 2024 (SD3) 2403.03206.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class KernelConfig:
     num_timesteps: int = 1000  # T of a VP process; for flow the scale of the time that the network receives
     process: Process = "flow"  # how noise is added: on a straight line (rectified flow), or VP as in DDPM
     prediction: Prediction = "velocity"  # the network's output: flow velocity, x_start, v; vp eps, x_start, v
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"  # VP: noise schedule
-    beta_start: float = 0.0015  # VP: first beta of linear and scaled_linear
-    beta_end: float = 0.0195  # VP: last beta of linear and scaled_linear
+    schedule: Literal["linear", "scaled_linear", "sqrt", "cosine"] = "scaled_linear"  # VP: how betas grow
+    beta_start: float = 0.0015  # VP: first beta of linear and scaled_linear; of sqrt: its square
+    beta_end: float = 0.0195  # VP: last beta of linear and scaled_linear; of sqrt: its square
     zero_terminal_snr: bool = False  # VP: rescale the schedule to end in pure noise (not with eps)
     clip_x_start: float | None = None  # VP: in sampling, clamp estimates to +- this (none: for latents)
     loss: Literal["l1", "l2"] = "l2"  # absolute or squared error, mean over elements
@@ -134,14 +135,15 @@ class KernelConfig:
 def make_betas(config: KernelConfig) -> Tensor:
     """betas (T,): the variance of the noise that each timestep adds. In (0, 1]; 1 only in the last one of
     zero_terminal_snr."""
-    T = config.num_timesteps
+    T, first, last = config.num_timesteps, config.beta_start, config.beta_end
     if config.schedule == "cosine":  # Nichol (17): offset 0.008, betas capped at 0.999
         cumprod = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - cumprod[1:] / cumprod[:-1]).clamp(max=0.999)
-    elif config.schedule == "scaled_linear":  # linear in sqrt(betas)
-        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
-    else:  # Ho, section 4
-        betas = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
+    elif config.schedule == "scaled_linear":  # linear in sqrt(betas); "linear" in Rombach's code
+        betas = torch.linspace(first**0.5, last**0.5, T, dtype=torch.float64) ** 2
+    else:  # Ho, section 4; "sqrt_linear" in Rombach's code, which has "sqrt" too, for far smaller ends
+        betas = torch.linspace(first, last, T, dtype=torch.float64)
+        betas = betas.sqrt() if config.schedule == "sqrt" else betas
     return rescale_zero_terminal_snr(betas) if config.zero_terminal_snr else betas
 
 
