@@ -341,16 +341,25 @@ def ab2(step: Step, past: Past) -> tuple[Tensor, Past]:
 # --- samplers: the times they visit -------------------------------------------------------------------------
 
 
-def trailing_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
+# Each makes `num` falling times from (kernel, num, size of the latent, strength). strength is a share of
+# time: with less than 1 the grid is that of a process which ends at the time of this share.
+
+
+def steps_below(total: int, strength: float) -> int:
+    """The share `strength` of a number of timesteps or of steps, rounded up: of 30 steps at 0.5, 15."""
+    return math.ceil(strength * total - 1e-9)
+
+
+def trailing_times(kernel: DiffusionKernel, num: int, size: Sequence[int], strength: float) -> list[float]:
     """Evenly spaced timesteps, from T - 1 on: round(i T / num) - 1. Lin, table 2."""
-    T = kernel.num_timesteps
+    T = steps_below(kernel.num_timesteps, strength)
     return [(2 * i * T + num) // (2 * num) - 1 for i in range(num, 0, -1)]  # rounded in integers
 
 
 NOISIEST = math.log(1 / 20)  # log(alpha / sigma) below which x_t says next to nothing of x_start
 
 
-def mixed_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
+def mixed_times(kernel: DiffusionKernel, num: int, size: Sequence[int], strength: float) -> list[float]:
     """The grid of dpmpp: times between `trailing_times` and a grid even in log(alpha / sigma).
 
     With many steps, steps of equal length in log(alpha / sigma) are best (Lu, section 4). With three steps
@@ -359,12 +368,13 @@ def mixed_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[
     between timesteps 999 and 990 of "cosine" log(alpha / sigma) grows by 5.8. One step goes from the last
     timestep to NOISIEST, and the even grid begins there. Timesteps are rounded; duplicates are dropped.
     """
-    last, levels = kernel.num_timesteps - 1, kernel.half_log_snr
+    trailing, levels = trailing_times(kernel, num, size, strength), kernel.half_log_snr
+    last = trailing[0]
     infinite = int(levels[last] < NOISIEST)
     even = torch.linspace(max(levels[last].item(), NOISIEST), levels[0], num - infinite, dtype=torch.float64)
     nearest = [last] * infinite + (even[:, None] - levels).abs().argmin(1).tolist()
     share = min(1, 3 / num)
-    pairs = zip(trailing_times(kernel, num, size), nearest, strict=True)
+    pairs = zip(trailing, nearest, strict=True)
     return sorted({round(share * a + (1 - share) * b) for a, b in pairs}, reverse=True)
 
 
@@ -377,16 +387,16 @@ def shift_time(t: Coefficient, shift: float) -> Coefficient:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def shifted_times(kernel: DiffusionKernel, num: int, size: Sequence[int]) -> list[float]:
+def shifted_times(kernel: DiffusionKernel, num: int, size: Sequence[int], strength: float) -> list[float]:
     """Evenly spaced times of flow, from 1 on, then shifted as in training."""
-    return [shift_time(i / num, kernel.flow_shift(size)) for i in range(num, 0, -1)]
+    return [shift_time(strength * i / num, kernel.flow_shift(size)) for i in range(num, 0, -1)]
 
 
 @dataclass(frozen=True)
 class Sampler:
     process: Process
     step: Callable[[Step, Past], tuple[Tensor, Past]]  # -> (x at t_next, what the next step gets as past)
-    times: Callable[[DiffusionKernel, int, Sequence[int]], list[float]]  # (kernel, steps, size) -> grid
+    times: Callable[[DiffusionKernel, int, Sequence[int], float], list[float]]
     corrects: bool = False  # asks the network at the end of each step too, but not at the clean end
     fresh_noise: Literal["no", "yes", "eta"] = "no"  # eta: as much as the setting of that name says
 
@@ -538,10 +548,15 @@ class DiffusionKernel:
         if not 0 <= eta <= 1 or (eta > 0 and SAMPLERS[sampler].fresh_noise != "eta"):
             raise InputError(f"eta: got {eta} with sampler {sampler}, expected 0 to 1 with ddim, else 0")
 
-    def sampling_times(self, sampler: str, steps: int | Sequence[float], size: Sequence[int]) -> list[float]:
+    def sampling_times(
+        self, sampler: str, steps: int | Sequence[float], size: Sequence[int], strength: float = 1.0
+    ) -> list[float]:
         """The falling times at which steps start, for latents of spatial shape size; the last ends clean.
 
-        steps is their number, for the grid of the sampler, or the times themselves.
+        steps is their number, for the grid of the sampler, or the times themselves. With a strength below 1
+        the first time is this share of all time (of the T timesteps, or of flow's time before its shift), the
+        same for every sampler, and the number of steps this share of `steps`. Example: strength 0.3, 20 steps
+        and T = 1000 make 6 steps from timestep 299 on.
         """
         self.check_sampler(sampler)
         flow, T = self.process == "flow", self.num_timesteps
@@ -549,7 +564,7 @@ class DiffusionKernel:
             return self._check_times([float(t) if flow else int(t) for t in steps])
         if steps < 1 or (steps > T and not flow):
             raise InputError(f"steps: got {steps}, expected {'1 or more' if flow else f'1 to {T}'}")
-        return SAMPLERS[sampler].times(self, steps, size)
+        return SAMPLERS[sampler].times(self, steps_below(steps, strength), size, strength)
 
     def _check_times(self, times: list[float]) -> list[float]:
         inside = all(0 < t <= 1 if self.process == "flow" else 0 <= t < self.num_timesteps for t in times)

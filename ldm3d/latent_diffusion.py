@@ -60,13 +60,12 @@ class Edit:
     and puts the untouched voxels back after decoding.
     """
 
-    def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:
-        """Where sampling starts: (x_t (B, C_z, *s), the falling times to visit).
+    strength: float = 1.0  # the share of time at which sampling starts: 1 = noise alone
 
-        noise (B, C_z, *s), times: what sampling without an edit starts from. indices: numbers of the B
-        samples.
-        """
-        return noise, times
+    def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
+        """The latent x_t (B, C_z, *s) that sampling starts from at t, of the samples numbered `indices`,
+        whose noise is given."""
+        return noise
 
     def around(self, predict: Predict, noise: Tensor) -> Predict:
         """The prediction to sample with, in place of `predict`."""
@@ -326,8 +325,8 @@ class LatentDiffusion(nn.Module):
                 noise = draw((len(generators), *self.autoencoder.latent_shape(size))).to(self.device)
                 cond = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
                 predict = guided(self.denoiser, cond, noise, guidance, self.kernel.num_timesteps)
-                times = self.kernel.sampling_times(sampler, steps, noise.shape[2:])
-                x_t, times = edit.start(noise, times, list(indices[part]))
+                times = self.kernel.sampling_times(sampler, steps, noise.shape[2:], edit.strength)
+                x_t = edit.start(noise, times[0], list(indices[part]))
                 predict = edit.around(predict, noise)
                 z = self.kernel.sample(predict, x_t, times, sampler, eta=eta, draw=draw)
                 x = [self.decode(one, size).float().cpu() for one in z.split(1)]  # one by one: least memory

@@ -5,7 +5,8 @@ in latent_diffusion.py, which also has the sampler that calls them). Let z be th
 x_t = alpha_t z + sigma_t noise the same latent with noise.
 
 Strength (Meng, section 3). Sampling starts at the time strength * T from x_t instead of at T from noise. The
-noise hides the details that are to change: with strength 0.5 and 30 steps, only the last 15 steps are taken.
+noise hides the details that are to change. The grid below that time is the sampler's own, and 30 steps at
+strength 0.5 are 15: the same strength gives the same noise with every sampler.
 
 Region. A latent voxel outside the region must end at z. There the network's prediction is replaced by the
 exact one, which follows from x_start = z. So the outside follows its own noise back to z,
@@ -78,10 +79,9 @@ class ImageEdit(Edit):
             shares = label_shares(self.region[None].long(), 2, model.autoencoder.downsampling)[:, 1:]
             self.inside = neighbours(shares > 0, max_pool).to(self.z.device)  # (1, 1, *s)
 
-    def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:
-        times = last_part(times, self.strength)
-        x_t = noisy(self.model, self.z.expand_as(noise), times[0], noise)
-        return torch.where(self.inside, noise, x_t) if self.strength == 1 else x_t, times
+    def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
+        x_t = noisy(self.model, self.z.expand_as(noise), t, noise)
+        return torch.where(self.inside, noise, x_t) if self.strength == 1 else x_t
 
     def around(self, predict: Predict, noise: Tensor) -> Predict:
         kernel, z = self.model.kernel, self.z.expand_as(noise)
@@ -142,14 +142,11 @@ class Interpolation(Edit):
         draw = keyed_generator(seed, number, "sample")
         return torch.randn(self.model.latent_shape, generator=draw).to(self.model.device)
 
-    def start(self, noise: Tensor, times: list[float], indices: list[int]) -> tuple[Tensor, list[float]]:
+    def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
         if not 0 <= min(indices) <= max(indices) < self.num:
             raise InputError(f"interpolation: has samples 0 to {self.num - 1}, asked for {max(indices)}")
         between = torch.stack([slerp(*self.ends, i / (self.num - 1)) for i in indices])
-        if not self.images:
-            return between, times
-        times = last_part(times, self.strength)
-        return noisy(self.model, between, times[0], self.noise.expand_as(between)), times
+        return noisy(self.model, between, t, self.noise.expand_as(between)) if self.images else between
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -160,12 +157,6 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     if math.sin(angle) < 1e-4:
         return (1 - weight) * a + weight * b
     return (math.sin((1 - weight) * angle) * a + math.sin(weight * angle) * b) / math.sin(angle)
-
-
-def last_part(times: list[float], strength: float) -> list[float]:
-    """The last part of the falling times, a share of `strength`, at least one time: of 30 times at 0.5,
-    the last 15."""
-    return times[len(times) - max(1, math.ceil(strength * len(times) - 1e-9)) :]
 
 
 def noisy(model: LatentDiffusion, z: Tensor, t: float, noise: Tensor) -> Tensor:

@@ -285,8 +285,8 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     guidance.check(model.denoiser.conditions)
     request = read_request(config, pipeline, config.amp)
     guidance.note_idle(request.conditions)
-    times = model.kernel.sampling_times(sampler, config.steps, model.latent_shape[1:])
-    _, times = request.edit.start(torch.zeros(1, *model.latent_shape, device=model.device), times, [0])
+    latent, strength = model.latent_shape[1:], request.edit.strength
+    times = model.kernel.sampling_times(sampler, config.steps, latent, strength)
     calls, total = model.kernel.num_network_calls(sampler, times), config.samples * len(request.names)
     folder = new_folder(run, config.out, "samples")
     size = "x".join(map(str, model.spec.size))

@@ -1,5 +1,6 @@
 """What is to be kept is kept bit by bit, what is made joins it without a seam, with every sampler."""
 
+import itertools
 import math
 
 import pytest
@@ -16,10 +17,11 @@ from ldm3d import (
     VAEConfig,
 )
 from ldm3d.data import DataSpec
-from ldm3d.inference.editing import ImageEdit, Interpolation, last_part, slerp
+from ldm3d.diffusion_kernel import SAMPLERS
+from ldm3d.inference.editing import ImageEdit, Interpolation, slerp
 
-SAMPLERS = [(("flow", "velocity"), s) for s in ("euler", "heun", "ab2")]
-SAMPLERS += [(("vp", "v"), s) for s in ("ddpm", "ddim", "dpmpp")] + [(("flow", "x_start"), "heun")]
+KINDS = [(("flow", "velocity"), s) for s in ("euler", "heun", "ab2")]
+KINDS += [(("vp", "v"), s) for s in ("ddpm", "ddim", "dpmpp")] + [(("flow", "x_start"), "heun")]
 
 
 def make_model(dims=2, process="flow", prediction="velocity", size=(16, 20, 12), channels=(4, 8)):
@@ -55,7 +57,7 @@ def box_of(model):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize(("kind", "sampler"), SAMPLERS)
+@pytest.mark.parametrize(("kind", "sampler"), KINDS)
 def test_inpainting_keeps_the_known_voxels_bit_by_bit_with_every_sampler(dims, kind, sampler):
     model = make_model(dims, *kind)
     x, region = image_of(model), box_of(model)
@@ -65,7 +67,7 @@ def test_inpainting_keeps_the_known_voxels_bit_by_bit_with_every_sampler(dims, k
     assert not torch.allclose(made[0, :, region], made[1, :, region], atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "sampler"), SAMPLERS)
+@pytest.mark.parametrize(("kind", "sampler"), KINDS)
 def test_the_known_part_of_the_latent_ends_where_it_was(kind, sampler):
     model = make_model(2, *kind)
     edit = ImageEdit(model, image_of(model), box_of(model))
@@ -128,10 +130,32 @@ def test_strength_one_of_everything_is_a_new_sample():
     assert torch.equal(edited, model.sample(2, steps=4))
 
 
-def test_strength_is_the_share_of_the_times_that_are_visited():
-    times = [1.0, 0.8, 0.6, 0.4, 0.2]
-    assert [len(last_part(times, s)) for s in (0.01, 0.2, 0.5, 0.6, 1.0)] == [1, 1, 3, 3, 5]
-    assert last_part(times, 0.4) == [0.4, 0.2]
+@pytest.mark.parametrize("process", ["vp", "flow"])
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.85])
+def test_the_same_strength_starts_at_the_same_noise_with_every_sampler_and_number_of_steps(process, strength):
+    starts = set()
+    names = [name for name, row in SAMPLERS.items() if row.process == process]
+    config = {"prediction": "v"} if process == "vp" else {"flow_shift": 2.0}
+    kernel = DiffusionKernel(KernelConfig(process=process, **config))
+    for name, steps in itertools.product(names, (1, 7, 20, 30, 1000)):
+        times = kernel.sampling_times(name, steps, (16, 16, 16), strength)
+        assert len(times) <= math.ceil(strength * steps)  # dpmpp drops duplicates
+        assert steps == 1000 or len(times) == math.ceil(strength * steps)
+        starts.add(times[0])
+    # a share of time: of the T timesteps, or of the time of flow before its shift
+    shifted = 2 * strength / (1 + strength)
+    assert list(starts) == pytest.approx([strength * 1000 - 1 if process == "vp" else shifted])
+
+
+def test_the_grid_below_a_strength_is_the_samplers_own():
+    flow, vp = (DiffusionKernel(KernelConfig(**how)) for how in ({}, {"process": "vp", "prediction": "v"}))
+    assert flow.sampling_times("euler", 5, (8, 8), 0.4) == pytest.approx([0.4, 0.2])
+    assert vp.sampling_times("ddim", 4, (8, 8), 0.5) == [499, 249]
+    assert vp.sampling_times("ddpm", 1000, (8, 8), 0.0123) == list(range(12, -1, -1))
+    # even in log(alpha / sigma), but for the three steps' share of an even grid
+    times = vp.sampling_times("dpmpp", 100, (8, 8), 0.3)
+    gaps = vp.half_log_snr[times].diff()[:20]
+    assert (gaps / gaps.mean() - 1).abs().max() < 0.5
 
 
 def test_slerp_goes_along_the_circle_at_constant_speed():
