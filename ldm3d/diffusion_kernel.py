@@ -29,8 +29,8 @@ Left out: learned variances, continuous-time VP, stochastic samplers of flow.
 
 Ho 2020 arXiv:2006.11239; Rombach 2022 2112.10752; Song 2021 (DDIM) 2010.02502; Nichol & Dhariwal 2021
 2102.09672; Salimans & Ho 2022 2202.00512; Karras 2022 (EDM) 2206.00364; Lu 2022 (DPM-Solver++) 2211.01095;
-Lin 2024 2305.08891; Hang 2023 2303.09556; Liu 2022 2209.03003 and Lipman 2023 2210.02747 (both with t
-reversed); Esser 2024 (SD3) 2403.03206.
+Lin 2024 2305.08891; Lugmayr 2022 (RePaint) 2201.09865; Hang 2023 2303.09556; Liu 2022 2209.03003 and Lipman
+2023 2210.02747 (both with t reversed); Esser 2024 (SD3) 2403.03206.
 """
 
 from __future__ import annotations
@@ -477,6 +477,16 @@ class DiffusionKernel:
         beta = self.betas[t.cpu()]
         return _per_sample((1 - beta).sqrt(), x_next) * x_next + _per_sample(beta.sqrt(), x_next) * noise
 
+    def noise_again(self, x_next: Tensor, t_next: float, t: float, noise: Tensor) -> Tensor:
+        """x_t (B, C, *S) drawn from q(x_t given x_next), for any t_next cleaner than t, with this noise.
+
+        x_t = scale x_next + std noise, with alpha_t = scale alpha_next and
+        sigma_t^2 = scale^2 sigma_next^2 + std^2, the moments of x_t given x_start.
+        """
+        (alpha, sigma), (alpha_next, sigma_next) = (self.signal_and_noise(time) for time in (t, t_next))
+        scale = alpha / alpha_next
+        return scale * x_next + math.sqrt(max(sigma**2 - (scale * sigma_next) ** 2, 0.0)) * noise
+
     def q_posterior(
         self, x_start: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -539,6 +549,10 @@ class DiffusionKernel:
         tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, self.half_log_snr
         return Level(*(table[t].item() for table in tables))
 
+    def signal_and_noise(self, t: float) -> tuple[float, float]:
+        """alpha_t and sigma_t of one time."""
+        return (1 - t, t) if self.process == "flow" else self.level(int(t))[:2]
+
     def check_sampler(self, sampler: str, eta: float = 0.0) -> None:
         """InputError unless the sampler belongs to this process, and eta to the sampler."""
         names = [name for name, row in SAMPLERS.items() if row.process == self.process]
@@ -573,13 +587,25 @@ class DiffusionKernel:
             raise InputError(f"steps: got the times {times}, expected falling times in {domain}")
         return times
 
-    def num_network_calls(self, sampler: str, steps: int | Sequence[float]) -> int:
-        """Calls of the network in `sample`: one a step, and heun's corrections, one less than its steps.
+    def intervals(
+        self, sampler: str, steps: int | Sequence[float], size: Sequence[int], resample: int = 1
+    ) -> list[tuple[float, float, int]]:
+        """(t, t_next, how often the interval is gone through) from noise to clean.
+
+        From pure noise it is gone through once: there is nothing in x_t to keep.
+        """
+        times = self.sampling_times(sampler, steps, size)
+        ends = [*times, 0.0 if self.process == "flow" else -1]
+        return [(t, r, resample if self.signal_and_noise(t)[0] > 0 else 1) for t, r in pairwise(ends)]
+
+    def num_network_calls(self, sampler: str, steps: int | Sequence[float], resample: int = 1) -> int:
+        """Calls of the network in `sample`: one a step, two in steps of heun but the last.
 
         dpmpp may visit fewer times than steps.
         """
-        times = len(self.sampling_times(sampler, steps, size=(1,)))
-        return times + (times - 1 if SAMPLERS[sampler].corrects else 0)
+        corrects = SAMPLERS[sampler].corrects
+        rows = self.intervals(sampler, steps, (1,), resample)
+        return sum(rounds * (2 if corrects and t_next > 0 else 1) for _, t_next, rounds in rows)
 
     @torch.no_grad()
     def sample(
@@ -591,28 +617,37 @@ class DiffusionKernel:
         eta: float = 0.0,
         draw: Callable[[torch.Size], Tensor] | None = None,
         progress: bool = False,
+        resample: int = 1,
         **model_kwargs,
     ) -> Tensor:
         """x_start (B, C, *S) from noise (B, C, *S) in `steps` steps or at given times (see `sampling_times`).
 
         eta (ddim) goes from 0, deterministic, to 1, the variance of ddpm. draw(shape) returns the fresh noise
-        that ddpm and eta > 0 need; nothing else is random. progress shows a bar on a terminal.
+        that ddpm, eta > 0 and resample > 1 need; nothing else is random. progress shows a bar on a terminal.
+
+        resample: how often each step is made. After each time but the last, x_t gets its noise back and the
+        step starts again. Where a part of x_start is prescribed (inpainting), the rest has one more chance to
+        fit. Lugmayr, Algorithm 1, with jumps of one step.
         """
         self.check_sampler(sampler, eta)
-        times = self.sampling_times(sampler, steps, noise.shape[2:])
-        if draw is None and (SAMPLERS[sampler].fresh_noise == "yes" or eta > 0):
+        intervals = self.intervals(sampler, steps, noise.shape[2:], resample)
+        if draw is None and (SAMPLERS[sampler].fresh_noise == "yes" or eta > 0 or resample > 1):
             raise InputError(f"draw: got None, expected a source of noise for {sampler} with eta {eta}")
 
         def predict(x_t: Tensor, t: float) -> Tensor:
             time = self.to_network_time(torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
             return model(x_t, time, **model_kwargs).to(x_t.dtype)
 
-        clean = 0.0 if self.process == "flow" else -1
         x_t, past = noise.to(_precision(noise)), None
-        intervals = list(pairwise([*times, clean]))
-        for t, t_next in tqdm(intervals, desc=sampler, leave=False, disable=None if progress else True):
-            step = Step(self, predict, x_t, t, t_next, eta, draw)
-            x_t, past = SAMPLERS[sampler].step(step, past)
+        for t, t_next, rounds in tqdm(
+            intervals, desc=sampler, leave=False, disable=None if progress else True
+        ):
+            for left in range(rounds - 1, -1, -1):
+                x_next, past = SAMPLERS[sampler].step(Step(self, predict, x_t, t, t_next, eta, draw), past)
+                if left:
+                    # The last slope belonged to the noise that is replaced
+                    x_t, past = self.noise_again(x_next, t_next, t, draw(x_next.shape).to(x_next)), None
+            x_t = x_next
         return x_t
 
 

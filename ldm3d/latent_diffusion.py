@@ -61,6 +61,7 @@ class Edit:
     """
 
     strength: float = 1.0  # the share of time at which sampling starts: 1 = noise alone
+    resample: int = 1  # how often each step is made (`DiffusionKernel.sample`)
 
     def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
         """The latent x_t (B, C_z, *s) that sampling starts from at t, of the samples numbered `indices`,
@@ -328,7 +329,8 @@ class LatentDiffusion(nn.Module):
                 times = self.kernel.sampling_times(sampler, steps, noise.shape[2:], edit.strength)
                 x_t = edit.start(noise, times[0], list(indices[part]))
                 predict = edit.around(predict, noise)
-                z = self.kernel.sample(predict, x_t, times, sampler, eta=eta, draw=draw)
+                how = {"eta": eta, "draw": draw, "resample": edit.resample}
+                z = self.kernel.sample(predict, x_t, times, sampler, **how)
                 x = [self.decode(one, size).float().cpu() for one in z.split(1)]  # one by one: least memory
                 x = edit.finish(torch.cat(x))
             yield x, z

@@ -670,6 +670,45 @@ def test_flow_times_cover_exactly_one_unit_and_are_shifted_by_the_size_of_the_no
     assert times == pytest.approx(visited_times(kernel, "euler", 30, kernel.flow_shift(size)))
 
 
+@pytest.mark.parametrize(
+    ("prediction", "t", "t_next"), [("velocity", 0.8, 0.3), ("v", 700, 120), ("v", 9, -1)]
+)
+def test_noise_given_back_makes_the_noise_level_of_the_earlier_time(prediction, t, t_next):
+    kernel, (x_start,) = make_kernel(prediction), gaussians(2, 1)
+    (alpha, sigma), (alpha_next, sigma_next) = (
+        alpha_sigma(kernel, time) if time != -1 else (1, 0) for time in (t, t_next)
+    )
+    mean = kernel.noise_again(alpha_next * x_start, t_next, t, torch.zeros_like(x_start))
+    torch.testing.assert_close(mean, alpha * x_start, rtol=1e-10, atol=1e-10)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    parts = kernel.noise_again(sigma_next * one, t_next, t, zero), kernel.noise_again(zero, t_next, t, one)
+    assert float(parts[0] ** 2 + parts[1] ** 2) == pytest.approx(sigma**2, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("process", "sampler", "calls"),
+    # 4 steps: the one from pure noise is made once, the other three times; heun's last step has one call
+    [("flow", "euler", 10), ("flow", "heun", 2 + 6 + 6 + 3), ("flow", "ab2", 10), ("vp", "ddim", 12)],
+)
+def test_every_step_but_the_one_from_pure_noise_is_made_resample_times(process, sampler, calls):
+    kernel, seen, drawn = make_kernel("v", process), [], []
+
+    def record(x_t, t):
+        seen.append(float(t[0]))
+        return torch.zeros_like(x_t)
+
+    def draw(shape):
+        drawn.append(shape)
+        return torch.zeros(shape)
+
+    kernel.sample(record, torch.zeros(2, 1, 4, 4), 4, sampler, draw=draw, resample=3)
+    assert len(seen) == kernel.num_network_calls(sampler, 4, resample=3) == calls
+    assert seen == sorted(seen, reverse=True) or sampler == "heun"
+    assert len(drawn) == (8 if process == "vp" else 6)
+    with pytest.raises(InputError, match="draw: got None"):
+        kernel.sample(record, torch.zeros(2, 1, 4, 4), 4, sampler, resample=3)
+
+
 def test_given_times_replace_the_grid():
     kernel = make_kernel()
     noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))

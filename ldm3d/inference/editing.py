@@ -13,9 +13,18 @@ exact one, which follows from x_start = z. So the outside follows its own noise 
 with every sampler, and at every step the network sees the surroundings at the right noise level. (Lugmayr
 replaces x_t itself. For ddpm this is the same; a sampler that remembers its last slope would be disturbed.)
 
-The region in latent space. The encoder mixes each voxel with its neighbours, so a latent voxel beside the
-region still carries the old content of the region. The region in latent space therefore has every latent
-voxel that touches the region, and one more on each side.
+What is replaced must not be seen. The encoder mixes each voxel with its neighbours, and its norms mix all of
+them, so the latent of a whole image carries the old content far beyond the region: a linear classifier of the
+kept latents alone told lesions from healthy tissue. So z is the latent of the image with the region filled
+from its surroundings (`filled`), and no latent has seen the old content. Latent voxels that the filling
+changes are made anew (`reached`): those that touch the region, one more on each side, and as many more as the
+encoder reaches.
+
+Fitting in. At high noise the network decides what the region will hold while the surroundings, at the same
+noise, say little. What it decided then may not fit. So each step is made `resample` times: x_t gets its noise
+back, and the step is made again with the surroundings in view (Lugmayr, Algorithm 1). In a field of eight
+correlated Gaussian voxels, of which four are kept, the exact network makes the variance beside the seam 5
+times as large as it should be with 1, 2 times with 4, and 1.3 times with 10; 80 steps made once have 5.
 
 Decoding. The autoencoder does not reproduce the image exactly, so the voxels outside are copied from the
 image, bit by bit. To hide the seam, the error at the border, x - decoded, is carried into the region, where
@@ -53,7 +62,8 @@ class ImageEdit(Edit):
 
     region (*size) bool: the part that is sampled anew, while the rest is kept exactly; None: all of the image
     changes. strength in (0, 1]: how much noise hides the image; with 1 nothing of it remains in the region.
-    feather: voxels over which the autoencoder's error at the border fades.
+    feather: voxels over which the autoencoder's error at the border fades. resample: how often each step is
+    made, so that the region fits its surroundings; 1 is fastest.
     """
 
     def __init__(
@@ -63,24 +73,30 @@ class ImageEdit(Edit):
         region: Tensor | None = None,
         strength: float = 1.0,
         feather: int = 4,
+        resample: int = 4,
     ):
         check_image(model, x)
         check_strength(strength)
+        if resample < 1:
+            raise InputError(f"resample: expected 1 or more, got {resample}")
         if region is not None and tuple(region.shape) != tuple(x.shape[1:]):
             raise InputError(f"region: expected shape {tuple(x.shape[1:])}, got {tuple(region.shape)}")
         if region is not None and not region.any():
             raise InputError("region: is empty, there is nothing to make")
         self.model, self.x, self.strength, self.feather = model, x, strength, feather
-        self.region = None if region is None else region.bool()
-        with torch.inference_mode():
-            self.z = model.encode(x[None].to(model.device)).float()  # (1, C_z, *s)
-        self.inside = torch.ones_like(self.z[:, :1], dtype=torch.bool)
-        if region is not None:
-            shares = label_shares(self.region[None].long(), 2, model.autoencoder.downsampling)[:, 1:]
-            self.inside = neighbours(shares > 0, max_pool).to(self.z.device)  # (1, 1, *s)
+        self.region, self.resample = None if region is None else region.bool(), 1
+        self.inside = torch.ones((1, 1, *model.latent_shape[1:]), dtype=torch.bool, device=model.device)
+        if region is None:
+            self.z = encoded(model, x)  # (1, C_z, *s): what is kept
+        else:
+            around = filled(x[None], self.region[None, None])[0]
+            self.z, self.resample = encoded(model, around), resample
+            self.inside = reached(model, around, self.z, self.region)
+        # What noise is added to: the old content too, if the noise is to leave something of it
+        self.origin = self.z if strength == 1 or region is None else encoded(model, x)
 
     def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
-        x_t = noisy(self.model, self.z.expand_as(noise), t, noise)
+        x_t = noisy(self.model, torch.where(self.inside, self.origin, self.z).expand_as(noise), t, noise)
         return torch.where(self.inside, noise, x_t) if self.strength == 1 else x_t
 
     def around(self, predict: Predict, noise: Tensor) -> Predict:
@@ -88,10 +104,8 @@ class ImageEdit(Edit):
 
         def masked(x_t: Tensor, t: Tensor) -> Tensor:
             """The network's prediction inside; outside, the prediction that leads to z."""
-            if kernel.process == "flow":
-                outside = kernel.target(z, t / kernel.num_timesteps, noise)
-            else:
-                outside = kernel.convert(z, x_t, t.long(), "x_start", kernel.config.prediction)
+            time = t / kernel.num_timesteps if kernel.process == "flow" else t.long()
+            outside = kernel.convert(z, x_t, time, "x_start", kernel.config.prediction)
             return torch.where(self.inside, predict(x_t, t).to(outside.dtype), outside)
 
         return predict if self.region is None else masked
@@ -163,6 +177,44 @@ def noisy(model: LatentDiffusion, z: Tensor, t: float, noise: Tensor) -> Tensor:
     """x_t (B, C_z, *s) of a clean latent z with this noise."""
     dtype = torch.float32 if model.kernel.process == "flow" else torch.int64
     return model.kernel.q_sample(z, torch.full((len(z),), t, dtype=dtype), noise)
+
+
+def encoded(model: LatentDiffusion, x: Tensor) -> Tensor:
+    """The latent (1, C_z, *s) of an image (C, *size)."""
+    with torch.inference_mode():
+        return model.encode(x[None].to(model.device)).float()
+
+
+def filled(x: Tensor, hole: Tensor) -> Tensor:
+    """x (B, C, *S) with the voxels of hole (B, 1, *S) replaced by a smooth continuation of the others.
+
+    A coarse image, of half the size, has the means of what is there; its own holes are filled in the same
+    way, and the interpolated coarse image fills the hole. A hole that is everything becomes 0.
+    """
+    if not hole.any() or hole.all():
+        return x.masked_fill(hole, 0)
+    weight = (~hole).to(x)
+    halves = {"kernel_size": 2, "ceil_mode": True}
+    share = mean_pool(weight, **halves)
+    coarse = filled(mean_pool(x * weight, **halves) / share.clamp(min=1e-6), share == 0)
+    mode = "bilinear" if x.ndim == 4 else "trilinear"
+    return torch.where(hole, F.interpolate(coarse, x.shape[2:], mode=mode), x)
+
+
+def reached(model: LatentDiffusion, x: Tensor, z: Tensor, region: Tensor) -> Tensor:
+    """The latent voxels (1, 1, *s) bool that the content of region (*size) has a part in. z: the latent of x.
+
+    Those that touch the region, their neighbours, and those that an extreme region, of -1 or 1, changes by
+    more than a quarter of the latent's standard deviation and a tenth of the largest change. (Norms take
+    their statistics from all voxels, so all latents change a little.)
+    """
+    shares = label_shares(region[None].long(), 2, model.autoencoder.downsampling)[:, 1:]
+    inside = neighbours(shares > 0, max_pool).to(model.device)
+    for value in (-1.0, 1.0):
+        far = encoded(model, x.masked_fill(region.to(x.device), value))
+        change = (far - z).abs().amax(1, keepdim=True)
+        inside = inside | (change > max(0.25, 0.1 * change.max().item()))
+    return inside
 
 
 def max_pool(x: Tensor, **window: int) -> Tensor:

@@ -287,7 +287,8 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     guidance.note_idle(request.conditions)
     latent, strength = model.latent_shape[1:], request.edit.strength
     times = model.kernel.sampling_times(sampler, config.steps, latent, strength)
-    calls, total = model.kernel.num_network_calls(sampler, times), config.samples * len(request.names)
+    calls = model.kernel.num_network_calls(sampler, times, request.edit.resample)
+    total = config.samples * len(request.names)
     folder = new_folder(run, config.out, "samples")
     size = "x".join(map(str, model.spec.size))
     print0(f"{total} volumes of {size}, {sampler}, {len(times)} steps = {calls} network calls each")

@@ -49,15 +49,18 @@ class RequestConfig:
     region: str | None = None  # mask of the region to inpaint: all that is not 0
     edit: str | None = None  # image to start from instead of from noise
     strength: float | None = None  # noise that hides the image, 0 to 1; none = inpaint 1, edit .5, else .3
+    resample: int | None = None  # inpaint: how often each step is made, to fit the surroundings; none = 4
     interpolate: str | None = None  # two samples, such as 3,7, or two images, to go from one to the other
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num")
+        at_least(self, 1, "num", "resample")
         for names in (("condition", "conditions", "cases"), ("inpaint", "edit", "interpolate", "cases")):
             if len(chosen := [name for name in names if getattr(self, name)]) > 1:
                 raise InputError(f"{chosen[0]}, {chosen[1]}: give one of the two")
         if bool(self.region) != bool(self.inpaint):
             raise InputError("inpaint, region: one needs the other")
+        if self.resample is not None and not self.inpaint:
+            raise InputError("resample: needs inpaint")
         if self.strength is not None and not (self.inpaint or self.edit or self.interpolate):
             raise InputError("strength: needs inpaint, edit or interpolate")
 
@@ -231,7 +234,7 @@ def with_edit(request: Request, config: RequestConfig, pipeline: LatentDiffusion
     region = read_region(config.region, images, pipeline) if config.region else None
     usual = 1.0 if config.inpaint else 0.5
     strength = usual if config.strength is None else config.strength
-    edit = ImageEdit(pipeline.model, images[0, 0]["image"], region, strength)
+    edit = ImageEdit(pipeline.model, images[0, 0]["image"], region, strength, resample=config.resample or 4)
     infos = list(images.infos.values())
     return dataclasses.replace(request, infos=infos, images=images, edit=edit, paste=region is not None)
 

@@ -16,9 +16,10 @@ from ldm3d import (
     UNetConfig,
     VAEConfig,
 )
+from ldm3d.conditions import label_shares
 from ldm3d.data import DataSpec
 from ldm3d.diffusion_kernel import SAMPLERS
-from ldm3d.inference.editing import ImageEdit, Interpolation, slerp
+from ldm3d.inference.editing import ImageEdit, Interpolation, filled, slerp
 
 KINDS = [(("flow", "velocity"), s) for s in ("euler", "heun", "ab2")]
 KINDS += [(("vp", "v"), s) for s in ("ddpm", "ddim", "dpmpp")] + [(("flow", "x_start"), "heun")]
@@ -76,21 +77,116 @@ def test_the_known_part_of_the_latent_ends_where_it_was(kind, sampler):
     assert torch.allclose(z[known], edit.z.expand_as(z)[known], atol=1e-3)
 
 
-def test_the_region_is_a_latent_voxel_wider_in_latent_space():
-    model = make_model()
+@pytest.mark.parametrize(
+    ("size", "channels", "voxel", "touched"),
+    [
+        ((16, 20), (4, 8), (8, 9), (4, 4)),
+        ((41, 41), (4, 4, 4, 4), (7, 24), (0, 3)),
+    ],  # 41 voxels: 6 latent ones
+)
+def test_the_region_lies_in_the_latent_where_the_encoder_puts_it(size, channels, voxel, touched):
+    model = make_model(size=size, channels=channels)
     region = torch.zeros(model.spec.size, dtype=torch.bool)
-    region[8, 9] = True  # lies in latent voxel (4, 4)
+    region[voxel] = True
     inside = ImageEdit(model, image_of(model), region).inside[0, 0]
-    assert inside.nonzero().tolist() == [[i, j] for i in (3, 4, 5) for j in (3, 4, 5)]
+    away = [
+        max(abs(a - b) for a, b in zip(place, touched, strict=True)) for place in inside.nonzero().tolist()
+    ]
+    neighbours = len(range(max(0, touched[0] - 1), touched[0] + 2)) * 3
+    assert sum(d <= 1 for d in away) == neighbours  # at least one more on each side
+    assert max(away) <= 2
 
 
-def test_the_region_lies_in_the_latent_where_the_encoder_puts_it():
-    """41 voxels are 6 latent voxels of 8."""
-    model = make_model(size=(41, 41), channels=(4, 4, 4, 4))
-    region = torch.zeros(model.spec.size, dtype=torch.bool)
-    region[7, 24] = True  # lies in latent voxel (0, 3)
-    inside = ImageEdit(model, image_of(model), region).inside[0, 0]
-    assert inside.nonzero().tolist() == [[i, j] for i in (0, 1) for j in (2, 3, 4)]
+def with_lesion(x, region, there):
+    """The image, or the image with a bright lesion of any strength all over the region."""
+    return torch.where(region & there, x + 0.5 + x.abs(), x)
+
+
+def test_a_linear_probe_on_the_kept_latents_does_not_see_what_was_replaced():
+    model, region, generator = make_model(), box_of(make_model()), torch.Generator().manual_seed(0)
+    images = torch.randn(300, 1, *model.spec.size, generator=generator)
+    there = torch.rand(300, generator=generator) < 0.5
+    images = torch.stack([with_lesion(x, region, lesion) for x, lesion in zip(images, there, strict=True)])
+    touched = label_shares(region[None].long(), 2, model.autoencoder.downsampling)[:, 1:] > 0
+    near = torch.nn.functional.max_pool2d(touched.float(), 3, 1, 1) > 0
+    plain = model.encode(images).masked_fill(near, 0).flatten(1)
+    assert auc_of_a_linear_probe(plain, there) > 0.8
+    edits = [ImageEdit(model, x, region) for x in images]
+    kept = torch.cat([edit.z.masked_fill(edit.inside, 0) for edit in edits]).flatten(1)
+    assert auc_of_a_linear_probe(kept, there) <= 0.55
+
+
+def auc_of_a_linear_probe(features, truth):
+    """Ridge regression on the first half of the samples, the area under its ROC curve on the second."""
+    half = len(features) // 2
+    mean, std = features[:half].mean(0), features[:half].std(0)
+    features, target = ((features - mean) / (std + 1e-6)).double(), truth.double() * 2 - 1
+    gram = features[:half].T @ features[:half] + 30 * torch.eye(features.shape[1], dtype=torch.float64)
+    scores = features[half:] @ torch.linalg.solve(gram, features[:half].T @ target[:half])
+    pos, neg = scores[truth[half:]], scores[~truth[half:]]
+    return float((pos[:, None] > neg).double().mean() + (pos[:, None] == neg).double().mean() / 2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_region_in_the_latent_has_all_that_its_content_changes(dims):
+    model = make_model(dims)
+    x, region = image_of(model).clamp(-1, 1), box_of(model)
+    edit = ImageEdit(model, x, region)
+    touched = label_shares(region[None].long(), 2, model.autoencoder.downsampling)[:, 1:] > 0
+    assert (edit.inside | ~touched).all()
+    assert edit.inside.sum() > touched.sum()
+    for value in (-1.0, -0.3, 0.4, 1.0):
+        change = (model.encode(x.masked_fill(region, value)[None]) - edit.z).abs().amax(1, keepdim=True)
+        assert change[~edit.inside].max() <= max(0.4, 0.15 * change.max())
+    assert not edit.inside.all()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_hole_is_filled_from_its_surroundings_alone(dims):
+    generator, size = torch.Generator().manual_seed(0), (17, 12, 9)[:dims]
+    x, hole = torch.rand(1, 2, *size, generator=generator), torch.zeros(1, 1, *size, dtype=torch.bool)
+    hole[(0, 0, *(slice(2, 8) for _ in size))] = True
+    made = filled(x, hole)
+    assert torch.equal(made.masked_fill(hole, 0), x.masked_fill(hole, 0))
+    assert torch.equal(filled(x.masked_fill(hole, 99.0), hole), made)
+    assert 0 <= made.min() <= made.max() <= 1
+    assert torch.allclose(filled(torch.full_like(x, 0.7).masked_fill(hole, 5), hole), torch.full_like(x, 0.7))
+    assert torch.equal(filled(x, hole | True), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "ab2", "ddpm", "ddim", "dpmpp"])
+def test_resampling_makes_what_is_filled_in_fit_what_is_kept(sampler):
+    """Eight correlated Gaussian voxels, four kept; the network is exact. The truth is the conditional
+    Gaussian of the other four."""
+    process = SAMPLERS[sampler].process
+    config = {"flow_shift": 1.0} if process == "flow" else {"process": "vp", "prediction": "v"}
+    kernel = DiffusionKernel(KernelConfig(**config))
+    place = torch.arange(8.0)
+    cov = torch.exp(-((place[:, None] - place) ** 2) / 8) + 0.02 * torch.eye(8)
+    kept, generator = place < 4, torch.Generator().manual_seed(0)
+
+    def draw(shape):
+        return torch.randn(shape, generator=generator)
+
+    z = draw((3000, 1, 8)) @ torch.linalg.cholesky(cov).T
+    slope = cov[4:, :4] @ torch.linalg.inv(cov[:4, :4])
+    variance = (cov[4:, 4:] - slope @ cov[:4, 4:])[0, 0]
+
+    def model(x_t, time):
+        t = float(time[0]) / 1000 if process == "flow" else int(time[0])
+        alpha, sigma = kernel.signal_and_noise(t)
+        gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(8))
+        x_start = torch.where(kept, z, x_t @ gain.T)
+        noise = (x_t - alpha * x_start) / sigma
+        return noise - x_start if process == "flow" else alpha * noise - sigma * x_start
+
+    ratio = {}
+    for resample in (1, 4):
+        made = kernel.sample(model, draw(z.shape), 20, sampler, draw=draw, resample=resample)
+        error = made[:, 0, 4] - (z[:, 0, :4] @ slope.T)[:, 0]  # of the voxel beside the kept ones
+        ratio[resample] = float(error.square().mean() / variance)
+    assert ratio[4] < 0.6 * ratio[1]
+    assert ratio[4] < 2.6
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -207,6 +303,7 @@ def test_there_is_at_least_one_sample():
         (lambda m: ImageEdit(m, image_of(m), box_of(m)[1:]), "region: expected shape"),
         (lambda m: ImageEdit(m, image_of(m), box_of(m) & False), "region: is empty"),
         (lambda m: ImageEdit(m, image_of(m), strength=0.0), "strength"),
+        (lambda m: ImageEdit(m, image_of(m), box_of(m), resample=0), "resample: expected 1 or more"),
         (lambda m: Interpolation(m, (0, 1), 1), "num"),
     ],
 )
