@@ -391,12 +391,16 @@ def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int]) -> Tensor
     """Masks (B, *S) -> (B, K, *s): the share that each label has in every latent voxel.
 
     A latent voxel covers `factor` voxels of the mask on each axis. With factor 2, the block [[0, 0], [0, 3]]
-    of 4 labels becomes the shares (0.75, 0, 0, 0.25). A sample without a mask, -1 everywhere, becomes NaN.
-    Where the factor does not divide an axis, the edge is repeated at its end, as in the autoencoder.
+    of 4 labels becomes the shares (0.75, 0, 0, 0.25). Voxels of -1 have no label and do not count: [[0, -1],
+    [-1, 3]] becomes (0.5, 0, 0, 0.5), and a block of -1 alone (0, 0, 0, 0). A sample without a mask, -1
+    everywhere, becomes NaN. Where the factor does not divide an axis, the edge is repeated at its end, as in
+    the autoencoder.
     """
-    one_hot = F.one_hot(mask.clamp(min=0), num_labels).movedim(-1, 1).float()
-    shares = pad_to_multiple(one_hot, factor)
-    shares = F.avg_pool2d(shares, factor) if len(factor) == 2 else F.avg_pool3d(shares, factor)
+    pool = F.avg_pool2d if len(factor) == 2 else F.avg_pool3d
+    known = (mask >= 0)[:, None].float()
+    one_hot = F.one_hot(mask.clamp(min=0), num_labels).movedim(-1, 1) * known
+    shares, counted = (pool(pad_to_multiple(x, factor), factor) for x in (one_hot, known))
+    shares = shares / torch.where(counted > 0, counted, 1.0)
     return hide(shares, (mask < 0).flatten(1).all(1))
 
 

@@ -203,6 +203,12 @@ def test_a_block_of_the_mask_becomes_its_shares():
     assert label_shares(block, 4, (2, 2)).flatten().tolist() == [0.75, 0.0, 0.0, 0.25]
 
 
+def test_voxels_without_a_label_are_no_background():
+    mask = torch.tensor([[[0, -1, -1, -1], [-1, 3, -1, -1]]])
+    shares = label_shares(mask, 4, (2, 2))[0, :, 0]
+    assert shares.T.tolist() == [[0.5, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0]]
+
+
 # --- dropout in training ------------------------------------------------------------------------------------
 
 
