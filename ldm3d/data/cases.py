@@ -160,7 +160,11 @@ def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
     head = text.partition("\n")[0]
     mark = ";" if head.count(";") > head.count(",") else ","
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
-    reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
+    try:
+        reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
+        listed = [(reader.line_num, row) for row in reader]
+    except csv.Error as e:  # such as a cell of more than 128 kB
+        raise InputError(f"{path}: line {reader.line_num + 1} cannot be read as a CSV ({e})") from None
     for column in required:
         if column not in reader.fieldnames:
             raise InputError(
@@ -169,10 +173,10 @@ def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
     if twice := [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]:
         raise InputError(f"{path}: two columns {twice[0]!r}, expected one")
     rows = []
-    for row in reader:
+    for number, row in listed:
         if None in row or None in row.values():
             raise InputError(
-                f"{path}: line {reader.line_num} has not the {len(reader.fieldnames)} cells of the header "
+                f"{path}: line {number} has not the {len(reader.fieldnames)} cells of the header "
                 f"(cells that hold {mark!r} need quotes)"
             )
         rows.append({column: cell.strip() for column, cell in row.items() if column})
@@ -186,14 +190,16 @@ def _read_msd(path: Path) -> list[dict[str, Any]]:
         parts = {"train": content["training"], "val": content.get("validation") or []}
         rows = [
             {
-                "image": str(entry["image"]),
+                "image": entry["image"],
                 "mask": entry.get("label"),
                 "split": part if parts["val"] else None,
             }
             for part, entries in parts.items()
             for entry in entries
         ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        if any(not isinstance(row[role] or "", str) for row in rows for role in ("image", "mask")):
+            raise TypeError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f'{path}: expected JSON with "training": [{{"image": ..., "label": ...}} ...]'
         ) from None

@@ -37,6 +37,20 @@ from .transforms import augment, scale
 from .volumes import Volume
 
 
+def channels_of(spec: DataSpec) -> dict[str, int]:
+    """The channels of the files of each role."""
+    return {"image": spec.channels, "source": spec.source_channels, "mask": 1}
+
+
+def kept_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A memory map of an array of this shape; None if there is no such file, or it is damaged."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # numpy raises many kinds
+        return None
+    return array if isinstance(array, np.ndarray) and array.shape == shape else None
+
+
 class VolumeDataset(Dataset):
     """The cases of one part of a data set. Item (position, index) is a dict of
 
@@ -173,7 +187,7 @@ class VolumeDataset(Dataset):
     def _fill(self) -> None:
         """Reads volumes into memory, until data.cache_gb is full. Forked workers use the same memory."""
         room, jobs = self.config.cache_gb * 2**30, []
-        channels = {"image": self.spec.channels, "source": self.spec.source_channels, "mask": 1}
+        channels = channels_of(self.spec)
         for index, case in enumerate(self.cases):
             for role in (role for role in self.roles if getattr(case, role) is not None):
                 room -= 4 * channels[role] * int(np.prod(self.infos[case.id].shape))
@@ -196,7 +210,9 @@ class VolumeDataset(Dataset):
         how = (c.dims, c.file_spacing, c.spacing, self.infos[case.id].shape)
         how += (c.label_values, self.spec.num_labels)
         target = Path(c.cache_dir) / f"{hashlib.sha256(repr((what, how)).encode()).hexdigest()[:24]}.npy"
-        if not target.exists():
+        shape = (channels_of(self.spec)[role], *self.infos[case.id].shape)
+        kept = kept_array(target, shape)
+        if kept is None:
             temporary = target.with_name(f"{target.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +222,8 @@ class VolumeDataset(Dataset):
             except OSError as e:
                 temporary.unlink(missing_ok=True)
                 raise InputError(f"data.cache_dir: cannot write {target} ({e.strerror or e})") from None
-        return np.load(target, mmap_mode="r")
+            kept = np.load(target, mmap_mode="r")
+        return kept
 
 
 class BothRoles(Dataset):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import zlib
@@ -29,11 +30,11 @@ from ..config import InputError
 from ..engine.distributed import is_main, main_first, print0
 from .cases import ROLES, Case, raise_all
 from .loading import read_options, training_grid
-from .settings import DataConfig
+from .settings import MAX_VOXELS, DataConfig
 from .transforms import scaling_numbers
 from .volumes import Header, read, read_header
 
-MAX_LABEL = 65535
+MAX_LABEL, MAX_VALUE = 65535, 1e30  # of masks; of images, so that no sum of float32 overflows
 KEEP_EVERY, SAY_EVERY = 5.0, 30.0  # seconds: what was found is written; a line where there is no terminal
 
 
@@ -125,6 +126,16 @@ def _inspect_headers(cases: list[Case], config: DataConfig) -> dict[tuple[Path, 
     return headers
 
 
+def _absurd(header: Header, config: DataConfig) -> str | None:
+    """What is wrong if the training grid has so many more voxels than the file that a unit is mistaken."""
+    shape = training_grid(header, config)[0]
+    new, old = math.prod(shape), math.prod(header.shape)
+    if new <= old or (new <= MAX_VOXELS and (new <= 1000 * old or new <= 2**24)):
+        return None
+    key = "size" if config.resize else "spacing"
+    return f"would have {new:.2g} voxels, {shape}, instead of {old:.2g} (data.{key} {getattr(config, key)})"
+
+
 def _unfit(
     role: str, header: Header, image: Header | None, reference: Header, config: DataConfig
 ) -> str | None:
@@ -139,7 +150,9 @@ def _unfit(
         return f"a mask has one channel, this has {header.channels}"
     if header.channels != reference.channels:
         return f"has {header.channels} channels, {{other}} has {reference.channels}"
-    if role == "image" or image is None or len(image.shape) != config.dims:
+    if role == "image":
+        return _absurd(header, config)
+    if image is None or len(image.shape) != config.dims:
         return None
     if header.shape != image.shape:
         return f"{role} has shape {header.shape}, its image {{image}} has {image.shape}"
@@ -179,6 +192,8 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
         if not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
             raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
         return {"labels": np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()}
+    if np.abs(array).max() > MAX_VALUE:
+        raise InputError(f"{path}: values up to {np.abs(array).max():.2g}, too large to be intensities")
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
     content = hashlib.sha256(array).hexdigest()[:32] if array.min() < array.max() else ""
     return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs], "content": content}

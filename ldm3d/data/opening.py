@@ -139,6 +139,8 @@ def open_data(
         split = split_cases(cases, config, seed)
     else:
         listed = {name for part in split.values() for name in part}
+        if not split.get("train") or not split.get("val"):
+            raise InputError(f"{root}: the stored split lists no cases to train on, or none to validate on")
         gone = sorted(listed - {case.id for case in cases})
         if gone:
             raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")

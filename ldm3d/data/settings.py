@@ -5,11 +5,14 @@ Every field is a flag of the training scripts: `spacing` is --data.spacing, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import InputError, at_least
 from .transforms import AugmentConfig
+
+MAX_VOXELS = 2**31  # of a volume on the training grid: 8 GiB a channel
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and (len(value) != self.dims or min(value) <= 0):
                 raise InputError(f"{name}: expected {self.dims} positive numbers (data.dims), got {value}")
+            if value is not None and "spacing" in name and not 1e-6 <= min(value) <= max(value) <= 1e6:
+                raise InputError(f"{name}: expected mm, from 1e-6 to 1e6, got {value}")
+            if value is not None and "spacing" not in name and math.prod(value) > MAX_VOXELS:
+                raise InputError(f"{name}: expected at most {MAX_VOXELS:.1e} voxels, got {value}")
         at_least(self, 1, "subset", "num_labels", "num_variants")
         axes = self.augment.flip_axes + self.augment.rot90_axes
         checks = {

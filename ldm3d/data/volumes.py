@@ -514,7 +514,8 @@ def read(
 def _cast(array: np.ndarray, dtype: np.dtype, path: Path) -> np.ndarray:
     """The array as `dtype`: for an integer type rounded, with an InputError for a value out of range."""
     if dtype.kind not in "iu" or array.dtype.kind == "b":
-        return array.astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # becomes infinite, which is looked for elsewhere
+            return array.astype(dtype, copy=False)
     array = np.rint(array) if array.dtype.kind == "f" else array
     low, high, limits = array.min(), array.max(), np.iinfo(dtype)
     if not (low >= limits.min and high <= limits.max):  # also catches NaN

@@ -173,6 +173,7 @@ def test_a_setting_that_does_not_fit_the_folder_is_named(fresh, changes, parts):
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,\n", ["case b", "no split"]),
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,learn\n", ["case b", "'learn'"]),
         ("image\n", ["lists no case"]),
+        (f"image,text\nimages/a.nii.gz,{'x' * 200_000}\n", ["cases.csv: line 2", "field larger than"]),
         ("image,mask,image\nimages/a.nii.gz,,images/b.nii.gz\n", ["two columns 'image'"]),
         ("", ["no column 'image'"]),
         ("image,text\nimages/a.nii.gz,a small, round lesion\n", ["cases.csv: line 2", "2 cells", "quotes"]),
@@ -185,7 +186,18 @@ def test_a_bad_table_is_named_with_the_row(fresh, text, parts):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"training": [{"label": "x"}]}', '{"training": 3}', '{"a": []}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"training": [{"label": "x"}]}',
+        '{"training": 3}',
+        '{"a": []}',
+        '{"training": [{"image": "images/a.nii.gz", "label": 1}]}',
+        '{"training": [{"image": "images/a.nii.gz", "label": ["labels/a.nii.gz"]}]}',
+        '{"training": [{"image": ["images/a.nii.gz"]}]}',
+        '{"training": ' + "[" * 100_000,
+    ],
 )
 def test_a_bad_dataset_json_is_named(fresh, content):
     (fresh / "dataset.json").write_text(content)

@@ -159,3 +159,27 @@ def test_a_case_without_a_mask_takes_part_if_allowed(root, settings, tmp_path):
     assert batch["mask"][0].min() == 0
     assert torch.equal(batch["mask"][1], torch.full_like(batch["mask"][1], -1))
     assert (batch["id"], batch["class"].tolist()) == (["case_0", "case_1"], [-1, -1])
+
+
+def damages(whole):
+    """What may have become of a file of cache "disk"."""
+    return {
+        "empty": b"",
+        "cut short": whole[: len(whole) // 2],
+        "no header": whole[:40],
+        "another shape": whole[:60] + whole[60:].replace(b"(1,", b"(2,", 1),
+        "no array": b"hello" * 100,
+    }
+
+
+@pytest.mark.parametrize("what", damages(b""))
+def test_a_damaged_file_of_cache_disk_is_made_anew(settings, what):
+    plain = opened(replace(settings, cache="none")).dataset("train")[0, 0]
+    settings = replace(settings, cache="disk")
+    opened(settings).dataset("train")[0, 0]
+    files = sorted(Path(settings.cache_dir).glob("*.npy"))
+    assert len(files) == 3
+    for path in files:
+        path.write_bytes(damages(path.read_bytes())[what])
+    assert equal(opened(settings).dataset("train")[0, 0], plain)
+    assert sorted(Path(settings.cache_dir).glob("*.npy")) == files

@@ -38,6 +38,12 @@ BAD_FILES = {
     "a truncated mask": ("labels/c.nii.gz", cut_short, "labels/c.nii.gz"),
     "a file that is no image": ("images/c.nii.gz", lambda p: p.write_text("hello " * 100), "c.nii.gz"),
     "a NaN": ("images/c.nii.gz", with_value(np.nan), "1 of 504 voxels are NaN or infinite"),
+    "an enormous value": ("images/c.nii.gz", with_value(3e38), "values up to 3e+38"),
+    "a value beyond float32": (
+        "images/c.nii.gz",
+        lambda p: save(p, image().astype(np.float64) * 1e300),
+        "NaN or infinite",
+    ),
     "an infinity": ("images/c.nii.gz", with_value(np.inf), "NaN or infinite"),
     "one value everywhere": ("images/c.nii.gz", lambda p: save(p, np.ones(SHAPE)), "the same value"),
     "a picture among volumes": ("images/c.nii.gz", lambda p: save(p, image((8, 9))), "single slice"),
@@ -127,6 +133,19 @@ def test_a_mask_may_lie_one_voxel_off_its_image_along_each_axis_and_no_more(fres
         else:
             refused(fresh_settings(fresh), "labels/a.nii.gz", f"{abs(voxels)} voxels off")
     opened(fresh_settings(fresh, check_affine=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spacing": (0.01, 0.01, 0.01)}, "data.spacing (0.01, 0.01, 0.01)"),
+        ({"spacing": (0.03, 0.03, 0.03)}, "data.spacing"),
+        ({"resize": True, "size": (1000, 1000, 1000)}, "data.size (1000, 1000, 1000)"),
+    ],
+)
+def test_a_grid_of_absurdly_many_voxels_is_refused_before_anything_is_read(fresh, changes, words):
+    refused(fresh_settings(fresh, **changes), "a.nii.gz: would have", words)
+    opened(fresh_settings(fresh, spacing=(0.5, 0.5, 0.1)))
 
 
 def test_label_values_that_were_not_announced_are_refused(fresh):

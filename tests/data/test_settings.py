@@ -19,6 +19,9 @@ def test_every_setting_has_its_help_in_a_comment():
     [
         ({"size": (8, 8)}, "size"),
         ({"spacing": (1.0, 0.0, 1.0)}, "spacing"),
+        ({"spacing": (1.0, 1e-9, 1.0)}, "spacing"),
+        ({"size": (10**5, 10**5, 10**5)}, "size"),
+        ({"patch": (10**30, 1, 1)}, "patch"),
         ({"percentiles": (99.0, 1.0)}, "percentiles"),
         ({"window": (5.0, 5.0)}, "window"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "test_fraction"),
