@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import all_close, close, gradients
 from torch import nn
 
 from ldm3d.blocks import (
@@ -25,23 +26,6 @@ from ldm3d.blocks import (
     run_layer,
     timestep_embedding,
 )
-
-
-def close(actual, expected, tolerance=2e-5):
-    """Relative to the largest expected value, as the tolerances of the project are stated."""
-    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
-    assert error <= tolerance, f"relative error {error:.1e}"
-
-
-def gradients(module, out, *inputs):
-    """Gradients of a fixed random projection of `out` with respect to the inputs and all parameters."""
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
-    return torch.autograd.grad((out * weights).sum(), [*inputs, *module.parameters()])
-
-
-def all_close(actual, expected, tolerance=1e-4):
-    for a, e in zip(actual, expected, strict=True):
-        close(a, e, tolerance)
 
 
 def image(*shape, seed=0, grad=False):

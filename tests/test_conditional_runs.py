@@ -1,5 +1,5 @@
 """A run under conditions does the whole job: it trains on many ranks as on one, resumes bit by bit, samples
-what it is told, and refuses what it does not know before any work."""
+under its conditions, and refuses those that it does not have before any work."""
 
 import json
 from dataclasses import replace
@@ -66,18 +66,18 @@ def test_the_cache_holds_the_latent_of_the_source_and_the_shares_of_the_labels(r
 
 
 def test_sampling_sees_what_training_saw(run):
-    """The conditions of a case, read from its files and cells as `sample` reads what it is given."""
+    """The conditions of a case, read from its files and cells as `sample` reads the user's."""
     pipeline = ldm3d.load(run)
     request = request_of_cases(RequestConfig(cases="val"), pipeline, "fp32")
     case, conditions = request.images.cases[0], pipeline.model.denoiser.conditions
-    given = {c.name: case.columns.get(c.name) for c in conditions}
-    given |= {"image": case.source, "tokens": case.source, "labels": case.mask, "spacing": (12.0, 11.0)}
-    given["report"] = f"{pipeline.layout.root}/{case.columns['report']}"
-    cond = pipeline.prepare(given)
+    values = {c.name: case.columns.get(c.name) for c in conditions}
+    values |= {"image": case.source, "tokens": case.source, "labels": case.mask, "spacing": (12.0, 11.0)}
+    values["report"] = f"{pipeline.layout.root}/{case.columns['report']}"
+    cond = pipeline.prepare(values)
     assert list(cond) == [c.name for c in conditions]
     for name, value in cond.items():
         assert torch.allclose(value, request.conditions[name][:1].to(value), atol=1e-5, equal_nan=True)
-        assert absent(value).tolist() == [given[name] == ""]
+        assert absent(value).tolist() == [values[name] == ""]
 
 
 def test_training_without_a_cache_goes_the_same_way(place, tmp_path):
@@ -89,17 +89,17 @@ def test_training_without_a_cache_goes_the_same_way(place, tmp_path):
     assert np.allclose(*ends, rtol=1e-4)
 
 
-def test_samples_follow_what_they_are_told(run):
+def test_samples_follow_their_conditions(run):
     model = ldm3d.load(run)
     root = model.layout.root
     plain = model.sample(1, steps=2)
-    told = {"class": 1, "text": "a large lesion", "age": 50, "image": f"{root}/sources/phantom_0003.tif"}
-    made = {name: model.sample(1, steps=2, conditions={name: value}) for name, value in told.items()}
-    assert all(not torch.allclose(x, plain, atol=1e-6) for x in made.values())
+    cond = {"class": 1, "text": "a large lesion", "age": 50, "image": f"{root}/sources/phantom_0003.tif"}
+    alone = {name: model.sample(1, steps=2, conditions={name: value}) for name, value in cond.items()}
+    assert all(not torch.allclose(x, plain, atol=1e-6) for x in alone.values())
     both = model.sample(2, steps=2, conditions={"class": [1, None]})
-    assert torch.allclose(both[:1], made["class"], atol=1e-4)
+    assert torch.allclose(both[:1], alone["class"], atol=1e-4)
     assert torch.allclose(both[1:], model.sample(1, steps=2, first=1), atol=1e-4)
-    assert torch.allclose(model.sample(1, steps=2, conditions=told, guidance_scale=0.0), plain, atol=1e-4)
+    assert torch.allclose(model.sample(1, steps=2, conditions=cond, guidance_scale=0.0), plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
@@ -215,7 +215,7 @@ def test_two_ranks_sample_as_one(run, tmp_path):
     assert scores[0].keys() == scores[1].keys()
 
 
-def test_inpainting_leaves_the_known_voxels_of_the_file_untouched(run, tmp_path):
+def test_inpainting_leaves_the_voxels_outside_the_region_untouched(run, tmp_path):
     root = ldm3d.load(run).layout.root
     image, mask = (f"{root}/{kind}/phantom_0002.tif" for kind in ("images", "labels"))
     flags = [
@@ -271,7 +271,7 @@ def read_table(pipeline, path, text):
         ("name;klass\na;1\n", "condition klass: the model has no such condition"),
     ],
 )
-def test_a_wrong_table_of_conditions_is_told(run, tmp_path, text, words):
+def test_a_wrong_table_of_conditions_is_refused_by_name(run, tmp_path, text, words):
     with pytest.raises(InputError, match=words):
         read_table(ldm3d.load(run), tmp_path / "sets.csv", text)
 
@@ -306,11 +306,11 @@ def test_arrays_serve_as_tensors_do_and_are_encoded_once(run):
     model, calls = ldm3d.load(run).model, []
     encode, model.encode = model.encode, lambda x: calls.append(len(x)) or encode(x)
     x = np.arange(320, dtype=np.int64).reshape(1, 16, 20) % 2
-    told = model.prepare({"image": x, "labels": x[0], "class": torch.tensor(1)}, 8)
+    from_arrays = model.prepare({"image": x, "labels": x[0], "class": torch.tensor(1)}, 8)
     assert calls == [1]
-    given = {"image": torch.tensor(x).float(), "labels": torch.tensor(x[0]), "class": 1}
-    for name, value in model.prepare(given, 8).items():
-        assert torch.equal(told[name], value)
+    tensors = {"image": torch.tensor(x).float(), "labels": torch.tensor(x[0]), "class": 1}
+    for name, value in model.prepare(tensors, 8).items():
+        assert torch.equal(from_arrays[name], value)
 
 
 def test_an_edited_image_and_the_maps_of_inpainting_are_in_the_units_of_the_image(run, tmp_path):
@@ -412,11 +412,11 @@ def test_the_python_lines_of_the_guide_run_as_written(tmp_path, monkeypatch):
 
 @pytest.mark.real_data
 def test_the_translation_preset_splits_by_patient(real_data, tmp_path):
-    given = {
+    flags = {
         k.removeprefix("data."): v for k, v in train_vae.PRESETS["tiff-translation"].items() if "data." in k
     }
-    given = {k: v for k, v in given.items() if "augment" not in k}
-    config = DataConfig(root=str(real_data / "tiff_pairs"), cache_dir=str(tmp_path), **given)
+    flags = {k: v for k, v in flags.items() if "augment" not in k}
+    config = DataConfig(root=str(real_data / "tiff_pairs"), cache_dir=str(tmp_path), **flags)
     split = split_cases(find_cases(config, real_data / "tiff_pairs"), config, 0)
     assert {name[:3] for name in split["test"]} == {"p19"}
     assert {name[:3] for name in split["train"] + split["val"]} == {"p07"}

@@ -69,9 +69,9 @@ def test_a_config_survives_json():
 
 def test_each_source_overrides_the_one_before(tmp_path):
     assert read("small")[0] == Outer(preset="small", steps=5, inner=Inner(kind="two"))
-    config, given = read("small", "--steps", "9", "--inner.rate=0.1")
+    config, flags = read("small", "--steps", "9", "--inner.rate=0.1")
     assert (config.steps, config.inner) == (9, Inner(0.1, "two"))
-    assert given == {"steps": 9, "inner.rate": 0.1}
+    assert flags == {"steps": 9, "inner.rate": 0.1}
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"kind": "vae", **to_dict(config)}))
     assert read(str(path), "--steps", "1")[0] == replace(config, {"steps": 1})

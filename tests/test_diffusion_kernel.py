@@ -709,7 +709,7 @@ def test_every_step_but_the_one_from_pure_noise_is_made_resample_times(process, 
         kernel.sample(record, torch.zeros(2, 1, 4, 4), 4, sampler, resample=3)
 
 
-def test_given_times_replace_the_grid():
+def test_times_of_the_caller_replace_the_grid():
     kernel = make_kernel()
     noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     by_count = kernel.sample(oracle(kernel), noise, 10, "ddim")

@@ -164,7 +164,7 @@ def test_the_minibatch_statistic_is_the_mean_deviation_of_each_part():
     assert not alone.grad.any()
 
 
-def test_real_and_made_pairs_in_one_batch_are_judged_as_they_are_alone():
+def test_real_and_generated_pairs_in_one_batch_are_judged_as_they_are_alone():
     net, (x_t, t, x_prev) = make_timed(3), pairs(3, 4)
     both = net(x_t, t, x_prev, parts=2).logits[0]
     for part in (slice(0, 2), slice(2, 4)):

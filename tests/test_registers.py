@@ -134,7 +134,7 @@ def test_what_a_layer_reads_is_gated_attention_to_the_modulated_bank(dims):
     torch.testing.assert_close(maps[0], a.mean(1).mT.unflatten(2, h.shape[2:]), rtol=1e-4, atol=1e-6)
 
 
-def test_a_constant_map_is_read_differently_in_every_place():
+def test_a_constant_map_attends_differently_at_every_position():
     registers = make(2).unet.registers
     maps = []
     registers(torch.ones(1, 8, 6, 5), torch.zeros(1, 32), maps, layer_idx=0)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import close
 from torch import nn
 
 from ldm3d import unet
@@ -19,12 +20,6 @@ SMALL = {
     "in_channels": 3,
     "out_channels": 2,
 }
-
-
-def close(actual, expected, tolerance=2e-5):
-    """Relative to the largest expected value, as the tolerances of the project are stated."""
-    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
-    assert error <= tolerance, f"relative error {error:.1e}"
 
 
 def make(dims, make_registers=None, **changes):
@@ -119,7 +114,7 @@ def test_time_and_context_matter_and_masked_tokens_do_not():
     close(net(**{**inputs, "context": changed}, context_mask=mask), net(**inputs, context_mask=mask))
 
 
-def test_sine_and_cosine_can_change_places():
+def test_sine_and_cosine_can_be_swapped():
     net = make(2)
     other = make(2, time_embed_order="sin_cos")
     half = net.config.channels[0] // 2

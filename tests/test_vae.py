@@ -5,17 +5,12 @@ import math
 
 import pytest
 import torch
+from closeness import close
 from torch import nn
 
 from ldm3d.vae import AutoencoderKL, Posterior, VAEConfig
 
 SMALL = {"channels": (4, 8), "num_res_blocks": (1,), "num_groups": 2, "latent_channels": 3}
-
-
-def close(actual, expected, tolerance=2e-5):
-    """Relative to the largest expected value, as the tolerances of the project are stated."""
-    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
-    assert error <= tolerance, f"relative error {error:.1e}"
 
 
 def seeded(seed=0):

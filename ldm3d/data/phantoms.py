@@ -34,7 +34,6 @@ from ..engine.distributed import is_main, main_first
 LABEL_NAMES = ("background", "brain", "ventricles", "deep nuclei", "lesion")
 NUM_LABELS = len(LABEL_NAMES)
 CLASS_NAMES = ("no lesion", "lesion")
-NUM_CLASSES = len(CLASS_NAMES)
 DEFAULT_SIZE = {2: (112, 96), 3: (48, 56, 48)}
 FIELD_OF_VIEW = {2: (224.0, 192.0), 3: (192.0, 224.0, 192.0)}  # mm; holds the head
 SIDE_AXIS = {2: 1, 3: 0}  # the axis that grows to the patient's right: a 2-D column, the first of RAS

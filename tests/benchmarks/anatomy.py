@@ -95,31 +95,31 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def run_flags(given: argparse.Namespace, steps: int, validations: int = 5) -> list[str]:
+def run_flags(args: argparse.Namespace, steps: int, validations: int = 5) -> list[str]:
     every = max(1, steps // validations)
     numbers = {"steps": steps, "eval_every": every, "save_every": every, "log_every": max(1, steps // 50)}
-    return ["--run.amp", given.amp, *(word for k, n in numbers.items() for word in (f"--run.{k}", str(n)))]
+    return ["--run.amp", args.amp, *(word for k, n in numbers.items() for word in (f"--run.{k}", str(n)))]
 
 
-def steps_in(given: argparse.Namespace, flags: list[str], folder: Path) -> int:
+def steps_in(args: argparse.Namespace, flags: list[str], folder: Path) -> int:
     """How many steps of train_ldm.py the minutes hold, by the last 10 of 20."""
-    length = [*run_flags(given, 20, 1), "--run.log_every", "10"]
+    length = [*run_flags(args, 20, 1), "--run.log_every", "10"]
     train_ldm.main([*flags, *length, "--run.dir", str(folder)])
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rate = next(line["samples_per_s"] for line in logged if line["split"] == "train" and line["step"] == 20)
     batch_size = json.loads((folder / "config.json").read_text())["batch_size"]
-    return max(20, int(60 * given.minutes * rate / batch_size))
+    return max(20, int(60 * args.minutes * rate / batch_size))
 
 
-def train_denoiser(given: argparse.Namespace, row: str, seed: int, out: Path) -> Path:
+def train_denoiser(args: argparse.Namespace, row: str, seed: int, out: Path) -> Path:
     run = out / f"ldm-{row}-{seed}"
-    flags = [*DATA[given.data][1], "--vae", str(out / "vae"), "--anatomy.registers", ROWS[row]]
-    flags += RARE if row == "bound" and given.data != "hippocampus" else []
-    steps = given.steps
-    if given.minutes:
+    flags = [*DATA[args.data][1], "--vae", str(out / "vae"), "--anatomy.registers", ROWS[row]]
+    flags += RARE if row == "bound" and args.data != "hippocampus" else []
+    steps = args.steps
+    if args.minutes:
         speed = out / f"speed-{row}"
-        steps = once(speed.with_suffix(".json"), lambda: steps_in(given, flags, speed))
-    train_ldm.main([*flags, *run_flags(given, steps), "--run.seed", str(seed), "--run.dir", str(run)])
+        steps = once(speed.with_suffix(".json"), lambda: steps_in(args, flags, speed))
+    train_ldm.main([*flags, *run_flags(args, steps), "--run.seed", str(seed), "--run.dir", str(run)])
     return run
 
 
@@ -133,15 +133,15 @@ def make_samples(run: Path, num: int, labelled: bool) -> Path:
 
 
 def train_segmenter(
-    given: argparse.Namespace, name: str, cases: Iterable[PairedFile], seed: int, out: Path
+    args: argparse.Namespace, name: str, cases: Iterable[PairedFile], seed: int, out: Path
 ) -> Path:
     """A plain segmentation network of (image, mask, part) cases."""
     run, folder = out / f"segment-{name}-{seed}", out / f"cases-{name}-{seed}"
     write_cases(folder, cases)
-    flags = [*DATA[given.data][2], "--data.root", str(folder), "--data.table", "cases.csv"]
-    flags += ["--cdal.diffusion", "false", "--data.num_labels", str(given.num_labels)]
+    flags = [*DATA[args.data][2], "--data.root", str(folder), "--data.table", "cases.csv"]
+    flags += ["--cdal.diffusion", "false", "--data.num_labels", str(args.num_labels)]
     flags += ["--run.seed", str(seed), "--run.dir", str(run)]
-    train_cdal.main([*flags, *run_flags(given, given.segment_steps)])
+    train_cdal.main([*flags, *run_flags(args, args.segment_steps)])
     return run
 
 
@@ -287,38 +287,38 @@ def parse_flags() -> argparse.Namespace:
 
 
 def main() -> None:
-    given = parse_flags()
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    out, device = (given.out / given.data).resolve(), choose_device("auto")
+    args = parse_flags()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out, device = (args.out / args.data).resolve(), choose_device("auto")
     place = []
-    if given.data == "phantom-2d":
+    if args.data == "phantom-2d":
         place = ["--data.root", str(out / "heads")]
         if not (out / "heads").exists():
             write_phantoms(out / "heads", 160, dims=2, size=(56, 48))
-    length = run_flags(given, given.vae_steps)
-    train_vae.main([*DATA[given.data][0], *place, *length, "--run.dir", str(out / "vae")])
+    length = run_flags(args, args.vae_steps)
+    train_vae.main([*DATA[args.data][0], *place, *length, "--run.dir", str(out / "vae")])
     data = open_stored(load_run(out / "vae", "vae"))
-    given.num_labels = data.spec.num_labels
+    args.num_labels = data.spec.num_labels
     rows: dict[str, list[Figures]] = {"real": []}
-    seeds = [int(word) for word in given.seeds.split(",")]
-    judges = {seed: train_segmenter(given, "real", real_cases(data), seed, out) for seed in seeds}
+    seeds = [int(word) for word in args.seeds.split(",")]
+    judges = {seed: train_segmenter(args, "real", real_cases(data), seed, out) for seed in seeds}
     judge = Judge(judges[seeds[0]], data, device)
     for seed in seeds:
         scores = once(judges[seed] / "test.json", lambda seed=seed: test_dice(judges[seed], data, device))
         reference = once(out / "real.json", judge.real) if seed == seeds[0] else {}
         rows["real"].append({**reference, "Dice, real": float(np.mean(scores))})
-    for name in given.rows.split(","):
+    for name in args.rows.split(","):
         for seed in seeds:
-            run = train_denoiser(given, name, seed, out)
-            folder = make_samples(run, given.samples, labelled=name == "bound")
+            run = train_denoiser(args, name, seed, out)
+            folder = make_samples(run, args.samples, labelled=name == "bound")
             figures = once(folder / "judged.json", lambda folder=folder: judge.samples(folder, own=False))
             figures = {"val loss": lowest_loss(run), **figures}
             if name == "bound":
                 own = once(folder / "own.json", lambda folder=folder: judge.samples(folder, own=True))
 
                 def fit(kind: str, cases: list[PairedFile], seed: int = seed) -> float:
-                    net = train_segmenter(given, kind, cases, seed, out)
+                    net = train_segmenter(args, kind, cases, seed, out)
                     return float(np.mean(once(net / "test.json", lambda: test_dice(net, data, device))))
 
                 scores = train_on_synthetic(real_cases(data), folder, fit)

@@ -128,8 +128,8 @@ def generate(run: Path, num: int, scale: float, steps: int, out: Path) -> list[T
     if not path.exists() or path.stat().st_mtime < (run / "best.pt").stat().st_mtime:
         model, made = ldm3d.load(run).model, []
         for label in (0, 1):
-            told = model.prepare({"class": label}, num)
-            stream = model.stream(range(num), steps, batch_size=8, conditions=told, guidance=Guidance(scale))
+            cond = model.prepare({"class": label}, num)
+            stream = model.stream(range(num), steps, batch_size=8, conditions=cond, guidance=Guidance(scale))
             made += [x for x, _ in progress(stream, f"guidance {scale:g}, class {label}", -(-num // 8))]
         partial = path.with_suffix(".partial.npy")
         np.save(partial, torch.cat(made).half().numpy())

@@ -3,11 +3,11 @@
     python tests/benchmarks/obey_captions.py                           # about an hour of CPU time, once
     python tests/benchmarks/obey_captions.py --guidance 1 3 5 7        # judged again
 
-Writes 1,024 two-dimensional heads, trains an autoencoder and a denoiser that is told their captions, and asks
-it for each of the five. The latents are small, an eighth of the image along each axis: a caption is about two
-numbers and a place, and the many steps that learning them takes are cheap so. Only the upper noise levels are
-guided, where it is decided whether there is a lesion and where: guided to the end, small ones grow. Stopped
-and started again, the script goes on where it was.
+Writes 1,024 two-dimensional heads, trains an autoencoder and a denoiser under their captions, and samples
+heads for each of the five captions. The latents are small, an eighth of the image along each axis, so that
+the many training steps are cheap. Guidance acts at the upper noise levels only, where it is decided whether
+there is a lesion, and where. With guidance to the end small lesions grow. Stopped and started again, the
+script goes on where it was.
 
 In a phantom only fat, outside the skull, is as bright as a lesion. So a lesion is what is brighter than white
 matter inside an ellipse that lies within the skull of every head; its area gives a radius, which `describe`

@@ -5,7 +5,7 @@
 
 AutoencoderKL (32, 64, 64) on patches of the hippocampus data (looked for in $LDM3D_DATA, else data/), L1 and
 KL, AdamW with a cosine schedule. The two take turns step by step, so that the times are of the same minutes
-of the same machine. What is told: the median time of a step and its ratio, and PSNR and SSIM on whole
+of the same machine. Reported are the median time of a step and its ratio, and PSNR and SSIM on whole
 held-out cases, half-way and at the end.
 """
 

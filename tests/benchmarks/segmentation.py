@@ -153,10 +153,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"), help="folder of the runs")
     parser.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="precision of the training")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    chosen = ABLATION if given.rows == ["ablation"] else given.rows
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    chosen = ABLATION if args.rows == ["ablation"] else args.rows
     unknown = sorted(set(chosen) - ROWS.keys())
     if unknown:
         parser.error(f"--rows: no row {unknown[0]!r}; known are {', '.join(ROWS)}")
@@ -164,10 +164,10 @@ def main() -> None:
     for name in chosen:
         settings, votes = ROWS[name]
         same = next(other for other, (flags, _) in ROWS.items() if flags == settings)
-        words = [given.preset, f"{given.minutes:g}min", given.amp, *re.findall(r"\w+", same)]
-        run, settings = given.runs / "-".join(words), settings | {"run.amp": given.amp}
-        train(given.minutes, given.preset, settings, run)
-        lines.append(row_of(name, run, votes, test(given.preset, run, votes)))
+        words = [args.preset, f"{args.minutes:g}min", args.amp, *re.findall(r"\w+", same)]
+        run, settings = args.runs / "-".join(words), settings | {"run.amp": args.amp}
+        train(args.minutes, args.preset, settings, run)
+        lines.append(row_of(name, run, votes, test(args.preset, run, votes)))
         print(f"\n{table([HEAD, *lines], markdown=True)}\n", flush=True)
     print(cost(run))
 

@@ -209,8 +209,8 @@ def sample(run: Path, way: str, items: Items, num: int, steps: int, out: Path) -
     if not path.exists() or path.stat().st_mtime < (run / "best.pt").stat().st_mtime:
         model = ldm3d.load(run).model
         z = torch.cat([model.encode(item["source"][None]) for item in items])
-        told = {way: z.repeat_interleave(num, 0)}
-        stream = model.stream(range(len(items) * num), steps, batch_size=num, conditions=told)
+        cond = {way: z.repeat_interleave(num, 0)}
+        stream = model.stream(range(len(items) * num), steps, batch_size=num, conditions=cond)
         made = [x for x, _ in progress(stream, f"sampling, {way}", len(items))]
         partial = path.with_suffix(".partial.npy")
         np.save(partial, torch.stack(made).numpy())

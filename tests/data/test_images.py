@@ -112,7 +112,7 @@ def test_stored_data_keeps_split_and_spec_and_takes_changes(content):
     assert data.dataset("train", augment=True)[0, 0]["image"].shape == (1, 4, 4)
 
 
-def test_a_place_is_a_folder_or_a_pattern(tmp_path):
+def test_a_location_is_a_folder_or_a_pattern(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/x.tif").write_bytes(b"")
     assert locate(tmp_path / "a") == (tmp_path / "a", None)

@@ -152,7 +152,7 @@ def test_label_values_that_were_not_announced_are_refused(fresh):
     refused(fresh_settings(fresh, label_values=(0, 2)), "labels/a.nii.gz", "label 1", "(0, 2)")
 
 
-def test_an_image_in_the_place_of_a_label_map_is_found_by_its_values(fresh):
+def test_an_image_instead_of_a_label_map_is_found_by_its_values(fresh):
     save(fresh / "labels/b.nii.gz", (image() * 1000).astype(np.int32))
     refused(fresh_settings(fresh), "labels/b.nii.gz", "is this a mask?")
 

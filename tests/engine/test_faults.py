@@ -68,7 +68,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("amp", ["fp32", "fp16"])
-def test_one_bad_batch_costs_its_step_and_is_told(heads, tmp_path, poisoned, capsys, amp):
+def test_one_bad_batch_costs_its_step_and_is_reported(heads, tmp_path, poisoned, capsys, amp):
     poisoned(4, 4)
     train_vae.main(vae_flags(heads, tmp_path / "run", 7, "--run.amp", amp))
     assert "step 3: the loss is not finite; the step is skipped (1 in a row" in capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_fresh_is_not_remembered_and_the_copy_of_the_autoencoder_stays_the_one_i
     assert len(list(tmp_path.glob("run.old-*"))) == 1
 
 
-def test_sampling_into_a_place_that_cannot_be_made_is_one_line(vae_run, tmp_path, capsys):
+def test_sampling_into_a_folder_that_cannot_be_made_is_one_line(vae_run, tmp_path, capsys):
     train_ldm.main(ldm_flags(vae_run, tmp_path / "run", 2))
     capsys.readouterr()
     (tmp_path / "file").write_text("in the way")

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 # --- the log ------------------------------------------------------------------------------------------------
 
 
-def test_every_training_line_tells_loss_rate_speed_memory_and_waiting(vae_run):
+def test_every_training_line_has_loss_rate_speed_memory_and_waiting(vae_run):
     log = lines(vae_run)
     assert [line["step"] for line in log] == list(range(1, 11))
     for line in log:
@@ -163,7 +163,7 @@ def test_profile_writes_a_trace_of_a_few_steps_and_prints_the_ten_dearest_operat
     train_vae.main(vae_flags(heads, tmp_path / "run", 9))  # it changes nothing and may be left out
 
 
-def test_a_run_that_ends_during_its_profile_tells_of_the_steps_that_there_were(tmp_path, capsys):
+def test_a_run_that_ends_during_its_profile_reports_the_steps_so_far(tmp_path, capsys):
     profile = Profile(tmp_path)
     for _ in range(4):
         torch.ones(3).exp()

@@ -86,7 +86,7 @@ def test_all_planted_copies_are_found_with_their_original_and_nothing_else(audit
     assert (place / "out" / "nearest.png").is_file()
 
 
-def test_the_way_a_copy_was_turned_and_shifted_is_told(audit):
+def test_the_report_says_how_a_copy_was_turned_and_shifted(audit):
     rows, _, _ = audit
     dims = len(rows["copy_exact"]["shift_voxels"].split())
     assert rows["copy_exact"]["flipped_axes"] == ""

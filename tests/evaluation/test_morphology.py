@@ -123,7 +123,7 @@ def test_the_orientation_is_scikit_images():
     assert 4 * spread[0] == pytest.approx(region.axis_major_length, rel=1e-2)
 
 
-def test_the_rigid_motion_between_two_masks_is_the_one_that_was_made():
+def test_the_rigid_motion_between_two_masks_is_recovered():
     fixed, moving = tilted(10, (40, 40)), tilted(35, (44, 37))
     turn, shift = rigid_between(moving, fixed, (1, 1), rotate=True)
     assert turn @ np.array([40, 40]) + shift == pytest.approx([44, 37], abs=0.3)

@@ -210,7 +210,7 @@ def test_the_report_lies_beside_the_images_and_a_mistake_leaves_none(tmp_path, m
 
 
 @pytest.mark.parametrize("pairs", [2], indirect=True)
-def test_features_of_a_network_tell_how_alike_two_images_are(pairs):
+def test_features_of_a_network_measure_how_alike_two_images_are(pairs):
     _, place = pairs
     torch.manual_seed(0)
     net = torch.jit.trace(torch.nn.Conv2d(1, 5, 3), torch.zeros(1, 1, 8, 8))

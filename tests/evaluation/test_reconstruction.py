@@ -139,7 +139,7 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-def test_the_report_of_a_run_tells_each_case_and_the_mean(place, capsys):
+def test_the_report_of_a_run_has_each_case_and_the_mean(place, capsys):
     evaluation_main(["reconstruct", str(place / "vae"), "--resamples", "50", "--worst", "2"])
     folder = place / "vae" / "evaluation-001"
     report = json.loads((folder / "report.json").read_text())
@@ -192,7 +192,7 @@ def test_sharpness_is_that_of_the_reconstruction_over_that_of_the_original(dims)
     assert math.isnan(scores_of(x, torch.ones_like(x), whole, 0)["sharpness"])
 
 
-def test_it_runs_as_a_module_and_its_mistakes_are_one_line(place):
+def test_the_command_runs_as_a_module_and_mistakes_are_one_line(place):
     command = [sys.executable, "-m", "ldm3d.evaluation"]
     done = subprocess.run([*command, "reconstruct", "/nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -323,7 +323,7 @@ def test_the_contrastive_loss_is_its_definition():
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_an_own_network_is_the_same_for_the_same_seed_and_tells_cases_apart(dims):
+def test_an_own_network_is_the_same_for_the_same_seed_and_separates_cases(dims):
     heads = [make_phantom(i, dims, SIZES[dims], tuple(200 / n for n in SIZES[dims])).image for i in range(12)]
     x = torch.from_numpy(np.stack(heads)) / 1000
     config = FeatureConfig(dims, steps=5, batch_size=8)

@@ -59,7 +59,7 @@ def box_of(model):
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(("kind", "sampler"), KINDS)
-def test_inpainting_keeps_the_known_voxels_bit_by_bit_with_every_sampler(dims, kind, sampler):
+def test_inpainting_keeps_the_voxels_outside_the_region_bit_by_bit_with_every_sampler(dims, kind, sampler):
     model = make_model(dims, *kind)
     x, region = image_of(model), box_of(model)
     made = model.sample(2, steps=4, sampler=sampler, edit=ImageEdit(model, x, region))
@@ -69,12 +69,12 @@ def test_inpainting_keeps_the_known_voxels_bit_by_bit_with_every_sampler(dims, k
 
 
 @pytest.mark.parametrize(("kind", "sampler"), KINDS)
-def test_the_known_part_of_the_latent_ends_where_it_was(kind, sampler):
+def test_the_latent_outside_the_region_ends_where_it_was(kind, sampler):
     model = make_model(2, *kind)
     edit = ImageEdit(model, image_of(model), box_of(model))
     _, z = next(model.stream(range(2), 5, sampler, edit=edit))
-    known = ~edit.inside.expand_as(z)
-    assert torch.allclose(z[known], edit.z.expand_as(z)[known], atol=1e-3)
+    outside = ~edit.inside.expand_as(z)
+    assert torch.allclose(z[outside], edit.z.expand_as(z)[outside], atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def assert_scores_are_those_of_the_files(folder: Path, references: Path) -> None
     assert max(float(row["dice_1"]) for row in rows) > 0
 
 
-def test_values_at_the_places_of_training_come_to_the_places_of_the_file():
+def test_values_on_the_grid_of_training_come_onto_the_grid_of_the_file():
     def places(shape, spacing):  # mm of the voxels' centres; both grids begin at the same corner
         axes = (s * (np.arange(n) + 0.5) for n, s in zip(shape, spacing, strict=True))
         return np.stack(np.meshgrid(*axes, indexing="ij"))

@@ -7,7 +7,7 @@ import torch
 from ldm3d.reports.distance_tables import case_table, group_table, subject_table
 
 
-def test_subjects_and_groups_are_told_as_brute_force_has_them():
+def test_figures_of_subjects_and_groups_are_those_of_brute_force():
     x = np.random.default_rng(0).normal(size=(7, 5))
     gram = torch.from_numpy(x @ x.T)
     apart = torch.cdist(torch.from_numpy(x), torch.from_numpy(x))

@@ -45,7 +45,7 @@ def test_mistakes_are_named(vae_run, bound_run, heads, tmp_path, mistake, words,
     assert named in error
 
 
-def test_it_runs_as_a_module(vae_run, tmp_path):
+def test_the_command_runs_as_a_module(vae_run, tmp_path):
     command = [
         sys.executable,
         "-m",

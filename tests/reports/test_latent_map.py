@@ -53,7 +53,7 @@ def test_the_map_is_the_principal_components_of_latents_encoded_by_hand(made, la
     assert (facts["cases"], facts["method"], facts["step"]) == (12, "pca", 10)
 
 
-def test_a_case_is_told_its_split_its_class_its_centre_and_its_nearest(made, latents, heads, mapped_run):
+def test_the_table_has_split_class_centre_and_nearest_of_each_case(made, latents, heads, mapped_run):
     rows, (names, z) = read_csv(made / "cases.csv"), latents
     split = json.loads((mapped_run / "split.json").read_text())
     classes = {Path(row["image"]).stem: row["class"] for row in read_csv(heads / "cases.csv")}
@@ -125,7 +125,7 @@ def test_other_methods_map_both_groups_and_the_same_each_time(mapped_run, heads,
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_tables_need_no_extra_and_what_is_missing_is_told(mapped_run, tmp_path, monkeypatch, capsys):
+def test_tables_need_no_extra_and_a_missing_extra_is_named(mapped_run, tmp_path, monkeypatch, capsys):
     for name in (
         "plotly",
         "plotly.offline",

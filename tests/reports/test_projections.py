@@ -48,7 +48,7 @@ def test_distances_are_root_mean_square_differences(dims):
     assert torch.allclose(to_centre(gram, members), direct, atol=1e-9)
 
 
-def test_latents_that_share_nothing_are_the_root_of_two_apart():
+def test_unrelated_latents_are_the_root_of_two_apart():
     z = torch.randn(6, 2, 40, 40, 10, generator=torch.Generator().manual_seed(0))
     apart = distances(inner_products(z, 6))
     off = apart[~torch.eye(6, dtype=torch.bool)]

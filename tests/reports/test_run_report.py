@@ -222,7 +222,7 @@ def test_every_curve_runs_through_its_points(browser):
     assert y[2] > y[1] > y[0]  # down on the screen is a larger y
 
 
-def test_the_mouse_on_a_curve_tells_the_nearest_values(browser):
+def test_the_mouse_on_a_curve_shows_the_nearest_values(browser):
     x, y, width, height = browser.box("#charts svg")
     left, right = 48 / 400, 390 / 400  # the steps from 1 to 40
     browser.point(x + width * (left + (right - left) * 29 / 39), y + height / 2)
