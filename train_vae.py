@@ -80,6 +80,7 @@ from ldm3d.losses import (
     generator_loss,
     gradient_loss,
     kl_per_element,
+    last_gradients,
     r1_penalty,
     ramp,
     reconstruction_loss,
@@ -366,35 +367,29 @@ def loss_terms(
 
 
 def adversarial_terms(
-    discriminator: PatchDiscriminator,
-    net: Autoencoder,
-    recon: Tensor,
-    x: Tensor,
-    loss: Tensor,
-    config: Config,
-    loss_scale: float,
+    discriminator: PatchDiscriminator, recon: Tensor, x: Tensor, config: Config
 ) -> dict[str, Tensor]:
-    """The autoencoder's adversarial loss and its parts, at full weights: each (B,), adaptive_weight (1,).
-
-    loss: (B,) the sum of all other terms. loss_scale: the GradScaler's factor (1 without float16).
-    """
+    """What the autoencoder wants of the discriminator, each (B,), not yet weighted."""
     with frozen(discriminator):
         with autocast(config.run.amp, x.device):
             fake = discriminator(recon)
         terms = {"g_loss": generator_loss(fake.logits, config.disc_loss)}
-        weight = torch.full((1,), config.disc_weight, device=x.device)
-        if config.disc_adaptive and config.disc_weight:
-            last = [layer for layer in net.decoder.layers if isinstance(layer, Conv)][-1].weight
-            ratio = adaptive_weight(loss.mean(), terms["g_loss"].mean(), last, config.disc_cap, loss_scale)
-            terms["adaptive_weight"] = ratio.view(1)
-            weight = weight * ratio
-        terms["adversarial"] = weight * terms["g_loss"]
         if config.feature_weight:
             with torch.no_grad(), autocast(config.run.amp, x.device):
                 real = discriminator(x)
             terms["features"] = feature_matching_loss(fake.features, real.features)
-            terms["adversarial"] = terms["adversarial"] + config.feature_weight * terms["features"]
     return terms
+
+
+def last_layer(net: Autoencoder) -> Conv:
+    """The decoder's last convolution."""
+    return [layer for layer in net.decoder.layers if isinstance(layer, Conv)][-1]
+
+
+def gradients_of(net: Autoencoder, terms: dict[str, Tensor], loss_scale: float) -> Tensor:
+    """What the adaptive weight compares, (2, *): the gradients of the sum of all other terms and of g_loss at
+    the decoder's last convolution. loss_scale: the GradScaler's factor (1 without float16)."""
+    return last_gradients(terms["loss"].mean(), terms["g_loss"].mean(), last_layer(net).weight, loss_scale)
 
 
 def discriminator_terms(
@@ -499,23 +494,48 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     stream = batches(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
+
+    def forward(model: nn.Module, batch: dict[str, Any], adversarial: bool) -> tuple[Tensor, Any, dict]:
+        """(recon, latent, terms), where terms["loss"] is without the adversarial terms."""
+        x, positions = batch["image"], batch["position"]
+        noise = keyed_normal(seed, positions, net.latent_shape(x.shape[2:]), "posterior")
+        with autocast(config.run.amp, device):
+            recon, latent = model(x, noise.to(device))
+        terms = loss_terms(recon, latent, x, config, run.step)
+        if perceptual is not None:
+            draws = [keyed_generator(seed, int(p), "slices") for p in positions]
+            with autocast(config.run.amp, device):
+                terms["perceptual"] = perceptual(recon, x, draws)
+            terms["loss"] = terms["loss"] + config.perceptual_weight * terms["perceptual"]
+        if adversarial:
+            terms |= adversarial_terms(discriminator, recon, x, config)
+        return recon, latent, terms
+
     for group in run.steps(stream):
         adversarial = discriminator is not None and run.step >= config.disc_start
+        adaptive = adversarial and config.disc_adaptive and config.disc_weight > 0
+        scale = stepper.scaler.get_scale()
+        if adaptive and len(group) > 1:
+            # One weight for the whole step, from all of its micro-batches: a forward pass of its own
+            gradients = torch.zeros((), device=device)
+            with frozen(net):
+                last_layer(net).requires_grad_(True)
+                for batch, fraction in micro_batches(group, model, device, seed, run.step):
+                    gradients = gradients + fraction * gradients_of(net, forward(net, batch, True)[2], scale)
+            ratio = adaptive_weight(gradients, config.disc_cap)
         pairs, latents = [], []
         for batch, fraction in micro_batches(group, model, device, seed, run.step):
-            x, positions = batch["image"], batch["position"]
-            noise = keyed_normal(seed, positions, net.latent_shape(x.shape[2:]), "posterior")
-            with autocast(config.run.amp, device):
-                recon, latent = model(x, noise.to(device))
-            terms = loss_terms(recon, latent, x, config, run.step)
-            if perceptual is not None:
-                draws = [keyed_generator(seed, int(p), "slices") for p in positions]
-                with autocast(config.run.amp, device):
-                    terms["perceptual"] = perceptual(recon, x, draws)
-                terms["loss"] = terms["loss"] + config.perceptual_weight * terms["perceptual"]
+            recon, latent, terms = forward(model, batch, adversarial)
             if adversarial:
-                scale = stepper.scaler.get_scale()
-                terms |= adversarial_terms(discriminator, net, recon, x, terms["loss"], config, scale)
+                weight = torch.full((1,), config.disc_weight, device=device)
+                if adaptive:
+                    if len(group) == 1:
+                        ratio = adaptive_weight(gradients_of(net, terms, scale), config.disc_cap)
+                    terms["adaptive_weight"] = ratio.view(1)
+                    weight = weight * ratio
+                terms["adversarial"] = weight * terms["g_loss"]
+                if config.feature_weight:
+                    terms["adversarial"] = terms["adversarial"] + config.feature_weight * terms["features"]
                 rise = ramp(run.step, config.disc_start, config.disc_ramp)
                 terms["loss"] = terms["loss"] + rise * terms["adversarial"]
                 pairs.append({**batch, "recon": recon.detach()})

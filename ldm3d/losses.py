@@ -174,18 +174,23 @@ def feature_matching_loss(features_fake: Sequence[Tensor], features_real: Sequen
     return _map_mean([(_full_precision(a) - _full_precision(b.detach())).abs() for a, b in pairs])
 
 
-def adaptive_weight(
-    loss: Tensor, g_loss: Tensor, last_weight: Tensor, cap: float = 1e4, scale: float = 1.0
-) -> Tensor:
-    """Scalar weight for `g_loss` that makes its gradient as large as that of `loss`, at most `cap`.
+def last_gradients(loss: Tensor, g_loss: Tensor, last_weight: Tensor, scale: float = 1.0) -> Tensor:
+    """The gradients (2, *) of loss and g_loss, two scalars, at the decoder's last weights. The graph stays.
 
-    The gradients are those at `last_weight`, the decoder's last weights. Both losses are scalars, means over
-    this rank's batch. Gradients are averaged over ranks before they are compared, so that every rank has the
-    weight of the joined batch. `scale` multiplies both losses in the backward pass and is divided out again:
-    float16 would lose small gradients.
+    `scale` multiplies both losses in the backward pass and is divided out again: float16 would lose small
+    gradients.
     """
     gradients = [torch.autograd.grad(v * scale, last_weight, retain_graph=True)[0] for v in (loss, g_loss)]
-    norms = all_reduce_sum(torch.stack(gradients).float() / (scale * world_size())).flatten(1).norm(dim=1)
+    return torch.stack(gradients).float() / scale
+
+
+def adaptive_weight(gradients: Tensor, cap: float = 1e4) -> Tensor:
+    """Scalar weight for g_loss that makes its gradient as large as that of the loss, at most `cap`.
+
+    gradients (2, *): `last_gradients` of the means over this rank's batch. Gradients are averaged over ranks
+    before they are compared, so that every rank has the weight of the joined batch.
+    """
+    norms = all_reduce_sum(gradients / world_size()).flatten(1).norm(dim=1)
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=cap)
 
 

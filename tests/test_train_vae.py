@@ -72,6 +72,22 @@ def test_the_discriminator_learns_from_its_start_on_and_the_log_holds_every_term
     assert expected <= steps[-1].keys()
 
 
+def test_the_adaptive_weight_is_one_for_a_step_however_the_batch_is_divided(place):
+    more = ["--batch_size", "4", "--disc_weight", "0.1", "--disc.num_layers", "1", "--disc_start", "0"]
+    more += ["--disc_ramp", "0", "--run.log_every", "1"]
+    logs, models = {}, {}
+    for size in (4, 1, 3):  # one, four, and two uneven micro-batches
+        train_vae.main(flags(place, f"by{size}", 3, *more, "--micro_batch_size", str(size)))
+        logs[size] = log(place / f"by{size}", "train")
+        models[size] = load(step_files(place / f"by{size}")[0])["model"]
+    for size in (1, 3):
+        for joined, divided in zip(logs[4], logs[size], strict=True):
+            for term in ("adaptive_weight", "g_loss", "d_loss", "grad_norm"):
+                assert divided[term] == pytest.approx(joined[term], rel=2e-3), (size, joined["step"], term)
+        for name, value in models[4].items():
+            torch.testing.assert_close(models[size][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_before_its_start_the_discriminator_changes_nothing(place):
     train_vae.main(flags(place, "without", 3))
     train_vae.main(flags(place, "later", 3, "--disc_weight", "0.1", "--disc.num_layers", "1"))

@@ -22,7 +22,7 @@ from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import all_reduce_sum, any_rank, broadcast, gather, main_first, rank, wrap
 from ldm3d.engine.training import Mean, OptimConfig, RunConfig, Stepper, keyed_normal, micro_batches
-from ldm3d.losses import adaptive_weight, kl_per_element, reconstruction_loss
+from ldm3d.losses import adaptive_weight, kl_per_element, last_gradients, reconstruction_loss
 from ldm3d.vqvae import QuantizerConfig, VectorQuantizer
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,8 @@ def adaptive_weight_of(part: slice) -> list[torch.Tensor]:
     torch.manual_seed(0)
     layer = nn.Conv2d(1, 2, 3)
     y = layer(draw(4, 1, 8, 8)[part])
-    return [adaptive_weight((y - 1).abs().mean(), 0.01 * y.square().mean(), layer.weight)]
+    losses = (y - 1).abs().mean(), 0.01 * y.square().mean()
+    return [adaptive_weight(last_gradients(*losses, layer.weight))]
 
 
 def discriminator_gradients(part: slice) -> list[torch.Tensor]:
