@@ -128,6 +128,7 @@ PUBLISHED: dict[str, Any] = {
     "cdal.attention_normalised": False,
     "cdal.attention_layer": 1,
     "cdal.disc_sees_image": False,
+    "cdal.r1_weight": 0.05,  # times r1_every, 10, is the released gamma / 2, which is not multiplied by it
     "generator.output": "tanh",
     "generator.latent_dim": 50,
     "data.scaling": "minmax",

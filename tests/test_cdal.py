@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+import train_cdal
 from ldm3d import discriminators
 from ldm3d.cdal import (
     CDAL,
@@ -24,7 +25,7 @@ from ldm3d.cdal import (
     uncertainty,
     window_starts,
 )
-from ldm3d.config import InputError, from_dict
+from ldm3d.config import InputError, from_dict, parse
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import keyed_generator, rank, wrap
@@ -377,6 +378,21 @@ def test_the_discriminator_judges_real_and_fake_pairs_in_one_forward_with_r1_sca
     assert torch.allclose(lazy["loss"] - plain["loss"], 0.5 * 4 * penalty, rtol=1e-3)
     lazy["loss"].mean().backward()
     assert all(p.grad is not None for p in disc.parameters())
+
+
+def test_the_published_preset_has_the_released_penalty_every_tenth_step_without_compensation():
+    """Released: gamma / 2 |gradient|^2 with gamma = 1, in every tenth step and not rescaled."""
+    config = parse(train_cdal.Config, ["published"], train_cdal.PRESETS, base=train_cdal.with_data)[0]
+    net, disc = make(output="tanh"), make_discriminator(image_channels=0)
+    method = CDAL(config.cdal, K)
+    image, labels, u, draw = batch()
+    _, pair = method.losses(net, net, disc, image, labels, u, draw)
+    real = disc(x := pair["x_t"].clone().requires_grad_(), pair["t"], pair["x_prev"]).logits[0]
+    penalty = torch.autograd.grad(real.sum(), x)[0].square().flatten(1).sum(1)
+    for step in range(1, 21):
+        terms = method.discriminator_losses(disc, image, pair, step)
+        released = 0.5 * penalty if step % 10 == 0 else torch.zeros(())
+        torch.testing.assert_close(terms["loss"] - terms["d_loss"], released.expand(4), rtol=1e-3, atol=1e-5)
 
 
 # --- inference ----------------------------------------------------------------------------------------------
