@@ -321,12 +321,17 @@ def open_latents(
 def hide_some(
     conditions: dict[str, Tensor], config: ConditionConfig, seed: int, positions: Tensor
 ) -> dict[str, Tensor]:
-    """Condition dropout: some conditions (B, ...) become absent, one by one or all of a sample at once, so
-    that the denoiser learns to do without them (guidance.py)."""
+    """Condition dropout: some conditions (B, ...) become absent, so that the denoiser learns to do without
+    them. One by one, all of a sample at once, or all after the first k in the order of the configuration, the
+    branches that nested guidance calls (guidance.py)."""
+    num, last = len(conditions), config.dropout_last
     everything = keyed_uniform(seed, positions, "hide all") < config.dropout_all
+    # u below dropout_last says in equal parts after which k = 1 .. num - 1 conditions all is hidden
+    u = keyed_uniform(seed, positions, "hide last")
+    shown = torch.where(u < last, 1 + (u / max(last, 1e-9) * (num - 1)).long(), num)
     return {
-        name: hide(value, everything | (keyed_uniform(seed, positions, f"hide {name}") < p))
-        for (name, value), p in zip(conditions.items(), config.probabilities, strict=True)
+        name: hide(value, everything | (i >= shown) | (keyed_uniform(seed, positions, f"hide {name}") < p))
+        for i, ((name, value), p) in enumerate(zip(conditions.items(), config.probabilities, strict=True))
     }
 
 

@@ -84,10 +84,20 @@ class ConditionConfig:
     use: tuple[str, ...] = ()  # conditions, in the order in which guidance nests: class,text (conditions.py)
     dropout: tuple[float, ...] = (0.1,)  # probability that training hides each condition; one value for all
     dropout_all: float = 0.05  # probability that training hides all conditions at once
+    dropout_last: float = (
+        0.1  # probability that training hides all after the first k; any k is equally likely
+    )
     context_dim: int = 128  # width of the context tokens (text, embedding, tokens)
     text_layers: int = 2  # transformer layers of the text encoder
     text_length: int = 64  # words of a caption that are read; fewer if the training captions are shorter
     text_min_count: int = 2  # a word that fewer training captions hold is an unknown word
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """A stored configuration from before there was dropout_last goes on without it."""
+        if {"use", "dropout", "dropout_all", "text_min_count"} <= values.keys():
+            values.setdefault("dropout_last", 0.0)
+        return values
 
     def __post_init__(self) -> None:
         names = [name for _, name in map(parse_use, self.use)]
@@ -97,8 +107,9 @@ class ConditionConfig:
             raise InputError(
                 f"dropout: expected one value for all, or one for each of use, got {self.dropout}"
             )
-        for name, values in (("dropout", self.dropout), ("dropout_all", (self.dropout_all,))):
-            if not all(0 <= p < 1 for p in values):
+        for name in ("dropout", "dropout_all", "dropout_last"):
+            values = getattr(self, name)
+            if not all(0 <= p < 1 for p in (values if isinstance(values, tuple) else (values,))):
                 raise InputError(f"{name}: expected probabilities below 1, got {getattr(self, name)}")
         at_least(self, 1, "context_dim", "text_layers", "text_length", "text_min_count")
         if self.context_dim % num_heads(self.context_dim):

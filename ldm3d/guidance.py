@@ -18,8 +18,10 @@ standard deviation of each sample back towards that of p_n, Lin (15), (16):
 
     pred <- (phi std(p_n) / std(pred) + 1 - phi) pred
 
-An interval of noise levels, as t / T from 0 = clean to 1, limits guidance to the times inside; outside, the
-prediction is p_n (Kynkaanniemi). Guidance works on whatever the network predicts, and with every sampler.
+An interval of noise levels, as t / T from 0 = clean to 1, limits guidance to the times inside (Kynkaanniemi).
+Outside, nothing is exaggerated: a scale above 1 acts as 1 there, and a scale below 0 as 0. So (3, 0) becomes
+(1, 0), and a condition that the scale 0 switches off is off at all times. Guidance works on whatever the
+network predicts, and with every sampler.
 
 Ho & Salimans 2022 arXiv:2207.12598; Brooks 2023 2211.09800; Lin 2024 2305.08891; Kynkaanniemi 2024
 2404.07724.
@@ -102,38 +104,41 @@ def guided(
     """
     check_names(conditions, denoiser.conditions)
     present = [c for c in denoiser.conditions if c.name in conditions]
-    last = len(present)
-    weights = branch_weights(guidance.scales(present))
-    phi = 0.0 if weights == [0.0] * last + [1.0] else guidance.rescale
-    active = [k for k, w in enumerate(weights) if w or (phi and k == last)]
-    low, high = guidance.interval
+    everyone = torch.ones(len(like), dtype=torch.bool)
 
     def encode(branches: list[int]) -> object:
         """The conditions of p_k for each branch k, one below the other: c_i is hidden where i > k."""
-        everyone = torch.ones(len(like), dtype=torch.bool)
         values = {
             c.name: torch.cat([hide(conditions[c.name], everyone & (i > k)) for k in branches])
             for i, c in enumerate(present, start=1)
         }
         return denoiser.encode_conditions(values, torch.cat([like] * len(branches)))
 
-    inside = encode(active)
-    outside = None if active == [last] or (low, high) == (0, 1) else encode([last])
+    def combination(scales: list[float], phi: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """sum_k w_k p_k of these scales, rescaled by phi, as a function of (x_t, t)."""
+        weights, last = branch_weights(scales), len(present)
+        phi = 0.0 if weights == [0.0] * last + [1.0] else phi
+        active = [k for k, w in enumerate(weights) if w or (phi and k == last)]
+        encoded, n = encode(active), len(active)
 
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        if outside is not None and not low <= float(t[0]) / num_timesteps <= high:
-            return denoiser(x_t, t, outside)
-        n = len(active)
-        if n == 1:
-            return denoiser(x_t, t, inside)
-        preds = denoiser(torch.cat([x_t] * n), torch.cat([t] * n), inside).float().chunk(n)
-        pred = sum(weights[k] * p for k, p in zip(active, preds, strict=True))
-        if phi:
-            ratio = deviation(preds[-1]) / deviation(pred).clamp(min=1e-8)
-            pred = (phi * ratio + 1 - phi) * pred
-        return pred
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            if n == 1:
+                return denoiser(x_t, t, encoded)
+            preds = denoiser(torch.cat([x_t] * n), torch.cat([t] * n), encoded).float().chunk(n)
+            pred = sum(weights[k] * p for k, p in zip(active, preds, strict=True))
+            if phi:
+                ratio = deviation(preds[-1]) / deviation(pred).clamp(min=1e-8)
+                pred = (phi * ratio + 1 - phi) * pred
+            return pred
 
-    return predict
+        return predict
+
+    scales, (low, high) = guidance.scales(present), guidance.interval
+    inside = combination(scales, guidance.rescale)
+    if (low, high) == (0, 1):
+        return inside
+    outside = combination([min(max(s, 0.0), 1.0) for s in scales], phi=0.0)
+    return lambda x_t, t: (inside if low <= float(t[0]) / num_timesteps <= high else outside)(x_t, t)
 
 
 def deviation(x: Tensor) -> Tensor:

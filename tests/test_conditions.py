@@ -18,6 +18,7 @@ from ldm3d.conditions import (
     read_embedding,
     split_words,
 )
+from ldm3d.config import from_dict, to_dict
 from train_ldm import hide_some
 
 # --- fitting ------------------------------------------------------------------------------------------------
@@ -219,7 +220,9 @@ def test_training_hides_each_condition_as_often_as_it_should_and_all_at_once():
         "age": torch.ones(4000, 1),
         "image": torch.ones(4000, 2, 3, 3),
     }
-    config = ConditionConfig(use=("class", "number:age", "image"), dropout=(0.1, 0.0, 0.5), dropout_all=0.2)
+    config = ConditionConfig(
+        use=("class", "number:age", "image"), dropout=(0.1, 0.0, 0.5), dropout_all=0.2, dropout_last=0.0
+    )
     gone = {name: absent(v) for name, v in hide_some(values, config, 0, positions).items()}
     for name, p in (("class", 0.1), ("age", 0.0), ("image", 0.5)):
         assert float(gone[name].float().mean()) == pytest.approx(p + 0.2 - p * 0.2, abs=0.03)
@@ -242,3 +245,33 @@ def test_what_is_hidden_depends_on_the_sample_and_not_on_the_batch():
         assert torch.equal(whole[name][32:], half[name])
         assert not torch.equal(whole[name], other[name])
     assert not torch.equal(absent(whole["class"]), absent(whole["text"]))
+
+
+def test_every_branch_of_nested_guidance_is_trained():
+    """Guidance calls the network with the first k conditions alone, for every k."""
+    positions = torch.arange(20_000)
+    names = ("class", "text", "number:age")
+    config = ConditionConfig(use=names)
+    values = {name: torch.ones(len(positions), 1) for name in ("class", "text", "age")}
+    gone = torch.stack([absent(v) for v in hide_some(values, config, 0, positions).values()])
+    for k in range(4):
+        branch = torch.tensor([i >= k for i in range(3)])[:, None]
+        assert (gone == branch).all(0).double().mean() > 0.04
+    # the last ones from a random condition on, beside the single ones and all
+    config = ConditionConfig(use=names, dropout=(0.0,), dropout_all=0.0, dropout_last=0.3)
+    gone = torch.stack([absent(v) for v in hide_some(values, config, 0, positions).values()])
+    assert gone.double().mean(1).tolist() == pytest.approx([0, 0.15, 0.3], abs=0.01)
+    assert (gone[1] <= gone[2]).all()
+
+
+def test_a_single_condition_has_no_branch_between():
+    config = ConditionConfig(use=("class",), dropout=(0.0,), dropout_all=0.0, dropout_last=0.9)
+    values = {"class": torch.zeros(100, dtype=torch.int64)}
+    assert not absent(hide_some(values, config, 0, torch.arange(100))["class"]).any()
+
+
+def test_a_run_of_before_goes_on_without_the_new_dropout():
+    stored = to_dict(ConditionConfig(use=("class", "text")))
+    del stored["dropout_last"]
+    assert from_dict(ConditionConfig, stored).dropout_last == 0
+    assert from_dict(ConditionConfig, {"use": ["class", "text"]}).dropout_last > 0

@@ -130,9 +130,19 @@ def test_outside_the_interval_there_is_no_guidance(net, values):
         assert torch.allclose(predict(X, T * 0 + t), net(X, T * 0 + t, values), atol=1e-6)
     inside = predictor(net, values, 4.0)(X, T)
     assert torch.allclose(predict(X, T), inside, atol=1e-6)
-    unconditional = predictor(net, values, 0.0, interval=(0.2, 0.6))
-    assert torch.equal(unconditional(X, T), net(X, T))
-    assert torch.equal(unconditional(X, T + 300), net(X, T + 300, values))
+
+
+def test_outside_the_interval_no_scale_goes_beyond_0_or_1(net, values):
+    """A scale of 0 says that the condition is not to be followed: the interval does not turn it on."""
+    for scale, outside in ((0.0, {}), (1.0, values)):
+        predict = predictor(net, values, scale, interval=(0.2, 0.6))
+        for t in (100.0, 400.0, 700.0):
+            assert torch.equal(predict(X, T * 0 + t), net(X, T * 0 + t, outside))
+    predict = predictor(net, values, {"class": 3.0, "text": 0.0, "image": -2.0}, interval=(0.2, 0.6))
+    only = {"class": values["class"]}
+    assert torch.allclose(predict(X, T + 300), net(X, T + 300, only), atol=1e-6)
+    half = predictor(net, values, 0.5, interval=(0.2, 0.6), rescale=1.0)(X, T + 300)
+    assert torch.allclose(half, (net(X, T + 300) + net(X, T + 300, values)) / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
