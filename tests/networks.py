@@ -29,7 +29,7 @@ from ldm3d import (
     VAEConfig,
 )
 
-Made = tuple[nn.Module, tuple]
+NetAndInputs = tuple[nn.Module, tuple]
 VAE = {"channels": (4, 8), "num_res_blocks": (1,), "num_groups": 2, "latent_channels": 3}
 UNET = UNetConfig(3, 3, 2, (8, 16), (1,), (False, True), head_channels=8, num_groups=4)
 
@@ -45,24 +45,24 @@ def randomised(net: nn.Module) -> nn.Module:
     return net
 
 
-def kl(dims: int, checkpointing: bool, **changes) -> Made:
+def kl(dims: int, checkpointing: bool, **changes) -> NetAndInputs:
     net = AutoencoderKL(VAEConfig(dims=dims, checkpointing=checkpointing, **{**VAE, **changes}))
     size = (8,) * dims
     return net, (draw(2, 1, *size), draw(2, *net.latent_shape(size), seed=1))
 
 
-def vq(dims: int, checkpointing: bool, update: str) -> Made:
+def vq(dims: int, checkpointing: bool, update: str) -> NetAndInputs:
     config = VAEConfig(dims=dims, checkpointing=checkpointing, **VAE)
     return VQVAE(config, QuantizerConfig(16, update)), (draw(2, 1, *(8,) * dims),)
 
 
-def unet(dims: int, checkpointing: bool, **changes) -> Made:
+def unet(dims: int, checkpointing: bool, **changes) -> NetAndInputs:
     net = UNet(dataclasses.replace(UNET, dims=dims, checkpointing=checkpointing, **changes))
     context = [draw(2, 5, 6, seed=2)] if "context_dim" in changes else []
     return net, (draw(2, 3, *(6, 7, 8)[:dims]), torch.tensor([3.0, 700.5]), *context)
 
 
-def conditioned(dims: int, checkpointing: bool) -> Made:
+def conditioned(dims: int, checkpointing: bool) -> NetAndInputs:
     conditions = [
         Condition("class", "class", ("0", "1", "2")),
         Condition("number", "age", mean=(50.0,), std=(10.0,)),
@@ -89,7 +89,7 @@ def conditioned(dims: int, checkpointing: bool) -> Made:
     return net, (draw(2, 3, *size), torch.tensor([5.0, 900.0]), values)
 
 
-def registers(dims: int, checkpointing: bool) -> Made:
+def registers(dims: int, checkpointing: bool) -> NetAndInputs:
     size, factor = (5, 6, 3)[:dims], (4,) * dims
     config = dataclasses.replace(UNET, dims=dims, out_channels=3, checkpointing=checkpointing)
     anatomy = AnatomyConfig("bound", per_label=3, dim=16, head_width=8)
@@ -99,7 +99,7 @@ def registers(dims: int, checkpointing: bool) -> Made:
     return net, (draw(2, 3, *size), torch.tensor([20.0, 900.0]), None, mask)
 
 
-def generator(dims: int, checkpointing: bool) -> Made:
+def generator(dims: int, checkpointing: bool) -> NetAndInputs:
     config = dataclasses.replace(
         UNET, dims=dims, attention_levels=(False,), adaptive_norm=True, checkpointing=checkpointing
     )
@@ -110,21 +110,21 @@ def generator(dims: int, checkpointing: bool) -> Made:
     return net, (x_t, torch.tensor([0.0, 1.0]), image, z)
 
 
-def patch(dims: int, checkpointing: bool) -> Made:
+def patch(dims: int, checkpointing: bool) -> NetAndInputs:
     config = PatchDiscriminatorConfig(dims, channels=4, num_scales=2, num_layers=1, norm="group")
     return PatchDiscriminator(config), (draw(2, 1, *(14,) * dims),)
 
 
-def timed(dims: int, checkpointing: bool) -> Made:
+def timed(dims: int, checkpointing: bool) -> NetAndInputs:
     net = TimeDiscriminator(TimeDiscriminatorConfig(dims, 4, channels=(4, 6, 8), emb_dim=8))
     x_t, x_prev = draw(2, 3, 2, *(9, 6, 5)[:dims])
     return net, (x_t, torch.arange(3), x_prev)
 
 
-def with_options(make: Callable[..., Made], **options) -> Callable[..., Made]:
+def with_options(make: Callable[..., NetAndInputs], **options) -> Callable[..., NetAndInputs]:
     """`make` with options, seeded, and with random weights where the network starts at zero."""
 
-    def seeded(dims: int, checkpointing: bool = False) -> Made:
+    def seeded(dims: int, checkpointing: bool = False) -> NetAndInputs:
         torch.manual_seed(0)
         net, inputs = make(dims, checkpointing, **options)
         return randomised(net), inputs
@@ -133,7 +133,7 @@ def with_options(make: Callable[..., Made], **options) -> Callable[..., Made]:
 
 
 COMPVIS = {"final_silu": True, "attn_out_proj": False, "mid_attention": True, "extra_up_block": True}
-NETWORKS: dict[str, Callable[..., Made]] = {
+NETWORKS: dict[str, Callable[..., NetAndInputs]] = {
     "kl": with_options(kl),
     "kl attention": with_options(kl, mid_attention=True, attention_levels=(False, True)),
     "kl compvis": with_options(kl, double_z=True, **COMPVIS),

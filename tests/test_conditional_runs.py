@@ -28,7 +28,7 @@ def run(conditional_run):
 
 
 @pytest.fixture
-def place(conditional_run):
+def runs_folder(conditional_run):
     """The folder of the run, its autoencoder and their heads."""
     return conditional_run.parent
 
@@ -80,10 +80,10 @@ def test_sampling_sees_what_training_saw(run):
         assert absent(value).tolist() == [values[name] == ""]
 
 
-def test_training_without_a_cache_goes_the_same_way(place, tmp_path):
+def test_training_without_a_cache_goes_the_same_way(runs_folder, tmp_path):
     ends = []
     for name, cache in (("cached", "true"), ("fresh", "false")):
-        flags = ldm_flags(place / "vae", tmp_path / name, 3, *EVERY_CONDITION, "--latent_cache", cache)
+        flags = ldm_flags(runs_folder / "vae", tmp_path / name, 3, *EVERY_CONDITION, "--latent_cache", cache)
         train_ldm.main(flags)
         ends.append([line["loss"] for line in lines(tmp_path / name)])
     assert np.allclose(*ends, rtol=1e-4)
@@ -103,14 +103,14 @@ def test_samples_follow_their_conditions(run):
 
 
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_training_in_reduced_precision_stays_finite(place, tmp_path, amp):
-    train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 2, *EVERY_CONDITION, "--run.amp", amp))
+def test_training_in_reduced_precision_stays_finite(runs_folder, tmp_path, amp):
+    train_ldm.main(ldm_flags(runs_folder / "vae", tmp_path / "ldm", 2, *EVERY_CONDITION, "--run.amp", amp))
     assert all(line["skipped_steps"] == 0 and np.isfinite(line["loss"]) for line in lines(tmp_path / "ldm"))
 
 
 @pytest.mark.slow
-def test_the_plan_counts_the_conditions(place, tmp_path, capsys):
-    train_ldm.main(ldm_flags(place / "vae", tmp_path / "ldm", 2, *EVERY_CONDITION, "--plan", "4"))
+def test_the_plan_counts_the_conditions(runs_folder, tmp_path, capsys):
+    train_ldm.main(ldm_flags(runs_folder / "vae", tmp_path / "ldm", 2, *EVERY_CONDITION, "--plan", "4"))
     assert "training, latents 4 x 4x5" in capsys.readouterr().out
     assert not (tmp_path / "ldm").exists()
 
@@ -143,7 +143,7 @@ def test_sample_takes_conditions_and_puts_the_result_where_its_source_lies(run, 
     assert "does not know: strange" in capsys.readouterr().out
     assert files_of(tmp_path / "out") == ["sample_0000.tif", "sample_0001.tif"]
     assert files_of(tmp_path / "out" / "maps") == ["set_0000_mean.tif", "set_0000_std.tif"]
-    volumes = [read(f) for place in ("out", "out/maps") for f in sorted((tmp_path / place).glob("*.tif"))]
+    volumes = [read(f) for part in ("out", "out/maps") for f in sorted((tmp_path / part).glob("*.tif"))]
     assert np.allclose(volumes[0].affine, read(source).affine, atol=1e-3)
     both = np.stack([v.array for v in volumes[:2]])
     assert np.allclose(volumes[2].array, both.mean(0), rtol=1e-3, atol=1e-2 * np.ptp(both))
@@ -209,7 +209,7 @@ def test_two_ranks_sample_as_one(run, tmp_path):
     assert process.returncode == 0, out + err
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     for name in files_of(tmp_path / "one"):
-        a, b = (read(tmp_path / place / name).array for place in ("one", "two"))
+        a, b = (read(tmp_path / part / name).array for part in ("one", "two"))
         assert np.allclose(a, b, rtol=1e-3, atol=1e-2 * np.ptp(a) + 1e-3)
     scores = [json.loads((tmp_path / p / "samples.json").read_text())["cases_scores"] for p in ("one", "two")]
     assert scores[0].keys() == scores[1].keys()

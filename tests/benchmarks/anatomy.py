@@ -291,13 +291,13 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     out, device = (args.out / args.data).resolve(), choose_device("auto")
-    place = []
+    root = []
     if args.data == "phantom-2d":
-        place = ["--data.root", str(out / "heads")]
+        root = ["--data.root", str(out / "heads")]
         if not (out / "heads").exists():
             write_phantoms(out / "heads", 160, dims=2, size=(56, 48))
     length = run_flags(args, args.vae_steps)
-    train_vae.main([*DATA[args.data][0], *place, *length, "--run.dir", str(out / "vae")])
+    train_vae.main([*DATA[args.data][0], *root, *length, "--run.dir", str(out / "vae")])
     data = open_stored(load_run(out / "vae", "vae"))
     args.num_labels = data.spec.num_labels
     rows: dict[str, list[Figures]] = {"real": []}
