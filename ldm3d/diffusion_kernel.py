@@ -108,9 +108,9 @@ class KernelConfig:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected {expected}")
 
     def check_start(self) -> None:
-        """InputError for settings that train a network which cannot begin to sample. Runs of before may have
-        them, new runs may not.
+        """InputError for settings that train a network which cannot begin to sample.
 
+        Only new runs are checked: older runs that have such settings can still be opened.
         eps: sampling starts with x_start = (x_t - sigma_t eps) / alpha_t. At the last timestep of "cosine"
         alpha_t is 5e-5, and an error of 1 % in eps makes one of 200 in x_start. Ho's linear schedule has
         0.006. clip_x_start bounds the error.
@@ -625,7 +625,7 @@ class DiffusionKernel:
         eta (ddim) goes from 0, deterministic, to 1, the variance of ddpm. draw(shape) returns the fresh noise
         that ddpm, eta > 0 and resample > 1 need; nothing else is random. progress shows a bar on a terminal.
 
-        resample: how often each step is made. After each time but the last, x_t gets its noise back and the
+        resample: how often each step is taken. After each time but the last, x_t gets its noise back and the
         step starts again. Where a part of x_start is prescribed (inpainting), the rest has one more chance to
         fit. Lugmayr, Algorithm 1, with jumps of one step.
         """

@@ -61,11 +61,13 @@ class Edit:
     """
 
     strength: float = 1.0  # the share of time at which sampling starts: 1 = noise alone
-    resample: int = 1  # how often each step is made (`DiffusionKernel.sample`)
+    resample: int = 1  # how often each step is taken (`DiffusionKernel.sample`)
 
     def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
-        """The latent x_t (B, C_z, *s) that sampling starts from at t, of the samples numbered `indices`,
-        whose noise is given."""
+        """The latent x_t (B, C_z, *s) that sampling starts from at time t.
+
+        noise (B, C_z, *s): what sampling without an edit starts from. indices: the numbers of the B samples.
+        """
         return noise
 
     def around(self, predict: Predict, noise: Tensor) -> Predict:

@@ -9,22 +9,23 @@ noise hides the details that are to change. The grid below that time is the samp
 strength 0.5 are 15: the same strength gives the same noise with every sampler.
 
 Region. A latent voxel outside the region must end at z. There the network's prediction is replaced by the
-exact one, which follows from x_start = z. So the outside follows its own noise back to z,
-with every sampler, and at every step the network sees the surroundings at the right noise level. (Lugmayr
-replaces x_t itself. For ddpm this is the same; a sampler that remembers its last slope would be disturbed.)
+exact one, which follows from x_start = z. So the outside follows its own noise back to z with every sampler,
+and at every step the network sees the surroundings at the right noise level. (Lugmayr replaces x_t itself.
+For ddpm the result is the same; a sampler that remembers its last slope would be disturbed.)
 
-What is replaced must not be seen. The encoder mixes each voxel with its neighbours, and its norms mix all of
-them, so the latent of a whole image carries the old content far beyond the region: a linear classifier of the
-kept latents alone told lesions from healthy tissue. So z is the latent of the image with the region filled
-from its surroundings (`filled`), and no latent has seen the old content. Latent voxels that the filling
-changes are made anew (`reached`): those that touch the region, one more on each side, and as many more as the
-encoder reaches.
+What is replaced must not be seen. The encoder mixes each voxel with its neighbours, and its norms mix all
+voxels, so the latent of the whole image carries the old content far beyond the region: from the kept latents
+alone a linear classifier could say whether there had been a lesion. So z is the latent of the image with the
+region filled from its surroundings (`filled`), and no latent has seen the old content. Latent voxels that the
+filling changes are sampled anew (`reached`): those that touch the region, one more on each side, and as many
+more as the encoder reaches.
 
 Fitting in. At high noise the network decides what the region will hold while the surroundings, at the same
-noise, say little. What it decided then may not fit. So each step is made `resample` times: x_t gets its noise
-back, and the step is made again with the surroundings in view (Lugmayr, Algorithm 1). In a field of eight
-correlated Gaussian voxels, of which four are kept, the exact network makes the variance beside the seam 5
-times as large as it should be with 1, 2 times with 4, and 1.3 times with 10; 80 steps made once have 5.
+noise, say little. That decision may not fit the surroundings. So each step is taken `resample` times: x_t
+gets its noise back, and the step is taken again with the surroundings in view (Lugmayr, Algorithm 1).
+Example: a field of eight correlated Gaussian voxels, of which four are kept, sampled with the exact network.
+Beside the seam the variance is 5 times too large with resample 1, 2 times with 4, and 1.3 times with 10. More
+steps do not help: 80 steps with resample 1 are 5 times too large as well.
 
 Decoding. The autoencoder does not reproduce the image exactly, so the voxels outside are copied from the
 image, bit by bit. To hide the seam, the error at the border, x - decoded, is carried into the region, where
@@ -63,7 +64,7 @@ class ImageEdit(Edit):
     region (*size) bool: the part that is sampled anew, while the rest is kept exactly; None: all of the image
     changes. strength in (0, 1]: how much noise hides the image; with 1 nothing of it remains in the region.
     feather: voxels over which the autoencoder's error at the border fades. resample: how often each step is
-    made, so that the region fits its surroundings; 1 is fastest.
+    taken, so that the region fits its surroundings; 1 is fastest.
     """
 
     def __init__(
