@@ -341,6 +341,19 @@ def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, st
     return parts | dict.fromkeys(names[first : first + count], "val")
 
 
+def _check_used(config: DataConfig, of_table: bool) -> None:
+    """InputError for a setting of the split that another setting, or the split of the table, replaces."""
+    replaced_by = {
+        "a split of the table": ("fold", "val_gap", "test_fraction") if of_table else (),
+        "data.fold": ("test_fraction",) if config.fold else (),
+        "data.val_gap": ("test_fraction",) if config.val_gap is not None else (),
+    }
+    for reason, names in replaced_by.items():
+        for name in (name for name in names if getattr(config, name) != getattr(DataConfig, name)):
+            none = "0" if name == "test_fraction" else "none"
+            raise InputError(f"data.{name}: has no effect beside {reason}; leave it out, or give {none}")
+
+
 def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, list[str]]:
     """{"train": ids, "val": ids, "test": ids}: as the table says, else drawn by subject with `seed`.
 
@@ -352,7 +365,9 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
     subjects = sorted({case.subject for case in cases} - set(config.test_subjects))
     if unknown := set(config.test_subjects) - {case.subject for case in cases}:
         raise InputError(f"data.test_subjects: no case is of subject {min(unknown)}")
-    if cases and cases[0].split is not None:
+    of_table = bool(cases) and cases[0].split is not None
+    _check_used(config, of_table)
+    if of_table:
         part_of = {case.id: case.split for case in cases}
     elif config.val_gap is not None:
         part_of = {
@@ -368,7 +383,7 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
             num_val = len(range(k, n, folds))
         elif config.val_fraction:
             num_val = min(max(1, round(config.val_fraction * n)), n - 1)
-        if config.test_fraction and not config.fold:
+        if config.test_fraction:
             num_test = min(max(1, round(config.test_fraction * n)), n - 1 - num_val)
         parts = ["val"] * num_val + ["test"] * num_test + ["train"] * (n - num_val - num_test)
         of_subject = {subjects[i]: part for i, part in zip(order, parts, strict=True)}

@@ -136,6 +136,9 @@ def open_data(
     root = resolve_root(config, preset)
     cases = find_cases(config, root)
     if split is None:
+        if config.foreground and (config.crop == "centre" or not any(case.mask for case in cases)):
+            reason = "with data.crop centre" if config.crop == "centre" else "without masks (--data.mask)"
+            raise InputError(f"data.foreground: has no effect {reason}")
         split = split_cases(cases, config, seed)
     else:
         listed = {name for part in split.values() for name in part}

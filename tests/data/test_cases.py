@@ -1,6 +1,7 @@
 """Files become cases by name or table, cases become a split by subject, and what does not fit is named."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -276,3 +277,20 @@ def test_hippocampus_is_split_by_subject_and_a_subject_has_two_neighbouring_file
     assert not sides[0] & sides[1]
     assert not sides[0] & sides[2]
     assert not sides[1] & sides[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "words"),
+    [
+        ({"fold": (0, 3), "test_fraction": 0.2}, None, "data.test_fraction: has no effect beside data.fold"),
+        ({"val_gap": 1, "test_fraction": 0.2}, None, "data.test_fraction: has no effect beside data.val_gap"),
+        ({"fold": (0, 3)}, "train", "data.fold: has no effect beside a split of the table"),
+        ({"val_gap": 0}, "train", "data.val_gap: has no effect beside a split of the table"),
+        ({"test_fraction": 0.2}, "train", "data.test_fraction: has no effect beside a split of the table"),
+    ],
+)
+def test_a_setting_of_the_split_without_effect_is_refused(changes, split, words):
+    cases = [replace(case, split=split and ("val" if i == 5 else split)) for i, case in enumerate(many(12))]
+    split_cases(cases, DataConfig(), 0)
+    with pytest.raises(InputError, match=words):
+        split_cases(cases, DataConfig(**changes), 0)

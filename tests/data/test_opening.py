@@ -97,6 +97,16 @@ def test_a_stored_split_without_cases_is_refused(fresh, split):
         open_data(fresh_settings(fresh), "heads", 0, split)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"mask": None}, "without masks"), ({"crop": "centre"}, "with data.crop centre")]
+)
+def test_a_foreground_without_effect_is_refused_for_a_new_run(fresh, changes, words):
+    config = fresh_settings(fresh, foreground=0.5, **changes)
+    with pytest.raises(InputError, match=f"data.foreground: has no effect {words}"):
+        opened(config)
+    opened(config, split={"train": ["a", "c"], "val": ["b"], "test": []})  # of a run that was started before
+
+
 def test_labels_that_are_hardly_numbered_one_by_one_are_not_learned(fresh):
     for name in "abcd":
         save(fresh / f"labels/{name}.nii.gz", (mask() > 0).astype(np.uint8) * 255)
