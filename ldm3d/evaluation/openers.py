@@ -98,6 +98,32 @@ def _rule(config: OpenConfig, run: dict[str, Any] | None, real: str) -> DataConf
     return dataclasses.replace(base, cache_gb=4.0, **{k: v for k, v in own.items() if v is not None})
 
 
+def _own_channels(name: str, read: DataConfig, rule: DataConfig, of_run: tuple[int, ...], image: Path) -> Any:
+    """The channels to read of the files of a set, where a run takes the channels `of_run` of its own files.
+
+    A run that takes channel 1 writes samples with one channel, which is that channel 1. So channel 1 is
+    channel 0 of these files, and any other channel is not in them.
+    """
+    num = read_header(image, spacing=rule.file_spacing, dims=rule.dims).channels
+    if num != len(of_run) or (num > max(of_run) and name != "generated"):
+        return read.channel
+    wanted = rule.channel or of_run
+    for channel in wanted:
+        if channel not in of_run:
+            held = ", ".join(map(str, of_run))
+            raise InputError(f"channel: no channel {channel} in the files of {name}, the run's hold {held}")
+    return tuple(of_run.index(channel) for channel in wanted)
+
+
+def _note_channels(rules: dict[str, DataConfig], found: dict[str, list[Case]]) -> None:
+    """A note of files with different numbers of channels, which need not be the same ones."""
+    options = {name: {"spacing": rule.file_spacing, "dims": rule.dims} for name, rule in rules.items()}
+    nums = {name: read_header(cases[0].image, **options[name]).channels for name, cases in found.items()}
+    if len(set(nums.values())) > 1:
+        taken = {name: list(rule.channel) or "all" for name, rule in rules.items()}
+        print0(f"note: the files have different numbers of channels, {nums}; compared are {taken}")
+
+
 def open_sets(
     generated: str, real: dict[str, tuple[str, str]], config: OpenConfig, run: str | None = None
 ) -> VolumeSets:
@@ -112,6 +138,7 @@ def open_sets(
     run = run or (real[first][0] if is_run(real[first][0]) else None)
     content = load_run(autoencoder_path(run), "vae") if run else None
     rule = _rule(config, content, real[first][0])
+    of_run = tuple(content["config"]["data"].get("channel", ())) if content else ()
     rules, found = {}, {}
     for name, (location, part) in {**real, "generated": (generated, "all")}.items():
         if name in real and is_run(location):
@@ -119,7 +146,12 @@ def open_sets(
             found[name] = cases[: rule.subset]
         else:
             read, found[name] = _images(location, rule, name)
-            rules[name] = dataclasses.replace(rule, channel=read.channel)
+            channel = read.channel
+            if of_run:
+                channel = _own_channels(name, read, rule, of_run, found[name][0].image)
+            rules[name] = dataclasses.replace(rule, channel=channel)
+    if rule.channel and not of_run:
+        _note_channels(rules, found)
     rules, infos = _common_spacing(rules, found, first)
     channels = {name: infos[name][cases[0].id].channels for name, cases in found.items()}
     if len(set(channels.values())) > 1:

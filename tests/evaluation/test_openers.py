@@ -1,12 +1,16 @@
 """Two sets are brought to one grid and one scale: by the run's rule, else the real set's."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from tiny import vae_flags
 
+import train_vae
 from ldm3d.config import InputError
-from ldm3d.data import Volume, write
+from ldm3d.data import Volume, read, write
 from ldm3d.engine.checkpoint import load_run
 from ldm3d.evaluation.openers import OpenConfig, beside, open_sets
 
@@ -58,6 +62,58 @@ def test_sets_of_different_channels_are_refused_unless_one_is_chosen(tmp_path):
         open_sets(made, {"real": (real, "val")}, OpenConfig())
     sets = open_sets(made, {"real": (real, "val")}, OpenConfig(channel=(1,)))  # made: only this
     assert {dataset[0, 0]["image"].shape for dataset in sets.sets.values()} == {(1, 16, 20)}
+
+
+@pytest.fixture(scope="module")
+def run_of_channel_1(tmp_path_factory):
+    """A run that takes channel 1 of files with two, and files as it samples them: that channel alone."""
+    place = tmp_path_factory.mktemp("channels")
+    write_set(place / "real", num=5, channels=2)
+    flags = [
+        "--data.image",
+        "*.tif",
+        "--data.channel",
+        "1",
+        "--data.size",
+        "none",
+        "--data.scaling",
+        "minmax",
+    ]
+    train_vae.main(vae_flags(place / "real", place / "run", 1, *flags))
+    for path in (place / "real").iterdir():
+        volume = read(path)
+        write(place / "samples" / path.name, replace(volume, array=volume.array[1:]))
+    return place
+
+
+def test_samples_of_a_run_that_takes_one_channel_are_compared_with_that_channel(run_of_channel_1):
+    place = run_of_channel_1
+    for real in (place / "run", place / "real"):
+        for channel in (None, (1,)):
+            config = OpenConfig(channel=channel)
+            sets = open_sets(f"{place}/samples", {"real": (str(real), "train")}, config, f"{place}/run").sets
+            made = {
+                case.id: sets["generated"][i, i]["image"] for i, case in enumerate(sets["generated"].cases)
+            }
+            for i, case in enumerate(sets["real"].cases):
+                assert torch.equal(sets["real"][i, i]["image"], made[case.id])
+
+
+def test_a_channel_that_the_samples_of_a_run_do_not_hold_is_refused(run_of_channel_1):
+    place = run_of_channel_1
+    for real in (place / "run", place / "real"):
+        with pytest.raises(
+            InputError, match="channel: no channel 0 in the files of generated, the run's hold 1"
+        ):
+            open_sets(
+                f"{place}/samples", {"real": (str(real), "train")}, OpenConfig(channel=(0,)), f"{place}/run"
+            )
+
+
+def test_without_a_run_it_is_said_that_channels_of_one_number_may_be_different_ones(run_of_channel_1, capsys):
+    place = run_of_channel_1
+    open_sets(f"{place}/samples", {"real": (f"{place}/real", "val")}, OpenConfig(channel=(0,)))
+    assert "different numbers of channels, {'real': 2, 'generated': 1}" in capsys.readouterr().out
 
 
 def test_a_report_goes_beside_the_folder_or_the_folder_of_the_pattern(tmp_path):
