@@ -154,11 +154,14 @@ def convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def convert_tuple(source: Any, args: tuple, kind: Any, key: str) -> tuple:
-    """Text is JSON ("[[1,2,2],[2,2,2]]") or a list with commas, spaces or x ("48,64,48", "48x64x48")."""
+    """Text is JSON ("[[1,2,2],[2,2,2]]") or a list with commas, spaces or x ("48,64,48", "48x64x48"); "none"
+    and an empty word are the empty tuple."""
     value = source
     if isinstance(source, str):
         text = source.strip()
-        if text[:1] in "[(":
+        if text.lower() in ("", "none", "null"):
+            value = []
+        elif text[:1] in "[(":
             try:
                 value = json.loads(text.replace("(", "[").replace(")", "]"))
             except json.JSONDecodeError:
@@ -230,7 +233,9 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
         if dataclasses.is_dataclass(kind):
             add_options(group_parent, kind, value, key + ".")
             continue
-        text = f"{comments.get(name, '')} ({type_name(kind)}; default {show(value)})".strip()
+        empty = "; none = empty" if typing.get_origin(kind) is tuple and ... in typing.get_args(kind) else ""
+        shown = "none" if value == () else show(value)
+        text = f"{comments.get(name, '')} ({type_name(kind)}{empty}; default {shown})".strip()
         text = text.replace("%", "%%")
         flag = {"nargs": "?", "const": "true"} if kind is bool else {}
         if cls.__dataclass_fields__[name].metadata.get("repeat"):  # --key A --key B gives (A, B), unsplit

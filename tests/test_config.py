@@ -91,6 +91,15 @@ def test_tuples_are_typed_in_any_common_way(text, value):
     assert read("small", "--size", text)[0].size == value
 
 
+@pytest.mark.parametrize("word", ["none", "", "()", "[]", "None"])
+def test_none_and_an_empty_word_empty_a_tuple_and_a_pair_stays_a_pair(word, tmp_path):
+    presets = {"full": {"strides": ((1, 2),)}}
+    assert parse(Outer, ["full", "--strides", word], presets)[0].strides == ()
+    assert parse(Outer, ["full", f"--strides={word}"], presets)[0].strides == ()
+    with pytest.raises(InputError, match=r"^pair: expected \(float, float\)"):
+        read("small", "--pair", word)
+
+
 def test_nested_tuples_and_flags_and_none_are_read():
     config = read("small", "--strides", "[[1,2],[2,2]]", "--flag", "--name", "none")[0]
     assert (config.strides, config.flag, config.name) == (((1, 2), (2, 2)), True, None)
@@ -166,6 +175,7 @@ def test_help_lists_every_field_with_type_default_and_comment(capsys):
     assert all(f"--{key}" in text for key in flatten(Outer()))
     assert "100 % of the steps (int; default 3)" in text
     assert "a kind (one | two; default one)" in text
+    assert "per level (((int, ...), ...); none = empty; default none)" in text
 
 
 SETTINGS = [script.Config for script in (train_vae, train_ldm, train_cdal)]
