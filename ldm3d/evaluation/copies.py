@@ -52,7 +52,7 @@ from ..data import VolumeDataset
 from ..engine.distributed import choose_device
 from ..engine.logger import progress, save_sheet
 from ..metrics import psnr
-from .networks import Extractor, whole_features
+from .networks import Extractor, contrastive_features, whole_features
 from .openers import OpenConfig, VolumeSets, beside, is_run, open_sets, volumes_of
 from .results import Rows, check_out, new_folder, table, write_csv, write_report
 
@@ -285,7 +285,11 @@ def find_copies(config: CopiesConfig, generated: str, train: str) -> Path:
     if reference == "train":
         check_subjects([case.subject for case in sets.sets["train"].cases])
     names = ["generated", reference]
-    network = whole_features(sets, "train", config, device)
+
+    def own(dataset: VolumeDataset) -> Extractor:
+        return contrastive_features(dataset, config.feature_steps, config.seed, config.cache_dir, device)
+
+    network = whole_features(sets, "train", config, own, device)
     spaces = {"image": in_image_space(sets, names, config, device)}
     if network is not None:
         spaces["feature"] = in_feature_space(sets, names, config, network)

@@ -16,10 +16,16 @@ intensity Wasserstein distance of the histograms (the scaled range is 2), root m
 
 The equations are in metrics.py, the intervals (half-samples of the cases) in statistics.py.
 
-What is a good value? None of the figures has an absolute scale, so beside each stands "real halves": the
-same figure of real cases against other real cases. As many real cases as are generated, but at most half of
-them, are compared with the rest. Example: a kernel distance of 0.02 is excellent where real halves get 0.02,
-and poor where they get 0.001.
+What is a good value? None of the figures has an absolute scale, so beside each stand the figures of other
+sets against the real one:
+
+real halves               real cases against other real cases: as many as are generated, but at most half of
+                          all, against the rest. No model can be expected to do better
+through the autoencoder   the same cases after encoder and decoder, where the run is known: the ceiling of
+                          diffusion in this autoencoder's latents, however long it is trained
+
+Example: a kernel distance of 0.02 is excellent where real halves get 0.02, and poor where they get 0.001. If
+the autoencoder alone gets 0.018, train the autoencoder, not the diffusion model.
 
 The new folder holds report.json and, with matplotlib, figure.png.
 """
@@ -28,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +45,7 @@ from torch import Tensor
 
 from ..config import at_least, to_dict
 from ..data import VolumeDataset
+from ..data.transforms import scale, scaling_numbers
 from ..engine.distributed import choose_device
 from ..engine.logger import new_figure, progress, save_figure
 from ..metrics import (
@@ -52,21 +59,31 @@ from ..metrics import (
     power_spectrum,
     spectrum_distance,
 )
+from ..pipeline import AutoencoderPipeline
 from .networks import (
     Extractor,
-    FeatureConfig,
+    FidelityConfig,
+    fidelity_features,
     file_features,
-    own_features,
-    pool_for,
+    scales_for,
     whole_features,
+    whole_fidelity,
 )
-from .openers import OpenConfig, VolumeSets, beside, content_key, open_sets, volumes_of
+from .openers import (
+    OpenConfig,
+    VolumeSets,
+    autoencoder_path,
+    beside,
+    content_key,
+    is_run,
+    open_sets,
+    volumes_of,
+)
 from .results import check_out, new_folder, table, write_report
 from .statistics import half_sample_intervals
 
 BINS = 256  # of the histograms
 HALVINGS = 10  # random divisions of the real set, for the column "real halves"
-MAX_SLICES = 6000  # an own network of slices is trained on at most
 
 
 @dataclass(frozen=True)
@@ -75,19 +92,18 @@ class SetsConfig:
     run: str | None = None  # run folder whose grid, scaling and encoder count; none = REAL, if it is one
     features: str = "own"  # of whole volumes: own, run, none, or a file (TorchScript, torch.export)
     slice_features: str = "own"  # of slices of volumes: own, none, or a file
-    feature_steps: int = 200  # of training an own network
     slices: int = 16  # slices of each volume in each plane, evenly spaced over the middle 80 %
     neighbours: int = 5  # k of precision, recall, density and coverage
     pairs: int = 100  # pairs of each set that are compared, for diversity
     resamples: int = 200  # half-samples of the cases, for the intervals
-    seed: int = 0  # of the own networks, pairs and half-samples
+    seed: int = 0  # of pairs and half-samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     cache_dir: str = "runs/cache"  # where own networks are kept
     out: str | None = None  # new folder for the report; none = sets-001 (-002, ...) beside GENERATED
     data: OpenConfig = field(default_factory=OpenConfig)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "feature_steps", "slices", "neighbours", "pairs")
+        at_least(self, 1, "slices", "neighbours", "pairs")
         at_least(self, 2, "resamples")
 
 
@@ -110,15 +126,15 @@ def slice_extractor(config: SetsConfig, real: VolumeDataset, device: torch.devic
         return None
     if config.slice_features != "own":
         return file_features(config.slice_features, 2, device)
-    spec, per_plane = real.spec, max(1, min(config.slices, MAX_SLICES // (3 * len(real))))
-    pool = max(pool_for(spec.size[:2]), pool_for(spec.size[1:]))
-    network = FeatureConfig(2, spec.channels, pool, config.feature_steps, batch_size=32, seed=config.seed)
+    size = real.spec.size
+    network = FidelityConfig(2, real.spec.channels, scales_for(size))
 
-    def planes(pooled: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        each = [[pooled(plane) for plane in planes_of(x, per_plane)] for x in volumes_of(real)]
-        return [torch.cat([case[axis] for case in each]) for axis in range(3)]
+    def planes() -> Iterator[Tensor]:
+        return (plane for x in volumes_of(real) for plane in planes_of(x, config.slices))
 
-    return own_features(planes, (content_key(real), per_plane), network, Path(config.cache_dir), device)
+    return fidelity_features(
+        planes, (content_key(real), config.slices), network, Path(config.cache_dir), device
+    )
 
 
 # --- what is measured of a case, and of two sets ------------------------------------------------------------
@@ -127,12 +143,22 @@ def slice_extractor(config: SetsConfig, real: VolumeDataset, device: torch.devic
 class Measured:
     """What is measured of every case, so that the figures of any subset of cases are quick to compute.
 
-    Rows are cases, the generated ones first: features (N, F) or None, slices [(N, slices, F)] by plane,
-    histograms (N, C, BINS), spectra (N, C, bins), similarity (N, N) with nan where a pair was not compared.
-    Matrices of distances and kernel values are computed once; a half-sample picks rows and columns.
+    Rows are cases, the generated ones first, then the real ones, then as many of the real ones after the
+    autoencoder: features (N, F) or None, slices [(N, slices, F)] by plane, histograms (N, C, BINS), spectra
+    (N, C, bins), similarity (N, N) with nan where a pair was not compared. reconstructed: number of the last
+    rows, 0 without an autoencoder. Matrices of distances and kernel values are computed once; a half-sample
+    picks rows and columns.
     """
 
-    def __init__(self, features: Tensor | None, slices: list[Tensor], histograms: Tensor, spectra: Tensor):
+    def __init__(
+        self,
+        features: Tensor | None,
+        slices: list[Tensor],
+        histograms: Tensor,
+        spectra: Tensor,
+        reconstructed: int = 0,
+    ):
+        self.reconstructed = reconstructed
         self.features, self.slices, self.histograms, self.spectra = features, slices, histograms, spectra
         self.similarity = torch.full((len(histograms),) * 2, math.nan, dtype=torch.float64)
         self.distances = self.kernel = None
@@ -178,10 +204,31 @@ def _kernel_distance(kernel: Tensor, x: Tensor, y: Tensor) -> float:
     return kernel_distance(_block(kernel, x, x), _block(kernel, y, y), _block(kernel, x, y))
 
 
+def reconstructions(sets: VolumeSets, device: torch.device) -> Iterator[Tensor]:
+    """The volumes (C, *S) of the real set after encoder and decoder, scaled as if they had been files."""
+    autoencoder, real = AutoencoderPipeline(autoencoder_path(sets.run), device), sets.sets["real"]
+    for x in volumes_of(real):
+        recon, rule = autoencoder.reconstruct(x).numpy(), real.config
+        if rule.scaling in ("percentile", "minmax", "zscore"):  # by the numbers of the volume itself
+            ends = [scaling_numbers(c, rule.scaling, rule.percentiles, rule.window) for c in recon]
+            low, high = zip(*ends, strict=True)
+            if all(a < b for a, b in ends):
+                recon = scale(recon, low, high, real.spec.clipped)
+        elif real.spec.clipped:
+            recon = recon.clip(-1, 1)
+        yield torch.from_numpy(recon)
+
+
 def measure(
-    config: SetsConfig, sets: VolumeSets, whole: Extractor | None, slices: Extractor | None
+    config: SetsConfig,
+    sets: VolumeSets,
+    whole: Extractor | None,
+    slices: Extractor | None,
+    device: torch.device,
 ) -> tuple[Measured, float, float]:
     """Measure all volumes of both sets: (what was measured, start of the histograms, width of a bin).
+
+    Where the run is known, the real set after its autoencoder is measured too.
 
     The histograms span [-1, 1] where intensities are clipped, else the range of the real set; generated
     intensities outside count in the outer bins.
@@ -190,8 +237,9 @@ def measure(
     low, high = _limits(sets)
     shells = max(2, min(32, min(real.spec.size) // 2))
     rows: dict[str, list] = {"features": [], "slices": [], "histograms": [], "spectra": []}
-    cases = itertools.chain(volumes_of(generated), volumes_of(real))
-    for x in progress(cases, "measuring", len(generated) + len(real)):
+    recon, num = (reconstructions(sets, device), len(real)) if sets.run else ((), 0)
+    cases = itertools.chain(volumes_of(generated), volumes_of(real), recon)
+    for x in progress(cases, "measuring", len(generated) + len(real) + num):
         counts = torch.stack([torch.histc(c.clamp(low, high), BINS, low, high) for c in x.flatten(1)])
         rows["histograms"].append(counts.double() / counts.sum(1, keepdim=True))
         rows["spectra"].append(power_spectrum(x, shells))
@@ -201,7 +249,8 @@ def measure(
             rows["slices"].append([slices(plane) for plane in planes_of(x, config.slices)])
     features = torch.stack(rows["features"]) if rows["features"] else None
     by_plane = [torch.stack(plane) for plane in zip(*rows["slices"], strict=True)]
-    measured = Measured(features, by_plane, torch.stack(rows["histograms"]), torch.stack(rows["spectra"]))
+    histograms, spectra = torch.stack(rows["histograms"]), torch.stack(rows["spectra"])
+    measured = Measured(features, by_plane, histograms, spectra, num)
     draw = np.random.default_rng(config.seed)
     for dataset, first in ((generated, 0), (real, len(generated))):
         _compare_pairs(dataset, measured.similarity, first, config.pairs, high - low, draw)
@@ -242,9 +291,11 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
     device = choose_device(config.device)
     sets = open_sets(generated, {"real": (real, config.part)}, config.data, config.run)
     num_generated, num_real = len(sets.sets["generated"]), len(sets.sets["real"])
-    whole = whole_features(sets, "real", config, device)
+    whole = whole_features(
+        sets, "real", config, lambda data: whole_fidelity(data, config.cache_dir, device), device
+    )
     slices = slice_extractor(config, sets.sets["real"], device)
-    measured, low_end, width = measure(config, sets, whole, slices)
+    measured, low_end, width = measure(config, sets, whole, slices, device)
 
     def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
         chosen = torch.from_numpy(i), torch.from_numpy(num_generated + j)
@@ -252,11 +303,12 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
 
     counts = (num_generated, num_real)
     figures = half_sample_intervals(statistic, counts, config.resamples, config.seed)
-    expected, parts = real_halves(measured, num_generated, width, config)
+    expected, ceiling, parts = real_halves(measured, num_generated, width, config)
     for name, f in figures.items():
         low, high = _bounds(name)
         f["low"], f["high"] = max(f["low"], low), min(f["high"], high)
         f["real_halves"] = expected.get(name, math.nan)
+        f["through_autoencoder"] = ceiling.get(name, math.nan)
     report = {
         **to_dict(config),
         "generated": generated,
@@ -264,6 +316,7 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
         "cases": {"generated": num_generated, "real": num_real},
         "interval": f"95 %, half-sampling of cases without replacement, {config.resamples} draws",
         "real_halves": {"cases": parts[0], "others": parts[1], "draws": HALVINGS},
+        "through_autoencoder": f"{_part_words(config, sets, real)} through the autoencoder",
         "protocol": sets.protocol,
         "networks": {
             name: {**network.describe(), "features": int(table_.shape[-1])}
@@ -285,6 +338,12 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
     return folder
 
 
+def _part_words(config: SetsConfig, sets: VolumeSets, real: str) -> str:
+    """Which cases the real ones are to the autoencoder of the run."""
+    own = is_run(real) and Path(real).resolve() == Path(sets.run).resolve()
+    return {"val": "held-out", "test": "held-out"}.get(config.part, config.part) if own else "real"
+
+
 def _bounds(name: str) -> tuple[float, float]:
     """Possible values of a figure. The unbiased kernel distance can be negative; shares are at most 1."""
     share = name.endswith(("precision", "recall", "coverage")) or name.startswith("ms_ssim")
@@ -293,20 +352,27 @@ def _bounds(name: str) -> tuple[float, float]:
 
 def real_halves(
     measured: Measured, first: int, width: float, config: SetsConfig
-) -> tuple[dict[str, float], tuple[int, int]]:
-    """What real cases get against real cases: ({name: figure}, (number of random cases, of all others)).
+) -> tuple[dict[str, float], dict[str, float], tuple[int, int]]:
+    """What real cases get against real cases: ({name: figure}, the same with the first ones taken through the
+    autoencoder, (number of random cases, of all others)).
 
     first: number of generated cases; rows from there on are real. The random cases are as many as are
     generated, but at most half, since figures depend on the number of cases. Means over HALVINGS draws; {} if
-    there are fewer than four real cases.
+    there are fewer than four real cases, and for the autoencoder if there is none.
     """
-    rows, draw = torch.arange(first, len(measured.histograms)), torch.Generator().manual_seed(config.seed)
-    m, found = min(first, len(rows) // 2), []
-    for _ in range(HALVINGS if len(rows) >= 4 else 0):
-        mixed = rows[torch.randperm(len(rows), generator=draw)]
+    num = len(measured.histograms) - first - measured.reconstructed
+    draw = torch.Generator().manual_seed(config.seed)
+    m, found, through = min(first, num // 2), [], []
+    for _ in range(HALVINGS if num >= 4 else 0):
+        mixed = first + torch.randperm(num, generator=draw)
         found.append(measured.figures(mixed[:m], mixed[m:], width, config.neighbours))
-    means = {name: float(np.mean([f[name] for f in found])) for name in (found[0] if found else ())}
-    return means, (m, len(rows) - m)
+        if measured.reconstructed:
+            through.append(measured.figures(mixed[:m] + num, mixed[m:], width, config.neighbours))
+    return _means(found), _means(through), (m, num - m)
+
+
+def _means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([f[name] for f in found])) for name in (found[0] if found else ())}
 
 
 def warnings_of(config: SetsConfig, measured: Measured, counts: tuple[int, int]) -> list[str]:
@@ -344,10 +410,14 @@ def warnings_of(config: SetsConfig, measured: Measured, counts: tuple[int, int])
 
 
 def print_summary(report: dict[str, Any]) -> None:
-    """The figures and warnings, on the console."""
-    lines = [("", "value", "low", "high", "real halves")]
+    """The figures and warnings, on the console: real halves, the ceiling if it is known, generated cases."""
+    known = any(math.isfinite(f["through_autoencoder"]) for f in report["figures"].values())
+    ceiling = report["through_autoencoder"]
+    lines = [["", "real halves", *([ceiling] if known else []), "generated", "low", "high"]]
     for name, f in report["figures"].items():
-        lines.append((name, f["value"], f["low"], f["high"], f["real_halves"]))
+        through = f["through_autoencoder"]
+        cell = [through if math.isfinite(through) else "-"] if known else []
+        lines.append([name, f["real_halves"], *cell, f["value"], f["low"], f["high"]])
     print(table(lines))
     for line in report["warnings"]:
         print(f"note: {line}")
@@ -362,15 +432,16 @@ def draw_figure(path: Path, measured: Measured, first: int, low: float, width: f
     if figure is None:
         return None
     histogram, spectrum, scatter = figure.subplots(1, 3)
+    last = len(measured.histograms) - measured.reconstructed
     centres = (np.arange(BINS) + 0.5) * width + low
-    for name, rows, colour in (("real", slice(first, None), "C0"), ("generated", slice(0, first), "C1")):
+    for name, rows, colour in (("real", slice(first, last), "C0"), ("generated", slice(0, first), "C1")):
         density = measured.histograms[rows].mean((0, 1)) / width
         histogram.semilogy(centres, density.clamp(min=1e-5), colour, label=name)
         spectra = measured.spectra[rows].mean((0, 1))
         spectrum.plot((np.arange(len(spectra)) + 0.5) / (2 * len(spectra)), spectra, colour, label=name)
         if measured.features is not None:
-            centred = measured.features - measured.features[first:].mean(0)
-            axes = torch.linalg.svd(centred[first:], full_matrices=False).Vh[:2]
+            centred = measured.features - measured.features[first:last].mean(0)
+            axes = torch.linalg.svd(centred[first:last], full_matrices=False).Vh[:2]
             points = torch.zeros(len(centred[rows]), 2)  # one case, or one feature, has one axis only
             points[:, : len(axes)] = centred[rows] @ axes.T
             scatter.scatter(*points.T, s=12, c=colour, alpha=0.7, label=name)

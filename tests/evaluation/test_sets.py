@@ -15,7 +15,7 @@ from ldm3d.engine.checkpoint import load
 from ldm3d.evaluation import sets
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.networks import FeatureConfig, contrastive_loss, train_features
-from ldm3d.evaluation.openers import OpenConfig, open_sets
+from ldm3d.evaluation.openers import OpenConfig, open_sets, volumes_of
 from ldm3d.evaluation.sets import (
     BINS,
     Measured,
@@ -31,7 +31,7 @@ from ldm3d.metrics import ms_ssim, power_spectrum
 
 SIZES = {2: (28, 24), 3: (16, 18, 16)}
 SUFFIX = {2: "tif", 3: "nii.gz"}
-FAST = ["--resamples", "10", "--feature_steps", "30", "--pairs", "12", "--slices", "4"]
+FAST = ["--resamples", "10", "--pairs", "12", "--slices", "4"]
 
 
 def blurred(x: np.ndarray) -> np.ndarray:
@@ -131,8 +131,9 @@ def made_up(cases: int, features: int) -> Measured:
 def test_real_cases_are_parted_as_the_two_sets_are_as_far_as_they_suffice(monkeypatch, generated, parts):
     measured, seen, figures = made_up(generated + 20, 4), [], Measured.figures
     monkeypatch.setattr(Measured, "figures", lambda *a: seen.append(a[1:3]) or figures(*a))
-    found, numbers = real_halves(measured, generated, 1.0, SetsConfig())
+    found, through, numbers = real_halves(measured, generated, 1.0, SetsConfig())
     assert numbers == parts
+    assert through == {}
     for ours, rest in seen:
         assert (len(ours), len(rest)) == parts
         assert sorted([*ours.tolist(), *rest.tolist()]) == list(range(generated, generated + 20))
@@ -294,16 +295,15 @@ def test_figures_of_slices_are_those_of_each_plane_and_their_mean_over_three(tmp
         assert found[f"planes/{name}"]["value"] == pytest.approx(np.mean(values), rel=1e-4)
 
 
-def test_the_own_network_of_slices_learns_from_the_slices_of_all_three_planes(tmp_path, monkeypatch):
+def test_the_units_of_slices_are_measured_on_the_slices_of_all_three_planes(tmp_path, monkeypatch):
     write_heads(tmp_path / "real", 3, "same", 0, 4)
     opened = open_sets(str(tmp_path / "real"), {"real": (str(tmp_path / "real"), "val")}, OpenConfig())
-    groups = []
-    monkeypatch.setattr(sets, "own_features", lambda make, *rest: groups.extend(make(lambda x: x)))
+    seen = []
+    monkeypatch.setattr(sets, "fidelity_features", lambda items, *rest: seen.extend(items()))
     slice_extractor(SetsConfig(slices=5), opened.sets["real"], torch.device("cpu"))
-    assert [tuple(g.shape) for g in groups] == [(20, 1, 18, 16), (20, 1, 16, 16), (20, 1, 16, 18)]
-    first = opened.sets["real"][0, 0]["image"]
-    for axis, group in enumerate(groups):
-        assert torch.equal(group[:5], planes_of(first, 5)[axis])
+    planes = [plane for x in volumes_of(opened.sets["real"]) for plane in planes_of(x, 5)]
+    assert [tuple(g.shape) for g in seen[:3]] == [(5, 1, 18, 16), (5, 1, 16, 16), (5, 1, 16, 18)]
+    assert all(torch.equal(a, b) for a, b in zip(seen, planes, strict=True))
 
 
 # --- networks -----------------------------------------------------------------------------------------------
@@ -425,6 +425,6 @@ def test_mistakes_are_named(tmp_path, mistake, flags, words):
     write_heads(tmp_path / "REAL", 2, "same", 0, 4)
     places = {name: str(tmp_path / name) for name in ("REAL", "EMPTY", "JUNK")}
     flags = [places.get(flag, flag) for flag in flags]
-    flags += ["--cache_dir", str(tmp_path), "--feature_steps", "1"]
+    flags += ["--cache_dir", str(tmp_path)]
     error = mistake(evaluation_main, ["samples", *flags])
     assert words in error
