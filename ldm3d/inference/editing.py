@@ -24,8 +24,8 @@ Fitting in. At high noise the network decides what the region will hold while th
 noise, say little. That decision may not fit the surroundings. So each step is taken `resample` times: x_t
 gets its noise back, and the step is taken again with the surroundings in view (Lugmayr, Algorithm 1).
 Example: a field of eight correlated Gaussian voxels, of which four are kept, sampled with the exact network.
-Beside the seam the variance is 5 times too large with resample 1, 2 times with 4, and 1.3 times with 10. More
-steps do not help: 80 steps with resample 1 are 5 times too large as well.
+Beside the seam the variance is 5 times what it should be with resample 1, 2 times with 4, and 1.3 times with
+10. More steps do not help: with 80 steps and resample 1 it is 5 times as well.
 
 Decoding. The autoencoder does not reproduce the image exactly, so the voxels outside are copied from the
 image, bit by bit. To hide the seam, the error at the border, x - decoded, is carried into the region, where

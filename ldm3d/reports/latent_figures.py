@@ -29,15 +29,15 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(part or 0), "") if i % 2 else (0, part) for i, part in enumerate(re.split(r"(\d+)", text))]
 
 
-def palette(labels: Sequence[str]) -> dict[str, str]:
-    """A colour for each label; "" (unknown) is grey. Of more than seven labels, hues are evenly spaced."""
-    names = sorted({label for label in labels if label}, key=_natural)
+def palette(cells: Sequence[str]) -> dict[str, str]:
+    """A colour for each value of a column; "" (unknown) is grey. Above seven, hues are evenly spaced."""
+    names = sorted({cell for cell in cells if cell}, key=_natural)
     colors = list(PALETTE)
     if len(names) > len(PALETTE):
         hues = [(i / len(names), (0.45, 0.6)[i % 2]) for i in range(len(names))]
         parts = [colorsys.hls_to_rgb(hue, light, 0.65) for hue, light in hues]
         colors = ["#" + "".join(f"{round(255 * v):02x}" for v in rgb) for rgb in parts]
-    return dict(zip(names, colors, strict=False)) | ({"": UNKNOWN} if "" in labels else {})
+    return dict(zip(names, colors, strict=False)) | ({"": UNKNOWN} if "" in cells else {})
 
 
 def group_titles(facts: dict[str, Any]) -> dict[str, str]:
@@ -53,11 +53,11 @@ def draw_map(path: Path, rows: list[Row], positions: Tensor, facts: dict[str, An
     column, titles = facts["color_by"], group_titles(facts)
     ax, colors = figure.subplots(), palette([row[column] for row in rows])
     for group, mark in (("first", "o"), ("other", "D")):
-        for label, color in colors.items():
-            cases = [i for i, row in enumerate(rows) if (row["group"], row[column]) == (group, label)]
+        for value, color in colors.items():
+            cases = [i for i, row in enumerate(rows) if (row["group"], row[column]) == (group, value)]
             if cases:
                 face = color if group == "first" else "none"
-                name = titles[label] if column == "group" else label or "unknown"
+                name = titles[value] if column == "group" else value or "unknown"
                 name += f" ({titles['other']})" if group == "other" and column != "group" else ""
                 x, y = positions[cases].T.numpy()
                 ax.scatter(x, y, 28, marker=mark, facecolors=face, edgecolors=color, alpha=0.8, label=name)

@@ -151,13 +151,13 @@ def axis_titles(method: str, shares: Tensor) -> list[str]:
 
 
 def groups_of(rows: list[Row], column: str) -> list[str]:
-    """The group of each case in groups.csv: its label in the column, if that is split or class."""
+    """The group of each case in groups.csv: its value in the column, if that is split or class."""
     if column in ("group", "subject"):
         return [row["group"] for row in rows]
-    labels = [row[column] or "unknown" for row in rows]
+    values = [row[column] or "unknown" for row in rows]
     return [
-        label if row["group"] == "first" else f"other: {label}"
-        for row, label in zip(rows, labels, strict=True)
+        value if row["group"] == "first" else f"other: {value}"
+        for row, value in zip(rows, values, strict=True)
     ]
 
 
