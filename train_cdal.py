@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from ldm3d.data.opening import check_numbering
 from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import is_main, rank, run_script, setup, world_size, wrap
-from ldm3d.engine.logger import progress, save_sheet
+from ldm3d.engine.logger import save_sheet
 from ldm3d.engine.memory_plan import Plan, weight_bytes
 from ldm3d.engine.runs import Run
 from ldm3d.engine.training import (
@@ -247,12 +248,17 @@ def make_discriminator(config: Config, channels: int, num_labels: int) -> TimeDi
 
 @torch.inference_mode()
 def evaluate(
-    cdal: CDAL, net: Generator, dataset: VolumeDataset, config: Config, device: torch.device, path: Path
+    cdal: CDAL,
+    net: Generator,
+    cases: Iterable[dict[str, Any]],
+    config: Config,
+    device: torch.device,
+    path: Path,
 ) -> tuple[dict[str, float], Path | None]:
-    """Dice over whole validation cases (the mean, and for each label), and a picture of up to four cases."""
+    """Dice over whole validation cases (the mean, and for each label), those of all ranks, and a picture of up
+    to four cases. cases: this rank's."""
     means, sheet = Mean(), {"truth": [], "prediction": []}
-    for i in progress(range(rank(), len(dataset), world_size()), "validation"):
-        case = dataset[i, i]
+    for case in cases:
         with autocast(config.run.amp, device):
             p = cdal.segment(net, case["image"].to(device), config.votes, config.window, key=case["id"])
         label_map = p.argmax(0)
@@ -263,6 +269,17 @@ def evaluate(
             sheet["prediction"] += overlay(case["image"], label_map)
     picture = save_sheet(path, sheet) if is_main() and sheet["truth"] else None
     return means.pop(), picture
+
+
+def validate(run: Run, cdal: CDAL, net: Generator, dataset: VolumeDataset, device: torch.device) -> None:
+    """Scores of `net`, the EMA, for the log, a picture, and best.pt if the Dice is the best so far."""
+    with run.validation("a smaller --window"):
+        cases = (dataset[i, i] for i in range(rank(), len(dataset), world_size()))
+        cases = run.interruptible(cases, -(-len(dataset) // world_size()))
+        scores, picture = evaluate(cdal, net, cases, run.config, device, run.preview_path)
+        run.logger.picture(run.step, "segmentations", picture)
+    run.keep_best("dice", scores["dice"], highest=True)
+    run.log("val", scores)
 
 
 # --- train --------------------------------------------------------------------------------------------------
@@ -344,6 +361,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     stream = batches(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
+    if run.owes_validation:
+        validate(run, cdal, ema.net, val_set, device)
     for group in run.steps(stream):
         pairs = []
         for batch, fraction in micro_batches(group, model, device, seed, run.step):
@@ -370,12 +389,9 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             disc_stepper.step(run.step)
 
         run.end_step(**stepper.report())
-        if run.due("eval_every"):
-            scores, picture = evaluate(cdal, ema.net, val_set, config, device, run.preview_path)
-            run.log("val", scores)
-            run.logger.picture(run.step, "segmentations", picture)
-            run.keep_best("dice", scores["dice"], highest=True)
         run.save_if_due()
+        if run.due("eval_every"):
+            validate(run, cdal, ema.net, val_set, device)
     run.finish()
     return run
 

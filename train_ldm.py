@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,9 @@ from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
 from ldm3d.engine.distributed import is_main, print0, run_script, setup, world_size, wrap
-from ldm3d.engine.logger import progress, save_sheet
+from ldm3d.engine.logger import save_sheet
 from ldm3d.engine.memory_plan import Plan, decode, encode, weight_bytes
-from ldm3d.engine.runs import Run
+from ldm3d.engine.runs import Run, difference
 from ldm3d.engine.training import (
     EMA,
     Mean,
@@ -248,18 +249,19 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
 
 def open_latent_data(
     config: Config, stage_one: dict[str, Any], split: dict[str, list[str]] | None = None
-) -> Data:
-    """The checked data of a run, scaled as for the autoencoder. split: the run's own; None: the
-    autoencoder's."""
+) -> tuple[Data, dict[str, Any]]:
+    """(the checked data of a run, scaled as for the autoencoder; the spec of the files as they are). split:
+    the run's own; None: the autoencoder's."""
     split = split or stage_one["state"]["split"]
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
+    measured = data.spec.to_dict()
     spec = DataSpec.from_dict(stage_one["state"]["data"])
     spec = dataclasses.replace(spec, size=config.data.size or spec.size, num_labels=data.spec.num_labels)
     if config.anatomy.registers != "off" and spec.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
     if config.anatomy.registers != "off" or "labels" in config.condition.use:
         check_numbering(data)
-    return dataclasses.replace(data, spec=spec)
+    return dataclasses.replace(data, spec=spec), measured
 
 
 def make_denoiser(
@@ -342,13 +344,13 @@ EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # u of the noise levels at which
 
 @torch.inference_mode()
 def evaluate(
-    model: LatentDiffusion, net: Denoiser, dataset: LatentDataset, config: Config, device: torch.device
+    model: LatentDiffusion, batches: Iterable[dict[str, Any]], config: Config, device: torch.device
 ) -> dict[str, float]:
     """The diffusion loss on validation cases, over all levels and at each, always with the same noise. With
-    masks also the Dice of the head, for each label and level."""
-    means = Mean()
-    total = -(-len(dataset) // (config.batch_size * world_size()))
-    for batch in progress(evaluation_batches(dataset, config.batch_size), "validation", total):
+    masks also the Dice of the head, for each label and level. batches: this rank's; the means are over those
+    of all ranks."""
+    means, net = Mean(), model.denoiser
+    for batch in batches:
         batch = to_device(batch, device)
         conditions = model.conditions_of(batch)
         z_noise, noise = (
@@ -432,6 +434,28 @@ def preview(
     return save_sheet(path, sheet, limits=(-1, 1)), torch.cat(latents)
 
 
+def validate(
+    run: Run,
+    model: LatentDiffusion,
+    dataset: LatentDataset,
+    real: list[dict[str, Any]],
+    device: torch.device,
+) -> None:
+    """Scores of `model`, which holds the EMA, for the log, a picture, and best.pt if the loss is the lowest so
+    far."""
+    config = run.config
+    with run.validation():
+        rounds = -(-len(dataset) // (config.batch_size * world_size()))
+        batches = run.interruptible(evaluation_batches(dataset, config.batch_size), rounds)
+        scores = evaluate(model, batches, config, device)
+        if is_main():
+            picture, z = preview(model, real, dataset, config, run.preview_path)
+            run.logger.picture(run.step, "samples", picture)
+            run.logger.histogram(run.step, "generated latent", z)
+    run.keep_best("loss", scores["loss"])
+    run.log("val", scores)
+
+
 # --- train --------------------------------------------------------------------------------------------------
 
 
@@ -443,7 +467,7 @@ def plan(config: Config) -> None:
     conditions: tuple[Condition, ...] = ()
     num_labels: int | None = None
     if config.condition.use or config.anatomy.registers != "off":  # vocabularies and sizes are in the data
-        data = open_latent_data(config, content)
+        data, _ = open_latent_data(config, content)
         conditions = conditions_for(config, data, autoencoder.config.latent_channels)
         num_labels = data.spec.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
@@ -486,8 +510,11 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     autoencoder, stage_one = load_autoencoder(source)
     check_settings(config, stage_one)
     autoencoder.to(device)
-    data = open_latent_data(config, stage_one, run.split())
-    run.check_data(data.spec.to_dict())
+    data, measured = open_latent_data(config, stage_one, run.split())
+    run.check_data(measured, "measured")
+    theirs = {k: v for k, v in stage_one["state"]["data"].items() if k not in ("size", "num_labels")}
+    if not run.resumed and (different := difference(theirs, measured)):
+        print0(f"note: the data are not as the autoencoder's were: {different}")
     conditions = conditions_for(config, data, autoencoder.config.latent_channels)
     check_conditions(run, conditions)
     if any(c.origin == "source" for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
@@ -508,6 +535,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     scores = set_statistics(torch.stack([case["image"] for case in real]))
     state = {
         "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
+        "measured": measured,
+        "split": data.split,
         "latent_mean": latent_mean,
         "latent_std": latent_std,
         "conditions": [c.to_dict() for c in conditions],
@@ -534,6 +563,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     stream = batches(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
+    if run.owes_validation:
+        validate(run, ldm, val_latents, real, device)
     for group in run.steps(stream):
         for batch, fraction in micro_batches(group, model, device, seed, run.step):
             if not config.latent_cache:
@@ -554,15 +585,9 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             ema.update(net, run.step)
 
         run.end_step(**({"anatomy_weight": weight} if config.masks else {}), **stepper.report())
-        if run.due("eval_every"):
-            scores = evaluate(ldm, ema.net, val_latents, config, device)
-            run.log("val", scores)
-            if is_main():
-                picture, z = preview(ldm, real, val_latents, config, run.preview_path)
-                run.logger.picture(run.step, "samples", picture)
-                run.logger.histogram(run.step, "generated latent", z)
-            run.keep_best("loss", scores["loss"])
         run.save_if_due()
+        if run.due("eval_every"):
+            validate(run, ldm, val_latents, real, device)
     run.finish()
     return run
 

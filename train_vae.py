@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ from ldm3d.engine.distributed import (
     world_size,
     wrap,
 )
-from ldm3d.engine.logger import progress, save_sheet
+from ldm3d.engine.logger import save_sheet
 from ldm3d.engine.memory_plan import Plan, weight_bytes
 from ldm3d.engine.runs import Run
 from ldm3d.engine.training import (
@@ -280,13 +281,12 @@ def with_data(config: Config) -> Config:
 
 @torch.inference_mode()
 def evaluate(
-    net: Autoencoder, dataset: VolumeDataset, config: Config, device: torch.device
+    net: Autoencoder, batches: Iterable[dict[str, Any]], config: Config, device: torch.device
 ) -> dict[str, float]:
     """PSNR (dB), SSIM and reconstruction loss of decode(latent mean), and the KL: means over whole validation
-    cases."""
+    cases, those of all ranks. batches: this rank's."""
     means = Mean()
-    total = -(-len(dataset) // world_size())
-    for batch in progress(evaluation_batches(dataset, 1), "validation", total):
+    for batch in batches:
         x = to_device(batch, device)["image"]
         with autocast(config.run.amp, device):
             posterior = net.encode(x)
@@ -319,6 +319,23 @@ def preview(
             rows[name].append(image[0, 0].float().cpu().numpy())
         latents.append(z)
     return save_sheet(path, rows, limits=(-1, 1)), torch.cat(latents)
+
+
+def validate(run: Run, net: Autoencoder, dataset: VolumeDataset, device: torch.device) -> None:
+    """Scores of `net`, the EMA, for the log, a picture, and best.pt if the PSNR is the best so far."""
+    config = run.config
+    with run.validation():
+        rounds = -(-len(dataset) // world_size())
+        scores = evaluate(net, run.interruptible(evaluation_batches(dataset, 1), rounds), config, device)
+        if is_main():
+            picture, z = preview(net, dataset, config, run.preview_path, device)
+            run.logger.picture(run.step, "reconstructions", picture)
+            run.logger.histogram(run.step, "latent", z)
+    # PSNR prefers the blurred images from before the discriminator: they are judged apart
+    judged = run.step >= config.disc_start + config.disc_ramp and config.has_discriminator
+    name = "psnr with discriminator" if judged else "psnr"
+    run.keep_best(name, scores["psnr"], highest=True)
+    run.log("val", scores)
 
 
 def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> Data:
@@ -511,6 +528,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             terms |= adversarial_terms(discriminator, recon, x, config)
         return recon, latent, terms
 
+    if run.owes_validation:
+        validate(run, ema.net, val_set, device)
     for group in run.steps(stream):
         adversarial = discriminator is not None and run.step >= config.disc_start
         adaptive = adversarial and config.disc_adaptive and config.disc_weight > 0
@@ -554,18 +573,9 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             disc_stepper.step(run.step)
 
         run.end_step(**stepper.report())
-        if run.due("eval_every"):
-            scores = evaluate(ema.net, val_set, config, device)
-            run.log("val", scores)
-            if is_main():
-                picture, z = preview(ema.net, val_set, config, run.preview_path, device)
-                run.logger.picture(run.step, "reconstructions", picture)
-                run.logger.histogram(run.step, "latent", z)
-            # PSNR prefers the blurred images from before the discriminator: they are judged apart
-            judged = run.step >= config.disc_start + config.disc_ramp and config.has_discriminator
-            name = "psnr with discriminator" if judged else "psnr"
-            run.keep_best(name, scores["psnr"], highest=True)
         run.save_if_due()
+        if run.due("eval_every"):
+            validate(run, ema.net, val_set, device)
     run.finish()
     return run
 

@@ -40,6 +40,10 @@ RENAMED = {  # names in files of older versions -> today's
 }
 
 
+class Newer(InputError):
+    """A checkpoint of a newer version of this program. An older checkpoint is no substitute for it."""
+
+
 def save(path: str | Path, content: dict[str, Any]) -> None:
     """Write atomically. A full disk or read-only folder is an InputError, and what was there stays."""
     try:
@@ -113,7 +117,7 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "kind" not in content:
         raise InputError(f"{path}: not a checkpoint of ldm3d")
     if content["format"] > FORMAT:
-        raise InputError(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
+        raise Newer(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
     if kind is not None and content["kind"] != kind:
         raise InputError(f"{path}: is {maker(content['kind'])}, expected {maker(kind)}")
     return upgrade(content)
@@ -126,11 +130,14 @@ def step_files(run_dir: str | Path) -> list[Path]:
 
 
 def load_latest(run_dir: str | Path, kind: str | None = None) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None. A damaged newer one is named and passed over."""
+    """The newest checkpoint that can be read, or None. A damaged one is named and passed over. One of a newer
+    version of this program raises InputError: what it holds must not be trained over."""
     files = step_files(run_dir)
     for path in files:
         try:
             return load(path, kind)
+        except Newer:
+            raise
         except InputError as e:
             if path is files[-1]:
                 raise

@@ -239,15 +239,27 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     return code
 
 
+def out_of_memory(e: Exception) -> str | None:
+    """What was full, in words, if the exception says that memory ran out, on a GPU or not; else None."""
+    reason = " ".join((str(e).splitlines() or [""])[0].split())
+    if isinstance(e, torch.OutOfMemoryError):
+        return f"the GPU's memory is full ({reason})"
+    if isinstance(e, MemoryError):  # of numpy too
+        return f"the memory is full ({reason})" if reason else "the memory is full"
+    if isinstance(e, RuntimeError) and "DefaultCPUAllocator" in reason:
+        return f"the memory is full ({reason.partition('DefaultCPUAllocator: ')[2]})"
+    return None
+
+
 def explain(e: Exception) -> tuple[str, int]:
     """What to print for an exception: (one line where the user can act, else the traceback; exit code)."""
     first = (str(e).splitlines() or [""])[0]
     if isinstance(e, InputError):
         return f"error: {e}", EXIT_USER
-    if isinstance(e, torch.OutOfMemoryError):
+    if what := out_of_memory(e):
         return (
-            f"error: the GPU's memory is full ({first}); try a lower micro_batch_size, a smaller data.patch, "
-            "or checkpointing of the network; --plan GIB prints beforehand what fits"
+            f"error: {what}; try a lower micro_batch_size, a smaller data.patch (data.size where whole cases "
+            "are read), or checkpointing of the network; --plan GIB prints beforehand what fits"
         ), EXIT_USER
     if isinstance(e, OSError) and e.errno in NO_ROOM:
         return f"error: {e.filename or 'a file could not be written'}: {e.strerror}", EXIT_USER

@@ -25,6 +25,24 @@ from ..config import InputError
 from .distributed import is_main
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl; none if there is no such file. A line that is torn or damaged is left out: a run
+    at work may have written only half of the last one."""
+    try:
+        found = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    lines = []
+    for text in found:
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["step"], int) and isinstance(line["seconds"], (int, float))
+            lines += [line] if whole and "split" in line else []
+        except (ValueError, KeyError, TypeError, RecursionError):  # bytes that are no text are a ValueError
+            continue
+    return lines
+
+
 class Logger:
     """Appends to ``run_dir/log.jsonl`` on rank 0, after cutting the file back to `step`, where the run is."""
 
@@ -106,19 +124,11 @@ def cut_back(path: Path, step: int) -> float:
     """
     if not path.exists():
         return 0.0
-    kept, seconds = [], 0.0
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-            if record["step"] <= step:
-                kept.append(line)
-                seconds = record["seconds"]
-        except (ValueError, KeyError, TypeError):
-            continue
+    kept = [line for line in read_log(path) if line["step"] <= step]
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, path)
-    return seconds
+    return kept[-1]["seconds"] if kept else 0.0
 
 
 class Profile:

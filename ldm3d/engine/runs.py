@@ -15,16 +15,22 @@ A script calls the methods of `Run` in this order:
     run.initialise(net)                      weights of --run.init, for a new run
     run.start(split, device)                 the folder and the log are opened
     run.restore(state, net, ema, ...)        a resumed run: networks and optimizers from the checkpoint
+    if run.owes_validation: validate(...)    the run before ended between a checkpoint and its validation
     for group in run.steps(stream):
         ...                                  one optimizer step
         run.end_step(**report)               counts the step; a line of the log
-        if run.due("eval_every"): ...        validation; run.keep_best
         run.save_if_due()                    a numbered checkpoint; SIGTERM ends the run here
+        if run.due("eval_every"): validate(...)
     run.finish()
+
+A checkpoint is written before the validation of its step, so whatever validation does, the training before it
+is on the disk. Validation calls, in this order: `run.validation` around the work, `run.keep_best`, and
+`run.log`, whose line says that this validation is done. A run that ended in between repeats it first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -41,6 +47,8 @@ from tqdm import tqdm
 
 from ..config import InputError, flatten, from_dict, read_json, replace, to_dict
 from .checkpoint import (
+    Newer,
+    load,
     load_latest,
     load_run,
     load_weights,
@@ -50,8 +58,8 @@ from .checkpoint import (
     weights,
     write_text,
 )
-from .distributed import SigtermFlag, Terminated, any_rank, barrier, gather, is_main, print0
-from .logger import Logger, Profile, progress
+from .distributed import SigtermFlag, Terminated, any_rank, barrier, gather, is_main, out_of_memory, print0
+from .logger import Logger, Profile, progress, read_log
 from .training import EMA, Mean, Speed, Stepper
 
 MAY_CHANGE = {  # settings that a resumed run may change; any other difference is an error
@@ -79,6 +87,14 @@ def lock_folder(folder: Path) -> IO[str]:
     return file
 
 
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first difference, in words, between two data specs (`DataSpec.to_dict()`), or None."""
+    for key in (key for key in before if key in now and key != "reference"):
+        if before[key] != now[key]:
+            return f"{key} was {before[key]}, now {now[key]}"
+    return None
+
+
 class Run:
     """One training run and its folder. Has no loop of its own: the script's loop calls it.
 
@@ -95,14 +111,13 @@ class Run:
         self.dir = Path(config.run.dir or f"runs/{kind}-{config.preset}")
         self.resumed: dict[str, Any] | None = None
         self.lock: IO[str] | None = None
-        if config.run.fresh:
-            self._move_aside()
-            self.config = replace(config, {"run.fresh": False})  # done; what is stored says so
-        barrier()
-        if (self.dir / "config.json").exists():
+        self.sigterm: SigtermFlag | None = None
+        stored = (self.dir / "config.json").exists()
+        if not stored and self._holds_something_else():
+            fresh = "; left alone" if config.run.fresh else ""
+            raise InputError(f"{self.dir}: is not empty, and not a run folder (it has no config.json){fresh}")
+        if stored and not config.run.fresh:
             self._resume(flags if flags is not None else flatten(config))
-        elif self._holds_something_else():
-            raise InputError(f"{self.dir}: is not empty, and not a run folder (it has no config.json)")
         self.initial: dict[str, Any] | None = None
         if config.run.init and not self.resumed:
             try:
@@ -110,7 +125,8 @@ class Run:
             except InputError as e:
                 raise InputError(f"run.init: {e}") from None
         self.step = self.resumed["step"] if self.resumed else 0
-        self.best: dict[str, Any] | None = self.resumed["best"] if self.resumed else None
+        self.best: dict[str, Any] | None = self._stored_best() if self.resumed else None
+        self.owes_validation = bool(self.resumed) and self.due("eval_every") and not self._is_validated()
         steps = gather(self.step)
         if len(set(steps)) > 1:
             raise InputError(
@@ -122,12 +138,11 @@ class Run:
     def _holds_something_else(self) -> bool:
         """Does the folder hold files that a run killed at its start would not have left there?"""
         names = [p.name for p in self.dir.iterdir()] if self.dir.is_dir() else []
-        return any(name != "previews" and ".tmp" not in name for name in names)
+        return any(name not in ("previews", ".lock") and ".tmp" not in name for name in names)
 
     def _move_aside(self) -> None:
-        if not (self.dir / "config.json").exists() and self._holds_something_else():
-            raise InputError(f"run.fresh: {self.dir} is not a run folder (it has no config.json); left alone")
-        if self.dir.exists() and is_main():
+        """--run.fresh: give the folder another name, if there is one."""
+        if self.dir.exists():
             aside = self.dir.with_name(f"{self.dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
             try:
                 with lock_folder(self.dir):
@@ -155,9 +170,32 @@ class Run:
             )
         self.config = replace(base, {k: v for k, v in flags.items() if k in MAY_CHANGE})
 
+    def _stored_best(self) -> dict[str, Any] | None:
+        """The best validation up to the checkpoint's step, this step's own included.
+
+        The checkpoint knows the best before its own validation, best.pt the best of all. best.pt may be of a
+        later step, if the checkpoints after this one are damaged.
+        """
+        known, path = self.resumed["best"], self.dir / "best.pt"
+        if not path.exists():
+            return known
+        try:
+            best = load(path, self.kind)["best"]
+        except Newer:
+            raise
+        except InputError as e:
+            print0(f"{e}; the next validation writes it anew")
+            return None
+        return best if best["step"] <= self.resumed["step"] else known
+
+    def _is_validated(self) -> bool:
+        """Does the log hold the validation of this step?"""
+        lines = read_log(self.dir / "log.jsonl")
+        return any(line["split"] == "val" and line["step"] == self.step for line in lines)
+
     @property
     def finished(self) -> bool:
-        return self.step >= self.config.run.steps or self.out_of_patience
+        return (self.step >= self.config.run.steps or self.out_of_patience) and not self.owes_validation
 
     @property
     def out_of_patience(self) -> bool:
@@ -180,19 +218,28 @@ class Run:
     # --- before the loop ---
 
     def split(self) -> dict[str, list[str]] | None:
-        """The stored split, or None for a new run."""
-        path = self.dir / "split.json"
-        return read_json(path) if self.resumed and path.exists() else None
+        """The split of a resumed run, or None for a new run. InputError if split.json and the checkpoint
+        contradict each other. The checkpoint's split is taken where split.json is lost."""
+        if not self.resumed:
+            return None
+        path, trained = self.dir / "split.json", self.resumed["state"].get("split")
+        stored = read_json(path) if path.exists() else trained
+        if trained is not None and stored != trained:
+            raise InputError(
+                f"{path}: differs from the split that this run was trained with; put it back, or delete it, and "
+                "the checkpoint's is taken"
+            )
+        return stored
 
-    def check_data(self, now: dict[str, Any]) -> None:
-        """Refuse to go on with other data than the checkpoint was trained on. now: `DataSpec.to_dict()`."""
-        before = self.resumed["state"]["data"] if self.resumed else {}
-        for key in (key for key in before if key in now and key != "reference"):
-            if before[key] != now[key]:
-                raise InputError(
-                    f"{self.dir}: the data have changed since this run was started: {key} was {before[key]}, "
-                    f"now {now[key]}. Put the files back, or start anew with --run.fresh"
-                )
+    def check_data(self, now: dict[str, Any], part: str = "data") -> None:
+        """Refuse to go on with other data than the run was trained on. now: the `DataSpec.to_dict()` of the
+        files as they are. part: under which name the state of a checkpoint holds it."""
+        before = self.resumed["state"].get(part, {}) if self.resumed else {}
+        if different := difference(before, now):
+            raise InputError(
+                f"{self.dir}: the data have changed since this run was started: {different}. Put the files "
+                "back, or start anew with --run.fresh"
+            )
 
     def initialise(self, net: nn.Module, may_miss: Iterable[str] = ()) -> None:
         """Copy the weights of --run.init, if a new run has one, into `net`. Weights whose names match
@@ -207,9 +254,14 @@ class Run:
         self.initial = None
 
     def start(self, split: dict[str, list[str]], device: torch.device) -> None:
-        """Make the folder, or open it again, and open its log. The data have been checked before."""
+        """Make the folder, or open it again, and open its log. Everything has been checked before, so that a
+        mistake does not move the folder of the run before (--run.fresh)."""
         self._announce()
+        fresh = self.config.run.fresh
+        self.config = replace(self.config, {"run.fresh": False})  # done now; what is stored says so
         if is_main():
+            if fresh:
+                self._move_aside()
             try:
                 (self.dir / "previews").mkdir(parents=True, exist_ok=True)
                 self.lock = lock_folder(self.dir)
@@ -244,7 +296,6 @@ class Run:
         """
         self.state, self.net, self.ema, self.mean = state, net, ema, mean
         self.steppers, self.others = steppers, {"mean": mean, **others}
-        self.sigterm = SigtermFlag()  # until here SIGTERM just ended the process: there was nothing to save
         if self.resumed:
             where = f"{self.dir} step {self.step}"
             load_weights(net, self.resumed["model"], where)
@@ -259,12 +310,22 @@ class Run:
     # --- in the loop ---
 
     def steps(self, stream: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-        """The items of `stream`, one an optimizer step, under a progress bar, until the run is finished."""
+        """The items of `stream`, one an optimizer step, under a progress bar, until the run is finished.
+
+        From the first step on, SIGTERM and Ctrl-C wait for `save_if_due`. They have their effect of before as
+        soon as the loop is left, also by an exception.
+        """
         self.bar: tqdm = progress(self.speed.watch(stream), self.kind, self.config.run.steps, self.step)
-        for group in self.bar:
-            yield group
-            if self.finished:
-                return
+        if self.finished:  # by the validation that was owed
+            return
+        self.sigterm = SigtermFlag()
+        try:
+            for group in self.bar:
+                yield group
+                if self.finished:
+                    return
+        finally:
+            self.sigterm.release()
 
     def end_step(self, **report: float) -> None:
         """An optimizer step is done: count it. Where a line of the log is due, write the means of all samples
@@ -281,8 +342,46 @@ class Run:
         return self.step % getattr(self.config.run, every) == 0 or self.step >= self.config.run.steps
 
     def log(self, part: str, scalars: dict[str, Any]) -> None:
-        """Write one line of the log: `part` is "train" or "val"."""
+        """Write one line of the log: `part` is "train" or "val". The line of a validation comes last, when
+        best.pt is written: it says that the validation need not be repeated."""
         self.logger.log(self.step, part, scalars)
+        if part == "val":
+            self.owes_validation = False
+
+    @contextlib.contextmanager
+    def validation(self, remedy: str = "a smaller data.size") -> Iterator[None]:
+        """The block validates. If the memory is too small for it, InputError says what lasts and what helps.
+
+        remedy: the setting that makes whole cases smaller."""
+        try:
+            yield
+        except Exception as e:
+            if (what := out_of_memory(e)) is None:
+                raise
+            raise InputError(
+                f"{self.dir}: {what} in validation, which takes whole cases: {remedy} needs less, in a new run "
+                f"(--run.init takes over the weights); a larger --run.eval_every puts validation off. Step "
+                f"{self.step} is saved, the same command goes on from there"
+            ) from None
+
+    def interruptible(self, items: Iterable, rounds: int) -> Iterator:
+        """The items of this rank's part of a validation, under a progress bar. After every item all ranks look
+        whether SIGTERM reached one of them; the run ends there, since this step is saved.
+
+        rounds: the number of items of the rank that has most.
+        """
+        left = rounds
+        for item in progress(items, "validation", rounds):
+            yield item
+            self._end_if_stopped()
+            left -= 1
+        for _ in range(left):
+            self._end_if_stopped()
+
+    def _end_if_stopped(self) -> None:
+        """Leave with exit code 143 if SIGTERM reached any rank. This step has been saved."""
+        if any_rank(self.sigterm is not None and self.sigterm.raised):
+            raise Terminated(f"stopped: saved step {self.step}; the same command goes on from there")
 
     @property
     def preview_path(self) -> Path:
@@ -305,14 +404,12 @@ class Run:
         return True
 
     def save_if_due(self) -> None:
-        """The end of a step: write a numbered checkpoint if one is due. If SIGTERM reached any rank, save and
-        leave with exit code 143."""
+        """The end of a step, before its validation: write a numbered checkpoint if one, or validation, is
+        due. If SIGTERM reached any rank, save and leave with exit code 143."""
         stopped = any_rank(self.sigterm.raised)
-        if stopped or self.due("save_every") or self.out_of_patience:
+        if stopped or self.due("save_every") or self.due("eval_every"):
             self.save()
-        if stopped:
-            self.sigterm.release()
-            raise Terminated(f"stopped: saved step {self.step}; the same command goes on from there")
+        self._end_if_stopped()
 
     def save(self) -> None:
         """Write the numbered checkpoint of this step and delete old ones. Called by all ranks."""
@@ -344,7 +441,6 @@ class Run:
         if self.profile is not None:
             self.profile.close()
         self.logger.close()
-        self.sigterm.release()
         if self.lock is not None:
             self.lock.close()
         best = "no validation gave a number, so there is no best.pt"

@@ -5,10 +5,8 @@ A line of log.jsonl is one JSON object: "step", "split" (train or val), "seconds
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-from pathlib import Path
 from typing import Any
 
 MAX_POINTS = 800  # of a curve in the page; longer curves are thinned
@@ -27,18 +25,6 @@ TITLES = {
 }
 
 Lines = list[dict[str, Any]]  # of log.jsonl
-
-
-def read_log(path: Path) -> Lines:
-    """The lines of log.jsonl. A run at work may have written only half of the last line: it is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-            lines += [line] if {"step", "split", "seconds"} <= line.keys() else []
-        except (ValueError, AttributeError):
-            continue
-    return lines
 
 
 def curves(lines: Lines) -> list[dict[str, Any]]:

@@ -23,10 +23,11 @@ import numpy as np
 
 from ..config import InputError, at_least, read_json
 from ..data.volumes import PICTURE, is_volume_file
+from ..engine.logger import read_log
 from .html_tables import folded, key_table, tables_of
 from .pages import escape, page, write_page
 from .pictures import data_url, volume_for_viewer
-from .run_log import COST, curves, facts_of, read_log
+from .run_log import COST, curves, facts_of
 
 MAX_PREVIEWS = 24
 KINDS = {"vae": "Autoencoder", "ldm": "Latent diffusion", "cdal": "Segmentation"}

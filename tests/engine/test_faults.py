@@ -1,5 +1,9 @@
 """Whatever breaks, the message says what and what to do, and what is lost began at the last checkpoint."""
 
+import dataclasses
+import errno
+import importlib
+import json
 import os
 import resource
 import shutil
@@ -10,13 +14,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, ldm_flags, lines, start, torchrun, vae_flags
+from tiny import (
+    KINDS,
+    ROOT,
+    assert_equal,
+    assert_same_end,
+    command_of,
+    ldm_flags,
+    lines,
+    start,
+    torchrun,
+    train,
+    vae_flags,
+)
 
 import sample
 import train_ldm
 import train_vae
-from ldm3d import latents
-from ldm3d.config import InputError
+from ldm3d import latents, read, write
+from ldm3d.config import InputError, read_json
 from ldm3d.data import VolumeDataset
 from ldm3d.engine import runs, training
 from ldm3d.engine.checkpoint import load, step_files
@@ -30,14 +46,6 @@ def one_line(capsys) -> str:
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     return err
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    a, b = (load(step_files(run)[0]) for run in (one, other))
-    assert a["step"] == b["step"]
-    for part in ("model", "ema"):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    assert [line["loss"] for line in lines(one)] == [line["loss"] for line in lines(other)]
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +264,85 @@ def test_data_that_changed_since_the_run_was_started_are_refused(heads, tmp_path
     assert "the data have changed since this run was started: spacing was [1.0, 1.0]" in one_line(capsys)
 
 
+@pytest.mark.parametrize("kind", ["KL autoencoder", "denoiser", "segmentation, discriminator"])
+def test_every_kind_of_training_refuses_to_go_on_when_all_intensities_have_changed(
+    heads, vae_run, tmp_path, capsys, kind
+):
+    shutil.copytree(heads, tmp_path / "heads")
+    place = ["--data.root", tmp_path / "heads"]
+    _, *flags = command_of(kind, heads, vae_run, tmp_path / "run", 5, *place)
+    main = importlib.import_module(KINDS[kind][0]).main
+    main(flags)
+    for path in sorted((tmp_path / "heads" / "images").iterdir()):
+        volume = read(path)
+        path.unlink()
+        write(path, dataclasses.replace(volume, array=50 * volume.array + 3000))
+    capsys.readouterr()
+    assert run_script(main, [*flags, "--run.steps", "9"]) == 2
+    assert "the data have changed since this run was started: low was" in one_line(capsys)
+    assert load(step_files(tmp_path / "run")[0])["step"] == 5
+    if kind == "denoiser":
+        main([*flags, "--run.fresh"])
+        assert "note: the data are not as the autoencoder's were: low was" in capsys.readouterr().out
+
+
+def test_a_lost_split_is_that_of_the_checkpoint_and_another_one_is_refused(heads, tmp_path, capsys):
+    flags = vae_flags(heads, tmp_path / "run", 5)
+    train_vae.main(flags)
+    path = tmp_path / "run" / "split.json"
+    split = read_json(path)
+    other = {"train": split["val"] + split["train"][2:], "val": split["train"][:2], "test": split["test"]}
+    path.write_text(json.dumps(other))
+    capsys.readouterr()
+    assert run_script(train_vae.main, [*flags, "--run.steps", "6"]) == 2
+    assert "split.json: differs from the split that this run was trained with" in one_line(capsys)
+    path.unlink()
+    train_vae.main([*flags, "--run.steps", "6", "--data.val_fraction", "0.2"])
+    assert read_json(path) == split == load(step_files(tmp_path / "run")[0])["state"]["split"]
+
+
 # --- going on -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("--run.fresh",)])
+def test_a_start_that_failed_after_the_lock_leaves_a_folder_that_the_same_command_takes(
+    heads, tmp_path, capsys, monkeypatch, more
+):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_text", full)
+    flags = vae_flags(heads, tmp_path / "run", 2)
+    assert run_script(train_vae.main, flags) == 2
+    assert "run: cannot be written (No space left on device)" in one_line(capsys)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "previews"}
+    monkeypatch.undo()
+    train_vae.main([*flags, *more])
+    assert load(step_files(tmp_path / "run")[0])["step"] == 2
+
+
+@pytest.mark.parametrize("mistake", ["--data.root /nowhere", "--vae.in_channels 3", "--run.init /nowhere"])
+def test_fresh_checks_everything_before_the_old_run_is_moved(heads, tmp_path, capsys, mistake):
+    flags = vae_flags(heads, tmp_path / "run", 2)
+    train_vae.main(flags)
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert run_script(train_vae.main, [*flags, "--run.fresh", *mistake.split()]) == 2
+    one_line(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_of_a_newer_version_is_neither_passed_over_nor_overwritten(heads, tmp_path, capsys):
+    flags = vae_flags(heads, tmp_path / "run", 10)
+    train_vae.main(flags)
+    newest = step_files(tmp_path / "run")[0]
+    torch.save({**torch.load(newest, weights_only=True), "format": 99}, newest)
+    before = {path: path.read_bytes() for path in step_files(tmp_path / "run")}
+    assert len(before) == 2
+    capsys.readouterr()
+    assert run_script(train_vae.main, [*flags, "--run.steps", "12"]) == 2
+    assert "format 99 is newer than this version reads" in one_line(capsys)
+    assert {path: path.read_bytes() for path in step_files(tmp_path / "run")} == before
 
 
 def test_a_finished_run_with_a_cosine_schedule_goes_on_along_the_longer_one(heads, tmp_path):
@@ -288,6 +374,59 @@ def test_sampling_into_a_folder_that_cannot_be_made_is_one_line(vae_run, tmp_pat
     flags = [str(tmp_path / "run"), "--num", "1", "--steps", "1", "--out", str(tmp_path / "file" / "out")]
     assert run_script(sample.main, flags) == 2
     assert "out:" in one_line(capsys)
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["KL autoencoder", "denoiser", "segmentation, discriminator"])
+@pytest.mark.parametrize("moment", ["validation", "best.pt", "picture"])
+def test_what_fails_in_validation_costs_no_step_and_the_validation_is_made_up_for(
+    heads, vae_run, tmp_path, monkeypatch, capsys, kind, moment
+):
+    def command(name, *more):
+        more = ["--run.save_every", 1000, "--run.eval_every", 4, *more]
+        return command_of(kind, heads, vae_run, tmp_path / name, 6, *more)
+
+    script = importlib.import_module(KINDS[kind][0])
+    train(*command("whole"))
+    target = {"validation": (script, "evaluate"), "best.pt": (runs.Run, "keep_best")}
+    original, handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def full(*arguments, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(*target.get(moment, (script, "save_sheet")), full)
+    _, *flags = command("run")
+    with pytest.raises((RuntimeError, InputError)) as failure:  # the traceback is held, as in a notebook
+        script.main(flags)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (original, handlers)
+    if moment != "best.pt":
+        for words in ("memory is full", "in validation", "--window" if "seg" in kind else "data.size"):
+            assert words in str(failure.value)
+    assert load(step_files(tmp_path / "run")[0])["step"] == 4
+    assert not lines(tmp_path / "run", "val")
+    monkeypatch.undo()
+    script.main(flags)
+    assert "going on from step 4 of 6" in capsys.readouterr().out
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    best = [load(tmp_path / name / "best.pt") for name in ("whole", "run")]
+    assert_equal(best[0]["ema"], best[1]["ema"])
+    assert best[0]["best"] == best[1]["best"]
+
+
+def test_a_run_that_ended_in_its_last_validation_makes_up_for_it(heads, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_vae, "evaluate", lambda *_: 1 / 0)
+    flags = vae_flags(heads, tmp_path / "run", 3)
+    with pytest.raises(ZeroDivisionError):
+        train_vae.main(flags)
+    monkeypatch.undo()
+    train_vae.main(flags)
+    assert [line["step"] for line in lines(tmp_path / "run", "val")] == [3]
+    assert load(tmp_path / "run" / "best.pt")["best"]["step"] == 3
+    capsys.readouterr()
+    train_vae.main(flags)
+    assert "finished at step 3; nothing to do" in capsys.readouterr().out
 
 
 # --- processes ----------------------------------------------------------------------------------------------

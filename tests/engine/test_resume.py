@@ -25,7 +25,7 @@ from tiny import (
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.training import reseed
 
-MORE = "--micro_batch_size 3 --run.save_every 5 --run.log_every 3 --run.eval_every 2".split()
+MORE = "--micro_batch_size 3 --run.save_every 5 --run.log_every 3 --run.eval_every 2 --run.keep 9".split()
 DROPOUT = ["--unet.dropout", "0.2"]
 
 
@@ -41,7 +41,9 @@ def runs(heads, vae_run, tmp_path_factory):
             train(*eight_steps(kind, heads, vae_run, whole))
         if not folder.exists():
             shutil.copytree(whole, folder)
-            step_files(folder)[0].unlink()
+            for path in step_files(folder):
+                if load(path)["step"] > 5:
+                    path.unlink()
         return folder
 
     return run
@@ -91,6 +93,7 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(kind, score, best_of
     folder = runs(kind, "whole")
     scores = {line["step"]: line[score] for line in lines(folder, "val")}
     best = load(folder / "best.pt")
+    assert {load(path)["step"] for path in step_files(folder)} >= set(scores)  # each validated one is saved
     assert len(set(scores.values())) > 1
     assert best["best"] == {"name": score, "value": best_of(scores.values()), "step": best["step"]}
     assert scores[best["step"]] == best_of(scores.values())

@@ -216,6 +216,7 @@ def saved_run(tmp_path, step, flags=None, **changes):
     run = begin(open_run(tmp_path, flags, **changes))
     run.step = step
     run.save()
+    run.log("val", {})
     run.finish()
     return run
 
@@ -247,7 +248,9 @@ def test_a_finished_run_says_so(tmp_path, capsys):
 
 def test_fresh_moves_the_old_folder_aside_and_loses_nothing(tmp_path):
     saved_run(tmp_path, 7)
-    assert open_run(tmp_path, {"run.fresh": True}).step == 0
+    run = open_run(tmp_path, {"run.fresh": True})
+    assert run.step == 0
+    begin(run)
     aside = [p for p in tmp_path.iterdir() if p.name.startswith("run.old-")]
     assert (aside[0] / "checkpoint_0000007.pt").exists()
 

@@ -12,7 +12,7 @@ from tiny import ldm_flags
 import sample
 import train_ldm
 from ldm3d import Volume, write
-from ldm3d.engine.logger import mid_slices
+from ldm3d.engine.logger import mid_slices, read_log
 from ldm3d.reports import pictures, run_log, run_report
 from ldm3d.reports.__main__ import main as reports_main
 from ldm3d.reports.html_tables import key_table, tables_of
@@ -64,7 +64,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_curves_are_the_logs_numbers_those_of_one_name_in_one_chart(run):
-    lines = run_log.read_log(run / "log.jsonl")
+    lines = read_log(run / "log.jsonl")
     assert len(lines) == STEPS + 4  # not the torn one
     charts = {chart["name"]: chart["lines"] for chart in run_log.curves(lines)}
     assert next(iter(charts)) == "loss"
@@ -88,7 +88,7 @@ def test_a_long_curve_is_thinned_to_the_means_of_equal_parts():
 
 
 def test_the_facts_are_those_of_the_log(run):
-    lines, config = run_log.read_log(run / "log.jsonl"), json.loads((run / "config.json").read_text())
+    lines, config = read_log(run / "log.jsonl"), json.loads((run / "config.json").read_text())
     facts = run_log.facts_of(config, lines, json.loads((run / "split.json").read_text()))
     assert facts == {
         "step": "40 of 100",
