@@ -255,8 +255,8 @@ def evaluate(
     device: torch.device,
     path: Path,
 ) -> tuple[dict[str, float], Path | None]:
-    """Dice over whole validation cases (the mean, and for each label), those of all ranks, and a picture of up
-    to four cases. cases: this rank's."""
+    """Dice over whole validation cases (the mean, and for each label), those of all ranks, and a picture of
+    up to four cases. cases: this rank's."""
     means, sheet = Mean(), {"truth": [], "prediction": []}
     for case in cases:
         with autocast(config.run.amp, device):

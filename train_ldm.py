@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +60,7 @@ from ldm3d.engine.training import (
     OptimConfig,
     RunConfig,
     Stepper,
+    amp_dtype,
     autocast,
     keyed_normal,
     keyed_uniform,
@@ -73,6 +73,7 @@ from ldm3d.inference.segmentation import overlay
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.latents import (
     LatentDataset,
+    Table,
     WithConditions,
     cache_key,
     cache_latents,
@@ -306,14 +307,15 @@ def open_latents(
     conditions: tuple[Condition, ...],
     run: Run,
     device: torch.device,
-) -> tuple[WithConditions, dict[str, np.ndarray]]:
+) -> tuple[WithConditions, dict[str, Table]]:
     """Open one part of the split for training: (data set of latents and conditions, tables of all latents).
 
     Cases are encoded once and cached in the run folder, for training in `data.num_variants` variants.
     """
     variants = config.data.num_variants if part == "train" and config.latent_cache else 1
     dataset = data.dataset(part, augment=variants > 1)
-    key = cache_key(autoencoder, config.data, data.spec, data.files(part))
+    precision = amp_dtype(config.run.amp, device)
+    key = cache_key(autoencoder, config.data, data.spec, data.files(part), precision, config.run.seed)
     how = variants, device, config.run.amp, conditions, config.masks
     tables = cache_latents(autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", *how)
     latents = LatentDataset(tables, config.run.seed)
@@ -441,8 +443,8 @@ def validate(
     real: list[dict[str, Any]],
     device: torch.device,
 ) -> None:
-    """Scores of `model`, which holds the EMA, for the log, a picture, and best.pt if the loss is the lowest so
-    far."""
+    """Scores of `model`, which holds the EMA, for the log, a picture, and best.pt if the loss is the lowest
+    so far."""
     config = run.config
     with run.validation():
         rounds = -(-len(dataset) // (config.batch_size * world_size()))

@@ -8,7 +8,10 @@ Volumes that serve as conditions are cached with the image: the latent of its so
 in every latent voxel, its voxel size. Masks are cached too if registers learn them. Example: 200 cases of
 64^3 voxels with 4 latent channels at a quarter of the resolution, `num_variants` 8, one source:
 
-    mean.npy, logvar.npy, source.npy    (200, 8, 4, 16, 16, 16) float32, 105 MB each, read as memory maps
+    mean, logvar, source    (200, 8, 4, 16, 16, 16) float32, 105 MB each, read as memory maps
+
+Each of them lies in up to 32 files: mean-000000.npy holds the first seven cases, and so on. A file is written
+by one process and takes its name when it is whole, so an encoding that was interrupted goes on where it was.
 
 Augmentation cannot change a latent that is cached. Instead each case is encoded `num_variants` times, each
 time augmented anew, and each training sample takes one of the variants.
@@ -32,17 +35,33 @@ from torch.utils.data import Dataset
 from .conditions import Condition, label_shares
 from .config import InputError
 from .data import Case, DataConfig, DataSpec, VolumeDataset, collate
-from .engine.distributed import all_reduce_sum, barrier, is_main, keyed_generator, rank, world_size
+from .engine.distributed import (
+    all_reduce_sum,
+    barrier,
+    broadcast,
+    is_main,
+    keyed_generator,
+    rank,
+    world_size,
+)
 from .engine.logger import progress
 from .engine.training import autocast, to_device
 from .vae import Autoencoder
 
 
-def cache_key(autoencoder: Autoencoder, data: DataConfig, spec: DataSpec, files: list[str]) -> str:
+def cache_key(
+    autoencoder: Autoencoder,
+    data: DataConfig,
+    spec: DataSpec,
+    files: list[str],
+    precision: torch.dtype | None = None,
+    seed: int = 0,
+) -> str:
     """The name of a cache: a hash of everything that the latents depend on.
 
     That is the autoencoder's weights, all data settings (percentiles and window of the scaling included), the
-    spec, and the files with their paths, sizes and times of change. Any difference makes a new cache.
+    spec, the files with their paths, sizes and times of change, the precision of the encoder (None: fp32),
+    and the seed of augmentation. Any difference makes a new cache.
     """
     digest = hashlib.sha256()
     for name, value in autoencoder.state_dict().items():
@@ -52,7 +71,7 @@ def cache_key(autoencoder: Autoencoder, data: DataConfig, spec: DataSpec, files:
         stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
     except OSError as e:
         raise InputError(f"{e.filename}: is gone since the data was checked") from None
-    digest.update(repr((data, spec.to_dict(), stats)).encode())
+    digest.update(repr((data, spec.to_dict(), stats, precision, seed)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -103,6 +122,41 @@ def reserve(path: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> None
         raise InputError(f"{path}: no room for {gib:.2g} GiB of latents ({e.strerror or e})") from None
 
 
+class Table:
+    """Cached values of one name for all cases, (cases, variants, ...), from files of `per_file` cases each.
+
+    table[i] and table[i, v] are those of case i, as of one array.
+    """
+
+    def __init__(self, files: Sequence[np.ndarray]):
+        self.files, self.per_file = files, len(files[0])
+        self.shape, self.dtype = (sum(map(len, files)), *files[0].shape[1:]), files[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, at: int | tuple[int, ...]) -> np.ndarray:
+        i, *rest = at if isinstance(at, tuple) else (at,)
+        return self.files[i // self.per_file][(i % self.per_file, *rest)]
+
+
+NUM_FILES = 32  # of one name at most: what is lost by an interruption is what was being written
+
+
+def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
+    """The memory map of a cache's file; None if there is no such file. A damaged one is named, and None."""
+    if not path.exists():
+        return None
+    try:
+        array = np.load(path, mmap_mode="r")
+        if (array.shape, array.dtype) == (shape, np.dtype(dtype)):
+            return array
+    except Exception:  # numpy raises many kinds for a file that is cut off or not its own
+        pass
+    print(f"{path}: damaged; its cases are encoded again", flush=True)
+    return None
+
+
 @torch.inference_mode()
 def cache_latents(
     autoencoder: Autoencoder,
@@ -113,48 +167,57 @@ def cache_latents(
     amp: str = "fp32",
     conditions: Sequence[Condition] = (),
     masks: bool = False,
-) -> dict[str, np.ndarray]:
-    """The arrays of `encode_batch` for all cases, as memory maps (cases, variants, ...) by name.
+) -> dict[str, Table]:
+    """The arrays of `encode_batch` for all cases, (cases, variants, ...) by name, read from memory maps.
 
-    They are encoded at the first call, a part on each rank, and written to `folder`; later calls only open
-    them. Masks are stored in the smallest integers that hold all labels. Variant v of case i is the dataset's
-    item (v * cases + i, i), so with augmentation on, every variant is another draw.
+    They are encoded at the first call, each file by one rank, and written to `folder`; later calls open them,
+    or encode what is missing. Masks are stored in the smallest integers that hold all labels. Variant v of
+    case i is the dataset's item (v * cases + i, i), so with augmentation on, every variant is another draw.
     """
-    first = collate([dataset[0, 0]])
-    tensors = encode_batch(autoencoder, to_device(first, device), conditions, amp, masks)
-    shapes = {name: (len(dataset), num_variants, *value.shape[1:]) for name, value in tensors.items()}
+
+    def encode(i: int, v: int) -> dict[str, Tensor]:
+        batch = to_device(collate([dataset[v * len(dataset) + i, i]]), device)
+        return {k: x[0] for k, x in encode_batch(autoencoder, batch, conditions, amp, masks).items()}
+
     smallest = np.min_scalar_type(-(dataset.spec.num_labels or 1))  # -1 to num_labels - 1
-    types = {name: smallest if name == "mask" else np.float32 for name in shapes}
-    paths = {name: folder / f"{name}.npy" for name in shapes}
-    if not all(path.exists() for path in paths.values()):
-        temporary = {name: folder / f"{name}.npy.partial" for name in shapes}
-        if is_main():
-            for name, shape in shapes.items():
-                reserve(temporary[name], shape, types[name])
-        barrier()
-        tables = {name: np.lib.format.open_memmap(path, "r+") for name, path in temporary.items()}
-        jobs = [(v, i) for v in range(num_variants) for i in range(len(dataset))][rank() :: world_size()]
-        for v, i in progress(jobs, "encoding"):
-            batch = to_device(collate([dataset[v * len(dataset) + i, i]]), device)
-            for name, value in encode_batch(autoencoder, batch, conditions, amp, masks).items():
-                tables[name][i, v] = value[0].cpu().numpy()
-        for table in tables.values():
-            table.flush()
-        barrier()
-        if is_main():
-            for name, path in paths.items():
-                os.replace(temporary[name], path)
-        barrier()
-    tables = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
-    assert {name: table.shape for name, table in tables.items()} == shapes
-    return tables
+    layout = {
+        name: (value.shape, smallest if name == "mask" else np.float32)
+        for name, value in encode(0, 0).items()
+    }
+    per_file = -(-len(dataset) // NUM_FILES)
+    parts = [range(len(dataset))[i : i + per_file] for i in range(0, len(dataset), per_file)]
+
+    def file(name: str, part: range) -> tuple[Path, tuple[int, ...], Any]:
+        shape, dtype = layout[name]
+        return folder / f"{name}-{part[0]:06d}.npy", (len(part), num_variants, *shape), dtype
+
+    def write_part(part: range) -> None:
+        partial = {name: file(name, part)[0].with_suffix(".partial") for name in layout}
+        for name, path in partial.items():
+            reserve(path, *file(name, part)[1:])
+        arrays = {name: np.lib.format.open_memmap(path, "r+") for name, path in partial.items()}
+        for i, v in np.ndindex(len(part), num_variants):
+            for name, value in encode(part[i], v).items():
+                arrays[name][i, v] = value.cpu().numpy()
+        for name, path in partial.items():
+            arrays[name].flush()
+            os.replace(path, file(name, part)[0])
+
+    def is_missing(part: range) -> bool:
+        return any(open_array(*file(name, part)) is None for name in layout)
+
+    missing = broadcast([part for part in parts if is_missing(part)] if is_main() else None)
+    for part in progress(missing[rank() :: world_size()], "encoding"):
+        write_part(part)
+    barrier()
+    return {name: Table([open_array(*file(name, part)) for part in parts]) for name in layout}
 
 
 class LatentDataset(Dataset):
     """Cached latents as a data set. Item (position, index) holds mean and logvar (C_z, *s) of case `index`,
     and whatever else is cached, from one variant. The variant is random, keyed by (seed, position)."""
 
-    def __init__(self, tables: dict[str, np.ndarray], seed: int):
+    def __init__(self, tables: dict[str, Table], seed: int):
         self.tables, self.seed = tables, seed
 
     def __len__(self) -> int:
@@ -169,7 +232,7 @@ class LatentDataset(Dataset):
         return {**values, "position": position, "index": index}
 
 
-def latent_statistics(tables: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+def latent_statistics(tables: dict[str, Table]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of z over all cached cases: (latent_mean, latent_std), each (C_z,).
 
     z is random, z = mean + exp(logvar / 2) z_noise, but nothing is drawn here: by the law of total variance

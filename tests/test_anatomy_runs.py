@@ -56,7 +56,7 @@ def test_the_loss_of_a_sample_is_that_of_the_diffusion_plus_the_weighted_terms(r
 
 def test_masks_lie_beside_the_cached_latents_as_small_integers(run):
     folder = next((run / "latents").glob("val-*"))
-    masks = np.load(folder / "mask.npy")
+    masks = np.load(folder / "mask-000000.npy")
     assert masks.dtype == np.int8
     val = json.loads((run / "split.json").read_text())["val"]
     root = ldm3d.load(run).layout.root

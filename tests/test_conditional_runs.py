@@ -52,14 +52,14 @@ def test_the_checkpoint_knows_the_conditions(run):
 def test_the_cache_holds_the_latent_of_the_source_and_the_shares_of_the_labels(run):
     pipeline = ldm3d.load(run)
     folder = next((run / "latents").glob("val-*"))
-    names = {p.stem for p in folder.glob("*.npy")}
+    names = {p.stem.split("-")[0] for p in folder.glob("*.npy")}
     assert names == {"mean", "logvar", "source", "labels", "spacing"}
     val = json.loads((run / "split.json").read_text())["val"][0]
     root = pipeline.layout.root
     x = pipeline.read(f"{root}/sources/{val}.tif", "source")
     expected = pipeline.model.autoencoder.encode(x[None]).mean[0]
-    assert np.allclose(np.load(folder / "source.npy")[0, 0], expected, atol=1e-5)
-    labels = np.load(folder / "labels.npy")[0, 0]
+    assert np.allclose(np.load(folder / "source-000000.npy")[0, 0], expected, atol=1e-5)
+    labels = np.load(folder / "labels-000000.npy")[0, 0]
     assert np.allclose(labels.sum(0), 1)
     mask = read(f"{root}/labels/{val}.tif").array[0]
     assert labels[0].mean() == pytest.approx((mask == 0).mean())

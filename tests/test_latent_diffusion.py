@@ -2,6 +2,7 @@
 encoding did."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from ldm3d import (
     LatentDiffusion,
     UNetConfig,
     VAEConfig,
+    latents,
 )
 from ldm3d.data import AugmentConfig, DataConfig, open_data
 from ldm3d.data.phantoms import write_phantoms
+from ldm3d.engine import distributed
 from ldm3d.latents import LatentDataset, cache_key, cache_latents, latent_statistics
 
 CPU = torch.device("cpu")
@@ -63,8 +66,88 @@ def test_the_cache_holds_what_the_encoder_says_and_is_made_once(data, tmp_path):
     again = cache_latents(
         make_vae(seed=5), dataset, tmp_path / "a", 1, CPU
     )  # would differ if it were made anew
-    assert all(np.array_equal(again[name], tables[name]) for name in tables)
+    assert all(np.array_equal(again[name][i], tables[name][i]) for name in tables for i in range(4))
     assert not list((tmp_path / "a").glob("*.partial"))
+
+
+def open_inodes(folder):
+    return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+
+def test_an_interrupted_encoding_goes_on_where_it_was(data, tmp_path, monkeypatch):
+    vae, dataset, seen = make_vae(), data.dataset("train"), []
+    whole = cache_latents(vae, dataset, tmp_path / "whole", 2, CPU)
+    original = latents.encode_batch
+
+    def interrupted(*arguments):
+        seen.append(1)
+        if len(seen) == 6:  # the first is for the shapes, then two variants a case
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(latents, "encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(vae, dataset, tmp_path / "a", 2, CPU)
+    kept = {name: inode for name, inode in open_inodes(tmp_path / "a").items() if name.endswith(".npy")}
+    assert len(kept) == 4  # mean and logvar of two cases
+    seen.clear()
+    seen += 100 * [1]
+    again = cache_latents(vae, dataset, tmp_path / "a", 2, CPU)
+    assert len(seen) - 100 == 1 + 2 * (len(dataset) - 2)
+    assert kept.items() <= open_inodes(tmp_path / "a").items()
+    assert all(np.array_equal(again[name][i], whole[name][i]) for name in whole for i in range(len(dataset)))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "noise"])
+def test_damaged_latents_are_encoded_again_and_the_others_stay(data, tmp_path, damage, capsys):
+    vae, dataset = make_vae(), data.dataset("train")
+    whole = cache_latents(vae, dataset, tmp_path / "a", 1, CPU)
+    values = {name: np.stack([table[i] for i in range(len(dataset))]) for name, table in whole.items()}
+    path, before = tmp_path / "a" / "mean-000001.npy", open_inodes(tmp_path / "a")
+    content = {"cut off": path.read_bytes()[:-9], "empty": b"", "noise": 500 * b"\x93NUMPY"}[damage]
+    path.unlink()
+    path.write_bytes(content)
+    again = cache_latents(vae, dataset, tmp_path / "a", 1, CPU)
+    assert "mean-000001.npy: damaged; its cases are encoded again" in capsys.readouterr().out
+    assert all(np.array_equal(again[k][i], values[k][i]) for k in values for i in range(len(dataset)))
+    after = open_inodes(tmp_path / "a")
+    assert {n for n in after if after[n] != before[n]} == {"mean-000001.npy", "logvar-000001.npy"}
+
+
+def test_files_hold_several_cases_where_there_are_many(data, tmp_path, monkeypatch):
+    vae, dataset = make_vae(), data.dataset("train")
+    monkeypatch.setattr(latents, "NUM_FILES", 2)
+    tables = cache_latents(vae, dataset, tmp_path / "a", 1, CPU)
+    assert len(list((tmp_path / "a").iterdir())) == 4  # two of each name, for four cases
+    one_each = tables["mean"]
+    assert (len(one_each), one_each.shape) == (len(dataset), (len(dataset), 1, *one_each[0, 0].shape))
+    for i in range(len(dataset)):
+        posterior = vae.encode(dataset[i, i]["image"][None])
+        assert torch.allclose(torch.from_numpy(one_each[i, 0].copy()), posterior.mean[0], atol=1e-6)
+
+
+def write_as_rank(number, port, folder, place, original):
+    with tiny.rank_of_two(number, port):
+        config = DataConfig(root=str(place / "heads"), cache_dir=str(place), val_fraction=0.2)
+        dataset, written = open_data(config, "phantom", 0, multiple=(2, 2, 2)).dataset("train"), []
+        reserve = latents.reserve
+        latents.reserve = lambda path, *more: (written.append(path.name), reserve(path, *more))
+        tables = cache_latents(make_vae(), dataset, folder, 1, CPU)
+        everyone = distributed.gather(sorted(written))
+        assert not set(everyone[0]) & set(everyone[1])
+        assert everyone[0]
+        assert everyone[1]
+        for i in range(len(dataset)):
+            assert np.array_equal(tables["mean"][i], original[i])
+
+
+def test_every_file_is_written_by_one_rank_alone(data, tmp_path):
+    place = Path(data.config.root).parent
+    table = cache_latents(make_vae(), data.dataset("train"), tmp_path / "one", 1, CPU)["mean"]
+    original = np.stack([table[i] for i in range(len(table))])
+    torch.multiprocessing.start_processes(
+        write_as_rank, (35021, tmp_path / "two", place, original), nprocs=2, start_method="spawn"
+    )
 
 
 def test_cached_masks_move_with_their_images(data, tmp_path):
@@ -82,11 +165,12 @@ def test_cached_masks_move_with_their_images(data, tmp_path):
 
 
 def test_the_key_changes_with_weights_settings_and_files(data):
-    def key(seed=0, part="train", **settings):
+    def key(seed=0, part="train", how=(None, 0), **settings):
         config = DataConfig(root=data.config.root, **settings)
-        return cache_key(make_vae(seed), config, data.spec, data.files(part))
+        return cache_key(make_vae(seed), config, data.spec, data.files(part), *how)
 
     assert key() == key()
+    assert len({key(), key(how=(torch.bfloat16, 0)), key(how=(None, 1))}) == 3  # precision, augmentation
     scalings = [key(percentiles=(1.0, 99.0)), key(window=(0.0, 80.0))]  # two scalings, two sets of latents
     assert len({key(), key(seed=1), key(num_variants=2), key(part="val"), *scalings}) == 6
 

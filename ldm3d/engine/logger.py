@@ -26,8 +26,8 @@ from .distributed import is_main
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; none if there is no such file. A line that is torn or damaged is left out: a run
-    at work may have written only half of the last one."""
+    """The lines of log.jsonl; none if there is no such file. A line that is torn or damaged is left out: a
+    run at work may have written only half of the last one."""
     try:
         found = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as e:

@@ -226,8 +226,8 @@ class Run:
         stored = read_json(path) if path.exists() else trained
         if trained is not None and stored != trained:
             raise InputError(
-                f"{path}: differs from the split that this run was trained with; put it back, or delete it, and "
-                "the checkpoint's is taken"
+                f"{path}: differs from the split that this run was trained with; put it back, or delete it, "
+                "and the checkpoint's is taken"
             )
         return stored
 
@@ -359,14 +359,14 @@ class Run:
             if (what := out_of_memory(e)) is None:
                 raise
             raise InputError(
-                f"{self.dir}: {what} in validation, which takes whole cases: {remedy} needs less, in a new run "
-                f"(--run.init takes over the weights); a larger --run.eval_every puts validation off. Step "
-                f"{self.step} is saved, the same command goes on from there"
+                f"{self.dir}: {what} in validation, which takes whole cases: {remedy} needs less, in a new "
+                "run (--run.init takes over the weights); a larger --run.eval_every puts validation off. "
+                f"Step {self.step} is saved, the same command goes on from there"
             ) from None
 
     def interruptible(self, items: Iterable, rounds: int) -> Iterator:
-        """The items of this rank's part of a validation, under a progress bar. After every item all ranks look
-        whether SIGTERM reached one of them; the run ends there, since this step is saved.
+        """The items of this rank's part of a validation, under a progress bar. After every item all ranks
+        look whether SIGTERM reached one of them; the run ends there, since this step is saved.
 
         rounds: the number of items of the rank that has most.
         """
