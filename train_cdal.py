@@ -2,9 +2,9 @@
 """Train a segmentation network by diffusion in a handful of steps (cDAL).
 
 CPU or one GPU    python train_cdal.py hippocampus
-one node          torchrun --nproc_per_node 4 train_cdal.py hippocampus
+one node          torchrun --nproc_per_node 4 train_cdal.py hippocampus --batch_size 4
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-                      train_cdal.py hippocampus
+                      train_cdal.py hippocampus --batch_size 8
 your own data     python train_cdal.py hippocampus --data.root FOLDER --data.image "images/*.nii.gz" \\
                       --data.mask "labels/*.nii.gz" --data.subject none --run.dir runs/cdal-mine
 as published      python train_cdal.py published
@@ -52,6 +52,7 @@ from ldm3d.engine.training import (
     RunConfig,
     Stepper,
     autocast,
+    check_schedule,
     frozen,
     keyed_normal,
     keyed_uniform,
@@ -398,6 +399,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(Config, argv, PRESETS, __doc__, base=with_data)
+    check_schedule(flags, "optim", config.optim)
+    check_schedule(flags, "disc_optim", config.disc_optim)
     if config.plan is None:
         train(config, flags)
     else:

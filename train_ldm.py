@@ -62,6 +62,7 @@ from ldm3d.engine.training import (
     Stepper,
     amp_dtype,
     autocast,
+    check_schedule,
     keyed_normal,
     keyed_uniform,
     micro_batches,
@@ -596,6 +597,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(Config, argv, PRESETS, __doc__, base=with_autoencoder)
+    check_schedule(flags, "optim", config.optim)
     if config.plan is None:
         train(config, flags)
     else:

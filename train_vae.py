@@ -2,9 +2,9 @@
 """Train an autoencoder: stage one of latent diffusion.
 
 CPU or one GPU    python train_vae.py hippocampus
-one node          torchrun --nproc_per_node 4 train_vae.py hippocampus
+one node          torchrun --nproc_per_node 4 train_vae.py hippocampus --batch_size 4
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-                      train_vae.py hippocampus
+                      train_vae.py hippocampus --batch_size 8
 your own data     python train_vae.py hippocampus --data.root FOLDER --data.image "*.nii.gz" \\
                       --data.subject none --data.size none --data.patch 64,64,64 --run.dir runs/vae-mine
 
@@ -63,6 +63,7 @@ from ldm3d.engine.training import (
     RunConfig,
     Stepper,
     autocast,
+    check_schedule,
     frozen,
     keyed_normal,
     micro_batches,
@@ -338,6 +339,15 @@ def validate(run: Run, net: Autoencoder, dataset: VolumeDataset, device: torch.d
     run.log("val", scores)
 
 
+def check_flags(config: Config, flags: dict[str, Any]) -> None:
+    """Refuse flags without any effect. Stored configurations may hold them: older versions took them."""
+    for name in ("kl_weight", "kl_warmup", "free_bits"):
+        if config.autoencoder == "vq" and name in flags:
+            raise InputError(f"{name}: has no effect with autoencoder vq, whose latents have no KL")
+    check_schedule(flags, "optim", config.optim)
+    check_schedule(flags, "disc_optim", config.disc_optim)
+
+
 def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> Data:
     """The checked data of a run. The preset "phantom" first writes its own, once: a folder of NIfTI files and
     a cases.csv, like any other data."""
@@ -487,8 +497,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         train_set, val_set = BothRoles(train_set), BothRoles(val_set)
     discriminator = None
     if config.has_discriminator:
+        config.disc.check_size(train_set.size)
         discriminator = PatchDiscriminator(config.disc).to(device)
-        discriminator.check_size(train_set.size)
     state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.initialise(net)
@@ -582,6 +592,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(Config, argv, PRESETS, __doc__, base=with_data)
+    check_flags(config, flags)
     if config.plan is None:
         train(config, flags)
     else:

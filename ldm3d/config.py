@@ -164,8 +164,10 @@ def convert_tuple(source: Any, args: tuple, kind: Any, key: str) -> tuple:
         elif text[:1] in "[(":
             try:
                 value = json.loads(text.replace("(", "[").replace(")", "]"))
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 raise wrong(source, kind, key) from None
+            if too_deep(value):
+                raise wrong(source, kind, key)
         else:
             value = [v for v in re.split(r"(?<=\d)x(?=\d)|[,\s]+", text) if v]
     if not isinstance(value, (list, tuple)):
@@ -232,6 +234,8 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
         key, value = prefix + name, getattr(default, name)
         if dataclasses.is_dataclass(kind):
             add_options(group_parent, kind, value, key + ".")
+            continue
+        if key == "preset":  # the first word of a command, see `parse`
             continue
         empty = "; none = empty" if typing.get_origin(kind) is tuple and ... in typing.get_args(kind) else ""
         shown = "none" if value == () else show(value)
@@ -328,9 +332,12 @@ def parse(
     parser = Parser(description=doc)
     choices = f"one of: {', '.join(presets)}; or a JSON file"
     parser.add_argument("first", metavar="preset", nargs="?", help=choices)
+    parser.add_argument("--preset", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_options(parser, cls, cls())
     args = vars(parser.parse(argv))
     name = args.pop("first")
+    if "preset" in args:
+        raise InputError(f"--preset: no such setting; the preset is the first word: {args['preset']} ...")
     if name is None:
         raise InputError(f"which preset? {choices} (--help lists every setting)")
     if name in presets:
@@ -368,6 +375,15 @@ def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def too_deep(content: Any, limit: int = 50) -> bool:
+    """Are lists and dicts nested deeper than any settings are? Going through them could fail."""
+    level = [content]
+    for _ in range(limit):
+        inside = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
+        level = [value for values in inside for value in values]
+    return bool(level)
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; if there is none, an InputError that names the file."""
     try:
@@ -376,6 +392,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: {e.strerror}") from None
     except ValueError as e:
         raise InputError(f"{path}: not JSON ({e})") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply") from None
+    if too_deep(content):
+        raise InputError(f"{path}: nested too deeply")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object of keys, got {type(content).__name__}")
     return content

@@ -67,6 +67,8 @@ class PatchDiscriminatorConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "in_channels", "channels", "num_layers", "num_scales")
+        if self.num_layers > 7:  # 128 times the width of the first
+            raise InputError(f"num_layers: expected 1 to 7, got {self.num_layers}")
 
     @property
     def min_size(self) -> int:
@@ -84,6 +86,15 @@ class PatchDiscriminatorConfig:
     def strides(self) -> tuple[int, ...]:
         """The strides of all layers but the last."""
         return (2,) * self.num_layers + (1,)
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise InputError if images of `size` voxels are too small for the layers."""
+        if min(size) < self.min_size:
+            raise InputError(
+                f"disc.num_layers: {self.num_layers} layers at {self.num_scales} scales need images of "
+                f"{self.min_size} voxels along every axis, got {tuple(size)}; fewer layers or scales need "
+                "less"
+            )
 
 
 def make_layers(config: PatchDiscriminatorConfig) -> nn.ModuleList:
@@ -115,22 +126,13 @@ class PatchDiscriminator(nn.Module):
         self.config = config
         self.scales = nn.ModuleList(make_layers(config) for _ in range(config.num_scales))
 
-    def check_size(self, size: Sequence[int]) -> None:
-        """Raise InputError if images of `size` voxels are too small for the layers."""
-        c = self.config
-        if min(size) < c.min_size:
-            raise InputError(
-                f"disc.num_layers: {c.num_layers} layers at {c.num_scales} scales need images of "
-                f"{c.min_size} voxels along every axis, got {tuple(size)}; fewer layers or scales need less"
-            )
-
     def forward(self, x: Tensor) -> DiscriminatorOutput:
         c = self.config
         if x.ndim != c.dims + 2 or x.shape[1] != c.in_channels:
             raise InputError(
                 f"image: expected (B, {c.in_channels}, {c.dims} axes), got shape {tuple(x.shape)}"
             )
-        self.check_size(x.shape[2:])
+        c.check_size(x.shape[2:])
         logits, features = [], []
         for i, layers in enumerate(self.scales):
             if i > 0:

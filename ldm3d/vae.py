@@ -52,7 +52,7 @@ from .blocks import (
     per_level,
     trunk_options,
 )
-from .config import InputError
+from .config import InputError, at_least
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class VAEConfig:
 
     def __post_init__(self):
         check_levels(self)
+        at_least(self, 1, "in_channels", "latent_channels", "num_groups")
         if len(self.stem) not in (1, self.dims) or not set(self.stem) <= {1, 2}:
             raise InputError(f"stem: expected 1 or 2 for each of {self.dims} axes, got {self.stem}")
 

@@ -18,6 +18,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d.config import InputError, Parser, add_options, convert, leaf_types, parse, read_command, run_task
+from ldm3d.engine import training
 
 ROOT = Path(__file__).parents[1]
 TRAINING = {"train_vae.py": train_vae, "train_ldm.py": train_ldm, "train_cdal.py": train_cdal}
@@ -52,7 +53,10 @@ LISTED = sorted({(command, name) for name, text in texts() for command in comman
 
 def check(words: list[str]) -> None:
     """Read the words as the program would; InputError or SystemExit where it would refuse them."""
+    ranks = 1
     if words[0] == "torchrun":
+        given = dict(itertools.pairwise(words))
+        ranks = int(given.get("--nnodes", 1)) * int(given["--nproc_per_node"])
         words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
     elif words[0] == "python":
         words = words[1:]
@@ -60,7 +64,7 @@ def check(words: list[str]) -> None:
     if program == "-m":
         check_door(importlib.import_module(f"{arguments[0]}.__main__"), arguments[1:])
     elif program in TRAINING:
-        check_training(TRAINING[program], arguments)
+        check_training(TRAINING[program], arguments, ranks)
     elif program == "sample.py":
         check_sample(arguments)
     else:
@@ -68,8 +72,11 @@ def check(words: list[str]) -> None:
         check_benchmark(Path(program), arguments)
 
 
-def check_training(script, arguments: list[str]) -> None:
-    parse(script.Config, arguments, script.PRESETS)
+def check_training(script, arguments: list[str], ranks: int = 1) -> None:
+    config, _ = parse(script.Config, arguments, script.PRESETS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "world_size", lambda: ranks)
+        training.samples_per_forward(config.batch_size, config.micro_batch_size)
 
 
 def check_flags(config: type, arguments: list[str]) -> None:
@@ -146,6 +153,7 @@ def test_every_program_and_task_is_shown_somewhere():
         "python train_vae.py phantoms",
         "python train_vae.py phantom --disk_weight 1",
         "torchrun --nproc_per_node 2 train_ldm.py phantom --run.steps many",
+        "torchrun --nnodes 2 --nproc_per_node 4 train_vae.py brats-32g --batch_size 4",
         "python -m ldm3d.evaluation fidelity GENERATED REAL",
         "python -m ldm3d.reports run",
         "python tests/benchmarks/segmentation.py hippocampus --hours 2",

@@ -35,8 +35,8 @@ BOUND = """--anatomy.registers bound --anatomy.dim 16 --anatomy.head_width 8
 
 
 DISCRIMINATOR = """--disc_weight 0.1 --feature_weight 0.1 --disc_start 2 --disc_ramp 1 --disc.channels 4
- --disc.num_layers 1 --r1_weight 1 --r1_every 2 --disc_optim.lr 1e-3 --kl_warmup 5 --free_bits 0.01
- --structure_weight 0.1""".split()
+ --disc.num_layers 1 --r1_weight 1 --r1_every 2 --disc_optim.lr 1e-3 --structure_weight 0.1""".split()
+KL = "--kl_warmup 5 --free_bits 0.01".split()
 CODEBOOK = "--autoencoder vq --quantizer.codebook_size 16".split()
 CONDITIONS = "--condition.use class,text,labels --condition.context_dim 16 --condition.dropout 0.2".split()
 EVERY_CONDITION = """--condition.use class,text,number:age,spacing,image,labels,tokens,embedding:report
@@ -44,7 +44,7 @@ EVERY_CONDITION = """--condition.use class,text,number:age,spacing,image,labels,
 
 KINDS: dict[str, tuple[str, list[str]]] = {  # every kind of training: the script, and flags beside the usual
     "KL autoencoder": ("train_vae", []),
-    "KL autoencoder, discriminator": ("train_vae", DISCRIMINATOR),
+    "KL autoencoder, discriminator": ("train_vae", [*KL, *DISCRIMINATOR]),
     "codebook, discriminator": ("train_vae", [*CODEBOOK, *DISCRIMINATOR]),
     "denoiser": ("train_ldm", []),
     "denoiser, conditions, registers": ("train_ldm", [*CONDITIONS, *BOUND]),

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -44,6 +43,11 @@ from typing import IO, Any
 import torch
 from torch import nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 from ..config import InputError, flatten, from_dict, read_json, replace, to_dict
 from .checkpoint import (
@@ -76,6 +80,8 @@ def lock_folder(folder: Path) -> IO[str]:
     this process was killed.
     """
     file = open(folder / ".lock", "a")  # noqa: SIM115 (closed by the caller)
+    if fcntl is None:
+        return file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:

@@ -25,11 +25,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -108,6 +108,20 @@ class OptimConfig:
         ):
             if not fine:
                 raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+def check_schedule(flags: dict[str, Any], name: str, config: OptimConfig) -> None:
+    """Refuse a flag that the schedule of lr has no use for. flags: by dotted key, such as "optim.gamma".
+    name: of the configuration, such as "optim"."""
+    for setting, schedule in (
+        ("milestones", "multistep"),
+        ("gamma", "multistep"),
+        ("min_lr_ratio", "cosine"),
+    ):
+        if f"{name}.{setting}" in flags and config.schedule != schedule:
+            raise InputError(
+                f"{name}.{setting}: has no effect with {name}.schedule {config.schedule}, it needs {schedule}"
+            )
 
 
 def lr_at(step: int, steps: int, config: OptimConfig, batch_size: int) -> float:
@@ -346,10 +360,18 @@ class Speed:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory so far: of the tensors on a GPU, of this process on a CPU."""
+    """Most memory so far, in bytes: of the tensors on a GPU, of this process on a CPU. 0 on Windows, which
+    does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    with contextlib.suppress(OSError, IndexError):
+        # Linux. Not getrusage: what it tells a process is at least the peak of the one that started it
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
@@ -389,8 +411,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def samples_per_forward(batch_size: int, micro_batch_size: int | None) -> int:
     """The samples of one forward pass on one rank; InputError if the ranks cannot divide the batch."""
-    if batch_size < 1 or batch_size % world_size():
-        raise InputError(f"batch_size: {batch_size} does not divide over {world_size()} ranks")
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected at least 1, got {batch_size}")
+    if batch_size % world_size():
+        next_one = -(-batch_size // world_size()) * world_size()
+        raise InputError(
+            f"batch_size: {batch_size} samples, those of all ranks, do not divide over {world_size()} ranks; "
+            f"--batch_size {next_one} does"
+        )
     own = batch_size // world_size()
     if micro_batch_size is not None and micro_batch_size < 1:
         raise InputError(f"micro_batch_size: expected at least 1, got {micro_batch_size}")

@@ -3,13 +3,16 @@
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from tiny import start, vae_flags
 from torch import nn
 
 from ldm3d.config import InputError, replace
+from ldm3d.engine import training
 from ldm3d.engine.checkpoint import load
 from ldm3d.engine.distributed import keyed_generator
 from ldm3d.engine.logger import Logger, mid_slices, save_sheet
@@ -188,11 +191,51 @@ def test_fp16_on_cpu_scales_the_loss_and_an_overflow_lowers_the_scale():
     assert stepper.step(1)
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     assert samples_per_forward(8, None) == 8
     assert samples_per_forward(8, 3) == 3
     with pytest.raises(InputError, match="micro_batch_size"):
         samples_per_forward(8, 0)
+    monkeypatch.setattr(training, "world_size", lambda: 4)
+    assert samples_per_forward(8, None) == 2
+    with pytest.raises(InputError, match=r"do not divide over 4 ranks; --batch_size 8 does"):
+        samples_per_forward(6, None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
+def test_the_peak_memory_is_that_of_this_process_and_not_of_the_one_that_started_it():
+    """getrusage gives a process at least the peak of the one that started it."""
+    child = (
+        "import resource, torch\n"
+        "from ldm3d.engine.training import peak_bytes\n"
+        "before, told = peak_bytes(torch.device('cpu')), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "x = torch.ones(2**27)\n"
+        "print(before, peak_bytes(torch.device('cpu')) - before, told * 1024)\n"
+    )
+    parent = "import subprocess, sys\nx = b'1' * 2**30\nsubprocess.run([sys.executable, '-c', sys.argv[1]])"
+    process = start("-c", parent, child)
+    before, more, told = map(int, process.communicate(timeout=60)[0].split())
+    assert told >= 2**30 > before
+    assert 2**29 <= more < 2**29 + 2**27
+
+
+def test_without_the_modules_that_windows_lacks_everything_is_imported_and_one_process_trains(
+    heads, tmp_path
+):
+    code = (
+        "import importlib, os, pathlib, pkgutil, sys\n"
+        "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'):\n"
+        "    sys.modules[name] = None\n"
+        "del os.posix_fallocate\n"
+        "import ldm3d, train_cdal, train_ldm, train_vae, sample\n"
+        "for module in pkgutil.walk_packages(ldm3d.__path__, 'ldm3d.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
+        "train_vae.main(sys.argv[1:])\n"
+    )
+    process = start("-c", code, *vae_flags(heads, tmp_path / "run", 2))
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "done at step 2" in out
 
 
 # --- the run folder -----------------------------------------------------------------------------------------
