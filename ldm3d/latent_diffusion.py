@@ -171,6 +171,8 @@ class LatentDiffusion(nn.Module):
         u (B,) in [0, 1) sets t, noise is added to z. mask: (B, *S) integers, -1 everywhere in samples without
         a mask; for a denoiser with bound registers. The terms: "loss" is the diffusion's; "head" and
         "binding" (registers.py) are NaN for samples without a mask, so that means leave them out.
+        "weighted_head" and "weighted_binding" are what these add to "total", the whole training loss: 0 for
+        samples without a mask.
         """
         z, t = self.draw(mean, logvar, z_noise, u)
         if mask is None:
@@ -180,10 +182,13 @@ class LatentDiffusion(nn.Module):
         out = model(self.kernel.q_sample(z, t, noise), time, conditions=conditions, mask=mask)
         loss = self.kernel.loss_of(out.pred, z, t, noise)
         share = self.kernel.signal_share(t).to(loss)  # near pure noise there is no anatomy to be found
-        anatomy = out.head + self.denoiser.anatomy.binding_weight * out.binding
+        binding = self.denoiser.anatomy.binding_weight * out.binding
+        total = loss + anatomy_weight * share * (out.head + binding)
         terms = {"head": out.head, "binding": out.binding}
         terms = {name: term.masked_fill(absent(mask), math.nan) for name, term in terms.items()}
-        return loss + anatomy_weight * share * anatomy, {"loss": loss, **terms}
+        weighted = {"head": anatomy_weight * share * out.head, "binding": anatomy_weight * share * binding}
+        terms |= {f"weighted_{name}": term for name, term in weighted.items()}
+        return total, {"loss": loss, "total": total, **terms}
 
     # Conditions
 

@@ -33,6 +33,11 @@ def test_training_logs_what_it_lowers_and_validation_the_dice_of_every_label_and
     model = ldm3d.load(run).model
     train, val = lines(run)[-1], lines(run, "val")[-1]
     assert {"loss", "head", "binding", "anatomy_weight"} <= train.keys()
+    for line in lines(run):  # the anatomical losses as they enter the sum that is minimised
+        assert line["total"] == pytest.approx(line["loss"] + line["weighted_head"] + line["weighted_binding"])
+        assert 0 < line["weighted_head"] < line["anatomy_weight"] * line["head"]  # less at noisy times
+    weights = [line["weighted_binding"] / line["binding"] for line in (lines(run)[0], train)]
+    assert weights[1] < 0.5 * weights[0]
     wanted = {f"dice_{k}_u{u}" for k in range(1, model.denoiser.num_labels) for u in train_ldm.EVAL_LEVELS}
     assert wanted <= val.keys()
     assert lines(run)[0]["anatomy_weight"] == 0.5

@@ -13,9 +13,11 @@ import contextlib
 import errno
 import hashlib
 import inspect
+import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -228,6 +230,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         except RuntimeError as late:  # the signal of a dead worker process may come only now, as an exception
             message, code = explain(late)
         print(f"{who}{message}", file=sys.stderr, flush=True)
+        tell_torchrun(e, f"{who}{message}")
     if dist.is_initialized():
         # No orderly exit: after an error it would wait for other ranks, which wait for this one; after
         # success, threads of gloo that still run may abort a process whose work is done
@@ -237,6 +240,24 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def tell_torchrun(e: Exception, message: str) -> None:
+    """torchrun ends a failed job with some forty lines of its own. Their last ones show what the rank that
+    failed first has written to the file of this name: our message, so that it comes first and last.
+
+    A rank that only lost its connection to the one that failed writes nothing, and comes before it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None or lost_connection(e):
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def lost_connection(e: Exception) -> bool:
+    """Does the exception say that another rank is gone?"""
+    return isinstance(e, dist.DistError) or "gloo/transport" in (str(e).splitlines() or [""])[0]
 
 
 def out_of_memory(e: Exception) -> str | None:
@@ -268,6 +289,6 @@ def explain(e: Exception) -> tuple[str, int]:
             f"error: run.workers: a data-loading process died ({first.strip()}); often memory, or shared "
             "memory, ran out: the same command with fewer --run.workers goes on from the last checkpoint"
         ), EXIT_USER
-    if isinstance(e, dist.DistError) or "gloo/transport" in first:
+    if lost_connection(e):
         return f"stopped, because the connection to another rank was lost ({first})", EXIT_OURS
     return traceback.format_exc(), EXIT_OURS
