@@ -184,7 +184,7 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
             "data_range": 2.0,
             "ssim_window": 7,
             "ms_ssim_weights": {len(w): w for w in weights},  # by the number of scales that fit
-            "metrics": summarise(rows, config.resamples),
+            "metrics": summarise(rows, config.resamples, {c.id: c.subject for c in dataset.cases}),
             "latent": latents.report(size),
         }
         if isinstance(autoencoder, VQVAE):

@@ -16,16 +16,21 @@ intensity Wasserstein distance of the histograms (the scaled range is 2), root m
 
 The equations are in metrics.py, the intervals (half-samples of the cases) in statistics.py.
 
-What is a good value? None of the figures has an absolute scale, so beside each stand the figures of other
-sets against the real one:
+What is a good value? None of the figures has an absolute scale, so beside each stand figures of equal numbers
+of cases:
 
-real halves               real cases against other real cases: as many as are generated, but at most half of
-                          all, against the rest. No model can be expected to do better
+real halves               real cases against real cases of other subjects: as many as are generated, but at
+                          most half of all, against the rest. No model can be expected to do better
 through the autoencoder   the same cases after encoder and decoder, where the run is known: the ceiling of
                           diffusion in this autoencoder's latents, however long it is trained
+equal size                as many generated cases against as many real ones
 
-Example: a kernel distance of 0.02 is excellent where real halves get 0.02, and poor where they get 0.001. If
-the autoencoder alone gets 0.018, train the autoencoder, not the diffusion model.
+All three are means over random draws. Example: 16 generated cases, 13 real ones. The figure itself is of 16
+against 13, these three are of 6 against 7. A kernel distance of 0.03 at equal size is excellent where real
+halves get 0.02, and poor where they get 0.001. If the autoencoder alone gets 0.025, train the autoencoder,
+not the diffusion model.
+
+Precision, recall, density and coverage of fewer than 50 cases are chance, and are left out.
 
 The new folder holds report.json and, with matplotlib, figure.png.
 """
@@ -34,7 +39,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +89,9 @@ from .statistics import half_sample_intervals
 
 BINS = 256  # of the histograms
 HALVINGS = 10  # random divisions of the real set, for the column "real halves"
+SHARES = ("precision", "recall", "density", "coverage")
+ROUGH = (*SHARES, "histogram", "spectrum_db")  # of statistics.half_sample_intervals
+FEWEST = 50  # cases in the smaller set, below which these shares say nothing
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class SetsConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "slices", "neighbours", "pairs")
-        at_least(self, 2, "resamples")
+        at_least(self, 4, "resamples")
 
 
 # --- features -----------------------------------------------------------------------------------------------
@@ -172,15 +180,21 @@ class Measured:
             for f in slices
         ]
 
-    def figures(self, generated: Tensor, real: Tensor, width: float, neighbours: int) -> dict[str, float]:
-        """Every figure for the cases with these row numbers. width: of a histogram bin."""
+    def figures(self, generated: Tensor, real: Tensor, width: float, neighbours: float) -> dict[str, float]:
+        """Every figure for the cases with these row numbers. width: of a histogram bin.
+
+        neighbours: k of the shares; between two whole numbers, between the shares of both.
+        """
         found = {}
         if self.features is not None:
-            d, k = self.distances, self.kernel
+            d = self.distances
             found["whole/frechet"] = frechet_distance(self.features[generated], self.features[real])
-            found["whole/kernel"] = _kernel_distance(k, generated, real)
+            found["whole/kernel"] = _kernel_distance(self.kernel, generated, real)
             near = (_block(d, real, real), _block(d, generated, generated), _block(d, real, generated))
-            found |= {f"whole/{n}": v for n, v in neighbour_scores(*near, neighbours).items()}
+            k = math.floor(neighbours)
+            lower, upper = (neighbour_scores(*near, n) for n in (k, math.ceil(neighbours)))
+            share = neighbours - k
+            found |= {f"whole/{n}": (1 - share) * v + share * upper[n] for n, v in lower.items()}
         for axis, (f, k) in enumerate(zip(self.slices, self.slice_kernels, strict=True)):
             found[f"plane{axis}/frechet"] = frechet_distance(
                 f[generated].flatten(0, 1), f[real].flatten(0, 1)
@@ -194,6 +208,25 @@ class Measured:
         found["histogram"] = histogram_distance(h[generated].mean(0), h[real].mean(0), width)
         found["spectrum_db"] = spectrum_distance(s[generated].mean(0), s[real].mean(0))
         return found
+
+
+def statistic_of(
+    measured: Measured, first: int, width: float, neighbours: int
+) -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
+    """The function of chosen generated and real cases that `half_sample_intervals` needs.
+
+    first: number of generated cases. A part of the cases has as large a part of the `neighbours`, so that the
+    balls around cases are as large as those of all cases: half of 5 are 2.5, the mean of what 2 and 3 give.
+    With all 5, intervals of 50 cases held as rarely as 86 times of 100; like this 95 times and more.
+    """
+    counts = first, len(measured.histograms) - first - measured.reconstructed
+
+    def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
+        k = neighbours * min(len(i) / counts[0], len(j) / counts[1])
+        chosen = torch.from_numpy(i), torch.from_numpy(first + j)
+        return measured.figures(*chosen, width, max(1.0, k))
+
+    return statistic
 
 
 def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -297,24 +330,24 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
     slices = slice_extractor(config, sets.sets["real"], device)
     measured, low_end, width = measure(config, sets, whole, slices, device)
 
-    def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
-        chosen = torch.from_numpy(i), torch.from_numpy(num_generated + j)
-        return measured.figures(*chosen, width, config.neighbours)
-
     counts = (num_generated, num_real)
-    figures = half_sample_intervals(statistic, counts, config.resamples, config.seed)
-    expected, ceiling, parts = real_halves(measured, num_generated, width, config)
+    subjects = [[case.subject for case in sets.sets[name].cases] for name in ("generated", "real")]
+    statistic = statistic_of(measured, num_generated, width, config.neighbours)
+    figures = half_sample_intervals(statistic, counts, config.resamples, config.seed, subjects, ROUGH)
+    columns, parts = real_halves(measured, subjects[1], width, config)
     for name, f in figures.items():
         low, high = _bounds(name)
         f["low"], f["high"] = max(f["low"], low), min(f["high"], high)
-        f["real_halves"] = expected.get(name, math.nan)
-        f["through_autoencoder"] = ceiling.get(name, math.nan)
+        few = name.endswith(SHARES) and min(parts) < FEWEST
+        f |= {column: math.nan if few else values.get(name, math.nan) for column, values in columns.items()}
+        if name.endswith(SHARES) and min(counts) < FEWEST:
+            f.update(value=math.nan, low=math.nan, high=math.nan)
     report = {
         **to_dict(config),
         "generated": generated,
         "real": real,
         "cases": {"generated": num_generated, "real": num_real},
-        "interval": f"95 %, half-sampling of cases without replacement, {config.resamples} draws",
+        "interval": f"95 %, random halves of subjects, {config.resamples} half-samples",
         "real_halves": {"cases": parts[0], "others": parts[1], "draws": HALVINGS},
         "through_autoencoder": f"{_part_words(config, sets, real)} through the autoencoder",
         "protocol": sets.protocol,
@@ -327,7 +360,7 @@ def compare_sets(config: SetsConfig, generated: str, real: str) -> Path:
             if network is not None
         },
         "ms_ssim_weights": ms_ssim_weights(sets.sets["real"].spec.size),
-        "warnings": warnings_of(config, measured, counts),
+        "warnings": warnings_of(config, measured, counts, parts),
         "figures": figures,
     }
     folder = new_folder(beside(generated), config.out, "sets")
@@ -351,32 +384,44 @@ def _bounds(name: str) -> tuple[float, float]:
 
 
 def real_halves(
-    measured: Measured, first: int, width: float, config: SetsConfig
-) -> tuple[dict[str, float], dict[str, float], tuple[int, int]]:
-    """What real cases get against real cases: ({name: figure}, the same with the first ones taken through the
-    autoencoder, (number of random cases, of all others)).
+    measured: Measured, subjects: list[str], width: float, config: SetsConfig
+) -> tuple[dict[str, dict[str, float]], tuple[int, int]]:
+    """({column: {name: figure}}, (number of cases on one side, least number on the other)).
 
-    first: number of generated cases; rows from there on are real. The random cases are as many as are
-    generated, but at most half, since figures depend on the number of cases. Means over HALVINGS draws; {} if
-    there are fewer than four real cases, and for the autoencoder if there is none.
+    The columns "real_halves", "through_autoencoder" and "equal_size" of the module's text. subjects: of the
+    real cases. Means over HALVINGS draws; columns are empty if there are fewer than four real subjects, and
+    for the autoencoder if there is none.
     """
-    num = len(measured.histograms) - first - measured.reconstructed
-    draw = torch.Generator().manual_seed(config.seed)
-    m, found, through = min(first, num // 2), [], []
-    for _ in range(HALVINGS if num >= 4 else 0):
-        mixed = first + torch.randperm(num, generator=draw)
-        found.append(measured.figures(mixed[:m], mixed[m:], width, config.neighbours))
+    n = len(subjects)
+    first = len(measured.histograms) - n - measured.reconstructed
+    m, draw, who = min(first, n // 2), np.random.default_rng(config.seed), np.array(subjects)
+    others, found = n - m, {"real_halves": [], "through_autoencoder": [], "equal_size": []}
+    for _ in range(HALVINGS if len(set(subjects)) >= 4 else 0):
+        order = np.concatenate([np.flatnonzero(who == s) for s in draw.permutation(np.unique(who))])
+        ours, rest = order[:m], order[m:][~np.isin(who[order[m:]], who[order[:m]])]
+        others = min(others, len(rest))
+        pairs = {"real_halves": (first + ours, first + rest)}
         if measured.reconstructed:
-            through.append(measured.figures(mixed[:m] + num, mixed[m:], width, config.neighbours))
-    return _means(found), _means(through), (m, num - m)
+            pairs["through_autoencoder"] = (first + n + ours, first + rest)
+        some = first + draw.permutation(n)[: len(rest)]
+        pairs["equal_size"] = (draw.permutation(first)[:m], some)
+        for column, pair in pairs.items():
+            rows = (torch.from_numpy(side) for side in pair)
+            found[column].append(measured.figures(*rows, width, config.neighbours))
+    return {column: _means(figures) for column, figures in found.items()}, (m, others)
 
 
 def _means(found: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([f[name] for f in found])) for name in (found[0] if found else ())}
 
 
-def warnings_of(config: SetsConfig, measured: Measured, counts: tuple[int, int]) -> list[str]:
-    """Sentences for the report: why some figures may not mean what they seem to."""
+def warnings_of(
+    config: SetsConfig, measured: Measured, counts: tuple[int, int], parts: tuple[int, int]
+) -> list[str]:
+    """Sentences for the report: why some figures may not mean what they seem to.
+
+    parts: the numbers of cases of the columns "equal size" and "real halves".
+    """
     notes, least = [], min(counts)
     if least < 4:
         notes.append(f"{least} cases in the smaller set: no intervals, they need 4")
@@ -385,19 +430,15 @@ def warnings_of(config: SetsConfig, measured: Measured, counts: tuple[int, int])
         if least < 2 * num:
             notes.append(
                 f"whole/frechet: {least} cases for {num} features are too few for a stable covariance "
-                f"(at least {2 * num}); trust whole/kernel, which has no bias, and compare with real_halves"
+                f"(at least {2 * num}); trust whole/kernel, which has no bias, and compare equal sizes"
             )
-        if least <= config.neighbours:
+        shares = "precision, recall, density, coverage"
+        if least < FEWEST:
+            notes.append(f"{shares}: left out, {least} cases are too few (at least {FEWEST})")
+        elif min(parts) < FEWEST:
             notes.append(
-                f"{least} cases have no {config.neighbours} neighbours each: no precision, recall ..."
+                f"{shares}: nothing to compare with, real halves have {min(parts)} cases (at least {FEWEST})"
             )
-        elif least <= 2 * config.neighbours + 1:
-            notes.append(
-                f"precision, recall, density, coverage: half of {least} cases have no {config.neighbours} "
-                "neighbours each: no intervals"
-            )
-        if config.neighbours < least < 50:
-            notes.append(f"precision, recall, density, coverage: {least} cases are too few for stable shares")
     if measured.slices and least * measured.slices[0].shape[1] < 2 * measured.slices[0].shape[-1]:
         notes.append("planes/frechet: too few slices for a stable covariance; trust planes/kernel")
     if max(counts) > 1.5 * least:
@@ -410,14 +451,15 @@ def warnings_of(config: SetsConfig, measured: Measured, counts: tuple[int, int])
 
 
 def print_summary(report: dict[str, Any]) -> None:
-    """The figures and warnings, on the console: real halves, the ceiling if it is known, generated cases."""
+    """The figures and warnings, on the console. The ceiling is shown if it is known."""
     known = any(math.isfinite(f["through_autoencoder"]) for f in report["figures"].values())
     ceiling = report["through_autoencoder"]
-    lines = [["", "real halves", *([ceiling] if known else []), "generated", "low", "high"]]
+    lines = [["", "real halves", *([ceiling] if known else []), "equal size", "generated", "low", "high"]]
     for name, f in report["figures"].items():
-        through = f["through_autoencoder"]
-        cell = [through if math.isfinite(through) else "-"] if known else []
-        lines.append([name, f["real_halves"], *cell, f["value"], f["low"], f["high"]])
+        if not math.isnan(f["value"]):
+            columns = ("real_halves", *(["through_autoencoder"] if known else []), "equal_size")
+            cells = [f[column] if math.isfinite(f[column]) else "-" for column in columns]
+            lines.append([name, *cells, f["value"], f["low"], f["high"]])
     print(table(lines))
     for line in report["warnings"]:
         print(f"note: {line}")

@@ -1,17 +1,30 @@
 """What figures mean: intervals, summaries over cases, outliers, distances of two samples.
 
-A mean over independent cases gets a percentile bootstrap interval: cases are drawn with replacement
-(Efron & Tibshirani 1993, chapter 13).
+Every interval is of 95 %: of 100 such studies about 95 have intervals that hold the value which studies of
+this size have on average. tests/evaluation/test_coverage.py counts them in simulations.
+
+The mean of a score over n independent cases gets a bootstrap interval: cases are drawn with replacement
+(Efron & Tibshirani 1993, chapter 13). The percentiles of these means are too narrow for few cases, so their
+distances from the mean are stretched by
+
+    sqrt(n / (n - 1)) t / 1.96          t: 97.5 % quantile of Student's t with n - 1 degrees of freedom
+
+which gives normal scores the width of the t interval (Hesterberg 2015, Am. Stat. 69, section 3.2, shows why).
+Example: 1.64 for 5 cases, 1.05 for 40. Cases of one subject are alike: subjects are drawn, each with all of
+its cases, and n counts subjects. One case, or one subject, has no interval.
 
 A statistic of whole sets, such as the kernel distance, cannot be bootstrapped that way: a case that is drawn
-twice would be its own nearest neighbour. Instead half of the cases is drawn without replacement, many times
-(Politis, Romano & Wolf 1999, Subsampling, chapter 2). The spread of the half-samples needs no scaling, since
-the mean over half of n cases, drawn like this, varies as much as the mean over n independent cases does:
+twice would be its own nearest neighbour. Instead the cases are parted into two random halves a and b, many
+times (Politis, Romano & Wolf 1999, Subsampling, chapter 2). A statistic of n cases is made of single cases
+(its variance falls as v1 / n) and of pairs of cases (v2 / n^2, all that is left of the kernel distance of two
+equal sets). A half has the variances 2 v1 / n and 4 v2 / n^2. For a given sample, over all partings,
 
-    (s^2 / (n / 2)) (1 - 1/2) = s^2 / n
+    var of (a - b) / 2  =  v1 / n + 2 v2 / n^2          the single cases of a and b add up to a constant,
+    var of (a + b) / 2  =            v2 / n^2           so their mean varies by pairs alone
 
-Such statistics depend on the number of cases, so the half-samples lie beside the value of the whole sets.
-Only their spread is used: it is centred, then laid around the value of the whole sets.
+and the difference of the two is the variance of the whole: v1 / n + v2 / n^2. The interval is the value plus
+or minus t of its roots. Such statistics depend on the number of cases, so the halves lie beside the value of
+the whole sets: only how they spread is used.
 """
 
 from __future__ import annotations
@@ -26,35 +39,104 @@ from .results import Rows
 # --- intervals ----------------------------------------------------------------------------------------------
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of values (n,), each mean of n drawn with replacement."""
-    draw = np.random.default_rng(seed)
-    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t: 12.71 for 1 degree of freedom, 1.96 for many; within 0.5 %.
+
+    Abramowitz & Stegun 1964, equation 26.7.5, whose error is too large for one and two degrees.
+    """
+    if degrees <= 2:
+        return {1: 12.706, 2: 4.303}[degrees]
+    z, n = 1.959964, degrees
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / n**power for power, term in enumerate(terms))
+
+
+def _members(groups: Sequence | None, n: int) -> list[np.ndarray]:
+    """The indices of the cases of each subject; each of n cases is a subject of its own without groups."""
+    if groups is None:
+        return [np.array([i]) for i in range(n)]
+    _, which = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    return [np.flatnonzero(which == k) for k in range(which.max() + 1)]
+
+
+def _stretched(value: float, replicates: Sequence[float] | np.ndarray, subjects: int) -> tuple[float, float]:
+    """95 % interval around `value` from bootstrap replicates of so many subjects; see the module."""
+    ends = np.percentile(replicates, [2.5, 97.5])
+    stretch = math.sqrt(subjects / (subjects - 1)) * t_quantile(subjects - 1) / 1.959964
+    return tuple(float(value + stretch * (end - value)) for end in ends)
+
+
+def bootstrap_interval(
+    values: np.ndarray, resamples: int, seed: int = 0, groups: Sequence | None = None
+) -> tuple[float, float]:
+    """The 95 % interval of the mean of values (n,). groups (n,): the subject of each, drawn as a whole.
+
+    (nan, nan) for a single case or subject.
+    """
+    draw, members = np.random.default_rng(seed), _members(groups, len(values))
+    if len(members) < 2:
+        return math.nan, math.nan
+    sums, sizes = (np.array([f(values[m]) for m in members]) for f in (np.sum, len))
+    chosen = (draw.integers(len(members), size=len(members)) for _ in range(resamples))
+    return _stretched(values.mean(), [sums[i].sum() / sizes[i].sum() for i in chosen], len(members))
 
 
 def half_sample_intervals(
-    statistic: Callable[..., dict[str, float]], counts: Sequence[int], resamples: int, seed: int = 0
+    statistic: Callable[..., dict[str, float]],
+    counts: Sequence[int],
+    resamples: int,
+    seed: int = 0,
+    groups: Sequence[Sequence | None] | None = None,
+    rough: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """Figures of whole sets with 95 % intervals from half-samples: {name: {"value", "low", "high"}}.
 
     statistic: gets, for each set, the indices of the chosen cases; returns {name: value}. counts: cases in
-    each set. Intervals are nan if a set has fewer than four cases.
+    each set. groups: for each set, the subject of each case or None; subjects are parted as a whole.
+    resamples: half-samples, two of each parting. rough: endings of names of statistics that jump, such as
+    shares of neighbours. Single cases and pairs do not describe these, so the variance of a half-sample is
+    taken as it is: intervals of rough statistics hold more than 95 %. Intervals are nan if a set has fewer
+    than four subjects.
     """
     whole = statistic(*(np.arange(n) for n in counts))
-    low, high = dict.fromkeys(whole, math.nan), dict.fromkeys(whole, math.nan)
-    if min(counts) >= 4:
-        draw = np.random.default_rng(seed)
-        halves = [[np.sort(draw.permutation(n)[: n // 2]) for n in counts] for _ in range(resamples)]
-        replicates = [statistic(*half) for half in halves]
-        for name, value in whole.items():
-            values = np.array([replicate[name] for replicate in replicates])
-            values = values[np.isfinite(values)]
-            if len(values):
-                ends = np.percentile(values - values.mean(), [97.5, 2.5])
-                low[name], high[name] = (float(value - end) for end in ends)
-    return {name: {"value": float(v), "low": low[name], "high": high[name]} for name, v in whole.items()}
+    sets = [_members(who, n) for who, n in zip(groups or [None] * len(counts), counts, strict=True)]
+    found = {name: {"value": float(v), "low": math.nan, "high": math.nan} for name, v in whole.items()}
+    fewest = min(map(len, sets))
+    if fewest < 4:
+        return found
+    draw, pairs = np.random.default_rng(seed), []
+    for _ in range(max(2, resamples // 2)):
+        orders = [draw.permutation(len(members)) for members in sets]
+        half = [len(order) // 2 for order in orders]
+        parts = (
+            [o[:h] for o, h in zip(orders, half, strict=True)],
+            [o[h : 2 * h] for o, h in zip(orders, half, strict=True)],
+        )
+        pairs.append([statistic(*map(_cases, sets, part)) for part in parts])
+    for name, f in found.items():
+        a, b = np.array([[one[name] for one in pair] for pair in pairs]).T
+        fine = np.isfinite(a) & np.isfinite(b)
+        if fine.sum() < 2:
+            continue
+        apart, together = ((a - b)[fine] / 2).var(), ((a + b)[fine] / 2).var()
+        if name.endswith(tuple(rough)):
+            variance = apart + together
+        else:  # the share of pairs in `apart` is half at most: less is chance
+            variance = max(apart - together, apart / 2)
+        reach = t_quantile(fewest - 1) * math.sqrt(variance)
+        f["low"], f["high"] = f["value"] - reach, f["value"] + reach
+    return found
+
+
+def _cases(members: Sequence[np.ndarray], chosen: np.ndarray) -> np.ndarray:
+    """The indices of all cases of the chosen subjects, ascending."""
+    return np.sort(np.concatenate([members[k] for k in chosen]))
 
 
 def finite_means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -69,24 +151,29 @@ def finite_means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def interval_words(resamples: int) -> str:
     """How a report names the intervals of `summarise`."""
-    return f"95 % percentile bootstrap over cases, {resamples} resamples, seed 0"
+    return f"95 % bootstrap over subjects (cases, if these are unknown), {resamples} resamples, seed 0"
 
 
-def summarise(rows: Rows, resamples: int) -> dict[str, dict[str, float | None]]:
+def summarise(
+    rows: Rows, resamples: int, subjects: dict[str, str] | None = None
+) -> dict[str, dict[str, float | None]]:
     """Column -> {"cases", "mean", "low", "high", "std", "min", "max"}, over the cases with a finite number.
 
-    low and high are the 95 % bootstrap interval of the mean.
+    low and high are the 95 % bootstrap interval of the mean, nan for one case. subjects: the subject of each
+    row; without, each row is a subject of its own.
     """
     summary = {}
+    groups = np.array([str(subjects[name]) if subjects else name for name in rows])
     for name in next(iter(rows.values())):
         values = np.array([row[name] for row in rows.values()], dtype=np.float64)
-        values = values[np.isfinite(values)]
+        finite = np.isfinite(values)
+        values = values[finite]
         if not len(values):
             summary[name] = {"cases": 0} | dict.fromkeys(
                 ("mean", "low", "high", "std", "min", "max"), math.nan
             )
             continue
-        low, high = bootstrap_interval(values, resamples)
+        low, high = bootstrap_interval(values, resamples, groups=groups[finite])
         summary[name] = {
             "cases": len(values),
             "mean": float(values.mean()),
@@ -120,30 +207,45 @@ def outliers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- two samples --------------------------------------------------------------------------------------------
 
 
-def auc(negatives: np.ndarray, positives: np.ndarray) -> float:
+def auc(negatives: np.ndarray, positives: np.ndarray, paired: bool = False) -> float:
     """P(a positive case scores higher than a negative one), ties counted half: the area under the ROC curve.
 
     Scores (n,) and (m,). 0.5 is chance, 1 is a perfect order. It is Mann and Whitney's U over n m (Hanley &
-    McNeil 1982, Radiology 143).
+    McNeil 1982, Radiology 143). paired: negatives[i] and positives[i] are not independent, such as two
+    samples from one noise, and are not compared with each other: what differs between them is the class
+    alone, so they are in order much more often than two new samples are.
     """
+    index = np.arange(len(negatives)) if paired else None
+    return _auc(negatives, positives, index, index)
+
+
+def _auc(negatives: np.ndarray, positives: np.ndarray, i: np.ndarray | None, j: np.ndarray | None) -> float:
+    """AUC over the pairs whose partners differ: i (n,) and j (m,) say from which noise each score is."""
     difference = positives[:, None] - negatives[None]
-    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+    won = (difference > 0) + (difference == 0) / 2
+    return float(won.mean() if i is None else won[j[:, None] != i[None]].mean())
 
 
 def auc_interval(
     negatives: np.ndarray, positives: np.ndarray, resamples: int, paired: bool = False, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the AUC; cases are drawn with replacement in each class.
+    """The 95 % bootstrap interval of the AUC; cases are drawn with replacement in each class.
 
-    paired: negatives[i] and positives[i] belong together, such as two samples from one noise, and are drawn
-    together.
+    paired: negatives[i] and positives[i] belong together, such as two samples from one noise. They are drawn
+    together, and never compared with each other. nan if a class has one case only.
     """
+    fewest = min(len(negatives), len(positives))
+    if fewest < 2:
+        return math.nan, math.nan
     draw, values = np.random.default_rng(seed), []
-    for _ in range(resamples):
+    while len(values) < resamples:
         i, j = (draw.integers(len(scores), size=len(scores)) for scores in (negatives, positives))
-        values.append(auc(negatives[i], positives[i if paired else j]))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+        if not paired:
+            values.append(_auc(negatives[i], positives[j], None, None))
+        elif i.min() < i.max():  # else one pair was drawn again and again: there is nothing to compare
+            values.append(_auc(negatives[i], positives[i], i, i))
+    low, high = _stretched(auc(negatives, positives, paired), values, fewest)
+    return max(0.0, low), min(1.0, high)
 
 
 def _steps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

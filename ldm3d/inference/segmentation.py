@@ -171,7 +171,7 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     worst.gather()
     if is_main():
         facts = {"run": str(run), "images": str(images), "step": pipeline.content["step"]}
-        report(config, facts, folder, rows, worst)
+        report(config, facts, folder, rows, worst, {case.id: case.subject for case in dataset.cases})
     return folder
 
 
@@ -214,10 +214,12 @@ def report(
     folder: Path,
     rows: dict[str, dict[str, float]],
     worst: WorstPictures,
+    subjects: dict[str, str],
 ) -> None:
-    """cases.csv, report.json, overlays.png, and the means on the console. facts: run, images, step."""
+    """cases.csv, report.json, overlays.png, and the means on the console. facts: run, images, step;
+    subjects: of the cases."""
     write_csv(folder / "cases.csv", rows)
-    metrics = summarise(rows, RESAMPLES)
+    metrics = summarise(rows, RESAMPLES, subjects)
     how = {
         **to_dict(config),
         **facts,

@@ -5,8 +5,9 @@
 Trains the presets "adrenal" of train_vae.py and train_ldm.py, and three small 3-D classifiers, whose logits
 are added up, on the real training shapes (each class with the same weight, no choice by held-out cases).
 Every row of the table is an AUC: the chance that a shape of class 1 gets a higher logit than one of class 0,
-with a 95 % interval (percentile bootstrap; the classifiers are fixed): real cases are drawn again within each
-class, generated ones by their noise, from which there is a shape of either class.
+with a 95 % interval (bootstrap; the classifiers are fixed): real cases are drawn again within each class,
+generated ones by their noise, from which there is a shape of either class. Two shapes from one noise are
+never compared: only the class differs between them, so they are in order more often than new shapes are.
 
 held-out cases           their classes; of validation and test, which no network was trained on
 ... by the autoencoder   the same, encoded and decoded: what the autoencoder takes away
@@ -101,10 +102,11 @@ def logits(nets: list[Classifier], x: Tensor) -> np.ndarray:
 
 
 def auc_row(scores: list[np.ndarray], paired: bool, resamples: int = 2000) -> dict[str, float]:
-    """The AUC of the scores of class 0 and 1, and its interval; paired: drawn again together."""
+    """The AUC of the scores of class 0 and 1, and its interval; paired: from one
+    noise, drawn again together and never compared."""
     low, high = auc_interval(*scores, resamples, paired)
     counts = {f"class {label}": len(s) for label, s in enumerate(scores)}
-    return {"auc": auc(*scores), "low": low, "high": high, **counts}
+    return {"auc": auc(*scores, paired), "low": low, "high": high, **counts}
 
 
 # --- shapes -------------------------------------------------------------------------------------------------

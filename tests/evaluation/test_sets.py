@@ -26,7 +26,7 @@ from ldm3d.evaluation.sets import (
     slice_extractor,
     warnings_of,
 )
-from ldm3d.evaluation.statistics import half_sample_intervals, wasserstein_distance
+from ldm3d.evaluation.statistics import wasserstein_distance
 from ldm3d.metrics import ms_ssim, power_spectrum
 
 SIZES = {2: (28, 24), 3: (16, 18, 16)}
@@ -59,13 +59,18 @@ def write_heads(folder, dims: int, change: str, first: int, num: int) -> str:
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2d", "3d"])
 def reports(request, tmp_path_factory):
-    """{change: report of 16 changed heads against 24 other real ones}, and where they lie."""
+    """{change: report of 16 changed heads against 24 other real ones}, and where they lie.
+
+    The shares of neighbours of so few heads are chance, but tell heads from noise.
+    """
     dims, place = request.param, tmp_path_factory.mktemp("sets")
     real, found = write_heads(place / "real", dims, "same", 0, 24), {}
     for change in CHANGES:
         made = write_heads(place / change, dims, change, 100, 16)
         where = ["--out", str(place / f"report-{change}"), "--cache_dir", str(place / "cache")]
-        evaluation_main(["samples", made, real, *where, *FAST])
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(sets, "FEWEST", 10)
+            evaluation_main(["samples", made, real, *where, *FAST])
         found[change] = json.loads((place / f"report-{change}" / "report.json").read_text())
     return dims, place, found
 
@@ -116,6 +121,7 @@ def test_the_report_says_what_its_figures_depend_on(reports):
     assert len(hashes) == 1  # trained on the real set once, then read
     assert load(report["networks"]["whole"]["network"], "features")
     assert any("too few" in words for words in report["warnings"])
+    assert {"equal_size", "real_halves"} <= set(report["figures"]["whole/kernel"])
     assert (place / "report-same" / "figure.png").is_file()
     for figure in report["figures"].values():
         assert figure["low"] <= figure["high"]
@@ -131,14 +137,28 @@ def made_up(cases: int, features: int) -> Measured:
 def test_real_cases_are_parted_as_the_two_sets_are_as_far_as_they_suffice(monkeypatch, generated, parts):
     measured, seen, figures = made_up(generated + 20, 4), [], Measured.figures
     monkeypatch.setattr(Measured, "figures", lambda *a: seen.append(a[1:3]) or figures(*a))
-    found, through, numbers = real_halves(measured, generated, 1.0, SetsConfig())
+    columns, numbers = real_halves(measured, [str(i) for i in range(20)], 1.0, SetsConfig())
     assert numbers == parts
-    assert through == {}
+    assert columns["through_autoencoder"] == {}
     for ours, rest in seen:
         assert (len(ours), len(rest)) == parts
+    real, mixed = seen[0::2], seen[1::2]
+    for ours, rest in real:
         assert sorted([*ours.tolist(), *rest.tolist()]) == list(range(generated, generated + 20))
-    values = [figures(measured, *both, 1.0, 5)["whole/frechet"] for both in seen]
-    assert found["whole/frechet"] == pytest.approx(np.mean(values))
+    for made, rest in mixed:  # as many cases, so that the two columns compare
+        assert max(made) < generated <= min(rest)
+    for column, pairs in ((columns["real_halves"], real), (columns["equal_size"], mixed)):
+        values = [figures(measured, *both, 1.0, 5)["whole/frechet"] for both in pairs]
+        assert column["whole/frechet"] == pytest.approx(np.mean(values))
+
+
+def test_real_halves_never_hold_two_scans_of_one_subject(monkeypatch):
+    measured, seen, figures = made_up(30, 4), [], Measured.figures
+    monkeypatch.setattr(Measured, "figures", lambda *a: seen.append(a[1:3]) or figures(*a))
+    _, numbers = real_halves(measured, [str(i // 3) for i in range(20)], 1.0, SetsConfig())
+    for ours, rest in seen[0::2]:
+        assert not {int(i - 10) // 3 for i in ours} & {int(i - 10) // 3 for i in rest}
+    assert numbers == (10, min(len(rest) for _, rest in seen))
 
 
 @pytest.mark.parametrize(("cases", "features"), [((1, 1), 6), ((4, 5), 1), ((4, 1), 6)])
@@ -152,17 +172,13 @@ def test_the_figure_is_drawn_of_one_case_and_of_one_feature(tmp_path, monkeypatc
     assert [len(c.get_offsets()) for c in drawn[0].axes[2].collections] == [cases[1], cases[0]]
 
 
-@pytest.mark.parametrize(("cases", "words"), [(5, "no precision"), (11, "no intervals"), (12, None)])
-def test_neighbours_that_half_of_the_cases_do_not_have_are_warned_of(cases, words):
-    measured, counts = made_up(2 * cases, 4), (cases, cases)
-    found = " ".join(warnings_of(SetsConfig(), measured, counts))
-    assert [w for w in ("no precision", "no intervals") if w in found] == [w for w in [words] if w]
-
-    def statistic(i: np.ndarray, j: np.ndarray) -> dict[str, float]:
-        return measured.figures(torch.from_numpy(i), torch.from_numpy(cases + j), 1.0, 5)
-
-    recall = half_sample_intervals(statistic, counts, 3)["whole/recall"]
-    assert math.isnan(recall["low"]) == (cases < 12)
+@pytest.mark.parametrize(
+    ("cases", "parts", "words"), [(49, 24, "left out"), (99, 49, "nothing to"), (100, 50, "")]
+)
+def test_shares_of_neighbours_of_few_cases_are_warned_of(cases, parts, words):
+    found = " ".join(warnings_of(SetsConfig(), made_up(8, 4), (cases, cases), (parts, parts)))
+    assert ("precision" in found) == bool(words)
+    assert words in found
 
 
 # --- figures that are known ---------------------------------------------------------------------------------
@@ -231,7 +247,8 @@ def report_of(place, made: np.ndarray, real: np.ndarray, *flags: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["alike", "narrow"])
-def test_every_figure_of_known_pictures_is_the_one_computed_by_hand(tmp_path, kind):
+def test_every_figure_of_known_pictures_is_the_one_computed_by_hand(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(sets, "FEWEST", 4)
     draw = np.random.default_rng(3)
     spread = np.where(np.arange(44) < 20, {"alike": 1.0, "narrow": 0.3}[kind], 1.0)
     levels = spread[:, None, None] * draw.normal(size=(44, 2, 2))
@@ -269,6 +286,16 @@ def test_every_figure_of_known_pictures_is_the_one_computed_by_hand(tmp_path, ki
         assert report["figures"]["whole/kernel"]["low"] < expected["whole/kernel"]
     else:  # what is made lies among the real ones, and does not reach all of them
         assert expected["whole/precision"] > 0.9 > 0.5 > expected["whole/recall"]
+
+
+def test_shares_of_few_cases_are_left_out_of_the_report(tmp_path):
+    draw = np.random.default_rng(0)
+    made, real = (draw.normal(0, 0.1, (n, 16, 18)).astype(np.float32) for n in (8, 10))
+    report = report_of(tmp_path, made, real, "--features", str(tmp_path / "net.ts"))
+    for name in sets.SHARES:
+        assert set(report["figures"][f"whole/{name}"].values()) == {None}
+    assert report["figures"]["whole/kernel"]["value"] is not None
+    assert any("left out" in words for words in report["warnings"])
 
 
 def test_figures_of_slices_are_those_of_each_plane_and_their_mean_over_three(tmp_path):

@@ -105,6 +105,16 @@ def test_the_interval_of_the_auc_is_as_wide_as_hanley_and_mcneils_and_pairs_are_
     assert together[1] - together[0] < 0.3 * (apart[1] - apart[0])
 
 
+def test_a_paired_auc_compares_no_sample_with_the_one_from_its_own_noise():
+    zeros = np.random.default_rng(0).normal(0, 1, 6)
+    ones = zeros + 1e-6  # always in order with its own partner, and with no other
+    others = [(p > n) for i, n in enumerate(zeros) for j, p in enumerate(ones) if i != j]
+    assert auc(zeros, ones, paired=True) == pytest.approx(np.mean(others)) == 0.5
+    low, high = auc_interval(zeros, ones, 50, paired=True)
+    assert (low, high) == (0.5, 0.5)  # and neither does a case that is drawn twice
+    assert all(math.isnan(end) for end in auc_interval(zeros[:1], ones[:1], 50))
+
+
 @pytest.mark.parametrize("sizes", [(30, 30), (7, 50), (1, 2)])
 def test_distances_of_two_samples_are_scipys(sizes):
     stats = pytest.importorskip("scipy.stats", reason="scipy (extra test) is not installed")
