@@ -244,7 +244,9 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         if is_channels_last(x):
             return RowNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
-        y = super().forward(x)
+        # Not F.group_norm, which refuses a group of a single value (batch 1, one voxel, as many groups as
+        # channels); such a value becomes the bias, as it does in a batch of two
+        y = torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         # In place where no gradient is needed: a fresh allocation costs more than the arithmetic
         return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 

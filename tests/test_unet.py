@@ -59,6 +59,16 @@ def test_any_size_in_is_the_same_size_out(dims, size, strides):
     assert net.config.downsampling == ((2,) * dims if strides is None else strides[0])
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_sample_with_a_bottleneck_of_one_voxel_is_computed_as_in_a_larger_batch(dims, training):
+    """A group of one value has mean 0 and no width after its norm, alone as beside others."""
+    net = make(dims, num_groups=8).train(training)
+    both = arguments(dims, size=(2, 2, 2))
+    alone = {name: value[:1] for name, value in both.items()}
+    close(net(**alone), net(**both)[:1])
+
+
 def test_odd_sizes_are_computed_as_if_their_edge_were_repeated():
     net, inputs = make(2), arguments(2, (5, 6))
     padded = torch.cat([inputs["x"], inputs["x"][:, :, -1:]], dim=2)
