@@ -10,7 +10,8 @@ A checkpoint is a dict of tensors and plain values:
 
 best.pt lacks `model`, `optimizers` and `others`. A file is written under a temporary name, flushed and
 renamed, so a file with its final name is whole. A file is read with ``weights_only=True``, so a file from a
-stranger cannot execute code.
+stranger cannot execute code, and against its checksums, so a bit that flipped on the disk is not taken for a
+weight.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -97,21 +99,59 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+def check_sums(path: Path) -> None:
+    """InputError if a member of the zip archive, which torch.save writes, does not have its checksum.
+
+    torch.load does not look at the checksums: about half of all flipped bits would be other weights.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise InputError(f"{path}: damaged ({damaged} does not have its checksum)")
+
+
+CONTENT = {"config": dict, "state": dict, "ema": dict, "step": int}  # what every checkpoint holds
+TRAINING = {"model": dict, "optimizers": dict, "others": dict}  # and what only numbered ones hold
+
+
+def check_content(content: dict[str, Any], path: Path) -> None:
+    """InputError for a checkpoint that lacks a part, or whose part is of another type or not finite."""
+    for name, kind in (CONTENT | TRAINING).items():
+        value = content.get(name)
+        if not isinstance(value, kind) and (name in CONTENT or name in content):
+            raise InputError(f"{path}: not a checkpoint of ldm3d ({name} is {type(value).__name__})")
+    best = content.get("best")
+    if best is not None and not (isinstance(best, dict) and {"name", "value", "step"} <= best.keys()):
+        raise InputError(f"{path}: not a checkpoint of ldm3d (best is {best!r:.60})")
+    if content["step"] < 0 or not isinstance(content["state"].get("data"), dict):
+        raise InputError(f"{path}: not a checkpoint of ldm3d (step is below 0, or the state has no data)")
+    for part in ("model", "ema"):
+        for key, value in content.get(part, {}).items():
+            if not isinstance(value, Tensor):
+                raise InputError(f"{path}: {part}: {key} is no tensor")
+            if not torch.isfinite(value).all():
+                raise InputError(f"{path}: {part}: {key} holds numbers that are not finite")
+
+
 def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. A checkpoint of another `kind` than "vae", "ldm" or "cdal" (None: any
     kind), and a file that cannot be read, raise InputError."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file")
     try:
         with warnings.catch_warnings():  # of foreign pickles, which are refused anyway
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
+            check_sums(path)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: refused: not a checkpoint of plain tensors and values (it may run code)"
         ) from None
-    except Exception as e:  # torch.load raises many kinds for a damaged file
+    except Exception as e:  # torch.load and zipfile raise many kinds for a damaged file
         reason = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
         raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "kind" not in content:
@@ -120,6 +160,7 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
         raise Newer(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
     if kind is not None and content["kind"] != kind:
         raise InputError(f"{path}: is {maker(content['kind'])}, expected {maker(kind)}")
+    check_content(content, path)
     return upgrade(content)
 
 

@@ -25,7 +25,9 @@ from ldm3d.engine.checkpoint import (
 
 
 def content(step=1, **more):
-    return {"kind": "vae", "config": {"a": 1}, "step": step, "model": {"w": torch.arange(3.0)}, **more}
+    net = {"w": torch.arange(3.0)}
+    state = {"data": {"size": [8, 8]}}
+    return {"kind": "vae", "config": {"a": 1}, "state": state, "step": step, "model": net, "ema": net, **more}
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
@@ -46,6 +48,37 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
     (tmp_path / "checkpoint_0000001.pt").write_bytes(b"")
     with pytest.raises(InputError, match="checkpoint_0000001"):
         load_latest(tmp_path, "vae")
+
+
+def test_a_flipped_bit_in_any_weight_is_found(tmp_path):
+    net = {"w": torch.zeros(64)}
+    save(tmp_path / "a.pt", content(model=net, ema=net))
+    whole = (tmp_path / "a.pt").read_bytes()
+    weights_at = whole.index(bytes(256))  # the 64 zeros
+    for place in range(weights_at, weights_at + 256, 32):
+        (tmp_path / "a.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=r"a\.pt: damaged.*checksum"):
+            load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"config": [1]}, "config is list"),
+        ({"state": None}, "state is NoneType"),
+        ({"state": {}}, "the state has no data"),
+        ({"step": -1}, "step is below 0"),
+        ({"ema": None}, "ema is NoneType"),
+        ({"optimizers": "none"}, "optimizers is str"),
+        ({"best": "psnr"}, "best is 'psnr'"),
+        ({"ema": {"w": [1.0]}}, "ema: w is no tensor"),
+        ({"model": {"w": torch.tensor([1.0, float("nan")])}}, "model: w holds numbers that are not finite"),
+    ],
+)
+def test_a_part_that_is_missing_or_of_another_type_is_named(tmp_path, changed, words):
+    save(tmp_path / "a.pt", content(**changed))
+    with pytest.raises(InputError, match=rf"a\.pt: .*{words}"):
+        load(tmp_path / "a.pt")
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_its_code_does_not_run(tmp_path):
