@@ -90,7 +90,7 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("cdal", "--cdal.attention_layer 5", "cdal.attention_layer"),
     ("cdal", "--unet.dims 3", "unet.dims"),
     ("cdal", "--cdal.kernel.num_timesteps 9", "num_timesteps: expected 1 to 8"),
-    ("cdal", "--data.image images/*.tif", "no label map"),
+    ("cdal", "--data.image images/*.tif --data.foreground 0", "no label map"),
     ("cdal", "--votes 0", "votes"),
 ]
 

@@ -88,7 +88,10 @@ def test_the_preset_published_is_the_published_method():
     assert (cdal.mse_weight, cdal.ce_weight, cdal.dice_weight, cdal.adversarial_weight) == (1, 0, 0, 0)
     assert (cdal.attention, cdal.attention_normalised, cdal.attention_layer) == ("input", False, 1)
     assert (cdal.own_estimate, cdal.noisiest, cdal.disc_sees_image) == (False, None, False)
-    assert (cdal.r1_weight, cdal.r1_every) == (0.5, 10)
+    assert (cdal.r1_weight, cdal.r1_every) == (
+        0.05,
+        10,
+    )  # every tenth step, by its weight times ten: the released 0.5
     assert (config.generator.output, config.generator.latent_dim) == ("tanh", 50)
     assert (config.optim.lr, config.disc_optim.lr, config.run.ema_decay) == (1.6e-4, 1.25e-4, 0.999)
     for optim in (config.optim, config.disc_optim):
