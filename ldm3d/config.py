@@ -21,7 +21,6 @@ import difflib
 import functools
 import inspect
 import json
-import math
 import re
 import sys
 import types
@@ -31,6 +30,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 C = TypeVar("C")
+
+
+LARGEST = 3e38  # what float32, in which everything is computed, can hold
 
 
 class InputError(ValueError):
@@ -194,7 +196,8 @@ def convert_scalar(value: Any, kind: Any, key: str) -> Any:
             number = kind(value)
         except (TypeError, ValueError, OverflowError):
             raise wrong(value, kind, key) from None
-        if math.isfinite(number) and (isinstance(value, str) or number == value):
+        finite = abs(number) < LARGEST if kind is float else True
+        if finite and (isinstance(value, str) or number == value):
             return number
     raise wrong(value, kind, key)
 

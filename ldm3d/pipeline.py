@@ -30,6 +30,7 @@ from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .engine.checkpoint import load_run, load_weights, save
 from .engine.distributed import is_main
+from .engine.runs import read_split
 from .engine.training import autocast
 from .latent_diffusion import LatentDiffusion
 from .registers import AnatomyConfig
@@ -61,7 +62,7 @@ def copy_autoencoder(source: str | Path, run_dir: Path) -> None:
         return
     content = load_run(source, "vae")
     keep = ("kind", "config", "state", "ema", "step", "best")
-    save(target, {k: content[k] for k in keep})
+    save(target, {k: content.get(k) for k in keep})
 
 
 # --- pipelines ----------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class LatentDiffusionPipeline(Pipeline):
     def data(self) -> Data:
         """The run's own cases in the run's split, opened anew and read as in training."""
         preset = load_run(self.folder / "autoencoder.pt", "vae")["config"]["preset"]
-        seed, split = self.content["config"]["run"]["seed"], read_json(self.folder / "split.json")
+        seed, split = self.content["config"]["run"]["seed"], read_split(self.folder / "split.json")
         return dataclasses.replace(open_data(self.layout, preset, seed, split), spec=self.spec)
 
 
@@ -227,7 +228,7 @@ def kind_of(run: str | Path) -> str:
     """What a run folder or checkpoint is of: "vae", "ldm" or "cdal"."""
     stored = Path(run) / "config.json"
     kind = read_json(stored).get("kind") if stored.exists() else load_run(run)["kind"]
-    if kind not in PIPELINES:
+    if kind not in list(PIPELINES):  # a damaged file may hold anything
         raise InputError(f"{run}: is a {kind!r} run, expected one of {', '.join(PIPELINES)}")
     return kind
 

@@ -48,7 +48,7 @@ from .blocks import (
     run_layer,
     timestep_embedding,
 )
-from .config import InputError
+from .config import InputError, at_least
 from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
 CHANNELS_LAST_FROM = 2**15  # voxels of the finest level on a CPU; smaller maps gain nothing
@@ -75,6 +75,7 @@ class UNetConfig:
 
     def __post_init__(self):
         check_levels(self)
+        at_least(self, 1, "num_groups", "context_dim")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a number in [0, 1), got {self.dropout}")
         attended = per_level(self.attention_levels, len(self.channels))

@@ -132,9 +132,9 @@ def check_content(content: dict[str, Any], path: Path) -> None:
                 raise InputError(f"{path}: {part}: {key} holds numbers that are not finite")
 
 
-def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+def load(path: str | Path, kind: str | None = None, of_run: bool = True) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. A checkpoint of another `kind` than "vae", "ldm" or "cdal" (None: any
-    kind), and a file that cannot be read, raise InputError."""
+    kind), and a file that cannot be read, raise InputError. of_run: it must hold all that a run's do."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a file")
@@ -160,8 +160,12 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
         raise Newer(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
     if kind is not None and content["kind"] != kind:
         raise InputError(f"{path}: is {maker(content['kind'])}, expected {maker(kind)}")
-    check_content(content, path)
-    return upgrade(content)
+    if of_run:
+        check_content(content, path)
+    try:
+        return upgrade(content)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: not a checkpoint of ldm3d ({type(e).__name__}: {e})") from None
 
 
 def step_files(run_dir: str | Path) -> list[Path]:

@@ -36,7 +36,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for text in found:
         try:
             line = json.loads(text)
-            whole = isinstance(line["step"], int) and isinstance(line["seconds"], (int, float))
+            whole = isinstance(line["step"], int) and math.isfinite(line["seconds"])
             lines += [line] if whole and "split" in line else []
         except (ValueError, KeyError, TypeError, RecursionError):  # bytes that are no text are a ValueError
             continue

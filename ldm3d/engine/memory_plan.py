@@ -126,6 +126,8 @@ class Plan:
     def __init__(self, budget: float, amp: str = "auto", device: str = "auto"):
         if budget * GIB <= CONTEXT:
             raise InputError(f"plan: expected more than {CONTEXT / GIB:.1f} GiB, got {budget:g}")
+        if budget > 1e6:
+            raise InputError(f"plan: expected the GiB of one device, got {budget:g}")
         self.budget, self.gpu = budget, not device.startswith("cpu")
         self.amp = ("bf16" if self.gpu else "fp32") if amp == "auto" else amp
         self.room = USABLE * (budget * GIB - CONTEXT)  # for tensors

@@ -51,6 +51,7 @@ except ImportError:  # Windows has no such locks
 
 from ..config import InputError, flatten, from_dict, read_json, replace, to_dict
 from .checkpoint import (
+    TRAINING,
     Newer,
     load,
     load_latest,
@@ -93,6 +94,16 @@ def lock_folder(folder: Path) -> IO[str]:
     return file
 
 
+def read_split(path: Path) -> dict[str, list[str]]:
+    """The case ids of "train", "val" and "test" in a split.json."""
+    split = read_json(path)
+    for part in ("train", "val", "test"):
+        ids = split.get(part)
+        if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+            raise InputError(f"{path}: expected a list of case ids under {part!r}")
+    return split
+
+
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first difference, in words, between two data specs (`DataSpec.to_dict()`), or None."""
     for key in (key for key in before if key in now and key != "reference"):
@@ -114,6 +125,8 @@ class Run:
 
     def __init__(self, kind: str, config: Any, flags: dict[str, Any] | None = None):
         self.kind, self.config = kind, config
+        if config.run.dir == "":
+            raise InputError("run.dir: expected a folder, got ''")
         self.dir = Path(config.run.dir or f"runs/{kind}-{config.preset}")
         self.resumed: dict[str, Any] | None = None
         self.lock: IO[str] | None = None
@@ -164,6 +177,9 @@ class Run:
         self.resumed = load_latest(self.dir, self.kind)
         if self.resumed is None:
             return  # no checkpoint yet: the settings of this command are used
+        for part in (*TRAINING, "best"):
+            if part not in self.resumed:
+                raise InputError(f"{self.dir}: checkpoint of step {self.resumed['step']} holds no {part}")
         base = from_dict(type(self.config), self.resumed["config"])
         before, changed = flatten(base), []
         for key, value in {**flags, "preset": self.config.preset}.items():
@@ -229,7 +245,7 @@ class Run:
         if not self.resumed:
             return None
         path, trained = self.dir / "split.json", self.resumed["state"].get("split")
-        stored = read_json(path) if path.exists() else trained
+        stored = read_split(path) if path.exists() else trained
         if trained is not None and stored != trained:
             raise InputError(
                 f"{path}: differs from the split that this run was trained with; put it back, or delete it, "
@@ -306,10 +322,15 @@ class Run:
             where = f"{self.dir} step {self.step}"
             load_weights(net, self.resumed["model"], where)
             load_weights(ema.net, self.resumed["ema"], where)
-            for name, stepper in self.steppers.items():
-                stepper.load_state_dict(self.resumed["optimizers"][name])
-            for name, other in self.others.items():
-                other.load_state_dict(self.resumed["others"][name])
+            try:
+                for name, stepper in self.steppers.items():
+                    stepper.load_state_dict(self.resumed["optimizers"][name])
+                for name, other in self.others.items():
+                    other.load_state_dict(self.resumed["others"][name])
+            except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+                raise InputError(
+                    f"{where}: what it holds of {name} is damaged ({type(e).__name__}: {str(e)[:100]})"
+                ) from None
             for part in ("model", "ema", "optimizers", "others"):  # they are as large as the run itself
                 del self.resumed[part]
 

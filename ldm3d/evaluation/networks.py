@@ -354,7 +354,7 @@ STORED = {"contrastive": (FeatureNet, FeatureConfig), "fidelity": (FidelityNet, 
 
 
 def _stored(path: Path) -> FeatureNet | FidelityNet:
-    content = load(path, "features")
+    content = load(path, "features", of_run=False)
     # Files from before there were two kinds do not name theirs
     make, config = STORED[content.get("network", "contrastive")]
     net = make(from_dict(config, content["config"], "features"))

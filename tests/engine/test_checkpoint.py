@@ -71,6 +71,7 @@ def test_a_flipped_bit_in_any_weight_is_found(tmp_path):
         ({"ema": None}, "ema is NoneType"),
         ({"optimizers": "none"}, "optimizers is str"),
         ({"best": "psnr"}, "best is 'psnr'"),
+        ({"others": {"mean": {}}}, "KeyError: 'ranks'"),
         ({"ema": {"w": [1.0]}}, "ema: w is no tensor"),
         ({"model": {"w": torch.tensor([1.0, float("nan")])}}, "model: w holds numbers that are not finite"),
     ],

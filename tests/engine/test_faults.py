@@ -302,6 +302,54 @@ def test_a_lost_split_is_that_of_the_checkpoint_and_another_one_is_refused(heads
     assert read_json(path) == split == load(step_files(tmp_path / "run")[0])["state"]["split"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"optimizers": {}},
+        {"optimizers": {"autoencoder": {"optimizer": {}, "scaler": {}, "bad_in_a_row": 0, "skipped": 0}}},
+        {"others": {}},
+        {"others": {"mean": {"ranks": [{"loss": "a word"}]}}},
+        {"model": {"encoder": [1.0]}},
+        {"config": {"run": 3}},
+        {"state": {"data": 3, "split": 4}},
+    ],
+)
+def test_a_checkpoint_with_parts_that_do_not_fit_is_a_line(vae_run, heads, tmp_path, capsys, damage):
+    shutil.copytree(vae_run, tmp_path / "run")
+    for path in step_files(tmp_path / "run"):
+        torch.save({**torch.load(path, weights_only=True), **damage}, path)
+    assert run_script(train_vae.main, vae_flags(heads, tmp_path / "run", 12)) == 2
+    assert str(tmp_path / "run") in one_line(capsys) or "config" in damage
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "expected a list of case ids under 'train'"),
+        ('{"train": [1, 2], "val": [], "test": []}', "expected a list of case ids under 'train'"),
+        ("[1]", "expected a JSON object"),
+        (100_000 * "[", "nested too deeply"),
+    ],
+)
+def test_a_damaged_split_is_a_line(vae_run, heads, tmp_path, capsys, text, words):
+    shutil.copytree(vae_run, tmp_path / "run")
+    (tmp_path / "run" / "split.json").write_text(text)
+    assert run_script(train_vae.main, vae_flags(heads, tmp_path / "run", 12)) == 2
+    assert words in one_line(capsys)
+
+
+@pytest.mark.parametrize("seconds", ["null", "NaN", '"x"', 900 * "[" + 900 * "]", "1e999"])
+def test_damaged_lines_of_the_log_are_passed_over(vae_run, heads, tmp_path, seconds):
+    shutil.copytree(vae_run, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    before = lines(tmp_path / "run")
+    odd = f'{{"step": 9, "split": "train", "seconds": {seconds}}}\n'
+    log.write_bytes(b"\xff\xfe\n" + log.read_bytes() + odd.encode())
+    train_vae.main(vae_flags(heads, tmp_path / "run", 12))
+    assert lines(tmp_path / "run")[: len(before)] == before
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
+
+
 # --- going on -----------------------------------------------------------------------------------------------
 
 
