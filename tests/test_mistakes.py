@@ -36,7 +36,7 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
     ("ldm", "--num 1 --maps", "maps: need at least 2 samples"),
     ("ldm", "--num 0", "num: expected at least 1, got 0"),
     ("ldm", "--sampler ddim", "heun"),
-    ("ldm", "--eta 0.5", "eta: got 0.5 with sampler heun"),
+    ("ldm", "--eta 0.5", "eta: got 0.5 with sampler ab2"),
     ("ldm", "--with-labels", "with_labels: the run has learned none"),
     ("ldm", "--registers false", "registers: the run has none"),
     ("ldm", "--votes 3", "--votes: no such setting; did you mean --"),
