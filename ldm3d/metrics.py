@@ -356,7 +356,8 @@ def power_spectrum(x: Tensor, bins: int) -> Tensor:
         x = x * fade.view(shape)
         radius = radius + torch.fft.fftfreq(n, dtype=torch.float64).view(shape).square()
     power = torch.fft.fftn(x, dim=over).abs().square() / math.prod(size)
-    shell = (radius.sqrt() * 2 * bins).to(torch.int64).flatten().to(x.device)  # 1/2 cycle a voxel is `bins`
+    # 1/2 cycle a voxel is `bins`. Rounded: 15/44 * 44 is 14.99... in floats, and belongs to shell 15
+    shell = (radius.sqrt() * 2 * bins + 1e-9).to(torch.int64).flatten().to(x.device)
     inside = (shell < bins) & (torch.arange(shell.numel(), device=x.device) > 0)
     counts = torch.bincount(shell[inside], minlength=bins)
     sums = torch.stack([torch.bincount(shell[inside], c[inside], minlength=bins) for c in power.flatten(1)])

@@ -162,3 +162,8 @@ def test_a_wave_that_does_not_end_where_it_began_leaks_into_no_distant_shell():
     assert torch.allclose(
         power_spectrum(wave.double() + 50, 10), power_spectrum(wave.double(), 10), atol=1e-6
     )
+
+
+def test_a_frequency_at_the_edge_of_two_shells_belongs_to_the_upper_one():
+    wave = torch.cos(2 * math.pi * 15 / 44 * torch.arange(44, dtype=torch.float64))[None]
+    assert power_spectrum(wave, 22)[0].argmax() == 15

@@ -7,9 +7,10 @@
 Files are paired by name (without folder and suffix); a file without a partner is an error. Intensities are in
 the unit of the files. For every pair:
 
-image     PSNR (dB), SSIM, mean squared and absolute error; with --features also cosine and Euclidean distance
-          of the features of a network. The network sees both images, scaled to [-1, 1] by the lowest and
-          highest value of the pair
+image     PSNR (dB); PSNR after the best gain and offset (psnr_fitted: scanners differ in both, and the plain
+          PSNR ranks gains more than images); SSIM, mean squared and absolute error; with --features also
+          cosine and Euclidean distance of the features of a network. The network sees both images, scaled to
+          [-1, 1] by the lowest and highest value of the pair
 object    Dice, IoU, precision, sensitivity; height, and widths at 1/4, 1/2, 3/4 of the height (mm), of both
           objects, as a ratio (smaller / larger) and as a difference. The object is the largest connected
           part of the voxels above a threshold, holes filled, in the first channel; or a mask from a folder.
@@ -22,8 +23,9 @@ also the axes (rigid) of the objects: scores then measure form and not position.
 along the object's own longest axis.
 
 The new folder holds cases.csv, report.json (mean, 95 % bootstrap interval, normal interval mean -+ 1.96 std /
-sqrt(n), worst case, outliers by interquartile range and by z, number of cases within thresholds), and with
-matplotlib histograms.png and worst.png (target, generated, difference).
+sqrt(n), worst case, number of cases further than 1, 2, 3 std from the mean, outliers by interquartile range
+and by z, number of cases within thresholds), and with matplotlib histograms.png and worst.png (target,
+generated, difference).
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class PairsConfig:
     height_axis: int | None = None  # axis of the height; none = rows in 2-D, the last (upwards) in 3-D
     features: str | None = None  # file of a network (TorchScript, torch.export): feature similarity too
     dims: Literal[2, 3] | None = None  # pictures or volumes; none = as each file is
-    worst: int = 4  # pairs that are shown, lowest PSNR (labels: Dice) first
+    worst: int = 4  # pairs that are shown, lowest psnr_fitted (labels: Dice) first
     resamples: int = 2000  # of the bootstrap
     device: str = "auto"  # of the feature network: auto, cpu, cuda, cuda:1, ...
     out: str | None = None  # new folder for the report; none = pairs-001 (-002, ...) beside GENERATED
@@ -191,6 +193,16 @@ def overlap(pred: np.ndarray, target: np.ndarray, labels: Sequence[int] = (1,)) 
     return found
 
 
+def fitted(x: Tensor, y: Tensor) -> Tensor:
+    """a x + b with the a and b that bring x nearest to y, both (1, C, *S) float64, channel by channel.
+
+    a is 0 at least: an inverted contrast is an error, not a gain.
+    """
+    x0, y0 = (v - v.flatten(2).mean(2).view(*v.shape[:2], *(1,) * (v.ndim - 2)) for v in (x, y))
+    gain = (x0 * y0).flatten(2).sum(2) / x0.square().flatten(2).sum(2).clamp(min=1e-30)
+    return gain.clamp(min=0).view(*x.shape[:2], *(1,) * (x.ndim - 2)) * x0 + (y - y0)
+
+
 def compare_pair(
     volumes: dict[str, Volume], config: PairsConfig, data_range: float, network: Extractor | None
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -211,6 +223,7 @@ def compare_pair(
     x, y = (torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64))[None] for v in (generated, target))
     scores = {
         "psnr": psnr(x, y, data_range).item(),
+        "psnr_fitted": psnr(fitted(x, y), y, data_range).item(),
         "ssim": ssim(x, y, data_range).item(),
         "mse": (x - y).square().mean().item(),
         "mae": (x - y).abs().mean().item(),
@@ -262,7 +275,7 @@ def compare_pairs(config: PairsConfig, generated: str, target: str) -> Path:
         network = file_features(config.features, first.dims, choose_device(config.device))
     rows: Rows = {}
     worst = WorstPictures(config.worst)
-    key = "dice_mean" if config.labels else "psnr"
+    key = "dice_mean" if config.labels else "psnr_fitted"
     for name, files in progress(pairs.items(), "comparing", len(pairs)):
         volumes = read_pair(files, config)
         x, y = volumes["generated"].array, volumes["target"].array
@@ -330,7 +343,7 @@ def describe(rows: Rows, resamples: int) -> dict[str, dict[str, Any]]:
         if n > 1:
             half = 1.96 * s["std"] / math.sqrt(n)
         s["normal_low"], s["normal_high"] = s["mean"] - half, s["mean"] + half
-        s["outside"] = {str(k): int((np.abs(values - s["mean"]) > k * half).sum()) for k in (1, 2, 3)}
+        s["outside"] = {str(k): int((np.abs(values - s["mean"]) > k * s["std"]).sum()) for k in (1, 2, 3)}
         beyond, far = outliers(values)
         s["outliers_iqr"] = [names[i] for i in np.flatnonzero(beyond)]
         s["outliers_z"] = [names[i] for i in np.flatnonzero(far)]

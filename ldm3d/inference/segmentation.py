@@ -9,10 +9,13 @@ of the images; cases.csv, a row for each case with its seconds and, with --refer
 the settings and the means with bootstrap confidence intervals; and overlays.png, lowest Dice first.
 
 Scores are computed for each label but the background, on the grid of the files: Dice, IoU, precision,
-sensitivity, and HD95 in mm (metrics.py). A label that is in neither map has no score; a label that is in one
-map only has no HD95. A mean is over the cases that have the score, and `cases` counts them.
+sensitivity, and HD95 in mm (metrics.py). A label that is in neither map has no score. A label that is in one
+map only has the diagonal of the volume as HD95, so that a missed label makes the mean worse, not better. A
+mean is over the cases that have the score, and `cases` counts them.
 
-Does a high uncertainty mark the errors? Over N voxels with uncertainty u and error e (0 or 1):
+Does a high uncertainty mark the errors? Far from every object nothing is uncertain and nothing is wrong, so
+more background would make any uncertainty look good. Only the N voxels within 5 voxels of a label of either
+map count, with uncertainty u and error e (0 or 1):
 
     error correlation    Pearson's correlation of u and e
     retention area       mean over n = 1 .. N of (errors among the n most certain voxels) / N. The picture: an
@@ -20,11 +23,22 @@ Does a high uncertainty mark the errors? Over N voxels with uncertainty u and er
                          Malinin et al. 2021, arXiv 2107.07455
     retention ratio      retention area / (mean of e / 2). A u that says nothing about e has ratio 1, and a
                          perfect u has the mean of e, e.g. 0.03 if 3 % of the voxels are wrong
+    retention border     the ratio of a u that is 1 at the borders of the labels and 0 elsewhere: an
+                         uncertainty is worth its cost if its own ratio is clearly lower
+
+Are the probabilities p of the labels right, so that of all voxels with 0.8 every fifth is wrong? Over the
+same voxels; 0 is perfect for all three:
+
+    ECE                  mean of |confidence - share that is right| over 15 bins of confidence, the largest p
+                         of a voxel (Guo et al. 2017, arXiv 1706.04599, eq. 3); reliability.png shows the bins
+    Brier                mean over voxels of sum over labels of (p - 1 for the true label, 0 for others)^2
+    NLL                  mean of -log p of the true label; p counts as 1e-6 at least
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +46,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cdal import check_window, uncertainty
@@ -41,7 +56,7 @@ from ..data.geometry import crop_or_pad, resample
 from ..data.loading import load_role
 from ..data.volumes import NIFTI, TIFF, Header, file_name, read_header, strip_suffix
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
-from ..engine.logger import mid_slices, progress, save_sheet
+from ..engine.logger import mid_slices, new_figure, progress, save_figure, save_sheet
 from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
 from ..evaluation.statistics import interval_words, summarise
 from ..metrics import dice, hd95, iou, precision, sensitivity
@@ -49,6 +64,7 @@ from ..pipeline import SegmentationPipeline
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
 SHOWN, RESAMPLES = 8, 2000  # cases in the picture; of the bootstrap
+BAND, CONFIDENCES = 5, 15  # voxels around labels whose uncertainty is judged; bins of the reliability curve
 
 
 @dataclass(frozen=True)
@@ -97,10 +113,12 @@ def file_labels(label_map: np.ndarray, layout: DataConfig, num_labels: int) -> n
 def score(label_map: Tensor, truth: Tensor, num_labels: int, spacing: tuple[float, ...]) -> dict[str, float]:
     """Scores of one label map (*S): the mean Dice over labels, then every score of every label."""
     pair = label_map[None], truth[None]
+    diagonal = math.hypot(*(n * s for n, s in zip(truth.shape, spacing, strict=True)))
+    distance = hd95(*pair, num_labels, spacing)[0]
     scores = {
         "dice": dice(*pair, num_labels)[0],
         "iou": iou(*pair, num_labels)[0],
-        "hd95": hd95(*pair, num_labels, spacing)[0],
+        "hd95": distance.masked_fill(distance.isinf(), diagonal),
         "precision": precision(*pair, num_labels)[0],
         "sensitivity": sensitivity(*pair, num_labels)[0],
     }
@@ -124,6 +142,54 @@ def calibration(doubt: Tensor, wrong: Tensor) -> dict[str, float]:
         "retention_area": float(area),
         "retention_ratio": float(area / (e.mean() / 2)),
     }
+
+
+def near_labels(labels: Tensor, truth: Tensor, reach: int = BAND) -> Tensor:
+    """The voxels (*S) bool within `reach` voxels, along each axis, of a label of either map (*S)."""
+    near = ((labels > 0) | (truth > 0)).float()
+    for axis in range(near.ndim):
+        line = near.movedim(axis, -1)
+        flat = F.max_pool1d(line.reshape(-1, 1, line.shape[-1]), 2 * reach + 1, 1, reach)
+        near = flat.view(line.shape).movedim(-1, axis)
+    return near > 0
+
+
+def borders(labels: Tensor) -> Tensor:
+    """The voxels (*S) bool with a neighbour of another label, across a face."""
+    found = torch.zeros_like(labels, dtype=torch.bool)
+    for axis, n in enumerate(labels.shape):
+        steps = labels.diff(dim=axis) != 0
+        found.narrow(axis, 0, n - 1).logical_or_(steps)
+        found.narrow(axis, 1, n - 1).logical_or_(steps)
+    return found
+
+
+def reliability(p: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor]:
+    """(ECE, Brier and NLL; (3, CONFIDENCES): voxels, sum of confidences and number right in each bin) of the
+    probabilities p (K, N) of voxels whose labels are truth (N,)."""
+    p, own = p.double(), p.double().gather(0, truth[None])[0]
+    confidence, chosen = p.max(0)
+    which = (confidence * CONFIDENCES).long().clamp(max=CONFIDENCES - 1)
+    parts = torch.ones_like(confidence), confidence, (chosen == truth).double()
+    bins = torch.stack([which.bincount(part, CONFIDENCES) for part in parts])
+    n = max(1, len(truth))
+    scores = {
+        "ece": float((bins[1] - bins[2]).abs().sum() / n),
+        "brier": float((p.square().sum(0) - 2 * own + 1).mean()),
+        "nll": float(-own.clamp(min=1e-6).log().mean()),
+    }
+    return scores, bins
+
+
+def certainty(p: Tensor, doubt: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor]:
+    """(every score of uncertainty and probabilities; bins as in `reliability`) of p (K, *S), its uncertainty
+    and the true labels, both (*S)."""
+    labels = p.argmax(0)
+    band, wrong = near_labels(labels, truth), labels != truth
+    scores = calibration(doubt[band], wrong[band])
+    scores["retention_border"] = calibration(borders(labels)[band], wrong[band])["retention_ratio"]
+    more, bins = reliability(p[:, band], truth[band])
+    return scores | more, bins
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -151,7 +217,7 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     check_window(config.window, pipeline.layout.dims)
     dataset = open_images(pipeline.content, images, config.part, config.reference)
     folder = new_folder(run, config.out, "segmentations")
-    rows, worst = {}, WorstPictures(SHOWN)
+    rows, worst, bins = {}, WorstPictures(SHOWN), torch.zeros(3, CONFIDENCES, dtype=torch.float64)
     print0(f"{len(dataset)} cases, T = {pipeline.method.num_timesteps}, {config.votes} votes")
     settings = (config.votes, config.window, config.overlap, config.seed)
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
@@ -159,7 +225,8 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
         x, start = item["image"], time.perf_counter()
         p = pipeline.segment(x, *settings, case.id, config.batch_size, config.amp)
         seconds = time.perf_counter() - start
-        rows[case.id] = {"seconds": seconds, **write_case(p, dataset, i, config, folder)}
+        scores, counted = write_case(p, dataset, i, config, folder)
+        rows[case.id], bins = {"seconds": seconds, **scores}, bins + counted
         pictures = [
             *overlay(x, None),
             *(overlay(x, item["mask"]) if config.reference else ()),
@@ -169,17 +236,21 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
         worst.add(case.id, rows[case.id].get("dice", 0.0), pictures)
     rows = dict(sorted((k, v) for part in gather(rows) for k, v in part.items()))
     worst.gather()
+    bins = sum(gather(bins))
     if is_main():
         facts = {"run": str(run), "images": str(images), "step": pipeline.content["step"]}
+        if config.reference:
+            facts["reliability"] = draw_reliability(folder / "reliability.png", bins)
         report(config, facts, folder, rows, worst, {case.id: case.subject for case in dataset.cases})
     return folder
 
 
 def write_case(
     p: Tensor, dataset: VolumeDataset, index: int, config: SegmentConfig, folder: Path
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor | int]:
     """Write label map, uncertainty and probabilities of a case on its file's grid, from p (K, *S) on the
-    grid that training sees; returns the case's scores, if it has a reference."""
+    grid that training sees; returns the case's scores and the bins of `reliability`, ({}, 0) without a
+    reference."""
     case, layout = dataset.cases[index], dataset.config
     header = read_header(case.image, layout.channel or None, layout.file_spacing, layout.dims)
     volume = on_file_grid(p, dataset.infos[case.id], header)
@@ -193,10 +264,11 @@ def write_case(
     if config.probabilities:
         write(folder / "probability" / name, volume)
     if case.mask is None:
-        return {}
+        return {}, 0
     truth = load_role(case.mask, "mask", dataclasses.replace(layout, spacing=None, resize=False)).array[0]
     truth = torch.from_numpy(truth.astype(np.int64))
-    return score(label_map, truth, len(p), header.spacing) | calibration(doubt, label_map != truth)
+    scores, bins = certainty(p, doubt, truth)
+    return score(label_map, truth, len(p), header.spacing) | scores, bins
 
 
 def suffix_of(format: str, dims: int, image: Path | None = None) -> str:
@@ -206,6 +278,21 @@ def suffix_of(format: str, dims: int, image: Path | None = None) -> str:
         return f".{format}"
     own = image.name[len(strip_suffix(image)) :].lower() if image else ""
     return own if own in NIFTI + TIFF else {2: ".tif", 3: ".nii.gz"}[dims]
+
+
+def draw_reliability(path: Path, bins: Tensor) -> dict[str, list[float]]:
+    """Draw confidence against the share that is right (with matplotlib); returns both, and the voxels, of the
+    bins that have any."""
+    voxels, confidence, right = bins[:, bins[0] > 0]
+    curve = {"voxels": voxels, "confidence": confidence / voxels, "right": right / voxels}
+    curve = {name: values.tolist() for name, values in curve.items()}
+    if (figure := new_figure(figsize=(4, 4), dpi=100, layout="constrained")) is not None:
+        ax = figure.subplots()
+        ax.plot([0, 1], [0, 1], "0.7")
+        ax.plot(curve["confidence"], curve["right"], "o-")
+        ax.set(title="reliability near labels", xlabel="confidence", ylabel="share that is right")
+        save_figure(figure, path)
+    return curve
 
 
 def report(

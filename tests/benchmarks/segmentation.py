@@ -111,12 +111,14 @@ def row_of(name: str, run: Path, votes: int, report: dict) -> list[str]:
         str(config["cdal"]["kernel"]["num_timesteps"]) if diffusion else "-",
         str(votes) if diffusion else "-",
         mean("error_correlation", 2),
-        mean("retention_ratio", 2),
+        f"{mean('retention_ratio', 2)} ({mean('retention_border', 2)})",
         str(config["run"]["steps"]),
     ]
 
 
-HEAD = "row|mean Dice (95 %)|Dice per label|HD95, mm|s per case|T|votes|corr|retention|steps".split("|")
+HEAD = "row|mean Dice (95 %)|Dice per label|HD95, mm|s per case|T|votes|corr|retention (border)|steps".split(
+    "|"
+)
 
 
 def cost(run: Path, rounds: int = 3) -> str:

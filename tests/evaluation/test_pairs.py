@@ -11,7 +11,8 @@ import torch
 from ldm3d.data import Volume, write
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation.__main__ import main as evaluation_main
-from ldm3d.evaluation.pairs import describe, move
+from ldm3d.evaluation.pairs import describe, fitted, move
+from ldm3d.metrics import psnr
 
 SHAPES = {2: (40, 36), 3: (20, 18, 22)}
 SPACING = {2: (1.0, 2.0), 3: (1.0, 1.5, 2.0)}
@@ -240,14 +241,25 @@ def test_moving_by_whole_voxels_is_a_roll_inside(dims):
     assert np.allclose(moved[inside], expected[inside], atol=1e-4)
 
 
-def test_a_description_counts_what_lies_outside_the_normal_interval():
+def test_a_gain_of_the_scanner_does_not_rank_an_image_below_a_blurred_one():
+    draw = np.random.default_rng(0)
+    y = torch.from_numpy(draw.normal(100, 20, (1, 1, 24, 24)))
+    gained, blurred = 1.3 * y + 20, (y + y.roll(1, 2) + y.roll(1, 3)) / 3
+    plain = [psnr(v, y, 100.0).item() for v in (gained, blurred)]
+    scores = [psnr(fitted(v, y), y, 100.0).item() for v in (gained, blurred)]
+    assert plain[0] < plain[1]
+    assert scores[0] > 100 > 30 > scores[1] > plain[1]
+    assert torch.equal(fitted(-y, y), y.mean().expand_as(y))  # an inverted image is as good as none
+
+
+def test_a_description_counts_the_cases_outside_so_many_deviations():
     rows = {
         str(i): {"psnr": float(v), "x_ratio": 0.96, "x_difference": 7.0} for i, v in enumerate([1, 2, 3, 10])
     }
     found = describe(rows, 50)
     half = 1.96 * np.std([1, 2, 3, 10], ddof=1) / 2
     assert found["psnr"]["normal_high"] == pytest.approx(4 + half)
-    assert found["psnr"]["outside"]["1"] == int((np.abs(np.array([1, 2, 3, 10]) - 4) > half).sum())
+    assert found["psnr"]["outside"] == {"1": 1, "2": 0, "3": 0}  # the deviation is 4.08
     assert (found["psnr"]["worst"], found["psnr"]["worst_case"]) == (1.0, "0")
     assert found["x_ratio"]["above"] == {"0.9": 4, "0.95": 4, "0.97": 0}
     assert found["x_difference"]["below_mm"] == {"5.0": 0, "10.0": 4}

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import torch.nn.functional as F
 from tiny import cdal_flags, lines
 
 import sample
 import train_cdal
+from ldm3d.cdal import uncertainty
 from ldm3d.config import replace, show
 from ldm3d.data import CaseInfo, read
 from ldm3d.data.phantoms import write_phantoms
@@ -22,7 +24,15 @@ from ldm3d.data.volumes import Header
 from ldm3d.engine.checkpoint import load
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation.statistics import summarise
-from ldm3d.inference.segmentation import calibration, on_file_grid, overlay, score
+from ldm3d.inference.segmentation import (
+    borders,
+    calibration,
+    certainty,
+    on_file_grid,
+    overlay,
+    reliability,
+    score,
+)
 
 STEPS = 60
 
@@ -154,10 +164,20 @@ def test_a_folder_is_segmented_scored_and_shown(run, heads, capsys):
     mean = np.mean([float(row["dice"]) for row in rows])
     assert report["metrics"]["dice"]["mean"] == pytest.approx(mean)
     assert report["metrics"]["dice"]["low"] <= mean <= report["metrics"]["dice"]["high"]
-    assert {"hd95_1", "iou_2", "sensitivity_1", "error_correlation", "retention_ratio"} <= report[
-        "metrics"
-    ].keys()
+    assert {
+        "hd95_1",
+        "iou_2",
+        "sensitivity_1",
+        "error_correlation",
+        "retention_ratio",
+        "retention_border",
+        "ece",
+        "brier",
+        "nll",
+    } <= report["metrics"].keys()
+    assert sum(report["reliability"]["voxels"]) > 0
     assert (folder / "overlays.png").exists()
+    assert (folder / "reliability.png").exists()
     assert "error_correlation" in capsys.readouterr().out
 
 
@@ -298,6 +318,45 @@ def test_voxels_of_equal_uncertainty_are_retained_in_any_order_on_average():
     assert found == pytest.approx(np.mean(areas))
 
 
+def test_more_background_makes_no_uncertainty_better():
+    draw, found = torch.Generator().manual_seed(0), []
+    truth, p = torch.zeros(20, 20, dtype=torch.long), torch.full((2, 20, 20), 0.0)
+    truth[6:14, 6:14] = 1
+    p[1, 7:15, 6:14] = 0.4 + 0.6 * torch.rand(8, 8, generator=draw)
+    p[0] = 1 - p[1]
+    for n in (0, 20, 200):
+        q, t = F.pad(p, (n,) * 4), F.pad(truth, (n,) * 4)
+        q[0] = 1 - q[1]
+        scores, bins = certainty(q, uncertainty(q), t)
+        found.append(scores)
+        assert bins[0].sum() == 19 * 18  # 5 voxels around the 9 x 8 of either map
+    for name, value in found[0].items():
+        assert [scores[name] for scores in found] == pytest.approx([value] * 3), name
+    assert found[0]["retention_ratio"] != found[0]["retention_border"]
+
+
+def test_the_border_map_marks_voxels_beside_another_label():
+    labels = torch.zeros(5, 6, dtype=torch.long)
+    labels[2, 2:4] = 1
+    expected = torch.zeros(5, 6, dtype=torch.bool)
+    expected[2, 1:5], expected[1, 2:4], expected[3, 2:4] = True, True, True
+    assert torch.equal(borders(labels), expected)
+
+
+def test_reliability_is_scikit_learns_and_the_definitions():
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    draw = np.random.default_rng(0)
+    p, truth = draw.dirichlet((1, 1, 1), 5000).T, draw.integers(0, 3, 5000)
+    found, bins = reliability(torch.from_numpy(p), torch.from_numpy(truth))
+    assert found["nll"] == pytest.approx(metrics.log_loss(truth, p.T.clip(1e-6)), rel=1e-4)
+    assert found["brier"] == pytest.approx(np.mean(((p - np.eye(3)[truth].T) ** 2).sum(0)))
+    confidence, right = p.max(0), p.argmax(0) == truth
+    parts = [(confidence >= k / 15) & (confidence < (k + 1) / 15) for k in range(15)]
+    gaps = [abs(confidence[part].sum() - right[part].sum()) for part in parts]
+    assert found["ece"] == pytest.approx(sum(gaps) / 5000)
+    assert bins[0].tolist() == [part.sum() for part in parts]
+
+
 def test_a_label_that_is_nowhere_gives_no_score_and_one_that_is_missed_is_counted():
     truth = torch.zeros(6, 6, dtype=torch.long)
     truth[1:3, 1:3] = 1
@@ -306,7 +365,8 @@ def test_a_label_that_is_nowhere_gives_no_score_and_one_that_is_missed_is_counte
     assert np.isnan(rows["a"]["dice_3"])
     metrics = summarise(rows, 10)
     assert metrics["dice"]["mean"] == 0.5
-    assert (metrics["hd95_1"]["mean"], metrics["hd95_1"]["cases"]) == (0, 1)
+    assert metrics["hd95_1"]["cases"] == 2  # a missed label is as far away as can be
+    assert metrics["hd95_1"]["mean"] == pytest.approx(np.hypot(6, 6) / 2)
     assert metrics["dice_3"]["cases"] == 0
 
 
