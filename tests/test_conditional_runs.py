@@ -237,6 +237,14 @@ def test_inpainting_leaves_the_voxels_outside_the_region_untouched(run, tmp_path
         assert np.array_equal(after.array[~region], before.array[~region])
         assert not np.allclose(after.array[region], before.array[region], rtol=1e-3)
         assert np.allclose(after.affine, before.affine, atol=1e-4)
+    flags[-1] = str(tmp_path / "once")
+    sample.main([str(run), *flags, "--condition", "class=1", "--resample", "1"])
+    calls = [
+        json.loads((tmp_path / out / "samples.json").read_text())["network_calls"] for out in ("out", "once")
+    ]
+    assert calls == [1 + 4, 2]  # the step from pure noise, the other four times or once
+    with pytest.raises(InputError, match="resample: needs inpaint"):
+        sample.main([str(run), "--resample", "2"])
 
 
 def test_images_are_edited_and_interpolated(run, tmp_path):
