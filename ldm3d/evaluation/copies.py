@@ -6,9 +6,9 @@
 For each sample, and for each held-out real case, the distances d_1 <= d_2 ... to all training cases are
 measured in two spaces:
 
-image     1 - max over shifts and flips of <x', y> / (|x'| |y|), by FFT. Volumes are averaged to at most 32
-          voxels (2-D: 96) along an axis, and their local mean is subtracted: what all cases share is mostly
-          smooth
+image     1 - max over shifts, and flips or one turn, of <x', y> / (|x'| |y|), by FFT. Turns are rotations by
+          5 and 10 degrees about one axis and zooms by 5 and 10 %. Volumes are averaged to at most 32 voxels
+          (2-D: 96) along an axis, and their local mean is subtracted: what all cases share is mostly smooth
 feature   Euclidean distance of the features of a network (networks.py), the least over flips. Features are
           means over space, so a shift hardly changes them
 
@@ -30,8 +30,8 @@ For all samples together: z of Mann and Whitney's U, of the r of samples against
 even if no single sample is a copy.
 
 The new folder holds cases.csv, report.json and nearest.png (sample, nearest training case flipped and shifted
-like the sample, difference). Copies of parts of a volume, and copies after a rotation or deformation, are
-not found.
+like the sample, difference). Copies of parts of a volume, deformed ones, and what was flipped and turned, or
+turned further, are not found: the verdict says so.
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ from ..engine.logger import progress, save_sheet
 from ..metrics import psnr
 from .networks import Extractor, contrastive_features, whole_features
 from .openers import OpenConfig, VolumeSets, beside, is_run, open_sets, volumes_of
+from .pairs import move
 from .results import Rows, check_out, new_folder, table, write_csv, write_report
 
 LARGEST = {2: 96, 3: 32}  # voxels along the longest axis in image space; larger volumes are averaged
 NEAREST = 50  # training cases in the mean distance of r
+ANGLES, ZOOMS = (-10, -5, 5, 10), (1 / 1.1, 1 / 1.05, 1.05, 1.1)  # turns (degrees) that are tried
+NOT_FOUND = "not looked for: parts of a case, deformations, rotations beyond 12 degrees, zooms beyond 12 %"
 SPREADS = 4.0  # robust standard deviations below the median: a copy
 
 
@@ -91,10 +94,41 @@ def flips_of(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [some for n in range(len(axes) + 1) for some in itertools.combinations(axes, n)]
 
 
-class ImageSearch:
-    """Finds the greatest correlation of a volume (C, *S) with every training case, over shifts and flips."""
+def turns_of(dims: int) -> dict[str, np.ndarray]:
+    """{words: matrix (dims, dims)} of the turns that are tried, "" (none) first.
 
-    def __init__(self, volumes: Any, size: tuple[int, ...], max_shift: float, device: torch.device):
+    A turned x has at position p from the centre the value of x at R p.
+    """
+    found = {"": np.eye(dims)} | {f"zoom {zoom:.2f}": np.eye(dims) / zoom for zoom in ZOOMS}
+    for a, b in itertools.combinations(range(dims), 2):
+        for angle in ANGLES:
+            turn, (c, s) = np.eye(dims), (f(math.radians(angle)) for f in (math.cos, math.sin))
+            turn[[a, a, b, b], [a, b, a, b]] = c, -s, s, c
+            found[f"{angle} degrees, axes {a} {b}"] = turn
+    return found
+
+
+def turned(x: Tensor, turn: np.ndarray, spacing: tuple[float, ...]) -> Tensor:
+    """x (C, *S), turned about its centre; the edge is repeated. turn: as in `turns_of`, in mm."""
+    centre = (np.array(x.shape[1:]) - 1) / 2 * spacing
+    return torch.from_numpy(move(x.numpy(), turn, centre - turn @ centre, spacing, "bilinear"))
+
+
+class ImageSearch:
+    """Finds the greatest correlation of a volume (C, *S) with every training case, over shifts and flips.
+
+    With `spacing` (mm) also over the turns of `turns_of`, each with shifts and without flips.
+    """
+
+    def __init__(
+        self,
+        volumes: Any,
+        size: tuple[int, ...],
+        max_shift: float,
+        device: torch.device,
+        spacing: tuple[float, ...] | None = None,
+    ):
+        self.spacing = spacing
         dims = len(size)
         self.size, self.dims, self.device = size, dims, device
         self.pool = tuple(min(n, -(-max(size) // LARGEST[dims])) for n in size)
@@ -118,29 +152,34 @@ class ImageSearch:
         return x / x.norm().clamp(min=1e-12)
 
     def correlations(self, x: Tensor, flips: list[tuple[int, ...]]) -> tuple[Tensor, list[tuple]]:
-        """Compare x with all training cases: (greatest correlation (N,), [(flipped axes, shift in voxels)]).
+        """(greatest correlation with each training case (N,), [(flipped axes, shift in voxels, words of the
+        turn)] of each).
 
-        A copy is the shifted training case: x'(p) = y(p - shift), where x' is the flipped x.
+        A copy is the shifted training case: x'(p) = y(p - shift), where x' is the flipped or turned x.
         """
-        best = torch.full((len(self.spectra),), -math.inf)
-        found = [((), (0,) * self.dims)] * len(self.spectra)
+        num = len(self.spectra)
+        best, found = torch.full((num,), -math.inf), [((), (0,) * self.dims, "")] * num
         detail = self.detail(x)
-        for axes in flips:
-            spectrum = torch.fft.rfftn(detail.flip([a + 1 for a in axes]), s=self.room, dim=self.over)
-            for start in range(0, len(self.spectra), 64):
+        views = [((axes, ""), detail.flip([a + 1 for a in axes])) for axes in flips]
+        for words, turn in turns_of(self.dims).items() if self.spacing else ():
+            if words:
+                views.append((((), words), self.detail(turned(x.cpu().float(), turn, self.spacing))))
+        for (axes, words), view in views:
+            spectrum = torch.fft.rfftn(view, s=self.room, dim=self.over)
+            for start in range(0, num, 64):
                 product = (spectrum * self.spectra[start : start + 64].conj()).sum(1)
                 surface = torch.fft.irfftn(product, s=self.room, dim=self.over)  # (n, *room), [s]: shift s
                 values, peaks = self._within_reach(surface).flatten(1).max(1)
                 for k, (value, peak) in enumerate(zip(values.tolist(), peaks.tolist(), strict=True), start):
                     if value > best[k]:
-                        best[k] = value
-                        shift = np.unravel_index(peak, self.room)
-                        signed = (
-                            s - n if s > r else s
-                            for s, n, r in zip(shift, self.room, self.reach, strict=True)
-                        )
-                        found[k] = (axes, tuple(int(s) * p for s, p in zip(signed, self.pool, strict=True)))
+                        best[k], found[k] = value, (axes, self._shift(peak), words)
         return best, found
+
+    def _shift(self, peak: int) -> tuple[int, ...]:
+        """The shift in voxels of the sample that the place of a peak stands for."""
+        shift = np.unravel_index(peak, self.room)
+        signed = (s - n if s > r else s for s, n, r in zip(shift, self.room, self.reach, strict=True))
+        return tuple(int(s) * p for s, p in zip(signed, self.pool, strict=True))
 
     def _within_reach(self, surface: Tensor) -> Tensor:
         """The correlations (n, *room) with -inf where the shift is too large."""
@@ -196,6 +235,12 @@ class Nearest:
     distance: float
     flips: tuple[int, ...] = ()  # axes
     shift: tuple[int, ...] = ()  # voxels
+    turn: str = ""  # a key of turns_of
+
+
+def spacing_of(train: VolumeDataset) -> tuple[float, ...]:
+    """mm per voxel of the grid, or 1 where cases have spacings of their own."""
+    return tuple(train.spec.spacing or (1.0,) * train.spec.dims)
 
 
 def in_image_space(
@@ -204,7 +249,7 @@ def in_image_space(
     """Name of a set -> the nearest training case of each of its cases, by correlation of images."""
     train = sets.sets["train"]
     axes = _flip_axes(config, train.spec.dims)
-    search = ImageSearch(volumes_of(train), train.spec.size, config.max_shift, device)
+    search = ImageSearch(volumes_of(train), train.spec.size, config.max_shift, device, spacing_of(train))
     found: dict[str, list[Nearest]] = {}
     for name in names:
         found[name] = []
@@ -334,6 +379,7 @@ def judge(
             if space == "image":
                 row["flipped_axes"] = " ".join(map(str, one.flips))
                 row["shift_voxels"] = " ".join(map(str, one.shift))
+                row["turned"] = one.turn
             row["copy"] |= row[f"{space}_copy"] and row[f"{space}_nearest"] == row["image_nearest"]
         found[space] = {
             "limit": limit,
@@ -362,7 +408,7 @@ def verdict(
         words += "; measured by training cases, since there are no held-out cases: --holdout is surer"
     if references < 20:
         words += f"; only {references} real cases to measure by, so only clear copies are found"
-    return words
+    return f"{words}; {NOT_FOUND}"
 
 
 def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown: int) -> Path | None:
@@ -376,6 +422,9 @@ def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown
         name, row = listed[i]
         x = generated[i, i]["image"]
         y = aligned(train[nearest[i].index, nearest[i].index]["image"], nearest[i].flips, nearest[i].shift)
+        if nearest[i].turn:
+            turn = turns_of(train.spec.dims)[nearest[i].turn]
+            y = turned(y, np.linalg.inv(turn), spacing_of(train))
         near = psnr(x[None], y[None], 2.0).item()
         title = (
             f"{'COPY: ' if row['copy'] else ''}{name} | {row['image_nearest']} | difference   {near:.1f} dB"
