@@ -7,6 +7,27 @@ from typing import Any
 from .pages import escape
 
 LONG = 12  # rows; longer tables are folded
+SCORES = ("metrics", "figures", "scores", "spaces")  # keys of a report that hold its scores
+PLAIN = {  # keys of reports -> words for a reader
+    "metrics": "scores",
+    "figures": "generated beside real cases",
+    "spaces": "nearest training cases",
+    "low": "95 % from",
+    "high": "95 % to",
+    "std": "standard deviation",
+    "real_halves": "real cases among themselves",
+    "equal_size": "as many generated cases",
+    "through_autoencoder": "through the autoencoder",
+    "rank_z": "rank z",
+    "generated_median": "samples, median",
+    "reference_median": "real cases, median",
+    "reference_min": "real cases, least",
+}
+
+
+def plain(key: str) -> str:
+    """The words for a key of a report: those of PLAIN, else the key with spaces."""
+    return PLAIN.get(key, key.replace("_", " "))
 
 
 def as_text(value: Any) -> str:
@@ -27,12 +48,13 @@ def wide_table(rows: dict[str, dict[str, Any]], corner: str = "") -> str:
     """A table with one line per row and one column per key. corner: text of the first cell."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     is_number = {n: any(isinstance(row.get(n), (int, float)) for row in rows.values()) for n in names}
-    head = "".join(f"<th{' class=number' if is_number[n] else ''}>{escape(n)}</th>" for n in names)
+    head = "".join(f"<th{' class=number' if is_number[n] else ''}>{escape(plain(n))}</th>" for n in names)
     lines = [
-        f"<tr>{_cell(title, 'th')}{''.join(_cell(row.get(n, '')) for n in names)}</tr>"
+        f"<tr>{_cell(plain(title), 'th')}{''.join(_cell(row.get(n, '')) for n in names)}</tr>"
         for title, row in rows.items()
     ]
-    return f"<div class=wide><table><tr><th>{escape(corner)}</th>{head}</tr>{''.join(lines)}</table></div>"
+    head = f"<tr><th>{escape(plain(corner))}</th>{head}</tr>"
+    return f"<div class=wide><table>{head}{''.join(lines)}</table></div>"
 
 
 def key_table(values: dict[str, Any]) -> str:
@@ -63,3 +85,32 @@ def tables_of(content: dict[str, Any], title: str = "") -> tuple[str, dict[str, 
         parts.append(body)
         parts += [f"<h4>{escape(name)}</h4>{key_table(rest)}"] if rest else []
     return "".join(parts), plain
+
+
+def scores_of(report: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(HTML of what a report found, the rest of the report): its verdict, its warnings, then its scores.
+
+    Rows without a single number are named in one line below their table.
+    """
+    rest, body = dict(report), ""
+    if rest.get("verdict"):
+        body += f"<p class=verdict>{escape(rest.pop('verdict'))}</p>"
+    for words in rest.pop("warnings", None) or ():
+        body += f'<p class="warning">{escape(words)}</p>'
+    for key in SCORES:
+        rows = rest.get(key)
+        if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
+            continue
+        simple = {
+            name: {k: v for k, v in row.items() if not isinstance(v, (dict, list))}
+            for name, row in rows.items()
+        }
+        full = {
+            n: row for n, row in simple.items() if any(v is not None for k, v in row.items() if k != "cases")
+        }
+        body += wide_table(full, key) if full else ""
+        if left := [plain(name) for name in rows if name not in full]:
+            body += f"<p class=faint>No value: {escape(', '.join(left))}</p>"
+        if simple == rows:
+            del rest[key]
+    return body, rest

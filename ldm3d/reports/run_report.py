@@ -3,10 +3,10 @@
     python -m ldm3d.reports run runs/ldm-hippocampus                   writes runs/ldm-hippocampus/report.html
     python -m ldm3d.reports run runs/ldm-hippocampus --samples SAMPLES --out page.html
 
-The page shows curves of all figures in log.jsonl, the previews over time, a viewer of sampled or
-reconstructed volumes (three planes that move together), the scores and pictures of every folder of results in
-the run folder (samples-001, evaluation-001 ...), speed and memory, and the settings. It is one file, and it
-works offline.
+The page shows verdicts, warnings, scores and pictures of every folder of results in the run folder
+(samples-001, evaluation-001 ...), curves of all figures in log.jsonl, the previews over time, a viewer of
+sampled or reconstructed volumes (three planes that move together), speed and memory, and the settings. It is
+one file, and it works offline.
 
 The report reads what the run has written and computes nothing anew. No checkpoint is read, so it takes a
 second, and it can be made while the run goes on.
@@ -24,7 +24,7 @@ import numpy as np
 from ..config import InputError, at_least, read_json
 from ..data.volumes import PICTURE, is_volume_file
 from ..engine.logger import read_log
-from .html_tables import folded, key_table, tables_of
+from .html_tables import folded, key_table, scores_of, tables_of
 from .pages import escape, page, write_page
 from .pictures import data_url, volume_for_viewer
 from .run_log import COST, curves, facts_of
@@ -89,17 +89,18 @@ CURVE_CONTROLS = """<div class="tools">
 
 
 def results_html(folders: list[Path]) -> str:
-    """Scores and pictures of every folder of results."""
+    """Verdict, warnings, scores and pictures of every folder of results; how it was made is folded."""
     cards = []
     for folder in folders:
         body = ""
         for path in sorted(folder.glob("*.json")):
             try:
-                tables, rest = tables_of(read_json(path))
+                scores, others = scores_of(read_json(path))
+                tables, rest = tables_of(others)
             except InputError as e:
                 body += f"<p>{escape(e)}</p>"
                 continue
-            body += tables + folded(f"how it was made ({path.name})", key_table(rest))
+            body += scores + folded(f"how it was made ({path.name})", key_table(rest) + tables)
         for path in sorted(folder.glob("*.png")):
             body += f'<figure><img alt="{escape(path.name)}" src="{data_url(path.read_bytes())}">'
             body += f"<figcaption>{escape(path.name)}</figcaption></figure>"
@@ -159,9 +160,8 @@ def make_page(run: Path, config: RunReportConfig) -> str:
     volumes = [volume_for_viewer(path, settings.get("data", {}).get("dims", 3)) for path in files]
     data = {"charts": curves(lines), "cost": COST, "previews": previews(run / "previews"), "volumes": volumes}
 
-    sections = {
-        "curves": ("Curves", CURVE_CONTROLS if lines else "<p class=faint>Nothing is logged yet.</p>")
-    }
+    sections = {"results": ("Scores and results", results_html(folders))} if folders else {}
+    sections["curves"] = ("Curves", CURVE_CONTROLS if lines else "<p class=faint>Nothing is logged yet.</p>")
     if data["previews"]:
         sections["previews"] = ("Previews over time", '<div class="card" id="time"></div>')
     if volumes:
@@ -169,7 +169,8 @@ def make_page(run: Path, config: RunReportConfig) -> str:
         hint += f", every {volumes[0]['factor']} voxels as one." if volumes[0]["factor"] > 1 else "."
         viewer = f'<div class="card" id="viewer"></div><p class="faint">{hint}</p>'
         sections["volumes"] = (f"Volumes of {files[0].parent.name}", viewer)
-    sections["results"] = ("Scores and results", results_html(folders))
+    if not folders:
+        sections["results"] = ("Scores and results", results_html(folders))
     sections["cost"] = ("Speed and optimizer", '<div class="charts" id="cost-charts"></div>')
     sections["settings"] = ("Configuration", settings_html(settings))
 

@@ -15,7 +15,7 @@ from ldm3d import Volume, write
 from ldm3d.engine.logger import mid_slices, read_log
 from ldm3d.reports import pictures, run_log, run_report
 from ldm3d.reports.__main__ import main as reports_main
-from ldm3d.reports.html_tables import key_table, tables_of
+from ldm3d.reports.html_tables import key_table, scores_of, tables_of
 from ldm3d.reports.pictures import grey, png
 
 STEPS = 40
@@ -159,6 +159,46 @@ def test_json_becomes_tables_and_nothing_of_it_is_lost():
     for word in ("case 19", ">19<", "fid", ">1.5<", "4, 5", "flow", ">0.25<", "<summary>cases: 20"):
         assert word in tables, word
     assert "x&lt;y" in key_table(rest)
+
+
+def test_verdict_and_warnings_stand_before_the_scores_and_empty_rows_are_one_line():
+    empty = {"value": None, "low": None, "real_halves": None}
+    report = {
+        "seed": 3,
+        "protocol": {"size": [4, 5]},
+        "figures": {
+            "whole/kernel": {"value": 0.5, "low": 0.4},
+            "whole/recall": empty,
+            "whole/coverage": empty,
+        },
+        "warnings": ["too few <cases>"],
+        "verdict": "no copies",
+    }
+    html, rest = scores_of(report)
+    order = [
+        html.index(words)
+        for words in ("no copies", "too few &lt;cases&gt;", ">0.5<", "No value: whole/recall")
+    ]
+    assert order == sorted(order)
+    assert "95 % from" in html
+    assert "real_halves" not in html
+    assert "<td>-</td>" not in html
+    assert rest == {"seed": 3, "protocol": {"size": [4, 5]}}
+
+
+def test_scores_come_first_and_how_they_were_made_is_folded(run):
+    page = run_report.make_page(run, run_report.RunReportConfig())
+    assert page.index("Scores and results") < page.index(">Curves<")
+    assert page.index(">0.125<") < page.index("how it was made") < page.index(">seed<")
+
+
+def test_figures_are_drawn_smoothly_and_only_voxels_as_squares(run):
+    css = (Path(run_report.__file__).parent / "pages.css").read_text()
+    rules = [rule.split("{")[0].strip() for rule in css.split("}") if "pixelated" in rule]
+    assert len(rules) == 1
+    assert "img" not in rules[0].split(
+        ", "
+    )  # a figure loses its minus signs if it is scaled by repeating pixels
 
 
 def test_the_slices_of_a_sheet_are_those_of_the_volume():
