@@ -146,9 +146,10 @@ def train_features(groups: Sequence[Tensor], config: FeatureConfig, device: torc
 # --- how real volumes look ----------------------------------------------------------------------------------
 
 CELLS, LAYOUT_CELLS = 3, 4  # parts of every axis in which detail and intensity are measured
-DETAIL_WEIGHTS = (0.025, 0.05, 0.5)  # finest scale first; all coarser scales: 1
-EDGE_WEIGHTS = (1.0, 2.0)  # of the pairs of neighbouring scales, finest first; coarser pairs: 0
-JUMP_WEIGHT, LAYOUT_WEIGHT = 0.3, 0.015
+DETAIL_WEIGHTS = (0.03, 0.15, 0.8, 0.4)  # finest scale first; the last is that of all coarser scales too
+EDGE_WEIGHTS = (1.0, 1.0)  # of the pairs of neighbouring scales, finest first; coarser pairs: 0
+JUMP_WEIGHT, LAYOUT_WEIGHT = 0.3, 0.15
+MOST_DETAIL = 3.0  # times that of real cases; more counts as this
 UNIT = 10.0  # all features are multiplied by it, so that Frechet distances are mostly above 1
 
 
@@ -164,7 +165,9 @@ class FidelityNet(nn.Module):
 
     A set distance has to find small what a reader finds small (a rotation by 2 degrees, lost noise), and
     large what is impossible (half a head, two halves that do not belong together, clouds). So every block of
-    features answers one question, in a unit that bounds how much the loss of all it measures can cost:
+    features answers one question, in a unit that bounds what the answer can cost. First, x is brought to
+    mean 0 and standard deviation 1 of its coarse structure (x smoothed and halved twice). So gain and offset
+    do not matter, and a blur, which leaves the coarse structure alone, does not change its scale.
 
         detail  how much is there at this scale, and where? band_s = x_s - smoothed(x_s), where x_{s+1} is
                 the smoothed x_s at half the resolution (Burt & Adelson 1983). Root mean square of the band
@@ -175,17 +178,16 @@ class FidelityNet(nn.Module):
         jump    do neighbouring planes belong together? Let p_i be the mean |difference| of planes i and
                 i + 1. A seam stands out of its surroundings: the largest (p_i - max_{1 <= |k| <= 3} p_{i+k})
                 / mean(p), in the middle 80 % of any axis, between 0 and 1.
-        layout  is there tissue where it should be? Mean intensity in 4 x 4 (x 4) cells, divided by the
-                standard deviation of the voxels.
+        layout  is there tissue where it should be? Mean intensity in 4 x 4 (x 4) cells.
 
-    A block of n numbers is multiplied by sqrt(weight / n). The weights are chosen by experiment so that
+    A block of n numbers is multiplied by UNIT sqrt(weight / n). The weights are chosen by experiment so that
     the Frechet distance orders damages of synthetic heads and of hippocampus MRI (tests/evaluation): other
     real cases < rotation by 2 degrees < an autoencoder's output < blur < cut, rolled, joined halves < noise,
     clouds, decoded noise. The finest scales weigh least: most of what is there is noise, which no model of
-    the anatomy has to reproduce.
+    the anatomy has to reproduce. Variety weighs little: recall, coverage and MS-SSIM measure it.
 
     Example: a blur that takes all detail of the finest scale and half that of the next moves the features by
-    UNIT^2 (0.025 * 1^2 + 0.05 * 0.5^2) = 3.75 of Frechet distance; a seam in every volume by up to 30.
+    UNIT^2 (0.03 * 1^2 + 0.15 * 0.5^2) = 6.75 of Frechet distance; a seam in every volume by up to 30.
     """
 
     def __init__(self, config: FidelityConfig):
@@ -196,9 +198,17 @@ class FidelityNet(nn.Module):
         num = config.channels * per_channel
         self.register_buffer("mean", torch.zeros(num))
         self.register_buffer("gain", torch.ones(num))
+        self.register_buffer("most", torch.full((num,), math.inf))
 
     def blocks(self, x: Tensor) -> dict[str, Tensor]:
         """The features of x (B, C, *S) by question, in their own units: {name: (B, C, n)}."""
+        coarse = x
+        for _ in range(min(2, self.config.scales - 1)):
+            coarse = halve(smoothed(coarse))
+        std, mean = torch.std_mean(coarse.flatten(2), 2, correction=0)
+        std = std.maximum(1e-4 * x.flatten(2).abs().amax(2)).clamp(min=1e-12)  # of constant x: any will do
+        shape = (*std.shape, *(1,) * self.config.dims)
+        x = (x - mean.view(shape)) / std.view(shape)
         found, finer = {"layout": cell_means(x, LAYOUT_CELLS), "jump": largest_jump(x)}, None
         for scale in range(self.config.scales):
             low = smoothed(x)
@@ -214,29 +224,26 @@ class FidelityNet(nn.Module):
     @torch.no_grad()
     def fit(self, items: Iterable[Tensor]) -> int:
         """Measure the units on real items (B, C, *S), given a few at a time; returns the number of items."""
-        found, variances = [], []
-        for x in items:
-            found.append(self.blocks(x))
-            variances.append(x.flatten(2).var(2, correction=0))
-        spread = torch.cat(variances).mean(0).sqrt()  # (C,)
-        gains, rows = [], []
+        found = [self.blocks(x) for x in items]
+        gains, limits, rows = [], [], []
         for name in found[0]:
             block = torch.cat([blocks[name] for blocks in found])  # (N, C, n)
-            unit = torch.ones_like(spread)
-            if name == "layout":
-                unit = spread
-            elif name.startswith("detail"):
-                unit = block.square().mean((0, 2)).sqrt().maximum(1e-3 * spread)
-            gain = UNIT * math.sqrt(block_weight(name) / block.shape[2]) / unit.clamp(min=1e-8)
-            gains.append(gain[:, None].expand(block.shape[1:]).flatten())
+            shape, unit = block.shape[1:], torch.ones_like(block[0, :, 0])  # (C,)
+            if name.startswith("detail"):
+                unit = block.square().mean((0, 2)).sqrt().clamp(min=1e-3)
+            gain = UNIT * math.sqrt(block_weight(name) / block.shape[2]) / unit
+            limit = unit * (MOST_DETAIL if name.startswith("detail") else math.inf)
+            gains.append(gain[:, None].expand(shape).flatten())
+            limits.append(limit[:, None].expand(shape).flatten())
             rows.append(block.flatten(1))
         self.gain.copy_(torch.cat(gains))
-        self.mean.copy_(torch.cat(rows, dim=1).mean(0))
+        self.most.copy_(torch.cat(limits))
+        self.mean.copy_(torch.cat(rows, dim=1).minimum(self.most).mean(0))
         return len(rows[0])
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = [block.flatten(1) for block in self.blocks(x).values()]
-        return (torch.cat(blocks, dim=1) - self.mean) * self.gain
+        return (torch.cat(blocks, dim=1).minimum(self.most) - self.mean) * self.gain
 
 
 def block_weight(name: str) -> float:
@@ -246,7 +253,7 @@ def block_weight(name: str) -> float:
     scale = int(name[-1])
     if name.startswith("edges"):
         return EDGE_WEIGHTS[scale - 1]
-    return DETAIL_WEIGHTS[scale] if scale < len(DETAIL_WEIGHTS) else 1.0
+    return DETAIL_WEIGHTS[min(scale, len(DETAIL_WEIGHTS) - 1)]
 
 
 def smoothed(x: Tensor) -> Tensor:
@@ -414,7 +421,8 @@ def fidelity_features(
 
     key: all that the items depend on, such as files and their times; its repr is hashed.
     """
-    constants = DETAIL_WEIGHTS, EDGE_WEIGHTS, JUMP_WEIGHT, LAYOUT_WEIGHT, CELLS, LAYOUT_CELLS, UNIT
+    constants = DETAIL_WEIGHTS, EDGE_WEIGHTS, JUMP_WEIGHT, LAYOUT_WEIGHT, CELLS, LAYOUT_CELLS
+    constants += MOST_DETAIL, UNIT
     path = stored_path(folder, ("fidelity", key, to_dict(config), constants))
     if path.is_file():
         return _extractor(_stored(path).to(device), str(path), device)
