@@ -151,7 +151,7 @@ def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
 
     InputError if a required column is missing, or if a line has not the cells of the header.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such CSV (data.subject, data.split or data.table names it)")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -197,7 +197,7 @@ def _read_msd(path: Path) -> list[dict[str, Any]]:
             for part, entries in parts.items()
             for entry in entries
         ]
-        if any(not isinstance(row[role] or "", str) for row in rows for role in ("image", "mask")):
+        if not all(isinstance(row["image"], str) and isinstance(row["mask"], str | None) for row in rows):
             raise TypeError
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(
@@ -215,7 +215,7 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
     folder for every case.
     """
     names = [name] if name else ["cases.csv", "dataset.json"]
-    table = next((root / n for n in names if (root / n).is_file()), None)
+    table = next((root / n for n in names if os.path.isfile(root / n)), None)
     if table is None and name:
         raise InputError(f"data.table: no file {root / name}")
     if table is None:
@@ -235,7 +235,7 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
             problems.append(f"{table}: case {case} is listed twice")
         files = {role: table.parent / row[role] if row.get(role) else None for role in ROLES}
         for role, path in files.items():
-            if path is not None and not path.is_file():
+            if path is not None and not os.path.isfile(path):  # Path.is_file raises for long names
                 problems.append(f"{table}: {role} of case {case}: no file {path}")
         rows[case] = row | files
     return rows, {role: str(table) for role in ROLES if role in listed[0]}
@@ -280,7 +280,7 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
         source=row.get("source"),
         subject=row.get("subject") or name,
         split=split,
-        class_idx=int(cell) if re.fullmatch("[0-9]+", cell) else None,
+        class_idx=int(cell) if re.fullmatch("[0-9]{1,9}", cell) else None,
         text=row.get("text") or "",
         columns={k: v or "" for k, v in row.items() if k not in ROLES},
     )

@@ -40,13 +40,13 @@ def own_images(folder: Path) -> str | None:
 def locate(location: str | Path) -> tuple[Path, str | None]:
     """A glob, "FOLDER/*/t1.nii.gz", as (root, pattern of the images below it). A folder has no pattern."""
     path = Path(location).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for names that are too long
         return path, None
     wild = next((i for i, part in enumerate(path.parts) if "*" in part or "?" in part), None)
     root = Path(*path.parts[:wild]) if wild is not None else path
-    if wild is not None and root.is_dir():
+    if wild is not None and os.path.isdir(root):
         return root, str(Path(*path.parts[wild:]))
-    if path.is_file():
+    if os.path.isfile(path):
         raise InputError(f"{location}: a file, expected a folder or a pattern in quotes")
     raise InputError(f"{root}: no such folder")
 
@@ -62,7 +62,7 @@ def find_images(
     """
     layout = replace(layout, cache="none", mask=None, source=None, split=None, allow_missing_mask=True)
     path = Path(location).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         root, cases = path.parent, [Case(strip_suffix(path), path, subject=strip_suffix(path))]
     else:
         root, pattern = locate(location)
@@ -125,7 +125,7 @@ def own_cases(
 
 def with_references(cases: list[Case], folder: Path) -> list[Case]:
     """The cases with their label maps: the files of `folder` named like the image, or like the case."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"reference: {folder} is not a folder")
     files = {strip_suffix(path): path for path in sorted(folder.iterdir()) if is_volume_file(path)}
     found = []

@@ -141,9 +141,10 @@ def open_data(
             raise InputError(f"data.foreground: has no effect {reason}")
         split = split_cases(cases, config, seed)
     else:
-        listed = {name for part in split.values() for name in part}
-        if not split.get("train") or not split.get("val"):
+        parts = [split.get("train"), split.get("val"), split.get("test", [])]
+        if not all(isinstance(part, list) for part in parts) or not (parts[0] and parts[1]):
             raise InputError(f"{root}: the stored split lists no cases to train on, or none to validate on")
+        listed = {name for part in parts for name in part}
         gone = sorted(listed - {case.id for case in cases})
         if gone:
             raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")

@@ -7,6 +7,7 @@ intensities, the affine and the orientation of this file.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..config import InputError
 from .cases import Case
 from .geometry import centred
 from .inspection import CaseInfo
@@ -47,7 +49,16 @@ class DataSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataSpec:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        """The inverse. InputError if these are not the values of a spec, as in a damaged checkpoint."""
+        try:
+            spec = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            valid = min(spec.size) > 0 and all(0 < mm < math.inf for mm in spec.spacing)
+            valid = valid and len(spec.size) == len(spec.spacing) == spec.dims
+        except (AttributeError, TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise InputError("what the checkpoint holds of its training data (state.data) is damaged")
+        return spec
 
     @property
     def clipped(self) -> bool:

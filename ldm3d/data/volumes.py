@@ -28,6 +28,7 @@ import logging
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -241,7 +242,7 @@ def _tiff_spacing(file: tifffile.TiffFile, dims: int) -> tuple[float, ...] | Non
     plane = tuple(scale / rate for rate in rates)  # rates: pixels per unit
     if not unit and {round(25.4 / length) for length in plane} <= SCREEN_DPI:
         return None
-    depth = float(fields["spacing"]) * scale if "spacing" in fields else plane[0]
+    depth = max(0.0, float(fields["spacing"])) * scale if "spacing" in fields else plane[0]  # nan: 0 too
     return plane if dims == 2 else (depth, *plane)
 
 
@@ -318,6 +319,7 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
         raise InputError(f"{path}: PNG and JPEG need Pillow; pip install 'ldm3d[viz]'") from error
     if dims == 3:
         raise InputError(f"{path}: a 2-D picture, expected a volume (dims = 3)")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # slides are large
     with Image.open(path) as image:
         image.verify()  # the checksums of a PNG, which are not compared otherwise
     with Image.open(path) as image:  # a palette picture gives its indices: that is how label maps are stored
@@ -448,8 +450,8 @@ def _reading(path: Path) -> Iterator[None]:
 def _open(path: Path, channel: Any, spacing: Any, dims: int | None) -> tuple[Header, Callable]:
     """The header, and a function without arguments that reads the chosen channels, in RAS+ order."""
     suffix = volume_suffix(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: {'a folder, expected a file' if os.path.isdir(path) else 'no such file'}")
     if not suffix:
         raise InputError(f"{path}: unknown kind of file, expected one of {' '.join(SUFFIXES)}")
     if path.stat().st_size == 0:

@@ -55,6 +55,8 @@ def test_a_csv_fills_the_same_table(root, tmp_path, mark):
     (tmp_path / "named.csv").write_text(table.replace(f"{mark}1{mark}", f"{mark}benign{mark}"))
     named = find_cases(DataConfig(table="named.csv"), tmp_path)[0]
     assert (named.class_idx, named.columns["class"]) == (None, "benign")
+    (tmp_path / "named.csv").write_text(table.replace(f"{mark}1{mark}", f"{mark}{10**40}{mark}"))
+    assert find_cases(DataConfig(table="named.csv"), tmp_path)[0].class_idx is None  # a name, if anything
     assert split_cases(cases, DataConfig(), 0) == {"train": ["case_0"], "val": ["case_1"], "test": []}
     item = opened(DataConfig(root=str(tmp_path), cache_dir=str(tmp_path))).dataset("val")[5, 0]
     assert (item["class"], item["text"], item["position"], item["index"]) == (-1, "", 5, 0)
@@ -170,6 +172,7 @@ def test_a_setting_that_does_not_fit_the_folder_is_named(fresh, changes, parts):
         ("picture,mask\nimages/a.nii.gz,\n", ["no column 'image'", "picture"]),
         ("image,mask\nimages/a.nii.gz,\n", ["case a", "no mask"]),
         ("image\nimages/x.nii.gz\n", ["images/x.nii.gz", "no file"]),
+        (f"image\n{'x' * 5000}\n", ["no file"]),
         ("image\nimages/a.nii.gz\nimages/a.nii.gz\n", ["listed twice"]),
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,\n", ["case b", "no split"]),
         ("image,split\nimages/a.nii.gz,train\nimages/b.nii.gz,learn\n", ["case b", "'learn'"]),
@@ -197,6 +200,7 @@ def test_a_bad_table_is_named_with_the_row(fresh, text, parts):
         '{"training": [{"image": "images/a.nii.gz", "label": 1}]}',
         '{"training": [{"image": "images/a.nii.gz", "label": ["labels/a.nii.gz"]}]}',
         '{"training": [{"image": ["images/a.nii.gz"]}]}',
+        '{"training": [{"image": null, "label": "labels/a.nii.gz"}]}',
         '{"training": ' + "[" * 100_000,
     ],
 )

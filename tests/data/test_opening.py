@@ -91,7 +91,10 @@ def test_a_case_of_the_stored_split_that_is_gone_is_named(fresh):
         open_data(fresh_settings(fresh), "heads", 0, split)
 
 
-@pytest.mark.parametrize("split", [{}, {"train": [], "val": ["b"]}, {"train": ["a"], "val": [], "test": []}])
+@pytest.mark.parametrize(
+    "split",
+    [{}, {"train": 1, "val": 2}, {"train": [], "val": ["b"]}, {"train": ["a"], "val": [], "test": []}],
+)
 def test_a_stored_split_without_cases_is_refused(fresh, split):
     with pytest.raises(InputError, match="the stored split lists no cases to train on, or none to validate"):
         open_data(fresh_settings(fresh), "heads", 0, split)

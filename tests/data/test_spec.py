@@ -1,6 +1,7 @@
 """Samples and reconstructions become volumes again, in the units, position and orientation of the data."""
 
 import json
+import math
 
 import nibabel as nib
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from folders import OBLIQUE, make_folder, opened, save
 
+from ldm3d.config import InputError
 from ldm3d.data import Case, DataConfig, DataSpec, open_data, restore, write
 from ldm3d.data.inspection import CaseInfo
 from ldm3d.data.phantoms import write_phantoms
@@ -104,3 +106,21 @@ def test_a_sample_beyond_the_clipped_range_is_written_within_the_data_s_own(tmp_
     array = spec.to_volume(torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1)).array.flatten()
     low, high = spec.low[0], spec.high[0]
     assert array.tolist() == pytest.approx([low, (low + high) / 2, high], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spacing": [0.0, 1.0, 1.0]},
+        {"spacing": [math.nan, 1.0, 1.0]},
+        {"size": [8, 8]},
+        {"size": "x"},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_record_of_the_data_is_named(settings, change):
+    values = opened(settings).spec.to_dict()
+    assert DataSpec.from_dict(values) == opened(settings).spec
+    for damaged in (values | change, [], {}):
+        with pytest.raises(InputError, match=r"training data \(state\.data\) is damaged"):
+            DataSpec.from_dict(damaged)

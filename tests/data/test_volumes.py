@@ -219,8 +219,11 @@ def test_the_resolution_of_a_screen_is_not_the_spacing_of_a_tiff(tmp_path: Path,
 
 def test_voxels_without_a_size_are_refused_until_a_size_is_given(tmp_path: Path) -> None:
     stack = np.zeros((4, 5, 6), np.float32)
-    thin = {"axes": "ZYX", "spacing": 0, "unit": "mm"}
-    tifffile.imwrite(tmp_path / "thin.tif", stack, imagej=True, resolution=(2, 2), metadata=thin)
+    for depth in (-2.0, 0, "nan"):
+        thin = {"axes": "ZYX", "spacing": depth, "unit": "mm"}
+        tifffile.imwrite(tmp_path / "thin.tif", stack, imagej=True, resolution=(2, 2), metadata=thin)
+        with pytest.raises(InputError, match=r"thin\.tif: states voxels of \(0\.0, 0\.5, 0\.5\) mm"):
+            read_header(tmp_path / "thin.tif")
     flat = {"axes": "YX", "affine": np.zeros((3, 3)).tolist()}
     tifffile.imwrite(tmp_path / "flat.tif", stack[0], metadata=flat)
     for name in ("thin.tif", "flat.tif"):
