@@ -214,7 +214,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 def autoencoder_of(config: Config) -> Path:
     """The run or file of the autoencoder: the run folder's own copy, once there is one, else --vae."""
     own = Path(config.run.dir or f"runs/ldm-{config.preset}") / "autoencoder.pt"
-    return own if own.exists() and not config.run.fresh else Path(config.vae or f"runs/vae-{config.preset}")
+    if own.exists() and not config.run.fresh:
+        return own
+    path = Path(config.vae or f"runs/vae-{config.preset}")
+    if config.vae is None and not path.exists():
+        first = f"python train_vae.py {config.preset}"
+        raise InputError(f"{path}: no autoencoder; train it first ({first}), or name another with --vae")
+    return path
 
 
 def with_autoencoder(config: Config) -> Config:

@@ -362,8 +362,8 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
     data = open_data(config.data, config.preset, config.run.seed, split, config.vae.downsampling)
     if config.vae.in_channels != data.spec.channels:
         raise InputError(
-            f"vae.in_channels: {config.vae.in_channels}, but the images have {data.spec.channels} channels "
-            "(all of them, or those that data.channel names)"
+            f"vae.in_channels: {config.vae.in_channels}, but the images have {data.spec.channels} channels; "
+            f"set --vae.in_channels {data.spec.channels}, or choose some with --data.channel"
         )
     return data
 

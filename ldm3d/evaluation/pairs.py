@@ -45,7 +45,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import Volume, read
 from ..data.images import locate, own_images
 from ..data.volumes import is_volume_file, read_header, strip_suffix
-from ..engine.distributed import choose_device
+from ..engine.distributed import choose_device, print0
 from ..engine.logger import new_figure, progress, save_figure, save_sheet
 from ..metrics import dice, iou, precision, psnr, sensitivity, ssim
 from .morphology import fill_holes, heights_and_widths, largest_component, otsu_threshold, rigid_between
@@ -109,17 +109,25 @@ def named_files(location: str, key: str) -> dict[str, Path]:
 
 
 def pair_files(locations: dict[str, str]) -> dict[str, dict[str, Path]]:
-    """Pair files by name: {role: folder or glob} -> {name: {role: file}}; every file must have a partner."""
+    """Pair files by name: {role: folder or glob} -> {name: {role: file}}.
+
+    Every generated file must have a partner in each other role. Other roles may hold more files, as the
+    folder of all targets does when a part of them was translated: a note counts the files that are left out.
+    """
     roles = {role: named_files(location, role) for role, location in locations.items()}
-    for files in roles.values():
-        for other, partners in roles.items():
-            alone = sorted(files.keys() - partners.keys())
-            if alone:
-                more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
-                raise InputError(
-                    f"{files[alone[0]]}: no partner named {alone[0]} in {other} {locations[other]}{more}"
-                )
-    return {name: {role: roles[role][name] for role in roles} for name in next(iter(roles.values()))}
+    names = roles["generated"]
+    for other, partners in roles.items():
+        if alone := sorted(names.keys() - partners.keys()):
+            more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
+            raise InputError(
+                f"{names[alone[0]]}: no partner named {alone[0]} in {other} {locations[other]}{more}"
+            )
+        if unpaired := sorted(partners.keys() - names.keys()):
+            some = f"{len(unpaired)} of {len(partners)} files, such as {unpaired[0]},"
+            print0(
+                f"note: {some} of {other} {locations[other]} have no partner in generated and are left out"
+            )
+    return {name: {role: roles[role][name] for role in roles} for name in names}
 
 
 def read_pair(files: dict[str, Path], config: PairsConfig) -> dict[str, Volume]:
