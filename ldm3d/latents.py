@@ -201,7 +201,10 @@ def cache_latents(
                 arrays[name][i, v] = value.cpu().numpy()
         for name, path in partial.items():
             arrays[name].flush()
-            os.replace(path, file(name, part)[0])
+            try:
+                os.replace(path, file(name, part)[0])
+            except OSError as e:
+                raise InputError(f"{file(name, part)[0]}: cannot be written ({e.strerror})") from None
 
     def is_missing(part: range) -> bool:
         return any(open_array(*file(name, part)) is None for name in layout)

@@ -220,6 +220,8 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     except Terminated as e:
         print0(e)
         code = EXIT_TERMINATED
+        with contextlib.suppress(Exception):
+            barrier()  # torchrun ends all ranks as soon as one has ended: rank 0 must have said why
     except KeyboardInterrupt:
         print0("interrupted; the same command goes on from the last checkpoint, if there is one")
         code = 130

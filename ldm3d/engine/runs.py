@@ -257,6 +257,8 @@ class Run:
         """Refuse to go on with other data than the run was trained on. now: the `DataSpec.to_dict()` of the
         files as they are. part: under which name the state of a checkpoint holds it."""
         before = self.resumed["state"].get(part, {}) if self.resumed else {}
+        if not isinstance(before, dict):
+            raise InputError(f"{self.dir}: checkpoint of step {self.step} is damaged (state: {part})")
         if different := difference(before, now):
             raise InputError(
                 f"{self.dir}: the data have changed since this run was started: {different}. Put the files "

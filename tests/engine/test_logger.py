@@ -66,9 +66,10 @@ def test_what_is_not_finite_is_null_since_json_knows_no_nan(tmp_path):
 
 def test_the_seconds_of_a_resumed_run_go_on_from_the_last_line_that_is_kept(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "seconds": 100.0}\n{"step": 2, "seconds": 200.0}\n{"step": 3, "seco')
+    first, second = (json.dumps({"step": n, "split": "train", "seconds": 100.0 * n}) + "\n" for n in (1, 2))
+    path.write_text(first + second + '{"step": 3, "seco')
     assert cut_back(path, 1) == 100.0
-    assert path.read_text() == '{"step": 1, "seconds": 100.0}\n'
+    assert path.read_text() == first
     logger = Logger(tmp_path, 1)
     logger.log(2, "train", {}, echo=False)
     logger.close()

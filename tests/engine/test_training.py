@@ -32,6 +32,7 @@ from ldm3d.engine.training import (
 )
 
 CPU = torch.device("cpu")
+SPLIT = {"train": ["a"], "val": ["b"], "test": []}
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,8 @@ def open_run(tmp_path, flags=None, **changes):
 def begin(run):
     """Start a run of a tiny network; a resumed run gets its weights back."""
     net = nn.Linear(run.config.width, 1)
-    run.start({"train": ["a"]}, CPU)
-    run.restore({"about": 1}, net, EMA(net, 0.9), {"net": make_stepper(net)}, Mean())
+    run.start(SPLIT, CPU)
+    run.restore({"data": {}}, net, EMA(net, 0.9), {"net": make_stepper(net)}, Mean())
     return run
 
 
@@ -268,7 +269,7 @@ def test_the_same_command_goes_on_from_the_newest_checkpoint(tmp_path):
     net = saved_run(tmp_path, 7).net
     run = open_run(tmp_path)
     assert run.step == 7
-    assert run.split() == {"train": ["a"]}
+    assert run.split() == SPLIT
     assert torch.equal(begin(run).net.weight, net.weight)
 
 
