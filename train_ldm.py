@@ -248,6 +248,10 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
             raise InputError(
                 f"data.{name}: the autoencoder was trained with {theirs[name]}, got {ours[name]}"
             )
+    width = stage_one["config"]["vae"]["latent_channels"]
+    for name in ("in_channels", "out_channels"):
+        if getattr(config.unet, name) != width:
+            raise InputError(f"unet.{name}: follows from the autoencoder's {width} latent channels")
     varied = config.data.augment != AugmentConfig() or config.data.crop == "random"
     if config.latent_cache and varied and config.data.num_variants == 1:
         raise InputError("data.augment, data.crop: need data.num_variants > 1, or latent_cache false")
@@ -264,7 +268,12 @@ def open_latent_data(
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
     measured = data.spec.to_dict()
     spec = DataSpec.from_dict(stage_one["state"]["data"])
-    spec = dataclasses.replace(spec, size=config.data.size or spec.size, num_labels=data.spec.num_labels)
+    spec = dataclasses.replace(
+        spec,
+        size=config.data.size or spec.size,
+        num_labels=data.spec.num_labels,
+        source_channels=min(spec.source_channels, data.spec.source_channels),
+    )
     if config.anatomy.registers != "off" and spec.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
     if config.anatomy.registers != "off" or "labels" in config.condition.use:

@@ -177,7 +177,14 @@ class Condition:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Condition:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        """The inverse. InputError if these are not the values of a condition, as in a damaged checkpoint."""
+        try:
+            condition = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (AttributeError, TypeError):
+            raise InputError(f"conditions: {values!r:.60} is none; the checkpoint is damaged") from None
+        if condition.kind not in KINDS:
+            raise InputError(f"conditions: unknown kind {condition.kind!r}; the checkpoint is damaged")
+        return condition
 
     def encode(self, value: Any, folder: Path | None = None) -> Tensor:
         """The value of one sample, from a cell, the command line or Python -> a tensor without batch axis.
@@ -274,7 +281,7 @@ def read_embedding(path: Path) -> Tensor:
     if isinstance(content, dict) and "embedding" not in content and len(content) == 1:
         content = {"embedding": next(iter(content.values()))}
     vectors = content.get("embedding") if isinstance(content, dict) else None
-    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or not len(vectors):
+    if not isinstance(vectors, Tensor) or vectors.is_complex() or vectors.ndim != 2 or not len(vectors):
         raise InputError(f'{path}: expected an array "embedding" (L, E), and maybe "mask" (L,)')
     mask = content.get("mask", torch.ones(len(vectors)))
     if not isinstance(mask, Tensor) or mask.shape != vectors.shape[:1]:

@@ -65,6 +65,17 @@ def copy_autoencoder(source: str | Path, run_dir: Path) -> None:
     save(target, {k: content.get(k) for k in keep})
 
 
+def latent_statistics_of(state: dict[str, Any], channels: int, run: str | Path) -> tuple[Tensor, Tensor]:
+    """latent_mean and latent_std (C_z,) of a checkpoint's state. InputError if they are not such."""
+    mean, std = (state.get(name) for name in ("latent_mean", "latent_std"))
+    for name, value in (("latent_mean", mean), ("latent_std", std)):
+        if not isinstance(value, Tensor) or value.shape != (channels,) or not value.isfinite().all():
+            raise InputError(f"{run}: {name} is no {channels} finite numbers; the checkpoint is damaged")
+    if not (std > 0).all():
+        raise InputError(f"{run}: latent_std is not above 0; the checkpoint is damaged")
+    return mean, std
+
+
 # --- pipelines ----------------------------------------------------------------------------------------------
 
 
@@ -158,7 +169,7 @@ class LatentDiffusionPipeline(Pipeline):
         )
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, config["kernel"], "kernel"))
-        statistics = state["latent_mean"], state["latent_std"]
+        statistics = latent_statistics_of(state, autoencoder.config.latent_channels, run)
         model = LatentDiffusion(autoencoder, denoiser, kernel, *statistics, self.spec)
         self.model = model.to(device).eval().requires_grad_(False)
 

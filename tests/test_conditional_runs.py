@@ -2,6 +2,7 @@
 under its conditions, and refuses those that it does not have before any work."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def test_the_checkpoint_knows_the_conditions(run):
     ]
     assert model.denoiser.conditions[2].mean[0] == pytest.approx(46, abs=3)
     assert (run / "previews" / "step_0000010.png").exists()
+
+
+def test_an_autoencoder_that_has_learnt_sources_serves_data_without_any(runs_folder, tmp_path):
+    images = "--data.table", "none", "--data.image", "images/*.tif", "--data.source", "none"
+    moved = tmp_path / "heads"  # images alone: the table of the data names sources
+    shutil.copytree(runs_folder / "heads" / "images", moved / "images")
+    flags = ldm_flags(runs_folder / "vae", tmp_path / "ldm", 1, *images, "--data.root", str(moved))
+    train_ldm.main(flags)
+    assert np.isfinite(lines(tmp_path / "ldm")[-1]["loss"])
 
 
 def test_the_cache_holds_the_latent_of_the_source_and_the_shares_of_the_labels(run):

@@ -146,6 +146,12 @@ def test_a_bad_cell_names_its_case(folder):
         fit_conditions(ConditionConfig(use=("image",)), {}, [], [], 3, False, None, folder)
 
 
+def test_an_embedding_of_complex_numbers_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", embedding=np.ones((3, 5), np.complex64))
+    with pytest.raises(InputError, match=r"a\.npz: expected an array"):
+        read_embedding(tmp_path / "a.npz")
+
+
 def test_an_embedding_file_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self):

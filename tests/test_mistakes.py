@@ -86,6 +86,7 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("ldm", "--data.percentiles 1,99", "data.percentiles: the autoencoder was trained with"),
     ("ldm", "--data.augment.flip_axes 1", "data.num_variants > 1"),
     ("ldm", "--data.num_variants 3", "data.num_variants: all would be equal"),
+    ("ldm", "--unet.out_channels 7", "unet.out_channels: follows from the autoencoder's 3 latent channels"),
     ("ldm", "--condition.use klass", "is no condition"),
     ("ldm", "--condition.use class:stage", "no column 'stage'"),
     ("ldm", "--condition.use class --unet.context_dim 8", "unet.context_dim: follows from the conditions"),

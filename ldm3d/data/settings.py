@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from ..config import InputError, at_least
 from .transforms import AugmentConfig
 
@@ -69,7 +71,7 @@ class DataConfig:
         axes = self.augment.flip_axes + self.augment.rot90_axes
         checks = {
             "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "0 <= low < high <= 100"),
-            "window": (self.window[0] < self.window[1], "low < high"),
+            "window": (np.float32((self.window[1] - self.window[0]) / 2) > 0, "low < high"),
             "val_fraction": (0 <= self.val_fraction < 1, "0 <= fraction < 1"),
             "foreground": (0 <= self.foreground <= 1, "a fraction from 0 to 1"),
             "test_fraction": (0 <= self.test_fraction < 1 - self.val_fraction, "something left to train on"),

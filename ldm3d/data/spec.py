@@ -54,6 +54,7 @@ class DataSpec:
             spec = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
             valid = min(spec.size) > 0 and all(0 < mm < math.inf for mm in spec.spacing)
             valid = valid and len(spec.size) == len(spec.spacing) == spec.dims
+            valid = valid and all(map(math.isfinite, (*spec.low, *spec.high)))
         except (AttributeError, TypeError, ValueError):
             valid = False
         if not valid:

@@ -320,10 +320,12 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
     if dims == 3:
         raise InputError(f"{path}: a 2-D picture, expected a volume (dims = 3)")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # slides are large
-    with Image.open(path) as image:
-        image.verify()  # the checksums of a PNG, which are not compared otherwise
-    with Image.open(path) as image:  # a palette picture gives its indices: that is how label maps are stored
-        data, palette = np.asarray(image), image.mode in ("P", "PA")
+    with warnings.catch_warnings():  # of files that are refused in a line of ours
+        warnings.simplefilter("ignore", UserWarning)
+        with Image.open(path) as image:
+            image.verify()  # the checksums of a PNG, which are not compared otherwise
+        with Image.open(path) as image:  # a palette picture gives its indices: as label maps are stored
+            data, palette = np.asarray(image), image.mode in ("P", "PA")
     data = data[None] if data.ndim == 2 else np.moveaxis(data, -1, 0)
     shape = data.shape[1:]
     return _Opened(len(data), shape, data.dtype, None, None, lambda picks: data[list(picks)], palette)

@@ -118,6 +118,8 @@ class Results:
                 self.sheet(name, x, number)
 
     def write(self, name: str, number: int, x: Tensor, folder: str = "") -> None:
+        if not x.isfinite().all():
+            raise InputError(f"{name}: is not finite; --amp fp32 tells whether half precision is too coarse")
         volume = self.request.volume(number, x, self.spec)
         if self.request.paste:
             volume = pasted(volume, self.request)
