@@ -1,0 +1,526 @@
+"""Every flag reaches what it is for: a logged term, a weight or a file changes as a formula of its own says.
+
+All networks start from the same weights and see the same batch, so the first step of one run tells what the
+first step of another must be, whose flags differ.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+import train_ldm
+import train_vae
+from ldm3d.conditions import absent
+from ldm3d.diffusion_kernel import DiffusionKernel
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.inference.segmentation import overlay
+from ldm3d.latent_diffusion import LatentDiffusion
+from ldm3d.losses import VGG16, PerceptualConfig, PerceptualLoss, gradient_loss
+from ldm3d.metrics import ms_ssim
+
+LR = 2e-3  # of tests/tiny.py
+BARE = "--gradient_weight 0 --kl_weight 0"
+DISC = f"{BARE} --disc.channels 4 --disc.num_layers 1 --disc_start 0 --disc_ramp 0 --disc_adaptive false"
+DISC_ALONE = f"{DISC} --disc_weight 0.1 --optim.lr 1e-12"  # the autoencoder stays as it is
+
+
+def spy(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple, dict, Any]]:
+    """The calls of a function from now on, (arguments, named ones, result), as they come in."""
+    real, calls = getattr(owner, name), []
+
+    def watched(*args, **kwargs):
+        calls.append((args, kwargs, real(*args, **kwargs)))
+        return calls[-1][2]
+
+    patch.setattr(owner, name, watched)
+    return calls
+
+
+# --- train_vae.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae(heads, tmp_path_factory) -> Callable[..., SimpleNamespace]:
+    """vae(flags, steps): a run of train_vae.py, once for each set of flags.
+
+    lines: of the log. content: the last checkpoint. recon, latent, x: of the first step. real, fake: the
+    discriminator's first logits. sheets: the rows of its pictures.
+    """
+    place, made = tmp_path_factory.mktemp("wires"), {}
+
+    def run(flags: str = "", steps: int = 1) -> SimpleNamespace:
+        if (flags, steps) not in made:
+            folder = place / f"{len(made)}"
+            with pytest.MonkeyPatch.context() as patch:
+                terms, judged, sheets = (
+                    spy(patch, train_vae, name) for name in ("loss_terms", "discriminator_loss", "save_sheet")
+                )
+                train_vae.main(tiny.vae_flags(heads, folder, steps, *flags.split()))
+            recon, latent, x, *_ = terms[0][0]
+            real, fake = judged[0][0][:2] if judged else (None, None)
+            made[flags, steps] = SimpleNamespace(
+                lines=tiny.lines(folder),
+                content=load(step_files(folder)[0]),
+                recon=recon.detach(),
+                latent=latent,
+                x=x,
+                real=real,
+                fake=fake,
+                sheets=[args[1] for args, _, _ in sheets],
+            )
+        return made[flags, steps]
+
+    return run
+
+
+def l1(run: SimpleNamespace) -> Tensor:
+    return (run.recon - run.x).abs().mean()
+
+
+def nats(run: SimpleNamespace) -> Tensor:
+    normal = torch.distributions.Normal
+    posterior = normal(run.latent.mean, torch.exp(run.latent.logvar / 2))
+    return torch.distributions.kl_divergence(posterior, normal(0.0, 1.0)).mean()
+
+
+VAE_LOSSES: dict[str, Callable[[SimpleNamespace], Tensor]] = {  # flags -> the first loss, from what was seen
+    BARE: l1,
+    f"{BARE} --reconstruction l2": lambda run: (run.recon - run.x).square().mean(),
+    "--gradient_weight 0 --kl_weight 0.3": lambda run: l1(run) + 0.3 * nats(run),
+    "--gradient_weight 0 --kl_weight 0.3 --kl_warmup 4": lambda run: l1(run) + 0.3 / 4 * nats(run),
+    # all channels cost less than 5 nats, so each pays just that
+    "--gradient_weight 0 --kl_weight 0.3 --free_bits 5": lambda run: l1(run) + 0.3 * 5,
+    "--kl_weight 0 --gradient_weight 2": lambda run: l1(run) + 2 * gradient_loss(run.recon, run.x).mean(),
+    f"{BARE} --structure_weight 0.5": lambda run: (
+        l1(run) + 0.5 * (1 - ms_ssim(run.recon, run.x, data_range=2.0).mean())
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", VAE_LOSSES)
+def test_each_term_has_the_weight_of_its_flag_in_the_loss_of_an_autoencoder(vae, flags):
+    expected = VAE_LOSSES[flags](vae(BARE)).item()
+    assert vae(flags).lines[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_weight_of_the_kl_rises_within_its_warm_up(vae):
+    for step, line in enumerate(vae("--gradient_weight 0 --kl_weight 0.3 --kl_warmup 2", 3).lines, start=1):
+        weight = 0.3 * min(1, step / 2)
+        assert line["loss"] == pytest.approx(line["reconstruction"] + weight * line["kl"], rel=1e-5)
+
+
+def test_the_perceptual_distance_is_that_of_the_weights_asked_for(vae, tmp_path):
+    torch.manual_seed(0)
+    widths, content = [3, *([2] * 2), *([3] * 2), *([4] * 3), *([4] * 3), *([4] * 3)], {}
+    for index, (a, b) in zip(sum(VGG16, ()), itertools.pairwise(widths), strict=True):
+        content[f"features.{index}.weight"] = torch.randn(b, a, 3, 3)
+        content[f"features.{index}.bias"] = torch.zeros(b)
+    torch.save(content, tmp_path / "vgg.pth")
+    base, file = vae(BARE), str(tmp_path / "vgg.pth")
+    line = vae(f"{BARE} --perceptual_weight 0.5 --perceptual.weights {file}").lines[0]
+    with torch.no_grad():
+        distance = PerceptualLoss(PerceptualConfig((file,)))(base.recon, base.x).mean().item()
+    assert line["perceptual"] == pytest.approx(distance, rel=1e-4)
+    assert line["loss"] == pytest.approx(l1(base).item() + 0.5 * distance, rel=1e-4)
+
+
+@pytest.mark.parametrize(("flags", "weight"), [("", 0.25), ("--quantizer.commitment_weight 0.7", 0.7)])
+def test_a_codebook_adds_its_two_terms_to_the_loss(vae, flags, weight):
+    line = vae(f"--gradient_weight 0 --autoencoder vq --quantizer.codebook_size 16 {flags}").lines[0]
+    assert line["commitment"] > 0
+    expected = line["reconstruction"] + line["codebook"] + weight * line["commitment"]
+    assert line["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+ADVERSARIAL: list[tuple[str, Callable[[dict[str, float]], float]]] = [  # flags, what they add to the loss
+    ("--disc_weight 0.1", lambda line: 0.1 * line["g_loss"]),
+    ("--disc_weight 0.1 --disc_ramp 4", lambda line: 0.1 * line["g_loss"] / 4),
+    (
+        "--disc_weight 0.1 --disc_adaptive true",
+        lambda line: 0.1 * line["g_loss"] * line["adaptive_weight"],
+    ),
+    ("--disc_weight 0.1 --disc_adaptive true --disc_cap 0.01", lambda line: 0.1 * line["g_loss"] * 0.01),
+    ("--feature_weight 0.2", lambda line: 0.2 * line["features"]),
+    (
+        "--disc_weight 0.1 --feature_weight 0.2",
+        lambda line: 0.1 * line["g_loss"] + 0.2 * line["features"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "added"), ADVERSARIAL)
+def test_what_the_discriminator_adds_to_the_loss_of_an_autoencoder(vae, flags, added):
+    line = vae(f"{DISC} {flags}").lines[0]
+    assert abs(added(line)) > 1e-5
+    assert line["loss"] == pytest.approx(l1(vae(BARE)).item() + added(line), rel=1e-4, abs=1e-6)
+
+
+def means(logits: list[Tensor], loss: Callable[[Tensor], Tensor]) -> float:
+    return torch.stack([loss(scale).mean() for scale in logits]).mean().item()
+
+
+OBJECTIVES: dict[str, tuple[Callable, Callable, Callable]] = {  # of real and fake logits; of the autoencoder
+    "hinge": (lambda r: (1 - r).clamp(min=0), lambda f: (1 + f).clamp(min=0), lambda f: -f),
+    "lsgan": (lambda r: (r - 1) ** 2 / 2, lambda f: f**2 / 2, lambda f: (f - 1) ** 2 / 2),
+    "non_saturating": (
+        lambda r: (1 + (-r).exp()).log(),
+        lambda f: (1 + f.exp()).log(),
+        lambda f: (1 + (-f).exp()).log(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_discriminator_and_autoencoder_have_the_objective_asked_for(vae, kind):
+    seen, line = vae(DISC_ALONE), vae(f"{DISC_ALONE} --disc_loss {kind}").lines[0]
+    of_real, of_fake, of_autoencoder = OBJECTIVES[kind]
+    assert line["d_loss"] == pytest.approx(means(seen.real, of_real) + means(seen.fake, of_fake), rel=1e-4)
+    assert line["g_loss"] == pytest.approx(means(seen.fake, of_autoencoder), rel=1e-4, abs=1e-6)
+
+
+def gradient(run: SimpleNamespace, network: str, beta: float) -> Tensor:
+    """The gradient of a run's only step, as Adam stored it."""
+    moments = run.content["optimizers"][network]["optimizer"]["state"].values()
+    return torch.cat([m["exp_avg"].flatten() for m in moments]) / (1 - beta)
+
+
+def test_r1_is_weighted_by_its_flag_and_by_the_steps_between(vae):
+    flags = f"{DISC_ALONE} --disc_optim.grad_clip none"
+    plain, one, two, rare = (
+        gradient(vae(f"{flags} {more}"), "discriminator", 0.5)
+        for more in (
+            "",
+            "--r1_weight 1 --r1_every 1",
+            "--r1_weight 2 --r1_every 1",
+            "--r1_weight 1 --r1_every 2",
+        )
+    )
+    assert (one - plain).abs().max() > 1e-3
+    for twice in (two, rare):
+        torch.testing.assert_close(twice - plain, 2 * (one - plain), rtol=1e-3, atol=1e-5)
+
+
+def first_change(vae: Callable, network: str, flags: str) -> tuple[Tensor, Tensor]:
+    """The weights of a network at first, and after one step."""
+
+    def weights(run: SimpleNamespace) -> Tensor:
+        content = run.content["model"] if network == "autoencoder" else run.content["others"][network]
+        return torch.cat([v.flatten() for v in content.values()])
+
+    disc = f"{DISC} --disc_weight 0.1" if network == "discriminator" else BARE
+    return weights(vae(f"{disc} --optim.lr 1e-12 --disc_optim.lr 1e-12")), weights(vae(f"{disc} {flags}"))
+
+
+@pytest.mark.parametrize(("network", "key"), [("autoencoder", "optim"), ("discriminator", "disc_optim")])
+def test_learning_rate_and_decay_are_those_of_the_network_s_own_optimizer(vae, network, key):
+    start, end = first_change(vae, network, f"--{key}.lr 0.003")
+    assert (end - start).abs().max().item() == pytest.approx(0.003, rel=1e-2)  # Adam's first step
+    _, decayed = first_change(vae, network, f"--{key}.lr 0.003 --{key}.weight_decay 5")
+    torch.testing.assert_close(decayed - end, -0.003 * 5 * start, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "key", "usual"), [("autoencoder", "optim", 0.99), ("discriminator", "disc_optim", 0.999)]
+)
+def test_the_moments_of_a_network_decay_by_its_betas_and_its_gradient_is_clipped(vae, network, key, usual):
+    base = f"{DISC} --disc_weight 0.1 --optim.lr 1e-12"
+    moments = {}
+    for name, flags in (("one", "0.9,0.9"), ("other", "0.6,0.5")):
+        run = vae(f"{base} --{key}.adam_betas {flags} --{key}.grad_clip none")
+        moments[name] = next(iter(run.content["optimizers"][network]["optimizer"]["state"].values()))
+    torch.testing.assert_close(moments["other"]["exp_avg"], 4 * moments["one"]["exp_avg"])
+    torch.testing.assert_close(moments["other"]["exp_avg_sq"], 5 * moments["one"]["exp_avg_sq"])
+    clipped = gradient(vae(f"{base} --{key}.adam_betas 0.5,{usual} --{key}.grad_clip 1e-3"), network, 0.5)
+    assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+RATES: dict[
+    str, list[float]
+] = {  # flags of four steps with batches of 4, learning rates over that of tiny.py
+    "--optim.lr_scaling sqrt": [0.5**0.5] * 4,
+    "--optim.lr_scaling linear": [0.5] * 4,
+    "--optim.lr_scaling linear --optim.reference_batch_size 2": [2.0] * 4,
+    "--optim.warmup_steps 3": [1 / 3, 2 / 3, 1, 1],
+    "--optim.schedule cosine --optim.min_lr_ratio 0.2": [
+        0.2 + 0.4 * (1 + math.cos(math.pi * k / 4)) for k in range(4)
+    ],
+    "--optim.schedule multistep --optim.milestones 1,3 --optim.gamma 0.5": [1, 0.5, 0.5, 0.25],
+}
+
+
+@pytest.mark.parametrize("flags", RATES)
+def test_the_learning_rate_follows_batch_size_warm_up_and_schedule(vae, flags):
+    rates = [line["lr"] for line in vae(flags, 4).lines]
+    assert rates == pytest.approx([LR * share for share in RATES[flags]])
+
+
+def test_averaged_weights_keep_the_share_of_their_decay(vae):
+    start, end = first_change(vae, "autoencoder", "--run.ema_decay 0.05")
+    ema = vae(f"{BARE} --run.ema_decay 0.05").content["ema"]
+    ema = torch.cat([v.flatten() for v in ema.values()])
+    torch.testing.assert_close(ema - start, 0.95 * (end - start), rtol=1e-3, atol=1e-6)
+
+
+def test_the_last_row_of_a_preview_is_the_difference_of_the_other_two(vae):
+    rows = vae(BARE).sheets[0]
+    assert list(rows) == ["original", "reconstruction", "difference"]
+    for x, recon, difference in zip(*rows.values(), strict=True):
+        assert abs(difference - (recon - x)).max() < 1e-6
+        assert abs(difference).max() > 0.1
+
+
+GAIN, ELASTIC = "--data.augment.max_gain", "--data.augment.max_elastic"
+
+
+def gain_and_bias(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(gain, bias), each (B,), of y = gain x + bias, which must hold where y is not clipped to [-1, 1]."""
+    found = []
+    for one, other in zip(x, y, strict=True):
+        inside = other.abs() < 1
+        a, b = one[inside].double(), other[inside].double()
+        gain = (a - a.mean()).dot(b - b.mean()) / (a - a.mean()).square().sum()
+        bias = b.mean() - gain * a.mean()
+        assert (gain * a + bias - b).abs().max() < 1e-5
+        found.append(torch.stack([gain, bias]))
+    return torch.stack(found).unbind(1)
+
+
+def test_patches_are_cut_from_the_middle_if_asked(vae):
+    whole = vae(BARE).x
+    middle = vae(f"{BARE} --data.patch 8,8 --data.crop centre").x
+    assert torch.equal(middle, whole[..., 4:12, 6:14])
+    assert not torch.equal(middle, vae(f"{BARE} --data.patch 8,8 --data.crop random").x)
+
+
+def test_intensities_get_a_gain_and_a_bias_within_their_limits(vae):
+    x, on = vae(BARE).x, f"{BARE} --data.augment.intensity 1 {GAIN}"
+    gain, bias = gain_and_bias(x, vae(f"{on} 0 --data.augment.max_bias 0.4").x)
+    assert (gain - 1).abs().max() < 1e-5
+    assert 0.05 < bias.abs().max() <= 0.4
+    gain, bias = gain_and_bias(x, vae(f"{on} 0.4 --data.augment.max_bias 0").x)
+    assert 0.05 < (gain - 1).abs().max() <= 0.4
+    assert bias.abs().max() < 1e-5
+
+
+def test_an_elastic_deformation_moves_voxels_as_far_as_it_may(vae):
+    x, on = vae(BARE).x, f"{BARE} --data.augment.elastic 1 {ELASTIC}"
+    still, little, much = ((vae(f"{on} {share}").x - x).abs().mean() for share in (0, 0.02, 0.2))
+    assert still < 1e-5
+    assert still < little < much / 2
+
+
+def test_flips_turn_about_half_of_the_samples_around(vae):
+    x, flipped = vae(BARE).x, vae(f"{BARE} --data.augment.flip_axes 1").x
+    turned = [torch.equal(a.flip(-1), b) for a, b in zip(x, flipped, strict=True)]
+    assert any(turned)
+    assert all(turn or torch.equal(a, b) for turn, a, b in zip(turned, x, flipped, strict=True))
+
+
+# --- train_ldm.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
+    """ldm(flags, autoencoder): a run of train_ldm.py of one step, once for each set of flags.
+
+    loss: of the first step, whose batch is mean, logvar, z_noise, u, noise, conditions. A new denoiser
+    predicts 0, so that the loss is that of the target. latents: of the preview. sheets, real: its rows and
+    cases. steps: how many its sampler took. maps: its labels of validation cases and of samples.
+    """
+    place, made = tmp_path_factory.mktemp("wires"), {}
+
+    def run(flags: str = "", autoencoder: Path = vae_run) -> SimpleNamespace:
+        if (flags, autoencoder) not in made:
+            folder = place / f"{len(made)}"
+            with pytest.MonkeyPatch.context() as patch:
+                losses = spy(patch, LatentDiffusion, "losses")
+                sampled = spy(patch, DiffusionKernel, "sample")
+                previews, sheets, maps = (
+                    spy(patch, owner, name)
+                    for owner, name in (
+                        (train_ldm, "preview"),
+                        (train_ldm, "save_sheet"),
+                        (LatentDiffusion, "label_maps"),
+                    )
+                )
+                train_ldm.main(tiny.ldm_flags(autoencoder, folder, 1, *flags.split()))
+            (_, _, *batch), _, (loss, _) = losses[0]
+            names = ("mean", "logvar", "z_noise", "u", "noise", "conditions")
+            made[flags, autoencoder] = SimpleNamespace(
+                folder=folder,
+                loss=loss.detach(),
+                **dict(zip(names, batch, strict=False)),
+                latents=previews[0][2][1],
+                real=previews[0][0][1],
+                sheets=[args[1] for args, _, _ in sheets],
+                steps=len(sampled[0][0][3]),
+                maps=[result for _, _, result in maps[-2:]],
+            )
+        return made[flags, autoencoder]
+
+    return run
+
+
+def tables(run: SimpleNamespace, name: str, part: str = "train") -> Tensor:
+    """The cached latents of a run, (cases, variants, C_z, *s), float64."""
+    files = sorted(next((run.folder / "latents").glob(f"{part}-*")).glob(f"{name}-*.npy"))
+    return torch.from_numpy(np.concatenate([np.load(file) for file in files])).double()
+
+
+def clean(run: SimpleNamespace) -> Tensor:
+    """The latents of a run's first batch, normalised by the mean and deviation of all that training sees."""
+    mean, noise = tables(run, "mean"), tables(run, "logvar").exp()
+    over = [0, 1, 3, 4]
+    deviation = (mean.var(over, correction=0) + noise.mean(over)).sqrt()
+    z = run.mean + (run.logvar / 2).exp() * run.z_noise
+    return (z.double() - mean.mean(over).view(-1, 1, 1)) / deviation.view(-1, 1, 1)
+
+
+def alphas(betas: Tensor, run: SimpleNamespace) -> Tensor:
+    """alpha_t of the samples of a run's first batch, for the betas of a process."""
+    return (1 - betas).cumprod(0)[(run.u.double() * len(betas)).long()].sqrt()
+
+
+def flow_time(run: SimpleNamespace, shift: float = 1.0, logit: tuple[float, float] | None = None) -> Tensor:
+    t = run.u.double()
+    if logit:
+        t = torch.sigmoid(logit[0] + logit[1] * torch.distributions.Normal(0.0, 1.0).icdf(t))
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def v_target(run: SimpleNamespace, alpha: Tensor, sigma: Tensor) -> Tensor:
+    alpha, sigma = (value.view(-1, 1, 1, 1) for value in (alpha, sigma))
+    return alpha * run.noise - sigma * clean(run)
+
+
+def flow_v(*time: Any) -> Callable[[SimpleNamespace], Tensor]:
+    """The target of --kernel.prediction v at times of flow."""
+    return lambda run: v_target(run, 1 - flow_time(run, *time), flow_time(run, *time))
+
+
+def vp_v(betas: Tensor) -> Callable[[SimpleNamespace], Tensor]:
+    """The target of --kernel.prediction v at times of the process with these betas."""
+    return lambda run: v_target(run, alphas(betas, run), (1 - alphas(betas, run).square()).sqrt())
+
+
+def line(first: float, last: float, T: int = 1000) -> Tensor:
+    return torch.linspace(first, last, T, dtype=torch.float64)
+
+
+def cosine(T: int = 1000) -> Tensor:
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    cumprod = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - cumprod[1:] / cumprod[:-1]).clamp(max=0.999)
+
+
+def ending_in_noise(betas: Tensor) -> Tensor:
+    """The betas whose alphas run linearly, as a function of the former alphas, to exactly 0."""
+    alpha = (1 - betas).cumprod(0).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    square = torch.cat([torch.ones(1, dtype=alpha.dtype), alpha.square()])
+    return 1 - square[1:] / square[:-1]
+
+
+V, VP_V = "--kernel.prediction v", "--kernel.process vp --kernel.prediction v"
+USUAL = line(0.0015**0.5, 0.0195**0.5).square()
+TARGETS: dict[str, Callable[[SimpleNamespace], Tensor]] = {  # flags -> what the denoiser should predict
+    "": lambda run: run.noise - clean(run),
+    "--kernel.prediction x_start": clean,
+    "--kernel.process vp --kernel.prediction eps": lambda run: run.noise,
+    "--kernel.process vp --kernel.prediction x_start": clean,
+    V: flow_v(),
+    f"{V} --kernel.flow_shift 4": flow_v(4.0),
+    f"{V} --kernel.t_distribution logit_normal": flow_v(1.0, (0.0, 1.0)),
+    f"{V} --kernel.t_distribution logit_normal --kernel.logit_mean 0.8 --kernel.logit_std 0.5": flow_v(
+        1.0, (0.8, 0.5)
+    ),
+    VP_V: vp_v(USUAL),
+    f"{VP_V} --kernel.num_timesteps 10": vp_v(line(0.0015**0.5, 0.0195**0.5, 10).square()),
+    f"{VP_V} --kernel.beta_start 0.01 --kernel.beta_end 0.09": vp_v(line(0.1, 0.3).square()),
+    f"{VP_V} --kernel.schedule linear": vp_v(line(0.0015, 0.0195)),
+    f"{VP_V} --kernel.schedule sqrt": vp_v(line(0.0015, 0.0195).sqrt()),
+    f"{VP_V} --kernel.schedule cosine": vp_v(cosine()),
+    f"{VP_V} --kernel.zero_terminal_snr true": vp_v(ending_in_noise(USUAL)),
+}
+
+
+def mean_square(x: Tensor) -> Tensor:
+    return x.double().square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("flags", TARGETS)
+def test_a_denoiser_learns_the_target_of_its_kernel(ldm, flags):
+    run = ldm(flags)
+    expected = mean_square(TARGETS[flags](run))
+    torch.testing.assert_close(run.loss.double(), expected, rtol=1e-4, atol=1e-5)
+    for other in TARGETS.values():  # so that a flag without effect is found
+        assert other is TARGETS[flags] or (mean_square(other(run)) - expected).abs().max() > 1e-3
+
+
+def test_absolute_errors_are_taken_if_asked(ldm):
+    run = ldm("--kernel.loss l1")
+    expected = (run.noise - clean(run)).abs().flatten(1).mean(1)
+    torch.testing.assert_close(run.loss.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x_start"])
+def test_min_snr_weighs_the_error_of_x_start_by_the_bounded_ratio(ldm, prediction):
+    flags = f"--kernel.process vp --kernel.prediction {prediction}"
+    plain, run = ldm(flags), ldm(f"{flags} --kernel.min_snr_gamma 2")
+    alpha = alphas(USUAL, run)
+    ratio = alpha.square() / (1 - alpha.square())
+    error_of_x_start = {"eps": 1 / ratio, "v": 1 - alpha.square(), "x_start": torch.ones(4)}[prediction]
+    expected = plain.loss * ratio.clamp(max=2) * error_of_x_start
+    torch.testing.assert_close(run.loss.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_estimates_are_clipped_and_previews_take_the_steps_asked_for(ldm):
+    run = ldm(f"{VP_V} --kernel.clip_x_start 0.1 --sample_steps 3")
+    assert run.latents.abs().max().item() == pytest.approx(0.1)
+    assert ldm(VP_V).latents.abs().max() > 0.5
+    assert (run.steps, ldm(VP_V).steps) == (3, 2)
+
+
+def test_variants_of_a_case_are_encoded_as_often_as_asked_and_differ(ldm):
+    run = ldm("--data.augment.intensity 1 --data.num_variants 3")
+    assert [tables(r, "mean").shape[1] for r in (ldm(), run)] == [1, 3]
+    assert tables(run, "mean", "val").shape[1] == 1
+    means = tables(run, "mean")
+    assert all((means[:, i] != means[:, j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+NONE = "--condition.dropout 0 --condition.dropout_all 0 --condition.dropout_last 0"
+HIDDEN: dict[str, tuple[bool, bool]] = {  # flags -> whether (nearly) every class, label map is hidden
+    NONE: (False, False),
+    f"{NONE} --condition.dropout 0.9999": (True, True),
+    f"{NONE} --condition.dropout 0.9999,0": (True, False),
+    f"{NONE} --condition.dropout 0,0.9999": (False, True),
+    f"{NONE} --condition.dropout_all 0.9999": (True, True),
+    f"{NONE} --condition.dropout_last 0.9999": (False, True),
+}
+
+
+@pytest.mark.parametrize("flags", HIDDEN)
+def test_training_hides_the_conditions_that_dropout_names(ldm, conditional_run, flags):
+    run = ldm(f"--condition.use class,labels {flags}", conditional_run.parent / "vae")
+    seen = [absent(run.conditions[name]) for name in ("class", "labels")]
+    assert [gone.unique().tolist() for gone in seen] == [[hidden] for hidden in HIDDEN[flags]]
+
+
+def test_previews_show_the_labels_of_the_masks_and_of_the_head(ldm):
+    run = ldm(" ".join(tiny.BOUND))
+    (rows,), (seen, sampled) = run.sheets, run.maps
+    images, masks = ([case[role] for case in run.real[:4]] for role in ("image", "mask"))
+    for title, maps in (("labels (validation)", masks), ("labels of the head (validation)", seen)):
+        expected = [part for x, mask in zip(images, maps, strict=False) for part in overlay(x, mask)]
+        assert np.array_equal(rows[title], expected), title
+    assert len(rows["labels of the head (generated)"]) == len(sampled) == 4
