@@ -17,11 +17,18 @@ import tiny
 import torch
 from torch import Tensor
 
+import sample
 import train_ldm
 import train_vae
+from ldm3d import read
+from ldm3d.cdal import CDAL
 from ldm3d.conditions import absent
+from ldm3d.data import Volume, write
 from ldm3d.diffusion_kernel import DiffusionKernel
 from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.distributed import keyed_generator
+from ldm3d.evaluation.__main__ import main as evaluation_main
+from ldm3d.inference import reconstruction, sampling, segmentation
 from ldm3d.inference.segmentation import overlay
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.losses import VGG16, PerceptualConfig, PerceptualLoss, gradient_loss
@@ -45,6 +52,13 @@ def spy(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple, d
     return calls
 
 
+def no_pictures(patch: pytest.MonkeyPatch, module: Any) -> list[dict[str, Any]]:
+    """The rows of the sheets that a module makes from now on. None is drawn, which would take long."""
+    sheets: list[dict[str, Any]] = []
+    patch.setattr(module, "save_sheet", lambda path, rows, limits=None: sheets.append(rows))
+    return sheets
+
+
 # --- train_vae.py -------------------------------------------------------------------------------------------
 
 
@@ -61,9 +75,8 @@ def vae(heads, tmp_path_factory) -> Callable[..., SimpleNamespace]:
         if (flags, steps) not in made:
             folder = place / f"{len(made)}"
             with pytest.MonkeyPatch.context() as patch:
-                terms, judged, sheets = (
-                    spy(patch, train_vae, name) for name in ("loss_terms", "discriminator_loss", "save_sheet")
-                )
+                terms, judged = (spy(patch, train_vae, name) for name in ("loss_terms", "discriminator_loss"))
+                sheets = no_pictures(patch, train_vae)
                 train_vae.main(tiny.vae_flags(heads, folder, steps, *flags.split()))
             recon, latent, x, *_ = terms[0][0]
             real, fake = judged[0][0][:2] if judged else (None, None)
@@ -75,7 +88,7 @@ def vae(heads, tmp_path_factory) -> Callable[..., SimpleNamespace]:
                 x=x,
                 real=real,
                 fake=fake,
-                sheets=[args[1] for args, _, _ in sheets],
+                sheets=sheets,
             )
         return made[flags, steps]
 
@@ -344,14 +357,8 @@ def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
             with pytest.MonkeyPatch.context() as patch:
                 losses = spy(patch, LatentDiffusion, "losses")
                 sampled = spy(patch, DiffusionKernel, "sample")
-                previews, sheets, maps = (
-                    spy(patch, owner, name)
-                    for owner, name in (
-                        (train_ldm, "preview"),
-                        (train_ldm, "save_sheet"),
-                        (LatentDiffusion, "label_maps"),
-                    )
-                )
+                previews, sheets = spy(patch, train_ldm, "preview"), no_pictures(patch, train_ldm)
+                maps = spy(patch, LatentDiffusion, "label_maps")
                 train_ldm.main(tiny.ldm_flags(autoencoder, folder, 1, *flags.split()))
             (_, _, *batch), _, (loss, _) = losses[0]
             names = ("mean", "logvar", "z_noise", "u", "noise", "conditions")
@@ -361,7 +368,7 @@ def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
                 **dict(zip(names, batch, strict=False)),
                 latents=previews[0][2][1],
                 real=previews[0][0][1],
-                sheets=[args[1] for args, _, _ in sheets],
+                sheets=sheets,
                 steps=len(sampled[0][0][3]),
                 maps=[result for _, _, result in maps[-2:]],
             )
@@ -524,3 +531,159 @@ def test_previews_show_the_labels_of_the_masks_and_of_the_head(ldm):
         expected = [part for x, mask in zip(images, maps, strict=False) for part in overlay(x, mask)]
         assert np.array_equal(rows[title], expected), title
     assert len(rows["labels of the head (generated)"]) == len(sampled) == 4
+
+
+# --- sample.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vp_run(vae_run) -> Path:
+    """The run folder of a denoiser of --kernel.process vp, after twelve fast steps."""
+    folder = vae_run.parent / "vp"
+    flags = f"{VP_V} --kernel.num_timesteps 20 --optim.lr 1e-2".split()
+    train_ldm.main(tiny.ldm_flags(vae_run, folder, 12, *flags))
+    return folder
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch) -> Callable[..., Tensor]:
+    """drawn(run, flags): the normalised latents that a command of sample.py decodes, one below the other."""
+    no_pictures(monkeypatch, sampling)
+
+    def run(run: Path, flags: str) -> Tensor:
+        with monkeypatch.context() as patch:
+            decoded = spy(patch, LatentDiffusion, "decode")
+            out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            sample.main([str(run), "--out", str(out), *flags.split()])
+        return torch.cat([args[1] for args, _, _ in decoded])
+
+    return run
+
+
+ONE_STEP = "--num 2 --steps 1 --sampler euler --condition class=1"  # x_0 = noise - prediction
+
+
+def test_guidance_goes_along_the_line_from_no_condition_to_the_condition(drawn, conditional_run):
+    none, plain, more, named = (
+        drawn(conditional_run, f"{ONE_STEP} --guidance {scale}") for scale in ("0", "1", "100", "class=100")
+    )
+    assert (plain - none).abs().max() > 1e-4
+    torch.testing.assert_close(more - none, 100 * (plain - none), rtol=1e-3, atol=1e-4)
+    assert torch.equal(named, more)
+    assert torch.equal(none, drawn(conditional_run, "--num 2 --steps 1 --sampler euler"))
+
+
+def test_rescaling_gives_a_guided_prediction_the_deviation_of_the_plain_one(drawn, conditional_run):
+    plain = drawn(conditional_run, ONE_STEP)
+    guided = f"{ONE_STEP} --guidance 40 --guidance_rescale"
+    off, half, full = (drawn(conditional_run, f"{guided} {phi}") for phi in (0, 0.5, 1))
+    noise = [torch.randn(plain.shape[1:], generator=keyed_generator(0, i, "sample")) for i in range(2)]
+    deviations = [(torch.stack(noise) - z).flatten(1).std(1) for z in (plain, off, full)]
+    assert ((deviations[0] - deviations[1]) / deviations[0]).abs().max() > 1e-2
+    torch.testing.assert_close(deviations[2], deviations[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(half, (off + full) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_acts_within_its_interval(drawn, conditional_run):
+    plain = drawn(conditional_run, ONE_STEP)
+    guided = f"{ONE_STEP} --guidance 3"
+    assert torch.equal(drawn(conditional_run, f"{guided} --guidance_interval 0,0.5"), plain)
+    within = drawn(conditional_run, f"{guided} --guidance_interval 0.5,1")
+    torch.testing.assert_close(within, drawn(conditional_run, guided))
+
+
+def test_ddim_with_all_of_its_noise_is_ddpm(drawn, vp_run):
+    steps = "--num 2 --steps 5 --sampler"
+    none, half, full = (drawn(vp_run, f"{steps} ddim --eta {eta}") for eta in (0, 0.5, 1))
+    torch.testing.assert_close(full, drawn(vp_run, f"{steps} ddpm"), rtol=1e-4, atol=1e-4)
+    assert torch.equal(none, drawn(vp_run, f"{steps} ddim"))
+    assert min((half - none).abs().max(), (half - full).abs().max()) > 1e-2
+
+
+def test_samplers_steps_and_seeds_are_those_asked_for(drawn, vp_run, monkeypatch):
+    calls = spy(monkeypatch, DiffusionKernel, "sample")
+    first = drawn(vp_run, "--num 3 --steps 4 --sampler ddim")
+    assert len(calls[0][0][3]) == 4
+    assert torch.allclose(drawn(vp_run, "--num 3 --steps 4 --sampler ddim --batch_size 1"), first, atol=1e-4)
+    assert len(calls) == 1 + 3
+    drawn(vp_run, "--num 3 --steps 4 --sampler ddim --seed 5")
+    noise = torch.randn(first.shape[1:], generator=keyed_generator(5, 0, "sample"))
+    assert torch.equal(calls[-1][0][2][0], noise)
+
+
+@pytest.mark.parametrize("kind", ["ldm", "vae", "cdal"])
+@pytest.mark.parametrize("suffix", ["tif", "nii.gz", "nii"])
+def test_files_have_the_format_asked_for(request, heads, tmp_path, monkeypatch, kind, suffix):
+    for module in (sampling, reconstruction, segmentation):
+        no_pictures(monkeypatch, module)
+    image = str(next((heads / "images").iterdir()))
+    run = request.getfixturevalue({"ldm": "vp_run", "vae": "vae_run", "cdal": "cdal_run"}[kind])
+    inputs = ["--num", "1", "--steps", "2"] if kind == "ldm" else [image]
+    sample.main([str(run), *inputs, "--format", suffix, "--out", str(tmp_path / "out")])
+    folder = tmp_path / "out" / ("labels" if kind == "cdal" else "")
+    (file,) = (path for path in folder.iterdir() if ".tif" in path.name or ".nii" in path.name)
+    assert file.name.endswith(f".{suffix}")
+    assert read(file, dims=2).shape == (16, 20)
+
+
+@pytest.fixture
+def segmented(heads, cdal_run, tmp_path, monkeypatch) -> Callable[[str], tuple[list[int], Tensor]]:
+    """segmented(flags): (votes in each call of the network, probabilities (K, 16, 20)) of one head."""
+    no_pictures(monkeypatch, segmentation)
+    image = min((heads / "images").iterdir())
+
+    def run(flags: str) -> tuple[list[int], Tensor]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        with monkeypatch.context() as patch:
+            calls = spy(patch, CDAL, "vote")
+            sample.main([str(cdal_run), str(image), "--probabilities", "--out", str(out), *flags.split()])
+        array = read(next((out / "probability").iterdir())).array
+        return [len(args[3]) for args, _, _ in calls], torch.from_numpy(array)
+
+    return run
+
+
+def test_votes_windows_and_overlap_are_those_asked_for(segmented):
+    whole = "--window 16,20"
+    assert segmented(f"{whole} --votes 3")[0] == [3]
+    assert segmented(f"{whole} --votes 3 --batch_size 2")[0] == [2, 1]
+    assert segmented("--window 8,8 --votes 2 --overlap 0")[0] == [2] * 2 * 3
+    assert segmented("--window 8,8 --votes 2 --overlap 0.5")[0] == [2] * 3 * 4
+    assert segmented("--window 8,8 --votes 2 --overlap 0.75")[0] == [2] * 5 * 7
+
+
+def test_the_probability_is_the_mean_of_all_votes_and_depends_on_the_seed(segmented, monkeypatch):
+    with monkeypatch.context() as patch:
+        votes = spy(patch, CDAL, "vote")
+        _, p = segmented("--window 16,20 --votes 4")
+    torch.testing.assert_close(p, votes[0][2].mean(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(segmented("--window 16,20 --votes 4 --seed 0")[1], p)
+    assert not torch.equal(segmented("--window 16,20 --votes 4 --seed 1")[1], p)
+
+
+# --- python -m ldm3d.evaluation compare ---------------------------------------------------------------------
+
+
+HEIGHTS = {  # flags -> height in mm of target and generated image, whose voxels are 2 x 3 mm
+    "": (2 * 10, 2 * 4),
+    "--height_axis 0": (2 * 10, 2 * 4),
+    "--height_axis 1": (3 * 6, 3 * 6),
+    "--threshold 20": (2 * 10, 2 * 8),
+    "--threshold 20 --height_axis 1": (3 * 6, 3 * 6),
+    "--threshold 5": (2 * 14, 2 * 12),
+}
+
+
+@pytest.mark.parametrize("flags", HEIGHTS)
+def test_heights_of_objects_are_along_the_axis_and_above_the_threshold_asked_for(tmp_path, flags):
+    """Rectangles 6 voxels wide on a dark ground: the target has 10 rows of 100, the image 4 of 100 and 4 of
+    30; both have 4 more of 10."""
+    for name, values in (("target", [100] * 10), ("made", [100] * 4 + [30] * 4)):
+        array = np.zeros((24, 16), np.float32)
+        for row, value in enumerate([*values, *[10] * 4], start=4):
+            array[row, 5:11] = value
+        write(tmp_path / name / "a.tif", Volume(array[None], np.diag([2.0, 3.0, 1.0])))
+    folders = [str(tmp_path / "made"), str(tmp_path / "target"), "--out", str(tmp_path / "out")]
+    evaluation_main(["compare", *folders, "--resamples", "5", "--worst", "0", *flags.split()])
+    (row,) = tiny.read_csv(tmp_path / "out" / "cases.csv")
+    assert (float(row["height_target"]), float(row["height_generated"])) == HEIGHTS[flags]
