@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import sample
+import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import read
@@ -345,9 +346,10 @@ def test_flips_turn_about_half_of_the_samples_around(vae):
 def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
     """ldm(flags, autoencoder): a run of train_ldm.py of one step, once for each set of flags.
 
-    loss: of the first step, whose batch is mean, logvar, z_noise, u, noise, conditions. A new denoiser
-    predicts 0, so that the loss is that of the target. latents: of the preview. sheets, real: its rows and
-    cases. steps: how many its sampler took. maps: its labels of validation cases and of samples.
+    content: the checkpoint. loss: of the first step, whose batch is mean, logvar, z_noise, u, noise,
+    conditions. A new denoiser predicts 0, so that the loss is that of the target. latents: of the preview.
+    sheets, real: its rows and cases. steps: how many its sampler took. maps: its labels of validation cases
+    and of samples.
     """
     place, made = tmp_path_factory.mktemp("wires"), {}
 
@@ -364,6 +366,7 @@ def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
             names = ("mean", "logvar", "z_noise", "u", "noise", "conditions")
             made[flags, autoencoder] = SimpleNamespace(
                 folder=folder,
+                content=load(step_files(folder)[0]),
                 loss=loss.detach(),
                 **dict(zip(names, batch, strict=False)),
                 latents=previews[0][2][1],
@@ -531,6 +534,126 @@ def test_previews_show_the_labels_of_the_masks_and_of_the_head(ldm):
         expected = [part for x, mask in zip(images, maps, strict=False) for part in overlay(x, mask)]
         assert np.array_equal(rows[title], expected), title
     assert len(rows["labels of the head (generated)"]) == len(sampled) == 4
+
+
+# --- train_cdal.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cdal(heads, tmp_path_factory) -> Callable[[str], SimpleNamespace]:
+    """cdal(flags): a run of train_cdal.py of one step, once for each set of flags.
+
+    line: of the log. content: the checkpoint. times: t of the first batch. votes: in each call of the network
+    in validation.
+    """
+    place, made = tmp_path_factory.mktemp("wires"), {}
+
+    def run(flags: str) -> SimpleNamespace:
+        if flags not in made:
+            folder = place / f"{len(made)}"
+            with pytest.MonkeyPatch.context() as patch:
+                no_pictures(patch, train_cdal)
+                times, votes = spy(patch, CDAL, "t_from_uniform"), spy(patch, CDAL, "vote")
+                train_cdal.main(tiny.cdal_flags(heads, folder, 1, *flags.split()))
+            made[flags] = SimpleNamespace(
+                line=tiny.lines(folder)[0],
+                content=load(step_files(folder)[0]),
+                times=times[0][2].tolist(),
+                votes=[len(args[3]) for args, _, _ in votes],
+            )
+        return made[flags]
+
+    return run
+
+
+ALONE = "--cdal.adversarial_weight 0 --cdal.attention none"
+OVERLAPS: dict[str, dict[str, float]] = {  # flags -> the weights of the terms of the loss
+    ALONE: {"ce": 1, "dice": 1},
+    f"{ALONE} --cdal.mse_weight 0.5 --cdal.ce_weight 0.2 --cdal.dice_weight 3": {
+        "mse": 0.5,
+        "ce": 0.2,
+        "dice": 3,
+    },
+    "--cdal.adversarial_weight 0.3 --cdal.attention none": {"ce": 1, "dice": 1, "g_loss": 0.3},
+}
+
+
+@pytest.mark.parametrize("flags", OVERLAPS)
+def test_each_term_has_the_weight_of_its_flag_in_the_loss_of_a_segmentation_network(cdal, flags):
+    line = cdal(flags).line
+    assert all(line[term] > 0.01 for term in OVERLAPS[flags])
+    assert line["loss"] == pytest.approx(sum(w * line[term] for term, w in OVERLAPS[flags].items()))
+
+
+def test_attention_weighs_the_voxels_of_the_loss(cdal):
+    """By weights of mean 1: the cross-entropy of a new network, which is log 5 everywhere, stays."""
+    plain, weighted = cdal(ALONE).line, cdal("--cdal.attention loss --cdal.adversarial_weight 0").line
+    assert plain["ce"] == pytest.approx(math.log(5), rel=1e-5)
+    assert weighted["ce"] == pytest.approx(math.log(5), rel=1e-5)
+    assert abs(plain["dice"] - weighted["dice"]) > 1e-5
+
+
+def test_the_r1_of_a_segmentation_s_discriminator_is_weighted_by_its_flags(cdal):
+    flags = "--disc_optim.grad_clip none --cdal.r1_weight"
+    plain, one, two, rare = (
+        gradient(cdal(f"{flags} {weight} --cdal.r1_every {every}"), "discriminator", 0.5)
+        for weight, every in ((0, 1), (10_000, 1), (20_000, 1), (10_000, 2))
+    )
+    assert (one - plain).abs().max() > 1e-2
+    for twice in (two, rare):
+        torch.testing.assert_close(twice - plain, 2 * (one - plain), rtol=1e-3, atol=1e-5)
+
+
+def test_the_discriminator_sees_the_image_if_asked(cdal):
+    def channels(flags: str) -> int:
+        weights = cdal(flags).content["others"]["discriminator"].values()
+        return next(w for w in weights if w.ndim == 4).shape[1]
+
+    assert channels("--cdal.disc_sees_image true") == channels("--cdal.disc_sees_image false") + 1
+
+
+def test_a_segmentation_trains_at_its_noisiest_time_as_often_as_asked(cdal):
+    times = cdal(f"{ALONE} --cdal.noisiest 1").times
+    assert len(set(times)) == 1
+    assert max(cdal(f"{ALONE} --cdal.noisiest 0").times) < times[0]
+
+
+def test_validation_takes_votes_and_windows_as_asked(cdal):
+    cases = 2  # of 16 x 20 voxels
+    assert cdal(f"{ALONE} --votes 3").votes == [3] * cases
+    assert cdal(f"{ALONE} --window 16,12").votes == [1] * 3 * cases
+
+
+# --- optimizers of all scripts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "network", "key"),
+    [("ldm", "denoiser", "optim"), ("cdal", "generator", "optim"), ("cdal", "discriminator", "disc_optim")],
+)
+def test_each_network_has_the_optimizer_of_its_flags(request, script, network, key):
+    flags = {
+        "lr": "3e-4",
+        "adam_betas": "0.6,0.5",
+        "weight_decay": "0.2",
+        "lr_scaling": "sqrt",
+        "grad_clip": "1e-3",
+    }
+    words = " ".join(f"--{key}.{name} {value}" for name, value in flags.items())
+    run = request.getfixturevalue(script)(f"{words} --run.ema_decay 0")
+    (group,) = run.content["optimizers"][network]["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(3e-4 * 0.5**0.5)  # 4 samples instead of 8
+    assert tuple(group["betas"]) == (0.6, 0.5)
+    assert group["weight_decay"] == 0.2
+    assert gradient(run, network, 0.6).norm().item() == pytest.approx(1e-3, rel=1e-2)
+    for name, value in run.content["model"].items():
+        assert torch.equal(run.content["ema"][name], value)
+
+
+@pytest.mark.parametrize("script", ["ldm", "cdal"])
+def test_averaged_weights_of_other_scripts_lag_behind_by_the_decay(request, script):
+    run = request.getfixturevalue(script)("" if script == "ldm" else ALONE)
+    assert any(not torch.equal(run.content["ema"][k], value) for k, value in run.content["model"].items())
 
 
 # --- sample.py ----------------------------------------------------------------------------------------------
