@@ -28,6 +28,7 @@ from ldm3d.data import Volume, write
 from ldm3d.diffusion_kernel import DiffusionKernel
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import keyed_generator
+from ldm3d.evaluation import pairs
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.inference import reconstruction, sampling, segmentation
 from ldm3d.inference.segmentation import overlay
@@ -330,6 +331,31 @@ def test_an_elastic_deformation_moves_voxels_as_far_as_it_may(vae):
     still, little, much = ((vae(f"{on} {share}").x - x).abs().mean() for share in (0, 0.02, 0.2))
     assert still < 1e-5
     assert still < little < much / 2
+
+
+def test_colour_changes_each_channel_as_intensity_changes_all(vae):
+    """The phantoms have one channel, for which gain and bias are drawn as for the whole image."""
+    x, on = vae(BARE).x, f"{BARE} --data.augment.colour 1 {GAIN}"
+    gain, bias = gain_and_bias(x, vae(f"{on} 0 --data.augment.max_bias 0.4").x)
+    assert (gain - 1).abs().max() < 1e-5
+    assert 0.05 < bias.abs().max() <= 0.4
+
+
+AFFINE = f"{BARE} --data.augment.affine 1"
+STILL = {"max_rotation": 0.0, "max_scale": 0.0, "max_shift": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "little", "much"), [("max_rotation", 3, 40), ("max_scale", 0.02, 0.4), ("max_shift", 0.01, 0.3)]
+)
+def test_rotation_scaling_and_shift_move_voxels_as_far_as_each_may(vae, name, little, much):
+    def change(value: float) -> Tensor:
+        limits = STILL | {name: value}
+        flags = " ".join(f"--data.augment.{key} {limit}" for key, limit in limits.items())
+        return (vae(f"{AFFINE} {flags}").x - vae(BARE).x).abs().mean()
+
+    assert change(0.0) < 1e-5
+    assert 1e-5 < change(little) < change(much) / 2
 
 
 def test_flips_turn_about_half_of_the_samples_around(vae):
@@ -798,7 +824,9 @@ HEIGHTS = {  # flags -> height in mm of target and generated image, whose voxels
 
 
 @pytest.mark.parametrize("flags", HEIGHTS)
-def test_heights_of_objects_are_along_the_axis_and_above_the_threshold_asked_for(tmp_path, flags):
+def test_heights_of_objects_are_along_the_axis_and_above_the_threshold_asked_for(
+    tmp_path, monkeypatch, flags
+):
     """Rectangles 6 voxels wide on a dark ground: the target has 10 rows of 100, the image 4 of 100 and 4 of
     30; both have 4 more of 10."""
     for name, values in (("target", [100] * 10), ("made", [100] * 4 + [30] * 4)):
@@ -806,6 +834,7 @@ def test_heights_of_objects_are_along_the_axis_and_above_the_threshold_asked_for
         for row, value in enumerate([*values, *[10] * 4], start=4):
             array[row, 5:11] = value
         write(tmp_path / name / "a.tif", Volume(array[None], np.diag([2.0, 3.0, 1.0])))
+    monkeypatch.setattr(pairs, "new_figure", lambda *size, **more: None)  # drawing takes long
     folders = [str(tmp_path / "made"), str(tmp_path / "target"), "--out", str(tmp_path / "out")]
     evaluation_main(["compare", *folders, "--resamples", "5", "--worst", "0", *flags.split()])
     (row,) = tiny.read_csv(tmp_path / "out" / "cases.csv")
