@@ -203,7 +203,9 @@ def test_a_diffusion_preset_fits_the_gpu_that_it_is_named_after(name, budget, mo
     }
     check(
         train_ldm,
-        replace(train_ldm.Config(), {**latent, **train_ldm.PRESETS[name], "plan": budget}),
+        replace(
+            train_ldm.Config(), {**latent, **train_ldm.PRESETS[name], "plan": budget, "vae": "made above"}
+        ),
         monkeypatch,
     )
 

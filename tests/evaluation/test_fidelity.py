@@ -244,7 +244,7 @@ def test_a_stored_network_of_before_is_read_as_what_it_is_and_never_as_the_new_o
 
     first = made(tmp_path / "cache")
     (stored,) = (tmp_path / "cache").iterdir()
-    assert load(stored, "features")["network"] == "fidelity"
+    assert load(stored, "features", of_run=False)["network"] == "fidelity"
     again = made(tmp_path / "cache")  # other items, the same key: it is read
     assert first.digest == again.digest == file_features(str(stored), 2, CPU).digest
     monkeypatch.setattr(networks, "JUMP_WEIGHT", 0.5)  # another definition is another network
