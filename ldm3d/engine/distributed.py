@@ -252,7 +252,8 @@ def tell_torchrun(e: Exception, message: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None or lost_connection(e):
         return
-    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    # torchrun blames the rank of the earliest whole second: a rank that is lost in the same one comes after
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()) - 1)}
     with contextlib.suppress(OSError), open(path, "w") as file:
         json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
