@@ -402,15 +402,19 @@ class Run:
         left = rounds
         for item in progress(items, "validation", rounds):
             yield item
-            self._end_if_stopped()
+            self._look_for_signal()
             left -= 1
         for _ in range(left):
-            self._end_if_stopped()
+            self._look_for_signal()
 
-    def _end_if_stopped(self) -> None:
-        """Leave with exit code 143 if SIGTERM reached any rank. This step has been saved."""
+    def _look_for_signal(self) -> None:
+        """End the run if SIGTERM reached any rank during a validation, whose step has been saved before."""
         if any_rank(self.sigterm is not None and self.sigterm.raised):
-            raise Terminated(f"stopped: saved step {self.step}; the same command goes on from there")
+            self._terminate()
+
+    def _terminate(self) -> None:
+        """Leave with exit code 143. This step has been saved."""
+        raise Terminated(f"stopped: saved step {self.step}; the same command goes on from there")
 
     @property
     def preview_path(self) -> Path:
@@ -438,7 +442,8 @@ class Run:
         stopped = any_rank(self.sigterm.raised)
         if stopped or self.due("save_every") or self.due("eval_every"):
             self.save()
-        self._end_if_stopped()
+        if stopped:  # one look a step: a signal that comes from here on is seen after the next step
+            self._terminate()
 
     def save(self) -> None:
         """Write the numbered checkpoint of this step and delete old ones. Called by all ranks."""

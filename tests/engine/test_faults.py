@@ -534,6 +534,24 @@ def test_memory_that_runs_out_on_the_cpu_is_one_line(heads, tmp_path, capsys, mo
         assert "micro_batch_size" in line
 
 
+def test_a_signal_right_after_the_look_for_one_never_ends_a_run_at_a_step_that_is_not_saved(
+    heads, tmp_path, monkeypatch, capsys
+):
+    looks = []
+
+    def look(value: bool) -> bool:
+        looks.append(value)
+        if len(looks) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return value
+
+    monkeypatch.setattr(runs, "any_rank", look)
+    flags = vae_flags(heads, tmp_path / "run", 9, "--run.save_every", "100", "--run.eval_every", "100")
+    assert run_script(train_vae.main, flags) == 143
+    assert "stopped: saved step 3;" in capsys.readouterr().out
+    assert [load(path)["step"] for path in step_files(tmp_path / "run")] == [3]
+
+
 def test_sigterm_ends_a_validation_between_two_cases_on_all_ranks(heads, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
