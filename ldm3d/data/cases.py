@@ -399,3 +399,10 @@ def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, l
                 f"the split of {len(cases)} cases leaves none to {what} on (one subject? --data.subject)"
             )
     return split
+
+
+def listed_cases(cases: list[Case], listed: set[str], root: Path) -> list[Case]:
+    """The cases that a stored split lists. InputError if one of them is not below `root` any more."""
+    if gone := sorted(listed - {case.id for case in cases}):
+        raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")
+    return [case for case in cases if case.id in listed]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, find_cases, resolve_root
+from .cases import Case, find_cases, listed_cases, resolve_root
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
 from .opening import inspection_cache
@@ -99,6 +99,16 @@ def _with_own_channels(layout: DataConfig, image: Path) -> DataConfig:
     return layout
 
 
+def _names_of(content: dict[str, Any], part: str) -> set[str]:
+    """The ids of a part of a run's stored split, see `own_cases`. InputError if there are none."""
+    split = content["state"]["split"]
+    parts = {"all": list(split), "held-out": [p for p in split if p != "train"]}.get(part, [part])
+    names = {name for p in parts for name in split.get(p, ())}
+    if not names:
+        raise InputError(f"part: the run has no {part} cases")
+    return names
+
+
 def own_cases(
     content: dict[str, Any], part: str = "all", subject: str | None = None
 ) -> tuple[DataConfig, list[Case]]:
@@ -109,17 +119,10 @@ def own_cases(
     more.
     """
     layout = from_dict(DataConfig, content["config"]["data"], "data")
-    root, split = resolve_root(layout, content["config"]["preset"]), content["state"]["split"]
-    parts = {"all": list(split), "held-out": [p for p in split if p != "train"]}.get(part, [part])
-    listed = {name for p in parts for name in split.get(p, ())}
-    if not listed:
-        raise InputError(f"part: the run has no {part} cases")
+    root, listed = resolve_root(layout, content["config"]["preset"]), _names_of(content, part)
     layout = replace(layout, root=str(root), cache="none", subset=None, allow_missing_mask=True)
     layout = replace(layout, subject=subject or layout.subject)
-    cases = [case for case in find_cases(layout, root) if case.id in listed]
-    gone = sorted(listed - {case.id for case in cases})
-    if gone:
-        raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")
+    cases = listed_cases(find_cases(layout, root), listed, root)
     return layout, [replace(case, mask=None, source=None) for case in cases]
 
 
@@ -164,7 +167,7 @@ def open_images(
         layout = from_dict(DataConfig, content["config"]["data"], "data")
         layout, cases = find_images(location, replace(layout, subset=None), subject)
         if part != "all":
-            names = set(content["state"]["split"][part])
+            names = _names_of(content, part)
             cases = [case for case in cases if case.id in names]
             if not cases:
                 raise InputError(f"part: {location} holds none of the run's {part} cases")

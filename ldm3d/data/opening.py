@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, find_cases, resolve_root, split_cases
+from .cases import Case, find_cases, listed_cases, resolve_root, split_cases
 from .dataset import VolumeDataset
 from .inspection import CaseInfo, inspect_cases
 from .settings import DataConfig
@@ -144,15 +144,10 @@ def open_data(
         parts = [split.get("train"), split.get("val"), split.get("test", [])]
         if not all(isinstance(part, list) for part in parts) or not (parts[0] and parts[1]):
             raise InputError(f"{root}: the stored split lists no cases to train on, or none to validate on")
-        listed = {name for part in parts for name in part}
-        gone = sorted(listed - {case.id for case in cases})
-        if gone:
-            raise InputError(f"{root}: case {gone[0]} of the stored split is missing ({len(gone)} in all)")
-        if len(cases) > len(listed):
-            print0(
-                f"note: {len(cases) - len(listed)} cases of {root} are left out, the stored split lacks them"
-            )
-        cases = [case for case in cases if case.id in listed]
+        num_found = len(cases)
+        cases = listed_cases(cases, {name for part in parts for name in part}, root)
+        if left_out := num_found - len(cases):
+            print0(f"note: {left_out} cases of {root} are left out, the stored split lacks them")
     infos = inspect_cases(cases, config, inspection_cache(config, root))
     note_split(cases, infos, split, config)
     spec = make_spec(cases, infos, split, config, multiple)

@@ -94,6 +94,7 @@ def test_the_parts_of_a_run_are_those_of_its_split_and_subjects_follow_the_rule(
     root = content["config"]["data"]["root"]
     assert [c.subject for c in open_images(content, root).cases] == list("012345")
     assert len(open_images(content, root, part="test").cases) == len(split["test"])
+    assert {c.id for c in open_images(content, root, part="held-out").cases} == held_out
     with pytest.raises(InputError, match="part: the run has no val cases"):
         own_cases({**content, "state": {"split": {"train": ["case_0"], "val": []}}}, "val")
 
