@@ -58,7 +58,7 @@ class FeatureConfig:
     channels: int = 1
     pool: int = 1  # factor by which every axis is averaged first
     steps: int = 200  # optimizer steps
-    batch_size: int = 16  # volumes or slices a step, each in two views
+    batch_size: int = 16  # volumes a step, each in two views
     lr: float = 2e-3
     temperature: float = 0.2
     seed: int = 0
@@ -108,38 +108,34 @@ def contrastive_loss(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def standardise(net: FeatureNet, groups: Sequence[Tensor], device: torch.device) -> None:
+def standardise(net: FeatureNet, items: Tensor, device: torch.device) -> None:
     """Make the features of all items have mean 0 and variance 1; features that hardly vary stay small."""
     net.mean.zero_()
     net.std.fill_(1)
-    found = torch.cat([net(x[None].to(device)) for group in groups for x in group])
+    found = torch.cat([net(x[None].to(device)) for x in items])
     std = found.std(0, correction=0)
     net.mean.copy_(found.mean(0))
     net.std.copy_(std.clamp(min=max(1e-2 * std.max().item(), 1e-8)))
 
 
-def train_features(groups: Sequence[Tensor], config: FeatureConfig, device: torch.device) -> FeatureNet:
-    """Train a feature network on pooled volumes or slices; the result depends on them and the config alone.
-
-    groups: tensors (N, C, *S). All items of a group have one shape; steps take turns through the groups.
-    """
+def train_features(items: Tensor, config: FeatureConfig, device: torch.device) -> FeatureNet:
+    """A feature network of pooled volumes (N, C, *S); it depends on these and the config alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = FeatureNet(config).to(device)
-    standardise(net, groups, device)  # what all items share would hide what distinguishes them
+    standardise(net, items, device)  # what all items share would hide what distinguishes them
     optimizer = torch.optim.Adam(net.parameters(), config.lr)
     spacing = torch.ones(config.dims)
     for step in progress(range(config.steps), "learning features"):
-        group = groups[step % len(groups)]
         draw = keyed_generator(config.seed, step, "features")
-        chosen = group[torch.randperm(len(group), generator=draw)[: config.batch_size]]
+        chosen = items[torch.randperm(len(items), generator=draw)[: config.batch_size]]
         views = [augment([x], None, spacing, VIEWS, draw)[0][0] for _ in range(2) for x in chosen]
         a, b = net.head(net(torch.stack(views).to(device))).chunk(2)
         loss = contrastive_loss(a, b, config.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    standardise(net, groups, device)
+    standardise(net, items, device)
     return net.eval().requires_grad_(False)
 
 
@@ -374,16 +370,24 @@ def _extractor(net: FeatureNet | FidelityNet, name: str, device: torch.device) -
     return Extractor(call, name, weights_hash(net), device, channels=net.config.channels)
 
 
-def stored_path(folder: Path, key: Any) -> Path:
-    """Where the network with this key is kept; the repr of the key is hashed."""
-    return folder / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
+def _kept(
+    folder: Path, key: Any, kind: str, make: Callable[[Path], FeatureNet | FidelityNet], device: torch.device
+) -> Extractor:
+    """The network that is kept in `folder` under this key; the repr of the key is hashed.
 
-
-def make_folder(folder: Path) -> None:
+    If there is none, make(its file) makes it, and it is written. kind: of STORED.
+    """
+    path = folder / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
+    if path.is_file():
+        return _extractor(_stored(path).to(device), str(path), device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"cache_dir: {folder} cannot be made ({e.strerror})") from None
+    net = make(path)
+    content = {"kind": "features", "network": kind, "config": to_dict(net.config)}
+    save(path, {**content, "model": net.state_dict()})
+    return _extractor(net.eval(), str(path), device)
 
 
 def pool_for(size: Sequence[int]) -> int:
@@ -395,18 +399,16 @@ def contrastive_features(
     dataset: VolumeDataset, steps: int, seed: int, cache_dir: str, device: torch.device
 ) -> Extractor:
     """A `FeatureNet`: read from cache_dir if it was trained on these volumes before, else trained now."""
-    spec, folder = dataset.spec, Path(cache_dir)
+    spec = dataset.spec
     config = FeatureConfig(spec.dims, spec.channels, pool_for(spec.size), steps, seed=seed)
-    path = stored_path(folder, (content_key(dataset), to_dict(config), WIDTHS, VIEWS))
-    if path.is_file():
-        return _extractor(_stored(path).to(device), str(path), device)
-    make_folder(folder)
-    print0(f"training a {spec.dims}-D feature network on {len(dataset)} real items, once: {path}")
-    pooled = FeatureNet(config).pooled
-    net = train_features([torch.cat([pooled(x[None]) for x in volumes_of(dataset)])], config, device)
-    content = {"kind": "features", "network": "contrastive", "config": to_dict(config)}
-    save(path, {**content, "model": net.state_dict()})
-    return _extractor(net, str(path), device)
+
+    def make(path: Path) -> FeatureNet:
+        print0(f"training a {spec.dims}-D feature network on {len(dataset)} real items, once: {path}")
+        pooled = FeatureNet(config).pooled
+        return train_features(torch.cat([pooled(x[None]) for x in volumes_of(dataset)]), config, device)
+
+    key = content_key(dataset), to_dict(config), WIDTHS, VIEWS
+    return _kept(Path(cache_dir), key, "contrastive", make, device)
 
 
 def fidelity_features(
@@ -423,16 +425,14 @@ def fidelity_features(
     """
     constants = DETAIL_WEIGHTS, EDGE_WEIGHTS, JUMP_WEIGHT, LAYOUT_WEIGHT, CELLS, LAYOUT_CELLS
     constants += MOST_DETAIL, UNIT
-    path = stored_path(folder, ("fidelity", key, to_dict(config), constants))
-    if path.is_file():
-        return _extractor(_stored(path).to(device), str(path), device)
-    make_folder(folder)
-    net = FidelityNet(config).to(device)
-    num = net.fit(x.to(device) for x in items())
-    print0(f"measured the units of {config.dims}-D features on {num} real items, once: {path}")
-    content = {"kind": "features", "network": "fidelity", "config": to_dict(config)}
-    save(path, {**content, "model": net.state_dict()})
-    return _extractor(net.eval(), str(path), device)
+
+    def make(path: Path) -> FidelityNet:
+        net = FidelityNet(config).to(device)
+        num = net.fit(x.to(device) for x in items())
+        print0(f"measured the units of {config.dims}-D features on {num} real items, once: {path}")
+        return net
+
+    return _kept(folder, ("fidelity", key, to_dict(config), constants), "fidelity", make, device)
 
 
 def whole_fidelity(dataset: VolumeDataset, cache_dir: str, device: torch.device) -> Extractor:

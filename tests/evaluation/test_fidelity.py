@@ -232,7 +232,7 @@ def test_lost_detail_costs_what_the_docstring_says():
 
 def test_a_stored_network_of_before_is_read_as_what_it_is_and_never_as_the_new_one(tmp_path, monkeypatch):
     config = networks.FeatureConfig(2, steps=1, batch_size=2)
-    net = networks.train_features([torch.randn(4, 1, 16, 16)], config, CPU)
+    net = networks.train_features(torch.randn(4, 1, 16, 16), config, CPU)
     old = {"kind": "features", "config": networks.to_dict(config), "model": net.state_dict()}
     save(tmp_path / "old.pt", old)
     assert file_features(str(tmp_path / "old.pt"), 2, CPU)(torch.zeros(1, 1, 16, 16)).shape == (1, 32)

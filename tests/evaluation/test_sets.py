@@ -355,8 +355,8 @@ def test_an_own_network_is_the_same_for_the_same_seed_and_separates_cases(dims):
     x = torch.from_numpy(np.stack(heads)) / 1000
     config = FeatureConfig(dims, steps=5, batch_size=8)
     device = torch.device("cpu")
-    net, again = train_features([x], config, device), train_features([x], config, device)
-    other = train_features([x], FeatureConfig(dims, steps=5, batch_size=8, seed=1), device)
+    net, again = train_features(x, config, device), train_features(x, config, device)
+    other = train_features(x, FeatureConfig(dims, steps=5, batch_size=8, seed=1), device)
     assert all(
         torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
     )
@@ -370,7 +370,7 @@ def test_training_brings_views_of_a_case_together_and_others_apart():
     x = torch.from_numpy(np.stack(heads)) / 1000
     losses = []
     for steps in (1, 150):
-        net = train_features([x], FeatureConfig(2, steps=steps), torch.device("cpu"))
+        net = train_features(x, FeatureConfig(2, steps=steps), torch.device("cpu"))
         with torch.no_grad():
             losses.append(contrastive_loss(net.head(net(x)), net.head(net(x.roll(1, 2))), 0.2).item())
     assert losses[1] < 0.9 * losses[0]
