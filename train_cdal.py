@@ -291,7 +291,7 @@ def plan(config: Config) -> None:
     spec = open_labelled(config).spec
     # The generator's own estimates are computed without gradients and need less than the training step
     cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=False), spec.num_labels)
-    micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
+    micro = samples_per_forward(config.batch_size, config.micro_batch_size)
     patch = config.data.patch or spec.size
 
     def make() -> Generator:

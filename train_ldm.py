@@ -489,7 +489,7 @@ def plan(config: Config) -> None:
         conditions = conditions_for(config, data, autoencoder.config.latent_channels)
         num_labels = data.spec.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
-    micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
+    micro = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     def make() -> Denoiser:
         return make_denoiser(config, conditions, num_labels, autoencoder)

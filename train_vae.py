@@ -441,7 +441,7 @@ def discriminator_terms(
 def plan(config: Config) -> None:
     """--plan: print the memory that training and validation need, and the largest sizes that fit."""
     whole, step = config.data.size or open_volumes(config).spec.size, max(config.vae.downsampling)
-    micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
+    micro = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     def make() -> Autoencoder:
         return make_autoencoder(config.autoencoder, config.vae, config.quantizer)

@@ -78,6 +78,8 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("vae", "--vae.dims 3", "vae.dims: 3, but data.dims is 2"),
     ("vae", "--free_bits 1e300", "free_bits: expected float, got '1e300'"),
     ("vae", "--plan 1e30", "plan: expected the GiB of one device"),
+    ("cdal", "--plan 16 --batch_size 0", "batch_size: expected at least 1, got 0"),
+    ("ldm", "--plan 16 --micro_batch_size -1", "micro_batch_size: expected at least 1, got -1"),
     ("vae", "--run.dir ''", "run.dir: expected a folder, got ''"),
     ("ldm", "--unet.num_groups 0", "unet.num_groups: expected at least 1, got 0"),
     ("ldm", "--unet.context_dim -5", "unet.context_dim: expected at least 1, got -5"),
