@@ -113,7 +113,7 @@ CONTENT = {"config": dict, "state": dict, "ema": dict, "step": int}  # what ever
 TRAINING = {"model": dict, "optimizers": dict, "others": dict}  # and what only numbered ones hold
 
 
-def check_content(content: dict[str, Any], path: Path) -> None:
+def check_content(content: dict[str, Any], path: str | Path) -> None:
     """InputError for a checkpoint that lacks a part, or whose part is of another type or not finite."""
     for name, kind in (CONTENT | TRAINING).items():
         value = content.get(name)
@@ -132,9 +132,9 @@ def check_content(content: dict[str, Any], path: Path) -> None:
                 raise InputError(f"{path}: {part}: {key} holds numbers that are not finite")
 
 
-def load(path: str | Path, kind: str | None = None, of_run: bool = True) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. A checkpoint of another `kind` than "vae", "ldm" or "cdal" (None: any
-    kind), and a file that cannot be read, raise InputError. of_run: it must hold all that a run's do."""
+def load_file(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """Read any file of `save` onto the CPU. A file of another `kind` (None: any kind), and a file that cannot
+    be read, raise InputError."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a file")
@@ -160,8 +160,14 @@ def load(path: str | Path, kind: str | None = None, of_run: bool = True) -> dict
         raise Newer(f"{path}: format {content['format']} is newer than this version reads ({FORMAT})")
     if kind is not None and content["kind"] != kind:
         raise InputError(f"{path}: is {maker(content['kind'])}, expected {maker(kind)}")
-    if of_run:
-        check_content(content, path)
+    return content
+
+
+def load(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """Read a run's checkpoint onto the CPU. A checkpoint of another `kind` than "vae", "ldm" or "cdal" (None:
+    any kind), and a file that cannot be read or lacks what a run's checkpoints hold, raise InputError."""
+    content = load_file(path, kind)
+    check_content(content, path)
     try:
         return upgrade(content)
     except (KeyError, TypeError, AttributeError) as e:

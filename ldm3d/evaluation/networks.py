@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ..config import InputError, from_dict, to_dict
 from ..data import AugmentConfig, VolumeDataset
 from ..data.transforms import augment
-from ..engine.checkpoint import load, load_weights, save
+from ..engine.checkpoint import load_file, load_weights, save
 from ..engine.distributed import keyed_generator, print0
 from ..engine.logger import progress
 from ..metrics import halve
@@ -357,7 +357,7 @@ STORED = {"contrastive": (FeatureNet, FeatureConfig), "fidelity": (FidelityNet, 
 
 
 def _stored(path: Path) -> FeatureNet | FidelityNet:
-    content = load(path, "features", of_run=False)
+    content = load_file(path, "features")
     # Files from before there were two kinds do not name theirs
     make, config = STORED[content.get("network", "contrastive")]
     net = make(from_dict(config, content["config"], "features"))

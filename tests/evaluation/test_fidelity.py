@@ -13,7 +13,7 @@ from torch import Tensor
 
 import train_vae
 from ldm3d.data.phantoms import make_phantom, write_phantoms
-from ldm3d.engine.checkpoint import load, save
+from ldm3d.engine.checkpoint import load_file, save
 from ldm3d.evaluation import networks, sets
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.networks import (
@@ -244,7 +244,7 @@ def test_a_stored_network_of_before_is_read_as_what_it_is_and_never_as_the_new_o
 
     first = made(tmp_path / "cache")
     (stored,) = (tmp_path / "cache").iterdir()
-    assert load(stored, "features", of_run=False)["network"] == "fidelity"
+    assert load_file(stored, "features")["network"] == "fidelity"
     again = made(tmp_path / "cache")  # other items, the same key: it is read
     assert first.digest == again.digest == file_features(str(stored), 2, CPU).digest
     monkeypatch.setattr(networks, "JUMP_WEIGHT", 0.5)  # another definition is another network

@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm3d.data import Volume, write
 from ldm3d.data.phantoms import make_phantom
-from ldm3d.engine.checkpoint import load
+from ldm3d.engine.checkpoint import load_file
 from ldm3d.evaluation import sets
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.networks import FeatureConfig, contrastive_loss, train_features
@@ -119,7 +119,7 @@ def test_the_report_says_what_its_figures_depend_on(reports):
     assert set(report["networks"]) == ({"whole", "slices"} if dims == 3 else {"whole"})
     hashes = {r["networks"]["whole"]["sha256"] for r in found.values()}
     assert len(hashes) == 1  # trained on the real set once, then read
-    assert load(report["networks"]["whole"]["network"], "features", of_run=False)
+    assert load_file(report["networks"]["whole"]["network"], "features")
     assert any("too few" in words for words in report["warnings"])
     assert {"equal_size", "real_halves"} <= set(report["figures"]["whole/kernel"])
     assert (place / "report-same" / "figure.png").is_file()
