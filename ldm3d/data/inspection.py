@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,16 @@ def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) ->
     return tuple(allowed.index(value) for value in values if value in allowed)
 
 
+def _grid_of(header: Header, config: DataConfig) -> dict[str, Any]:
+    """Shape, spacing and affine of a CaseInfo, from the header of its image."""
+    shape, spacing, affine = training_grid(header, config)
+    return {
+        "shape": shape,
+        "spacing": tuple(map(float, spacing)),
+        "affine": tuple(tuple(map(float, row)) for row in affine),
+    }
+
+
 def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = None) -> dict[str, CaseInfo]:
     """Case id -> CaseInfo, after a look into every file; one InputError for everything that is wrong.
 
@@ -288,11 +298,8 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
             if len(source["low"]) != len(image["low"]):
                 problems.append(f"{case.source}: paired_scaling shared needs the channels of {case.image}")
             source = image
-        shape, spacing, affine = training_grid(header, config)
         infos[case.id] = CaseInfo(
-            shape=shape,
-            spacing=tuple(map(float, spacing)),
-            affine=tuple(tuple(map(float, row)) for row in affine),
+            **_grid_of(header, config),
             orientation=header.orientation,
             low=tuple(image["low"]),
             high=_above(image),
@@ -310,3 +317,11 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
         print0(f"note: {len(blank)} images have the same value everywhere, such as {blank[0]}")
     raise_all(problems)
     return infos
+
+
+def on_other_grid(infos: dict[str, CaseInfo], cases: list[Case], config: DataConfig) -> dict[str, CaseInfo]:
+    """The infos of inspected cases for a `config` that differs in its grid alone. No voxel is read again."""
+    headers = _inspect_headers(cases, config)
+    return {
+        case.id: replace(infos[case.id], **_grid_of(headers[case.image, "image"], config)) for case in cases
+    }

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config import InputError, from_dict
 from ..data import Case, CaseInfo, DataConfig, DataSpec, VolumeDataset
 from ..data.images import find_images, locate, own_cases
-from ..data.inspection import inspect_cases
+from ..data.inspection import inspect_cases, on_other_grid
 from ..data.spec import make_spec
 from ..data.volumes import read_header
 from ..engine.checkpoint import load_run
@@ -172,7 +172,7 @@ def open_sets(
 def _common_spacing(
     rules: dict[str, DataConfig], found: dict[str, list[Case]], first: str
 ) -> tuple[dict[str, DataConfig], dict[str, dict[str, CaseInfo]]]:
-    """Inspect all files; if their spacings differ, again with the median spacing of the real set `first`."""
+    """Inspect all files; if their spacings differ, they take the median spacing of the real set `first`."""
     infos = {name: inspect_cases(cases, rules[name]) for name, cases in found.items()}
     rule, spacings = rules[first], [info.spacing for part in infos.values() for info in part.values()]
     median = np.median([info.spacing for info in infos[first].values()], axis=0)
@@ -181,7 +181,7 @@ def _common_spacing(
         words = " x ".join(f"{mm:.3g}" for mm in median)
         print0(f"note: the files differ in spacing; all are resampled to {words} mm (--data.spacing)")
         rules = {name: dataclasses.replace(rule, spacing=common) for name, rule in rules.items()}
-        infos = {name: inspect_cases(cases, rules[name]) for name, cases in found.items()}
+        infos = {name: on_other_grid(infos[name], cases, rules[name]) for name, cases in found.items()}
     return rules, infos
 
 

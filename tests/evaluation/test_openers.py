@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import vae_flags
 
+import ldm3d.data.inspection as inspection
 import train_vae
 from ldm3d.config import InputError
 from ldm3d.data import Volume, read, write
@@ -48,12 +49,17 @@ def test_a_run_stands_for_the_cases_of_a_part_of_its_split(vae_run, heads):
     assert {name: len(dataset) for name, dataset in subset.items()} == {"real": 2, "generated": 2}
 
 
-def test_files_of_other_spacing_come_to_the_real_sets_and_the_report_says_so(tmp_path):
+def test_files_of_other_spacing_come_to_the_real_sets_and_the_report_says_so(tmp_path, monkeypatch):
     real, made = write_set(tmp_path / "real"), write_set(tmp_path / "made", spacing=(2.0, 1.0))
+    inspected, measure = [], inspection._measure
+    monkeypatch.setattr(inspection, "_measure", lambda path, *a: inspected.append(path) or measure(path, *a))
     sets = open_sets(made, {"real": (real, "val")}, OpenConfig())
+    generated = sets.sets["generated"]
     assert sets.protocol["spacing_mm"] == [1.0, 1.0]
-    assert sets.sets["generated"].infos["0"].shape == (32, 20)
-    assert sets.sets["generated"][0, 0]["image"].shape == (1, 16, 20)  # its middle
+    assert len(inspected) == 6  # the voxels of every file once, though the grid is settled after that
+    assert generated.infos == inspection.inspect_cases(generated.cases, generated.config)
+    assert generated.infos["0"].shape == (32, 20)
+    assert generated[0, 0]["image"].shape == (1, 16, 20)  # its middle
 
 
 def test_sets_of_different_channels_are_refused_unless_one_is_chosen(tmp_path):
