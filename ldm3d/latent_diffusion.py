@@ -70,7 +70,7 @@ class Edit:
         """
         return noise
 
-    def around(self, predict: Predict, noise: Tensor) -> Predict:
+    def around(self, predict: Predict) -> Predict:
         """The prediction to sample with, in place of `predict`."""
         return predict
 
@@ -331,7 +331,7 @@ class LatentDiffusion(nn.Module):
                 predict = guided(self.denoiser, cond, noise, guidance, self.kernel.num_timesteps)
                 times = self.kernel.sampling_times(sampler, steps, noise.shape[2:], edit.strength)
                 x_t = edit.start(noise, times[0], list(indices[part]))
-                predict = edit.around(predict, noise)
+                predict = edit.around(predict)
                 how = {"eta": eta, "draw": draw, "resample": edit.resample}
                 z = self.kernel.sample(predict, x_t, times, sampler, **how)
                 x = [self.decode(one, size).float().cpu() for one in z.split(1)]  # one by one: least memory

@@ -100,13 +100,13 @@ class ImageEdit(Edit):
         x_t = noisy(self.model, torch.where(self.inside, self.origin, self.z).expand_as(noise), t, noise)
         return torch.where(self.inside, noise, x_t) if self.strength == 1 else x_t
 
-    def around(self, predict: Predict, noise: Tensor) -> Predict:
-        kernel, z = self.model.kernel, self.z.expand_as(noise)
+    def around(self, predict: Predict) -> Predict:
+        kernel = self.model.kernel
 
         def masked(x_t: Tensor, t: Tensor) -> Tensor:
             """The network's prediction inside; outside, the prediction that leads to z."""
             time = t / kernel.num_timesteps if kernel.process == "flow" else t.long()
-            outside = kernel.convert(z, x_t, time, "x_start", kernel.config.prediction)
+            outside = kernel.convert(self.z, x_t, time, "x_start", kernel.config.prediction)
             return torch.where(self.inside, predict(x_t, t).to(outside.dtype), outside)
 
         return predict if self.region is None else masked
@@ -146,9 +146,7 @@ class Interpolation(Edit):
         if self.images:
             for x in ends:
                 check_image(model, x)
-            with torch.inference_mode():
-                self.ends = [model.encode(x[None].to(model.device))[0].float() for x in ends]
-            self.strength = strength
+            self.ends, self.strength = [encoded(model, x)[0] for x in ends], strength
         else:
             self.ends, self.strength = [self._draw(number, seed) for number in ends], 1.0
 
