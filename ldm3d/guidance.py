@@ -90,6 +90,12 @@ def branch_weights(scales: Sequence[float]) -> list[float]:
     return [a - b for a, b in pairwise(ends)]
 
 
+def active_branches(weights: Sequence[float], rescale: float) -> list[int]:
+    """The k whose p_k must be computed: those of a weight, and n, whose deviation rescaling needs."""
+    last = len(weights) - 1
+    return [k for k, w in enumerate(weights) if w or (rescale and k == last)]
+
+
 def guided(
     denoiser: torch.nn.Module,
     conditions: dict[str, Tensor],
@@ -116,13 +122,12 @@ def guided(
 
     def combination(scales: list[float], phi: float) -> Callable[[Tensor, Tensor], Tensor]:
         """sum_k w_k p_k of these scales, rescaled by phi, as a function of (x_t, t)."""
-        weights, last = branch_weights(scales), len(present)
-        phi = 0.0 if weights == [0.0] * last + [1.0] else phi
-        active = [k for k, w in enumerate(weights) if w or (phi and k == last)]
+        weights = branch_weights(scales)
+        active = active_branches(weights, phi)
         encoded, n = encode(active), len(active)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            if n == 1:
+            if n == 1:  # of weight 1
                 return denoiser(x_t, t, encoded)
             preds = denoiser(torch.cat([x_t] * n), torch.cat([t] * n), encoded).float().chunk(n)
             pred = sum(weights[k] * p for k, p in zip(active, preds, strict=True))

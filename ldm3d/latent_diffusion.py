@@ -318,6 +318,8 @@ class LatentDiffusion(nn.Module):
         check_indices(conditions or {}, self.denoiser.conditions)
         if edit is not NO_EDIT and size != self.spec.size:
             raise InputError(f"size: an edit has the training size {self.spec.size}, got {size}")
+        latent = self.autoencoder.latent_shape(size)
+        times = self.kernel.sampling_times(sampler, steps, latent[1:], edit.strength)
         for start in range(0, len(indices), batch_size):
             part = slice(start, start + batch_size)
             with torch.inference_mode(), autocast(amp, self.device):
@@ -326,10 +328,9 @@ class LatentDiffusion(nn.Module):
                 def draw(shape: torch.Size, generators: list = generators) -> Tensor:
                     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
 
-                noise = draw((len(generators), *self.autoencoder.latent_shape(size))).to(self.device)
+                noise = draw((len(generators), *latent)).to(self.device)
                 cond = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
                 predict = guided(self.denoiser, cond, noise, guidance, self.kernel.num_timesteps)
-                times = self.kernel.sampling_times(sampler, steps, noise.shape[2:], edit.strength)
                 x_t = edit.start(noise, times[0], list(indices[part]))
                 predict = edit.around(predict)
                 how = {"eta": eta, "draw": draw, "resample": edit.resample}

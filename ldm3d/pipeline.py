@@ -207,9 +207,9 @@ class LatentDiffusionPipeline(Pipeline):
             values[name] = [tensor(v, role) for v in value] if many else tensor(value, role)
         return values
 
-    def prepare(self, conditions: dict[str, Any], num: int = 1, amp: str = "fp32") -> dict[str, Tensor]:
-        """`LatentDiffusion.prepare`, where sources and masks may be files."""
-        return self.model.prepare(self.read_conditions(conditions), num, amp)
+    def prepare(self, conditions: dict[str, Any], amp: str = "fp32") -> dict[str, Tensor]:
+        """`LatentDiffusion.prepare` for one sample, where sources and masks may be files."""
+        return self.model.prepare(self.read_conditions(conditions), amp=amp)
 
     def sample(
         self,

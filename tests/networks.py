@@ -39,6 +39,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def randomised(net: nn.Module) -> nn.Module:
+    """The network with all weights random, those that start at zero too."""
     for parameter in net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)

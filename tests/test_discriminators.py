@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import randomised
 from torch import nn
 
 from ldm3d import InputError
@@ -114,11 +115,7 @@ def test_the_smallest_image_is_accepted_and_a_smaller_one_refused_with_the_reaso
 def make_timed(dims: int, **changes) -> TimeDiscriminator:
     torch.manual_seed(0)
     settings = {"in_channels": 4, "channels": (4, 6, 8), "emb_dim": 8, **changes}
-    net = TimeDiscriminator(TimeDiscriminatorConfig(dims, **settings))
-    for parameter in net.parameters():  # those that start at zero too
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return net
+    return randomised(TimeDiscriminator(TimeDiscriminatorConfig(dims, **settings)))
 
 
 def pairs(dims: int, num: int, size=(9, 6, 5)) -> tuple[torch.Tensor, ...]:

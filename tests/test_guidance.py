@@ -8,7 +8,7 @@ import torch
 from ldm3d import Denoiser, DiffusionKernel, InputError, KernelConfig, UNetConfig
 from ldm3d.conditions import Condition, ConditionConfig, hide
 from ldm3d.diffusion_kernel import SAMPLERS
-from ldm3d.guidance import Guidance, branch_weights, guided
+from ldm3d.guidance import Guidance, active_branches, branch_weights, guided
 
 CONDITIONS = [
     Condition("class", "class", ("0", "1")),
@@ -91,12 +91,21 @@ def test_all_scales_one_is_the_conditional_and_all_zero_the_unconditional_predic
 
 
 @pytest.mark.parametrize(
-    ("scale", "branches"),
-    [(3.0, 2), ({"class": 3.0, "text": 2.0, "image": 1.5}, 4), ({"class": 3.0}, 3), ({"image": 2.0}, 2)],
+    ("scale", "rescale", "branches"),
+    [
+        (3.0, 0.0, 2),
+        ({"class": 3.0, "text": 2.0, "image": 1.5}, 0.0, 4),
+        ({"class": 3.0}, 0.0, 3),
+        ({"image": 2.0}, 0.0, 2),
+        (1.0, 0.7, 1),
+        ({"class": 3.0, "text": 0.0, "image": 0.0}, 0.0, 2),
+        ({"class": 3.0, "text": 0.0, "image": 0.0}, 0.7, 3),  # the last for its deviation
+    ],
 )
-def test_no_branch_is_computed_in_vain(net, values, scale, branches):
-    predictor(net, values, scale)(X, T)
+def test_no_branch_is_computed_in_vain(net, values, scale, rescale, branches):
+    predictor(net, values, scale, rescale=rescale)(X, T)
     assert net.calls == [2 * branches]
+    assert len(active_branches(branch_weights(Guidance(scale).scales(CONDITIONS)), rescale)) == branches
 
 
 def test_a_missing_condition_takes_no_part(net, values):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import randomised
 
 from ldm3d import Denoiser, InputError, UNetConfig
 from ldm3d.blocks import SpaceToDepth
@@ -40,10 +41,7 @@ def make(dims=2, config=CONFIG, num_labels=4, random=True, **changes):
     """A denoiser with registers; random: the layers and gates that start at zero too."""
     torch.manual_seed(0)
     net = Denoiser(unet_config(dims, **changes), anatomy=config, num_labels=num_labels, factor=(4,) * dims)
-    for parameter in net.parameters():
-        if random and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return net
+    return randomised(net) if random else net
 
 
 def arguments(dims=2, batch=2):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from closeness import close
+from networks import randomised
 from torch import nn
 
 from ldm3d import unet
@@ -25,11 +26,7 @@ SMALL = {
 def make(dims, make_registers=None, **changes):
     """A U-Net with all weights random, those that start at zero too."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(dims=dims, **{**SMALL, **changes}), make_registers)
-    for parameter in net.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return net
+    return randomised(UNet(UNetConfig(dims=dims, **{**SMALL, **changes}), make_registers))
 
 
 def arguments(dims, size=(6, 7, 8), context=False, batch=2):

@@ -42,7 +42,7 @@ from ..engine.logger import progress, save_sheet
 from ..engine.memory_plan import Plan, decode, weight_bytes
 from ..evaluation.results import new_folder, table, write_report
 from ..evaluation.statistics import finite_means
-from ..guidance import branch_weights
+from ..guidance import active_branches, branch_weights
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
 from .sampling_request import Request, RequestConfig, guidance_of, read_request
@@ -247,7 +247,7 @@ def plan(config: SampleConfig, run: Path) -> None:
     guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
     weights = branch_weights(guidance.scales(model.denoiser.conditions))
-    branches = sum(weight != 0 for weight in weights)  # in one batch
+    branches = len(active_branches(weights, guidance.rescale))  # in one batch
 
     def denoise(net: nn.Module, batch: int, size: tuple[int, ...]) -> None:
         z = torch.zeros(batch, model.latent_shape[0], *size)
