@@ -30,10 +30,9 @@ import tifffile
 
 from ..config import InputError
 from ..engine.distributed import is_main, main_first
+from .volumes import centred_affine
 
 LABEL_NAMES = ("background", "brain", "ventricles", "deep nuclei", "lesion")
-NUM_LABELS = len(LABEL_NAMES)
-CLASS_NAMES = ("no lesion", "lesion")
 DEFAULT_SIZE = {2: (112, 96), 3: (48, 56, 48)}
 FIELD_OF_VIEW = {2: (224.0, 192.0), 3: (192.0, 224.0, 192.0)}  # mm; holds the head
 SIDE_AXIS = {2: 1, 3: 0}  # the axis that grows to the patient's right: a 2-D column, the first of RAS
@@ -269,8 +268,7 @@ def make_phantom(
     if dims == 2:
         volumes = [volume[:, :, 0].T for volume in volumes]  # (x, y) to (row, column); y was built downwards
     image, mask, source = (np.ascontiguousarray(volume)[None] for volume in volumes)
-    affine = np.diag([*map(float, spacing), 1.0])
-    affine[:-1, -1] = [-(n - 1) / 2 * s for n, s in zip(size, spacing, strict=True)]
+    affine = centred_affine(size, spacing)
     caption = describe(mask[0] == 4, spacing)
     return Phantom(image, mask, source, int((mask == 4).any()), caption, tuple(map(float, spacing)), affine)
 

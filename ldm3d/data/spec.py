@@ -22,7 +22,7 @@ from .geometry import centred
 from .inspection import CaseInfo
 from .settings import DataConfig
 from .transforms import unscale
-from .volumes import Volume
+from .volumes import Volume, centred_affine
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,10 @@ class DataSpec:
 
         Integer x, a label map, keeps its values.
         """
-        affine = np.diag([*self.spacing, 1.0])
-        affine[:-1, -1] = [-(n - 1) / 2 * mm for n, mm in zip(x.shape[1:], self.spacing, strict=True)]
         array = x.detach().cpu().numpy()
         if x.is_floating_point():
             array = unscale(array.astype(np.float32), *self.numbers(None), self.clipped)
-        return Volume(array, affine, self.orientation)
+        return Volume(array, centred_affine(x.shape[1:], self.spacing), self.orientation)
 
 
 def make_spec(

@@ -116,6 +116,13 @@ def spacing_affine(spacing: tuple[float, ...]) -> np.ndarray:
     return np.diag([*map(float, spacing), 1.0])
 
 
+def centred_affine(shape: tuple[int, ...], spacing: tuple[float, ...]) -> np.ndarray:
+    """`spacing_affine` with the middle of the grid, and not its voxel 0, at the origin."""
+    affine = spacing_affine(spacing)
+    affine[:-1, -1] = [-(n - 1) / 2 * mm for n, mm in zip(shape, spacing, strict=True)]
+    return affine
+
+
 # --- formats: read ------------------------------------------------------------------------------------------
 
 

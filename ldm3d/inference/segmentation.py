@@ -54,7 +54,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import crop_or_pad, resample
 from ..data.loading import load_role
-from ..data.volumes import NIFTI, TIFF, Header, file_name, read_header, strip_suffix
+from ..data.volumes import NIFTI, TIFF, Header, file_name, read_header, volume_suffix
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import mid_slices, new_figure, progress, save_figure, save_sheet
 from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
@@ -276,7 +276,7 @@ def suffix_of(format: str, dims: int, image: Path | None = None) -> str:
     written, else by dims."""
     if format != "auto":
         return f".{format}"
-    own = image.name[len(strip_suffix(image)) :].lower() if image else ""
+    own = volume_suffix(image) if image else ""
     return own if own in NIFTI + TIFF else {2: ".tif", 3: ".nii.gz"}[dims]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm3d.config import InputError
-from ldm3d.data import DataConfig, open_data
+from ldm3d.data import AugmentConfig, DataConfig, open_data
 
 OBLIQUE = np.array(
     [[-1.8, 0.3, 0.1, 30.0], [0.2, -1.1, 0.4, -20.0], [0.1, 0.5, 2.4, 10.0], [0, 0, 0, 1.0]]
@@ -17,6 +17,15 @@ OBLIQUE = np.array(
 
 ROLES = {"image": "images/*.nii.gz", "mask": "labels/*.nii.gz", "source": "sources/*.nii.gz"}
 SHAPE = (8, 9, 7)
+EVERY_CHANGE = AugmentConfig(
+    flip_axes=(0, 1, 2),
+    rot90_axes=(0, 1),
+    affine=1.0,
+    elastic=1.0,
+    intensity=1.0,
+    max_rotation=30,
+    max_elastic=0.1,
+)
 
 
 def save(path, array, affine=None):

@@ -4,21 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from folders import equal, fresh_settings, opened
+from folders import EVERY_CHANGE, equal, fresh_settings, opened
 
 import ldm3d.data.batching as batching
 from ldm3d.config import InputError
-from ldm3d.data import AugmentConfig, batches, evaluation_batches, open_data
-
-ALL = AugmentConfig(
-    flip_axes=(0, 1, 2),
-    rot90_axes=(0, 1),
-    affine=1.0,
-    elastic=1.0,
-    intensity=1.0,
-    max_rotation=30,
-    max_elastic=0.1,
-)
+from ldm3d.data import batches, evaluation_batches, open_data
 
 
 def joined(groups):
@@ -33,7 +23,7 @@ def joined(groups):
 
 @pytest.fixture
 def training_set(settings):
-    config = replace(settings, patch=(8, 8, 8), augment=ALL, val_fraction=0.2)
+    config = replace(settings, patch=(8, 8, 8), augment=EVERY_CHANGE, val_fraction=0.2)
     return opened(config).dataset("train", augment=True)
 
 

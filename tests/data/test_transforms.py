@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from folders import EVERY_CHANGE
 
 from ldm3d.data import AugmentConfig
 from ldm3d.data.transforms import augment, scale, scaling_numbers, unscale
@@ -53,24 +54,13 @@ def test_unscale_inverts_scale_per_channel():
 # --- augmentation -------------------------------------------------------------------------------------------
 
 
-ALL = AugmentConfig(
-    flip_axes=(0, 1, 2),
-    rot90_axes=(0, 1),
-    affine=1.0,
-    elastic=1.0,
-    intensity=1.0,
-    max_rotation=30,
-    max_elastic=0.1,
-)
-
-
 @pytest.mark.parametrize("dims", [2, 3])
 def test_image_source_and_mask_are_moved_alike_and_labels_stay_integers(dims):
     labels = torch.randint(0, 2, (5,) * dims, generator=torch.Generator().manual_seed(0))
     labels = labels.repeat_interleave(4, 0).repeat_interleave(4, 1)
     labels = labels.repeat_interleave(4, 2) if dims == 3 else labels
     image = labels[None].float()
-    config = replace(ALL, flip_axes=tuple(range(dims)), intensity=0.0)
+    config = replace(EVERY_CHANGE, flip_axes=tuple(range(dims)), intensity=0.0)
     changed = 0
     for position in range(6):
         draw = keyed_generator(0, position, "augment")
