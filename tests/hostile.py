@@ -190,15 +190,13 @@ def may_write(command: Command, box: Path) -> tuple[Path, ...]:
 
 # --- results ------------------------------------------------------------------------------------------------
 
-MEASURED = {"seconds", "samples_per_s", "data_wait", "peak_gib"}
-
 
 def result(command: Command, box: Path) -> dict[str, Any]:
     """What a command has made, to compare: the numbers of a log, or the voxels of all written images."""
     words = dict(itertools.pairwise(command))
     if command[0] != "sample":
         log = (box / words["--run.dir"] / "log.jsonl").read_text().splitlines()
-        rows = [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in log]
+        rows = [{k: v for k, v in json.loads(line).items() if k not in tiny.MEASURED} for line in log]
         made = {f"{row['split']} {row['step']}": row for row in rows}
         newest = torch.load(sorted((box / words["--run.dir"]).glob("checkpoint_*.pt"))[-1], weights_only=True)
         return made | {"spec": newest["state"]["data"]}

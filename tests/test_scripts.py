@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import ldm3d
@@ -54,9 +55,8 @@ def place(tmp_path_factory, dims):
     return place
 
 
-def losses(run: Path, split="train"):
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["split"] == split and "loss" in line}
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in tiny.lines(run)}
 
 
 # --- the job ------------------------------------------------------------------------------------------------

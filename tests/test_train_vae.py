@@ -1,6 +1,5 @@
 """Every kind of stage one trains and feeds stage two; the discriminator upsets nothing."""
 
-import itertools
 import json
 import shlex
 from pathlib import Path
@@ -17,7 +16,6 @@ from ldm3d import read
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.evaluation.__main__ import main as evaluation_main
-from ldm3d.losses import VGG16
 from ldm3d.pipeline import load_autoencoder
 from ldm3d.vqvae import VQVAE
 
@@ -55,16 +53,11 @@ def flags(place: Path, run: str, steps: int, *more: str) -> list[str]:
     return ["phantom", *where, "--run.steps", str(steps), *FLAGS, *more]
 
 
-def log(run: Path, split: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
-
-
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_the_discriminator_learns_from_its_start_on_and_the_log_holds_every_term(place, kind):
     more = DISCRIMINATOR + (VQ if kind == "vq" else KL)
     train_vae.main(flags(place, kind, 8, *more))
-    steps = log(place / kind, "train")
+    steps = tiny.lines(place / kind, "train")
     assert ["d_loss" in line for line in steps] == [step > 3 for step in range(1, 9)]
     assert ["r1" in line for line in steps] == [step > 3 and step % 2 == 1 for step in range(1, 9)]
     expected = {"g_loss", "adaptive_weight", "disc_accuracy", "features", "structure"}
@@ -78,7 +71,7 @@ def test_the_adaptive_weight_is_one_for_a_step_however_the_batch_is_divided(plac
     logs, models = {}, {}
     for size in (4, 1, 3):  # one, four, and two uneven micro-batches
         train_vae.main(flags(place, f"by{size}", 3, *more, "--micro_batch_size", str(size)))
-        logs[size] = log(place / f"by{size}", "train")
+        logs[size] = tiny.lines(place / f"by{size}", "train")
         models[size] = load(step_files(place / f"by{size}")[0])["model"]
     for size in (1, 3):
         for joined, divided in zip(logs[4], logs[size], strict=True):
@@ -97,7 +90,7 @@ def test_before_its_start_the_discriminator_changes_nothing(place):
 
 def test_stage_two_and_sampling_run_on_a_codebook(place):
     train_vae.main(flags(place, "vq", 40, *VQ))
-    steps = log(place / "vq", "train")
+    steps = tiny.lines(place / "vq", "train")
     assert steps[-1]["reconstruction"] < 0.6 * steps[0]["reconstruction"]
     assert steps[-1]["perplexity"] > 8
     ldm = shlex.split(
@@ -127,15 +120,9 @@ def test_stage_two_and_sampling_run_on_a_codebook(place):
 
 
 def test_a_perceptual_run_takes_its_weights_from_a_local_file(place):
-    torch.manual_seed(0)
-    widths, content = [3, *([2] * 2), *([3] * 2), *([4] * 3), *([4] * 3), *([4] * 3)], {}
-    for index, (a, b) in zip(sum(VGG16, ()), itertools.pairwise(widths), strict=True):
-        content[f"features.{index}.weight"] = torch.randn(b, a, 3, 3)
-        content[f"features.{index}.bias"] = torch.zeros(b)
-    torch.save(content, place / "vgg.pth")
-    more = ["--perceptual_weight", "0.5", "--perceptual.weights", str(place / "vgg.pth")]
+    more = ["--perceptual_weight", "0.5", "--perceptual.weights", str(tiny.vgg_weights(place / "vgg.pth"))]
     train_vae.main(flags(place, "perceptual", 6, *more))
-    assert all(line["perceptual"] > 0 for line in log(place / "perceptual", "train"))
+    assert all(line["perceptual"] > 0 for line in tiny.lines(place / "perceptual", "train"))
 
 
 @pytest.mark.parametrize(
@@ -167,11 +154,11 @@ def test_two_thousand_adversarial_steps_stay_finite_and_cost_less_than_1_db(tmp_
     )
     where = ["--data.root", str(tmp_path / "heads"), "--run.dir", str(tmp_path / "run")]
     train_vae.main(["phantom", *where, "--data.cache_dir", str(tmp_path), *more])
-    steps = log(tmp_path / "run", "train")
+    steps = tiny.lines(tmp_path / "run", "train")
     assert steps[-1]["skipped_steps"] == 0
     values = [v for line in steps for k, v in line.items() if k != "split"]
     assert None not in values  # the log's word for what is not finite
     assert max(map(abs, values)) < 1e6
     assert all(0 <= line["disc_accuracy"] <= 1 for line in steps if line["step"] > start)
-    scores = {line["step"]: line["psnr"] for line in log(tmp_path / "run", "val")}
+    scores = {line["step"]: line["psnr"] for line in tiny.lines(tmp_path / "run", "val")}
     assert min(v for step, v in scores.items() if step > start) > scores[start] - 1.0, scores

@@ -4,7 +4,6 @@ All networks start from the same weights and see the same batch, so the first st
 first step of another must be, whose flags differ.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.inference import reconstruction, sampling, segmentation
 from ldm3d.inference.segmentation import overlay
 from ldm3d.latent_diffusion import LatentDiffusion
-from ldm3d.losses import VGG16, PerceptualConfig, PerceptualLoss, gradient_loss
+from ldm3d.losses import PerceptualConfig, PerceptualLoss, gradient_loss
 from ldm3d.metrics import ms_ssim
 
 LR = 2e-3  # of tests/tiny.py
@@ -134,13 +133,7 @@ def test_the_weight_of_the_kl_rises_within_its_warm_up(vae):
 
 
 def test_the_perceptual_distance_is_that_of_the_weights_asked_for(vae, tmp_path):
-    torch.manual_seed(0)
-    widths, content = [3, *([2] * 2), *([3] * 2), *([4] * 3), *([4] * 3), *([4] * 3)], {}
-    for index, (a, b) in zip(sum(VGG16, ()), itertools.pairwise(widths), strict=True):
-        content[f"features.{index}.weight"] = torch.randn(b, a, 3, 3)
-        content[f"features.{index}.bias"] = torch.zeros(b)
-    torch.save(content, tmp_path / "vgg.pth")
-    base, file = vae(BARE), str(tmp_path / "vgg.pth")
+    base, file = vae(BARE), str(tiny.vgg_weights(tmp_path / "vgg.pth"))
     line = vae(f"{BARE} --perceptual_weight 0.5 --perceptual.weights {file}").lines[0]
     with torch.no_grad():
         distance = PerceptualLoss(PerceptualConfig((file,)))(base.recon, base.x).mean().item()

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import setup
+from ldm3d.losses import VGG16
 
 ROOT = Path(__file__).parents[1]
 RUN = """--run.eval_every 10 --run.save_every 5 --run.log_every 1 --run.ema_decay 0.9 --optim.warmup_steps 0
@@ -50,6 +52,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {  # every kind of training: the scrip
     "denoiser, conditions, registers": ("train_ldm", [*CONDITIONS, *BOUND]),
     "segmentation, discriminator": ("train_cdal", []),
 }
+MEASURED = {"seconds", "samples_per_s", "data_wait", "peak_gib"}  # in a log: what no two runs have alike
 HAS_DISCRIMINATOR = [kind for kind in KINDS if "discriminator" in kind]
 
 
@@ -80,6 +83,17 @@ def lines(run: Path, split: str = "train") -> list[dict]:
     """The log lines of one kind."""
     found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in found if line["split"] == split]
+
+
+def vgg_weights(path: Path) -> Path:
+    """Write the weights of a VGG-16 with two to four channels, for --perceptual.weights."""
+    torch.manual_seed(0)
+    widths, content = [3, *([2] * 2), *([3] * 2), *([4] * 3), *([4] * 3), *([4] * 3)], {}
+    for index, (a, b) in zip(sum(VGG16, ()), itertools.pairwise(widths), strict=True):
+        content[f"features.{index}.weight"] = torch.randn(b, a, 3, 3)
+        content[f"features.{index}.bias"] = torch.zeros(b)
+    torch.save(content, path)
+    return path
 
 
 def command_of(kind: str, heads: Path, vae: Path, run: Path, steps: int, *more: object) -> list[str]:
@@ -116,10 +130,9 @@ def assert_same_end(one: Path, other: Path) -> None:
     a, b = (load(step_files(run)[0]) for run in (one, other))
     for part in a.keys() - {"config"}:
         assert_equal(a[part], b[part], part)
-    measured = {"seconds", "samples_per_s", "data_wait", "peak_gib"}
     for split in ("train", "val"):
         logs = [
-            [{k: v for k, v in line.items() if k not in measured} for line in lines(run, split)]
+            [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(run, split)]
             for run in (one, other)
         ]
         assert_equal(*logs, split)

@@ -277,7 +277,7 @@ def test_two_ranks_train_and_cache_like_one_process(kind, heads, vae_run, tmp_pa
     for split in ("train", "val"):
         for a, b in zip(*(tiny.lines(tmp_path / name, split) for name in ("one", "two")), strict=True):
             assert a.keys() == b.keys()
-            for key in a.keys() - {"split", "seconds", "samples_per_s", "data_wait", "peak_gib"}:
+            for key in a.keys() - {"split", *tiny.MEASURED}:
                 rel = 2e-2 if key in ADAPTIVE or "discriminator" in kind else 2e-3
                 assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-3, nan_ok=True), (a["step"], key)
     one, two = (load(step_files(tmp_path / name)[0])["state"] for name in ("one", "two"))
