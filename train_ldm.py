@@ -82,7 +82,7 @@ from ldm3d.latents import (
     latent_statistics,
 )
 from ldm3d.metrics import dice, set_statistics
-from ldm3d.pipeline import copy_autoencoder, load_autoencoder
+from ldm3d.pipeline import copy_autoencoder, latent_statistics_of, load_autoencoder
 from ldm3d.registers import AnatomyConfig, anatomy_weight
 from ldm3d.unet import UNetConfig
 from ldm3d.vae import Autoencoder
@@ -547,20 +547,22 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     opened = config, autoencoder, data, conditions, run, device
     train_set, tables = open_latents("train", *opened)
     val_latents, _ = open_latents("val", *opened)
-    latent_mean, latent_std = latent_statistics(tables)
     val_set = data.dataset("val")
     real = [val_set[i, i] for i in range(min(16, len(val_set)))]
-    scores = set_statistics(torch.stack([case["image"] for case in real]))
-    state = {
-        "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
-        "measured": measured,
-        "split": data.split,
-        "latent_mean": latent_mean,
-        "latent_std": latent_std,
-        "conditions": [c.to_dict() for c in conditions],
-    }
     if run.resumed:  # stored statistics: computed by another number of ranks they differ in the last digit
         state = run.resumed["state"]
+        statistics = latent_statistics_of(state, autoencoder.config.latent_channels, run.dir)
+    else:
+        statistics = latent_statistics(tables)
+        scores = set_statistics(torch.stack([case["image"] for case in real]))
+        state = {
+            "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
+            "measured": measured,
+            "split": data.split,
+            "latent_mean": statistics[0],
+            "latent_std": statistics[1],
+            "conditions": [c.to_dict() for c in conditions],
+        }
 
     ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
@@ -569,8 +571,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         autoencoder,
         ema.net,
         kernel,
-        state["latent_mean"].to(device),
-        state["latent_std"].to(device),
+        *(value.to(device) for value in statistics),
         data.spec,
     )
     model = wrap(net, device, config.run.compile)

@@ -1166,12 +1166,14 @@ CONTENT = {
     "a weight more": with_value(lambda m: m | {"more": torch.zeros(3)}, "model"),
     "a weight less": with_value(lambda m: dict(list(m.items())[1:]), "model"),
 }
-LDM_CONTENT = {
+STATISTICS = {
     "latent_std 0": with_value(lambda v: v * 0, "state", "latent_std"),
     "latent_std NaN": with_value(lambda v: v * NAN, "state", "latent_std"),
     "latent_mean a list": with_value([0, 0, 0], "state", "latent_mean"),
     "latent_mean of another length": with_value(torch.zeros(7), "state", "latent_mean"),
     "no latent_mean": without("state", "latent_mean"),
+}
+LDM_CONTENT = STATISTICS | {
     "no data": without("state", "data"),
     "data a list": with_value([1], "state", "data"),
     "size below 0": with_value([-4, 16], "state", "data", "size"),
@@ -1234,6 +1236,9 @@ def checkpoints() -> Iterator[Case]:
         yield Case(f"checkpoint, {name}", GO_ON["vae"], edit_checkpoint(newest, change))
     for name, change in LDM_CONTENT.items():
         yield Case(f"best.pt of ldm, {name}", USE["ldm"], edit_checkpoint("ldm/best.pt", change))
+    for name, change in STATISTICS.items():
+        damage = edit_checkpoint("ldm/checkpoint_*.pt", change)
+        yield Case(f"checkpoint of ldm, {name}", GO_ON["ldm"], damage, "refuse", words="latent_")
     for part in ("best.pt", "autoencoder.pt", "checkpoint_0000002.pt"):
         yield Case(f"{part} lost, used", USE["ldm"], delete(f"ldm/{part}"))
         yield Case(f"{part} lost, going on", GO_ON["ldm"], delete(f"ldm/{part}"))
