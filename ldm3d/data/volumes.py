@@ -321,7 +321,7 @@ def _open_numpy(path: Path, dims: int | None) -> _Opened:
 
 def _open_picture(path: Path, dims: int | None) -> _Opened:
     try:
-        from PIL import Image
+        from PIL import Image, ImageMode
     except ImportError as error:
         raise InputError(f"{path}: PNG and JPEG need Pillow; pip install 'ldm3d[viz]'") from error
     if dims == 3:
@@ -330,12 +330,19 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
     with warnings.catch_warnings():  # of files that are refused in a line of ours
         warnings.simplefilter("ignore", UserWarning)
         with Image.open(path) as image:
-            image.verify()  # the checksums of a PNG, which are not compared otherwise
-        with Image.open(path) as image:  # a palette picture gives its indices: as label maps are stored
-            data, palette = np.asarray(image), image.mode in ("P", "PA")
-    data = data[None] if data.ndim == 2 else np.moveaxis(data, -1, 0)
-    shape = data.shape[1:]
-    return _Opened(len(data), shape, data.dtype, None, None, lambda picks: data[list(picks)], palette)
+            mode, shape = ImageMode.getmode(image.mode), (image.height, image.width)
+
+    def load(picks: tuple[int, ...]) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            with Image.open(path) as image:
+                image.verify()  # the checksums of a PNG, which are not compared otherwise
+            with Image.open(path) as image:  # a palette picture gives its indices: as label maps are stored
+                data = np.asarray(image)
+        return (data[None] if data.ndim == 2 else np.moveaxis(data, -1, 0))[list(picks)]
+
+    palette = mode.mode in ("P", "PA")
+    return _Opened(len(mode.bands), shape, np.dtype(mode.typestr), None, None, load, palette)
 
 
 # --- formats: write -----------------------------------------------------------------------------------------
@@ -391,7 +398,7 @@ class Format(NamedTuple):
     """A kind of file. To add one, write its `open` (and `write`) above and a row in `FORMATS`."""
 
     suffixes: tuple[str, ...]  # the end of the name, lower case
-    open: Callable[[Path, int | None], _Opened]  # (path, dims): reads the header, and no voxel yet
+    open: Callable[[Path, int | None], _Opened]  # (path, dims): the header; voxels only of .npz
     write: Callable[[BinaryIO, Volume, str], None] | None = None  # (file, volume, suffix); None: is only read
     states_spacing: bool = False  # every file states its spacing: a setting does not replace it
 
@@ -495,7 +502,7 @@ def read_header(
     spacing: tuple[float, ...] | None = None,
     dims: Literal[2, 3] | None = None,
 ) -> Header:
-    """The header of what `read` returns for these arguments. Voxels of NIfTI, TIFF and .npy are not read."""
+    """The header of what `read` returns for these arguments. Voxels are not read, but of .npz."""
     return _open(Path(path), channel, spacing, dims)[0]
 
 

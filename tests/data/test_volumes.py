@@ -257,6 +257,25 @@ def test_numpy_arrays_and_pictures_are_read_with_the_spacing_of_the_call(tmp_pat
     assert read(tmp_path / "color.png").array.shape == (3, 5, 6)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB", "RGBA", "P"])
+def test_the_header_of_a_picture_is_read_without_its_voxels(mode: str, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow (extra viz) is not installed")
+    values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    grey = values[..., 0].astype(np.uint16) * 256
+    picture = image.fromarray(grey) if mode == "I;16" else image.fromarray(values).convert(mode)
+    picture.save(tmp_path / "a.png")
+    whole, header, volume = (
+        (tmp_path / "a.png").read_bytes(),
+        *(f(tmp_path / "a.png") for f in (read_header, read)),
+    )
+    assert (header.shape, header.channels, header.palette) == (volume.shape, volume.channels, mode == "P")
+    assert header.dtype == np.asarray(image.open(tmp_path / "a.png")).dtype
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    assert read_header(tmp_path / "a.png").shape == (40, 60)
+    with pytest.raises(InputError, match=r"cannot read .*a\.png"):
+        read(tmp_path / "a.png")
+
+
 def test_arrays_of_one_npz_file_are_channels_in_the_order_of_their_names(tmp_path):
     low, high = np.random.default_rng(0).normal(size=(2, 4, 5, 6)).astype(np.float32)
     np.savez(tmp_path / "pair.npz", low=low, high=high)
