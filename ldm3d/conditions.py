@@ -42,7 +42,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import pad_to_multiple, per_level
-from .config import InputError, at_least
+from .config import InputError, at_least, to_dict
 
 Columns = dict[str, str]  # of one case: column of the table -> cell, "" = blank
 
@@ -173,7 +173,7 @@ class Condition:
         return KINDS[self.kind].file
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Condition:

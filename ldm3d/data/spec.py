@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..config import InputError
+from ..config import InputError, to_dict
 from .cases import Case
 from .geometry import centred
 from .inspection import CaseInfo
@@ -45,7 +45,7 @@ class DataSpec:
     reference: dict[str, float] | None = None  # figures of real cases, to compare samples with
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataSpec:

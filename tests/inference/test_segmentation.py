@@ -1,4 +1,4 @@
-"""train_cdal.py and `sample.py RUN --segment` do the whole job: train, go on bit-exactly, segment, score."""
+"""train_cdal.py and `sample.py RUN FOLDER` do the whole job: train, segment images, score the label maps."""
 
 import csv
 import itertools
