@@ -234,7 +234,8 @@ def test_a_drawn_split_keeps_subjects_together_and_is_repeated_by_the_seed(num):
     assert sum(map(len, subjects)) == len(set.union(*subjects))
     assert split["val"]
     assert split["train"]
-    assert split == split_cases(list(reversed(cases))[::-1], config, 0)
+    backwards = split_cases(cases[::-1], config, 0)
+    assert split == {part: ids[::-1] for part, ids in backwards.items()}
     if num > 10:
         assert split != split_cases(cases, config, 1)
         assert len(subjects[1]) == round(0.2 * len(set.union(*subjects)))

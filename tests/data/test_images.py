@@ -9,13 +9,22 @@ import torch
 from folders import OBLIQUE, opened, save
 
 from ldm3d.config import InputError, to_dict
-from ldm3d.data import DataConfig, Volume, open_data, open_images, open_stored, write
+from ldm3d.data import DataConfig, Volume, open_images, open_stored, write
 from ldm3d.data.images import locate, own_cases
+
+
+def content_of(data):
+    """What the checkpoint of a run on this data holds of it."""
+    state = {"data": data.spec.to_dict(), "split": data.split}
+    return {
+        "config": {"data": to_dict(data.config), "preset": "none", "run": {"seed": data.seed}},
+        "state": state,
+    }
 
 
 def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_own_size(settings, tmp_path):
     opened_data = opened(settings)
-    content = {"config": {"data": to_dict(settings)}, "state": {"data": opened_data.spec.to_dict()}}
+    content = content_of(opened_data)
     volume = save(
         tmp_path / "other/new.nii.gz", np.random.default_rng(9).random((5, 30, 6), dtype=np.float32), OBLIQUE
     )
@@ -31,8 +40,7 @@ def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_
 
 
 def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
-    opened_data = opened(settings)
-    content = {"config": {"data": to_dict(settings)}, "state": {"data": opened_data.spec.to_dict()}}
+    content = content_of(opened(settings))
     values = np.random.default_rng(9).random((5, 30, 6), dtype=np.float32)
     path = save(tmp_path / "other/new.nii.gz", values, OBLIQUE)
     save(tmp_path / "other/another.nii.gz", values, OBLIQUE)
@@ -47,9 +55,8 @@ def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
 
 
 def test_scaling_by_data_set_scales_another_folder_by_the_numbers_of_the_training_set(settings, tmp_path):
-    settings = replace(settings, scaling="dataset")
-    spec = opened(settings).spec
-    content = {"config": {"data": to_dict(settings)}, "state": {"data": spec.to_dict()}}
+    data = opened(replace(settings, scaling="dataset"))
+    spec, content = data.spec, content_of(data)
     values = np.random.default_rng(9).normal(7, 3, (5, 6, 7)).astype(np.float32)
     item = open_images(content, save(tmp_path / "other/new.nii.gz", values).parent)[0, 0]
     expected = 2 * (values - spec.low[0]) / (spec.high[0] - spec.low[0]) - 1
@@ -62,13 +69,9 @@ def content(tmp_path):
     draw = np.random.default_rng(0)
     for i in range(6):
         write(tmp_path / f"data/case_{i}.tif", Volume(draw.random((2, 9, 7), dtype=np.float32), np.eye(3)))
-    config = DataConfig(str(tmp_path / "data"), image="*.tif", dims=2, channel=(1,), scaling="minmax")
-    config = DataConfig(
-        **{**vars(config), "cache_dir": str(tmp_path), "test_fraction": 0.34, "subject": r"case_(\d)"}
-    )
-    data = open_data(config, "none", 0)
-    state = {"data": data.spec.to_dict(), "split": data.split}
-    return {"config": {"data": to_dict(config), "preset": "none", "run": {"seed": 0}}, "state": state}
+    options = {"cache_dir": str(tmp_path), "test_fraction": 0.34, "subject": r"case_(\d)"}
+    files = {"root": str(tmp_path / "data"), "image": "*.tif", "dims": 2, "channel": (1,)}
+    return content_of(opened(DataConfig(**files, **options, scaling="minmax")))
 
 
 def test_the_samples_of_a_run_hold_its_channels_already(content, tmp_path):

@@ -30,6 +30,7 @@ IDS = [
 def test_a_plain_id_is_its_own_name_and_any_other_gets_one_of_its_own():
     for name in ("p01_a", "sub-01_ses-2", "A.b (1)", "été"):
         assert file_name(name) == name
+    assert file_name("../p01") == "_p01-3babf6e6"  # the example of the docstring
     names = [file_name(name) for name in [*IDS, "", "x" * 301]]
     assert len(set(names)) == len(names)
     for name in names:
