@@ -302,7 +302,7 @@ def path_of(box: Path, pattern: str) -> Path:
     return sorted(box.glob(pattern))[-1]
 
 
-def flip(pattern: str, first: float = 0.0, last: float = 1.0, number: int = 0) -> Action:
+def flip(pattern: str, first: float = 0.0, last: float = 1.0) -> Action:
     """One bit of a file is flipped, between these shares of its length (above 1: bytes)."""
 
     def act(box: Path, draw: np.random.Generator) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import InputError
+from .checkpoint import write_text
 from .distributed import is_main
 
 
@@ -71,7 +71,7 @@ class Logger:
                 "intact: make room, then run the same command again"
             ) from None
 
-    def log(self, step: int, split: str, scalars: dict[str, Any], echo: bool = True) -> None:
+    def log(self, step: int, split: str, scalars: dict[str, Any]) -> None:
         """One line: ``{"step": ..., "split": "train" | "val", "seconds": of training, **scalars}``.
 
         A number that is not finite is written as null, since JSON has no other word.
@@ -83,11 +83,8 @@ class Logger:
         with self._writing():
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
-        if echo:
-            words = "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars.items()
-            )
-            tqdm.write(f"step {step:>7}  {split:<5}  {words}")
+        words = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars.items())
+        tqdm.write(f"step {step:>7}  {split:<5}  {words}")
         if self.board is not None:
             with self._writing():
                 for name, value in scalars.items():
@@ -125,9 +122,7 @@ def cut_back(path: Path, step: int) -> float:
     if not path.exists():
         return 0.0
     kept = [line for line in read_log(path) if line["step"] <= step]
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept[-1]["seconds"] if kept else 0.0
 
 

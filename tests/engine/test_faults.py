@@ -145,9 +145,9 @@ def test_a_log_without_room_ends_the_run_with_a_line_and_a_picture_does_not(tmp_
     limits, logger = resource.getrlimit(resource.RLIMIT_FSIZE), Logger(tmp_path, 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        logger.log(1, "train", {"loss": 1.0}, echo=False)
+        logger.log(1, "train", {"loss": 1.0})
         with pytest.raises(InputError, match=r"log cannot be written .*run the same command again"):
-            logger.log(2, "train", {"loss": 1.0, "a word": "x" * 100}, echo=False)
+            logger.log(2, "train", {"loss": 1.0, "a word": "x" * 100})
         assert save_sheet(tmp_path / "a.png", {"row": [torch.rand(30, 30).numpy()]}) is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

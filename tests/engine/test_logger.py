@@ -54,7 +54,7 @@ def test_speed_counts_steps_and_waiting_and_not_what_comes_between_steps():
 
 def test_what_is_not_finite_is_null_since_json_knows_no_nan(tmp_path):
     logger = Logger(tmp_path, 0)
-    logger.log(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1}, echo=False)
+    logger.log(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
     logger.close()
 
     def refuse(word):
@@ -71,7 +71,7 @@ def test_the_seconds_of_a_resumed_run_go_on_from_the_last_line_that_is_kept(tmp_
     assert cut_back(path, 1) == 100.0
     assert path.read_text() == first
     logger = Logger(tmp_path, 1)
-    logger.log(2, "train", {}, echo=False)
+    logger.log(2, "train", {})
     logger.close()
     assert 100 <= json.loads(path.read_text().splitlines()[1])["seconds"] < 110
 
@@ -135,7 +135,7 @@ def test_steps_that_a_killed_run_will_repeat_are_purged_from_tensorboard(tmp_pat
     for first, last in ((0, 8), (5, 9)):  # killed after step 8, its last checkpoint is of step 5
         logger = Logger(tmp_path, first, tensorboard=True)
         for step in range(first + 1, last + 1):
-            logger.log(step, "train", {"loss": float(10 * first + step)}, echo=False)
+            logger.log(step, "train", {"loss": float(10 * first + step)})
         logger.close()
         time.sleep(1.1)  # the names of its files differ by the second
     shown = [(e.step, e.value) for e in events(tmp_path).Scalars("train/loss")]

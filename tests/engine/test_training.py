@@ -354,12 +354,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_the_log_is_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
     logger = Logger(tmp_path, 0)
     for step in (1, 2, 3):
-        logger.log(step, "train", {"loss": float(step)}, echo=False)
+        logger.log(step, "train", {"loss": float(step)})
     logger.close()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 2, "spl')
     logger = Logger(tmp_path, 2)
-    logger.log(3, "val", {"loss": 9.0}, echo=False)
+    logger.log(3, "val", {"loss": 9.0})
     logger.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["step"], r["split"], r["loss"]) for r in lines] == [
