@@ -73,13 +73,13 @@ def _stretched(value: float, replicates: Sequence[float] | np.ndarray, subjects:
 
 
 def bootstrap_interval(
-    values: np.ndarray, resamples: int, seed: int = 0, groups: Sequence | None = None
+    values: np.ndarray, resamples: int, groups: Sequence | None = None
 ) -> tuple[float, float]:
     """The 95 % interval of the mean of values (n,). groups (n,): the subject of each, drawn as a whole.
 
     (nan, nan) for a single case or subject.
     """
-    draw, members = np.random.default_rng(seed), _members(groups, len(values))
+    draw, members = np.random.default_rng(0), _members(groups, len(values))
     if len(members) < 2:
         return math.nan, math.nan
     sums, sizes = (np.array([f(values[m]) for m in members]) for f in (np.sum, len))
@@ -215,19 +215,19 @@ def auc(negatives: np.ndarray, positives: np.ndarray, paired: bool = False) -> f
     samples from one noise, and are not compared with each other: what differs between them is the class
     alone, so they are in order much more often than two new samples are.
     """
-    index = np.arange(len(negatives)) if paired else None
-    return _auc(negatives, positives, index, index)
+    return _auc(negatives, positives, np.arange(len(negatives)) if paired else None)
 
 
-def _auc(negatives: np.ndarray, positives: np.ndarray, i: np.ndarray | None, j: np.ndarray | None) -> float:
-    """AUC over the pairs whose partners differ: i (n,) and j (m,) say from which noise each score is."""
+def _auc(negatives: np.ndarray, positives: np.ndarray, noise: np.ndarray | None) -> float:
+    """AUC over all pairs of scores; with noise (n,), the number of the noise that negatives[i] and
+    positives[i] are from, over the pairs from different noises."""
     difference = positives[:, None] - negatives[None]
     won = (difference > 0) + (difference == 0) / 2
-    return float(won.mean() if i is None else won[j[:, None] != i[None]].mean())
+    return float(won.mean() if noise is None else won[noise[:, None] != noise[None]].mean())
 
 
 def auc_interval(
-    negatives: np.ndarray, positives: np.ndarray, resamples: int, paired: bool = False, seed: int = 0
+    negatives: np.ndarray, positives: np.ndarray, resamples: int, paired: bool = False
 ) -> tuple[float, float]:
     """The 95 % bootstrap interval of the AUC; cases are drawn with replacement in each class.
 
@@ -237,13 +237,13 @@ def auc_interval(
     fewest = min(len(negatives), len(positives))
     if fewest < 2:
         return math.nan, math.nan
-    draw, values = np.random.default_rng(seed), []
+    draw, values = np.random.default_rng(0), []
     while len(values) < resamples:
         i, j = (draw.integers(len(scores), size=len(scores)) for scores in (negatives, positives))
         if not paired:
-            values.append(_auc(negatives[i], positives[j], None, None))
+            values.append(_auc(negatives[i], positives[j], None))
         elif i.min() < i.max():  # else one pair was drawn again and again: there is nothing to compare
-            values.append(_auc(negatives[i], positives[i], i, i))
+            values.append(_auc(negatives[i], positives[i], i))
     low, high = _stretched(auc(negatives, positives, paired), values, fewest)
     return max(0.0, low), min(1.0, high)
 
