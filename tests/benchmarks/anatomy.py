@@ -49,6 +49,7 @@ from ldm3d.data import Data, open_images, open_stored  # noqa: E402
 from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.engine.checkpoint import load_run  # noqa: E402
 from ldm3d.engine.distributed import choose_device  # noqa: E402
+from ldm3d.engine.logger import read_log  # noqa: E402
 from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.evaluation.validity import (  # noqa: E402
     PairedFile,
@@ -105,7 +106,7 @@ def steps_in(args: argparse.Namespace, flags: list[str], folder: Path) -> int:
     """How many steps of train_ldm.py the minutes hold, by the last 10 of 20."""
     length = [*run_flags(args, 20, 1), "--run.log_every", "10"]
     train_ldm.main([*flags, *length, "--run.dir", str(folder)])
-    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    logged = read_log(folder / "log.jsonl")
     rate = next(line["samples_per_s"] for line in logged if line["split"] == "train" and line["step"] == 20)
     batch_size = json.loads((folder / "config.json").read_text())["batch_size"]
     return max(20, int(60 * args.minutes * rate / batch_size))
@@ -264,8 +265,7 @@ def show_table(rows: dict[str, list[Figures]]) -> None:
 
 
 def lowest_loss(run: Path) -> float:
-    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return min(line["loss"] for line in logged if line["split"] == "val")
+    return min(line["loss"] for line in read_log(run / "log.jsonl") if line["split"] == "val")
 
 
 def parse_flags() -> argparse.Namespace:

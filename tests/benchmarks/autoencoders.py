@@ -22,6 +22,7 @@ from statistics import median
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from ldm3d.engine.logger import read_log  # noqa: E402
 from ldm3d.evaluation.results import table  # noqa: E402
 
 DISCRIMINATOR = ["--disc_weight", "0.1", "--feature_weight", "1"]
@@ -60,9 +61,8 @@ def score(run: Path) -> dict[str, dict[str, float]]:
 
 def seconds_per_step(run: Path) -> float:
     """The median of the log's, over the last half: with the discriminator, where there is one."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch_size = json.loads((run / "config.json").read_text())["batch_size"]
-    speeds = [line["samples_per_s"] for line in lines if line["split"] == "train"]
+    speeds = [line["samples_per_s"] for line in read_log(run / "log.jsonl") if line["split"] == "train"]
     return batch_size / median(speeds[len(speeds) // 2 :])
 
 

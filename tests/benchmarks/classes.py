@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/classes"), help="folder of the runs")
     parser.add_argument("--num", type=int, default=32, help="samples of each class, in every row")
     parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0])
-    parser.add_argument("--steps", type=int, default=15, help="of sampling, two network calls each")
+    parser.add_argument("--steps", type=int, default=15, help="intervals of the sampling grid")
     parser.add_argument("--classifier_steps", type=int, default=400)
     parser.add_argument("--vae", default="", help="more flags of train_vae.py, in quotes")
     parser.add_argument("--ldm", default="", help="more flags of train_ldm.py, in quotes")

@@ -155,7 +155,9 @@ TINY = {
 
 def logged(run: Path) -> Row:
     """What log.jsonl says of a run: best validation figures; speed and memory of its second half."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    from ldm3d.engine.logger import read_log
+
+    lines = read_log(run / "log.jsonl")
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     late = train[len(train) // 2 :]
     figures: Row = {"steps": lines[-1]["step"]}

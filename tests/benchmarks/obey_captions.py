@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=20, help="samples of each of the five captions")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--interval", type=float, nargs=2, default=(0.4, 1.0), help="noise levels guided")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling, two network calls each")
+    parser.add_argument("--steps", type=int, default=20, help="intervals of the sampling grid")
     parser.add_argument("--vae", default="", help="more flags of train_vae.py, in quotes")
     parser.add_argument("--ldm", default="", help="more flags of train_ldm.py, in quotes")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = its own choice")

@@ -126,11 +126,11 @@ def decode(config: VAEConfig, size: int, flash: bool = False) -> Build:
     return build
 
 
-def encode(config: VAEConfig, size: int, flash: bool = False) -> Build:
+def encode(config: VAEConfig, size: int) -> Build:
     def build(mode: Mode) -> dict[str, Side]:
         x = torch.randn(1, config.in_channels, *(size,) * config.dims).to(mode.device)
         run = torch.inference_mode()(lambda net: torch.cat(moments(net, x)))
-        return sides(run, twin_autoencoder, config, flash, mode)
+        return sides(run, twin_autoencoder, config, False, mode)
 
     return build
 

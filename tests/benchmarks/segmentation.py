@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import train_cdal  # noqa: E402
 from ldm3d.config import replace, show  # noqa: E402
 from ldm3d.data.cases import resolve_root  # noqa: E402
+from ldm3d.engine.logger import read_log  # noqa: E402
 from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.inference.segmentation import SegmentConfig, segment_files  # noqa: E402
 from ldm3d.pipeline import SegmentationPipeline  # noqa: E402
@@ -61,11 +62,10 @@ def flags_of(preset: str, settings: dict, folder: Path, steps: int, every: int) 
 def steps_for(minutes: float, preset: str, settings: dict, folder: Path) -> int:
     """How many steps the minutes hold, by the last 10 of 20."""
     speed = folder.with_name(f"{folder.name}-speed")
-    line = speed / "log.jsonl"
     if not (speed / "checkpoint_0000020.pt").exists():
         train_cdal.main([*flags_of(preset, settings, speed, 20, 10_000), "--run.log_every", "10"])
-    logged = [json.loads(text) for text in line.read_text().splitlines()]
-    rate = next(entry["samples_per_s"] for entry in logged if entry["step"] == 20)
+    logged = read_log(speed / "log.jsonl")
+    rate = next(line["samples_per_s"] for line in logged if line["step"] == 20)
     config = replace(train_cdal.Config(), train_cdal.PRESETS[preset] | settings)
     return max(20, int(60 * minutes * rate / config.batch_size))
 

@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     ways = ("image", "tokens")
     parser.add_argument("--ways", nargs="+", choices=ways, help="how the source enters; else the task's own")
     parser.add_argument("--num", type=int, default=8, help="samples of every test case")
-    parser.add_argument("--sample_steps", type=int, default=20)
+    parser.add_argument("--sample_steps", type=int, default=20, help="intervals of the sampling grid")
     parser.add_argument("--regression_steps", type=int, default=0, help="0 = the task's own")
     parser.add_argument("--vae", default="", help="more flags of train_vae.py, in quotes")
     parser.add_argument("--ldm", default="", help="more flags of train_ldm.py, in quotes")
