@@ -1,8 +1,17 @@
 """95 % intervals hold the value that studies of this size have on average in about 95 of 100 studies.
 
-Many studies are simulated, each with an interval. The fast tests count the most common intervals roughly, the
-slow ones count all of them in more studies, and see that they are not needlessly wide.
+Many studies are simulated, each with an interval from 200 resamples (of sets: 60 half-samples). Counted is
+the share of the intervals that hold the true mean or AUC (of sets: the mean of the figure over all studies).
+The fast tests count the most common intervals roughly, the slow ones count all of them in more studies, and
+see that they are not needlessly wide.
+
+The share of N studies has a standard error of sqrt(0.95 * 0.05 / N): 0.03 for 60, 0.011 for 400, 0.007 for
+1,000, 0.005 for 2,000. Besides, the percentiles of 200 resamples leave out (0.025 * 199 + 1) / 201 at either
+end, so 0.94 is expected and not 0.95. The bounds are two to four standard errors beside that. An interval
+that is known to hold less has its own bound, and the comment there says what was counted.
 """
+
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +19,6 @@ import torch
 
 from ldm3d.evaluation.sets import BINS, FEWEST, ROUGH, Measured, statistic_of
 from ldm3d.evaluation.statistics import (
-    auc,
     auc_interval,
     bootstrap_interval,
     half_sample_intervals,
@@ -47,7 +55,7 @@ def aucs(n: int, studies: int, paired: bool) -> float:
     """paired: the score of a noise is the same in both classes up to a little, and class 1 is 0.1 higher."""
     draw, found = np.random.default_rng(n), []
     shift, same = (0.1, 0.95) if paired else (1.0, 0.0)
-    truth = auc(*(s + draw.normal(0, 1, 3000) for s in (0, shift)))
+    truth = (1 + math.erf(shift / 2)) / 2  # P(a difference of mean `shift` and variance 2 is above 0)
     for _ in range(studies):
         own = draw.normal(0, 1, (2, n))
         scores = own[0], same * own[0] + np.sqrt(1 - same**2) * own[1] + shift
@@ -65,8 +73,9 @@ def figures(
         draw = torch.Generator().manual_seed(seed)
         x = torch.randn(generated + real, features, generator=draw)
         x[:generated] = (0.7 if shift else 1.0) * x[:generated] + shift
-        flat = torch.full((len(x), 1, BINS), 1 / BINS)
-        measured = Measured(x, [], flat, torch.randn(len(x), 1, 4, generator=draw))
+        spectra = torch.randn(len(x), 1, 4, generator=draw)
+        histograms = torch.randn(len(x), 1, BINS, generator=draw).softmax(2)
+        measured = Measured(x, [], histograms, spectra)
         statistic = statistic_of(measured, generated, 1.0, 5)
         counts = (generated, real)
         found.append(half_sample_intervals(statistic, counts, 60, seed, rough=ROUGH))
@@ -100,7 +109,7 @@ def test_an_auc_of_pairs_from_one_noise_is_that_of_new_samples():
 
 def test_kernel_intervals_of_two_equal_small_sets_hold_and_are_not_too_wide():
     share, width = figures(16, 13, 8, 0.0, 60)["whole/kernel"]
-    assert share >= 0.88  # 60 studies: two standard errors below 0.95
+    assert share >= 0.88
     assert 0.7 <= width <= 1.35
 
 
@@ -117,13 +126,13 @@ def test_halves_have_half_as_many_neighbours(monkeypatch):
 @pytest.mark.parametrize("kind", ["normal", "skewed"])
 @pytest.mark.parametrize("n", [3, 5, 10, 40])
 def test_every_interval_of_a_mean_holds(kind, n):
-    assert 0.92 <= means(kind, n, 2000) <= 0.975
+    assert 0.92 <= means(kind, n, 2000) <= 0.96
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("subjects", [5, 10, 30])
 def test_every_interval_by_subject_holds(subjects):
-    assert 0.92 <= means_by_subject(subjects, 2000) <= 0.975
+    assert 0.92 <= means_by_subject(subjects, 2000) <= 0.96
 
 
 @pytest.mark.slow
@@ -131,7 +140,7 @@ def test_every_interval_by_subject_holds(subjects):
 @pytest.mark.parametrize("n", [10, 32, 80])
 def test_every_interval_of_an_auc_holds(n, paired):
     # Ten noises are few for pairs of pairs: 92 of 100 were counted
-    assert (0.9 if n == 10 else 0.92) <= aucs(n, 1000, paired) <= 0.985
+    assert (0.9 if paired and n == 10 else 0.92) <= aucs(n, 1000, paired) <= 0.97
 
 
 @pytest.mark.slow
@@ -139,6 +148,8 @@ def test_every_interval_of_an_auc_holds(n, paired):
 @pytest.mark.parametrize(("generated", "real"), [(16, 13), (50, 60), (100, 80)])
 def test_every_interval_of_a_figure_of_sets_holds(generated, real, shift):
     for name, (share, width) in figures(generated, real, 8, shift, 200).items():
-        assert share >= 0.88, (name, share)  # 91 to 97 of 100 were counted, more for rough figures
+        # Counted were 90 to 92 of 100 for kernel distances of moved sets, whose intervals are a tenth too
+        # narrow, 91 to 98 for other distances, 93 to 100 for rough figures
+        assert share >= 0.88, (name, share)
         if min(generated, real) >= FEWEST:
             assert width <= (3 if name.endswith(ROUGH) else 1.35), (name, width)
