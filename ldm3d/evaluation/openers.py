@@ -200,11 +200,15 @@ def _protocol(rule: DataConfig, spec: DataSpec) -> dict[str, Any]:
     }
 
 
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """What tells a file's content in the key of a cache: its path, size (bytes), time of change (ns)."""
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
 def content_key(dataset: VolumeDataset) -> Any:
     """All that the items of a data set depend on: files, grid and scaling. A key for caches."""
-    files = [
-        (str(c.image.resolve()), c.image.stat().st_size, c.image.stat().st_mtime_ns) for c in dataset.cases
-    ]
+    files = [file_stamp(case.image) for case in dataset.cases]
     spec, rule = dataset.spec, dataset.config
     scaling = (rule.scaling, rule.percentiles, rule.window, spec.low, spec.high)
     return files, spec.size, rule.spacing, rule.file_spacing, rule.channel, scaling

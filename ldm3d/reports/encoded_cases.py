@@ -22,6 +22,7 @@ from ..engine.checkpoint import write_atomically
 from ..engine.distributed import gather, print0, rank, world_size
 from ..engine.logger import progress
 from ..engine.training import autocast
+from ..evaluation.openers import file_stamp
 from ..latents import cache_key
 from ..vae import Autoencoder
 from .pictures import slices_picture
@@ -60,9 +61,7 @@ def cache_folder(run: Path, autoencoder: Autoencoder, data: VolumeDataset, amp: 
 
 def file_key(path: Path) -> str:
     """A hash of the path, size and modification time of a file."""
-    stat = path.stat()
-    stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    return hashlib.sha256(repr(stamp).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr(file_stamp(path)).encode()).hexdigest()[:24]
 
 
 @torch.inference_mode()
