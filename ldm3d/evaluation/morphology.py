@@ -62,11 +62,11 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
     return mask | ~np.isin(outside, np.unique(np.concatenate(borders)))
 
 
-def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
+def otsu_threshold(values: np.ndarray) -> float:
     """The value that divides `values` best into two classes, a centre of a bin; nan if all are equal."""
     if values.min() == values.max():
         return float("nan")
-    counts, edges = np.histogram(values, bins)
+    counts, edges = np.histogram(values, bins=256)
     centres = (edges[1:] + edges[:-1]) / 2
     low, total = np.cumsum(counts), counts.sum()  # in bins up to here
     sums = np.cumsum(counts * centres)

@@ -5,6 +5,7 @@ A line of log.jsonl is one JSON object: "step", "split" (train or val), "seconds
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from typing import Any
@@ -54,10 +55,11 @@ def curves(lines: Lines) -> list[dict[str, Any]]:
     ]
 
 
-def thin(points: list[list[float]], most: int = MAX_POINTS) -> list[list[float]]:
-    """At most `most` points: each the mean of an equal part of the curve. Numbers keep five digits."""
-    parts = [points[i * len(points) // most : (i + 1) * len(points) // most] for i in range(most)]
-    parts = parts if len(points) > most else [[p] for p in points]
+def thin(points: list[list[float]]) -> list[list[float]]:
+    """At most MAX_POINTS points: each the mean of an equal part of the curve. Numbers keep five digits."""
+    ends = [i * len(points) // MAX_POINTS for i in range(MAX_POINTS + 1)]
+    parts = [points[a:b] for a, b in itertools.pairwise(ends)]
+    parts = parts if len(points) > MAX_POINTS else [[p] for p in points]
     return [[float(f"{sum(column) / len(part):.5g}") for column in zip(*part, strict=True)] for part in parts]
 
 

@@ -77,14 +77,14 @@ def test_curves_are_the_logs_numbers_those_of_one_name_in_one_chart(run):
 
 def test_a_long_curve_is_thinned_to_the_means_of_equal_parts():
     points = [[float(i), 2.0 * i, float(i % 2)] for i in range(4000)]
-    thinned = run_log.thin(points, 800)
+    thinned = run_log.thin(points)
     assert len(thinned) == 800
     assert thinned[0] == [2.0, 4.0, 0.4]
     assert thinned[-1][0] == pytest.approx(3997)
-    uneven = run_log.thin(points[:1001], 800)
+    uneven = run_log.thin(points[:1001])
     assert len(uneven) == 800
     assert np.isfinite(uneven).all()
-    assert run_log.thin(points[:10], 800) == points[:10]
+    assert run_log.thin(points[:10]) == points[:10]
 
 
 def test_the_facts_are_those_of_the_log(run):
