@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm3d.data import Volume, write
-from ldm3d.data.phantoms import make_phantom
+from ldm3d.data.phantoms import Phantom, make_phantom
 from ldm3d.engine.checkpoint import load_file
 from ldm3d.evaluation import sets
 from ldm3d.evaluation.__main__ import main as evaluation_main
@@ -47,13 +47,17 @@ CHANGES = {
 }
 
 
+def head(index: int, dims: int) -> Phantom:
+    return make_phantom(index, dims, SIZES[dims], tuple(200 / n for n in SIZES[dims]))
+
+
 def write_heads(folder, dims: int, change: str, first: int, num: int) -> str:
     """Heads first ... of one population, after a change; as float32 files."""
     draw = np.random.default_rng(first)
     for i in range(first, first + num):
-        head = make_phantom(i, dims, SIZES[dims], tuple(200 / n for n in SIZES[dims]))
-        array = CHANGES[change](head.image, draw).astype(np.float32)
-        write(folder / f"head_{i}.{SUFFIX[dims]}", Volume(array, head.affine))
+        phantom = head(i, dims)
+        array = CHANGES[change](phantom.image, draw).astype(np.float32)
+        write(folder / f"head_{i}.{SUFFIX[dims]}", Volume(array, phantom.affine))
     return str(folder)
 
 
@@ -351,8 +355,7 @@ def test_the_contrastive_loss_is_its_definition():
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_own_network_is_the_same_for_the_same_seed_and_separates_cases(dims):
-    heads = [make_phantom(i, dims, SIZES[dims], tuple(200 / n for n in SIZES[dims])).image for i in range(12)]
-    x = torch.from_numpy(np.stack(heads)) / 1000
+    x = torch.from_numpy(np.stack([head(i, dims).image for i in range(12)])) / 1000
     config = FeatureConfig(dims, steps=5, batch_size=8)
     device = torch.device("cpu")
     net, again = train_features(x, config, device), train_features(x, config, device)
@@ -366,8 +369,7 @@ def test_an_own_network_is_the_same_for_the_same_seed_and_separates_cases(dims):
 
 
 def test_training_brings_views_of_a_case_together_and_others_apart():
-    heads = [make_phantom(i, 2, SIZES[2], tuple(200 / n for n in SIZES[2])).image for i in range(24)]
-    x = torch.from_numpy(np.stack(heads)) / 1000
+    x = torch.from_numpy(np.stack([head(i, 2).image for i in range(24)])) / 1000
     losses = []
     for steps in (1, 150):
         net = train_features(x, FeatureConfig(2, steps=steps), torch.device("cpu"))
