@@ -1234,6 +1234,8 @@ def checkpoints() -> Iterator[Case]:
             yield Case(f"best.pt of {kind}, {part} a list", USE[kind], numbers)
     for name, change in CONTENT.items():
         yield Case(f"checkpoint, {name}", GO_ON["vae"], edit_checkpoint(newest, change))
+    for name, change in {"without best": without("best"), "best null": with_value(None, "best")}.items():
+        yield Case(f"best.pt {name}, going on", GO_ON["vae"], edit_checkpoint(best, change))
     for name, change in LDM_CONTENT.items():
         yield Case(f"best.pt of ldm, {name}", USE["ldm"], edit_checkpoint("ldm/best.pt", change))
     for name, change in STATISTICS.items():

@@ -111,6 +111,7 @@ def check_sums(path: Path) -> None:
 
 CONTENT = {"config": dict, "state": dict, "ema": dict, "step": int}  # what every checkpoint holds
 TRAINING = {"model": dict, "optimizers": dict, "others": dict}  # and what only numbered ones hold
+BEST = {"name": str, "value": (int, float), "step": int}  # the best validation, if there was one
 
 
 def check_content(content: dict[str, Any], path: str | Path) -> None:
@@ -120,7 +121,8 @@ def check_content(content: dict[str, Any], path: str | Path) -> None:
         if not isinstance(value, kind) and (name in CONTENT or name in content):
             raise InputError(f"{path}: not a checkpoint of ldm3d ({name} is {type(value).__name__})")
     best = content.get("best")
-    if best is not None and not (isinstance(best, dict) and {"name", "value", "step"} <= best.keys()):
+    valid = isinstance(best, dict) and all(isinstance(best.get(name), kind) for name, kind in BEST.items())
+    if best is not None and not valid:
         raise InputError(f"{path}: not a checkpoint of ldm3d (best is {best!r:.60})")
     if content["step"] < 0 or not isinstance(content["state"].get("data"), dict):
         raise InputError(f"{path}: not a checkpoint of ldm3d (step is below 0, or the state has no data)")

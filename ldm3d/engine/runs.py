@@ -202,13 +202,13 @@ class Run:
         if not path.exists():
             return known
         try:
-            best = load(path, self.kind)["best"]
+            best = load(path, self.kind).get("best")
         except Newer:
             raise
         except InputError as e:
             print0(f"{e}; the next validation writes it anew")
             return None
-        return best if best["step"] <= self.resumed["step"] else known
+        return best if best and best["step"] <= self.resumed["step"] else known
 
     def _is_validated(self) -> bool:
         """Does the log hold the validation of this step?"""

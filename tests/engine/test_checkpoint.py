@@ -71,6 +71,8 @@ def test_a_flipped_bit_in_any_weight_is_found(tmp_path):
         ({"ema": None}, "ema is NoneType"),
         ({"optimizers": "none"}, "optimizers is str"),
         ({"best": "psnr"}, "best is 'psnr'"),
+        ({"best": {"name": "psnr", "value": "x", "step": 2}}, "best is {'name': 'psnr', 'value': 'x'"),
+        ({"best": {"name": "psnr", "value": 1.0, "step": "x"}}, "best is {'name': 'psnr', 'value': 1.0"),
         ({"others": {"mean": {}}}, "KeyError: 'ranks'"),
         ({"ema": {"w": [1.0]}}, "ema: w is no tensor"),
         ({"model": {"w": torch.tensor([1.0, float("nan")])}}, "model: w holds numbers that are not finite"),
