@@ -204,6 +204,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+COMMON: dict[str, str] = {  # the settings of --help; --help all shows every setting
+    "your files": "data.root data.image data.mask data.label_values data.table data.dims data.subject"
+    " data.val_fraction",
+    "how they are seen": "data.spacing data.patch data.foreground data.scaling data.window"
+    " data.augment.flip_axes data.augment.affine data.augment.intensity",
+    "the network": "unet.channels generator.stem generator.encoder_channels cdal.diffusion votes window",
+    "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp run.workers"
+    " run.eval_every run.init run.fresh plan",
+}
+
 
 def with_data(config: Config) -> Config:
     """The defaults that follow from the data: the dimensions of the networks."""
@@ -398,7 +408,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, flags = parse(Config, argv, PRESETS, __doc__, base=with_data)
+    config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON)
     check_schedule(flags, "optim", config.optim)
     check_schedule(flags, "disc_optim", config.disc_optim)
     if config.plan is None:

@@ -210,6 +210,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brats-16g": BRATS | {"batch_size": 4, "micro_batch_size": 1, "unet.checkpointing": True},
 }
 
+COMMON: dict[str, str] = {  # the settings of --help; --help all shows every setting
+    "your files": "vae data.root data.image data.mask data.source data.table",
+    "how they are seen": "latent_cache data.num_variants data.augment.flip_axes data.augment.affine",
+    "the denoiser": "unet.channels unet.num_res_blocks unet.attention_levels unet.checkpointing"
+    " condition.use condition.dropout anatomy.registers",
+    "the diffusion": "kernel.process kernel.prediction sample_steps",
+    "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp"
+    " run.workers run.eval_every run.init run.fresh plan",
+}
+
 
 def autoencoder_of(config: Config) -> Path:
     """The run or file of the autoencoder: the run folder's own copy, once there is one, else --vae."""
@@ -612,7 +622,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, flags = parse(Config, argv, PRESETS, __doc__, base=with_autoencoder)
+    config, flags = parse(Config, argv, PRESETS, __doc__, with_autoencoder, COMMON)
     check_schedule(flags, "optim", config.optim)
     if config.plan is None:
         train(config, flags)

@@ -270,6 +270,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brats-16g": BRATS | {"batch_size": 2, "micro_batch_size": 1, "vae.checkpointing": True},
 }
 
+COMMON: dict[str, str] = {  # the settings of --help; --help all shows every setting
+    "your files": "data.root data.image data.table data.dims data.subject data.val_fraction",
+    "how they are seen": "data.spacing data.size data.patch data.scaling data.window data.augment.flip_axes"
+    " data.augment.affine data.augment.intensity",
+    "the autoencoder": "autoencoder vae.channels vae.latent_channels vae.stem",
+    "the loss": "kl_weight perceptual_weight disc_weight disc_start",
+    "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp run.workers"
+    " run.eval_every run.init run.fresh plan",
+}
+
 
 def with_data(config: Config) -> Config:
     """The defaults that follow from the data: the dimensions and the channels of the networks."""
@@ -591,7 +601,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, flags = parse(Config, argv, PRESETS, __doc__, base=with_data)
+    config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON)
     check_flags(config, flags)
     if config.plan is None:
         train(config, flags)

@@ -2,7 +2,8 @@
 
 A configuration is a frozen dataclass of scalars, tuples, Literals, ``X | None`` and other configurations,
 defined right above the class that it configures. The command line is made from the dataclass: each field is
-an option, and the comment at the end of the field's line is the option's help. For example
+an option, and the comment at the end of the field's line is the option's help. A script names the settings
+that people change: ``--help`` shows these, and ``--help all`` shows every setting. For example
 
     @dataclass(frozen=True)
     class Config:
@@ -22,6 +23,7 @@ import functools
 import inspect
 import json
 import re
+import shutil
 import sys
 import types
 import typing
@@ -258,15 +260,53 @@ def show(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+class Help(argparse.Action):
+    """``--help`` prints the settings that people change, ``--help all`` every setting. Both exit with 0."""
+
+    def __call__(self, parser: Any, namespace: Any, value: str | None, flag: str | None = None) -> None:
+        if value not in (None, "all"):
+            raise InputError(f"{flag}: expected nothing after it, or the word all, got {value!r}")
+        print(parser.help_page(everything=value == "all" or not parser.common), end="")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but mistakes are InputErrors that name the nearest flag, and abbreviations are refused.
 
-    A flag may be written with dashes: --color-by is --color_by.
+    A flag may be written with dashes: --color-by is --color_by. common: title -> the keys in one group of the
+    short help, as "run.steps batch_size"; None: there is one help only, of every setting.
     """
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, common: dict[str, str] | None = None, **kwargs: Any):
+        kwargs |= {"allow_abbrev": False, "add_help": False, "formatter_class": argparse.HelpFormatter}
+        super().__init__(**kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1000,400 is a value too, not a flag
+        self.common = common
+        about = "the settings that people change; with the word all: every setting" if common else "this page"
+        how = {"nargs": "?", "metavar": "all", "default": argparse.SUPPRESS, "help": about}
+        self.add_argument("-h", "--help", action=Help, **how)
+
+    def help_page(self, everything: bool) -> str:
+        """The description, then the settings in groups: all of them, or those of `common`."""
+        words, rest, *groups = self._action_groups
+        sections = [("", words._group_actions + rest._group_actions)]
+        if everything:
+            sections += [(group.title, group._group_actions) for group in groups]
+        else:
+            option = {action.dest: action for action in self._actions}
+            sections += [
+                (title, [option[key] for key in keys.split()]) for title, keys in self.common.items()
+            ]
+        width = min(110, shutil.get_terminal_size((110, 24)).columns)
+        page = argparse.RawDescriptionHelpFormatter(self.prog, max_help_position=30, width=width)
+        named = " ".join(action.metavar or action.dest for action in words._group_actions)
+        page.add_usage(f"%(prog)s {named} [--key value ...]", [], [])
+        page.add_text(self.description)
+        for title, actions in sections:
+            page.start_section(title or None)
+            page.add_arguments(actions)
+            page.end_section()
+        return page.format_help()
 
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(message)
@@ -323,6 +363,7 @@ def parse(
     presets: dict[str, dict[str, Any]],
     doc: str | None = None,
     base: Callable[[C], C] | None = None,
+    common: dict[str, str] | None = None,
 ) -> tuple[C, dict[str, Any]]:
     """Read ``[preset | file.json] --dotted.key value ...``: (config, the flags by dotted key).
 
@@ -331,8 +372,9 @@ def parse(
 
     `base` makes defaults that depend on the settings: stage two takes its data settings from the autoencoder.
     `base` gets the merged configuration; preset, file and flags are then merged once more over its result.
+    `common` is the short help, see `Parser`.
     """
-    parser = Parser(description=doc)
+    parser = Parser(common, description=doc)
     choices = f"one of: {', '.join(presets)}; or a JSON file"
     parser.add_argument("first", metavar="preset", nargs="?", help=choices)
     parser.add_argument("--preset", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -342,7 +384,7 @@ def parse(
     if "preset" in args:
         raise InputError(f"--preset: no such setting; the preset is the first word: {args['preset']} ...")
     if name is None:
-        raise InputError(f"which preset? {choices} (--help lists every setting)")
+        raise InputError(f"which preset? {choices} (--help explains the settings)")
     if name in presets:
         chosen = {**presets[name], "preset": name}
     elif name.endswith(".json"):

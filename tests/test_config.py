@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,7 @@ from ldm3d.config import (
     replace,
     to_dict,
 )
+from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.copies import CopiesConfig
 from ldm3d.evaluation.pairs import PairsConfig
 from ldm3d.evaluation.reconstruction import ReconstructionConfig
@@ -180,14 +182,63 @@ def test_a_flag_may_be_written_with_dashes_and_values_keep_theirs():
         assert parse(Dashed, ["small", *flags], {"small": {}})[0].color_by == "a-b"
 
 
-def test_help_lists_every_field_with_type_default_and_comment(capsys):
-    with pytest.raises(SystemExit):
-        read("--help")
-    text = " ".join(capsys.readouterr().out.split())
+@pytest.fixture
+def help_of(capsys):
+    """help_of(main, flags): what a program prints before it exits with 0."""
+
+    def page(main, *flags: str) -> str:
+        with pytest.raises(SystemExit) as e:
+            main(list(flags))
+        assert e.value.code in (0, None)
+        return capsys.readouterr().out
+
+    return page
+
+
+def test_help_lists_every_field_with_type_default_and_comment(help_of):
+    text = " ".join(help_of(lambda argv: read(*argv), "--help").split())
     assert all(f"--{key}" in text for key in flatten(Outer()) if key != "preset")  # the first word
     assert "100 % of the steps (int; default 3)" in text
     assert "a kind (one | two; default one)" in text
     assert "per level (((int, ...), ...); none = empty; default none)" in text
+
+
+SCRIPTS = {"vae": train_vae, "ldm": train_ldm, "cdal": train_cdal}
+OF_CHECKPOINTS = {  # switches for the weights of other libraries
+    *("vae.gn_eps", "vae.final_silu", "vae.attn_out_proj", "vae.down_pad", "vae.double_z"),
+    *("vae.extra_up_block", "unet.gn_eps", "unet.time_embed_order", "unet.attn_out_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_the_short_help_of_a_script_is_a_page_and_help_all_shows_every_setting(kind, help_of, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    script, every = SCRIPTS[kind], flatten(SCRIPTS[kind].Config()).keys() - {"preset"}
+    short, whole = help_of(script.main, "--help"), help_of(script.main, "--help", "all")
+    shown, listed = (set(re.findall(r"^  --([\w.]+)", page, re.MULTILINE)) for page in (short, whole))
+    assert listed == every
+    assert shown == set(" ".join(script.COMMON.values()).split())
+    assert 25 <= len(shown) <= 35
+    assert not shown & OF_CHECKPOINTS
+    assert kind == "cdal" or OF_CHECKPOINTS & every
+    settings = short[short.index(f"\n{next(iter(script.COMMON))}:") :]
+    assert settings.count("\n") <= 64
+    assert max(map(len, short.splitlines())) <= 110
+    assert all(f"\n{title}:\n" in short for title in script.COMMON)
+    assert "samples per optimizer step, over all ranks (int; default" in short
+    assert script.__doc__.splitlines()[0] in short
+    assert help_of(script.main, "hippocampus", "-h") == short
+
+
+def test_a_door_has_one_help_with_every_setting_of_its_task(help_of):
+    for words in (["--help"], ["--help", "all"], ["GENERATED", "REAL", "-h"]):
+        page = help_of(evaluation_main, "samples", *words)
+        assert all(f"--{key}" in page for key in flatten(SetsConfig()))
+
+
+def test_help_is_asked_for_with_the_word_all_or_none():
+    with pytest.raises(InputError, match="--help: expected nothing after it, or the word all, got '3'"):
+        read("--help=3")
 
 
 SETTINGS = [script.Config for script in (train_vae, train_ldm, train_cdal)]
