@@ -265,9 +265,10 @@ def evaluate(
     config: Config,
     device: torch.device,
     path: Path,
+    display: tuple[float, float] = (-1.0, 1.0),
 ) -> tuple[dict[str, float], Path | None]:
     """Dice over whole validation cases (the mean, and for each label), those of all ranks, and a picture of
-    up to four cases. cases: this rank's."""
+    up to four cases. cases: this rank's. display: the intensities that are black and white."""
     means, sheet = Mean(), {"truth": [], "prediction": []}
     for case in cases:
         with autocast(config.run.amp, device):
@@ -276,8 +277,8 @@ def evaluate(
         scores = dice(label_map[None], case["mask"][None], cdal.num_labels)[0]
         means.add(dice=scores.nanmean(), **{f"dice_{k}": score for k, score in enumerate(scores, start=1)})
         if is_main() and len(sheet["truth"]) < 4:
-            sheet["truth"] += overlay(case["image"], case["mask"])
-            sheet["prediction"] += overlay(case["image"], label_map)
+            sheet["truth"] += overlay(case["image"], case["mask"], display)
+            sheet["prediction"] += overlay(case["image"], label_map, display)
     picture = save_sheet(path, sheet) if is_main() and sheet["truth"] else None
     return means.pop(), picture
 
@@ -287,7 +288,8 @@ def validate(run: Run, cdal: CDAL, net: Generator, dataset: VolumeDataset, devic
     with run.validation("a smaller --window"):
         cases = (dataset[i, i] for i in range(rank(), len(dataset), world_size()))
         cases = run.interruptible(cases, -(-len(dataset) // world_size()))
-        scores, picture = evaluate(cdal, net, cases, run.config, device, run.preview_path)
+        display = dataset.spec.display
+        scores, picture = evaluate(cdal, net, cases, run.config, device, run.preview_path, display)
         run.logger.picture(run.step, "segmentations", picture)
     run.keep_best("dice", scores["dice"], highest=True)
     run.log("val", scores)

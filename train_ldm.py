@@ -458,8 +458,9 @@ def preview(
             "labels of the head (generated)": (rows["generated"], sampled),
         }
         for title, pairs in coloured.items():
-            sheet[title] = [part for x, mask in zip(*pairs, strict=False) for part in overlay(x, mask)]
-    return save_sheet(path, sheet, limits=(-1, 1)), torch.cat(latents)
+            pairs = zip(*pairs, strict=False)
+            sheet[title] = [part for x, mask in pairs for part in overlay(x, mask, model.spec.display)]
+    return save_sheet(path, sheet, model.spec.display), torch.cat(latents)
 
 
 def validate(

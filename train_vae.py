@@ -320,16 +320,17 @@ def preview(
     """A picture of up to four validation cases and their reconstructions: (its path, the latents (B, C_z,
     *s))."""
     rows, latents = {"original": [], "reconstruction": [], "difference": []}, []
+    grey = sum(dataset.spec.display) / 2  # where there is no difference
     for i in range(min(4, len(dataset))):
         x = dataset[i, i]["image"][None].to(device)
         with autocast(config.run.amp, device):
             z = net.encode(x).mode()
             recon = net.decode(z, x.shape[2:])
-        shown = {"original": x, "reconstruction": recon, "difference": recon - x}
+        shown = {"original": x, "reconstruction": recon, "difference": recon - x + grey}
         for name, image in shown.items():
             rows[name].append(image[0, 0].float().cpu().numpy())
         latents.append(z)
-    return save_sheet(path, rows, limits=(-1, 1)), torch.cat(latents)
+    return save_sheet(path, rows, dataset.spec.display), torch.cat(latents)
 
 
 def validate(run: Run, net: Autoencoder, dataset: VolumeDataset, device: torch.device) -> None:

@@ -239,7 +239,7 @@ class BothRoles(Dataset):
             raise InputError(
                 f"data.learn_sources: images have {spec.channels} channels, sources {spec.source_channels}"
             )
-        self.dataset, self.size = dataset, dataset.size
+        self.dataset, self.size, self.spec = dataset, dataset.size, spec
 
     def __len__(self) -> int:
         return 2 * len(self.dataset)

@@ -35,6 +35,7 @@ from .transforms import scaling_numbers
 from .volumes import Header, read, read_header
 
 MAX_LABEL, MAX_VALUE = 65535, 1e30  # of masks; of images, so that no sum of float32 overflows
+SHOWN = 0.5, 99.5  # percentiles of a file that pictures show as black and white, see DataConfig.unbounded
 KEEP_EVERY, SAY_EVERY = 5.0, 30.0  # seconds: what was found is written; a line where there is no terminal
 
 
@@ -51,6 +52,7 @@ class CaseInfo:
     source_low: tuple[float, ...] = ()
     source_high: tuple[float, ...] = ()
     labels: tuple[int, ...] = ()  # labels that occur in the mask
+    shown: tuple[tuple[float, float], ...] = ()  # per channel, in the units of the file: black and white
     content: str = ""  # hash of the voxels of the image; "" if they all have one value
 
     @property
@@ -195,8 +197,11 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
     if np.abs(array).max() > MAX_VALUE:
         raise InputError(f"{path}: values up to {np.abs(array).max():.2g}, too large to be intensities")
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
+    visible = array if config.unbounded else ()
+    shown = [scaling_numbers(channel, "percentile", SHOWN, config.window) for channel in visible]
     content = hashlib.sha256(array).hexdigest()[:32] if array.min() < array.max() else ""
-    return {"low": [low for low, _ in pairs], "high": [high for _, high in pairs], "content": content}
+    low, high = zip(*pairs, strict=True)
+    return {"low": list(low), "high": list(high), "shown": shown, "content": content}
 
 
 def _checksum(files: dict[str, list]) -> int:
@@ -232,6 +237,7 @@ def _inspect_voxels(
     cached, found, new = _read_cache(cache), {}, {}
     for path, role in _jobs(cases):
         rule = (config.scaling, config.percentiles, config.window, read_options(role, config))
+        rule += ("shown",) if config.unbounded else ()  # what older versions found lacks it
         key = f"{path.resolve()} {'labels' if role == 'mask' else rule}"
         stat = path.stat()
         entry = cached.get(key)
@@ -306,6 +312,7 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
             source_low=tuple(source["low"]),
             source_high=_above(source),
             labels=_labels(case.mask, found, config, problems) if case.mask else (),
+            shown=tuple(map(tuple, image.get("shown", ()))),
             content=image["content"],
         )
     blank = [

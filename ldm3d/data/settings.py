@@ -58,6 +58,11 @@ class DataConfig:
     cache_gb: float = 8.0  # GiB in memory, of training and of validation cases; the rest is read each time
     cache_dir: str = "runs/cache"  # folder of the findings of the inspection and of the files of cache "disk"
 
+    @property
+    def unbounded(self) -> bool:
+        """May scaled intensities lie anywhere, and not within [-1, 1] alone?"""
+        return self.scaling in ("zscore", "dataset", "none")
+
     def __post_init__(self) -> None:
         for name in ("file_spacing", "spacing", "size", "patch"):
             value = getattr(self, name)

@@ -43,6 +43,7 @@ class DataSpec:
     num_labels: int | None  # of the masks, background included; None: the data set has no masks
     num_classes: int | None  # of the column `class`; None: the table has none
     reference: dict[str, float] | None = None  # figures of real cases, to compare samples with
+    display: tuple[float, float] = (-1.0, 1.0)  # scaled intensities that pictures show as black and white
 
     def to_dict(self) -> dict[str, Any]:
         return to_dict(self)
@@ -55,6 +56,8 @@ class DataSpec:
             valid = min(spec.size) > 0 and all(0 < mm < math.inf for mm in spec.spacing)
             valid = valid and len(spec.size) == len(spec.spacing) == spec.dims
             valid = valid and all(map(math.isfinite, (*spec.low, *spec.high)))
+            black, white = spec.display
+            valid = valid and -math.inf < black < white < math.inf
         except (AttributeError, TypeError, ValueError):
             valid = False
         if not valid:
@@ -120,7 +123,24 @@ def make_spec(
         source_high=source_high,
         num_labels=num_labels if any(case.mask for case in cases) else None,
         num_classes=max(classes) + 1 if classes else None,
+        display=_display(train, low, high, config),
     )
+
+
+def _display(
+    train: list[CaseInfo], low: tuple[float, ...], high: tuple[float, ...], config: DataConfig
+) -> tuple[float, float]:
+    """The scaled intensities that pictures show as black and white: -1 and 1 where the scaling ends there,
+    else the medians of what is black and white in each training case and channel.
+
+    low, high: of the training set, which scale every case with scaling "dataset".
+    """
+    ends = []
+    for info in train if config.unbounded else ():
+        numbers = (low, high) if config.scaling == "dataset" else (info.low, info.high)
+        ends += [(2 * np.array(s) - a - b) / (b - a) for s, a, b in zip(info.shown, *numbers, strict=True)]
+    black, white = np.median(ends, 0).tolist() if ends else (-1.0, 1.0)
+    return (black, white) if black < white else (-1.0, 1.0)
 
 
 def _typical(low: list, high: list, scaling: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

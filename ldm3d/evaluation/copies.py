@@ -414,6 +414,7 @@ def verdict(
 def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown: int) -> Path | None:
     """Draw samples beside their nearest training case in the same position, copies first, nearest first."""
     generated, train = sets.sets["generated"], sets.sets["train"]
+    display = train.spec.display
     listed = list(rows.items())
     order = sorted(range(len(listed)), key=lambda i: (not listed[i][1]["copy"], listed[i][1]["image_ratio"]))
     order = order[: max(shown, sum(row["copy"] for row in rows.values()))][:64]  # a picture has its limits
@@ -429,8 +430,8 @@ def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown
         title = (
             f"{'COPY: ' if row['copy'] else ''}{name} | {row['image_nearest']} | difference   {near:.1f} dB"
         )
-        sheet[title] = [v[0].numpy() for v in (x, y, x - y)]
-    return save_sheet(path, sheet, limits=(-1, 1)) if sheet else None
+        sheet[title] = [v[0].numpy() for v in (x, y, x - y + sum(display) / 2)]
+    return save_sheet(path, sheet, display) if sheet else None
 
 
 def print_summary(report: dict[str, Any], rows: Rows) -> None:

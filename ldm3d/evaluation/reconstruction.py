@@ -6,7 +6,8 @@
 
 Every case goes whole, at its own size, through encoder (mean) and decoder. The new folder holds cases.csv (a
 row per case: PSNR, SSIM, MS-SSIM, mean absolute error in the unit of the files, sharpness), report.json
-(means with bootstrap intervals, all settings, the latent report) and worst.png (the lowest PSNR).
+(means with bootstrap intervals, all settings, the latent report), reconstructions.png (the first --num cases
+beside their reconstructions) and worst.png (those with the lowest PSNR).
 
 The latent report describes each channel over all cases. Diffusion sees z = mean + exp(logvar / 2) * xi:
 
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import at_least, to_dict
+from ..config import InputError, at_least, to_dict
 from ..data import VolumeDataset, open_images
 from ..diffusion_kernel import DiffusionKernel, KernelConfig
 from ..engine.distributed import gather, is_main, rank, setup, world_size
@@ -44,7 +45,7 @@ from ..metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
 from ..pipeline import load_autoencoder
 from ..vqvae import VQVAE, perplexity_of
 from .openers import autoencoder_path
-from .results import WorstPictures, new_folder, table, write_csv, write_report
+from .results import Rows, WorstPictures, new_folder, table, write_csv, write_report
 from .statistics import interval_words, summarise
 
 # --- Config -------------------------------------------------------------------------------------------------
@@ -55,13 +56,16 @@ class ReconstructionConfig:
     data: str | None = None  # folder of images to reconstruct; none = cases of the run itself
     part: Literal["train", "val", "test"] = "val"  # which of the run's own cases
     out: str | None = None  # new folder for the report; none = evaluation-001 (-002, ...) in the run folder
-    worst: int = 4  # cases with the lowest PSNR in worst.png
+    num: int = 8  # cases shown in reconstructions.png, the first by name
+    worst: int = 4  # cases shown in worst.png, those with the lowest PSNR
     resamples: int = 2000  # of the bootstrap
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # precision of the networks
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "worst")
+        at_least(self, 0, "num", "worst")
+        if max(self.num, self.worst) > 64:
+            raise InputError(f"num, worst: a picture shows at most 64 cases, got {self.num}, {self.worst}")
         at_least(self, 1, "resamples")
 
 
@@ -152,7 +156,8 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
     autoencoder.to(device)
     dataset = open_images(content, config.data, "all" if config.data else config.part)
     folder = new_folder(run, config.out, "evaluation")
-    rows, worst = {}, WorstPictures(config.worst)
+    rows, worst, first = {}, WorstPictures(config.worst), WorstPictures(config.num)
+    grey = sum(dataset.spec.display) / 2  # where there is no difference
     latents, codes = LatentStatistics(autoencoder.config.latent_channels), torch.zeros(1)
     for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
         x = dataset[i, i]["image"][None].to(device)
@@ -164,10 +169,12 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
         if isinstance(autoencoder, VQVAE):
             codes = codes + autoencoder.quantizer.usage(posterior.mean).cpu()
         rows[name] = scores_of(recon, x, dataset, i)
-        pictures = [s for v in (x, recon, 2 * (recon - x)) for s in slices_of(v)]
+        pictures = [s for v in (x, recon, 2 * (recon - x) + grey) for s in slices_of(v)]
         worst.add(name, rows[name]["psnr"], pictures)
+        first.add(name, 0.0, pictures)  # equal scores: the order is that of the names
     rows = {k: v for part in gather(rows) for k, v in part.items()}
     worst.gather()
+    first.gather()
     latents.merge(gather(latents))
     codes = sum(gather(codes))
     if is_main():
@@ -193,9 +200,9 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
         write_csv(folder / "cases.csv", rows)
         write_report(folder / "report.json", report)
         print_summary(report)
-        sheet = worst.sheet(lambda name, score: f"{name}: {score:.2f} dB")
-        picture = save_sheet(folder / "worst.png", sheet, limits=(-1, 1)) if sheet else None
-        print(f"{len(rows)} cases: {folder}" + (f", {picture}" if picture else ""))
+        pictures = [draw(folder / "reconstructions.png", first, rows, dataset.spec.display)]
+        pictures += [draw(folder / "worst.png", worst, rows, dataset.spec.display)]
+        print(", ".join([f"{len(rows)} cases: {folder}", *(str(path) for path in pictures if path)]))
     return folder
 
 
@@ -216,6 +223,13 @@ def scores_of(recon: Tensor, x: Tensor, dataset: VolumeDataset, index: int) -> d
         "mae": float(np.abs(restored - original).mean()),
         "sharpness": sharpness(recon) / detail if detail else math.nan,
     }
+
+
+def draw(path: Path, kept: WorstPictures, rows: Rows, display: tuple[float, float]) -> Path | None:
+    """Draw the kept cases, a row each; returns the path, None if nothing was drawn."""
+    words = "original, reconstruction, twice the difference"
+    sheet = kept.sheet(lambda name, _: f"{name}: {rows[name]['psnr']:.2f} dB ({words})")
+    return save_sheet(path, sheet, display) if sheet else None
 
 
 def slices_of(x: Tensor) -> list[np.ndarray]:

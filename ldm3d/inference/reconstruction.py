@@ -52,7 +52,7 @@ def reconstruct_files(config: ReconstructConfig, run: Path, images: Path) -> Pat
             sheet["reconstruction"].append(recon[0].numpy())
     rows = {k: v for part in gather(rows) for k, v in part.items()}
     if is_main():
-        save_sheet(folder / "preview.png", sheet, limits=(-1, 1))
+        save_sheet(folder / "preview.png", sheet, dataset.spec.display)
         mean = {k: sum(row[k] for row in rows.values()) / len(rows) for k in ("psnr", "ssim")}
         facts = {"run": str(run), "images": str(images), "step": pipeline.content["step"]}
         report = {**to_dict(config), **facts, "mean": mean, "cases": rows}

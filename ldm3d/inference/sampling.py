@@ -180,7 +180,9 @@ class Results:
             rows["generated"] = [self.shown[i][0].numpy() for i in first]
         if self.shown_labels:
             some = [(self.shown[i], self.shown_labels[i]) for i in sorted(self.shown_labels)]
-            rows["the first with their labels"] = [part for pair in some for part in overlay(*pair)]
+            rows["the first with their labels"] = [
+                part for pair in some for part in overlay(*pair, self.spec.display)
+            ]
         return rows
 
 
@@ -206,7 +208,7 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
     config, request, spec = results.config, results.request, results.spec
     x = torch.stack([results.shown[i] for i in sorted(results.shown)])
     scores = {"generated": set_statistics(x), "real (validation)": spec.reference}
-    picture = save_sheet(results.folder / "preview.png", results.rows(), limits=(-1, 1))
+    picture = save_sheet(results.folder / "preview.png", results.rows(), spec.display)
     total, seconds = results.each * len(request.names), facts["seconds"]
     content = {
         **to_dict(config),

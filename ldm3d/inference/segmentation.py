@@ -195,9 +195,13 @@ def certainty(p: Tensor, doubt: Tensor, truth: Tensor) -> tuple[dict[str, float]
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def overlay(image: Tensor, mask: Tensor | None) -> list[np.ndarray]:
-    """Image (C, *S) in [-1, 1] and mask (*S) -> middle slices, uint8 (h, w, 3), labels in colours."""
-    grey = ((image.float().clamp(-1, 1) + 1) * 127.5).numpy()
+def overlay(
+    image: Tensor, mask: Tensor | None, display: tuple[float, float] = (-1.0, 1.0)
+) -> list[np.ndarray]:
+    """Image (C, *S) and mask (*S) -> middle slices, uint8 (h, w, 3), labels in colours. display: the
+    intensities that are black and white."""
+    black, white = display
+    grey = ((image.float().clamp(black, white) - black) * (255 / (white - black))).numpy()
     slices = [mid_slices(grey[c]) for c in ((0, 1, 2) if len(grey) == 3 else (0, 0, 0))]
     pictures = [np.stack(channels, axis=-1) for channels in zip(*slices, strict=True)]
     if mask is not None:
@@ -227,10 +231,11 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
         seconds = time.perf_counter() - start
         scores, counted = write_case(p, dataset, i, config, folder)
         rows[case.id], bins = {"seconds": seconds, **scores}, bins + counted
+        display = dataset.spec.display
         pictures = [
-            *overlay(x, None),
-            *(overlay(x, item["mask"]) if config.reference else ()),
-            *overlay(x, p.argmax(0)),
+            *overlay(x, None, display),
+            *(overlay(x, item["mask"], display) if config.reference else ()),
+            *overlay(x, p.argmax(0), display),
             *overlay(2 * uncertainty(p)[None] - 1, None),
         ]
         worst.add(case.id, rows[case.id].get("dice", 0.0), pictures)

@@ -74,7 +74,7 @@ def encode_cases(
         item = data[index, index]
         with autocast(amp, device):
             mean = autoencoder.encode(item["image"][None].to(device)).mean[0]
-        picture = slices_picture(item["image"][0].numpy(), tuple(item["spacing"].tolist()))
+        picture = slices_picture(item["image"][0].numpy(), tuple(item["spacing"].tolist()), data.spec.display)
         return {"mean": mean.float().cpu().numpy(), "picture": picture}
 
     own = {}

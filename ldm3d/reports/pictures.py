@@ -57,8 +57,13 @@ def data_url(png_file: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png_file).decode()}"
 
 
-def slices_picture(array: np.ndarray, spacing: tuple[float, ...], widest: int = 360) -> np.ndarray:
-    """The middle slices of a volume (*S) side by side, as one uint8 picture; -1 is black, 1 is white.
+def slices_picture(
+    array: np.ndarray,
+    spacing: tuple[float, ...],
+    display: tuple[float, float] = (-1.0, 1.0),
+    widest: int = 360,
+) -> np.ndarray:
+    """The middle slices of a volume (*S) side by side, as one uint8 picture. display: black and white.
 
     Pixels are square in mm, so that the anatomy keeps its proportions. The picture is at most about `widest`
     pixels wide, so that a page can hold hundreds of them.
@@ -67,7 +72,7 @@ def slices_picture(array: np.ndarray, spacing: tuple[float, ...], widest: int = 
     width = extents[1] if array.ndim == 2 else 2 * extents[0] + extents[1]
     side = max(min(spacing), width / widest)
     volume = resample(Volume(array[None], np.diag([*spacing, 1.0])), (side,) * array.ndim)
-    return grey(tile(mid_slices(volume.array[0])), (-1, 1))
+    return grey(tile(mid_slices(volume.array[0])), display)
 
 
 def volume_for_viewer(path: Path, dims: int) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def attention_on_cases(
     folder: the folder of the table of cases, from which paths in the table start.
     """
     kernel, conditions = model.kernel, model.denoiser.conditions
-    num = min(len(dataset), config.max_cases or len(dataset))
+    num, (black, white) = min(len(dataset), config.max_cases or len(dataset)), model.spec.display
     items = WithConditions(dataset, conditions, dataset.cases, folder)
     found, rows = AttentionFigures(model.denoiser.num_labels), {"image, true labels": []}
     for i in progress(range(num), "attention"):
@@ -162,10 +162,10 @@ def attention_on_cases(
         mask = batch["mask"][0].cpu()
         to_labels = found.add([on_image(model, a[0].cpu()) for a in layers], mask)
         if i < config.shown:
-            rows["image, true labels"] += overlay(batch["image"][0].cpu(), mask.clamp(min=0))
+            rows["image, true labels"] += overlay(batch["image"][0].cpu(), mask.clamp(min=0), (black, white))
             for k, a in enumerate(to_labels):
                 row = rows.setdefault(f"label {k}: attention beside the mask", [])
-                row += [2 * a.numpy() - 1, 2 * (mask == k).float().numpy() - 1]
+                row += [black + (white - black) * share.numpy() for share in (a, (mask == k).float())]
     return found, rows
 
 
@@ -205,7 +205,7 @@ def analyse_registers(config: RegisterReportConfig, run: Path) -> Path:
     figures |= {"gates": [float(r.attention.gate) for r in bank.readers], "difference": difference}
     report = {**to_dict(config), "run": str(run), "registers": model.denoiser.anatomy.registers, **figures}
     write_report(folder / "registers.json", report)
-    picture = save_sheet(folder / "registers.png", rows | samples, limits=(-1, 1))
+    picture = save_sheet(folder / "registers.png", rows | samples, model.spec.display)
     names = ("pointing", "attention", "similarity_within")
     lines = [[f"label {k}", *(figures[name][k] for name in names)] for k in range(bank.bank.shape[0])]
     print(table([["", *names], *lines]))

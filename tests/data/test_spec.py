@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -64,6 +65,27 @@ def test_dataset_scaling_is_the_mean_and_deviation_of_all_training_voxels(tmp_pa
     np.testing.assert_allclose(val[0, 0]["image"][0], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("scaling", ["zscore", "dataset", "none"])
+def test_pictures_show_the_middle_99_percent_of_intensities_that_have_no_bounds(settings, scaling):
+    data = opened(replace(settings, scaling=scaling))
+    train = data.dataset("train", own_size=True)
+    ends = [np.percentile(train[i, i]["image"][0], (0.5, 99.5)) for i in range(len(train))]
+    assert data.spec.display == pytest.approx(np.median(ends, axis=0), rel=1e-4)
+    again = opened(replace(settings, scaling=scaling))  # from what was kept of the first look
+    assert again.spec == data.spec
+
+
+@pytest.mark.parametrize("scaling", ["percentile", "window", "minmax"])
+def test_pictures_show_minus_one_to_one_where_the_scaling_ends_there(settings, scaling):
+    assert opened(replace(settings, scaling=scaling)).spec.display == (-1.0, 1.0)
+
+
+def test_pictures_of_a_run_that_never_measured_their_range_show_minus_one_to_one(settings):
+    values = opened(replace(settings, scaling="zscore")).spec.to_dict()
+    del values["display"]
+    assert DataSpec.from_dict(values).display == (-1.0, 1.0)
+
+
 @pytest.mark.parametrize("size", [(16, 16, 16), (8, 8, 8), (7, 20, 11)])
 def test_an_item_restored_is_the_file_again_in_values_place_and_orientation(tmp_path, size):
     make_folder(tmp_path, 3, affine=OBLIQUE, masks=False)
@@ -115,6 +137,8 @@ def test_a_sample_beyond_the_clipped_range_is_written_within_the_data_s_own(tmp_
         {"spacing": [math.nan, 1.0, 1.0]},
         {"size": [8, 8]},
         {"size": "x"},
+        {"display": [1.0, -1.0]},
+        {"display": [0.0]},
         {"more": 1},
     ],
 )
