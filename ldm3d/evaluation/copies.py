@@ -67,7 +67,7 @@ SPREADS = 4.0  # robust standard deviations below the median: a copy
 @dataclass(frozen=True)
 class CopiesConfig:
     holdout: str | None = None  # real cases not trained on; none = of a run its val and test cases, else none
-    features: str = "own"  # own (trained on TRAIN), run, none, or a file (TorchScript, torch.export)
+    features: str = "own"  # own (trained on TRAIN), run, none, or a file (TorchScript, torch.export, VGG-16)
     feature_steps: int = 200  # of training an own network
     run: str | None = None  # run folder whose grid, scaling and encoder count; none = TRAIN, if it is one
     flip_axes: tuple[int, ...] | None = None  # axes along which copies may be flipped; none = all

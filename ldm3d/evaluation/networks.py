@@ -18,6 +18,7 @@ Distances of features can only be compared if the network is the same, so report
            Both are stored under a key of their data, and the same for the same data and seed.
     FILE   TorchScript or torch.export: (B, C, *S) -> (B, F), or -> maps (B, F, *s), which are averaged over
            space; or the stored file of an own network. C is 1 or 3; for 3 the grey image is repeated.
+           Or the weights of VGG-16 that --perceptual.weights takes: `VGGFeatures`.
     run    the encoder of a run: the means of its latent in 2 x 2 (x 2) parts. The encoder knows only what
            this run can express, so its figures compare samples of this run and no others.
 """
@@ -42,6 +43,7 @@ from ..data.transforms import augment
 from ..engine.checkpoint import load_file, load_weights, save
 from ..engine.distributed import keyed_generator, print0
 from ..engine.logger import progress
+from ..losses import PerceptualConfig, PerceptualLoss
 from ..metrics import halve
 from ..pipeline import load_autoencoder
 from ..vae import Autoencoder
@@ -296,6 +298,52 @@ def scales_for(size: Sequence[int]) -> int:
     return min(8, max(1, 1 + int(math.log2(max(min(size), 4) / 4))))
 
 
+# --- a network of photographs -------------------------------------------------------------------------------
+
+
+def planes_of(x: Tensor, slices: int) -> list[Tensor]:
+    """x (C, D, H, W) -> for each axis its slices (num, C, h, w), evenly spaced over the middle 80 %."""
+    found = []
+    for axis, n in enumerate(x.shape[1:], start=1):
+        num = min(slices, max(1, round(0.8 * n)))
+        chosen = (0.1 * n + 0.8 * n * (torch.arange(num) + 0.5) / num).long().clamp(max=n - 1)
+        found.append(x.index_select(axis, chosen.to(x.device)).movedim(axis, 0))
+    return found
+
+
+class VGGFeatures(nn.Module):
+    """What a network that was trained on photographs sees: (B, C, *S) -> (B, F), from the weights of VGG-16.
+
+    Features of an image are the means over space of the maps that the perceptual loss compares, side by side
+    for all stages that fit (64 + 128 + 256 + 512 + 512 with all five). Three channels of an image are
+    colours, others are grey images with features of their own. Features of a volume are means over slices
+    (at most 16 across each axis), then over axes, of its channels as grey images.
+    """
+
+    SLICES = 16
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.net = PerceptualLoss(PerceptualConfig((file,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return self._of_images(x, x.shape[1] == 3)[0].flatten(1)
+        return torch.stack([self._of_volume(volume) for volume in x])
+
+    def _of_volume(self, x: Tensor) -> Tensor:
+        """x (C, D, H, W) -> (F,)."""
+        planes = [self._of_images(plane, False) for plane in planes_of(x, self.SLICES)]
+        fewest = min(lengths for _, lengths in planes)  # slices across another axis may fit more stages
+        return torch.stack([f[:, :, :fewest].mean(0).flatten() for f, _ in planes]).mean(0)
+
+    def _of_images(self, x: Tensor, colours: bool) -> tuple[Tensor, int]:
+        """x (B, C, H, W) -> (features (B, C, F), F); C is 1 if they have `colours`."""
+        images = x if colours else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
+        f = torch.cat([m.flatten(2).mean(2) for m in self.net.features(images)], dim=1)
+        return f.view(len(x), -1, f.shape[1]), f.shape[1]
+
+
 # --- networks ready for use ---------------------------------------------------------------------------------
 
 
@@ -466,7 +514,7 @@ def encoder_features(autoencoder: Autoencoder, device: torch.device) -> Extracto
 
 
 def file_features(path: str, dims: int, device: torch.device) -> Extractor:
-    """The feature network in a file: TorchScript, torch.export, or a stored own network."""
+    """The network in a file: TorchScript, torch.export, weights of VGG-16, or a stored own network."""
     if not Path(path).is_file():
         raise InputError(f"features: {path}: no such file (own, run, none, or a file)")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -479,15 +527,16 @@ def file_features(path: str, dims: int, device: torch.device) -> Extractor:
             raise InputError(f"features: {path}: a network for {net.config.dims}-D, expected {dims}-D")
         return _extractor(net.to(device), path, device)
     problems = []
-    for reader in (_script, _exported):
+    for kind, reader in (("", _script), ("VGG-16 of ", _vgg), ("", _exported)):
         try:
             with warnings.catch_warnings():  # TorchScript is deprecated
                 warnings.simplefilter("ignore")
-                return Extractor(reader(path, device), path, digest, device)
+                return Extractor(reader(path, device), f"{kind}{path}", digest, device)
         except Exception as e:
             problems.append((str(e).strip().splitlines() or [type(e).__name__])[0])
     raise InputError(
-        f"features: {path}: neither TorchScript ({problems[0]}) nor torch.export ({problems[1]})"
+        f"features: {path}: neither TorchScript ({problems[0]}) nor torch.export ({problems[2]}) "
+        f"nor weights of VGG-16 ({problems[1]})"
     )
 
 
@@ -497,6 +546,10 @@ def _script(path: str, device: torch.device) -> Any:
 
 def _exported(path: str, device: torch.device) -> Any:
     return torch.export.load(path).module().to(device)
+
+
+def _vgg(path: str, device: torch.device) -> VGGFeatures:
+    return VGGFeatures(path).to(device).eval()
 
 
 def whole_features(

@@ -69,7 +69,7 @@ class PairsConfig:
     align: Literal["none", "shift", "rigid"] = "none"  # move the generated object onto its target first
     upright: bool = False  # heights along the object's own longest axis
     height_axis: int | None = None  # axis of the height; none = rows in 2-D, the last (upwards) in 3-D
-    features: str | None = None  # file of a network (TorchScript, torch.export): feature similarity too
+    features: str | None = None  # file of a network (TorchScript, torch.export, VGG-16): feature similarity
     dims: Literal[2, 3] | None = None  # pictures or volumes; none = as each file is
     worst: int = 4  # pairs that are shown, lowest psnr_fitted (labels: Dice) first
     resamples: int = 2000  # of the bootstrap

@@ -70,6 +70,7 @@ from .networks import (
     FidelityConfig,
     fidelity_features,
     file_features,
+    planes_of,
     scales_for,
     whole_features,
     whole_fidelity,
@@ -98,7 +99,7 @@ FEWEST = 50  # cases in the smaller set, below which these shares say nothing
 class SetsConfig:
     part: Literal["train", "val", "test", "all"] = "val"  # cases of REAL, where it is a run folder
     run: str | None = None  # run folder whose grid, scaling and encoder count; none = REAL, if it is one
-    features: str = "own"  # of whole volumes: own, run, none, or a file (TorchScript, torch.export)
+    features: str = "own"  # of whole volumes: own, run, none, or a file (TorchScript, torch.export, VGG-16)
     slice_features: str = "own"  # of slices of volumes: own, none, or a file
     slices: int = 16  # slices of each volume in each plane, evenly spaced over the middle 80 %
     neighbours: int = 5  # k of precision, recall, density and coverage
@@ -116,16 +117,6 @@ class SetsConfig:
 
 
 # --- features -----------------------------------------------------------------------------------------------
-
-
-def planes_of(x: Tensor, slices: int) -> list[Tensor]:
-    """x (C, D, H, W) -> for each axis its slices (num, C, h, w), evenly spaced over the middle 80 %."""
-    found = []
-    for axis, n in enumerate(x.shape[1:], start=1):
-        num = min(slices, max(1, round(0.8 * n)))
-        chosen = (0.1 * n + 0.8 * n * (torch.arange(num) + 0.5) / num).long().clamp(max=n - 1)
-        found.append(x.index_select(axis, chosen).movedim(axis, 0))
-    return found
 
 
 def slice_extractor(config: SetsConfig, real: VolumeDataset, device: torch.device) -> Extractor | None:

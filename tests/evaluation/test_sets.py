@@ -1,11 +1,13 @@
 """Figures of generated sets put them in the right order, say what they depend on, and warn where they mean
 little."""
 
+import hashlib
 import json
 import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ from ldm3d.data.phantoms import Phantom, make_phantom
 from ldm3d.engine.checkpoint import load_file
 from ldm3d.evaluation import sets
 from ldm3d.evaluation.__main__ import main as evaluation_main
-from ldm3d.evaluation.networks import FeatureConfig, contrastive_loss, train_features
+from ldm3d.evaluation.networks import FeatureConfig, contrastive_loss, file_features, train_features
 from ldm3d.evaluation.openers import OpenConfig, open_sets, volumes_of
 from ldm3d.evaluation.sets import (
     BINS,
@@ -406,6 +408,65 @@ def test_a_network_from_a_file_gives_the_features(tmp_path, kind, capsys):
     assert report["networks"]["whole"]["features"] == 6
     assert len(report["networks"]["whole"]["sha256"]) == 64
     assert "5 cases for 6 features are too few" in capsys.readouterr().out
+
+
+def photographs(file, x: torch.Tensor) -> list[torch.Tensor]:
+    """The last map of every stage of torchvision's vgg16 for images (B, 3, H, W), scaled to length 1."""
+    layers, content = [], torch.load(file)
+    for index in range(31):
+        if f"features.{index}.weight" in content:
+            weight = content[f"features.{index}.weight"]
+            layers.append(nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1))
+        else:
+            layers.append(nn.MaxPool2d(2) if index in (4, 9, 16, 23, 30) else nn.ReLU())
+    nn.Sequential(*layers).load_state_dict({k.removeprefix("features."): v for k, v in content.items()})
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    h, maps = ((x + 1) / 2 - mean) / std, []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.MaxPool2d):
+            maps.append(h)
+            if index == 30 or min(h.shape[2:]) < 2:
+                break
+        h = layer(h)
+    return [h / h.square().sum(1, keepdim=True).clamp(min=1e-10).sqrt() for h in maps]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_weights_of_a_perceptual_loss_give_features(tmp_path, dims):
+    file = tiny.vgg_weights(tmp_path / "vgg.pth")
+    net = file_features(str(file), dims, torch.device("cpu"))
+    x = torch.rand(2, 1, *((40, 34) if dims == 2 else (24, 16, 40))) * 2 - 1
+
+    def of_images(images: torch.Tensor) -> list[torch.Tensor]:
+        return [m.mean((2, 3)) for m in photographs(file, images.expand(-1, 3, -1, -1))]
+
+    with torch.no_grad():
+        if dims == 2:
+            expected = torch.cat(of_images(x), 1)
+        else:
+            expected = []
+            for volume in x:
+                planes = [of_images(plane) for plane in planes_of(volume, 16)]
+                num = min(map(len, planes))
+                expected.append(sum(torch.cat(stages[:num], 1).mean(0) for stages in planes) / 3)
+            expected = torch.stack(expected)
+    torch.testing.assert_close(net(x), expected, rtol=1e-2, atol=1e-3)  # LPIPS rounds ImageNet's mean
+    colours = torch.rand(2, 3, 40, 34)
+    if dims == 2:
+        expected = torch.cat([m.mean((2, 3)) for m in photographs(file, colours)], 1)
+        net = file_features(str(file), dims, torch.device("cpu"))
+        torch.testing.assert_close(net(colours), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_the_report_names_the_network_of_photographs(tmp_path):
+    file = tiny.vgg_weights(tmp_path / "vgg.pth")
+    real, made = (write_heads(tmp_path / n, 3, "same", f, 5) for n, f in (("real", 0), ("made", 9)))
+    flags = ["--features", str(file), "--slice_features", str(file), "--out", str(tmp_path / "report"), *FAST]
+    evaluation_main(["samples", made, real, *flags])
+    networks = json.loads((tmp_path / "report" / "report.json").read_text())["networks"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for name in ("whole", "slices"):
+        assert (networks[name]["network"], networks[name]["sha256"]) == (f"VGG-16 of {file}", digest)
 
 
 def test_the_encoder_of_a_run_serves_its_own_held_out_cases_and_the_report_says_so(vae_run, heads, tmp_path):
