@@ -204,6 +204,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+SHOWN = ("loss", "dice", "ce", "mse", "d_loss", "g_loss")  # on the console
+
 COMMON: dict[str, str] = {  # the settings of --help; --help all shows every setting
     "your files": "data.root data.image data.mask data.label_values data.table data.dims data.subject"
     " data.val_fraction",
@@ -360,7 +362,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.initialise(net)
-    run.start(data.split, device)
+    run.start(data.split, device, {"generator": net, "discriminator": discriminator}, data.facts(), SHOWN)
     ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     steppers, others = {"generator": stepper}, {}
@@ -405,7 +407,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         run.save_if_due()
         if run.due("eval_every"):
             validate(run, cdal, ema.net, val_set, device)
-    run.finish()
+    unseen = data.cases[(data.split.get("test") or data.split["val"])[0]].image
+    run.finish(["python", "sample.py", run.dir, unseen])
     return run
 
 

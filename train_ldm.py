@@ -210,6 +210,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brats-16g": BRATS | {"batch_size": 4, "micro_batch_size": 1, "unet.checkpointing": True},
 }
 
+SHOWN = ("loss", "total", "head", "binding")  # on the console
+
 COMMON: dict[str, str] = {  # the settings of --help; --help all shows every setting
     "your files": "vae data.root data.image data.mask data.source data.table",
     "how they are seen": "latent_cache data.num_variants data.augment.flip_axes data.augment.affine",
@@ -552,7 +554,13 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder).to(device)
     kernel = DiffusionKernel(config.kernel)
     run.initialise(net, () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*"))
-    run.start(data.split, device)
+    facts = {
+        **data.facts(),
+        "latents": f"{'x'.join(map(str, autoencoder.latent_shape(data.spec.size)[1:]))} voxels of "
+        f"{autoencoder.config.latent_channels} channels, by {source}",
+        "conditions": ", ".join(c.name for c in conditions),
+    }
+    run.start(data.split, device, {"denoiser": net, "autoencoder": autoencoder}, facts, SHOWN)
     copy_autoencoder(source, run.dir)
 
     opened = config, autoencoder, data, conditions, run, device
@@ -618,7 +626,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         run.save_if_due()
         if run.due("eval_every"):
             validate(run, ldm, val_latents, real, device)
-    run.finish()
+    run.finish(["python", "sample.py", run.dir, "--num", 4])
     return run
 
 

@@ -270,6 +270,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brats-16g": BRATS | {"batch_size": 2, "micro_batch_size": 1, "vae.checkpointing": True},
 }
 
+SHOWN = ("loss", "psnr", "ssim", "reconstruction", "kl", "perplexity", "d_loss", "g_loss")  # on the console
+
 COMMON: dict[str, str] = {  # the settings of --help; --help all shows every setting
     "your files": "data.root data.image data.table data.dims data.subject data.val_fraction",
     "how they are seen": "data.spacing data.size data.patch data.scaling data.window data.augment.flip_axes"
@@ -491,6 +493,18 @@ def plan(config: Config) -> None:
     plan.print()
 
 
+def command_of_stage_two(run: Run) -> list[str]:
+    """The words of the command that trains a denoiser on this autoencoder."""
+    preset = {"brats2013": "brats2013-anatomy"}.get(run.config.preset, run.config.preset)
+    return [
+        "python",
+        "train_ldm.py",
+        preset if run.config.preset in PRESETS else "PRESET",
+        "--vae",
+        str(run.dir),
+    ]
+
+
 def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     device = setup(config.run.device)
     run = Run("vae", config, flags)
@@ -513,7 +527,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     state = {"data": data.spec.to_dict(), "split": data.split}
     run.check_data(state["data"])
     run.initialise(net)
-    run.start(data.split, device)
+    run.start(data.split, device, {"autoencoder": net, "discriminator": discriminator}, data.facts(), SHOWN)
     ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     steppers, others = {"autoencoder": stepper}, {}
@@ -597,7 +611,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         run.save_if_due()
         if run.due("eval_every"):
             validate(run, ema.net, val_set, device)
-    run.finish()
+    run.finish(command_of_stage_two(run))
     return run
 
 

@@ -36,6 +36,20 @@ class Data:
         cases = [self.cases[name] for name in self.split[part]]
         return VolumeDataset(cases, self.infos, self.spec, self.config, augment, self.seed, own_size)
 
+    def facts(self) -> dict[str, str]:
+        """What a person must know of the data before a training starts: title -> words."""
+        spec, patch = self.spec, self.config.patch
+        subjects = {part: len({self.cases[name].subject for name in ids}) for part, ids in self.split.items()}
+        counts = [
+            f"{part} {len(ids)} (subjects: {subjects[part]})" for part, ids in self.split.items() if ids
+        ]
+        size, mm = "x".join(map(str, spec.size)), "x".join(f"{v:.3g}" for v in spec.spacing)
+        grid = f"{size} voxels of {mm} mm, {spec.channels} channel{'s' if spec.channels > 1 else ''}"
+        grid += f", {spec.num_labels} labels" if spec.num_labels else ""
+        grid += f"; patches of {'x'.join(map(str, patch))}" if patch and patch != spec.size else ""
+        words = {"data": str(self.root), "cases": ", ".join(counts), "grid": grid}
+        return words | {"intensities": spec.scaling_in_words()}
+
     @property
     def folder(self) -> Path:
         """The folder that relative paths in the table of cases start from."""
@@ -87,15 +101,13 @@ def _repeats(part_of: dict[str, str]) -> tuple[str, str, str] | None:
 def note_split(
     cases: list[Case], infos: dict[str, CaseInfo], split: dict[str, list[str]], config: DataConfig
 ) -> None:
-    """Prints how many subjects each part of the split has, and a note of what may be in two parts at once.
+    """Prints a note of what may be in two parts of the split at once.
 
     Three kinds of leaks make scores too good: a subject in two parts, the same voxels under two names, and
     names that look like several scans of one subject where every case counts as a subject of its own.
     """
     case_of = {case.id: case for case in cases}
     subjects = {part: {case_of[name].subject for name in ids} for part, ids in split.items()}
-    counts = [f"{part} {len(ids)} cases of {len(subjects[part])}" for part, ids in split.items() if ids]
-    print0(f"split by subject: {', '.join(counts)} subjects")
     parts = [part for part in split if split[part] != split["train"] or part == "train"]  # val may be train
     for a, b in itertools.combinations(parts, 2):
         if (both := subjects[a] & subjects[b]) and config.val_gap is None:

@@ -69,6 +69,21 @@ class DataSpec:
         """Do scaled intensities stay within [-1, 1]?"""
         return self.scaling in ("percentile", "window")
 
+    def scaling_in_words(self) -> str:
+        """Which values of the files become -1 and 1, and where these values come from."""
+        if self.scaling == "none":
+            return "as they are in the files"
+        pairs = [f"{a:.4g} to {b:.4g}" for a, b in zip(self.low, self.high, strict=True)]
+        shown = ", ".join(pairs[:3] + ["..."] * (len(pairs) > 3))
+        why = {
+            "percentile": "each case's percentiles, clipped; these are medians",
+            "window": "the window, clipped",
+            "minmax": "each case's lowest and highest value; these are medians",
+            "zscore": "each case's mean - std and mean + std; these are medians",
+            "dataset": "mean - std and mean + std of all training cases",
+        }[self.scaling]
+        return f"{shown} in the files become -1 to 1 ({why})"
+
     def numbers(self, info: CaseInfo | None, role: str = "image") -> tuple[tuple[float, ...], ...]:
         """The (low, high) to scale a case with: its own, or for scaling "dataset" those of the training set.
 

@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -75,6 +76,27 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+NVIDIA = ("/dev/nvidiactl", "/proc/driver/nvidia/version")  # there where a driver is loaded
+
+
+def why_no_cuda() -> str | None:
+    """Why torch cannot use the NVIDIA device or driver of this machine; None if it can, or there is none.
+
+    Without these words a broken driver, or a torch for CPUs, would only be noticed by its slowness.
+    """
+    if torch.cuda.is_available() or not (any(map(os.path.exists, NVIDIA)) or shutil.which("nvidia-smi")):
+        return None
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every device"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        return " ".join(str(e).split()) or type(e).__name__
+    return "it finds no device"
+
+
 def choose_device(device: str) -> torch.device:
     """The device that `device` names, under torchrun the rank's own GPU; InputError if there is none."""
     if device == "auto":
@@ -88,7 +110,8 @@ def choose_device(device: str) -> torch.device:
     if chosen.type == "cpu":
         return chosen
     if not torch.cuda.is_available():
-        raise InputError(f"device: {device!r} asked for, but torch sees no CUDA device")
+        reason = f": {why}" if (why := why_no_cuda()) else ""
+        raise InputError(f"device: {device!r} asked for, but torch sees no CUDA device{reason}")
     local = int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
     if chosen.index is not None and local:
         raise InputError(f"device: {device!r} is one device, but every rank needs its own; say cuda")

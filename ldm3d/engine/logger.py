@@ -43,10 +43,65 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Logger:
-    """Appends to ``run_dir/log.jsonl`` on rank 0, after cutting the file back to `step`, where the run is."""
+WIDTH = 110  # columns of a line on the console
+COST = ("lr", "grad_norm", "skipped_steps", "samples_per_s", "data_wait", "peak_gib")  # no losses
 
-    def __init__(self, run_dir: str | Path, step: int, tensorboard: bool = False):
+
+def duration(seconds: float) -> str:
+    """ "3 d 04 h", "1 h 02 min", "3 min 20 s" or "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24:02} h"
+    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def console_line(
+    step: int,
+    steps: int,
+    part: str,
+    scalars: dict[str, Any],
+    shown: Sequence[str] = (),
+    left: float | None = None,
+) -> str:
+    """What a person wants to know of one line of the log: step, losses, speed, and the time left (seconds).
+
+    The figures named in `shown` come first, then as many others as there is room for. The figures of single
+    noise levels (loss_u0.2) are in log.jsonl only. Skipped steps and waiting for data are shown where they
+    are trouble.
+    """
+    first = [f"step {step:>{len(str(steps))}} of {steps}  {part:<5}"]
+    last = [f"{scalars['samples_per_s']:.3g} samples/s"] if "samples_per_s" in scalars else []
+    if scalars.get("skipped_steps"):
+        last.insert(0, f"skipped steps {scalars['skipped_steps']}")
+    if scalars.get("data_wait", 0) > 0.3:
+        last.insert(0, f"waiting for data {scalars['data_wait']:.0%}")
+    last += [] if left is None else [f"left {duration(left)}"]
+    names = [name for name in scalars if name not in COST and "_u0." not in name]
+    names.sort(key=lambda name: shown.index(name) if name in shown else len(shown))
+    for name in names + ["lr"] * ("lr" in scalars):
+        value = scalars[name]
+        word = f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        if len("  ".join([*first, word, *last])) <= WIDTH:
+            first.append(word)
+    return "  ".join(first + last)
+
+
+class Logger:
+    """Appends to ``run_dir/log.jsonl`` on rank 0, after cutting the file back to `step`, where the run is.
+
+    steps: of the whole run. shown: the figures that come first on the console.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        step: int,
+        tensorboard: bool = False,
+        steps: int = 0,
+        shown: Sequence[str] = ("loss",),
+    ):
+        self.steps, self.shown = steps, shown
         self.path, self.file, self.board = Path(run_dir) / "log.jsonl", None, None
         if not is_main():
             return
@@ -71,8 +126,9 @@ class Logger:
                 "intact: make room, then run the same command again"
             ) from None
 
-    def log(self, step: int, split: str, scalars: dict[str, Any]) -> None:
-        """One line: ``{"step": ..., "split": "train" | "val", "seconds": of training, **scalars}``.
+    def log(self, step: int, split: str, scalars: dict[str, Any], left: float | None = None) -> None:
+        """One line: ``{"step": ..., "split": "train" | "val", "seconds": of training, **scalars}``, and a
+        short one on the console. left: seconds until the run ends.
 
         A number that is not finite is written as null, since JSON has no other word.
         """
@@ -83,8 +139,7 @@ class Logger:
         with self._writing():
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
-        words = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars.items())
-        tqdm.write(f"step {step:>7}  {split:<5}  {words}")
+        tqdm.write(console_line(step, self.steps, split, scalars, self.shown, left))
         if self.board is not None:
             with self._writing():
                 for name, value in scalars.items():

@@ -13,7 +13,7 @@ A script calls the methods of `Run` in this order:
 
     run = Run(kind, config, flags)           new, resumed or finished?
     run.initialise(net)                      weights of --run.init, for a new run
-    run.start(split, device)                 the folder and the log are opened
+    run.start(split, device, nets, facts)    the folder and the log are opened, the run is introduced
     run.restore(state, net, ema, ...)        a resumed run: networks and optimizers from the checkpoint
     if run.owes_validation: validate(...)    the run before ended between a checkpoint and its validation
     for group in run.steps(stream):
@@ -21,7 +21,7 @@ A script calls the methods of `Run` in this order:
         run.end_step(**report)               counts the step; a line of the log
         run.save_if_due()                    a numbered checkpoint; SIGTERM ends the run here
         if run.due("eval_every"): validate(...)
-    run.finish()
+    run.finish(then)                         the best validation, and the command that comes next
 
 A checkpoint is written before the validation of its step, so whatever validation does, the training before it
 is on the disk. Validation calls, in this order: `run.validation` around the work, `run.keep_best`, and
@@ -35,8 +35,9 @@ import errno
 import json
 import math
 import os
+import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,9 +64,20 @@ from .checkpoint import (
     weights,
     write_text,
 )
-from .distributed import SigtermFlag, Terminated, any_rank, barrier, gather, is_main, out_of_memory, print0
-from .logger import Logger, Profile, progress, read_log
-from .training import EMA, Mean, Speed, Stepper
+from .distributed import (
+    SigtermFlag,
+    Terminated,
+    any_rank,
+    barrier,
+    gather,
+    is_main,
+    out_of_memory,
+    print0,
+    world_size,
+)
+from .logger import Logger, Profile, duration, progress, read_log
+from .machine import describe_device
+from .training import EMA, Mean, Speed, Stepper, samples_per_forward
 
 MAY_CHANGE = {  # settings that a resumed run may change; any other difference is an error
     *("run.steps", "run.save_every", "run.log_every", "run.eval_every", "run.patience", "run.keep"),
@@ -104,6 +116,14 @@ def read_split(path: Path) -> dict[str, list[str]]:
     return split
 
 
+def count(net: nn.Module) -> str:
+    """The number of a network's parameters, such as "1.23 M", and whether training leaves them alone."""
+    parameters = list(net.parameters())
+    num, frozen = sum(p.numel() for p in parameters), not any(p.requires_grad for p in parameters)
+    short = f"{num / 1e6:.3g} M" if num >= 1e6 else f"{num / 1e3:.3g} k"
+    return f"{short} (frozen)" if frozen else short
+
+
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first difference, in words, between two data specs (`DataSpec.to_dict()`), or None."""
     for key in (key for key in before if key in now and key != "reference"):
@@ -131,6 +151,8 @@ class Run:
         self.resumed: dict[str, Any] | None = None
         self.lock: IO[str] | None = None
         self.sigterm: SigtermFlag | None = None
+        self.pace: tuple[int, float] | None = None
+        self.said_end = False
         stored = (self.dir / "config.json").exists()
         if not stored and self._holds_something_else():
             fresh = "; left alone" if config.run.fresh else ""
@@ -237,6 +259,31 @@ class Run:
         else:
             print0(f"{self.dir}: new run of {self.config.run.steps} steps")
 
+    def _introduce(
+        self,
+        split: dict[str, list[str]],
+        device: torch.device,
+        networks: dict[str, nn.Module | None],
+        facts: dict[str, str],
+    ) -> None:
+        """Print what a person must know before the hours of training begin: one line a subject."""
+        run, size, ranks = self.config.run, self.config.batch_size, world_size()
+        micro = samples_per_forward(size, getattr(self.config, "micro_batch_size", None))
+        batch = f"{size} samples a step, {micro} per forward pass"
+        batch += f" on each of {ranks} ranks" if ranks > 1 else ""
+        steps = f"{run.steps}, validation every {run.eval_every}, checkpoint every {run.save_every}"
+        if num := len(split.get("train", ())):
+            steps += f"; each training case is seen {run.steps * size / num:.3g} times"
+        lines = {
+            "device": describe_device(device, run.amp, chosen=run.device != "auto"),
+            "parameters": ", ".join(f"{name} {count(net)}" for name, net in networks.items() if net),
+            **facts,
+            "batch": batch,
+            "steps": steps,
+            "files": f"log.jsonl, checkpoint_*.pt, best.pt and previews in {self.dir}",
+        }
+        print0("\n".join(f"  {title:<12} {words}" for title, words in lines.items() if words))
+
     # --- before the loop ---
 
     def split(self) -> dict[str, list[str]] | None:
@@ -277,10 +324,21 @@ class Run:
             print0(f"note: {len(new)} weights are new, such as {new[0]}")
         self.initial = None
 
-    def start(self, split: dict[str, list[str]], device: torch.device) -> None:
+    def start(
+        self,
+        split: dict[str, list[str]],
+        device: torch.device,
+        networks: dict[str, nn.Module | None] | None = None,
+        facts: dict[str, str] | None = None,
+        shown: Sequence[str] = ("loss",),
+    ) -> None:
         """Make the folder, or open it again, and open its log. Everything has been checked before, so that a
-        mistake does not move the folder of the run before (--run.fresh)."""
+        mistake does not move the folder of the run before (--run.fresh).
+
+        networks, facts: what the first lines say of networks and of data, title -> words. shown: the figures
+        that come first in a line of the console."""
         self._announce()
+        self._introduce(split, device, networks or {}, facts or {})
         fresh = self.config.run.fresh
         self.config = replace(self.config, {"run.fresh": False})  # done now; what is stored says so
         if is_main():
@@ -300,7 +358,8 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.config.run.deterministic)
         torch.backends.cudnn.benchmark = not self.config.run.deterministic
-        self.logger = Logger(self.dir, self.step, self.config.run.tensorboard)
+        run = self.config.run
+        self.logger = Logger(self.dir, self.step, run.tensorboard, run.steps, shown)
         self.profile = Profile(self.dir) if self.config.run.profile and is_main() else None
         self.speed = Speed(self.config.batch_size, device, self.profile)
 
@@ -361,10 +420,31 @@ class Run:
         since the line before, `report` and the speed."""
         self.step += 1
         self.speed.stop()
+        self._say_end()
         if self.due("log_every"):
             means = self.mean.pop()
             self.log("train", means | report | self.speed.pop())
             self.bar.set_postfix(loss=f"{means['loss']:.4g}")
+
+    def time_left(self) -> float | None:
+        """Seconds until the last step, at the mean pace of this process so far, validation included. None
+        until two steps are done: the first one compiles and warms up, and does not count."""
+        if self.pace is None or self.pace[0] >= self.step:
+            return None
+        first, began = self.pace
+        return (time.monotonic() - began) / (self.step - first) * max(0, self.config.run.steps - self.step)
+
+    def _say_end(self) -> None:
+        """Print once when the run will end, as soon as ten seconds of steps tell, if the end is not near."""
+        now = time.monotonic()
+        self.pace = self.pace or (self.step, now)
+        if self.said_end or now - self.pace[1] < 10:
+            return
+        self.said_end, left = True, self.time_left()
+        if left < 60 or not is_main():
+            return
+        end = time.strftime("%A %H:%M" if left > 12 * 3600 else "%H:%M", time.localtime(time.time() + left))
+        tqdm.write(f"the last step is expected in {duration(left)}, at {end}")
 
     def due(self, every: str) -> bool:
         """Is `run.<every>` due after the step that was just counted? The last step is due for everything."""
@@ -373,7 +453,8 @@ class Run:
     def log(self, part: str, scalars: dict[str, Any]) -> None:
         """Write one line of the log: `part` is "train" or "val". The line of a validation comes last, when
         best.pt is written: it says that the validation need not be repeated."""
-        self.logger.log(self.step, part, scalars)
+        going_on = part == "train" and self.step < self.config.run.steps
+        self.logger.log(self.step, part, scalars, self.time_left() if going_on else None)
         if part == "val":
             self.owes_validation = False
 
@@ -470,8 +551,10 @@ class Run:
             "best": self.best,
         }
 
-    def finish(self) -> None:
-        """The loop is over: close the log and print how well the run went."""
+    def finish(self, then: Sequence[object] = ()) -> None:
+        """The loop is over: close the log, print how well the run went, and the command that comes next.
+
+        then: the words of that command."""
         if self.profile is not None:
             self.profile.close()
         self.logger.close()
@@ -481,3 +564,5 @@ class Run:
         if self.best:
             best = f"best validation {self.best['name']} {self.best['value']:.4g} at step {self.best['step']}"
         print0(f"{self.dir}: done at step {self.step}, {best}")
+        if then:
+            print0(f"next: {shlex.join(map(str, then))}")

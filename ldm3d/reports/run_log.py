@@ -10,6 +10,8 @@ import re
 import statistics
 from typing import Any
 
+from ..engine.logger import duration
+
 MAX_POINTS = 800  # of a curve in the page; longer curves are thinned
 FIRST = ("loss", "psnr", "ssim")  # curves that come first
 COST = ("samples_per_s", "data_wait", "peak_gib", "lr", "grad_norm", "skipped_steps")  # not about quality
@@ -72,13 +74,6 @@ def best_validation(lines: Lines) -> str:
             line = pick(found, key=lambda line, key=key: line[key])
             return f"{words.format(line[key])} at step {line['step']:,}"
     return "none yet"
-
-
-def duration(seconds: float) -> str:
-    """ "1 h 02 min", "3 min 20 s" or "12 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def facts_of(config: dict[str, Any], lines: Lines, split: dict[str, list]) -> dict[str, str]:

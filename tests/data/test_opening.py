@@ -1,5 +1,7 @@
 """The data of a run opens from any format and layout, with the split that the run has stored."""
 
+import statistics
+import typing
 from dataclasses import replace
 
 import nibabel as nib
@@ -131,11 +133,29 @@ def table_of(fresh, columns="subject,split", **rows):
     return open_data(DataConfig(root=str(fresh), cache_dir=str(fresh.parent / "cache")), "heads", seed=0)
 
 
-def test_the_subjects_of_every_part_are_printed(fresh, capsys):
-    table_of(fresh, a="x,train", b="x,train", c="y,train", d="z,val")
-    said = capsys.readouterr().out
-    assert "split by subject: train 3 cases of 2, val 1 cases of 1 subjects" in said
-    assert "note" not in said
+def test_the_facts_of_a_data_set_count_subjects_and_say_grid_and_scaling_in_the_units_of_the_files(
+    fresh, capsys
+):
+    data = table_of(fresh, a="x,train", b="x,train", c="y,train", d="z,val")
+    assert "note" not in capsys.readouterr().out
+    facts = data.facts()
+    assert facts["cases"] == "train 3 (subjects: 2), val 1 (subjects: 1)"
+    assert facts["data"] == str(fresh)
+    assert facts["grid"].startswith("x".join(map(str, data.spec.size)) + " voxels of ")
+    low, high = (statistics.median(getattr(data.infos[n], k)[0] for n in "abc") for k in ("low", "high"))
+    assert facts["intensities"].startswith(f"{low:.4g} to {high:.4g} in the files become -1 to 1 (each")
+
+
+@pytest.mark.parametrize("scaling", typing.get_args(typing.get_type_hints(DataConfig)["scaling"]))
+def test_every_scaling_is_said_in_words_and_patches_only_where_they_are_smaller(fresh, scaling):
+    data = opened(
+        fresh_settings(fresh, scaling=scaling, window=(-160.0, 240.0), size=(8, 8, 8), patch=(4, 4, 4))
+    )
+    facts = data.facts()
+    assert ("-160 to 240 in the files" in facts["intensities"]) == (scaling == "window")
+    assert ("as they are" in facts["intensities"]) == (scaling == "none")
+    assert facts["grid"].startswith("8x8x8 voxels of ")
+    assert facts["grid"].endswith("; patches of 4x4x4")
 
 
 def test_a_subject_in_two_parts_is_noted_whether_the_split_is_of_the_table_or_stored(fresh, capsys):
