@@ -359,8 +359,9 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     discriminator = None
     if config.cdal.has_discriminator:
         discriminator = make_discriminator(config, channels, num_labels).to(device)
-    state = {"data": data.spec.to_dict(), "split": data.split}
-    run.check_data(state["data"])
+    state = {"data": data.spec.to_dict(), "split": data.split, "contents": data.contents}
+    run.check_data(state["data"], data.contents)
+    state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)
     run.start(data.split, device, {"generator": net, "discriminator": discriminator}, data.facts(), SHOWN)
     ema, mean = EMA(net, config.run.ema_decay), Mean()

@@ -343,7 +343,8 @@ def open_latents(
     variants = config.data.num_variants if part == "train" and config.latent_cache else 1
     dataset = data.dataset(part, augment=variants > 1)
     precision = amp_dtype(config.run.amp, device)
-    key = cache_key(autoencoder, config.data, data.spec, data.files(part), precision, config.run.seed)
+    contents = {name: data.contents[name] for name in data.split[part]}
+    key = cache_key(autoencoder, config.data, data.spec, contents, precision, config.run.seed)
     how = variants, device, config.run.amp, conditions, config.masks
     tables = cache_latents(autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", *how)
     latents = LatentDataset(tables, config.run.seed)
@@ -542,7 +543,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     check_settings(config, stage_one)
     autoencoder.to(device)
     data, measured = open_latent_data(config, stage_one, run.split())
-    run.check_data(measured, "measured")
+    run.check_data(measured, data.contents, "measured")
     theirs = {k: v for k, v in stage_one["state"]["data"].items() if k not in ("size", "num_labels")}
     if not run.resumed and (different := difference(theirs, measured)):
         print0(f"note: the data are not as the autoencoder's were: {different}")
@@ -569,7 +570,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     val_set = data.dataset("val")
     real = [val_set[i, i] for i in range(min(16, len(val_set)))]
     if run.resumed:  # stored statistics: computed by another number of ranks they differ in the last digit
-        state = run.resumed["state"]
+        state = {"contents": data.contents} | run.resumed["state"]
         statistics = latent_statistics_of(state, autoencoder.config.latent_channels, run.dir)
     else:
         statistics = latent_statistics(tables)
@@ -578,6 +579,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
             "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
             "measured": measured,
             "split": data.split,
+            "contents": data.contents,
             "latent_mean": statistics[0],
             "latent_std": statistics[1],
             "conditions": [c.to_dict() for c in conditions],

@@ -524,8 +524,9 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     if config.has_discriminator:
         config.disc.check_size(train_set.size)
         discriminator = PatchDiscriminator(config.disc).to(device)
-    state = {"data": data.spec.to_dict(), "split": data.split}
-    run.check_data(state["data"])
+    state = {"data": data.spec.to_dict(), "split": data.split, "contents": data.contents}
+    run.check_data(state["data"], data.contents)
+    state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)
     run.start(data.split, device, {"autoencoder": net, "discriminator": discriminator}, data.facts(), SHOWN)
     ema, mean = EMA(net, config.run.ema_decay), Mean()

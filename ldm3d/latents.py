@@ -19,6 +19,7 @@ time augmented anew, and each training sample takes one of the variants.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -53,26 +54,24 @@ def cache_key(
     autoencoder: Autoencoder,
     data: DataConfig,
     spec: DataSpec,
-    files: list[str],
+    contents: dict[str, dict[str, str]],
     precision: torch.dtype | None = None,
     seed: int = 0,
 ) -> str:
     """The name of a cache: a hash of everything that the latents depend on.
 
-    That is the autoencoder's weights, all data settings (percentiles and window of the scaling included), the
-    spec, the files with their paths, sizes and times of change, the precision of the encoder (None: fp32),
-    and the seed of augmentation. Any difference makes a new cache.
+    That is the autoencoder's weights, all data settings (percentiles and window of the scaling included) but
+    where the files and their caches lie, the spec, what the cases hold (`Data.contents`), the precision of
+    the encoder (None: fp32), and the seed of augmentation. Any difference makes a new cache.
     """
     digest = hashlib.sha256()
     for name, value in autoencoder.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    try:
-        stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    except OSError as e:
-        raise InputError(f"{e.filename}: is gone since the data was checked") from None
+    anywhere = {name: getattr(DataConfig, name) for name in ("root", "cache", "cache_gb", "cache_dir")}
+    data = dataclasses.replace(data, **anywhere)
     numbers = {k: v for k, v in spec.to_dict().items() if k != "display"}  # of pictures alone
-    digest.update(repr((data, numbers, stats, precision, seed)).encode())
+    digest.update(repr((data, numbers, contents, precision, seed)).encode())
     return digest.hexdigest()[:16]
 
 

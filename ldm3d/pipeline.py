@@ -30,7 +30,7 @@ from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .engine.checkpoint import load_run, load_weights, save
 from .engine.distributed import is_main
-from .engine.runs import read_split
+from .engine.runs import changed_case, read_split
 from .engine.training import autocast
 from .latent_diffusion import LatentDiffusion
 from .registers import AnatomyConfig
@@ -224,10 +224,14 @@ class LatentDiffusionPipeline(Pipeline):
         return self.model.sample(num, size, conditions=cond, **settings)
 
     def data(self) -> Data:
-        """The run's own cases in the run's split, opened anew and read as in training."""
+        """The run's own cases in the run's split, opened anew and read as in training. InputError if one of
+        them is not what the run was trained with."""
         preset = load_run(self.folder / "autoencoder.pt", "vae")["config"]["preset"]
         seed, split = self.content["config"]["run"]["seed"], read_split(self.folder / "split.json")
-        return dataclasses.replace(open_data(self.layout, preset, seed, split), spec=self.spec)
+        data = open_data(self.layout, preset, seed, split)
+        if changed := changed_case(self.content["state"].get("contents", {}), data.contents):
+            raise InputError(f"{data.root}: {changed} than in training")
+        return dataclasses.replace(data, spec=self.spec)
 
 
 # --- the door -----------------------------------------------------------------------------------------------

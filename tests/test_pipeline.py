@@ -122,3 +122,7 @@ def test_the_data_of_a_run_are_its_own_split_again(runs):
     data, stored = pipeline.data(), load_run(runs["ldm"] / "autoencoder.pt", "vae")["state"]["split"]
     assert data.split == stored
     assert data.spec == pipeline.spec
+    name = stored["val"][0]
+    pipeline.content["state"]["contents"][name]["image"] = "other voxels"
+    with pytest.raises(InputError, match=f"the image of case {name} is another one than in training"):
+        pipeline.data()

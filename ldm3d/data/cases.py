@@ -62,16 +62,20 @@ class Case:
 def resolve_root(config: DataConfig, preset: str) -> Path:
     """The folder of the data: data.root, else $LDM3D_DATA/<name>, else data/<name>.
 
-    The name is data.name, else the name of the preset.
+    The name is that of data.root, else data.name, else the name of the preset. So the data of a run that have
+    moved are found by LDM3D_DATA, the folder that holds their folder now.
     """
-    name, base = config.name or preset, os.environ.get("LDM3D_DATA")
-    folders = [Path(base).expanduser() / name] if base else []
-    folders = [Path(config.root).expanduser()] if config.root is not None else [*folders, Path("data") / name]
+    base, root = os.environ.get("LDM3D_DATA"), None if config.root is None else Path(config.root).expanduser()
+    name = config.name or preset if root is None else os.path.basename(os.path.abspath(root))
+    elsewhere = [Path(base).expanduser() / name] if base else []
+    folders = [*elsewhere, Path("data") / name] if root is None else [root, *elsewhere]
     for folder in folders:
-        if folder.is_dir():
+        if os.path.isdir(folder):  # Path.is_dir raises for names that are too long
+            if root not in (None, folder):
+                print0(f"note: no folder {root}; the data are taken from {folder} ($LDM3D_DATA)")
             return folder
-    hint = "" if config.root is not None else "; put it there, set LDM3D_DATA, or name it with --data.root"
-    raise InputError(f"no data folder {' or '.join(map(str, folders))}{hint}")
+    hint = "put it there, set LDM3D_DATA to the folder that holds it, or name it with --data.root"
+    raise InputError(f"no data folder {' or '.join(map(str, folders))}; {hint}")
 
 
 def raise_all(problems: list[str]) -> None:

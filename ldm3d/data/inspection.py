@@ -54,6 +54,8 @@ class CaseInfo:
     labels: tuple[int, ...] = ()  # labels that occur in the mask
     shown: tuple[tuple[float, float], ...] = ()  # per channel, in the units of the file: black and white
     content: str = ""  # hash of the voxels of the image; "" if they all have one value
+    source_content: str = ""  # the same of the source
+    mask_content: str = ""  # hash of the voxels of the mask
 
     @property
     def channels(self) -> int:
@@ -179,9 +181,13 @@ def voxels_off(one: Header | CaseInfo, image: Header | CaseInfo) -> float:
     return float(np.abs(moved - ends.T).max())
 
 
+def _hash(array: np.ndarray) -> str:
+    return hashlib.sha256(array).hexdigest()[:32]
+
+
 def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
-    """A look at every voxel: {"low", "high"}, per channel, and "content", a hash, of an image or source;
-    {"labels"} of a mask."""
+    """A look at every voxel: "content", a hash of them; of an image or source {"low", "high"} per channel; of
+    a mask {"labels"}."""
     array = read(path, **read_options(role, config)).array
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
@@ -193,13 +199,14 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
             raise InputError(f"{path}: labels must be integers, found {array.flat[off.argmax()]:g}")
         if not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
             raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
-        return {"labels": np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()}
+        found = np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()
+        return {"labels": found, "content": _hash(array)}
     if np.abs(array).max() > MAX_VALUE:
         raise InputError(f"{path}: values up to {np.abs(array).max():.2g}, too large to be intensities")
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
     visible = array if config.unbounded else ()
     shown = [scaling_numbers(channel, "percentile", SHOWN, config.window) for channel in visible]
-    content = hashlib.sha256(array).hexdigest()[:32] if array.min() < array.max() else ""
+    content = _hash(array) if array.min() < array.max() else ""
     low, high = zip(*pairs, strict=True)
     return {"low": list(low), "high": list(high), "shown": shown, "content": content}
 
@@ -238,7 +245,7 @@ def _inspect_voxels(
     for path, role in _jobs(cases):
         rule = (config.scaling, config.percentiles, config.window, read_options(role, config))
         rule += ("shown",) if config.unbounded else ()  # what older versions found lacks it
-        key = f"{path.resolve()} {'labels' if role == 'mask' else rule}"
+        key = f"{path.resolve()} {'mask' if role == 'mask' else rule}"
         stat = path.stat()
         entry = cached.get(key)
         if entry and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
@@ -296,10 +303,11 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
         headers = _inspect_headers(cases, config)
         found = _inspect_voxels(cases, config, cache)
     infos, problems = {}, []
-    nothing = {"low": (), "high": ()}
+    nothing = {"low": (), "high": (), "content": ""}
     for case in cases:
         header, image = headers[case.image, "image"], found[case.image, "image"]
         source = found[case.source, "source"] if case.source else nothing
+        source_content = source["content"]
         if case.source and config.paired_scaling == "shared":
             if len(source["low"]) != len(image["low"]):
                 problems.append(f"{case.source}: paired_scaling shared needs the channels of {case.image}")
@@ -314,6 +322,8 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
             labels=_labels(case.mask, found, config, problems) if case.mask else (),
             shown=tuple(map(tuple, image.get("shown", ()))),
             content=image["content"],
+            source_content=source_content,
+            mask_content=found[case.mask, "mask"]["content"] if case.mask else "",
         )
     blank = [
         job[0] for job, numbers in found.items() if job[1] != "mask" and numbers["low"] == numbers["high"]

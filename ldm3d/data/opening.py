@@ -55,10 +55,20 @@ class Data:
         """The folder that relative paths in the table of cases start from."""
         return (self.root / (self.config.table or "cases.csv")).parent
 
-    def files(self, part: str) -> list[str]:
-        """Paths of all files of a part."""
-        cases = [self.cases[name] for name in self.split[part]]
-        return [str(path) for c in cases for path in (c.image, c.mask, c.source) if path is not None]
+    @property
+    def contents(self) -> dict[str, dict[str, str]]:
+        """What each case holds, by case id: hashes of the voxels of its image, mask and source, and its grid.
+
+        They tell whether a case is the same as before, wherever its files lie."""
+        return {
+            name: {
+                "image": info.content,
+                "mask": info.mask_content,
+                "source": info.source_content,
+                "grid": f"{info.shape} {' '.join(f'{mm:.6g}' for mm in info.spacing)}",
+            }
+            for name, info in self.infos.items()
+        }
 
 
 def check_numbering(data: Data) -> None:

@@ -30,7 +30,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from ..config import InputError
+from ..config import InputError, read_json
 from .distributed import print0
 
 FORMAT = 1  # raised when older code could no longer read what we write
@@ -200,7 +200,7 @@ def load_latest(run_dir: str | Path, kind: str | None = None) -> dict[str, Any] 
 
 def load_run(run: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The checkpoint that a user means by a run: the file itself, or best.pt of the folder, else its newest
-    checkpoint."""
+    checkpoint. Where its data lie is taken from config.json: best.pt may be older than the last move."""
     run = Path(run)
     if run.is_file():
         return load(run, kind)
@@ -209,6 +209,10 @@ def load_run(run: str | Path, kind: str | None = None) -> dict[str, Any]:
     content = load(run / "best.pt", kind) if (run / "best.pt").exists() else load_latest(run, kind)
     if content is None:
         raise InputError(f"{run}: no checkpoint in this folder")
+    if "data" in content["config"] and (run / "config.json").exists():
+        data = read_json(run / "config.json").get("data")
+        if isinstance(data, dict) and isinstance(data.get("root"), str):
+            content["config"]["data"]["root"] = data["root"]
     return content
 
 

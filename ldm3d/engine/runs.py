@@ -5,7 +5,8 @@
 To resume a run, give the same command again. `Run` finds config.json and the newest checkpoint that can be
 read. The stored configuration is the base; the flags of the new command may change run lengths, intervals
 and the like (`MAY_CHANGE`), and any other difference is refused. Networks, optimizers and running means are
-loaded, log.jsonl is cut back to the checkpoint's step, and the stream of batches starts there. All randomness
+loaded, log.jsonl is cut back to the checkpoint's step, and the stream of batches starts there. The data may
+have moved: cases are compared by their voxels, not by the paths of their files. All randomness
 is keyed by the position of a sample in the run, so a resumed run makes the same numbers as one that was never
 stopped.
 
@@ -82,6 +83,9 @@ from .training import EMA, Mean, Speed, Stepper, samples_per_forward
 MAY_CHANGE = {  # settings that a resumed run may change; any other difference is an error
     *("run.steps", "run.save_every", "run.log_every", "run.eval_every", "run.patience", "run.keep"),
     *("run.dir", "run.fresh", "run.device", "run.workers", "run.compile", "run.tensorboard", "run.profile"),
+    # where the data lie: the cases are compared by what they hold (`Run.check_data`)
+    *("data.root", "data.cache", "data.cache_gb", "data.cache_dir"),
+    "micro_batch_size",
 }
 
 
@@ -129,6 +133,15 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     for key in (key for key in before if key in now and key != "reference"):
         if before[key] != now[key]:
             return f"{key} was {before[key]}, now {now[key]}"
+    return None
+
+
+def changed_case(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> str | None:
+    """The first case whose files hold something else than before, in words, or None. See `Data.contents`."""
+    for case, old in before.items():
+        for what, value in now.get(case, old).items():
+            if value != old[what]:
+                return f"the {what} of case {case} is another one"
     return None
 
 
@@ -300,13 +313,19 @@ class Run:
             )
         return stored
 
-    def check_data(self, now: dict[str, Any], part: str = "data") -> None:
-        """Refuse to go on with other data than the run was trained on. now: the `DataSpec.to_dict()` of the
-        files as they are. part: under which name the state of a checkpoint holds it."""
-        before = self.resumed["state"].get(part, {}) if self.resumed else {}
-        if not isinstance(before, dict):
+    def check_data(
+        self, now: dict[str, Any], contents: dict[str, dict[str, str]], part: str = "data"
+    ) -> None:
+        """Refuse to go on with other data than the run was trained on.
+
+        now: the `DataSpec.to_dict()` of the files as they are, and under which name (`part`) the state of a
+        checkpoint holds it. contents: `Data.contents`, which older checkpoints do not have.
+        """
+        before, held = (self.resumed["state"].get(k, {}) if self.resumed else {} for k in (part, "contents"))
+        rows = held.values() if isinstance(held, dict) else [None]
+        if not isinstance(before, dict) or not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{self.dir}: checkpoint of step {self.step} is damaged (state: {part})")
-        if different := difference(before, now):
+        if different := changed_case(held, contents) or difference(before, now):
             raise InputError(
                 f"{self.dir}: the data have changed since this run was started: {different}. Put the files "
                 "back, or start anew with --run.fresh"

@@ -56,7 +56,7 @@ def cache_folder(run: Path, autoencoder: Autoencoder, data: VolumeDataset, amp: 
     settings = DataConfig(**{name: getattr(data.config, name) for name in SEEN_BY_ENCODER})
     spec = dataclasses.replace(data.spec, reference=None)
     base = run if run.is_dir() else run.parent
-    return base / "latents" / f"cases-{cache_key(autoencoder, settings, spec, [])}-{amp}"
+    return base / "latents" / f"cases-{cache_key(autoencoder, settings, spec, {})}-{amp}"
 
 
 def file_key(path: Path) -> str:

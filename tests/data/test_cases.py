@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,16 @@ def test_the_root_comes_from_the_flag_then_the_environment_then_the_data_folder(
     monkeypatch.setenv("LDM3D_DATA", str(tmp_path / "env"))
     assert resolve_root(DataConfig(), "heads").samefile("env/heads")
     assert resolve_root(DataConfig(root="flag"), "heads").samefile("flag")
+
+
+def test_a_root_that_has_moved_is_found_by_its_name_in_the_environments_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LDM3D_DATA", str(tmp_path / "env"))
+    (tmp_path / "env/heads").mkdir(parents=True)
+    for gone in ("/gone/heads", "/gone/heads/", str(tmp_path / "gone/.." / "heads")):
+        assert resolve_root(DataConfig(root=gone, name="other"), "another") == tmp_path / "env/heads"
+        assert f"note: no folder {Path(gone)}; the data are taken from" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no data folder /gone/other or .*env/other; put it there"):
+        resolve_root(DataConfig(root="/gone/other", name="heads"), "heads")
 
 
 def test_a_case_without_its_partner_is_named(fresh):

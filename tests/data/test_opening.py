@@ -1,5 +1,6 @@
 """The data of a run opens from any format and layout, with the split that the run has stored."""
 
+import hashlib
 import statistics
 import typing
 from dataclasses import replace
@@ -64,14 +65,13 @@ def test_phantoms_are_an_ordinary_data_set(tmp_path):
     assert item["image"].shape == item["source"].shape == (1, *item["mask"].shape) == (1, 24, 24)
 
 
-def test_the_files_of_a_part_are_those_of_all_roles_and_paths_start_at_the_table(settings, root, tmp_path):
+def test_what_cases_hold_is_told_by_their_voxels_and_paths_start_at_the_table(settings, root, tmp_path):
     data = opened(settings)
-    expected = {
-        f"{root}/{folder}/{name}.nii.gz"
-        for folder in ("images", "labels", "sources")
-        for name in data.split["val"]
-    }
-    assert set(data.files("val")) == expected
+    for role, folder in (("image", "images"), ("mask", "labels"), ("source", "sources")):
+        for name, held in data.contents.items():
+            voxels = np.asarray(nib.load(root / folder / f"{name}.nii.gz").dataobj, np.float32)
+            assert held[role] == hashlib.sha256(voxels.tobytes()).hexdigest()[:32]
+            assert held["grid"] == f"{voxels.shape} 1 1 1"
     assert data.folder == root
     (tmp_path / "lists").mkdir()
     rows = "".join(f"{root}/images/case_{i}.nii.gz\n" for i in range(3))

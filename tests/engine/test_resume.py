@@ -2,6 +2,8 @@
 bit as one that nothing happened to."""
 
 import contextlib
+import dataclasses
+import json
 import shutil
 import signal
 import time
@@ -22,7 +24,9 @@ from tiny import (
     train,
 )
 
-from ldm3d.engine.checkpoint import load, step_files
+from ldm3d import InputError, read, write
+from ldm3d.data import open_images
+from ldm3d.engine.checkpoint import load, load_run, step_files
 from ldm3d.engine.training import reseed
 
 MORE = "--micro_batch_size 3 --run.save_every 5 --run.log_every 3 --run.eval_every 2 --run.keep 9".split()
@@ -175,3 +179,77 @@ def test_five_kills_at_random_moments_change_nothing(heads, vae_run, tmp_path, k
         out, err = process.communicate(timeout=180)
         assert process.returncode == 0, out + err
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+# --- data that have moved -----------------------------------------------------------------------------------
+
+MOVABLE = ["KL autoencoder", "denoiser", "segmentation, discriminator"]  # one of each script
+
+
+@pytest.fixture
+def elsewhere(heads, tmp_path):
+    """The data of the fixture `heads` in another folder."""
+    return shutil.copytree(heads, tmp_path / "elsewhere" / heads.name)
+
+
+@pytest.mark.parametrize("kind", MOVABLE)
+def test_a_killed_run_goes_on_where_its_data_have_moved_to(kind, runs, heads, vae_run, elsewhere, capsys):
+    whole, moved = runs(kind, "whole"), runs(kind, "moved")
+    place = ["--data.root", elsewhere, "--data.cache", "disk", "--data.cache_dir", elsewhere.parent / "cache"]
+    train(*eight_steps(kind, heads, vae_run, moved), *map(str, place))
+    assert "encoding" not in capsys.readouterr().err  # cached latents go by what the cases hold
+    assert_same_end(whole, moved)
+    config = load(step_files(moved)[0])["config"]["data"]
+    assert (config["root"], config["cache"]) == (str(elsewhere), "disk")
+    assert load_run(moved)["config"]["data"]["root"] == str(elsewhere)  # best.pt may be older than the move
+
+
+def test_data_that_are_gone_are_looked_for_in_ldm3d_data_by_their_name(
+    runs, heads, elsewhere, tmp_path, monkeypatch, capsys
+):
+    kind = "KL autoencoder"
+    run, gone = runs(kind, "staged"), tmp_path / heads.name
+    settings = json.loads((run / "config.json").read_text())
+    settings["data"]["root"] = str(gone)
+    for path in step_files(run):
+        content = torch.load(path, weights_only=True)
+        content["config"]["data"]["root"] = str(gone)
+        torch.save(content, path)
+    (run / "config.json").write_text(json.dumps(settings))
+    monkeypatch.delenv("LDM3D_DATA", raising=False)
+    again = eight_steps(kind, gone, None, run)
+    with pytest.raises(InputError, match=f"no data folder {gone}; put it there, set LDM3D_DATA"):
+        train(*again)
+    monkeypatch.setenv("LDM3D_DATA", str(elsewhere.parent))
+    train(*again)
+    assert f"the data are taken from {elsewhere} ($LDM3D_DATA)" in capsys.readouterr().out
+    assert_same_end(runs(kind, "whole"), run)
+    assert len(open_images(load_run(run), part="val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "role"),
+    [*((kind, "image") for kind in MOVABLE), *((MOVABLE[0], role) for role in ("mask", "source", "grid"))],
+)
+def test_other_voxels_under_the_same_name_are_refused(kind, role, runs, heads, vae_run, elsewhere):
+    run, name = runs(kind, "changed"), load(step_files(runs(kind, "whole"))[0])["state"]["split"]["train"][0]
+    path = elsewhere / {"mask": "labels", "source": "sources"}.get(role, "images") / f"{name}.tif"
+    volume = read(path)
+    voxels, affine = volume.array.copy(), volume.affine.copy()
+    if role == "grid":
+        affine[:-1, :-1] *= 1.001
+    else:
+        voxels.flat[np.abs(voxels - np.median(voxels)).argmin()] += 1  # neither scaling nor labels change
+    write(path, dataclasses.replace(volume, array=voxels, affine=affine), overwrite=True)
+    with pytest.raises(InputError, match=f"have changed .*: the {role} of case {name} is another one"):
+        train(*eight_steps(kind, heads, vae_run, run), "--data.root", str(elsewhere))
+
+
+def test_a_resumed_run_may_take_smaller_micro_batches(runs, heads, vae_run):
+    kind = "KL autoencoder"
+    run = runs(kind, "smaller")
+    train(*eight_steps(kind, heads, vae_run, run), "--micro_batch_size", "1")
+    ours, whole = (load(step_files(folder)[0]) for folder in (run, runs(kind, "whole")))
+    assert ours["config"]["micro_batch_size"] == 1
+    for name, value in whole["model"].items():  # sums in another order
+        assert torch.allclose(ours["model"][name], value, rtol=1e-3, atol=1e-4), name
