@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VIZ = ["matplotlib", "tensorboard"]
+FORMATS = ["SimpleITK", "imagecodecs"]
 ANALYSIS = ["scikit-learn", "umap-learn", "plotly"]
 
 setup(
@@ -23,7 +24,8 @@ setup(
     install_requires=["torch>=2.6", "numpy", "nibabel", "tifffile", "tqdm"],
     extras_require={
         "viz": VIZ,
+        "formats": FORMATS,
         "analysis": ANALYSIS,
-        "test": [*VIZ, *ANALYSIS, "pytest", "ruff", "scipy", "scikit-image", "monai", "einops"],
+        "test": [*VIZ, *FORMATS, *ANALYSIS, "pytest", "ruff", "scipy", "scikit-image", "monai", "einops"],
     },
 )

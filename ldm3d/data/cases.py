@@ -34,8 +34,9 @@ import torch
 
 from ..config import InputError
 from ..engine.distributed import keyed_generator, print0
+from .itk import is_dicom_folder
 from .settings import DataConfig
-from .volumes import volume_suffix
+from .volumes import is_file, volume_suffix
 
 ROLES = ("image", "mask", "source")
 SPLITS = ("train", "val", "test")
@@ -97,8 +98,11 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
     "*/t1_*.nii" makes p01/t1_x.nii the case "p01"; "{id}/{id}.tif" makes p01/a.tif the case "p01_a". The
     other * match anything, but only one file may be left for an id. Where the pattern ends in *, the suffix
     of the file is not part of the id. A suffix of volumes may be written in capitals in the files. Names that
-    begin with a dot are ignored: some archives have such a twin of every file.
+    begin with a dot are ignored: some archives have such a twin of every file. A folder that holds DICOM
+    slices counts as a file; a pattern that ends in / fits such folders only: "*/", "*/ct/".
     """
+    fits = is_dicom_folder if pattern.endswith("/") else is_file
+    pattern = pattern.rstrip("/")
     marked = pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
     if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise InputError(f"{key}: expected a pattern below the root with * for the case id, got {pattern!r}")
@@ -119,10 +123,10 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
         match = expression.fullmatch(path.relative_to(root).as_posix())
         if match and path.is_symlink() and not path.exists():
             dangling.append(path)
-        if not match or path.name.startswith(".") or not path.is_file():
+        if not match or path.name.startswith(".") or not fits(path):
             continue
         name = "_".join(match.groups())
-        name = _stem(name) if pattern.endswith(("*", "{id}")) else name
+        name = _stem(name) if pattern.endswith(("*", "{id}")) and not path.is_dir() else name
         if name in files:
             raise InputError(
                 f"{key}: case {name} has two files, {files[name]} and {path}; make the pattern {pattern!r} "
@@ -229,9 +233,11 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
     listed = _read_msd(table) if table.suffix == ".json" else read_csv(table, ["image"])
     if not listed:
         raise InputError(f"{table}: lists no case")
-    stems = [_stem(Path(row["image"]).name) for row in listed]
+    images = [row["image"] for row in listed]
+    paths = [Path(name if os.path.isdir(table.parent / name) else _stem(name)) for name in images]
+    stems = [path.name for path in paths]
     if len(set(stems)) < len(stems):
-        stems = ["_".join(Path(_stem(row["image"])).parts) for row in listed]
+        stems = ["_".join(path.parts) for path in paths]
     rows: dict[str, dict] = {}
     for stem, row in zip(stems, listed, strict=True):
         case = row.get("id") or stem
@@ -239,7 +245,7 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
             problems.append(f"{table}: case {case} is listed twice")
         files = {role: table.parent / row[role] if row.get(role) else None for role in ROLES}
         for role, path in files.items():
-            if path is not None and not os.path.isfile(path):  # Path.is_file raises for long names
+            if path is not None and not is_file(path):
                 problems.append(f"{table}: {role} of case {case}: no file {path}")
         rows[case] = row | files
     return rows, {role: str(table) for role in ROLES if role in listed[0]}
@@ -324,6 +330,10 @@ def find_cases(config: DataConfig, root: Path) -> list[Case]:
     has_split = [case.split is not None for case in cases]
     if any(has_split) and not all(has_split):
         raise InputError(f"case {cases[has_split.index(False)].id}: has no split, other cases have one")
+    for key, role in (("series", "image"), ("source_series", "source")):
+        files = [path for case in cases if (path := getattr(case, role)) is not None]
+        if getattr(config, key) and not any(path.is_dir() for path in files):
+            raise InputError(f"data.{key}: has no effect, no {role} is a folder of DICOM slices")
     return cases[: config.subset]
 
 

@@ -34,7 +34,7 @@ from .loading import load_role
 from .settings import DataConfig
 from .spec import DataSpec, restore
 from .transforms import augment, scale
-from .volumes import Volume
+from .volumes import Volume, stamp
 
 
 def channels_of(spec: DataSpec) -> dict[str, int]:
@@ -206,9 +206,9 @@ class VolumeDataset(Dataset):
         """`_load` as a memory map of a file in data.cache_dir, written by the first process to need it."""
         case, c = self.cases[index], self.config
         path = getattr(case, role).resolve()
-        what = (str(path), path.stat().st_size, path.stat().st_mtime_ns, role, c.channel, c.source_channel)
+        what = (str(path), *stamp(path), role, c.channel, c.source_channel)
         how = (c.dims, c.file_spacing, c.spacing, self.infos[case.id].shape)
-        how += (c.label_values, self.spec.num_labels)
+        how += (c.label_values, self.spec.num_labels, *filter(None, (c.series, c.source_series)))
         target = Path(c.cache_dir) / f"{hashlib.sha256(repr((what, how)).encode()).hexdigest()[:24]}.npy"
         shape = (channels_of(self.spec)[role], *self.infos[case.id].shape)
         kept = kept_array(target, shape)

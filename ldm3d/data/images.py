@@ -18,23 +18,36 @@ from ..engine.distributed import print0
 from .cases import Case, find_cases, listed_cases, resolve_root
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
+from .itk import is_dicom_folder
 from .opening import inspection_cache
 from .settings import DataConfig
 from .spec import DataSpec
 from .transforms import AugmentConfig
-from .volumes import PICTURE, SUFFIXES, file_name, is_volume_file, read_header, strip_suffix, volume_suffix
+from .volumes import (
+    PICTURE,
+    SUFFIXES,
+    check_file,
+    file_name,
+    is_volume_file,
+    read_header,
+    strip_suffix,
+    volume_suffix,
+)
 
 # --- where images are ---------------------------------------------------------------------------------------
 
 
 def own_images(folder: Path) -> str | None:
-    """The pattern of the image files in the folder itself, all of one kind; None: it holds none."""
+    """The pattern of the image files in the folder itself, all of one kind, or of the folders of DICOM slices
+    in it; None: it holds none."""
     found = {volume_suffix(p) for p in folder.iterdir() if is_volume_file(p)}
     suffixes = [end for end in SUFFIXES if end in found]
     others = [end for end in suffixes[1:] if end not in PICTURE]  # pictures beside volumes are previews
     if others:
         print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(others)}")
-    return f"*{suffixes[0]}" if suffixes else None
+    if suffixes:
+        return f"*{suffixes[0]}"
+    return "*/" if any(is_dicom_folder(p) for p in folder.iterdir() if p.is_dir()) else None
 
 
 def locate(location: str | Path) -> tuple[Path, str | None]:
@@ -54,15 +67,17 @@ def locate(location: str | Path) -> tuple[Path, str | None]:
 def find_images(
     location: str | Path, layout: DataConfig, subject: str | None = None
 ) -> tuple[DataConfig, list[Case]]:
-    """The images in a folder or glob, or one file: (how they are read, cases without masks and sources).
+    """The images in a folder or glob, or one file, or the folder of the slices of one DICOM volume: (how they
+    are read, cases without masks and sources).
 
     layout: how the run's training data is read and laid out. Its rule of subjects is used where it fits;
     `subject`, a rule for these images, has to fit. Samples of a run hold the run's channels only, so no
     channels are picked from them.
     """
     layout = replace(layout, cache="none", mask=None, source=None, split=None, allow_missing_mask=True)
+    series, layout = layout.series, replace(layout, series=None, source_series=None)
     path = Path(location).expanduser()
-    if os.path.isfile(path):
+    if os.path.isfile(path) or (layout.dims == 3 and is_dicom_folder(path)):
         root, cases = path.parent, [Case(strip_suffix(path), path, subject=strip_suffix(path))]
     else:
         root, pattern = locate(location)
@@ -71,6 +86,8 @@ def find_images(
             layout = replace(layout, image=pattern, table=None)
         cases = _find(layout, root, location, subject)
     layout = replace(layout, root=str(root), subject=None)
+    if series and cases[0].image.is_dir():
+        layout = _with_series(layout, cases[0].image, series)
     return _with_own_channels(layout, cases[0].image), [replace(c, mask=None, source=None) for c in cases]
 
 
@@ -87,13 +104,24 @@ def _find(layout: DataConfig, root: Path, location: str | Path, subject: str | N
         raise InputError(f"{location}: {why}{e}") from e
 
 
+def _with_series(layout: DataConfig, image: Path, series: str) -> DataConfig:
+    """The layout with the run's choice of a DICOM series, if the image has such a series. Other folders name
+    their series otherwise, and one that holds a single series needs no choice."""
+    try:
+        read_header(image, dims=layout.dims, series=series)
+    except InputError:
+        return layout
+    return replace(layout, series=series)
+
+
 def _with_own_channels(layout: DataConfig, image: Path) -> DataConfig:
     """The layout without a choice of channels if the file has as many as are chosen, but not those numbers.
 
     For example a run with `channel=(1,)` writes samples of one channel, which have no channel 1.
     """
     if layout.channel:
-        channels = read_header(image, spacing=layout.file_spacing, dims=layout.dims).channels
+        options = {"spacing": layout.file_spacing, "dims": layout.dims, "series": layout.series}
+        channels = read_header(image, **options).channels
         if channels == len(layout.channel) <= max(layout.channel):
             return replace(layout, channel=())
     return layout
@@ -199,6 +227,8 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, spec:
         spec = replace(spec, num_labels=MAX_LABEL + 1)
     options = {
         "channel": {"image": config.channel, "source": config.source_channel}.get(role, ()),
+        "series": None,
+        "source_series": None,
         "mask": None,
         "source": None,
         "cache": "none",
@@ -211,16 +241,16 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, spec:
         spec = replace(spec, channels=spec.source_channels, low=spec.source_low, high=spec.source_high)
     paths = [Path(path) for path in paths]
     for path in paths:
-        if not os.path.isfile(path):  # Path.is_file raises for names that are too long
-            raise InputError(
-                f"{path}: " + ("a folder, expected a file" if os.path.isdir(path) else "no such file")
-            )
+        check_file(path)
     cases = [
         Case(f"{i}_{strip_suffix(path)}", path, mask=path if role == "mask" else None)
         for i, path in enumerate(paths)
     ]
     shared = role == "source" and config.paired_scaling == "shared"
+    series = {"image": config.series, "source": config.source_series}.get(role)
     config = replace(config, **options, scaling="none" if role == "mask" else config.scaling)
+    if series and paths[0].is_dir():
+        config = _with_series(config, paths[0], series)
     infos = inspect_cases(cases, config)
     for case in cases:
         info = infos[case.id]

@@ -1,8 +1,9 @@
 """A look into the files of all cases before training starts: whatever is wrong is found here.
 
 Headers are read at every start. Voxels are read once: what was found in a file is kept in a cache, by path,
-size and modification time. All problems end in one InputError. Reading many files takes long: the cache is
-written every few seconds, so that an inspection that was interrupted goes on where it was.
+size and modification time (of a DICOM folder: of all its files). All problems end in one InputError. Reading
+many files takes long: the cache is written every few seconds, so that an inspection that was interrupted goes
+on where it was.
 
 Besides the checks, the inspection measures what later steps need: the two scaling numbers of each channel
 (transforms.py) and the labels that occur. The numbers are those of the whole file as it is stored, before any
@@ -32,7 +33,7 @@ from .cases import ROLES, Case, raise_all
 from .loading import read_options, training_grid
 from .settings import MAX_VOXELS, DataConfig
 from .transforms import scaling_numbers
-from .volumes import Header, read, read_header
+from .volumes import Header, read, read_header, stamp
 
 MAX_LABEL, MAX_VALUE = 65535, 1e30  # of masks; of images, so that no sum of float32 overflows
 SHOWN = 0.5, 99.5  # percentiles of a file that pictures show as black and white, see DataConfig.unbounded
@@ -147,7 +148,7 @@ def _unfit(
     if len(header.shape) != config.dims:
         return f"is {len(header.shape)}-D {header.shape}, data.dims is {config.dims}"
     if config.dims == 3 and min(header.shape) == 1:
-        return f"a single slice {header.shape}, data.dims is 3"
+        return f"a single slice {header.shape}, data.dims is 3 (a DICOM volume is named by its folder)"
     if role != "mask" and header.palette:
         return "has a palette: its values are numbers of colours, and no intensities; save it as grey or RGB"
     if role == "mask" and header.channels != 1:
@@ -246,17 +247,17 @@ def _inspect_voxels(
         rule = (config.scaling, config.percentiles, config.window, read_options(role, config))
         rule += ("shown",) if config.unbounded else ()  # what older versions found lacks it
         key = f"{path.resolve()} {'mask' if role == 'mask' else rule}"
-        stat = path.stat()
+        now = stamp(path)
         entry = cached.get(key)
-        if entry and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
+        if entry and entry[:2] == [*now]:
             found[path, role] = entry[2]
         else:
-            new[path, role] = (key, stat.st_size, stat.st_mtime_ns)
+            new[path, role] = (key, *now)
     problems: list[str] = []
 
     def keep(measured: dict[tuple[Path, str], dict]) -> None:
         if measured and cache is not None:
-            entries = {key: [*stamp, measured[job]] for job, (key, *stamp) in new.items() if job in measured}
+            entries = {key: [*then, measured[job]] for job, (key, *then) in new.items() if job in measured}
             _write_cache(cache, cached | entries)
 
     measured = _each(lambda *job: _measure(*job, config), new, "reading every voxel once", problems, keep)

@@ -20,7 +20,9 @@ from .volumes import Header, Volume, read, read_header
 def read_options(role: str, config: DataConfig) -> dict[str, Any]:
     """The arguments of `volumes.read` for the files of a role."""
     channel = {"image": config.channel, "source": config.source_channel, "mask": ()}[role] or None
-    return {"channel": channel, "spacing": config.file_spacing, "dims": config.dims}
+    series = {"image": config.series, "source": config.source_series, "mask": None}[role]
+    options = {"channel": channel, "spacing": config.file_spacing, "dims": config.dims}
+    return options if series is None else options | {"series": series}  # caches are keyed by these options
 
 
 def _new_spacing(

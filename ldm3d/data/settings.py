@@ -38,6 +38,8 @@ class DataConfig:
     dims: Literal[2, 3] = 3  # pictures or volumes
     channel: tuple[int, ...] = ()  # channels taken of the images; empty = all
     source_channel: tuple[int, ...] = ()  # channels taken of the sources; empty = all
+    series: str | None = None  # of several DICOM series in the folder of an image: number, description or UID
+    source_series: str | None = None  # the same for the sources
     file_spacing: tuple[float, ...] | None = None  # mm, of files that state none (npy, npz, PNG, most TIFF)
     spacing: tuple[float, ...] | None = None  # mm, resample every case to it; none = keep the voxels
     size: tuple[int, ...] | None = None  # voxels of cases and samples; none = largest in training, rounded up

@@ -1,4 +1,4 @@
-"""Files <-> arrays with a true affine: NIfTI, TIFF, NumPy, PNG and JPEG.
+"""Files <-> arrays with a true affine: NIfTI, TIFF, NumPy, PNG and JPEG, DICOM, NRRD and MetaImage.
 
 `read` gives a `Volume`: an array (C, *S), and the affine that puts its voxels into the world, in mm. The
 centre of the voxel with index (i, j, k) lies at
@@ -7,9 +7,9 @@ centre of the voxel with index (i, j, k) lies at
 
 What the axes *S = (D, H, W) are depends on the format:
 
-    NIfTI             D to the patient's right, H to the front, W to the head (RAS+)
-    TIFF              D the pages, H the rows, W the columns
-    NumPy, pictures   as they are stored
+    NIfTI, DICOM, NRRD, MetaImage   D to the patient's right, H to the front, W to the head (RAS+)
+    TIFF                            D the pages, H the rows, W the columns
+    NumPy, pictures                 as they are stored
 
 NIfTI files store their axes in any order and direction, named by three letters. `read` permutes and flips
 the axes to the nearest RAS+ order, `write` turns them back to the order of the file, and between the two
@@ -17,8 +17,9 @@ nothing but augmentation exchanges axes. Examples: 512 x 512 x 90 voxels in the 
 (1, 512, 512, 90) with the first two axes flipped; 256 x 256 x 180 in the order "PSR" become an array
 (1, 180, 256, 256) with H flipped.
 
-A format is one row of `FORMATS`: a function that opens a file, and one that writes it if the format can be
-written. A TIFF written here keeps its affine in the image description. Left out: DICOM, the spacing of
+A DICOM volume is a folder that holds its slices (itk.py): wherever a path names a file, it may name such a
+folder. A format is one row of `FORMATS`: a function that opens a file, and one that writes it if the format
+can be written. A TIFF written here keeps its affine in the image description. Left out: the spacing of
 OME-XML.
 """
 
@@ -41,9 +42,11 @@ import tifffile
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from ..config import InputError
+from .itk import Grid, is_dicom_folder, open_dicom, open_itk
 
 NIFTI, TIFF = (".nii.gz", ".nii"), (".tiff", ".tif")
 NUMPY, PICTURE = (".npy", ".npz"), (".png", ".jpg", ".jpeg")
+DICOM, ITK = (".dcm",), (".nrrd", ".nhdr", ".mha", ".mhd")
 SCREEN_DPI = {72, 96}  # what programs write as the resolution of a TIFF where they know none
 MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "inch": 25.4}
 
@@ -163,14 +166,10 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
         raise InputError(f"{path}: its affine is singular or not finite, so its voxels have no position")
 
 
-def _nifti_affine(path: Path, image: nib.Nifti1Pair) -> np.ndarray:
-    """The affine (4, 4) in mm: sform, else qform, else pixel size, as nibabel chooses.
-
-    InputError for an affine that collapses an axis.
-    """
+def _nifti_affine(image: nib.Nifti1Pair) -> np.ndarray:
+    """The affine (4, 4) in mm: sform, else qform, else pixel size, as nibabel chooses."""
     affine = np.asarray(image.affine, dtype=np.float64).copy()
     affine[:3] *= MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
-    _check_affine(affine, path)
     return affine
 
 
@@ -181,6 +180,38 @@ def _slice_affine(affine: np.ndarray, keep: list[int]) -> np.ndarray:
     flat[:2, :2] = matrix / np.linalg.norm(matrix, axis=0) * np.linalg.norm(affine[:3, keep], axis=0)
     flat[:2, 2] = affine[keep, 3]
     return flat
+
+
+def _in_ras(
+    path: Path,
+    shape: tuple[int, ...],
+    channels: int,
+    dtype: np.dtype,
+    affine: np.ndarray,
+    load: Callable[[tuple[int, ...]], np.ndarray],
+    dims: int | None,
+) -> _Opened:
+    """A file with axes in any order and direction, in RAS+ order. shape: as stored, of 2 or 3 axes; affine
+    (4, 4); load((2, 0)): channels 2 and 0 as (x, y, z, 2). dims 2 drops an axis of one voxel."""
+    _check_affine(affine, path)
+    grid = (*shape, 1)[:3]
+    codes, to_ras = nib.aff2axcodes(affine), io_orientation(affine)
+    affine = affine @ inv_ornt_aff(to_ras, grid)
+    ras_grid = tuple(grid[axis] for axis in np.argsort(to_ras[:, 0]))
+    keep, dropped = [0, 1, 2], None  # RAS axes that stay; for a slice, the RAS axis across it
+    if (dims or len(shape)) == 2:
+        own = next((axis for axis in (2, 1, 0) if grid[axis] == 1), None)
+        if own is None:
+            raise InputError(f"{path}: a volume of shape {grid}, expected a single slice (dims = 2)")
+        dropped = int(to_ras[own, 0])
+        keep.remove(dropped)
+        affine, codes = _slice_affine(affine, keep), codes[:own] + codes[own + 1 :]
+
+    def in_ras(picks: tuple[int, ...]) -> np.ndarray:
+        data = np.moveaxis(apply_orientation(load(picks).reshape(*grid, -1), to_ras), -1, 0)
+        return data if dropped is None else data.squeeze(dropped + 1)
+
+    return _Opened(channels, tuple(ras_grid[axis] for axis in keep), dtype, affine, "".join(codes), in_ras)
 
 
 def _nifti_voxels(path: Path, image: nib.Nifti1Pair, channel: int | None) -> np.ndarray:
@@ -210,30 +241,18 @@ def _open_nifti(path: Path, dims: int | None) -> _Opened:
         raise InputError(f"{path}: shape {image.shape}, expected 2-D, 3-D or 4-D (the last axis = channels)")
     grid = (*shape, 1)[:3]
     channels = len(dtype.fields) if dtype.fields else (shape[3] if len(shape) == 4 else 1)
-    affine = _nifti_affine(path, image)
-    codes, to_ras = nib.aff2axcodes(affine), io_orientation(affine)
-    affine = affine @ inv_ornt_aff(to_ras, grid)
-    ras_grid = tuple(grid[axis] for axis in np.argsort(to_ras[:, 0]))
-    keep, dropped = [0, 1, 2], None  # RAS axes that stay; for a slice, the RAS axis across it
-    if (dims or min(len(shape), 3)) == 2:
-        own = next((axis for axis in (2, 1, 0) if grid[axis] == 1), None)
-        if own is None:
-            raise InputError(f"{path}: a volume of shape {grid}, expected a single slice (dims = 2)")
-        dropped = int(to_ras[own, 0])
-        keep.remove(dropped)
-        affine, codes = _slice_affine(affine, keep), codes[:own] + codes[own + 1 :]
 
     def load(picks: tuple[int, ...]) -> np.ndarray:
-        one = picks[0] if len(image.shape) == 4 and len(picks) == 1 else None  # read one channel, not all
-        data, picks = _nifti_voxels(path, image, one), picks if one is None else (0,)
+        if len(image.shape) == 4 and len(picks) == 1:  # read one channel, not all
+            return _nifti_voxels(path, image, picks[0])
+        data = _nifti_voxels(path, image, None)
         if data.dtype.fields:
             data = np.stack([data[name] for name in data.dtype.fields], axis=-1)
-        data = np.moveaxis(apply_orientation(data.reshape(*grid, -1), to_ras), -1, 0)
-        data = data if picks == tuple(range(len(data))) else data[list(picks)]
-        return data if dropped is None else data.squeeze(dropped + 1)
+        data = data.reshape(*grid, -1)
+        return data if picks == tuple(range(channels)) else data[..., list(picks)]
 
     dtype = np.dtype(np.uint8) if dtype.fields else dtype
-    return _Opened(channels, tuple(ras_grid[axis] for axis in keep), dtype, affine, "".join(codes), load)
+    return _in_ras(path, shape[:3], channels, dtype, _nifti_affine(image), load, dims)
 
 
 def _tiff_spacing(file: tifffile.TiffFile, dims: int) -> tuple[float, ...] | None:
@@ -345,6 +364,32 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
     return _Opened(len(mode.bands), shape, np.dtype(mode.typestr), None, None, load, palette)
 
 
+def _of_grid(grid: Grid, path: Path, dims: int | None) -> _Opened:
+    """What SimpleITK has opened: a picture as it is stored, all else in RAS+ order."""
+
+    def load(picks: tuple[int, ...]) -> np.ndarray:
+        data = grid.load()
+        return data if picks == tuple(range(grid.channels)) else data[..., list(picks)]
+
+    if grid.affine is not None and len(grid.affine) == 4:
+        return _in_ras(path, grid.shape, grid.channels, grid.dtype, grid.affine, load, dims)
+    if dims == 3:
+        raise InputError(f"{path}: a 2-D picture, expected a volume (dims = 3)")
+
+    def picture(picks: tuple[int, ...]) -> np.ndarray:
+        return np.moveaxis(load(picks), -1, 0)
+
+    return _Opened(grid.channels, grid.shape, grid.dtype, grid.affine, None, picture)
+
+
+def _open_dicom(path: Path, dims: int | None, series: str | None) -> _Opened:
+    return _of_grid(open_dicom(path, series), path, dims)
+
+
+def _open_itk(path: Path, dims: int | None) -> _Opened:
+    return _of_grid(open_itk(path), path, dims)
+
+
 # --- formats: write -----------------------------------------------------------------------------------------
 
 
@@ -398,9 +443,10 @@ class Format(NamedTuple):
     """A kind of file. To add one, write its `open` (and `write`) above and a row in `FORMATS`."""
 
     suffixes: tuple[str, ...]  # the end of the name, lower case
-    open: Callable[[Path, int | None], _Opened]  # (path, dims): the header; voxels only of .npz
+    open: Callable[..., _Opened]  # (path, dims) or, of several, (path, dims, series); voxels only of .npz
     write: Callable[[BinaryIO, Volume, str], None] | None = None  # (file, volume, suffix); None: is only read
-    states_spacing: bool = False  # every file states its spacing: a setting does not replace it
+    states_spacing: bool = False  # the spacing that a file states is true: a setting does not replace it
+    several: bool = False  # one path may hold several images, of which one is chosen by name
 
 
 FORMATS = (
@@ -408,6 +454,8 @@ FORMATS = (
     Format(TIFF, _open_tiff, _write_tiff),
     Format(NUMPY, _open_numpy),
     Format(PICTURE, _open_picture),
+    Format(DICOM, _open_dicom, states_spacing=True, several=True),
+    Format(ITK, _open_itk, states_spacing=True),
 )
 SUFFIXES = tuple(suffix for kind in FORMATS for suffix in kind.suffixes)
 
@@ -427,10 +475,45 @@ def is_volume_file(path: str | Path) -> bool:
     return bool(volume_suffix(path)) and not Path(path).name.startswith(".")
 
 
-def strip_suffix(name: str | Path) -> str:
-    """The file name without folder and volume suffix: "a/b.nii.gz" -> "b"."""
-    name = Path(name).name
-    return name[: len(name) - len(volume_suffix(name))]
+def is_file(path: str | Path) -> bool:
+    """Is there a file, or a folder that counts as one, since it holds the slices of a DICOM volume?"""
+    return os.path.isfile(path) or is_dicom_folder(path)  # Path.is_file raises for names that are too long
+
+
+def check_file(path: str | Path) -> None:
+    """InputError if `is_file` is false."""
+    if not is_file(path):
+        why = "a folder, expected a file" if os.path.isdir(path) else "no such file"
+        raise InputError(f"{path}: {why}")
+
+
+def strip_suffix(path: str | Path) -> str:
+    """The name without folder and volume suffix: "a/b.nii.gz" -> "b". A folder, "a/1.2.840", has none."""
+    name = Path(path).name
+    return name if os.path.isdir(path) else name[: len(name) - len(volume_suffix(name))]
+
+
+def stamp(path: str | Path) -> tuple[int, int]:
+    """Two numbers that change when a file changes: its size and time of modification.
+
+    Of a folder, and of a header whose voxels lie in another file beside it, they are of all these files: the
+    size of all, and a hash of their names, sizes and times.
+    """
+    path = Path(path)
+    stat = path.stat()
+    files = [path]
+    if path.is_dir():
+        files = sorted(entry for entry in path.iterdir() if entry.is_file())
+    elif volume_suffix(path) in (".mhd", ".nhdr"):
+        with open(path, "rb") as file:
+            named = re.findall(rb"(?im)^(?:ElementDataFile *=|data ?file:) *([^\r\n]+)", file.read(2**14))
+        beside = [path.parent / os.fsdecode(name.strip()) for name in named]
+        files += [file for file in beside if os.path.isfile(file)]
+    if files == [path]:
+        return stat.st_size, stat.st_mtime_ns
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr(stats).encode(errors="surrogateescape")).digest()
+    return sum(size for _, size, _ in stats), int.from_bytes(digest[:7], "big")
 
 
 def file_name(case: str) -> str:
@@ -460,21 +543,23 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"cannot read {path}: {reason or type(error).__name__}") from error
+        extra = "; pip install 'ldm3d[formats]'" if "imagecodecs" in reason else ""
+        raise InputError(f"cannot read {path}: {reason or type(error).__name__}{extra}") from error
 
 
-def _open(path: Path, channel: Any, spacing: Any, dims: int | None) -> tuple[Header, Callable]:
+def _open(
+    path: Path, channel: Any, spacing: Any, dims: int | None, series: str | None
+) -> tuple[Header, Callable]:
     """The header, and a function without arguments that reads the chosen channels, in RAS+ order."""
-    suffix = volume_suffix(path)
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: {'a folder, expected a file' if os.path.isdir(path) else 'no such file'}")
+    check_file(path)
+    suffix = DICOM[0] if os.path.isdir(path) else volume_suffix(path)
     if not suffix:
         raise InputError(f"{path}: unknown kind of file, expected one of {' '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes)")
     kind = _format(suffix)
     with _reading(path):
-        opened = kind.open(path, dims)
+        opened = kind.open(path, dims, series) if kind.several else kind.open(path, dims)
     if 0 in (opened.channels, *opened.shape):
         raise InputError(f"{path}: an image without voxels, shape {opened.shape}")
     if opened.dtype.kind not in "biuf":
@@ -501,9 +586,10 @@ def read_header(
     channel: int | tuple[int, ...] | None = None,
     spacing: tuple[float, ...] | None = None,
     dims: Literal[2, 3] | None = None,
+    series: str | None = None,
 ) -> Header:
     """The header of what `read` returns for these arguments. Voxels are not read, but of .npz."""
-    return _open(Path(path), channel, spacing, dims)[0]
+    return _open(Path(path), channel, spacing, dims, series)[0]
 
 
 def read(
@@ -512,18 +598,21 @@ def read(
     spacing: tuple[float, ...] | None = None,
     dims: Literal[2, 3] | None = None,
     dtype: Any = np.float32,
+    series: str | None = None,
 ) -> Volume:
     """The file as a volume. InputError for a file that is damaged, no image, or does not fit the arguments.
 
+    path: a file, or a folder that holds the slices of a DICOM volume.
     channel: which channels, a number or several; None = all. Channels are the last axis of a 4-D NIfTI, the
     colours of a picture, the first axis of a NumPy array with one axis more than `dims`.
-    spacing: mm, for all formats but NIfTI; replaces the spacing that a TIFF may state. Default 1 mm.
+    spacing: mm, for formats that state none; replaces the spacing that a TIFF may state. Default 1 mm.
     dims: 3 reads one page as a stack of one; 2 reads a NIfTI of one slice as an image, and TIFF pages as
     channels. None: whatever the file has.
     dtype: an integer type has the values rounded, and refuses those that do not fit. NaN stays NaN.
+    series: of several DICOM series in a folder the one with this number, description or UID.
     """
     path = Path(path)
-    header, load = _open(path, channel, spacing, dims)
+    header, load = _open(path, channel, spacing, dims, series)
     with _reading(path):
         array = _cast(load(), np.dtype(dtype), path)
     return Volume(np.ascontiguousarray(array), header.affine, header.orientation)

@@ -28,7 +28,7 @@ from ..data import Case, CaseInfo, DataConfig, DataSpec, VolumeDataset
 from ..data.images import find_images, locate, own_cases
 from ..data.inspection import inspect_cases, on_other_grid
 from ..data.spec import make_spec
-from ..data.volumes import read_header
+from ..data.volumes import read_header, stamp
 from ..engine.checkpoint import load_run
 from ..engine.distributed import print0
 
@@ -202,8 +202,7 @@ def _protocol(rule: DataConfig, spec: DataSpec) -> dict[str, Any]:
 
 def file_stamp(path: Path) -> tuple[str, int, int]:
     """What tells a file's content in the key of a cache: its path, size (bytes), time of change (ns)."""
-    stat = path.stat()
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    return str(path.resolve()), *stamp(path)
 
 
 def content_key(dataset: VolumeDataset) -> Any:
@@ -211,7 +210,8 @@ def content_key(dataset: VolumeDataset) -> Any:
     files = [file_stamp(case.image) for case in dataset.cases]
     spec, rule = dataset.spec, dataset.config
     scaling = (rule.scaling, rule.percentiles, rule.window, spec.low, spec.high)
-    return files, spec.size, rule.spacing, rule.file_spacing, rule.channel, scaling
+    which = (rule.channel, rule.series) if rule.series else rule.channel
+    return files, spec.size, rule.spacing, rule.file_spacing, which, scaling
 
 
 def volumes_of(dataset: VolumeDataset) -> Iterator[Tensor]:

@@ -44,6 +44,7 @@ from torch import Tensor
 from ..config import InputError, at_least, to_dict
 from ..data import Volume, read
 from ..data.images import locate, own_images
+from ..data.itk import is_dicom_folder
 from ..data.volumes import is_volume_file, read_header, strip_suffix
 from ..engine.distributed import choose_device, print0
 from ..engine.logger import new_figure, progress, save_figure, save_sheet
@@ -98,7 +99,7 @@ def named_files(location: str, key: str) -> dict[str, Path]:
     pattern = pattern or own_images(root)
     files: dict[str, Path] = {}
     for path in sorted(root.glob(pattern)) if pattern else ():
-        if is_volume_file(path):
+        if is_volume_file(path) or is_dicom_folder(path):
             name = strip_suffix(path)
             if name in files:
                 raise InputError(f"{key}: {files[name]} and {path} have the same name")

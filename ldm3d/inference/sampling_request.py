@@ -148,7 +148,7 @@ def read_rows(path: str, files: list[str]) -> tuple[list[str], list[dict[str, st
     if len(set(names)) < len(names):
         raise InputError(f"{path}: two rows have the same name")
     for row in rows:
-        row |= {k: str(folder / row[k]) for k in files if row.get(k) and os.path.isfile(folder / row[k])}
+        row |= {k: str(folder / row[k]) for k in files if row.get(k) and os.path.exists(folder / row[k])}
     return names, rows
 
 
