@@ -309,9 +309,11 @@ class LatentDiffusion(nn.Module):
         guidance: Guidance = NO_GUIDANCE,
         edit: Edit = NO_EDIT,
         size: Sequence[int] | None = None,
+        progress: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`sample` batch by batch, for the samples numbered `indices`: (volumes on the CPU, their normalised
-        latents). conditions: tensors with one entry for each index."""
+        latents). conditions: tensors with one entry for each index. progress: a bar for the steps of each
+        batch, on a terminal."""
         sampler, size = sampler or self.kernel.default_sampler, self.volume_size(size)
         self.kernel.check_sampler(sampler, eta)
         guidance.check(self.denoiser.conditions)
@@ -333,7 +335,7 @@ class LatentDiffusion(nn.Module):
                 predict = guided(self.denoiser, cond, noise, guidance, self.kernel.num_timesteps)
                 x_t = edit.start(noise, times[0], list(indices[part]))
                 predict = edit.around(predict)
-                how = {"eta": eta, "draw": draw, "resample": edit.resample}
+                how = {"eta": eta, "draw": draw, "resample": edit.resample, "progress": progress}
                 z = self.kernel.sample(predict, x_t, times, sampler, **how)
                 x = [self.decode(one, size).float().cpu() for one in z.split(1)]  # one by one: least memory
                 x = edit.finish(torch.cat(x))

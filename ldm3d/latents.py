@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,8 @@ def cache_latents(
         shape, dtype = layout[name]
         return folder / f"{name}-{part[0]:06d}.npy", (len(part), num_variants, *shape), dtype
 
-    def write_part(part: range) -> None:
+    def write_part(part: range) -> Iterator[None]:
+        """Yields after every encoding, so that a bar can count."""
         partial = {name: file(name, part)[0].with_suffix(".partial") for name in layout}
         for name, path in partial.items():
             reserve(path, *file(name, part)[1:])
@@ -199,6 +201,7 @@ def cache_latents(
         for i, v in np.ndindex(len(part), num_variants):
             for name, value in encode(part[i], v).items():
                 arrays[name][i, v] = value.cpu().numpy()
+            yield
         for name, path in partial.items():
             arrays[name].flush()
             try:
@@ -210,8 +213,10 @@ def cache_latents(
         return any(open_array(*file(name, part)) is None for name in layout)
 
     missing = broadcast([part for part in parts if is_missing(part)] if is_main() else None)
-    for part in progress(missing[rank() :: world_size()], "encoding"):
-        write_part(part)
+    own = missing[rank() :: world_size()]
+    encodings = itertools.chain.from_iterable(map(write_part, own))
+    for _ in progress(encodings, "encoding", sum(map(len, own)) * num_variants):
+        pass
     barrier()
     return {name: Table([open_array(*file(name, part)) for part in parts]) for name in layout}
 

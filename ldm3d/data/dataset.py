@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..config import InputError
-from ..engine.distributed import is_main, keyed_generator, print0
+from ..engine.distributed import keyed_generator, print0, rank, world_size
+from ..engine.logger import progress
 from .cases import Case
 from .geometry import centred, cut
 from .inspection import CaseInfo
@@ -84,6 +84,8 @@ class VolumeDataset(Dataset):
         self._ram: dict[tuple[int, str], np.ndarray] = {}
         if config.cache == "ram":
             self._fill()
+        elif config.cache == "disk":
+            self._prepare()
         if training:
             self._note_sizes()
 
@@ -194,13 +196,21 @@ class VolumeDataset(Dataset):
                 jobs += [(index, role)] if room >= 0 else []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             arrays = pool.map(lambda job: self._load(*job), jobs)
-            bar = tqdm(arrays, "loading", len(jobs), disable=None if is_main() else True, leave=False)
-            self._ram = dict(zip(jobs, bar, strict=True))
+            self._ram = dict(zip(jobs, progress(arrays, "loading", len(jobs)), strict=True))
         if room < 0:
             print0(
                 f"note: {len(jobs)} volumes fill data.cache_gb {self.config.cache_gb:g}, the others are read "
                 "from their files each time; --data.cache disk would keep them decoded"
             )
+
+    def _prepare(self) -> None:
+        """Decodes the volumes that data.cache_dir lacks, before they are needed one by one: this rank its
+        share. What another rank has not finished is decoded by whoever needs it first."""
+        jobs = [(i, role) for i, case in enumerate(self.cases) for role in self.roles if getattr(case, role)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            own = jobs[rank() :: world_size()]
+            for _ in progress(pool.map(lambda job: self._volume(*job).shape, own), "preparing", len(own)):
+                pass
 
     def _mapped(self, index: int, role: str) -> np.ndarray:
         """`_load` as a memory map of a file in data.cache_dir, written by the first process to need it."""

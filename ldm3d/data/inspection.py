@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..config import InputError
-from ..engine.distributed import is_main, main_first, print0
+from ..engine.distributed import main_first, print0
+from ..engine.logger import progress
 from .cases import ROLES, Case, raise_all
 from .loading import read_options, training_grid
 from .settings import MAX_VOXELS, DataConfig
@@ -37,7 +37,7 @@ from .volumes import Header, read, read_header, stamp
 
 MAX_LABEL, MAX_VALUE = 65535, 1e30  # of masks; of images, so that no sum of float32 overflows
 SHOWN = 0.5, 99.5  # percentiles of a file that pictures show as black and white, see DataConfig.unbounded
-KEEP_EVERY, SAY_EVERY = 5.0, 30.0  # seconds: what was found is written; a line where there is no terminal
+KEEP_EVERY = 5.0  # seconds, after which what was found is written
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,9 @@ def _each(
     jobs, done, failed = list(jobs), {}, {}
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     futures = {pool.submit(function, *job): job for job in jobs}
-    bar = tqdm(as_completed(futures), title, len(jobs), disable=None if is_main() else True, leave=False)
-    said = kept = time.monotonic()
+    kept = time.monotonic()
     try:
-        for future in bar:
+        for future in progress(as_completed(futures), title, len(jobs)):
             job, now = futures[future], time.monotonic()
             try:
                 done[job] = future.result()
@@ -97,9 +96,6 @@ def _each(
             if now - kept > KEEP_EVERY:
                 keep(done)
                 kept = now
-            if bar.disable and now - said > SAY_EVERY:
-                print0(f"{title}: {len(done) + len(failed)} of {len(jobs)} files")
-                said = now
     finally:  # on Ctrl-C no other file is begun, and those that were being read are finished
         pool.shutdown(cancel_futures=True)
         ended = {job: future for future, job in futures.items() if not future.cancelled()}

@@ -220,9 +220,30 @@ class Profile:
             tqdm.write(f"{table}\nnote: {self.path} could not be written ({e})")
 
 
-def progress(items: Iterable, what: str, total: int | None = None, initial: int = 0) -> tqdm:
-    """A progress bar on rank 0 where stderr is a terminal; silent elsewhere."""
+SAY_EVERY = 30.0  # seconds between two lines about long work, where no terminal shows a bar
+
+
+def said(items: Iterable, what: str, total: int | None) -> Iterator:
+    """The items; from time to time a line says how many are done, and how long the others will take."""
+    began = last = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= SAY_EVERY and total is not None and done < total:
+            left = duration((now - began) / done * (total - done))
+            tqdm.write(f"{what}: {done} of {total}, {left} left")
+            last = now
+
+
+def progress(
+    items: Iterable, what: str, total: int | None = None, initial: int = 0, lines: bool = True
+) -> tqdm:
+    """The items, under a progress bar on rank 0 where stderr is a terminal. Elsewhere rank 0 prints a line
+    every 30 s, if `lines`; quick work and other ranks are silent."""
+    total = len(items) if total is None and hasattr(items, "__len__") else total
     quiet = not is_main() or not sys.stderr.isatty()
+    if quiet and is_main() and lines:
+        items = said(items, what, total)
     return tqdm(
         items, desc=what, total=total, initial=initial, disable=quiet, leave=False, dynamic_ncols=True
     )

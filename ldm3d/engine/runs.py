@@ -422,7 +422,9 @@ class Run:
         From the first step on, SIGTERM and Ctrl-C wait for `save_if_due`. They have their effect of before as
         soon as the loop is left, also by an exception.
         """
-        self.bar: tqdm = progress(self.speed.watch(stream), self.kind, self.config.run.steps, self.step)
+        self.bar: tqdm = progress(  # the log has lines of its own
+            self.speed.watch(stream), self.kind, self.config.run.steps, self.step, lines=False
+        )
         if self.finished:  # by the validation that was owed
             return
         self.sigterm = SigtermFlag()

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..data import VolumeDataset
 from ..data.volumes import is_volume_file
+from ..engine.logger import progress
 from ..metrics import dice
 from .morphology import label_components
 from .statistics import ks_distance, wasserstein_distance
@@ -126,7 +127,7 @@ def dice_of_labels(segment: Callable[[Tensor], Tensor], cases: VolumeDataset) ->
     segment: image (C, *S), scaled -> label map (*S).
     """
     rows = []
-    for i in range(len(cases)):
+    for i in progress(range(len(cases)), "segmenting"):
         item = cases[i, i]
         found = segment(item["image"]).cpu()
         rows.append(dice(found[None], item["mask"][None], cases.spec.num_labels)[0])

@@ -302,7 +302,7 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     cond = {name: value[sets] for name, value in request.conditions.items()}
     start, results = time.perf_counter(), Results(config, pipeline, request, folder)
     settings = (config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp)
-    stream = model.stream(indices, *settings, cond, guidance, request.edit)
+    stream = model.stream(indices, *settings, cond, guidance, request.edit, progress=is_main())
     batches, done = -(-len(indices) // config.batch_size), 0
     for x, z in progress(stream, "sampling", batches):
         own = {name: value[done : done + len(x)] for name, value in cond.items()}

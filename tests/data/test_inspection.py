@@ -15,6 +15,7 @@ from ldm3d.config import InputError
 from ldm3d.data import Case, DataConfig, open_data
 from ldm3d.data.cases import find_cases
 from ldm3d.data.inspection import inspect_cases
+from ldm3d.engine import logger
 
 # --- files --------------------------------------------------------------------------------------------------
 
@@ -293,7 +294,7 @@ def test_an_inspection_writes_what_it_finds_and_says_how_far_it_is_while_it_goes
 ):
     measure, cache, seen = inspection._measure, tmp_path / "scan.json", []
     monkeypatch.setattr(inspection, "KEEP_EVERY", 0.0)
-    monkeypatch.setattr(inspection, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(logger, "SAY_EVERY", 0.0)
     monkeypatch.setattr(inspection.os, "cpu_count", lambda: 1)
 
     def look(path, *rest):
@@ -305,7 +306,7 @@ def test_an_inspection_writes_what_it_finds_and_says_how_far_it_is_while_it_goes
     config = fresh_settings(fresh, mask=None)
     inspect_cases(find_cases(config, fresh), config, cache)
     assert seen[-1] >= 2  # killed now, it would have lost no more than what it is reading
-    assert "reading every voxel once: 3 of 4 files" in capsys.readouterr().out
+    assert "reading every voxel once: 3 of 4, 0 s left" in capsys.readouterr().out
 
 
 def test_headers_are_looked_at_even_when_the_voxels_are_known(fresh):

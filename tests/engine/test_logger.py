@@ -11,11 +11,16 @@ import pytest
 import torch
 from tiny import ldm_flags, lines, vae_flags
 
+import sample
 import train_ldm
 import train_vae
+from ldm3d import latents
 from ldm3d.config import InputError
+from ldm3d.data import dataset, inspection
+from ldm3d.engine import logger, runs
 from ldm3d.engine.logger import Logger, Profile, cut_back, progress
 from ldm3d.engine.training import Speed
+from ldm3d.inference import sampling
 
 CPU = torch.device("cpu")
 
@@ -94,6 +99,49 @@ def test_on_a_terminal_a_bar_shows_rate_loss_and_remaining_time_and_elsewhere_no
     monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
     assert list(progress(range(3), "x")) == [0, 1, 2]
     assert quiet.getvalue() == ""
+
+
+def test_without_a_terminal_long_work_says_every_30_seconds_how_far_it_is(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+
+    def work(seconds, what, **options):
+        for _ in progress(range(10), what, **options):
+            now[0] += seconds
+
+    work(20, "encoding")
+    said = ["encoding: 2 of 10, 2 min 40 s left", "encoding: 4 of 10, 2 min 00 s left"]
+    assert capsys.readouterr().out.splitlines()[:2] == said
+    work(2, "quick work")
+    work(40, "a loop with lines of its own", lines=False)
+    monkeypatch.setattr(logger, "is_main", lambda: False)
+    work(40, "another rank")
+    assert capsys.readouterr().out == ""
+
+
+def test_every_long_work_of_the_two_stages_has_a_bar(heads, vae_run, tmp_path, monkeypatch):
+    shown = set()
+    real = logger.progress
+
+    def watched(items, what, *more, **named):
+        shown.add(what)
+        return real(items, what, *more, **named)
+
+    for module in (dataset, inspection, latents, runs, sampling):
+        monkeypatch.setattr(module, "progress", watched)
+    disk = ["--data.cache", "disk", "--data.cache_dir", tmp_path / "cache"]
+    train_vae.main(vae_flags(heads, tmp_path / "vae", 1, *disk))
+    assert shown == {"headers", "reading every voxel once", "preparing", "validation", "vae"}
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 36  # images, sources and masks
+    shown.clear()
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 1, "--data.cache_dir", tmp_path / "other"))
+    assert shown == {"headers", "reading every voxel once", "loading", "encoding", "validation", "ldm"}
+    shown.clear()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    sample.main([str(tmp_path / "ldm"), "--num", "1", "--steps", "3"])
+    assert shown == {"sampling"}
+    assert re.search(r"ab2: .*/3 ", sys.stderr.getvalue())  # the steps of a batch
 
 
 # --- TensorBoard --------------------------------------------------------------------------------------------
