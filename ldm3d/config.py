@@ -299,8 +299,8 @@ class Parser(argparse.ArgumentParser):
             ]
         width = min(110, shutil.get_terminal_size((110, 24)).columns)
         page = argparse.RawDescriptionHelpFormatter(self.prog, max_help_position=30, width=width)
-        named = " ".join(action.metavar or action.dest for action in words._group_actions)
-        page.add_usage(f"%(prog)s {named} [--key value ...]", [], [])
+        named = [action.metavar or action.dest for action in words._group_actions]
+        page.add_usage(" ".join(["%(prog)s", *named, "[--key value ...]"]), [], [])
         page.add_text(self.description)
         for title, actions in sections:
             page.start_section(title or None)
