@@ -26,6 +26,17 @@ setup(
         "viz": VIZ,
         "formats": FORMATS,
         "analysis": ANALYSIS,
-        "test": [*VIZ, *FORMATS, *ANALYSIS, "pytest", "ruff", "scipy", "scikit-image", "monai", "einops"],
+        "test": [
+            *VIZ,
+            *FORMATS,
+            *ANALYSIS,
+            "pytest",
+            "ruff",
+            "scipy",
+            "scikit-image",
+            "monai",
+            "einops",
+            "diffusers",
+        ],
     },
 )

@@ -276,10 +276,12 @@ def open_latent_data(
 ) -> tuple[Data, dict[str, Any]]:
     """(the checked data of a run, scaled as for the autoencoder; the spec of the files as they are). split:
     the run's own; None: the autoencoder's."""
-    split = split or stage_one["state"]["split"]
+    stored = stage_one["state"]["split"]
+    seen = any(stored.values())  # an imported autoencoder has seen no cases
+    split = split or (stored if seen else None)
     data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
     measured = data.spec.to_dict()
-    spec = DataSpec.from_dict(stage_one["state"]["data"])
+    spec = DataSpec.from_dict(stage_one["state"]["data"]) if seen else data.spec
     spec = dataclasses.replace(
         spec,
         size=config.data.size or spec.size,

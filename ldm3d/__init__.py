@@ -20,6 +20,7 @@ folders. README.md beside this file gives the order in which to read them.
     inference/    what a trained run is used for: conditional samples, editing, segmentation
     evaluation/   figures of quality                     python -m ldm3d.evaluation
     reports/      pages and maps that show a run         python -m ldm3d.reports
+    interop/      other libraries' weights, in and out   python -m ldm3d.interop
 
 The names below are the ones to import; everything else is found in its module.
 """

@@ -38,6 +38,7 @@ from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
 UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3"]
 KeysValues = tuple[Tensor, Tensor]  # keys and values of a context, (B, heads, M, d) each
+SCALED = (-1.0, 1.0)  # the range of the intensities that networks are given, and give
 
 # --- levels -------------------------------------------------------------------------------------------------
 
@@ -114,6 +115,7 @@ class ResBlock(nn.Module):
 
     With `emb_dim`, an embedding emb (B, emb_dim), such as that of time, acts on every voxel: a projection of
     emb is added after the first convolution or, with `adaptive_norm`, scales and shifts the second norm.
+    `resize` changes the size of the map before the first convolution, on both branches.
     """
 
     def __init__(
@@ -127,9 +129,10 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         zero_init: bool = False,
         adaptive_norm: bool = False,
+        resize: nn.Module | None = None,
     ):
         super().__init__()
-        self.adaptive_norm = adaptive_norm
+        self.adaptive_norm, self.resize = adaptive_norm, resize
         self.norm1 = GroupNorm(in_channels, num_groups, eps)
         self.conv1 = Conv(dims, in_channels, out_channels)
         self.emb_proj = nn.Linear(emb_dim, (1 + adaptive_norm) * out_channels) if emb_dim else None
@@ -142,7 +145,10 @@ class ResBlock(nn.Module):
         self.skip = None if in_channels == out_channels else Conv(dims, in_channels, out_channels, kernel=1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = norm_conv(self.norm1, self.conv1, x)
+        if self.resize is None:
+            h = norm_conv(self.norm1, self.conv1, x)
+        else:
+            h, x = self.conv1(self.resize(self.norm1(x, silu=True))), self.resize(x)
         if self.emb_proj is not None:
             emb = self.emb_proj(F.silu(emb))  # (B, C_out), or (B, 2 C_out) for an adaptive norm
             emb = emb.reshape(*emb.shape, *(1,) * (x.ndim - 2))
@@ -419,6 +425,34 @@ class Upsample(nn.Module):
         return transposed(x, self.folded_weight(), self.conv.bias, self.strides, padding=1)
 
 
+class Resize(nn.Module):
+    """(B, C, *S) at half or double the size along the axes of stride 2, without weights.
+
+    "mean" averages neighbouring voxels, "repeat" repeats each voxel.
+    """
+
+    def __init__(self, strides: Sequence[int], kind: Literal["mean", "repeat"]):
+        super().__init__()
+        self.strides, self.kind = tuple(strides), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "repeat":
+            return F.interpolate(x, scale_factor=[float(s) for s in self.strides], mode="nearest")
+        return (F.avg_pool2d if x.ndim == 4 else F.avg_pool3d)(x, self.strides)
+
+
+class Rescale(nn.Module):
+    """Intensities from one range to another: x -> low' + (x - low) (high' - low') / (high - low)."""
+
+    def __init__(self, source: Sequence[float], target: Sequence[float]):
+        super().__init__()
+        self.scale = (target[1] - target[0]) / (source[1] - source[0])
+        self.shift = target[0] - source[0] * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
 class SpaceToDepth(nn.Module):
     """Neighbouring voxels become channels: (B, C, *(f S)) -> (B, C prod(f), *S), f = `factor` per axis.
 
@@ -466,6 +500,7 @@ def trunk_options(config: Any) -> dict[str, Any]:
         "strides": level_strides(config),
         "stem": per_level(config.stem, config.dims),
         "mid_attention": config.mid_attention,
+        "image_range": config.image_range,
         "num_groups": config.num_groups,
         "eps": config.gn_eps,
         "attn_out_proj": config.attn_out_proj,
@@ -515,6 +550,7 @@ class Encoder(nn.Module):
         strides: Sequence[Sequence[int]],
         stem: Sequence[int],
         mid_attention: bool = False,
+        image_range: Sequence[float] = SCALED,
         num_groups: int = 32,
         eps: float = 1e-6,
         attn_out_proj: bool = True,
@@ -525,7 +561,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.final_silu, self.checkpointing = final_silu, checkpointing
         norm = {"num_groups": num_groups, "eps": eps}
-        layers: list[nn.Module] = [SpaceToDepth(stem)] if max(stem) > 1 else []
+        layers: list[nn.Module] = [] if image_range == SCALED else [Rescale(SCALED, image_range)]
+        layers += [SpaceToDepth(stem)] if max(stem) > 1 else []
         layers.append(Conv(dims, in_channels * math.prod(stem), channels[0]))
         width = channels[0]
         for level, level_width in enumerate(channels):
@@ -565,6 +602,7 @@ class Decoder(nn.Module):
         strides: Sequence[Sequence[int]],
         stem: Sequence[int],
         mid_attention: bool = False,
+        image_range: Sequence[float] = SCALED,
         num_groups: int = 32,
         eps: float = 1e-6,
         attn_out_proj: bool = True,
@@ -591,6 +629,8 @@ class Decoder(nn.Module):
         layers += [GroupNorm(width, **norm), Conv(dims, width, out_channels * math.prod(stem))]
         if max(stem) > 1:
             layers.append(DepthToSpace(stem))
+        if image_range != SCALED:
+            layers.append(Rescale(image_range, SCALED))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class Reader(nn.Module):
         super().__init__()
         self.norm = GroupNorm(channels, unet.num_groups, unet.gn_eps)
         self.place = nn.Linear(2 * NUM_FREQUENCIES * unet.dims, channels, bias=False)  # W_p
-        self.attention = CrossAttention(channels, dim, channels // unet.head_channels, gate=True)
+        head = {width: head for width, head in zip(unet.channels, unet.head_widths, strict=True) if head}
+        self.attention = CrossAttention(channels, dim, channels // head[channels], gate=True)
 
     def forward(self, h: Tensor, bank: Tensor, maps: list[Tensor] | None) -> Tensor:
         size = h.shape[2:]

@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from .blocks import (
     Downsample,
     KeysValues,
     ResBlock,
+    Resize,
     TransformerBlock,
     Upsample,
     check_levels,
@@ -62,13 +63,14 @@ class UNetConfig:
     channels: tuple[int, ...] = (64, 128, 128)  # width of each level, finest first
     num_res_blocks: tuple[int, ...] = (2,)  # residual blocks of each level, or one number for all
     attention_levels: tuple[bool, ...] = (False, False, True)  # attention at each level, or one value for all
-    head_channels: int = 32  # width of one attention head
+    head_channels: int | tuple[int, ...] = 32  # width of one attention head, or of those of each level
     strides: tuple[tuple[int, ...], ...] | None = None  # 1 or 2 per axis, for each down-sampling; none = 2
     context_dim: int | None = None  # width of the context tokens; none = self-attention only
     num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
     gn_eps: float = 1e-6  # epsilon of the norms
     time_embed_order: Literal["cos_sin", "sin_cos"] = "cos_sin"  # order of the halves of the sinusoid
     attn_out_proj: bool = True  # linear layer after self-attention (without context)
+    resblock_updown: bool = False  # residual blocks change the size of maps, not single convolutions
     adaptive_norm: bool = False  # the embedding scales and shifts norms instead of being added
     dropout: float = 0.0  # in residual and transformer blocks, training only
     checkpointing: bool = False  # recompute each block in backward: less memory, more time
@@ -78,12 +80,19 @@ class UNetConfig:
         at_least(self, 1, "num_groups", "context_dim")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a number in [0, 1), got {self.dropout}")
-        attended = per_level(self.attention_levels, len(self.channels))
-        for width, attend in zip((*self.channels, self.channels[-1]), (*attended, True), strict=True):
-            if attend and (self.head_channels < 1 or width % self.head_channels):
-                raise InputError(
-                    f"head_channels: {self.head_channels} does not divide {width}, a level's width"
-                )
+        levels = len(self.channels)
+        if not isinstance(self.head_channels, int) and len(self.head_channels) != levels:
+            raise InputError(f"head_channels: expected 1 or {levels} values, got {self.head_channels}")
+        attended = *per_level(self.attention_levels, levels)[:-1], True  # the middle always attends
+        for width, head, attend in zip(self.channels, self.head_widths, attended, strict=True):
+            if attend and (head < 1 or width % head):
+                raise InputError(f"head_channels: {head} does not divide {width}, a level's width")
+
+    @property
+    def head_widths(self) -> tuple[int, ...]:
+        """`head_channels` of every level."""
+        head = self.head_channels
+        return per_level((head,) if isinstance(head, int) else head, len(self.channels))
 
     @property
     def emb_dim(self) -> int:
@@ -96,6 +105,19 @@ class UNetConfig:
         return tuple(math.prod(f) for f in zip((1,) * self.dims, *level_strides(self), strict=True))
 
 
+def res_options(config: UNetConfig) -> dict[str, Any]:
+    """What all residual blocks of a U-Net have in common."""
+    c = config
+    norm = {"num_groups": c.num_groups, "eps": c.gn_eps}
+    return {
+        "emb_dim": c.emb_dim,
+        **norm,
+        "dropout": c.dropout,
+        "zero_init": True,
+        "adaptive_norm": c.adaptive_norm,
+    }
+
+
 class Stage(nn.Module):
     """A residual block, then attention if `attend`, then the registers if the U-Net has any.
 
@@ -103,17 +125,17 @@ class Stage(nn.Module):
     keys and values from a kv_cache; `reader(h, emb, maps)` reads the registers with this layer's weights.
     """
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attend: bool):
+    def __init__(self, config: UNetConfig, in_channels: int, level: int, attend: bool):
         super().__init__()
         c, norm = config, {"num_groups": config.num_groups, "eps": config.gn_eps}
-        options = {"dropout": c.dropout, "zero_init": True, "adaptive_norm": c.adaptive_norm}
+        out_channels = c.channels[level]
         self.channels = out_channels
         self.layer_idx: int | None = None  # number of its attention layer, in the order of the forward pass
         self.reader: Callable[[Tensor, Tensor, list[Tensor] | None], Tensor] | None = None
-        self.res = ResBlock(c.dims, in_channels, out_channels, c.emb_dim, **norm, **options)
+        self.res = ResBlock(c.dims, in_channels, out_channels, **res_options(c))
         self.attention: nn.Module | None = None
         if attend:
-            heads = out_channels // c.head_channels
+            heads = out_channels // c.head_widths[level]
             if c.context_dim is None:
                 self.attention = AttentionBlock(out_channels, heads, **norm, out_proj=c.attn_out_proj)
             else:
@@ -164,20 +186,20 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level in range(levels):
             for _ in range(blocks[level]):
-                self.down.append(Stage(c, width, c.channels[level], attend[level]))
+                self.down.append(Stage(c, width, level, attend[level]))
                 width = c.channels[level]
                 skips.append(width)
             if level < levels - 1:
-                self.down.append(Downsample(c.dims, width, strides[level], pad="sym"))
+                self.down.append(self._change_size(width, strides[level], down=True))
                 skips.append(width)
-        self.mid = nn.ModuleList([Stage(c, width, width, attend=True), Stage(c, width, width, attend=False)])
+        self.mid = nn.ModuleList([Stage(c, width, levels - 1, attend) for attend in (True, False)])
         self.up = nn.ModuleList()
         for level in reversed(range(levels)):
             for _ in range(blocks[level] + 1):
-                self.up.append(Stage(c, width + skips.pop(), c.channels[level], attend[level]))
+                self.up.append(Stage(c, width + skips.pop(), level, attend[level]))
                 width = c.channels[level]
             if level > 0:
-                self.up.append(Upsample(c.dims, width, strides[level - 1]))
+                self.up.append(self._change_size(width, strides[level - 1], down=False))
         self.norm_out = GroupNorm(width, c.num_groups, c.gn_eps)
         self.conv_out = Conv(c.dims, width, c.out_channels, zero_init=True)
         for layer_idx, stage in enumerate(self.attention_stages):
@@ -187,6 +209,15 @@ class UNet(nn.Module):
             self.registers = make_registers([stage.channels for stage in self.attention_stages])
             for stage in self.attention_stages:  # a partial is no module: the weights are named once
                 stage.reader = partial(self.registers, layer_idx=stage.layer_idx)
+
+    def _change_size(self, width: int, strides: Sequence[int], down: bool) -> nn.Module:
+        """The layer between two levels: a convolution or a residual block."""
+        if self.config.resblock_updown:
+            resize = Resize(strides, "mean" if down else "repeat")
+            return ResBlock(self.config.dims, width, width, **res_options(self.config), resize=resize)
+        if down:
+            return Downsample(self.config.dims, width, strides, pad="sym")
+        return Upsample(self.config.dims, width, strides)
 
     @property
     def attention_stages(self) -> list[Stage]:
@@ -221,6 +252,8 @@ class UNet(nn.Module):
         emb, checkpointing = self.embed(t, emb), self.config.checkpointing
 
         def through(layer: nn.Module, h: Tensor) -> Tensor:
+            if isinstance(layer, ResBlock):
+                return run_layer(layer, h, emb, checkpointing=checkpointing)
             if not isinstance(layer, Stage):
                 return run_layer(layer, h, checkpointing=checkpointing)
             h = run_layer(layer, h, emb, context, context_mask, checkpointing=checkpointing)

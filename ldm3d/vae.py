@@ -66,6 +66,7 @@ class VAEConfig:
     strides: tuple[tuple[int, ...], ...] | None = None  # 1 or 2 per axis, for each down-sampling; none = 2
     stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all: exact, cheap
     mid_attention: bool = False  # ResBlock, attention, ResBlock at the coarsest level
+    decoder_mid_attention: bool | None = None  # the same in the decoder; none = as in the encoder
     num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
     gn_eps: float = 1e-6  # epsilon of the norms
     final_silu: bool = False  # SiLU between the last norm and the last convolution
@@ -73,11 +74,15 @@ class VAEConfig:
     upsample: Literal["nearest", "trilinear", "deconv2", "deconv3"] = "nearest"  # up-sampling of the decoder
     down_pad: Literal["asym", "sym"] = "asym"  # zeros at the end only, or on both sides, of each strided axis
     double_z: bool = False  # the encoder ends in 2 * latent_channels (CompVis), not in 1 * (MONAI)
+    quant_conv: bool = True  # 1x1 convolutions on both sides of the latent (without: double_z)
     extra_up_block: bool = False  # one residual block more per level in the decoder
+    image_range: tuple[float, float] = (-1.0, 1.0)  # intensities within the network, for -1 and 1 outside
     checkpointing: bool = False  # recompute each block in backward: less memory, more time
 
     def __post_init__(self):
         check_levels(self)
+        if not -math.inf < self.image_range[0] < self.image_range[1] < math.inf:
+            raise InputError(f"image_range: expected low < high, got {self.image_range}")
         at_least(self, 1, "in_channels", "latent_channels", "num_groups")
         if len(self.stem) not in (1, self.dims) or not set(self.stem) <= {1, 2}:
             raise InputError(f"stem: expected 1 or 2 for each of {self.dims} axes, got {self.stem}")
@@ -139,17 +144,24 @@ class Autoencoder(nn.Module):
         """Encoder that ends in `width` channels, then the 1x1 `quant_conv` to `num_moments` channels."""
         c = self.config
         self.encoder = Encoder(c.dims, c.in_channels, width, **trunk_options(c), down_pad=c.down_pad)
-        self.quant_conv = Conv(c.dims, width, num_moments, kernel=1)
+        if not c.quant_conv and width != num_moments:
+            raise InputError(
+                f"quant_conv: the encoder must end in {num_moments} channels without it, not {width}"
+            )
+        self.quant_conv = Conv(c.dims, width, num_moments, kernel=1) if c.quant_conv else nn.Identity()
 
     def build_decoder(self) -> None:
         """The 1x1 `post_quant_conv`, then the decoder."""
         c = self.config
-        self.post_quant_conv = Conv(c.dims, c.latent_channels, c.latent_channels, kernel=1)
+        z, options = c.latent_channels, trunk_options(c)
+        if c.decoder_mid_attention is not None:
+            options["mid_attention"] = c.decoder_mid_attention
+        self.post_quant_conv = Conv(c.dims, z, z, kernel=1) if c.quant_conv else nn.Identity()
         self.decoder = Decoder(
             c.dims,
-            c.latent_channels,
+            z,
             c.in_channels,
-            **trunk_options(c),
+            **options,
             upsample=c.upsample,
             extra_up_block=c.extra_up_block,
         )
@@ -180,7 +192,7 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Latent z (B, C_z, *s) -> image (B, C, *(s * downsampling)), cropped to `size` where given."""
         self._check(z, self.config.latent_channels, "latent")
-        x = self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        x = self.decoder(self.post_quant_conv(z.to(next(self.decoder.parameters()).dtype)))
         return x if size is None else crop_to(x, size)
 
     def _check(self, x: Tensor, channels: int, what: str) -> None:

@@ -207,7 +207,9 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
     sampling knows: sampler, network calls, seconds."""
     config, request, spec = results.config, results.request, results.spec
     x = torch.stack([results.shown[i] for i in sorted(results.shown)])
-    scores = {"generated": set_statistics(x), "real (validation)": spec.reference}
+    scores = {"generated": set_statistics(x)}
+    if spec.reference is not None:  # an imported run has seen no data here
+        scores["real (validation)"] = spec.reference
     picture = save_sheet(results.folder / "preview.png", results.rows(), spec.display)
     total, seconds = results.each * len(request.names), facts["seconds"]
     content = {

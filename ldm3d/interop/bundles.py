@@ -1,0 +1,109 @@
+"""The configuration file that comes with weights: what it says beyond their shapes.
+
+MONAI's bundles describe a network as {"_target_": "monai.networks.nets.AutoencoderKL", "channels": ...} with
+the arguments of its class, some of them as "@name" of another entry; diffusers' config.json holds the
+arguments themselves. The transforms of a bundle tell the intensities and the spacing of its training images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..blocks import per_level
+from ..config import InputError, read_json
+
+ARGUMENTS = {  # of the classes of other libraries -> our settings
+    **{"spatial_dims": "dims", "in_channels": "in_channels", "latent_channels": "latent_channels"},
+    **dict.fromkeys(("channels", "num_channels", "block_out_channels"), "channels"),
+    **dict.fromkeys(("num_res_blocks", "layers_per_block"), "num_res_blocks"),
+    **{"attention_levels": "attention_levels", "resblock_updown": "resblock_updown"},
+    **{"cross_attention_dim": "context_dim", "num_class_embeds": "num_classes"},
+    **{"norm_num_groups": "num_groups", "norm_eps": "gn_eps", "num_head_channels": "head_channels"},
+}
+SCALINGS = {  # transforms that scale intensities -> their arguments for the new range
+    **dict.fromkeys(("ScaleIntensityRange", "ScaleIntensityRangePercentiles"), ("b_min", "b_max")),
+    "ScaleIntensity": ("minv", "maxv"),
+}
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a configuration file says. settings: of the network, by our names; facts: scale_factor,
+    image_range, spacing."""
+
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def objects(content: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a JSON file, outer ones first."""
+    if isinstance(content, dict):
+        yield content
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from objects(value)
+
+
+def class_of(value: dict[str, Any]) -> str:
+    """The class that an object of a configuration describes: "AutoencoderKL"."""
+    name = value.get("_target_", value.get("_class_name", ""))
+    return str(name).rsplit(".", 1)[-1]
+
+
+def resolved(value: Any, content: dict[str, Any]) -> Any:
+    """The value that a reference of a bundle, "@name" or "$@name", stands for."""
+    for _ in range(10):  # references may stand for references
+        if not isinstance(value, str) or not value.lstrip("$").startswith("@"):
+            break
+        value = content.get(value.lstrip("$@"), value.lstrip("$@"))
+    return value
+
+
+def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
+    """What the file says about a network of one of these classes. InputError if it describes none."""
+    content = read_json(path)
+    found = [value for value in objects(content) if class_of(value) in classes]
+    if not found:
+        raise InputError(f"{path}: describes no {' or '.join(classes) or 'such network'}")
+    given = {name: resolved(value, content) for name, value in found[0].items()}
+    given = {name: value for name, value in given.items() if not isinstance(value, str)}
+    settings = {ours: given[name] for name, ours in ARGUMENTS.items() if name in given}
+    if "head_channels" not in settings and "DiffusionModelUNet" in classes:
+        settings["head_channels"] = 8  # the default of the class
+    if given.get("use_convtranspose"):
+        settings["upsample"] = "deconv"
+    facts: dict[str, Any] = {}
+    for name in ("scale_factor", "scaling_factor"):
+        value = resolved(given.get(name, content.get(name)), content)
+        if isinstance(value, (int, float)):
+            facts["scale_factor"] = float(value)
+    for value in objects(content):
+        name = class_of(value).removesuffix("d")
+        if name in SCALINGS:
+            low, high = (
+                resolved(value.get(key, usual), content)
+                for key, usual in zip(SCALINGS[name], (0, 1), strict=True)
+            )
+            if all(isinstance(number, (int, float)) for number in (low, high)):
+                facts["image_range"] = (float(low), float(high))
+        pixdim = resolved(value.get("pixdim"), content)
+        if name == "Spacing" and isinstance(pixdim, list):
+            facts["spacing"] = tuple(pixdim)
+    return Described(settings, facts)
+
+
+def check_agreement(described: dict[str, Any], inferred: dict[str, Any], where: str) -> None:
+    """InputError if a configuration file describes another network than the shapes do."""
+    levels = len(inferred["channels"])
+    for name, value in described.items():
+        if name not in inferred or value is None:
+            continue
+        ours = inferred[name]
+        if isinstance(ours, tuple):
+            value = per_level(value if isinstance(value, list) else [value], levels)
+        if value != ours:
+            raise InputError(f"{where}: {name} is {value} there, but {ours} in the weights")

@@ -1,0 +1,352 @@
+"""Import weights of another library: one file in, one of our networks or an ordinary run folder out.
+
+    file -> tensors (files.py) -> family and configuration (families.py, bundles.py) -> our network, filled by
+    the tables of layouts.py -> run folder
+
+    python -m ldm3d.interop import autoencoder.pt --to runs/vae-theirs
+    python -m ldm3d.interop import model.pt --config inference.json --to runs/vae-theirs
+    python -m ldm3d.interop import unet.pt --head_channels 0,64,64 --vae runs/vae-theirs --to runs/ldm-theirs
+
+Nothing is guessed in silence. The report, which import.json in the run folder repeats, says what the shapes
+told, what was given, what was assumed because it is usual in that library, and which tensors were dropped. A
+tensor that is missing, or left over, is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..conditions import Condition, ConditionConfig
+from ..config import InputError, at_least, convert, field_types, from_dict, to_dict
+from ..data import DataConfig, DataSpec
+from ..denoiser import Denoiser
+from ..diffusion_kernel import KernelConfig
+from ..engine.checkpoint import save, weights, write_text
+from ..engine.distributed import print0
+from ..pipeline import copy_autoencoder, load_autoencoder
+from ..unet import UNetConfig
+from ..vae import AutoencoderKL, VAEConfig
+from .bundles import Described, check_agreement, read_description
+from .families import Family, configuration, recognise, rewrite, with_identity_projections
+from .files import read_weights
+from .layouts import fill
+from .peers import build, compare, describe
+
+# --- Config -------------------------------------------------------------------------------------------------
+
+HINTS = ("num_groups", "gn_eps", "head_channels", "upsample", "image_range")  # what shapes cannot tell
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    to: str | None = None  # new run folder, such as runs/vae-theirs
+    config: str | None = None  # JSON file that came with the weights: of a MONAI bundle, or diffusers'
+    num_groups: int | None = None  # groups of the norms; none = as --config says, else the usual 32
+    gn_eps: float | None = None  # epsilon of the norms; none = as --config says, else the usual 1e-6
+    head_channels: int | tuple[int, ...] | None = None  # width of attention heads; none = as --config says
+    upsample: Literal["nearest", "trilinear", "deconv2", "deconv3"] | None = None  # none = as usual
+    image_range: tuple[float, float] | None = None  # intensities that the autoencoder was trained on
+    scale_factor: float | None = None  # of latents; none = as file or --config says, else 1 (U-Nets)
+    check: bool = False  # compare with the network of the other library (needs MONAI) on random input
+    spacing: tuple[float, ...] | None = None  # mm, of the images it was trained on; none = keep their voxels
+    size: tuple[int, ...] | None = None  # voxels of samples; none = 64 along every axis
+    scaling: Literal["percentile", "window", "minmax", "zscore", "none"] = "percentile"  # of own images
+    window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1 (scaling window)
+    vae: str | None = None  # run of the autoencoder that a U-Net belongs to
+    kernel: KernelConfig = field(  # how the U-Net was trained
+        default_factory=lambda: KernelConfig(process="vp", prediction="eps")
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_groups")
+        if self.scale_factor is not None and not 0 < self.scale_factor < float("inf"):
+            raise InputError(f"scale_factor: expected a number above 0, got {self.scale_factor}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where every setting of an imported network comes from."""
+
+    file: str
+    family: str
+    weights: int
+    inferred: dict[str, Any]  # from the shapes of the tensors
+    given: dict[str, Any]  # by a flag or the configuration file
+    assumed: dict[str, Any]  # usual in the library
+    dropped: dict[str, int]  # why tensors were left out -> how many
+    facts: dict[str, Any]  # what stood beside the weights, such as scale_factor
+
+    def lines(self) -> list[str]:
+        rows = {
+            "from the shapes": self.inferred,
+            "given": self.given,
+            "assumed": self.assumed,
+            "dropped": {f"{what} ({num} tensors)": "" for what, num in self.dropped.items()},
+            "beside the weights": self.facts,
+        }
+        head = f"{self.file}: {self.family}, {self.weights:,} weights"
+        texts = {name: ", ".join(f"{k} {v}".strip() for k, v in row.items()) for name, row in rows.items()}
+        return [head, *(f"    {name + ':':<20}{text or 'nothing'}" for name, text in texts.items())]
+
+
+@dataclass(frozen=True)
+class Imported:
+    net: AutoencoderKL | Denoiser
+    family: Family
+    report: Report
+    state: dict[str, Tensor]  # the weights as the newest class of that library names them
+
+
+# --- network ------------------------------------------------------------------------------------------------
+
+
+def hints_of(
+    family: Family, inferred: dict[str, Any], described: Described, flags: dict[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What shapes cannot tell: (given, assumed). A flag counts more than the configuration file."""
+    told = {k: v for k, v in (described.settings | described.facts).items() if k in HINTS}
+    if told.get("upsample") == "deconv":  # MONAI's kernel is 2, which shows in the shapes; the others' is 3
+        told["upsample"] = inferred.get("upsample", "deconv3")
+    given = told | {k: v for k, v in flags.items() if v is not None}
+    for name in ("num_groups", "gn_eps"):
+        if isinstance(given.get(name), list):
+            raise InputError(f"{where}: {name}: expected one number, got {given[name]}")
+    if "upsample" in inferred and given.get("upsample", inferred["upsample"]) != inferred["upsample"]:
+        raise InputError(
+            f"upsample: got {given['upsample']}, but {where} has weights of {inferred['upsample']}"
+        )
+    settings = VAEConfig if family.kind == "autoencoder" else UNetConfig
+    types = field_types(settings)
+    for name in given:
+        if name not in types:
+            raise InputError(f"{name}: has no effect, {where} holds a {family.name}")
+    given = {name: convert(value, types[name], name) for name, value in given.items()}
+    assumed = {k: v for k, v in family.usual.items() if k not in given and k not in inferred}
+    groups = (assumed | given)["num_groups"]
+    if any(width % groups for width in inferred["channels"]):
+        raise InputError(
+            f"num_groups: {where} has levels of {inferred['channels']} channels, which {groups} groups of "
+            "norms do not divide; give the number with --num_groups or --config"
+        )
+    if family.kind == "unet" and "head_channels" not in given:
+        raise InputError(
+            f"head_channels: the weights of {where} do not tell the width of attention heads; give it with "
+            "--head_channels (MONAI: num_head_channels) or --config"
+        )
+    return given, assumed
+
+
+def open_weights(file: str | Path, config: str | Path | None = None, **flags: Any) -> Imported:
+    """The network that a file of another library holds. flags: the settings HINTS, where they are known."""
+    source, where = read_weights(file), str(file)
+    family = recognise(source.tensors, where)
+    state, unused = rewrite(source.tensors, family, where)
+    if family.kind == "unet":
+        state = with_identity_projections(state)
+    theirs = source.tensors if family.library == "maisi" else state
+    inferred = family.fixed | configuration(state, family, where)
+    described = read_description(config, family.classes) if config else Described({}, {})
+    check_agreement(described.settings, inferred, str(config))
+    given, assumed = hints_of(family, inferred, described, flags, where)
+    settings = inferred | assumed | given
+    if family.kind == "autoencoder":
+        if settings.get("upsample", "").startswith("deconv"):
+            state = {name.replace(".postconv.conv.", ".deconv."): value for name, value in state.items()}
+        net: AutoencoderKL | Denoiser = AutoencoderKL(from_dict(VAEConfig, settings))
+    else:
+        net, state = make_denoiser(from_dict(UNetConfig, settings), state, where)
+    fill(net, state, family.layout, where)
+    dropped = dict(source.dropped)
+    if unused:
+        dropped["proj_attn, stored and never applied"] = len(unused)
+    beside = {k: number(v) for k, v in source.beside.items() if number(v) is not None}
+    report = Report(
+        *(where, family.name, sum(p.numel() for p in net.parameters()), inferred, given, assumed, dropped),
+        {**beside, **described.facts},
+    )
+    return Imported(net.eval().requires_grad_(False), family, report, theirs)
+
+
+def number(value: Any) -> float | None:
+    """A single number that stood beside weights; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def make_denoiser(
+    config: UNetConfig, state: dict[str, Tensor], where: str
+) -> tuple[Denoiser, dict[str, Tensor]]:
+    """A denoiser for the weights of a U-Net, and the state with a row for the absent class, zeros."""
+    table = state.get("class_embedding.weight")
+    if table is None:
+        return Denoiser(config), state
+    if config.context_dim is not None:
+        raise InputError(f"{where}: a U-Net with classes and a context at once is not supported")
+    classes = Condition("class", "class", tuple(map(str, range(len(table)))))
+    net = Denoiser(config, ConditionConfig(use=("class",)), [classes])
+    null = torch.zeros(1, *table.shape[1:])
+    return net, state | {"class_embedding.weight": torch.cat([table, null])}
+
+
+def load(file: str | Path, config: str | Path | None = None, **hints: Any) -> AutoencoderKL | Denoiser:
+    """The network in a file of another library, frozen and in eval mode on the CPU.
+
+    An autoencoder takes and gives intensities in [-1, 1], whatever range it was trained on (`image_range`). A
+    U-Net comes as a Denoiser: net(x_t, t), net(x_t, t, {"class": ...}) or net(x_t, t, Conditioned(context)).
+    hints: what shapes cannot tell, such as num_groups=16 or head_channels=64.
+    """
+    return open_weights(file, config, **hints).net
+
+
+# --- run folder ---------------------------------------------------------------------------------------------
+
+
+def check_against_peer(imported: Imported) -> str:
+    """Compare with the network of the other library: one line. InputError if the outputs differ."""
+    library = imported.family.library
+    if library is None:
+        return f"check: no package here makes the network of a {imported.family.name}; nothing was compared"
+    try:
+        description = describe(imported.net, library)
+    except InputError as e:
+        return f"check: {e}; nothing was compared"
+    error = compare(imported.net, build(description, imported.state))
+    if not error <= 1e-4:
+        raise InputError(f"check: the outputs differ from those of {description.target} by {error:.1e}")
+    return f"check: outputs as those of {description.target}, largest relative error {error:.1e}"
+
+
+def data_settings(config: ImportConfig, dims: int, multiple: tuple[int, ...]) -> DataConfig:
+    """How images are read for the network: as the flags say."""
+    size = config.size or tuple(-(-64 // m) * m for m in multiple)
+    return DataConfig(
+        dims=dims, spacing=config.spacing, size=size, scaling=config.scaling, window=config.window
+    )
+
+
+def spec_of(data: DataConfig, channels: int) -> DataSpec:
+    """What a run keeps of its training data, here only as far as it is known: nobody has the data."""
+    low, high = data.window if data.scaling == "window" else (0.0, 1.0)
+    return DataSpec(
+        dims=data.dims,
+        channels=channels,
+        source_channels=0,
+        size=data.size,
+        spacing=data.spacing or (1.0,) * data.dims,
+        orientation="RAS" if data.dims == 3 else None,
+        scaling=data.scaling,
+        low=(low,) * channels,
+        high=(high,) * channels,
+        source_low=(),
+        source_high=(),
+        num_labels=None,
+        num_classes=None,
+    )
+
+
+NO_CASES: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+
+
+def autoencoder_content(config: ImportConfig, net: AutoencoderKL) -> dict[str, Any]:
+    """The checkpoint of an imported autoencoder."""
+    data = data_settings(config, net.config.dims, net.downsampling)
+    settings = {"autoencoder": "kl", "data": to_dict(data), "vae": to_dict(net.config)}
+    state = {"data": spec_of(data, net.config.in_channels).to_dict(), "split": NO_CASES}
+    return {"kind": "vae", "config": settings, "state": state}
+
+
+def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dict[str, Any]:
+    """The checkpoint of an imported U-Net, with the data settings of its autoencoder.
+
+    MONAI trains U-Nets on z * scale_factor, which is a latent_std of 1 / scale_factor and a latent_mean of 0.
+    """
+    if config.vae is None:
+        raise InputError("vae: a U-Net needs its autoencoder; import it first and give its run with --vae")
+    autoencoder, content = load_autoencoder(config.vae)
+    unet, width = net.unet.config, autoencoder.config.latent_channels
+    if (unet.dims, unet.in_channels, unet.out_channels) != (autoencoder.config.dims, width, width):
+        raise InputError(
+            f"vae: {config.vae} has {width} latent channels on {autoencoder.config.dims} axes, {report.file} "
+            f"takes {unet.in_channels} and gives {unet.out_channels} on {unet.dims}"
+        )
+    if unet.context_dim is not None:
+        raise InputError(
+            f"{report.file}: its context comes from another network, so no run folder can be made; "
+            "ldm3d.interop.load(FILE) gives the network"
+        )
+    factor = config.scale_factor or report.facts.get("scale_factor", 1.0)
+    settings = {
+        "data": content["config"]["data"],
+        "unet": to_dict(unet),
+        "kernel": to_dict(config.kernel),
+        "condition": to_dict(net.arguments.condition or ConditionConfig()),
+    }
+    state = {
+        "data": content["state"]["data"],
+        "split": content["state"]["split"],
+        "conditions": [c.to_dict() for c in net.conditions],
+        "latent_mean": torch.zeros(width),
+        "latent_std": torch.full((width,), 1 / factor),
+    }
+    return {"kind": "ldm", "config": settings, "state": state}
+
+
+def import_file(config: ImportConfig, file: str) -> Path:
+    """Import a file into a new run folder, and print where every setting comes from."""
+    if config.to is None:
+        raise InputError("to: which run folder? give a new one, such as --to runs/vae-theirs")
+    folder = Path(config.to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"to: {folder} is there already, expected a new folder")
+    imported = open_weights(file, config.config, **{name: getattr(config, name) for name in HINTS})
+    net, report = imported.net, imported.report
+    facts = report.facts
+    if config.spacing is None and "spacing" in facts and len(facts["spacing"]) == config_of(net).dims:
+        config = dataclasses.replace(config, spacing=facts["spacing"])
+    if isinstance(net, AutoencoderKL):
+        content = autoencoder_content(config, net)
+    else:
+        content = denoiser_content(config, net, report)
+    lines = report.lines() + expectations(content)
+    if config.check:
+        lines.append(check_against_peer(imported))
+    settings = {"preset": "imported", "run": {"seed": 0}, **content["config"]}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.json", json.dumps({"kind": content["kind"], **settings}, indent=1) + "\n")
+        write_text(folder / "split.json", json.dumps(content["state"]["split"], indent=1) + "\n")
+        write_text(folder / "import.json", json.dumps(to_dict(report), indent=1) + "\n")
+    except OSError as e:
+        raise InputError(f"to: {folder} cannot be written ({e.strerror})") from None
+    whole = {"config": settings, "state": content["state"], "ema": weights(net), "step": 0, "best": None}
+    save(folder / "best.pt", {"kind": content["kind"], **whole})
+    if content["kind"] == "ldm":
+        copy_autoencoder(config.vae, folder)
+    print0("\n".join([*lines, f"{folder}: a run folder, ready to use"]))
+    return folder
+
+
+def config_of(net: AutoencoderKL | Denoiser) -> VAEConfig | UNetConfig:
+    return net.config if isinstance(net, AutoencoderKL) else net.unet.config
+
+
+def expectations(content: dict[str, Any]) -> list[str]:
+    """What the network expects of images, in words; what a user must check."""
+    data, spec = content["config"]["data"], content["state"]["data"]
+    spacing = "as the files have it" if data["spacing"] is None else f"{tuple(data['spacing'])} mm"
+    lines = [f"    {'images:':<20}{spec['channels']} channels, scaling {data['scaling']}, spacing {spacing}"]
+    if content["kind"] == "ldm":
+        kernel, factor = content["config"]["kernel"], 1 / float(content["state"]["latent_std"][0])
+        how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
+        lines.append(
+            f"    {'diffusion:':<20}{how}, scale_factor {factor:g} (as the flags say; 1 if nothing does)"
+        )
+    return lines

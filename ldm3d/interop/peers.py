@@ -1,0 +1,208 @@
+"""The classes of other libraries for the networks that we have: their names, their arguments, their outputs.
+
+`describe(net, library)` says with which class and arguments a library makes the network, which is what a
+configuration file of that library holds; InputError for a setting that the library does not have. `build`
+makes the network, where the library is installed, and `compare` runs both on random input.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import SCALED, Rescale, level_strides, per_level
+from ..conditioner import Conditioned
+from ..config import InputError
+from ..denoiser import Denoiser
+from ..unet import UNetConfig
+from ..vae import AutoencoderKL, VAEConfig
+
+Library = Literal["monai", "maisi", "diffusers"]
+
+
+class Description(NamedTuple):
+    """A class of another library, and the arguments that make one of our networks of it."""
+
+    target: str
+    arguments: dict[str, Any]
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+
+def require(config: VAEConfig | UNetConfig, target: str, **allowed: Any) -> None:
+    """InputError unless each of these settings has the value (or one of the tuple of values) of `target`."""
+    for name, values in {"strides": 2, **allowed}.items():
+        value = getattr(config, name)
+        if name == "strides":
+            value = {s for strides in level_strides(config) for s in strides} or {2}
+            value = 2 if value == {2} else config.strides
+        if name == "stem":
+            value = max(value)
+        if value not in (values if isinstance(values, tuple) else (values,)):
+            raise InputError(f"{name}: {value} has no counterpart in {target}")
+    if any(width % config.num_groups for width in config.channels):
+        raise InputError(
+            f"num_groups: {config.num_groups} does not divide {config.channels}, {target} needs it"
+        )
+
+
+def shared(config: VAEConfig | UNetConfig) -> dict[str, Any]:
+    """The arguments that MONAI's autoencoder and U-Net have in common."""
+    levels = len(config.channels)
+    return {
+        "spatial_dims": config.dims,
+        "in_channels": config.in_channels,
+        "num_res_blocks": list(per_level(config.num_res_blocks, levels)),
+        "channels": list(config.channels),
+        "attention_levels": list(per_level(config.attention_levels, levels)),
+        "norm_num_groups": config.num_groups,
+        "norm_eps": config.gn_eps,
+        "include_fc": config.attn_out_proj,
+    }
+
+
+def describe_monai_autoencoder(config: VAEConfig) -> Description:
+    target = "monai.networks.nets.AutoencoderKL"
+    plain = {"stem": 1, "final_silu": False, "down_pad": "asym", "double_z": False, "extra_up_block": False}
+    require(config, target, **plain, quant_conv=True, upsample=("nearest", "deconv2"))
+    arguments = shared(config) | {
+        "out_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "with_encoder_nonlocal_attn": config.mid_attention,
+        "with_decoder_nonlocal_attn": config.mid_attention,
+        "use_convtranspose": config.upsample == "deconv2",
+    }
+    if config.decoder_mid_attention is not None:
+        arguments["with_decoder_nonlocal_attn"] = config.decoder_mid_attention
+    return Description(target, arguments)
+
+
+def describe_maisi_autoencoder(config: VAEConfig) -> Description:
+    target = "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi"
+    plain = {"stem": 1, "final_silu": False, "down_pad": "asym", "double_z": False, "extra_up_block": False}
+    require(config, target, **plain, quant_conv=True, upsample=("trilinear", "deconv3"))
+    arguments = shared(config) | {
+        "out_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "num_channels": list(config.channels),
+        "with_encoder_nonlocal_attn": config.mid_attention,
+        "with_decoder_nonlocal_attn": config.mid_attention,
+        "use_convtranspose": config.upsample == "deconv3",
+        "num_splits": 1,
+    }
+    if config.decoder_mid_attention is not None:
+        arguments["with_decoder_nonlocal_attn"] = config.decoder_mid_attention
+    return Description(target, {k: v for k, v in arguments.items() if k != "channels"})
+
+
+def describe_diffusers_autoencoder(config: VAEConfig) -> Description:
+    target, levels = "diffusers.AutoencoderKL", len(config.channels)
+    blocks = per_level(config.num_res_blocks, levels)
+    fixed = {"stem": 1, "final_silu": True, "down_pad": "asym", "double_z": True, "extra_up_block": True}
+    fixed |= {"mid_attention": True, "decoder_mid_attention": (None, True), "upsample": "nearest"}
+    none = ((False,), (False,) * levels)
+    require(config, target, **fixed, attention_levels=none, attn_out_proj=True, dims=2, gn_eps=1e-6)
+    if len(set(blocks)) > 1:
+        raise InputError(f"num_res_blocks: {blocks} has no counterpart in {target}, whose levels are alike")
+    return Description(
+        target,
+        {
+            "in_channels": config.in_channels,
+            "out_channels": config.in_channels,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "block_out_channels": list(config.channels),
+            "layers_per_block": blocks[0],
+            "latent_channels": config.latent_channels,
+            "norm_num_groups": config.num_groups,
+            "use_quant_conv": config.quant_conv,
+            "use_post_quant_conv": config.quant_conv,
+        },
+    )
+
+
+def describe_monai_unet(net: Denoiser) -> Description:
+    target, config = "monai.networks.nets.DiffusionModelUNet", net.unet.config
+    require(config, target, adaptive_norm=False, time_embed_order="cos_sin")
+    names = [f"{c.kind} {c.name}" for c in net.conditions]
+    if net.unet.registers is not None or [c.kind for c in net.conditions] not in ([], ["class"]):
+        raise InputError(f"condition: {', '.join(names) or 'registers'} has no counterpart in {target}")
+    return Description(
+        target,
+        shared(config)
+        | {
+            "out_channels": config.out_channels,
+            "resblock_updown": config.resblock_updown,
+            "num_head_channels": list(config.head_widths),
+            "with_conditioning": config.context_dim is not None,
+            "cross_attention_dim": config.context_dim,
+            "num_class_embeds": len(net.conditions[0].values) if net.conditions else None,
+            "include_fc": config.attn_out_proj or config.context_dim is not None,
+        },
+    )
+
+
+def describe(net: nn.Module, library: Library) -> Description:
+    """The class of a library, and its arguments, that make `net`. InputError if the library has none."""
+    if isinstance(net, AutoencoderKL):
+        make = {"monai": describe_monai_autoencoder, "maisi": describe_maisi_autoencoder}
+        return (make | {"diffusers": describe_diffusers_autoencoder})[library](net.config)
+    if isinstance(net, Denoiser) and library == "monai":
+        return describe_monai_unet(net)
+    raise InputError(f"{library}: has no counterpart of a {type(net).__name__}")
+
+
+# --- networks of the other library --------------------------------------------------------------------------
+
+
+def build(description: Description, state: dict[str, Tensor]) -> nn.Module:
+    """The network of the other library with these weights, loaded strictly, in eval mode."""
+    module, name = description.target.rsplit(".", 1)
+    package = module.split(".")[0]
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except ImportError as e:
+        raise InputError(f"check: needs the package {package} (pip install {package}); {e}") from None
+    net = cls(**description.arguments)
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+
+
+@torch.inference_mode()
+def compare(net: AutoencoderKL | Denoiser, theirs: nn.Module) -> float:
+    """The largest relative error between the outputs of our network and the other on random input."""
+    draw = torch.Generator().manual_seed(0)
+    if isinstance(net, AutoencoderKL):
+        config = net.config
+        x = torch.rand(1, config.in_channels, *(4 * f for f in net.downsampling), generator=draw) * 2 - 1
+        posterior = net.encode(x)
+        inside = Rescale(SCALED, config.image_range)(x)
+        z = posterior.mean
+        if type(theirs).__module__.startswith("diffusers"):
+            gaussian = theirs.encode(inside).latent_dist
+            mean, std, recon = gaussian.mean, gaussian.std, theirs.decode(z).sample
+        else:
+            (mean, std), recon = theirs.encode(inside), theirs.decode(z)
+        recon = Rescale(config.image_range, SCALED)(recon)
+        pairs = [(z, mean), (posterior.std, std), (net.decode(z), recon)]
+    else:
+        config = net.unet.config
+        x = torch.randn(2, config.in_channels, *(4 * f for f in config.downsampling), generator=draw)
+        t, more, cond = torch.tensor([3, 700]), {}, None
+        if config.context_dim is not None:
+            more["context"] = torch.randn(2, 3, config.context_dim, generator=draw)
+            cond = Conditioned(context=more["context"])
+        if net.conditions:
+            more["class_labels"] = torch.tensor([0, len(net.conditions[0].values) - 1])
+            cond = {net.conditions[0].name: more["class_labels"]}
+        pairs = [(net(x, t.float(), cond), theirs(x, t, **more))]
+    return max(relative_error(ours, other) for ours, other in pairs)

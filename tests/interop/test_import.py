@@ -1,0 +1,223 @@
+"""Weights of other libraries give their outputs and gradients in our networks.
+
+Every row of AUTOENCODERS and U_NETS is one configuration: the other library's own class with random weights,
+in the spelling of one of its versions. Outputs agree to 1e-5 and gradients to 1e-4 of the largest value.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from closeness import close
+
+from ldm3d.conditioner import Conditioned
+from ldm3d.interop.families import rewrite
+from ldm3d.interop.importing import Imported, open_weights
+from ldm3d.interop.layouts import extract
+from ldm3d.interop.peers import build, compare, describe
+
+pytestmark = pytest.mark.parity
+peers = pytest.importorskip("peers", reason="needs monai", exc_type=ImportError)
+
+MIDDLE = {"with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True}
+ATTENTION = {"attention_levels": (False, True), **MIDDLE}
+THREE = {"channels": (4, 8, 8), "attention_levels": (False, False, True), "num_res_blocks": (1, 2, 1)}
+
+
+def same(state):
+    return state
+
+
+def ddp(state):
+    return {f"module._orig_mod.{name}": value for name, value in state.items()}
+
+
+def monai(dims, spelled=same, **changes):
+    return lambda: (peers.autoencoder(dims, **changes), spelled)
+
+
+def old(dims, **changes):
+    return lambda: (peers.generative(dims, **changes), peers.old_names)
+
+
+def maisi(**changes):
+    return lambda: (peers.maisi(**changes), same)
+
+
+def diffusers(spelled=same, **changes):
+    def make():
+        pytest.importorskip("diffusers")
+        return peers.diffusers(**changes), spelled
+
+    return make
+
+
+AUTOENCODERS = {  # name -> (network, how it is spelled), what shapes cannot tell
+    "monai 2d": (monai(2), {}),
+    "monai 3d": (monai(3), {}),
+    "monai three levels": (monai(3, **THREE), {}),
+    "monai attention 2d": (monai(2, **ATTENTION), {}),
+    "monai attention 3d": (monai(3, **ATTENTION), {}),
+    "monai attention everywhere": (monai(2, attention_levels=(True, True), **MIDDLE), {}),
+    "monai attention of levels only": (monai(2, attention_levels=(False, True)), {}),
+    "monai middle in the encoder only": (monai(2, with_encoder_nonlocal_attn=True), {}),
+    "monai middle in the decoder only": (monai(2, with_decoder_nonlocal_attn=True), {}),
+    "monai without projection": (monai(2, include_fc=False, **ATTENTION), {}),
+    "monai combined qkv": (monai(3, lambda state: peers.combined(state), **ATTENTION), {}),
+    "monai transposed": (monai(3, use_convtranspose=True), {}),
+    "monai transposed 2d": (monai(2, use_convtranspose=True, **ATTENTION), {}),
+    "monai more channels": (monai(2, in_channels=3, out_channels=3, latent_channels=5), {}),
+    "monai other epsilon": (monai(2, norm_eps=1e-2), {"gn_eps": 1e-2}),
+    "monai one level": (monai(2, channels=(4,), attention_levels=(False,)), {}),
+    "monai of DDP and compile": (monai(2, ddp, **ATTENTION), {}),
+    "monai on symmetric images": (monai(3), {"image_range": (-1.0, 1.0)}),
+    "generative 2d": (old(2), {}),
+    "generative 3d": (old(3, **THREE), {}),
+    "generative attention": (old(2, **ATTENTION), {}),
+    "generative attention 3d": (old(3, **ATTENTION), {}),
+    "generative transposed": (old(3, transposed=True), {"upsample": "deconv3"}),
+    "generative transposed 2d": (old(2, transposed=True, **ATTENTION), {"upsample": "deconv3"}),
+    "maisi": (maisi(), {}),
+    "maisi three levels": (
+        maisi(num_channels=(4, 8, 8), attention_levels=(False,) * 3, num_res_blocks=(2, 1, 2)),
+        {},
+    ),
+    "maisi transposed": (maisi(use_convtranspose=True), {"upsample": "deconv3"}),
+    "maisi attention": (maisi(**ATTENTION), {}),
+    "maisi attention with projection": (maisi(include_fc=True, **ATTENTION), {}),
+    "diffusers": (diffusers(), {}),
+    "diffusers three levels": (diffusers(block_out_channels=(4, 8, 8), layers_per_block=2), {}),
+    "diffusers colour": (diffusers(in_channels=3, out_channels=3), {}),
+    "diffusers without quant_conv": (diffusers(use_quant_conv=False, use_post_quant_conv=False), {}),
+    "diffusers of before": (diffusers(lambda state: peers.early_diffusers_names(state)), {}),
+    "compvis": (diffusers(lambda state: peers.compvis_names(state)), {}),
+    "compvis f8": (
+        diffusers(
+            lambda state: peers.compvis_names(state), block_out_channels=(4, 8, 8, 8), layers_per_block=2
+        ),
+        {},
+    ),
+}
+CONTEXT = {"with_conditioning": True, "cross_attention_dim": 6}
+WIDER = {"channels": (8, 16, 16), "attention_levels": (False, True, True), "num_res_blocks": (1, 2, 1)}
+U_NETS = {  # name -> arguments, how it is spelled, what shapes cannot tell
+    "2d": ({}, same, {}),
+    "3d": ({"dims": 3}, same, {}),
+    "three levels": (WIDER, same, {}),
+    "heads by level": ({**WIDER, "num_head_channels": (0, 4, 8)}, same, {"head_channels": (0, 4, 8)}),
+    "other channels": ({"in_channels": 7, "out_channels": 3}, same, {}),
+    "no projection": ({"include_fc": False}, same, {}),
+    "combined qkv": ({}, lambda state: peers.combined(state), {}),
+    "context": (CONTEXT, same, {}),
+    "context 3d": ({**CONTEXT, "dims": 3}, same, {}),
+    "context, no projection": ({**CONTEXT, "include_fc": False}, same, {}),
+    "context, combined qkv": (CONTEXT, lambda state: peers.combined(state), {}),
+    "classes": ({"num_class_embeds": 4}, same, {}),
+    "residual up and down": ({"resblock_updown": True}, same, {}),
+    "residual up and down 3d": ({"resblock_updown": True, "dims": 3, **WIDER}, same, {}),
+    "all at once": ({"resblock_updown": True, "num_class_embeds": 3, **WIDER}, ddp, {}),
+    "generative": ({"include_fc": False}, lambda state: peers.old_names(state), {}),
+    "generative 3d": ({"include_fc": False, "dims": 3}, lambda state: peers.old_names(state), {}),
+    "generative context": (CONTEXT, lambda state: peers.old_names(state), {}),
+    "generative classes": (
+        {"include_fc": False, "num_class_embeds": 4, "resblock_updown": True},
+        lambda state: peers.old_names(state),
+        {},
+    ),
+}
+
+
+def imported(state, folder: Path, **hints) -> Imported:
+    """The network that a file with this state holds, its gradients on."""
+    torch.save({"state_dict": state, "epoch": 7}, folder / "weights.pt")
+    found = open_weights(folder / "weights.pt", **hints)
+    found.net.requires_grad_(True)
+    return found
+
+
+def compare_gradients(found: Imported, net, spelled) -> None:
+    """Every gradient of ours against theirs, named as in their newest layout."""
+    twin = copy.deepcopy(found.net)
+    for ours, mine in zip(twin.parameters(), found.net.parameters(), strict=True):
+        ours.data = torch.zeros_like(mine) if mine.grad is None else mine.grad
+    ours = extract(twin, found.family.layout)
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    theirs, _ = rewrite(strip(spelled(grads)), found.family, "gradients")
+    for name, value in theirs.items():
+        if name in ours:
+            mine = ours[name][: len(value)].reshape(value.shape)
+            if value.abs().max() > 1e-6:  # that of a key's bias is zero but for rounding
+                close(mine, value, 1e-4)
+    assert sum(name in ours for name in theirs) >= 0.9 * len(theirs)
+
+
+def strip(state):
+    return {name.removeprefix("module._orig_mod."): value for name, value in state.items()}
+
+
+def run_autoencoder(net, x):
+    """(mean, std, reconstruction of the mean) of the other library's autoencoder."""
+    if type(net).__module__.startswith("diffusers"):
+        gaussian = net.encode(x).latent_dist
+        return gaussian.mean, gaussian.std, net.decode(gaussian.mean).sample
+    mean, std = net.encode(x)
+    return mean, std, net.decode(mean)
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_imported_autoencoder_computes_what_its_own_class_does(name, tmp_path):
+    make, hints = AUTOENCODERS[name]
+    net, spelled = make()
+    found = imported(spelled(net.state_dict()), tmp_path, num_groups=2, **hints)
+    low, high = found.net.config.image_range
+    size = (16, 24, 8)[: found.net.config.dims]
+    inside = torch.rand(2, found.net.config.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    inside = low + (high - low) * inside
+    mean, std, recon = run_autoencoder(net, inside)
+    posterior = found.net.encode(2 * (inside - low) / (high - low) - 1)
+    ours = low + (high - low) * (found.net.decode(posterior.mean) + 1) / 2
+    for mine, other in ((posterior.mean, mean), (posterior.std, std), (ours, recon)):
+        close(mine, other, 1e-5)
+    (ours.square().mean() + posterior.std.square().mean()).backward()
+    (recon.square().mean() + std.square().mean()).backward()
+    compare_gradients(found, net, spelled)
+
+
+@pytest.mark.parametrize("name", U_NETS)
+def test_an_imported_u_net_computes_what_its_own_class_does(name, tmp_path):
+    arguments, spelled, hints = U_NETS[name]
+    net = peers.unet(**{"dims": 2, **arguments})
+    found = imported(spelled(net.state_dict()), tmp_path, num_groups=4, **{"head_channels": 8, **hints})
+    draw = torch.Generator().manual_seed(0)
+    config = found.net.unet.config
+    x = torch.randn(2, config.in_channels, *(8, 12, 8)[: config.dims], generator=draw)
+    t, cond, more = torch.tensor([3, 700]), None, {}
+    if "with_conditioning" in arguments:
+        more["context"] = torch.randn(2, 5, 6, generator=draw)
+        cond = Conditioned(context=more["context"])
+    if "num_class_embeds" in arguments:
+        more["class_labels"] = torch.tensor([1, 0])
+        cond = {"class": more["class_labels"]}
+    ours, theirs = found.net(x, t.float(), cond), net(x, t, **more)
+    close(ours, theirs, 1e-5)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    compare_gradients(found, net, spelled)
+
+
+def test_the_matrix_has_every_family_and_at_least_forty_configurations():
+    assert len(AUTOENCODERS) + len(U_NETS) >= 40
+
+
+@pytest.mark.parametrize(
+    "name", ["monai attention 3d", "generative attention", "maisi transposed", "diffusers"]
+)
+def test_the_check_builds_the_other_class_and_finds_equal_outputs(name, tmp_path):
+    make, hints = AUTOENCODERS[name]
+    net, spelled = make()
+    found = imported(spelled(net.state_dict()), tmp_path, num_groups=2, **hints)
+    theirs = build(describe(found.net, found.family.library), found.state)
+    assert compare(found.net, theirs) < 1e-5
+    found.net.post_quant_conv.bias.data.add_(0.1)
+    assert compare(found.net, theirs) > 1e-3  # a difference is seen

@@ -1,0 +1,192 @@
+"""What is imported is an ordinary run: it reconstructs, samples, and training goes on from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from closeness import close
+from tiny import VAE
+
+import ldm3d
+import sample
+import train_ldm
+import train_vae
+from ldm3d import AutoencoderKL, Condition, ConditionConfig, Denoiser, UNetConfig, VAEConfig
+from ldm3d.interop import load
+from ldm3d.interop.__main__ import main
+from ldm3d.interop.layouts import extract
+
+CONFIG = VAEConfig(
+    2,
+    channels=(8, 16),
+    num_res_blocks=(1, 1),
+    attention_levels=(False, False),
+    latent_channels=3,
+    num_groups=4,
+    image_range=(0, 1),
+)
+UNET = UNetConfig(2, 3, 3, (8, 16), (1,), (False, True), head_channels=8, num_groups=4)
+
+
+def vae_file(folder: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(extract(AutoencoderKL(CONFIG), "monai"), folder / "vae.pt")
+    return folder / "vae.pt"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with the runs "vae" and "ldm" (three classes), both imported."""
+    place = tmp_path_factory.mktemp("imported")
+    flags = ["--num_groups", "4", "--size", "16,20"]
+    main(["import", str(vae_file(place)), "--to", str(place / "vae"), *flags])
+    classes = [Condition("class", "class", ("0", "1", "2"))]
+    state = extract(Denoiser(UNET, ConditionConfig(use=("class",)), classes), "monai")
+    state["class_embedding.weight"] = state["class_embedding.weight"][:-1]
+    torch.save({"unet_state_dict": state, "scale_factor": torch.tensor(0.5)}, place / "unet.pt")
+    unet = ["import", place / "unet.pt", "--vae", place / "vae", "--to", place / "ldm", "--num_groups", 4]
+    main([*map(str, unet), "--head_channels", "8", "--kernel.beta_end", "0.0205"])
+    return place
+
+
+def test_a_run_has_the_network_that_load_gives(runs):
+    pipeline = ldm3d.load(runs / "vae")
+    net = load(runs / "vae.pt", num_groups=4)
+    assert pipeline.net.config == net.config == CONFIG
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, pipeline.net.state_dict()[name])
+
+
+def test_the_network_sees_the_intensities_that_it_was_trained_on(runs):
+    net, plain = load(runs / "vae.pt", num_groups=4), load(runs / "vae.pt", num_groups=4, image_range=(-1, 1))
+    x = torch.rand(1, 1, 16, 16)
+    close(net.encode(2 * x - 1).mean, plain.encode(x).mean)
+    z = torch.randn(1, 3, 8, 8)
+    close(net.decode(z), 2 * plain.decode(z) - 1)
+
+
+def test_an_imported_autoencoder_reconstructs_files(runs, heads):
+    sample.main([str(runs / "vae"), str(heads / "images"), "--out", str(runs / "recon")])
+    assert len(list((runs / "recon").glob("*.tif"))) == 12
+
+
+def test_an_imported_u_net_samples_its_classes_with_its_scale_factor(runs):
+    sample.main(
+        [
+            str(runs / "ldm"),
+            "--num",
+            "1",
+            "--steps",
+            "2",
+            "--condition",
+            "class=2",
+            "--out",
+            str(runs / "new"),
+        ]
+    )
+    assert (runs / "new" / "samples.json").exists()
+    model = ldm3d.load(runs / "ldm").model
+    assert model.latent_std.flatten().tolist() == [2.0] * 3
+    assert (model.kernel.config.process, model.kernel.config.beta_end) == ("vp", 0.0205)
+
+
+def test_training_goes_on_from_an_imported_autoencoder(runs, heads):
+    data = [
+        "--data.root",
+        heads,
+        "--data.cache_dir",
+        runs / "cache",
+        "--run.steps",
+        1,
+        "--optim.warmup_steps",
+        0,
+    ]
+    net = ["--vae.stem", 1, "--vae.image_range", "0,1", "--optim.lr", "1e-9", "--run.ema_decay", "0"]
+    start = ["--run.init", runs / "vae", "--run.dir", runs / "vae2"]
+    train_vae.main(["phantom", *map(str, [*VAE, *data, *net, *start])])
+    before, after = (ldm3d.load(runs / name).net.state_dict() for name in ("vae", "vae2"))
+    for name, value in before.items():
+        assert torch.allclose(after[name], value, atol=1e-6)
+
+
+def test_stage_two_trains_on_an_imported_autoencoder_with_own_data(runs, heads):
+    data = ["--data.root", heads, "--data.cache_dir", runs / "cache", "--run.steps", 1]
+    net = ["--unet.channels", "8,16", "--unet.num_groups", 4, "--unet.head_channels", 8, "--sample_steps", 2]
+    train_ldm.main(["phantom", *map(str, ["--vae", runs / "vae", "--run.dir", runs / "ldm2", *data, *net])])
+    spec = ldm3d.load(runs / "ldm2").spec
+    assert spec.size == (16, 20)
+    assert spec.high[0] > 10  # of the files, which the importer could not know
+
+
+def test_the_report_says_where_every_setting_comes_from(runs):
+    report = json.loads((runs / "ldm" / "import.json").read_text())
+    assert report["family"] == "MONAI U-Net"
+    assert report["inferred"]["channels"] == [8, 16]
+    assert report["given"] == {"num_groups": 4, "head_channels": 8}
+    assert report["assumed"] == {"gn_eps": 1e-6}
+    assert report["facts"] == {"scale_factor": 0.5}
+
+
+# --- configuration files ------------------------------------------------------------------------------------
+
+
+def bundle(**changes) -> dict:
+    """The configuration of a MONAI bundle for CONFIG."""
+    network = {
+        "_target_": "monai.networks.nets.AutoencoderKL",
+        "spatial_dims": "@spatial_dims",
+        "channels": "$@widths",
+        "num_res_blocks": 1,
+        "attention_levels": [False, False],
+        "norm_num_groups": 4,
+        "norm_eps": 1e-5,
+        **changes,
+    }
+    scale = {"_target_": "ScaleIntensityRangePercentilesd", "lower": 0, "upper": 99, "b_min": -2, "b_max": 2}
+    steps = [{"_target_": "Spacingd", "pixdim": [1.5, 2.0]}, scale]
+    preprocessing = {"_target_": "Compose", "transforms": steps}
+    return {"spatial_dims": 2, "widths": [8, 16], "autoencoder_def": network, "pre": preprocessing}
+
+
+def test_a_bundle_tells_what_shapes_cannot(runs, tmp_path):
+    (tmp_path / "inference.json").write_text(json.dumps(bundle()))
+    flags = ["--config", tmp_path / "inference.json", "--to", tmp_path / "run"]
+    main(["import", *map(str, [runs / "vae.pt", *flags])])
+    pipeline = ldm3d.load(tmp_path / "run")
+    assert pipeline.net.config.num_groups == 4
+    assert pipeline.net.config.gn_eps == 1e-5
+    assert pipeline.net.config.image_range == (-2.0, 2.0)
+    assert pipeline.spec.spacing == pipeline.layout.spacing == (1.5, 2.0)
+    assert json.loads((tmp_path / "run" / "import.json").read_text())["assumed"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"channels": [8, 32]}, "channels is (8, 32) there, but (8, 16) in the weights"),
+        ({"spatial_dims": 3}, "dims is 3 there, but 2 in the weights"),
+        ({"_target_": "monai.networks.nets.UNet"}, "describes no AutoencoderKL"),
+        ({"norm_num_groups": "many"}, "num_groups: "),
+    ],
+)
+def test_a_bundle_of_another_network_is_refused(changes, says, runs, tmp_path, mistake):
+    (tmp_path / "inference.json").write_text(json.dumps(bundle(**changes)))
+    flags = ["--config", tmp_path / "inference.json", "--to", tmp_path / "run"]
+    assert says in mistake(main, ["import", runs / "vae.pt", *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_counts_more_than_the_bundle(runs, tmp_path):
+    (tmp_path / "inference.json").write_text(json.dumps(bundle(norm_num_groups=2)))
+    net = load(runs / "vae.pt", tmp_path / "inference.json", num_groups=4)
+    assert net.config.num_groups == 4
+
+
+def test_a_u_net_whose_heads_are_not_known_asks_for_them(runs, tmp_path, mistake):
+    flags = ["--num_groups", 4, "--vae", runs / "vae", "--to", tmp_path / "run"]
+    assert "--head_channels" in mistake(main, ["import", runs / "unet.pt", *flags])
+    assert "vae: a U-Net needs its autoencoder" in mistake(
+        main, ["import", runs / "unet.pt", "--num_groups", 4, "--head_channels", 8, "--to", tmp_path / "run"]
+    )
+    assert not (tmp_path / "run").exists()
