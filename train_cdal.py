@@ -43,7 +43,7 @@ from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import is_main, rank, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet
-from ldm3d.engine.memory_plan import Plan, weight_bytes
+from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
 from ldm3d.engine.runs import Run
 from ldm3d.engine.training import (
     EMA,
@@ -83,7 +83,9 @@ class Config:
     micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
     votes: int = 1  # votes for every validation case
     window: tuple[int, ...] | None = None  # size of validation's windows in voxels; none = whole cases
-    plan: float | None = None  # GiB of a GPU: print the memory that the run would need, and stop
+    hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
+    plan: bool = False  # only print the plan, and the memory that it needs
+    memory: float | None = None  # GiB of the device to plan for; none = what is free
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = UNET
@@ -95,6 +97,11 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "votes")
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Older versions stored the GiB of a device, or none, as `plan`."""
+        return values | ({"plan": values["plan"] is True} if "plan" in values else {})
 
 
 HIPPOCAMPUS: dict[str, Any] = {
@@ -300,8 +307,8 @@ def validate(run: Run, cdal: CDAL, net: Generator, dataset: VolumeDataset, devic
 # --- train --------------------------------------------------------------------------------------------------
 
 
-def plan(config: Config) -> None:
-    """--plan: print the memory that training and inference need, and the largest sizes that fit."""
+def memory_table(config: Config) -> MemoryTable:
+    """The memory that training and inference need, and how long a step takes."""
     spec = open_labelled(config).spec
     # The generator's own estimates are computed without gradients and need less than the training step
     cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=False), spec.num_labels)
@@ -334,12 +341,12 @@ def plan(config: Config) -> None:
             torch.zeros(batch, cdal.num_timesteps, config.generator.latent_dim),
         )
 
-    plan = Plan(config.plan, config.run.amp, config.run.device)
+    table = MemoryTable(config.memory, config.run.amp, config.run.device)
     step, rounds = max(config.unet.downsampling), -(-config.batch_size // micro)
-    plan.training("training", make, loss, micro, patch, step, rounds)
+    table.training("training", make, loss, micro, patch, step, rounds)
     whole = config.window or spec.size
-    plan.inference("validation, votes", make, infer, config.votes, whole, step, 3 * weight_bytes(make()))
-    plan.print()
+    table.inference("validation, votes", make, infer, config.votes, whole, step, 3 * weight_bytes(make()))
+    return table
 
 
 def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
@@ -417,10 +424,10 @@ def main(argv: list[str] | None = None) -> None:
     config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON)
     check_schedule(flags, "optim", config.optim)
     check_schedule(flags, "disc_optim", config.disc_optim)
-    if config.plan is None:
-        train(config, flags)
+    if config.plan:
+        memory_table(config).print()
     else:
-        plan(config)
+        train(config, flags)
 
 
 if __name__ == "__main__":

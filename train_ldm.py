@@ -52,7 +52,7 @@ from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
 from ldm3d.engine.distributed import is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet
-from ldm3d.engine.memory_plan import Plan, decode, encode, weight_bytes
+from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
 from ldm3d.engine.runs import Run, difference
 from ldm3d.engine.training import (
     EMA,
@@ -98,7 +98,9 @@ class Config:
     micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
     latent_cache: bool = True  # encode every case once; false: encode and augment at every step
     sample_steps: int = 20  # steps of the preview samples
-    plan: float | None = None  # GiB of a GPU: print the memory that the run would need, and stop
+    hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
+    plan: bool = False  # only print the plan, and the memory that it needs
+    memory: float | None = None  # GiB of the device to plan for; none = what is free
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -111,6 +113,11 @@ class Config:
         if not 1 <= self.sample_steps <= self.kernel.num_timesteps:
             limit = self.kernel.num_timesteps
             raise InputError(f"sample_steps: expected 1 to {limit} (kernel), got {self.sample_steps}")
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Older versions stored the GiB of a device, or none, as `plan`."""
+        return values | ({"plan": values["plan"] is True} if "plan" in values else {})
 
     @property
     def masks(self) -> bool:
@@ -493,8 +500,8 @@ def validate(
 # --- train --------------------------------------------------------------------------------------------------
 
 
-def plan(config: Config) -> None:
-    """--plan: print the memory that training, encoding and decoding need, and the largest sizes that fit."""
+def memory_table(config: Config) -> MemoryTable:
+    """The memory that training, encoding and decoding need, and how long a step takes."""
     autoencoder, content = load_autoencoder(autoencoder_of(config))
     kernel = DiffusionKernel(config.kernel)
     whole = config.data.size or DataSpec.from_dict(content["state"]["data"]).size
@@ -519,15 +526,15 @@ def plan(config: Config) -> None:
         out = net(z, torch.zeros(batch), mask=torch.zeros(batch, *volume, dtype=torch.int64))
         return (kernel.loss_of(out.pred, z, t, noise) + out.head + out.binding).mean()
 
-    plan = Plan(config.plan, config.run.amp, config.run.device)
+    table = MemoryTable(config.memory, config.run.amp, config.run.device)
     rounds, beside = -(-config.batch_size // micro), weight_bytes(autoencoder)
-    plan.training(
+    table.training(
         "training, latents", make, loss, micro, latent, max(config.unet.downsampling), rounds, beside
     )
-    plan.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step)
+    table.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step)
     beside = 4 * weight_bytes(make())
-    plan.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside)
-    plan.print()
+    table.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside)
+    return table
 
 
 def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
@@ -637,10 +644,10 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 def main(argv: list[str] | None = None) -> None:
     config, flags = parse(Config, argv, PRESETS, __doc__, with_autoencoder, COMMON)
     check_schedule(flags, "optim", config.optim)
-    if config.plan is None:
-        train(config, flags)
+    if config.plan:
+        memory_table(config).print()
     else:
-        plan(config)
+        train(config, flags)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,12 @@ To resume a run, give the same command again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +45,7 @@ from ldm3d.blocks import Conv
 from ldm3d.config import InputError, at_least, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
 from ldm3d.data.dataset import BothRoles
+from ldm3d.data.fingerprint import describe, take
 from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.engine.distributed import (
@@ -54,7 +58,7 @@ from ldm3d.engine.distributed import (
     wrap,
 )
 from ldm3d.engine.logger import save_sheet
-from ldm3d.engine.memory_plan import Plan, weight_bytes
+from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
 from ldm3d.engine.runs import Run
 from ldm3d.engine.training import (
     EMA,
@@ -88,6 +92,7 @@ from ldm3d.losses import (
     reconstruction_loss,
 )
 from ldm3d.metrics import ms_ssim, psnr, ssim
+from ldm3d.plan import VAE_PASSES, Plan, Planner, machine, plan_length, plan_vae, seconds_per_step
 from ldm3d.vae import Autoencoder, Posterior, VAEConfig
 from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_loss
 
@@ -116,7 +121,9 @@ class Config:
     disc_cap: float = 100.0  # largest ratio of gradients
     r1_weight: float = 0.0  # weight of the discriminator's squared gradient at real images; 0 = off
     r1_every: int = 16  # steps between two R1 penalties, each multiplied by this number
-    plan: float | None = None  # GiB of a GPU: print the memory that the run would need, and stop
+    hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
+    plan: bool = False  # only print the plan, and the memory that it needs
+    memory: float | None = None  # GiB of the device to plan for; none = what is free
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -131,6 +138,11 @@ class Config:
         at_least(self, 0, *weights, "feature_weight", "r1_weight", "free_bits", "kl_warmup")
         at_least(self, 0, "disc_start", "disc_ramp", "disc_cap")
         at_least(self, 1, "batch_size", "r1_every")
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Older versions stored the GiB of a device, or none, as `plan`."""
+        return values | ({"plan": values["plan"] is True} if "plan" in values else {})
 
     @property
     def has_discriminator(self) -> bool:
@@ -279,7 +291,7 @@ COMMON: dict[str, str] = {  # the settings of --help; --help all shows every set
     "the autoencoder": "autoencoder vae.channels vae.latent_channels vae.stem",
     "the loss": "kl_weight perceptual_weight disc_weight disc_start",
     "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp run.workers"
-    " run.eval_every run.init run.fresh plan",
+    " run.eval_every run.init run.fresh hours plan",
 }
 
 
@@ -451,8 +463,8 @@ def discriminator_terms(
     return {"loss": loss, **terms}
 
 
-def plan(config: Config) -> None:
-    """--plan: print the memory that training and validation need, and the largest sizes that fit."""
+def memory_table(config: Config) -> MemoryTable:
+    """The memory that training and validation need, and how long a step takes."""
     whole, step = config.data.size or open_volumes(config).spec.size, max(config.vae.downsampling)
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
 
@@ -480,17 +492,17 @@ def plan(config: Config) -> None:
     def there_and_back(net: Autoencoder, batch: int, size: tuple[int, ...]) -> None:
         net.decode(net.encode(torch.zeros(batch, config.vae.in_channels, *size)).mode(), size)
 
-    plan = Plan(config.plan, config.run.amp, config.run.device)
+    table = MemoryTable(config.memory, config.run.amp, config.run.device)
     rounds, patch, own = -(-config.batch_size // micro), config.data.patch or whole, weight_bytes(make())
     beside = weight_bytes(PatchDiscriminator(config.disc)) if config.has_discriminator else 0
-    plan.training("training", make, loss, micro, patch, step, rounds, beside=2 * beside)  # Adam's moments
+    table.training("training", make, loss, micro, patch, step, rounds, beside=2 * beside)  # Adam's moments
     if config.has_discriminator:
         make_disc = functools.partial(PatchDiscriminator, config.disc)
-        plan.training("its discriminator", make_disc, disc_loss, micro, patch, step, rounds, beside=4 * own)
+        table.training("its discriminator", make_disc, disc_loss, micro, patch, step, rounds, beside=4 * own)
     if config.perceptual_weight:
         print0("note: the plan leaves the perceptual network out")
-    plan.inference("validation", make, there_and_back, 1, whole, step, beside=3 * own + 3 * beside)
-    plan.print()
+    table.inference("validation", make, there_and_back, 1, whole, step, beside=3 * own + 3 * beside)
+    return table
 
 
 def command_of_stage_two(run: Run) -> list[str]:
@@ -505,7 +517,21 @@ def command_of_stage_two(run: Run) -> list[str]:
     ]
 
 
-def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
+def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Config]) -> Plan:
+    """The settings of a run on the images of a folder, by the rules of ldm3d/plan.py."""
+    device, found = setup(flags.get("run.device", "auto")), take(folder, flags)
+    print0(f"{folder}: {describe(found)}")
+    able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
+    plan = plan_vae(found, able, flags, os.cpu_count() or 1)
+    config = merge(plan.values)
+    with contextlib.redirect_stdout(io.StringIO()):  # training says the same again
+        data = open_volumes(config)
+    seconds = seconds_per_step(memory_table(config), config, data, device)
+    plan_length(plan, able.hours, seconds, VAE_PASSES, len(data.split["train"]), ema=0.05)
+    return plan
+
+
+def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner | None = None) -> Run:
     device = setup(config.run.device)
     run = Run("vae", config, flags)
     config, seed = run.config, run.config.run.seed
@@ -529,6 +555,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)
     run.start(data.split, device, {"autoencoder": net, "discriminator": discriminator}, data.facts(), SHOWN)
+    if planner:
+        planner.write(run.dir)
     ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     steppers, others = {"autoencoder": stepper}, {}
@@ -617,12 +645,14 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON)
+    planner = Planner("vae", Config, make_plan)
+    config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON, planner)
     check_flags(config, flags)
-    if config.plan is None:
-        train(config, flags)
+    planner.check(flags)
+    if config.plan:
+        memory_table(config).print()
     else:
-        plan(config)
+        train(config, flags, planner)
 
 
 if __name__ == "__main__":

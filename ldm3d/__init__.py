@@ -13,6 +13,7 @@ folders. README.md beside this file gives the order in which to read them.
     latents, latent_diffusion                 the cache of latents; both stages as one model
     pipeline                                  a run folder opened for use: ldm3d.load(RUN)
     cdal                                      segmentation by diffusion
+    plan                                      a folder of images -> the settings of a run
     config                                    settings: dataclass <-> JSON <-> command line
 
     data/         files to batches

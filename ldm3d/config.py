@@ -364,8 +364,9 @@ def parse(
     doc: str | None = None,
     base: Callable[[C], C] | None = None,
     common: dict[str, str] | None = None,
+    planner: Callable[[Path, dict[str, Any], Callable[[dict[str, Any]], C]], dict[str, Any]] | None = None,
 ) -> tuple[C, dict[str, Any]]:
-    """Read ``[preset | file.json] --dotted.key value ...``: (config, the flags by dotted key).
+    """Read ``[preset | file.json | FOLDER] --dotted.key value ...``: (config, the flags by dotted key).
 
     A preset is ``{"dotted.key": value}``. The field `preset` of `cls` records the name of the preset, or of
     the file if the file has no such key. The file may be a run's config.json or a part of one.
@@ -373,9 +374,13 @@ def parse(
     `base` makes defaults that depend on the settings: stage two takes its data settings from the autoencoder.
     `base` gets the merged configuration; preset, file and flags are then merged once more over its result.
     `common` is the short help, see `Parser`.
+
+    `planner` takes the place of a preset where the first word is a folder: `planner(folder, flags, merge)`
+    gives the settings by dotted key. It may add to the flags, and `merge(settings)` is the configuration.
     """
     parser = Parser(common, description=doc)
     choices = f"one of: {', '.join(presets)}; or a JSON file"
+    choices += "; or a folder, for which settings are planned" if planner else ""
     parser.add_argument("first", metavar="preset", nargs="?", help=choices)
     parser.add_argument("--preset", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_options(parser, cls, cls())
@@ -385,22 +390,37 @@ def parse(
         raise InputError(f"--preset: no such setting; the preset is the first word: {args['preset']} ...")
     if name is None:
         raise InputError(f"which preset? {choices} (--help explains the settings)")
+    types_of = leaf_types(cls)
+    flags = {key: convert(value, types_of[key], key) for key, value in args.items()}
+
+    def merge(chosen: dict[str, Any]) -> C:
+        config = replace(cls(), chosen | flags)
+        return config if base is None else replace(base(config), chosen | flags)
+
     if name in presets:
         chosen = {**presets[name], "preset": name}
     elif name.endswith(".json"):
-        chosen = {"preset": Path(name).stem} | leaves(upgraded(cls, read_json(name)))
-        chosen.pop("kind", None)  # a run's config.json holds the kind of the run too
+        chosen = stored_settings(cls, name)
+    elif Path(name).is_dir() and planner:
+        chosen = planner(Path(name), flags, merge)
     else:
         near = difflib.get_close_matches(name, presets, n=1)
         if Path(name).is_dir():
             raise InputError(f"{name}: a folder; a preset comes first, data are named by --data.root {name}")
-        raise InputError(f"{name}: no such preset; " + (f"did you mean {near[0]}?" if near else choices))
-    types_of = leaf_types(cls)
-    flags = {key: convert(value, types_of[key], key) for key, value in args.items()}
-    config = replace(cls(), chosen | flags)
-    if base is not None:
-        config = replace(base(config), chosen | flags)
-    return config, flags
+        raise InputError(
+            f"{name}: no such preset; did you mean {near[0]}?"
+            if near
+            else f"{name}: no such preset{' or folder' if planner else ''}; {choices}"
+        )
+    return merge(chosen), flags
+
+
+def stored_settings(cls: type, path: str | Path) -> dict[str, Any]:
+    """{"dotted.key": value} of a JSON file, with the keys of today. `preset` is the name of the file if the
+    file does not say it."""
+    chosen = {"preset": Path(path).stem} | leaves(upgraded(cls, read_json(path)))
+    chosen.pop("kind", None)  # a run's config.json holds the kind of the run too
+    return chosen
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

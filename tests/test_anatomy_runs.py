@@ -18,7 +18,7 @@ import train_vae
 from ldm3d import InputError, read, write
 from ldm3d.config import parse
 from ldm3d.data.phantoms import write_phantoms
-from ldm3d.engine.memory_plan import Plan
+from ldm3d.engine.memory_plan import MemoryTable
 from ldm3d.reports.__main__ import main as reports_main
 
 VALUES = (0, 300, 20, 7, 128)  # of labels 0 to 4 in the files of `some_masks`
@@ -206,12 +206,12 @@ def test_the_plan_counts_registers_and_head(vae_run, tmp_path, monkeypatch):
     for more in (["--unet.attention_levels", "true"], BOUND):
         config, _ = parse(
             train_ldm.Config,
-            ldm_flags(vae_run, tmp_path / "ldm", 2, *more, "--plan", "4"),
+            ldm_flags(vae_run, tmp_path / "ldm", 2, *more, "--plan", "--memory", "4"),
             train_ldm.PRESETS,
             base=train_ldm.with_autoencoder,
         )
-        monkeypatch.setattr(Plan, "print", lambda plan: peaks.append(plan.jobs[0].need(64, (16, 16))))
-        train_ldm.plan(config)
+        monkeypatch.setattr(MemoryTable, "print", lambda plan: peaks.append(plan.jobs[0].need(64, (16, 16))))
+        train_ldm.memory_table(config).print()
     assert peaks[1] > 1.05 * peaks[0]
 
 

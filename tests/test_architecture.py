@@ -13,7 +13,7 @@ FLOORS = [  # a folder has one floor: "data" stands for all of data/
     ["normconv", "metrics", "diffusion_kernel"],
     ["blocks", "engine"],
     ["vae", "discriminators", "unet", "losses", "conditions", "data"],
-    ["vqvae", "guidance", "conditioner", "registers", "cdal", "latents"],
+    ["vqvae", "guidance", "conditioner", "registers", "cdal", "latents", "plan"],
     ["denoiser"],
     ["latent_diffusion"],
     ["pipeline"],

@@ -120,7 +120,9 @@ def test_training_in_reduced_precision_stays_finite(runs_folder, tmp_path, amp):
 
 @pytest.mark.slow
 def test_the_plan_counts_the_conditions(runs_folder, tmp_path, capsys):
-    train_ldm.main(ldm_flags(runs_folder / "vae", tmp_path / "ldm", 2, *EVERY_CONDITION, "--plan", "4"))
+    train_ldm.main(
+        ldm_flags(runs_folder / "vae", tmp_path / "ldm", 2, *EVERY_CONDITION, "--plan", "--memory", "4")
+    )
     assert "training, latents 4 x 4x5" in capsys.readouterr().out
     assert not (tmp_path / "ldm").exists()
 

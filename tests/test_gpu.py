@@ -13,7 +13,7 @@ import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, UNet, UNetConfig, VAEConfig
 from ldm3d.engine.checkpoint import load, step_files
-from ldm3d.engine.memory_plan import Plan, decode
+from ldm3d.engine.memory_plan import MemoryTable, decode
 from ldm3d.engine.training import EMA, autocast
 
 pytestmark = pytest.mark.gpu
@@ -182,7 +182,7 @@ def training_peak(
         "u-net": (UNet, NET, denoiser_loss),
     }[kind]
     config = dataclasses.replace(config, checkpointing=checkpointing)
-    planned = Plan(80, amp).training("", lambda: cls(config), loss, batch, size).need(batch, size)
+    planned = MemoryTable(80, amp).training("", lambda: cls(config), loss, batch, size).need(batch, size)
     net = cls(config).to(CUDA)
     ema = EMA(net, 0.9)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
@@ -214,7 +214,7 @@ def test_checkpointing_saves_memory_and_the_plan_knows_how_much(kind, size, amp,
 
 def test_a_volume_of_256_cubed_is_decoded_with_the_memory_that_was_planned():
     size = (256, 256, 256)
-    planned = Plan(80, "bf16").inference("", lambda: AutoencoderKL(AE), decode, 1, size).need(1, size)
+    planned = MemoryTable(80, "bf16").inference("", lambda: AutoencoderKL(AE), decode, 1, size).need(1, size)
     net, made = AutoencoderKL(AE).to(CUDA).eval(), []
     z = torch.randn(1, *net.latent_shape(size), device=CUDA)
 

@@ -73,7 +73,10 @@ def check(words: list[str]) -> None:
 
 
 def check_training(script, arguments: list[str], ranks: int = 1) -> None:
-    config, _ = parse(script.Config, arguments, script.PRESETS)
+    arguments = [*arguments]
+    if re.fullmatch(r"FOLDER|runs/\w+-\w+", arguments[0]):  # any folder: the settings are planned
+        arguments[0] = str(ROOT)
+    config, _ = parse(script.Config, arguments, script.PRESETS, planner=lambda *_: {"preset": "folder"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "world_size", lambda: ranks)
         training.samples_per_forward(config.batch_size, config.micro_batch_size)

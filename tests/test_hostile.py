@@ -968,8 +968,10 @@ VAE_FLAGS = """
 --optim.adam_betas () | --optim.weight_decay nan | --optim.weight_decay 1e300 | --optim.warmup_steps -1
 --optim.schedule step | --optim.schedule multistep | --optim.milestones -1,5 --optim.schedule multistep
 --optim.gamma 0 | --optim.grad_clip 0 | --optim.grad_clip nan
---optim.lr_scaling linear --optim.reference_batch_size 0 | --plan 0 | --plan -1 | --plan nan | --plan 1e300
---plan 0.0001 | --reconstruction l3 | --preset x | --run | --vae | --no.such.thing 1 | --run.stepz 3 | -x
+--optim.lr_scaling linear --optim.reference_batch_size 0 | --plan --memory 0
+--plan --memory -1 | --plan --memory nan | --plan --memory 1e300 | --plan --memory 0.0001
+--memory 8 | --hours 1 | --hours nan | --plan maybe | --reconstruction l3
+--preset x | --run | --vae | --no.such.thing 1 | --run.stepz 3 | -x
 extra | --help=1 | --run.steps | --run.steps= | --=1 | -- | --preset hippocampus"""
 LDM_FLAGS = """
 --vae nowhere | --vae data | --vae ldm | --vae vae/config.json | --vae "" | --unet.channels 0,0
@@ -1011,7 +1013,7 @@ LDM_FLAGS = """
 --sample_steps 100000 | --latent_cache maybe | --data.num_variants 1000000000 --data.augment.affine 1
 --data.root nowhere | --data.spacing 0.01,0.01 | --data.size 100000,100000 | --data.size 1,1
 --data.size 3,3 | --data.scaling minmax | --data.channel 1 | --data.dims 3 | --batch_size 0
---micro_batch_size 3 | --plan 0 | --plan nan | --run.init vae | --run.init ldm
+--micro_batch_size 3 | --plan --memory 0 | --plan --memory nan | --run.init vae | --run.init ldm
 --run.init ldm/best.pt --unet.channels 8,24 | --optim.lr nan | --optim.lr 1e300 | --run.dir vae
 --run.dir data | --run.seed -1"""
 CDAL_FLAGS = """
@@ -1027,14 +1029,15 @@ CDAL_FLAGS = """
 --cdal.ce_weight 0 --cdal.dice_weight 0 --cdal.adversarial_weight 0 | --cdal.adversarial_weight 1e300
 --data.patch 1,1 | --data.patch 100000,100000 | --data.patch -4,4 | --data.patch 12 | --data.num_labels 2
 --data.label_values 0,1 | --data.num_labels 1000000000 | --data.foreground nan | --data.mask none
---data.allow_missing_mask maybe | --data.spacing 0.01,0.01 | --batch_size 0 | --plan 0 | --run.steps 0
---optim.lr 1e300 | --run.init vae | --run.dir vae"""
+--data.allow_missing_mask maybe | --data.spacing 0.01,0.01 | --batch_size 0 | --plan --memory 0
+--run.steps 0 | --optim.lr 1e300 | --run.init vae | --run.dir vae"""
 SAMPLE_FLAGS = """
 --num 0 | --num -1 | --num 1000000000000 | --steps 0 | --steps -1 | --steps 1.5 | --seed -1
 --seed 99999999999999999999999 | --sampler magic | --sampler ddim | --sampler ddpm | --eta 0.5 | --eta nan
 --eta -1 | --batch_size 0 | --batch_size -1 | --batch_size 1000000000 | --device abacus | --device meta
 --amp fp8 | --amp fp16 | --amp bf16 | --format jpg | --format nii.gz | --out data | --out data/cases.csv
---out /dev/null/x | --out "" | --plan 0 | --plan nan | --maps true | --with_labels true | --registers maybe
+--out /dev/null/x | --out "" | --plan --memory 0 | --plan --memory nan | --maps true
+--with_labels true | --registers maybe
 --registers false | --condition class | --condition class=77 | --condition class= | --condition =1
 --condition class=1 --condition class=2 | --condition colour=red | --condition class=nan | --condition text=
 --condition image=nowhere.tif | --condition image=data | --condition image=data/cases.csv

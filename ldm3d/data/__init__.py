@@ -13,6 +13,8 @@ What has to be decided before:
     cases        which files belong together, and the split by subject
     inspection   what is in the files, and what is wrong with them
     spec         what a run keeps of all this
+    layouts      which files of a folder are images and which are masks
+    fingerprint  the facts from which a plan is made
     opening      these steps in one call, for the data of a run
     images       the same for other images
     phantoms     synthetic heads to try everything with

@@ -6,8 +6,9 @@ many files takes long: the cache is written every few seconds, so that an inspec
 on where it was.
 
 Besides the checks, the inspection measures what later steps need: the two scaling numbers of each channel
-(transforms.py) and the labels that occur. The numbers are those of the whole file as it is stored, before any
-resampling or crop. So a patch has the intensities that the whole volume would have at this place.
+(transforms.py), the labels that occur, and a few facts from which a plan is made (fingerprint.py). The
+numbers are those of the whole file as it is stored, before any resampling or crop. So a patch has the
+intensities that the whole volume would have at this place.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from ..config import InputError
 from ..engine.distributed import main_first, print0
@@ -38,6 +41,21 @@ from .volumes import Header, read, read_header, stamp
 MAX_LABEL, MAX_VALUE = 65535, 1e30  # of masks; of images, so that no sum of float32 overflows
 SHOWN = 0.5, 99.5  # percentiles of a file that pictures show as black and white, see DataConfig.unbounded
 KEEP_EVERY = 5.0  # seconds, after which what was found is written
+FEW_VALUES = 64  # an image of at most this many integers looks like a label map
+THUMBNAIL = {2: 32, 3: 10}  # voxels along each axis
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a plan wants to know of the intensities in one file, all channels together but for two."""
+
+    lowest: tuple[float, ...]  # per channel
+    highest: tuple[float, ...]
+    robust: tuple[float, float]  # percentiles 0.5 and 99.5
+    at_lowest: float  # fraction of the voxels that have the lowest value
+    integers: bool  # are all values integers?
+    num_values: int  # different values; 0: more than FEW_VALUES, or not all integers
+    thumbnail: str  # the image on THUMBNAIL voxels an axis, its range in 256 levels, two hex digits a voxel
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,8 @@ class CaseInfo:
     content: str = ""  # hash of the voxels of the image; "" if they all have one value
     source_content: str = ""  # the same of the source
     mask_content: str = ""  # hash of the voxels of the mask
+    facts: ImageFacts | None = None  # of the image; None: found by an older version, and not asked for
+    labelled: float | None = None  # fraction of the mask that is not 0
 
     @property
     def channels(self) -> int:
@@ -182,9 +202,41 @@ def _hash(array: np.ndarray) -> str:
     return hashlib.sha256(array).hexdigest()[:32]
 
 
-def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
-    """A look at every voxel: "content", a hash of them; of an image or source {"low", "high"} per channel; of
-    a mask {"labels"}."""
+def few_values(values: np.ndarray) -> int:
+    """How many different values there are, if these are integers and at most FEW_VALUES; else 0."""
+    some = values.reshape(-1)[:: max(1, values.size // 10_000)]
+    if len(np.unique(some)) > FEW_VALUES or not (values == np.rint(values)).all():
+        return 0
+    num = len(np.unique(values))
+    return num if num <= FEW_VALUES else 0
+
+
+def thumbnail(array: np.ndarray) -> str:
+    """An image (C, *S), the mean of its channels, as `ImageFacts` keeps it: averages over boxes."""
+    dims = array.ndim - 1
+    pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[dims]
+    small = pool(torch.from_numpy(array.mean(0))[None], THUMBNAIL[dims]).numpy()
+    levels = (small - small.min()) / max(float(np.ptp(small)), 1e-30) * 255
+    return np.rint(levels).astype(np.uint8).tobytes().hex()
+
+
+def _facts(array: np.ndarray) -> dict[str, Any]:
+    """The fields of an ImageFacts of an image (C, *S)."""
+    columns = array.reshape(len(array), -1)
+    return {
+        "lowest": columns.min(1).tolist(),
+        "highest": columns.max(1).tolist(),
+        "robust": np.percentile(array, (0.5, 99.5)).tolist(),
+        "at_lowest": float((array == array.min()).mean()),
+        "integers": bool((array == np.rint(array)).all()),
+        "num_values": few_values(array),
+        "thumbnail": thumbnail(array),
+    }
+
+
+def _measure(path: Path, role: str, config: DataConfig) -> dict[str, Any]:
+    """A look at every voxel: "content", a hash of them; of an image or source {"low", "high"} per channel,
+    and "facts"; of a mask {"labels", "labelled"}."""
     array = read(path, **read_options(role, config)).array
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
@@ -197,7 +249,7 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
         if not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
             raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
         found = np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()
-        return {"labels": found, "content": _hash(array)}
+        return {"labels": found, "content": _hash(array), "labelled": float((labels != 0).mean())}
     if np.abs(array).max() > MAX_VALUE:
         raise InputError(f"{path}: values up to {np.abs(array).max():.2g}, too large to be intensities")
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
@@ -205,7 +257,23 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, list]:
     shown = [scaling_numbers(channel, "percentile", SHOWN, config.window) for channel in visible]
     content = _hash(array) if array.min() < array.max() else ""
     low, high = zip(*pairs, strict=True)
-    return {"low": list(low), "high": list(high), "shown": shown, "content": content}
+    return {
+        "low": list(low),
+        "high": list(high),
+        "shown": shown,
+        "content": content,
+        "facts": _facts(array),
+    }
+
+
+def _by_facts(known: dict[str, Any], config: DataConfig) -> dict[str, Any] | None:
+    """`_measure` of an image by another rule than it was measured by, where facts tell the two numbers."""
+    facts = known["facts"]
+    low_high = {
+        "minmax": (facts["lowest"], facts["highest"]),
+        "window": tuple([value] * len(facts["lowest"]) for value in config.window),
+    }.get(config.scaling)
+    return low_high and {**known, "low": low_high[0], "high": low_high[1]}
 
 
 def _checksum(files: dict[str, list]) -> int:
@@ -235,18 +303,25 @@ def _write_cache(cache: Path, files: dict[str, list]) -> None:
 
 
 def _inspect_voxels(
-    cases: list[Case], config: DataConfig, cache: Path | None
+    cases: list[Case], config: DataConfig, cache: Path | None, with_facts: bool
 ) -> dict[tuple[Path, str], dict]:
-    """`_measure` of all files, from the cache where neither the file nor the rule has changed."""
+    """`_measure` of all files, from the cache where neither the file nor the rule has changed. with_facts: an
+    entry of an older version, which lacks them, is measured again."""
     cached, found, new = _read_cache(cache), {}, {}
+    first = DataConfig()  # the rule by which a plan looks at the files
     for path, role in _jobs(cases):
-        rule = (config.scaling, config.percentiles, config.window, read_options(role, config))
-        rule += ("shown",) if config.unbounded else ()  # what older versions found lacks it
-        key = f"{path.resolve()} {'mask' if role == 'mask' else rule}"
+        options, is_mask = read_options(role, config), role == "mask"
+        rules = [(c.scaling, c.percentiles, c.window, options) for c in (config, first)]
+        rules[0] += ("shown",) if config.unbounded else ()  # what older versions found lacks it
+        key, known = (f"{path.resolve()} {'mask' if is_mask else rule}" for rule in rules)
         now = stamp(path)
-        entry = cached.get(key)
-        if entry and entry[:2] == [*now]:
-            found[path, role] = entry[2]
+        entry, other = (
+            kept[2] if (kept := cached.get(name)) and kept[:2] == [*now] else None for name in (key, known)
+        )
+        if entry is None and not is_mask and other and "facts" in other:
+            entry = _by_facts(other, config)
+        if entry is not None and (not with_facts or "labelled" in entry or "facts" in entry):
+            found[path, role] = entry
         else:
             new[path, role] = (key, *now)
     problems: list[str] = []
@@ -280,6 +355,11 @@ def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) ->
     return tuple(allowed.index(value) for value in values if value in allowed)
 
 
+def _facts_of(image: dict[str, Any]) -> ImageFacts | None:
+    facts = {k: tuple(v) if isinstance(v, list) else v for k, v in image.get("facts", {}).items()}
+    return ImageFacts(**facts) if facts else None
+
+
 def _grid_of(header: Header, config: DataConfig) -> dict[str, Any]:
     """Shape, spacing and affine of a CaseInfo, from the header of its image."""
     shape, spacing, affine = training_grid(header, config)
@@ -290,15 +370,17 @@ def _grid_of(header: Header, config: DataConfig) -> dict[str, Any]:
     }
 
 
-def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = None) -> dict[str, CaseInfo]:
+def inspect_cases(
+    cases: list[Case], config: DataConfig, cache: Path | None = None, with_facts: bool = False
+) -> dict[str, CaseInfo]:
     """Case id -> CaseInfo, after a look into every file; one InputError for everything that is wrong.
 
     `cache`: JSON file of what was found in voxels, see above. Rank 0 goes first, so that the other ranks find
-    the cache filled.
+    the cache filled. with_facts: the facts that a plan is made from must be among what was found.
     """
     with main_first():
         headers = _inspect_headers(cases, config)
-        found = _inspect_voxels(cases, config, cache)
+        found = _inspect_voxels(cases, config, cache, with_facts)
     infos, problems = {}, []
     nothing = {"low": (), "high": (), "content": ""}
     for case in cases:
@@ -321,6 +403,8 @@ def inspect_cases(cases: list[Case], config: DataConfig, cache: Path | None = No
             content=image["content"],
             source_content=source_content,
             mask_content=found[case.mask, "mask"]["content"] if case.mask else "",
+            facts=_facts_of(image),
+            labelled=found[case.mask, "mask"].get("labelled") if case.mask else None,
         )
     blank = [
         job[0] for job, numbers in found.items() if job[1] != "mask" and numbers["low"] == numbers["high"]

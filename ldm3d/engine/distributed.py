@@ -306,7 +306,7 @@ def explain(e: Exception) -> tuple[str, int]:
     if what := out_of_memory(e):
         return (
             f"error: {what}; try a lower micro_batch_size, a smaller data.patch (data.size where whole cases "
-            "are read), or checkpointing of the network; --plan GIB prints beforehand what fits"
+            "are read), or checkpointing of the network; --plan prints beforehand what fits"
         ), EXIT_USER
     if isinstance(e, OSError) and e.errno in NO_ROOM:
         return f"error: {e.filename or 'a file could not be written'}: {e.strerror}", EXIT_USER

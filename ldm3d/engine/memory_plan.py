@@ -1,4 +1,4 @@
-"""How much memory a run needs, before a GPU is used: the --plan flag of the scripts.
+"""How much memory a run needs, before a GPU is used, and how long a step takes: --plan of the scripts.
 
 A job, such as one training step, runs once on fake tensors (torch._subclasses.FakeTensorMode). Fake tensors
 have a shape and a type but no data, so this takes about a second on the CPU at any size. Every storage that
@@ -19,6 +19,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import statistics
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import InputError
-from .training import autocast
+from .distributed import choose_device, gather
+from .training import EMA, OptimConfig, RunConfig, Stepper, autocast
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -98,6 +102,19 @@ def peak_bytes(
     return weight_bytes(net), live.peak
 
 
+def free_memory(device: torch.device) -> float:
+    """GiB that tensors could take on this device now, the least over the ranks."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        try:
+            lines = open("/proc/meminfo").read().splitlines()  # noqa: SIM115 (no file on a disk)
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):  # not Linux: half of what is built in
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(gather(free)) / GIB
+
+
 def weight_bytes(net: nn.Module) -> int:
     return sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
 
@@ -111,23 +128,48 @@ Size = tuple[int, ...]
 @dataclass(frozen=True)
 class Job:
     """One row of a plan. need(batch, size): bytes. batch, size (*S): what the run asks for. step: the sides
-    of a size are multiples of this number."""
+    of a size are multiples of this number. make, loss, rounds: of training, see `MemoryTable.training`."""
 
     name: str
     need: Callable[[int, Size], int]
     batch: int
     size: Size
     step: int
+    make: Make | None = None
+    loss: Callable[[Any, int, Size], Tensor] | None = None
+    rounds: int = 1
+
+    def seconds(self, optim: OptimConfig, run: RunConfig, device: torch.device, num: int = 3) -> float:
+        """How long an optimizer step of this training takes on `device`: the median of `num`, after a first
+        one that warms up; the longest over the ranks."""
+        net = self.make().to(device)
+        stepper, ema, taken = Stepper(net, optim, run, 1, device), EMA(net, run.ema_decay), []
+        for step in range(1 + num):
+            start = time.perf_counter()
+            for _ in range(self.rounds):
+                with torch.device(device), autocast(run.amp, device):
+                    value = self.loss(net, self.batch, self.size)
+                stepper.backward(value / self.rounds)
+            stepper.step(step)
+            ema.update(net, step)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - start)
+        return max(gather(statistics.median(taken[1:])))
 
 
-class Plan:
-    """The jobs of a run on one device of `budget` GiB: a GPU with bf16, or as `amp` and `device` say."""
+class MemoryTable:
+    """The jobs of a run on one device of `budget` GiB: a GPU with bf16, or as `amp` and `device` say. Without
+    a budget: on this machine's device, with the memory that is free."""
 
-    def __init__(self, budget: float, amp: str = "auto", device: str = "auto"):
+    def __init__(self, budget: float | None, amp: str = "auto", device: str = "auto"):
+        if budget is None:
+            chosen = choose_device(device)
+            budget, device = free_memory(chosen), chosen.type
         if budget * GIB <= CONTEXT:
-            raise InputError(f"plan: expected more than {CONTEXT / GIB:.1f} GiB, got {budget:g}")
+            raise InputError(f"memory: expected more than {CONTEXT / GIB:.1f} GiB, got {budget:g}")
         if budget > 1e6:
-            raise InputError(f"plan: expected the GiB of one device, got {budget:g}")
+            raise InputError(f"memory: expected the GiB of one device, got {budget:g}")
         self.budget, self.gpu = budget, not device.startswith("cpu")
         self.amp = ("bf16" if self.gpu else "fp32") if amp == "auto" else amp
         self.room = USABLE * (budget * GIB - CONTEXT)  # for tensors
@@ -157,7 +199,7 @@ class Plan:
             weights, rest = peak_bytes(make, work, self.gpu)
             return 4 * weights + rest + beside
 
-        return self._add(Job(name, need, batch, size, step))
+        return self._add(Job(name, need, batch, size, step, make, loss, rounds))
 
     def inference(
         self,
@@ -183,6 +225,22 @@ class Plan:
     def _add(self, job: Job) -> Job:
         self.jobs.append(replace(job, need=functools.cache(job.need)))
         return self.jobs[-1]
+
+    def fits(self, job: Job) -> bool:
+        """Does what the run asks for fit?"""
+        return job.need(job.batch, job.size) <= self.room
+
+    @property
+    def training_fits(self) -> bool:
+        return all(self.fits(job) for job in self.jobs if job.loss)
+
+    @property
+    def inference_fits(self) -> bool:
+        return all(self.fits(job) for job in self.jobs if not job.loss)
+
+    def seconds_per_step(self, optim: OptimConfig, run: RunConfig, device: torch.device) -> float:
+        """How long all optimizers' steps take together, measured on this machine."""
+        return sum(job.seconds(optim, run, device) for job in self.jobs if job.loss)
 
     def largest_batch(self, job: Job) -> int:
         """The largest batch of the job's size that fits, to 1 %; 0 if none does."""
@@ -213,7 +271,7 @@ class Plan:
     def print(self) -> None:
         """Print what each job needs, and the largest batch and the largest cube that would fit."""
         device, room = "GPU" if self.gpu else "CPU", self.room / GIB
-        print(f"plan for a {device} of {self.budget:g} GiB, {room:.1f} of them for tensors, in {self.amp}")
+        print(f"plan for a {device} of {self.budget:.4g} GiB, {room:.1f} of them for tensors, in {self.amp}")
         print(f"{'':38}{'needs':>8}   {'largest batch':>14}{'largest cube':>14}")
         for job in self.jobs:
             need = job.need(job.batch, job.size)

@@ -39,7 +39,7 @@ from ..denoiser import Denoiser
 from ..diffusion_kernel import SAMPLERS
 from ..engine.distributed import all_reduce_sum, barrier, gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import progress, save_sheet
-from ..engine.memory_plan import Plan, decode, weight_bytes
+from ..engine.memory_plan import MemoryTable, decode, weight_bytes
 from ..evaluation.results import new_folder, table, write_report
 from ..evaluation.statistics import finite_means
 from ..guidance import active_branches, branch_weights
@@ -66,7 +66,8 @@ class SampleConfig(RequestConfig):
     registers: bool = True  # false: without the registers that the run has learned, to compare
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
-    plan: float | None = None  # GiB of a GPU: only print how much memory sampling needs, and what would fit
+    plan: bool = False  # only print how much memory sampling needs, and what would fit
+    memory: float | None = None  # GiB of the device to plan for; none = what is free
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,12 +263,12 @@ def plan(config: SampleConfig, run: Path) -> None:
     def make_denoiser() -> nn.Module:
         return Denoiser(*model.denoiser.arguments)
 
-    plan = Plan(config.plan, config.amp, config.device)
+    table = MemoryTable(config.memory, config.amp, config.device)
     steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)
     latent = model.latent_shape[1:]
-    plan.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
-    plan.inference("decoding", model.autoencoder.fresh_copy, decode, 1, model.spec.size, steps[1], both)
-    plan.print()
+    table.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
+    table.inference("decoding", model.autoencoder.fresh_copy, decode, 1, model.spec.size, steps[1], both)
+    table.print()
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
@@ -275,8 +276,10 @@ def plan(config: SampleConfig, run: Path) -> None:
 
 def sample_files(config: SampleConfig, run: Path) -> Path | None:
     """Make the samples that the settings describe, and write them; returns the new folder."""
-    if config.plan is not None:
+    if config.plan:
         return plan(config, run)
+    if config.memory is not None:
+        raise InputError("memory: has no effect without --plan")
     pipeline = LatentDiffusionPipeline(run, setup(config.device))
     model = pipeline.model
     if config.with_labels:

@@ -227,7 +227,9 @@ def brats(preset: str) -> Callable[[Setup], Iterator[Row]]:
             start = time.perf_counter()
             setup.script(script, *flags)
             figures = logged(setup.work / "runs" / f"{kind}-{preset}")
-            planned = setup.script(script, *flags, "--plan", "140" if setup.device == "cuda" else "16")
+            planned = setup.script(
+                script, *flags, "--plan", "--memory", "140" if setup.device == "cuda" else "16"
+            )
             numbers = re.search(r"^training.*?\d x [\dx]+ +([\d.]+)", planned, re.MULTILINE)
             figures["planned_gib"] = float(numbers[1]) if numbers else None
             yield {"preset": preset, "stage": kind, "minutes": (time.perf_counter() - start) / 60, **figures}

@@ -13,7 +13,7 @@ import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig
 from ldm3d.config import replace
-from ldm3d.engine.memory_plan import CONTEXT, GIB, USABLE, Plan, decode, encode, peak_bytes
+from ldm3d.engine.memory_plan import CONTEXT, GIB, USABLE, MemoryTable, decode, encode, peak_bytes
 from ldm3d.engine.training import autocast
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_a_training_step_needs_what_the_plan_says(kind, checkpointing, amp, tmp_
             (20, 20, 20),
         )
         cls = UNet
-    plan = Plan(16, amp, "cpu")
+    plan = MemoryTable(16, amp, "cpu")
     predicted = plan.training("training", lambda: cls(config), loss, 2, size).need(2, size)
     net = cls(config)
     weights = 4 * sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
@@ -86,7 +86,7 @@ def test_a_training_step_needs_what_the_plan_says(kind, checkpointing, amp, tmp_
 @pytest.mark.parametrize("call", [encode, decode])
 def test_encoding_and_decoding_need_what_the_plan_says(call, tmp_path):
     size = (48, 48, 48)
-    need = Plan(16, "fp32", "cpu").inference("", lambda: AutoencoderKL(AE), call, 2, size).need
+    need = MemoryTable(16, "fp32", "cpu").inference("", lambda: AutoencoderKL(AE), call, 2, size).need
     net = AutoencoderKL(AE)
 
     def work() -> None:
@@ -101,7 +101,7 @@ def test_checkpointing_and_smaller_batches_need_less_and_a_gpu_in_bf16_less_than
     def need(batch=2, amp="fp32", device="cpu", **more):
         make = lambda: AutoencoderKL(dataclasses.replace(AE, **more))  # noqa: E731
         return (
-            Plan(16, amp, device)
+            MemoryTable(16, amp, device)
             .training("", make, autoencoder_loss, batch, (64, 64, 64))
             .need(batch, (64, 64, 64))
         )
@@ -112,7 +112,10 @@ def test_checkpointing_and_smaller_batches_need_less_and_a_gpu_in_bf16_less_than
 
 
 def test_gradients_of_earlier_micro_batches_are_counted():
-    job = [Plan(16).training("", lambda: UNet(NET), denoiser_loss, 1, (4, 4, 4), rounds=n) for n in (1, 2, 5)]
+    job = [
+        MemoryTable(16).training("", lambda: UNet(NET), denoiser_loss, 1, (4, 4, 4), rounds=n)
+        for n in (1, 2, 5)
+    ]
     once, twice, more = (j.need(1, (4, 4, 4)) for j in job)
     assert once < twice == more
 
@@ -126,7 +129,7 @@ def test_nothing_is_allocated_however_large_the_volume():
 
 @pytest.mark.parametrize(("budget", "size"), [(2, (48, 48, 48)), (0.702, (48, 48, 48))])
 def test_the_largest_batch_and_cube_fit_and_the_next_ones_do_not(budget, size):
-    plan = Plan(budget)
+    plan = MemoryTable(budget)
     room = USABLE * (budget * GIB - CONTEXT)
     job = plan.training("", lambda: AutoencoderKL(AE), autoencoder_loss, 1, size, step=2)
     batch, side = plan.largest_batch(job), plan.largest_cube(job)
@@ -140,13 +143,13 @@ def test_the_largest_batch_and_cube_fit_and_the_next_ones_do_not(budget, size):
 
 
 def test_each_script_prints_its_plan_and_touches_nothing(heads, vae_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Plan, "_largest", lambda *_, **__: 7)  # the search has its own test
-    train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "1"))
-    train_ldm.main(ldm_flags(vae_run, tmp_path / "new", 10, "--plan", "1"))
+    monkeypatch.setattr(MemoryTable, "_largest", lambda *_, **__: 7)  # the search has its own test
+    train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "--memory", "1"))
+    train_ldm.main(ldm_flags(vae_run, tmp_path / "new", 10, "--plan", "--memory", "1"))
     assert not (tmp_path / "new").exists()
     train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 2))
     capsys.readouterr()
-    sample.main([str(tmp_path / "ldm"), "--plan", "1", "--device", "cpu"])
+    sample.main([str(tmp_path / "ldm"), "--plan", "--memory", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "plan for a CPU of 1 GiB" in out
     assert re.search(r"denoising, latents 8 x 4x5 +0\.0\d +\d+ +\d+\^2", out)
@@ -155,26 +158,26 @@ def test_each_script_prints_its_plan_and_touches_nothing(heads, vae_run, tmp_pat
 
 
 def test_plans_hold_the_discriminator_and_know_codebooks(heads, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Plan, "_largest", lambda *_, **__: 7)
+    monkeypatch.setattr(MemoryTable, "_largest", lambda *_, **__: 7)
     discriminator = (
         "--disc_weight 0.1 --feature_weight 1 --r1_weight 1 --disc.channels 4 --disc.num_layers 1".split()
     )
     codes = "--autoencoder vq --quantizer.codebook_size 16".split()
-    train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes, *discriminator, "--plan", "1"))
+    train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes, *discriminator, "--plan", "--memory", "1"))
     assert "its discriminator 4 x 16x20" in capsys.readouterr().out
     train_vae.main(vae_flags(heads, tmp_path / "vae", 2, *codes))
-    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2, "--plan", "1"))
+    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2, "--plan", "--memory", "1"))
     train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2))
-    sample.main([str(tmp_path / "ldm"), "--plan", "1"])
+    sample.main([str(tmp_path / "ldm"), "--plan", "--memory", "1"])
     assert capsys.readouterr().out.count("decoding 1 x 16x20") == 2
 
 
 def test_a_budget_that_cannot_hold_anything_is_refused_and_one_that_is_too_small_says_so(
     heads, tmp_path, capsys
 ):
-    with pytest.raises(InputError, match=r"plan: expected more than 0\.7 GiB, got 0\.5"):
-        train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "0.5"))
-    plan = Plan(0.71)
+    with pytest.raises(InputError, match=r"memory: expected more than 0\.7 GiB, got 0\.5"):
+        train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "--memory", "0.5"))
+    plan = MemoryTable(0.71)
     plan.training("training", lambda: AutoencoderKL(AE), autoencoder_loss, 8, (64, 64, 64))
     plan.print()
     assert "does not fit" in capsys.readouterr().out
@@ -186,7 +189,7 @@ def promises(presets) -> list:
 
 @pytest.mark.parametrize(("name", "budget"), promises(train_vae.PRESETS))
 def test_an_autoencoder_preset_fits_the_gpu_that_it_is_named_after(name, budget, monkeypatch):
-    check(train_vae, replace(train_vae.Config(), {**train_vae.PRESETS[name], "plan": budget}), monkeypatch)
+    check(train_vae, replace(train_vae.Config(), {**train_vae.PRESETS[name], "memory": budget}), monkeypatch)
 
 
 @pytest.mark.parametrize(("name", "budget"), promises(train_ldm.PRESETS))
@@ -204,7 +207,7 @@ def test_a_diffusion_preset_fits_the_gpu_that_it_is_named_after(name, budget, mo
     check(
         train_ldm,
         replace(
-            train_ldm.Config(), {**latent, **train_ldm.PRESETS[name], "plan": budget, "vae": "made above"}
+            train_ldm.Config(), {**latent, **train_ldm.PRESETS[name], "memory": budget, "vae": "made above"}
         ),
         monkeypatch,
     )
@@ -214,11 +217,11 @@ def check(script, config, monkeypatch) -> None:
     """Every job of the script's plan fits; the search for the largest ones is left out."""
     seen = []
 
-    def tell(plan: Plan) -> None:
+    def tell(plan: MemoryTable) -> None:
         seen.extend((job.name, job.need(job.batch, job.size), plan.room) for job in plan.jobs)
 
-    monkeypatch.setattr(Plan, "print", tell)
-    script.plan(config)
+    monkeypatch.setattr(MemoryTable, "print", tell)
+    script.memory_table(config).print()
     assert len(seen) >= 2
     for name, need, room in seen:
         assert need <= room, (name, need / GIB)

@@ -129,10 +129,10 @@ def test_the_plan_counts_generator_discriminator_and_votes_and_makes_no_run(head
 
     monkeypatch.setattr(train_cdal.Plan, "print", needs)
     found: dict[str, int] = {}
-    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "4"])
+    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "--memory", "4"])
     with_discriminator = dict(found)
     plain = ["--cdal.adversarial_weight", 0, "--cdal.attention", "none", "--votes", 5]
-    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3, *plain), "--plan", "4"])
+    train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3, *plain), "--plan", "--memory", "4"])
     assert found["training"] < with_discriminator["training"]
     assert found["validation, votes"] > with_discriminator["validation, votes"] > 0
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,268 @@
+"""What is in a folder, in the few facts from which a plan is made (plan.py).
+
+`take` recognises the files (layouts.py), reads every voxel once (inspection.py, which keeps what it finds),
+and says who the subjects are. Whatever a person has said by flags is not guessed.
+
+Two facts need an explanation. They are computed from thumbnails, 10 voxels along each axis of a volume (32 of
+a slice), each thumbnail with mean 0 and norm 1, so that the product of two of them is their correlation:
+
+    pose          the mean correlation of a case with other cases: high where all lie alike in their frames
+    mirrored[a]   the same with the case flipped along axis a
+
+If mirrored[a] is as high as pose, a flipped case looks like one of the data. Example: brain scans have a pose
+of 0.9 and mirrored[0] of 0.9, but mirrored[1] of 0.6, since a brain has a front and a back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cases import Case, find_cases
+from .inspection import THUMBNAIL, CaseInfo, inspect_cases
+from .layouts import REST, Layout, dimensions, recognise
+from .opening import REPEATS, inspection_cache
+from .settings import DataConfig
+
+SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh)(?![a-z])", re.I)
+READING = {  # settings that say which files there are and how they are read
+    *("name", "image", "mask", "source", "table", "subject", "split", "subset", "allow_missing_mask"),
+    *("check_affine", "dims", "channel", "source_channel", "num_labels", "label_values", "cache_dir"),
+}
+MOST_PAIRS = 200  # cases whose thumbnails are compared with each other
+NEARLY_SAME = 0.999  # correlation of thumbnails of images that are probably of one subject
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The facts of a folder. Shapes and spacings are one for each case, in the order of their ids."""
+
+    name: str  # of the folder
+    settings: dict[str, Any]  # of DataConfig, by dotted key: how the files are found
+    reasons: dict[str, str]  # how that was recognised, by the same keys
+    notes: tuple[str, ...]  # what a person should know and no setting says
+    dims: int
+    channels: int
+    shapes: tuple[tuple[int, ...], ...]  # voxels, as stored
+    spacings: tuple[tuple[float, ...], ...]  # mm
+    modality: str  # as a header or table says it, such as "CT"; "" if none does
+    integers: bool  # are all values of all images integers?
+    lowest: float  # median over cases of the lowest value
+    robust: tuple[float, float]  # lowest percentile 0.5 and highest percentile 99.5 of all cases
+    extremes: tuple[float, float]  # lowest and highest value of all
+    at_lowest: float  # median fraction of voxels with the lowest value
+    num_values: int  # most different values in an image, if all are few integers; else 0
+    labels: tuple[int, ...]  # values in all masks; () without masks
+    labelled: float  # median fraction of a mask that is not 0
+    num_masks: int
+    sides: str  # where left or right is named, such as a label; "" if nowhere
+    subjects: tuple[str, ...]  # of each case
+    pose: float
+    mirrored: tuple[float, ...]  # one for each axis
+
+    @property
+    def num_cases(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def num_subjects(self) -> int:
+        return len(set(self.subjects))
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """Voxels of the largest case along each axis."""
+        return tuple(map(max, zip(*self.shapes, strict=True)))
+
+    @property
+    def median(self) -> tuple[int, ...]:
+        """Voxels of the median case along each axis."""
+        return tuple(math.ceil(statistics.median(axis)) for axis in zip(*self.shapes, strict=True))
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """The median spacing, mm."""
+        return tuple(map(statistics.median, zip(*self.spacings, strict=True)))
+
+
+# --- subjects -----------------------------------------------------------------------------------------------
+
+
+def guess_subjects(names: list[str]) -> str | None:
+    """The expression, one of REPEATS, by which the names of cases make several scans of one subject; None if
+    none does. All names must fit, and there must be several subjects."""
+    for rule in REPEATS:
+        found = [re.search(rule, name) for name in names]
+        if all(found) and 1 < len({match[1] for match in found}) < len(names):
+            return rule
+    return None
+
+
+def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
+    """(data.subject, why) where files or names say that several cases are of one subject."""
+    if (root / "subjects.csv").is_file():
+        return "subjects.csv", "the table of subjects in the folder"
+    listed = any(case.subject != case.id for case in cases)
+    if not listed and (rule := guess_subjects([case.id for case in cases])):
+        found = {re.search(rule, case.id)[1] for case in cases}
+        return rule, f"the names begin alike: {len(found)} subjects, such as {min(found)}"
+    return None
+
+
+# --- thumbnails ---------------------------------------------------------------------------------------------
+
+
+def thumbnails(infos: list[CaseInfo], dims: int) -> np.ndarray:
+    """(cases, *THUMBNAIL) float64, each with mean 0 and norm 1."""
+    side = THUMBNAIL[dims]
+    rows = np.array([np.frombuffer(bytes.fromhex(i.facts.thumbnail), np.uint8) for i in infos], np.float64)
+    rows -= rows.mean(1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-9)
+    return rows.reshape(-1, *(side,) * dims)
+
+
+def pose_and_mirrored(images: np.ndarray) -> tuple[float, tuple[float, ...]]:
+    """The two facts of the docstring above, of thumbnails (cases, *S). 1 case: it is compared with itself."""
+    images = images[:: max(1, len(images) // MOST_PAIRS)]
+    flat = images.reshape(len(images), -1)
+    others = ~np.eye(len(images), dtype=bool) if len(images) > 1 else np.ones((1, 1), dtype=bool)
+
+    def mean_correlation(flipped: np.ndarray) -> float:
+        return float((flipped.reshape(flat.shape) @ flat.T)[others].mean())
+
+    return mean_correlation(images), tuple(
+        mean_correlation(np.flip(images, axis)) for axis in range(1, images.ndim)
+    )
+
+
+def _twins(images: np.ndarray, cases: list[Case]) -> list[tuple[str, str]]:
+    """Pairs of cases of different subjects whose thumbnails are nearly the same."""
+    flat = images.reshape(len(images), -1)[:2000]
+    close = np.argwhere(np.triu(flat @ flat.T > NEARLY_SAME, 1))
+    return [(cases[a].id, cases[b].id) for a, b in close if cases[a].subject != cases[b].subject]
+
+
+# --- all of it ----------------------------------------------------------------------------------------------
+
+
+def _described(root: Path) -> dict[str, Any]:
+    """The contents of a dataset.json, if there is one that can be read."""
+    try:
+        content = json.loads((root / "dataset.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _modality(root: Path, cases: list[Case]) -> str:
+    """What the files say they are: the first modality of a dataset.json, or BIDS's _ct."""
+    stated = _described(root).get("modality") or _described(root).get("channel_names") or {}
+    first = next(iter(stated.values()), "") if isinstance(stated, dict) else stated
+    if all(re.search(r"_ct\.", case.image.name, re.I) for case in cases):
+        first = first or "CT"
+    return str(first)
+
+
+def _sides(root: Path, cases: list[Case]) -> str:
+    """Where left or right is named: then a flipped image would tell a lie."""
+    labels = _described(root).get("labels")
+    for name in [*labels.keys(), *map(str, labels.values())] if isinstance(labels, dict) else []:
+        if SIDES.search(name):
+            return f"label {name!r}"
+    for case in cases:
+        for column, cell in case.columns.items():
+            if column not in ("id", "subject", "split") and SIDES.search(cell):
+                return f"column {column}, {cell!r}"
+    return ""
+
+
+def _recognised(root: Path, given: dict[str, Any]) -> tuple[DataConfig, dict[str, Any], dict[str, str]]:
+    """(settings that read the files, those that were recognised, why), as `given` by flags, else by the
+    layout of the folder."""
+    layout = Layout({}) if given.keys() & {"image", "table"} else recognise(root)
+    settings = {k: v for k, v in layout.settings.items() if k not in given}
+    why = dict(layout.why)
+    shaped = {k: v for k, v in given.items() if k == "file_spacing"}  # its length depends on dims
+    reading = {k: v for k, v in given.items() if k in READING}
+    config = dataclasses.replace(DataConfig(root=str(root), **reading), **settings)
+    if "dims" not in given:
+        cases = find_cases(dataclasses.replace(config, subject=None, allow_missing_mask=True), root)
+        settings["dims"] = dimensions(cases[0].image)
+        why["dims"] = "volumes" if settings["dims"] == 3 else "slices"
+    return dataclasses.replace(config, **shaped, dims=given.get("dims", settings.get("dims"))), settings, why
+
+
+def take(root: Path, flags: dict[str, Any]) -> Fingerprint:
+    """The fingerprint of a folder. flags: what a person has said, by dotted key. InputError for a folder
+    without images, and for every fault in the files."""
+    given = {key.removeprefix("data."): value for key, value in flags.items() if key.startswith("data.")}
+    config, settings, why = _recognised(root, given)
+    cases = find_cases(config, root)
+    if config.subject is None and "subject" not in given and (found := _find_subjects(root, cases)):
+        settings["subject"], why["subject"] = found
+        config = dataclasses.replace(config, subject=settings["subject"])
+        cases = find_cases(config, root)
+    infos = inspect_cases(cases, config, inspection_cache(config, root), with_facts=True)
+    return summarise(root, cases, [infos[case.id] for case in cases], settings, why)
+
+
+def summarise(
+    root: Path, cases: list[Case], infos: list[CaseInfo], settings: dict[str, Any], why: dict[str, str]
+) -> Fingerprint:
+    """The fingerprint of inspected cases. settings, why: how their files were recognised, without "data."."""
+    facts, dims = [info.facts for info in infos], len(infos[0].shape)
+    images = thumbnails(infos, dims)
+    pose, mirrored = pose_and_mirrored(images)
+    twins = _twins(images, cases)
+    notes = [f"also found, and not used: {why.pop(REST)}"] if REST in why else []
+    if twins:
+        notes.append(
+            f"{len(twins)} pairs of cases look nearly the same, such as {twins[0][0]} and {twins[0][1]}; if "
+            "they are of one subject, say so with --data.subject"
+        )
+    few = [f.num_values for f in facts]
+    masks = [(case, info) for case, info in zip(cases, infos, strict=True) if case.mask]
+    return Fingerprint(
+        name=root.resolve().name,
+        settings={f"data.{k}": v for k, v in settings.items()},
+        reasons={f"data.{k}": v for k, v in why.items()},
+        notes=tuple(notes),
+        dims=dims,
+        channels=infos[0].channels,
+        shapes=tuple(info.shape for info in infos),
+        spacings=tuple(info.spacing for info in infos),
+        modality=_modality(root, cases),
+        integers=all(f.integers for f in facts),
+        lowest=statistics.median(min(f.lowest) for f in facts),
+        robust=(min(f.robust[0] for f in facts), max(f.robust[1] for f in facts)),
+        extremes=(min(min(f.lowest) for f in facts), max(max(f.highest) for f in facts)),
+        at_lowest=statistics.median(f.at_lowest for f in facts),
+        num_values=max(few) if all(few) else 0,
+        labels=tuple(sorted({label for _, info in masks for label in info.labels})),
+        labelled=statistics.median(info.labelled or 0.0 for _, info in masks) if masks else 0.0,
+        num_masks=len(masks),
+        sides=_sides(root, cases),
+        subjects=tuple(case.subject for case in cases),
+        pose=pose,
+        mirrored=mirrored,
+    )
+
+
+def describe(f: Fingerprint) -> str:
+    """One line: what was found."""
+    shapes = Counter(f.shapes)
+    sizes = "x".join(map(str, f.shapes[0])) if len(shapes) == 1 else f"up to {'x'.join(map(str, f.largest))}"
+    spacing = " x ".join(f"{mm:.3g}" for mm in f.spacing)
+    masks = f", {f.num_masks} masks of labels {', '.join(map(str, f.labels[:8]))}" if f.num_masks else ""
+    return (
+        f"{f.num_cases} cases of {f.num_subjects} subjects, {sizes} voxels of {spacing} mm, "
+        f"{f.channels} channel{'s' * (f.channels > 1)}{masks}"
+    )

@@ -1,0 +1,265 @@
+"""Which files of a folder are images and which are masks, so that a person need not say it.
+
+Four ways in which people keep their data are recognised, in this order:
+
+    a table            cases.csv, the only CSV with a column `image`, or the dataset.json of the MSD
+    BIDS               sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz
+    a folder a case    p01/t1.nii.gz p01/seg.nii.gz, p02/t1.nii.gz p02/seg.nii.gz
+    a folder a role    images/p01.nii.gz, labels/p01.nii.gz; or one folder of images
+
+Files that stand in the same place of every case have one role. Example: in the third layout t1.nii.gz and
+seg.nii.gz are two kinds of files. A kind whose files hold a few small integers is one of masks. All other
+kinds are images, of which the first by name is taken. Only what this module says it has recognised is used: a
+second contrast is named, and left to the person.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import InputError
+from .cases import read_csv
+from .inspection import few_values
+from .volumes import is_volume_file, read, read_header, strip_suffix, volume_suffix
+
+MASK_NAMES = re.compile(
+    r"mask|label|seg|annot|truth|(^|[_\W])(gt|roi|lesions?|tumou?rs?|nuclei)([_\W]|$)", re.I
+)
+ROLE_FOLDER = re.compile(
+    r"(images?|imgs?|scans?|volumes?|data|raw|masks?|labels?|segs?|segmentations?|annotations?|gt)(Tr|Ts)?",
+    re.I,
+)
+NOT_THE_MASK = re.compile(r"brain|skull|head|body|valid", re.I)  # masks of where there is anything at all
+IMAGE_NAMES = re.compile(r"image|img|scan|volume|_T1w[_.]", re.I)
+MAX_DEPTH, LOOK_AT = 5, 2  # folders below the root; files of a kind that are read to know its role
+MOST_KINDS = 50  # of files that are told apart; in a folder with more there is no order
+SAY_IT = "list the cases in a cases.csv with the columns image and mask, or give --data.image and --data.mask"
+REST = "others"  # under this word a layout names what it leaves out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Settings of DataConfig that name the files of a folder, and in words how each was recognised."""
+
+    settings: dict[str, Any]  # without the prefix "data."
+    why: dict[str, str] = field(default_factory=dict)  # by the same names
+
+
+def volume_files(root: Path) -> list[Path]:
+    """All volumes below the root, relative to it, sorted. Hidden folders and runs of this program are not
+    looked into."""
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        depth = len(Path(folder).relative_to(root).parts)
+        run = "config.json" in names and depth
+        keep = [name for name in folders if not name.startswith(".") and name != "runs"]
+        folders[:] = [] if run or depth == MAX_DEPTH else sorted(keep)
+        found += (
+            [] if run else [Path(folder, name).relative_to(root) for name in names if is_volume_file(name)]
+        )
+    return sorted(found)
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def _table(root: Path) -> Layout | None:
+    """cases.csv, an MSD dataset.json, or the one CSV in the root that has a column `image`."""
+    if (root / "cases.csv").is_file():
+        return Layout({"table": "cases.csv"}, {"table": "the table of the cases in the folder"})
+    if (root / "dataset.json").is_file():
+        text = (root / "dataset.json").read_text(errors="replace")
+        if re.search(r'"training"\s*:\s*\[', text):  # nnU-Net's file of the same name has no such list
+            return Layout(
+                {"table": "dataset.json"}, {"table": "as the Medical Segmentation Decathlon has it"}
+            )
+    tables = []
+    for path in sorted(root.glob("*.csv")):
+        try:
+            read_csv(path, ["image"])
+        except InputError:
+            continue
+        tables.append(path.name)
+    if len(tables) > 1:
+        raise InputError(f"{root}: {' and '.join(tables[:2])} both list images; name one with --data.table")
+    return Layout({"table": tables[0]}, {"table": "the CSV with a column image"}) if tables else None
+
+
+# --- kinds of files -----------------------------------------------------------------------------------------
+
+Kinds = dict[str, dict[str, Path]]  # pattern of the files of a kind -> {case: its file, relative to the root}
+
+
+def _bids(files: list[Path]) -> Kinds:
+    """The kinds of a BIDS folder: files in the same subfolder (anat, dwi, ...) with the same last word."""
+    kinds: Kinds = defaultdict(dict)
+    for path in files:
+        parts, stem = path.parts, strip_suffix(path)
+        if not (stem.startswith("sub-") and "_" in stem and re.match("sub-", parts[0])):
+            continue
+        case, _, word = stem.rpartition("_")
+        middle = "ses-*/" if len(parts) > 2 and parts[1].startswith("ses-") else ""
+        inner = "".join(f"{part}/" for part in parts[1 + bool(middle) : -1])
+        kinds[f"sub-*/{middle}{inner}{{id}}_{word}{volume_suffix(path)}"][case] = path
+    return kinds
+
+
+def _case_folders(files: list[Path]) -> Kinds:
+    """The kinds where every folder is a case: the same name, or the same name after that of the folder."""
+    kinds: Kinds = defaultdict(dict)
+    several = Counter(path.parent for path in files)
+    for path in files:
+        if not path.parent.parts:
+            continue
+        name, folder = path.name, path.parent.name
+        if several[path.parent] == 1:
+            name = f"*{volume_suffix(path)}"
+        elif name.startswith(folder) and name != folder + volume_suffix(path):
+            name = f"*{name[len(folder) :]}"
+        depth = len(path.parent.parts)
+        pattern = "*/" if depth == 1 else "{id}/" * depth
+        kinds[pattern + name][str(path.parent)] = path
+    return kinds
+
+
+def _role_folders(files: list[Path]) -> Kinds:
+    """The kinds where every folder is a role: the files in it, with the ending of the names that all share.
+
+    nnU-Net numbers channels at the end of names: images/a_0000.nii.gz belongs to labels/a.nii.gz.
+    """
+    kinds: Kinds = defaultdict(dict)
+    for path in files:
+        stem = strip_suffix(path)
+        number = re.search(r"_000\d$", stem) if path.parent.name in ("imagesTr", "imagesTs") else None
+        end = number[0] if number else ""
+        folder = "" if path.parent == Path() else f"{path.parent.as_posix()}/"
+        kinds[f"{folder}*{end}{volume_suffix(path)}"][stem.removesuffix(end)] = path
+    return kinds
+
+
+def _same_ids(one: Iterable[str], other: Iterable[str]) -> bool:
+    """Do two kinds of files speak of the same cases, most of them?"""
+    a, b = set(one), set(other)
+    return len(a & b) > 0.5 * min(len(a), len(b))
+
+
+def _candidates(root: Path, files: list[Path]) -> tuple[Kinds, str]:
+    """(the kinds of files, the name of the layout).
+
+    Cases are many, and often numbered: p01 p02 p03. So a folder is a case where the names of folders differ
+    in numbers only and those of files do not, or else where there are more folders than kinds of files; but
+    not where folders are called images, labels and the like.
+    """
+    bids = _bids(files)
+    if bids and sum(map(len, bids.values())) >= 0.5 * len(files):
+        return bids, "BIDS"
+    folders = {path.parent for path in files}
+    nested = _case_folders(files)
+    numbered = [
+        len({re.sub(r"\d+", "#", name) for name in names}) == 1
+        for names in ((folder.as_posix() for folder in folders), (strip_suffix(path) for path in files))
+    ]
+    many = numbered[0] > numbered[1] or (numbered[0] == numbered[1] and len(folders) >= len(nested))
+    if many and len(folders) > 1 and not any(ROLE_FOLDER.fullmatch(f.name) for f in folders):
+        return nested, "a folder a case"
+    return _role_folders(files), "a folder a role" if len(folders) > 1 else "one folder"
+
+
+def _num_labels(root: Path, paths: Iterable[Path]) -> int:
+    """The number of values in the first files of a kind, if these can be masks; else 0."""
+    most = 0
+    for path in list(paths)[:LOOK_AT]:
+        volume = read(root / path)
+        num = few_values(volume.array) if volume.channels == 1 else 0
+        if not num:
+            return 0
+        most = max(most, num)
+    return most
+
+
+def _kinds_of_images_and_masks(root: Path, kinds: Kinds) -> tuple[list[str], list[tuple[int, str]]]:
+    """(patterns of images, (number of labels, pattern) of masks), the best of each first."""
+    labels = {pattern: _num_labels(root, files.values()) for pattern, files in kinds.items()}
+    images = [pattern for pattern in kinds if not labels[pattern]]
+    if not images:  # shapes are images that look like masks
+        named = [pattern for pattern in kinds if not MASK_NAMES.search(pattern)]
+        images = named or list(kinds)
+        labels = {pattern: num for pattern, num in labels.items() if pattern not in images}
+    masks = [(num, pattern) for pattern, num in labels.items() if num]
+    images.sort(key=lambda p: (-len(kinds[p]), not IMAGE_NAMES.search(p), p))
+    masks.sort(key=lambda m: (bool(NOT_THE_MASK.search(m[1])), not MASK_NAMES.search(m[1]), -m[0], m[1]))
+    return images, masks
+
+
+def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | None:
+    """The pattern of all images where folders are classes, such as healthy/ and ill/: no name is in two of
+    them, and all lie equally deep. None where folders are something else."""
+    names = [name for pattern in images for name in kinds[pattern]]
+    ends = {(pattern.count("/"), volume_suffix(pattern)) for pattern in images}
+    if masks or len(images) < 2 or len(ends) > 1 or len(set(names)) < len(names):
+        return None
+    depth, suffix = ends.pop()
+    return "{id}/" * depth + "{id}" + suffix
+
+
+def _matching(kinds: Kinds, image: str) -> list[Path]:
+    """The files of the pattern of the images: of one kind, or of all."""
+    return [
+        path for files in ([kinds[image]] if image in kinds else kinds.values()) for path in files.values()
+    ]
+
+
+def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
+    """The layout of a folder without a table. name: of the layout."""
+    images, masks = _kinds_of_images_and_masks(root, kinds)
+    if name == "a folder a role" and (classes := _folders_of_classes(kinds, images, masks)):
+        num = sum(map(len, kinds.values()))
+        say = f"{num} files in {len(images)} folders, no name of which is in two of them"
+        return Layout({"image": classes}, {"image": say})
+    image = images[0]
+    num = len(kinds[image])
+    settings, why = {"image": image}, {"image": f"{name}: {num} such files"}
+    fits = [(k, p) for k, p in masks if _same_ids(kinds[image], kinds[p])]
+    if fits:
+        num_labels, settings["mask"] = fits[0]
+        why["mask"] = f"beside the images, {num_labels} small integers in the first of them"
+        if len(missing := kinds[image].keys() - kinds[settings["mask"]].keys()):
+            settings["allow_missing_mask"] = True
+            why["allow_missing_mask"] = f"{len(missing)} of {num} images have no mask"
+    used = {settings["image"], settings.get("mask")}
+    if others := sorted(pattern for pattern in kinds if pattern not in used):
+        why[REST] = ", ".join(f"{pattern} ({len(kinds[pattern])})" for pattern in others[:4])
+        why[REST] += f" and {len(others) - 4} more" if len(others) > 4 else ""
+    if name == "BIDS":
+        settings["subject"], why["subject"] = r"^(sub-[^_]+)", "BIDS: the subject stands first in every name"
+    return Layout(settings, why)
+
+
+def recognise(root: Path) -> Layout:
+    """The layout of the files in a folder. InputError if there are none, or if they cannot be told apart."""
+    if table := _table(root):
+        return table
+    files = volume_files(root)
+    if not files:
+        raise InputError(f"{root}: holds no images (.nii .nii.gz .tif .npy .png ...) and no table of cases")
+    kinds, name = _candidates(root, files)
+    if len(kinds) > MOST_KINDS:
+        raise InputError(f"{root}: {len(kinds)} kinds of files, and which are images? {SAY_IT}")
+    layout = _of_kinds(root, kinds, name)
+    images = [strip_suffix(path) for path in _matching(kinds, layout.settings["image"])]
+    masks = [image for image in images if MASK_NAMES.search(image)]
+    if 0 < len(masks) < len(images):
+        raise InputError(f"{root}: images and masks, such as {masks[0]}, lie in one folder; {SAY_IT}")
+    return layout
+
+
+def dimensions(path: Path) -> int:
+    """2 or 3: the spatial axes of an image; a volume of a single slice has 2."""
+    shape = read_header(path).shape
+    return 2 if len(shape) == 2 or min(shape) == 1 else 3

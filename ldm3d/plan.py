@@ -1,0 +1,484 @@
+"""The plan: from a folder of images to the settings of a run, by rules that a person can read.
+
+    python train_vae.py FOLDER
+
+takes the fingerprint of the folder (data/fingerprint.py) and asks the rules below, from top to bottom. Each
+rule decides one setting or a few and says why. The idea is nnU-Net's (Isensee et al. 2021, Nature Methods
+18:203): what depends on the data is computed from the data, what depends on the machine from its memory, and
+the rest is fixed by experience. Here experience is that of the presets, which people made by hand.
+
+A setting that a person gives by a flag is not planned, and the rules after it work with the value given.
+Example: with --data.patch 64,64,64 the batch is chosen for such patches.
+
+The number of steps follows from the time that a person has (--hours) and from how long a step takes, which
+is measured. It also follows from the number of cases: diffusion models begin to memorise after a number of
+steps in proportion to it (Bonnaire et al. 2025, arXiv 2505.17638).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import statistics
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .config import InputError, show, stored_settings
+from .data import Data
+from .data.fingerprint import Fingerprint
+from .engine.checkpoint import write_text
+from .engine.distributed import gather, is_main, world_size
+from .engine.memory_plan import MemoryTable
+
+PLAN_FILE = "plan.json"
+WIDTH = 110  # columns of the printed table
+VAE_PASSES = (2000, 5000)  # most passes over the training cases, least steps; see `plan_length`
+HOURS = {False: 1.0, True: 12.0}  # of training where --hours does not say it, by GPU
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of a plan: a setting by its dotted key, its value, and the reason in a few words."""
+
+    key: str
+    value: Any
+    why: str
+
+
+class Plan:
+    """The choices so far. given: the person's own settings, by dotted key, which no rule overrides."""
+
+    def __init__(self, given: dict[str, Any]):
+        self.given, self.choices, self.notes = given, [], []
+
+    def set(self, key: str, value: Any, why: str) -> Any:
+        """Add a choice, and return the value in force: the given one, where there is one."""
+        if key in self.given:
+            value, why = self.given[key], "given"
+        self.choices = [choice for choice in self.choices if choice.key != key]
+        self.choices.append(Choice(key, value, why))
+        return value
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The planned settings by dotted key, without the given ones."""
+        return {choice.key: choice.value for choice in self.choices if choice.key not in self.given}
+
+    def table(self) -> str:
+        """Setting, value and reason, a choice a line, or more where the reason is long."""
+        columns = [(c.key, show(c.value) or "none", c.why) for c in self.choices]
+        left, middle = (max((len(row[i]) for row in columns), default=0) for i in (0, 1))
+        middle = min(middle, 34)
+        lines = []
+        for key, value, why in columns:
+            start = f"{key:{left}}  {value:{middle}}  "
+            indent = " " * (left + middle + 4)
+            lines += textwrap.wrap(why, WIDTH, initial_indent=start, subsequent_indent=indent) or [start]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """plan.json in a run folder: a list of {key, value, why}."""
+        rows = [{"key": c.key, "value": c.value, "why": c.why} for c in self.choices]
+        write_text(folder / PLAN_FILE, json.dumps(rows, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan may use: a GPU or only CPUs, hours of training, and whether a run fits into the memory.
+
+    training_fits, validation_fits: would a run with these settings, by dotted key, fit?
+    """
+
+    gpu: bool
+    hours: float
+    training_fits: Callable[[dict[str, Any]], bool]
+    validation_fits: Callable[[dict[str, Any]], bool]
+
+
+# --- data: what the files are -------------------------------------------------------------------------------
+
+RESAMPLE_FROM = 1.5  # ratio of the largest to the smallest spacing along an axis
+HU = (-1024.0, 3071.0)  # the range of 12-bit CT
+SYMMETRIC = 0.97  # a flipped case looks like this fraction as much like other cases as an unflipped one
+NO_POSE = 0.1  # correlation of cases below which no way up is usual
+
+
+def plan_files(plan: Plan, f: Fingerprint) -> None:
+    """Which files are what: as the fingerprint recognised it."""
+    for key, value in f.settings.items():
+        plan.set(key, value, f.reasons.get(key, "the folder"))
+    n = len(f.labels)
+    if f.labels and f.labels != tuple(range(n)):
+        plan.set("data.label_values", f.labels, f"the masks hold these values: labels 0 to {n - 1}")
+    plan.notes += f.notes
+
+
+def plan_split(plan: Plan, f: Fingerprint) -> None:
+    """A tenth of the subjects validates, a fifth of few. One subject validates on its own middle slices."""
+    n = f.num_subjects
+    if n == 1 and f.num_cases >= 10:
+        plan.set("data.val_fraction", 0.15, "one subject: its middle cases validate")
+        plan.set("data.val_gap", 2, "neighbours of these cases look alike and are left out")
+    elif n == 1 and f.num_cases == 1:
+        plan.set("data.val_fraction", 0.0, "a single case: nothing is left to validate on")
+    elif n == 1:
+        plan.set("data.subject", None, "one subject, but few cases: each counts as a subject")
+        plan.set("data.val_fraction", 0.2, "few cases: a fifth of them validates")
+    else:
+        fraction = 0.2 if n < 20 else 0.1 if n <= 500 else round(50 / n, 4)
+        num = max(1, round(fraction * n))
+        plan.set("data.val_fraction", fraction, f"{num} of {n} subjects validate, {n - num} train")
+
+
+def plan_spacing(plan: Plan, f: Fingerprint) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """(voxels of the largest case, spacing) on the training grid. Voxels stay as they are unless spacings
+    differ much: then the median spacing is everyone's."""
+    ratios = [max(axis) / min(axis) for axis in zip(*f.spacings, strict=True)]
+    wanted, why = None, f"spacings differ by a factor of {max(ratios):.3g}: voxels stay as they are"
+    if max(ratios) > RESAMPLE_FROM:
+        wanted = tuple(round(mm, 4) for mm in f.spacing)
+        why = f"spacings differ by a factor of {max(ratios):.3g}: resampled to the median"
+    spacing = plan.set("data.spacing", wanted, why)
+    if spacing is None:
+        return f.largest, f.spacing
+    grids = (
+        tuple(math.ceil(n * old / new) for n, old, new in zip(shape, mm, spacing, strict=True))
+        for shape, mm in zip(f.shapes, f.spacings, strict=True)
+    )
+    return tuple(map(max, zip(*grids, strict=True))), tuple(spacing)
+
+
+def is_ct(f: Fingerprint) -> bool:
+    """Hounsfield units: said by the files, or integers whose lowest value is that of air or soft tissue."""
+    in_range = f.extremes[0] >= -3100 and f.extremes[1] <= 33000
+    return f.modality.upper().startswith("CT") or (f.integers and f.lowest <= -100 and in_range)
+
+
+def plan_scaling(plan: Plan, f: Fingerprint) -> None:
+    """Two numbers become -1 and 1. CT: the same for every case, so that a Hounsfield unit stays one."""
+    if f.num_values:
+        plan.set("data.scaling", "minmax", f"shapes: at most {f.num_values} values, integers")
+    elif is_ct(f):
+        plan.set("data.scaling", "window", "CT: Hounsfield units mean the same in every case")
+        low = max(HU[0], math.floor(f.robust[0] / 10) * 10.0)
+        high = min(HU[1], math.ceil(f.robust[1] / 10) * 10.0)
+        plan.set("data.window", (low, high), "HU that hold 99 % of the voxels of every case")
+    elif f.integers and f.extremes[0] >= 0 and f.extremes[1] <= 255:
+        plan.set("data.scaling", "minmax", "8-bit images")
+    else:
+        plan.set("data.scaling", "percentile", "intensities without a unit, such as MR: each case by its own")
+
+
+def plan_flips(plan: Plan, f: Fingerprint) -> tuple[int, ...]:
+    """Flips only where a flipped case looks like the data: (the flipped axes). Left-right in volumes."""
+    key = "data.augment.flip_axes"
+    if f.sides:
+        return plan.set(key, (), f"left and right have names: {f.sides}")
+    if f.dims == 2 and abs(f.pose) < NO_POSE:
+        axes = plan.set(key, (0, 1), "images have no usual way up")
+        if len(set(f.shapes)) == 1 and len(set(f.shapes[0])) == 1:
+            plan.set("data.augment.rot90_axes", (0, 1), "nor a usual side")
+        return axes
+    candidates = (0,) if f.dims == 3 else (0, 1)
+    alike = {axis: f.mirrored[axis] / max(f.pose, 1e-9) for axis in candidates}
+    axes = tuple(axis for axis in candidates if f.num_cases > 1 and alike[axis] >= SYMMETRIC)
+    ratios = ", ".join(f"{min(1.0, max(0.0, alike[axis])):.0%}" for axis in candidates)
+    say = " (rows, columns)" if f.dims == 2 else ""
+    return plan.set(key, axes, f"flipped cases resemble the others {ratios}{say} as much as they do")
+
+
+def plan_reading(plan: Plan, f: Fingerprint, gpu: bool, num_cores: int) -> None:
+    """Volumes stay decoded in memory, or on the disk where that is too much."""
+    gib = 4 * f.channels * sum(map(math.prod, f.shapes)) / 2**30
+    if gib > 8:
+        plan.set("data.cache", "disk", f"{gib:.0f} GiB decoded: memory-mapped files")
+    if gpu:
+        plan.set("run.workers", min(4, num_cores), "processes that read while the GPU computes")
+
+
+# --- networks: what shape the grid asks for -----------------------------------------------------------------
+
+STEP_VOXELS = {2: 128**2, 3: 40**3}  # of a training patch on CPUs: one step takes about half a second
+GPU_PATCH = {2: 512**2, 3: 112 * 128 * 80}
+LATENT_POSITIONS = {False: 4096, True: 65536}  # by GPU: latents with more are halved once more
+
+
+def halvings(size: tuple[int, ...], spacing: tuple[float, ...], num: int) -> tuple[tuple[int, ...], ...]:
+    """Factor 1 or 2 of each axis, for `num` down-samplings or fewer. An axis is halved while it has 8 voxels
+    or more, and while they are shorter than twice the shortest of such axes: thick slices are halved less.
+
+    Example: 0.7 x 0.7 x 2.5 mm, three times: (2, 2, 1), (2, 2, 2), (2, 2, 2).
+    """
+    found = []
+    for _ in range(num):
+        finest = min((mm for mm, n in zip(spacing, size, strict=True) if n >= 8), default=0.0)
+        factors = tuple(
+            2 if mm < 2 * finest - 1e-6 and n >= 8 else 1 for n, mm in zip(size, spacing, strict=True)
+        )
+        if max(factors) == 1:
+            break
+        size = tuple(math.ceil(n / k) for n, k in zip(size, factors, strict=True))
+        spacing = tuple(mm * k for mm, k in zip(spacing, factors, strict=True))
+        found.append(factors)
+    return tuple(found)
+
+
+def total(factors: tuple[tuple[int, ...], ...], dims: int) -> tuple[int, ...]:
+    """The factors of several down-samplings, multiplied for each axis."""
+    return tuple(math.prod(factor[axis] for factor in factors) for axis in range(dims))
+
+
+def rounded_up(size: tuple[int, ...], multiple: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-n // m) * m for n, m in zip(size, multiple, strict=True))
+
+
+def shrink(size: tuple[int, ...], spacing: tuple[float, ...], multiple: tuple[int, ...], most: int) -> tuple:
+    """The largest patch of at most `most` voxels within `size`, in multiples: the axis that is longest in mm,
+    and has more than one multiple left, is shortened again and again."""
+    size = list(size)
+    while math.prod(size) > most:
+        axes = [a for a in range(len(size)) if size[a] > multiple[a]]
+        if not axes:
+            break
+        longest = max(axes, key=lambda a: size[a] * spacing[a])
+        size[longest] -= multiple[longest]
+    return tuple(size)
+
+
+def by(numbers: tuple[int, ...]) -> str:
+    return "x".join(map(str, numbers))
+
+
+def plan_autoencoder(
+    plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], gpu: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Levels, widths and the latent of the autoencoder: (its down-samplings). Two halvings, three where the
+    latent would still be large for the denoiser."""
+    plan.set("vae.dims", f.dims, f"the images are {f.dims}-D")
+    plan.set("vae.in_channels", f.channels, f"the images have {f.channels} channels")
+    factors = halvings(size, spacing, 2)
+    latent = math.prod(rounded_up(size, total(factors, f.dims))) / math.prod(total(factors, f.dims))
+    if latent > LATENT_POSITIONS[gpu]:
+        factors = halvings(size, spacing, 3)
+    factors = factors or ((1,) * f.dims,)
+    by_axis = total(factors, f.dims)
+    latent_size = tuple(-(-n // k) for n, k in zip(size, by_axis, strict=True))
+    why = f"latents of {by(latent_size)}: an axis is halved while its voxels are not twice as long as others"
+    if gpu:
+        plan.set("vae.strides", factors, why)
+        widths = {1: (64, 128), 2: (64, 128, 256), 3: (64, 128, 256, 256)}[len(factors)]
+        plan.set("vae.channels", widths, "a GPU: as MONAI's tutorial of latent diffusion")
+    else:
+        plan.set("vae.stem", factors[0], "CPUs: the first halving is a rearrangement, which costs nothing")
+        plan.set("vae.strides", factors[1:], why)
+        wide = 128 if f.dims == 3 else 64
+        widths = {1: (32,), 2: (32, wide), 3: (32, 64, 128)}[len(factors)]
+        plan.set("vae.channels", widths, "CPUs: narrow where the grid is fine")
+        plan.set("vae.num_res_blocks", (1,), "CPUs")
+        plan.set("vae.num_groups", 8, "narrow levels")
+    few = f.dims == 2 and len(factors) < 3
+    why = "shapes" if f.num_values else f"{f.dims}-D, {math.prod(by_axis)} voxels to a position"
+    plan.set("vae.latent_channels", 4 if few or f.num_values else 8, why)
+    return factors
+
+
+def plan_size(plan: Plan, size: tuple[int, ...], multiple: tuple[int, ...]) -> tuple[int, ...]:
+    """Whole cases: the largest, padded to what the networks can halve. No case is cut."""
+    padded = rounded_up(size, multiple)
+    why = f"the largest case has {by(size)}; padded to multiples of {by(multiple)}, nothing is cut"
+    return tuple(plan.set("data.size", padded, why) or padded)
+
+
+def plan_patch(
+    plan: Plan,
+    whole: tuple[int, ...],
+    median: tuple[int, ...],
+    spacing: tuple[float, ...],
+    multiple: tuple[int, ...],
+    machine: Machine,
+) -> None:
+    """Patch and batch: as large as the memory allows, on CPUs as a short step allows. A patch that is larger
+    than most cases would be padding."""
+    dims = len(whole)
+    most = (GPU_PATCH if machine.gpu else STEP_VOXELS)[dims]
+    patch = whole
+    if math.prod(whole) > 1.25 * most:
+        typical = tuple(map(min, whole, rounded_up(median, multiple)))
+        patch = shrink(typical, spacing, multiple, most)
+    limit = "a step on a GPU" if machine.gpu else "a short step on CPUs"
+    why = "whole cases" if patch == whole else f"{limit}: at most {most} voxels"
+    start = {2: 4, 3: 2} if not machine.gpu else {2: 16, 3: 4}
+    batch, least = start[dims], {2: 1, 3: 1}[dims]
+    plan.set("data.patch", None if patch == whole else patch, why)
+    plan.set("batch_size", batch, f"{dims}-D")
+    while not machine.training_fits(plan.values):
+        if batch > least:
+            batch //= 2
+            plan.set("batch_size", batch, "as many as fit into the memory")
+        elif math.prod(patch) > math.prod(multiple):
+            patch = shrink(patch, spacing, multiple, math.prod(patch) * 3 // 4)
+            plan.set("data.patch", patch, "as large as fits into the memory")
+        else:
+            plan.notes.append("the memory is too small even for the smallest patch")
+            break
+
+
+def plan_validation(
+    plan: Plan,
+    whole: tuple[int, ...],
+    spacing: tuple[float, ...],
+    multiple: tuple[int, ...],
+    machine: Machine,
+) -> None:
+    """Whole cases are validated. Where they do not fit into the memory, their middle is, and that is said."""
+    size = whole
+    while not machine.validation_fits(plan.values) and "data.size" not in plan.given:
+        smaller = shrink(size, spacing, multiple, math.prod(size) * 3 // 4)
+        if smaller == size:
+            break
+        size = smaller
+        plan.set("data.size", size, f"whole cases of {by(whole)} do not fit: their middle is seen")
+
+
+def plan_vae(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores: int = 1) -> Plan:
+    """The plan of an autoencoder, without its length."""
+    plan = Plan(given)
+    plan_files(plan, f)
+    plan_split(plan, f)
+    size, spacing = plan_spacing(plan, f)
+    plan_scaling(plan, f)
+    plan_flips(plan, f)
+    plan_reading(plan, f, machine.gpu, num_cores)
+    factors = plan_autoencoder(plan, f, size, spacing, machine.gpu)
+    multiple = total(factors, f.dims)
+    # The denoiser halves latents once more, but not an axis that has become short
+    coarse = tuple(m * (2 if n >= 8 * m else 1) for n, m in zip(size, multiple, strict=True))
+    whole = plan_size(plan, size, coarse)
+    median = tuple(round(n * new / old) for n, old, new in zip(f.median, f.largest, size, strict=True))
+    plan_patch(plan, whole, median, spacing, multiple, machine)
+    plan_validation(plan, whole, spacing, coarse, machine)
+    plan_optimizer(plan, machine.gpu)
+    return plan
+
+
+# --- length -------------------------------------------------------------------------------------------------
+
+
+def plan_optimizer(plan: Plan, gpu: bool) -> None:
+    """The learning rate: high for the small networks of CPUs, which have few steps."""
+    plan.set("optim.lr", 1e-4 if gpu else 2e-3, "a GPU: wide networks" if gpu else "CPUs: small networks")
+    plan.set("optim.schedule", "cosine", "the learning rate ends at 0")
+    if not gpu:
+        plan.set("optim.adam_betas", (0.9, 0.99), "few steps")
+
+
+def round_steps(steps: float) -> int:
+    """Two digits, at least 10: 4731 -> 4700."""
+    digits = 10 ** max(0, int(math.log10(max(1, steps))) - 1)
+    return max(10, int(steps // digits * digits))
+
+
+def plan_length(
+    plan: Plan,
+    hours: float,
+    seconds: float,
+    passes: tuple[int, int],
+    num_train: int,
+    ema: float,
+    patience: int = 0,
+) -> None:
+    """Steps, and all that counts in steps. seconds: of a step. passes: (most over the training cases, least
+    number of steps whatever their number is). ema: the averaged weights reach back over this part of the run.
+    """
+    batch = plan.given.get("batch_size") or next(c.value for c in plan.choices if c.key == "batch_size")
+    by_time = 3600 * hours / seconds * 0.85  # the rest is for validation, checkpoints and the start
+    by_cases = max(passes[0] * num_train / batch, passes[1])
+    steps = round_steps(min(by_time, by_cases))
+    why = f"{hours:g} h at {seconds:.3g} s a step"
+    if by_cases < by_time:
+        why = f"{num_train} training cases ask for no more; {by_time:.0f} would fit into {hours:g} h"
+    steps = plan.set("run.steps", steps, why)
+    plan.set("optim.warmup_steps", min(1000, max(1, steps // 50)), "a fiftieth of the steps, at most 1000")
+    plan.set("run.eval_every", max(1, steps // 8), "eight validations")
+    plan.set("run.save_every", max(1, steps // 8), "a checkpoint before each")
+    plan.set("run.log_every", max(1, min(100, steps // 60)), "sixty lines of the log, or more")
+    decay = min(0.9999, max(0.5, round(1 - 1 / (ema * steps), 5)))
+    plan.set("run.ema_decay", decay, f"averages over {ema:.0%} of the steps")
+    if patience:
+        plan.set("run.patience", patience, f"ends after {patience} validations without a new best")
+
+
+# --- at the start of a script -------------------------------------------------------------------------------
+
+
+def machine(gpu: bool, flags: dict[str, Any], table: Callable[[dict[str, Any]], MemoryTable]) -> Machine:
+    """The machine of a run whose memory table is `table(settings)`. flags: `hours` is read from them."""
+    hours = flags.get("hours") or HOURS[gpu]
+    return Machine(gpu, hours, lambda v: table(v).training_fits, lambda v: table(v).inference_fits)
+
+
+def seconds_to_read(data: Data, num: int = 3) -> float:
+    """How long a training sample takes once its file is decoded: the median of `num`, the longest over the
+    ranks."""
+    first = replace(data, split={**data.split, "train": data.split["train"][:1]})
+    with contextlib.redirect_stdout(io.StringIO()):  # training says of its data what there is to say
+        dataset, taken = first.dataset("train", augment=True), []
+    for position in range(1 + num):
+        start = time.perf_counter()
+        dataset[position, 0]
+        taken.append(time.perf_counter() - start)
+    return max(gather(statistics.median(taken[1:])))
+
+
+def seconds_per_step(table: MemoryTable, config: Any, data: Data, device: Any) -> float:
+    """How long a step takes, measured: the networks' on zeros, and the reading of its samples."""
+    networks = table.seconds_per_step(config.optim, config.run, device)
+    reading = seconds_to_read(data) * config.batch_size / world_size()
+    return max(networks, reading / config.run.workers) if config.run.workers else networks + reading
+
+
+class Planner:
+    """What `config.parse` calls where the first word of a command is a folder.
+
+    A run that exists goes on with the settings that it has stored; else `make(folder, flags, merge)` plans,
+    and `plan` holds what it planned. kind, cls: of the run, such as "vae", and its configuration.
+    """
+
+    def __init__(self, kind: str, cls: type, make: Callable[..., Plan]):
+        self.kind, self.cls, self.make = kind, cls, make
+        self.plan: Plan | None = None
+
+    def __call__(
+        self, folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Any]
+    ) -> dict[str, Any]:
+        if (folder / "config.json").is_file():
+            raise InputError(f"{folder}: a run folder, expected a folder of images")
+        if flags.get("data.root", str(folder)) != str(folder):
+            raise InputError(f"data.root: {flags['data.root']}, but the first word is the folder {folder}")
+        flags["data.root"], name = str(folder), folder.resolve().name
+        config = Path(flags.get("run.dir") or f"runs/{self.kind}-{name}") / "config.json"
+        if config.is_file() and not flags.get("run.fresh") and not flags.get("plan"):
+            return stored_settings(self.cls, config)
+        self.plan = self.make(folder, flags, lambda values: merge(values | {"preset": name}))
+        if is_main():
+            print(self.plan.table(), flush=True)
+        return self.plan.values | {"preset": name}
+
+    def check(self, flags: dict[str, Any]) -> None:
+        """Refuse flags of planning where nothing is planned."""
+        if self.plan is None and flags.get("hours") is not None:
+            raise InputError("hours: has no effect with a preset, which has a number of steps (run.steps)")
+        if self.plan is None and flags.get("memory") is not None and not flags.get("plan"):
+            raise InputError("memory: has no effect with a preset, but with --plan")
+
+    def write(self, folder: Path) -> None:
+        """plan.json in the folder of a new planned run."""
+        if self.plan is not None and is_main():
+            self.plan.write(folder)

@@ -1,0 +1,330 @@
+"""Images and masks are recognised in the folders that people have, and the facts of a folder are true."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tifffile
+from folders import image, mask, save
+
+from ldm3d.config import InputError
+from ldm3d.data import DataConfig, inspection
+from ldm3d.data.fingerprint import guess_subjects, pose_and_mirrored, take, thumbnails
+from ldm3d.data.inspection import FEW_VALUES, few_values
+from ldm3d.data.layouts import recognise
+from ldm3d.data.opening import inspection_cache, open_data
+
+CASES = ("p01", "p02", "p03")
+
+
+def nested(root, shape=(9, 8, 7)):
+    """A folder for each case, with the same names in each."""
+    for i, case in enumerate(CASES):
+        size = tuple(n + i for n in shape)
+        save(root / case / "flair.nii.gz", image(size, seed=i))
+        save(root / case / "t1.nii.gz", image(size, seed=10 + i))
+        save(root / case / "tumour.nii.gz", mask(size))
+        save(root / case / "brainmask.nii.gz", (mask(size) > 0).astype(np.uint8))
+    return root
+
+
+def bids(root):
+    for i, sub in enumerate(("sub-01", "sub-02")):
+        for session in ("ses-1", "ses-2"):
+            place = root / sub / session / "anat"
+            save(place / f"{sub}_{session}_T1w.nii.gz", image(seed=i))
+            save(place / f"{sub}_{session}_dseg.nii.gz", mask())
+    return root
+
+
+def msd(root):
+    rows = []
+    for i, case in enumerate(CASES):
+        save(root / f"imagesTr/{case}.nii.gz", image(seed=i))
+        save(root / f"labelsTr/{case}.nii.gz", mask())
+        rows.append({"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"})
+    content = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "left kidney"}, "training": rows}
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
+
+
+def tiffs(root, names=CASES, masks="masks"):
+    for i, case in enumerate(names):
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        (root / masks).mkdir(parents=True, exist_ok=True)
+        rgb = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        tifffile.imwrite(root / f"images/{case}.tif", rgb, photometric="rgb")
+        tifffile.imwrite(root / masks / f"{case}.tif", (rgb[..., 0] > 128).astype(np.uint8) * 255)
+    return root
+
+
+LAYOUTS = {
+    nested: {"image": "*/flair.nii.gz", "mask": "*/tumour.nii.gz"},
+    bids: {
+        "image": "sub-*/ses-*/anat/{id}_T1w.nii.gz",
+        "mask": "sub-*/ses-*/anat/{id}_dseg.nii.gz",
+        "subject": "^(sub-[^_]+)",
+    },
+    msd: {"table": "dataset.json"},
+    tiffs: {"image": "images/*.tif", "mask": "masks/*.tif"},
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS)
+def test_each_layout_is_recognised_and_can_be_opened(make, tmp_path):
+    root = make(tmp_path / "data")
+    layout = recognise(root)
+    assert layout.settings == LAYOUTS[make]
+    assert layout.why.keys() >= {"image"} or layout.why.keys() == {"table"}
+    found = take(root, {"data.cache_dir": str(tmp_path / "cache")})
+    settings = {key.removeprefix("data."): value for key, value in found.settings.items()}
+    values = {"label_values": (0, 255)} if make is tiffs else {}
+    config = DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"), **settings, **values)
+    data = open_data(config, "data", seed=0)
+    assert len(data.cases) == found.num_cases == found.num_masks == (4 if make is bids else 3)
+    assert data.spec.channels == found.channels
+    assert tuple(data.infos[name].shape for name in sorted(data.infos)) == found.shapes
+
+
+def test_a_second_contrast_is_named_and_left_alone(tmp_path):
+    assert "*/t1.nii.gz (3)" in recognise(nested(tmp_path)).why["others"]
+
+
+def test_names_that_begin_with_the_name_of_the_folder_are_of_one_kind(tmp_path):
+    for i, case in enumerate(CASES):
+        save(tmp_path / case / f"{case}_flair.nii.gz", image(seed=i))
+        save(tmp_path / case / f"{case}_seg.nii.gz", mask())
+    assert recognise(tmp_path).settings == {"image": "*/*_flair.nii.gz", "mask": "*/*_seg.nii.gz"}
+
+
+def test_numbers_of_channels_at_the_end_of_names_are_not_of_the_case(tmp_path):
+    for case in CASES:
+        save(tmp_path / f"imagesTr/{case}_0000.nii.gz", image())
+        save(tmp_path / f"imagesTr/{case}_0001.nii.gz", image())
+        save(tmp_path / f"labelsTr/{case}.nii.gz", mask())
+    (tmp_path / "dataset.json").write_text(json.dumps({"numTraining": 3, "labels": {"background": 0}}))
+    found = recognise(tmp_path)
+    assert found.settings == {"image": "imagesTr/*_0000.nii.gz", "mask": "labelsTr/*.nii.gz"}
+    assert "imagesTr/*_0001.nii.gz" in found.why["others"]
+
+
+def test_folders_of_classes_are_all_images(tmp_path):
+    for number, kind in enumerate(("healthy", "ill")):
+        for i in range(3):
+            save(tmp_path / kind / f"{number}{i}.nii.gz", image(seed=i))
+    assert recognise(tmp_path).settings == {"image": "{id}/{id}.nii.gz"}
+
+
+def test_shapes_alone_are_images_though_they_look_like_masks(tmp_path):
+    for case in CASES:
+        save(tmp_path / f"{case}.nii.gz", mask())
+    assert recognise(tmp_path).settings == {"image": "*.nii.gz"}
+
+
+def test_the_one_csv_with_a_column_image_is_the_table(tmp_path):
+    save(tmp_path / "a.nii.gz", image())
+    (tmp_path / "list.csv").write_text("image,class\na.nii.gz,0\n")
+    (tmp_path / "subjects.csv").write_text("name,subject\na,1\n")
+    assert recognise(tmp_path).settings == {"table": "list.csv"}
+    (tmp_path / "more.csv").write_text("image\na.nii.gz\n")
+    with pytest.raises(InputError, match=r"list\.csv and more\.csv both list images"):
+        recognise(tmp_path)
+
+
+def test_some_images_without_a_mask_take_part(tmp_path):
+    nested(tmp_path)
+    (tmp_path / "p02" / "tumour.nii.gz").unlink()
+    found = recognise(tmp_path)
+    assert found.settings["allow_missing_mask"] is True
+    assert found.why["allow_missing_mask"] == "1 of 3 images have no mask"
+
+
+def test_hidden_files_and_runs_are_no_data(tmp_path):
+    save(tmp_path / "a.nii.gz", image())
+    save(tmp_path / ".hidden" / "b.nii.gz", image())
+    save(tmp_path / "vae" / "samples" / "c.nii.gz", image())
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    assert recognise(tmp_path).settings == {"image": "*.nii.gz"}
+
+
+def test_masks_beside_their_images_are_not_taken_for_images(tmp_path):
+    for case in CASES:
+        save(tmp_path / f"{case}.nii.gz", image())
+        save(tmp_path / f"{case}_seg.nii.gz", mask())
+    with pytest.raises(InputError, match=r"images and masks, such as p01_seg, lie in one folder; list"):
+        recognise(tmp_path)
+
+
+def test_an_empty_folder_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="holds no images"):
+        recognise(tmp_path)
+
+
+def test_volumes_among_slices_are_one_line(tmp_path):
+    tiffs(tmp_path)
+    tifffile.imwrite(tmp_path / "images/p09.tif", np.zeros((5, 20, 24), np.float32), photometric="minisblack")
+    with pytest.raises(InputError, match=r"p09\.tif: .*3") as caught:
+        take(tmp_path, {"data.cache_dir": str(tmp_path / "c"), "data.allow_missing_mask": True})
+    assert "\n" not in str(caught.value)
+
+
+# --- facts --------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_are_those_of_the_files(tmp_path):
+    affine = np.diag([0.7, 0.7, 5.0, 1.0])
+    arrays = [np.random.default_rng(i).integers(-900, 1500, (12, 10 + i, 6)) for i in range(3)]
+    for i, array in enumerate(arrays):
+        stored = nib.Nifti1Image(((array + 1024) // 2).astype(np.int16), affine)
+        stored.header.set_slope_inter(2, -1024)
+        (tmp_path / "d").mkdir(exist_ok=True)
+        nib.save(stored, tmp_path / f"d/c{i}.nii.gz")
+    values = [(array + 1024) // 2 * 2 - 1024 for array in arrays]
+    found = take(tmp_path / "d", {"data.cache_dir": str(tmp_path / "cache")})
+    assert (found.dims, found.channels, found.integers, found.num_values) == (3, 1, True, 0)
+    assert found.shapes == tuple(array.shape for array in arrays)
+    assert found.largest == (12, 12, 6)
+    assert found.median == (12, 11, 6)
+    assert found.spacing == pytest.approx((0.7, 0.7, 5.0))
+    assert found.lowest == np.median([v.min() for v in values])
+    assert found.extremes == (min(v.min() for v in values), max(v.max() for v in values))
+    assert found.robust == pytest.approx(
+        (min(np.percentile(v, 0.5) for v in values), max(np.percentile(v, 99.5) for v in values))
+    )
+    assert found.at_lowest == pytest.approx(np.median([(v == v.min()).mean() for v in values]))
+
+
+def test_what_the_files_say_of_themselves_is_among_the_facts(tmp_path):
+    found = take(msd(tmp_path / "d"), {"data.cache_dir": str(tmp_path / "cache")})
+    assert found.modality == "CT"
+    assert found.sides == "label 'left kidney'"
+    assert found.labels == (0, 1, 2)
+    assert found.labelled == pytest.approx((mask() > 0).mean())
+
+
+def test_a_caption_with_a_side_is_found(tmp_path):
+    save(tmp_path / "a.nii.gz", image())
+    (tmp_path / "cases.csv").write_text("image,text\na.nii.gz,a lesion on the Left\n")
+    assert (
+        take(tmp_path, {"data.cache_dir": str(tmp_path / "c")}).sides == "column text, 'a lesion on the Left'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "rule", "num"),
+    [
+        (["sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1"], "^(sub-[^_]+)", 2),
+        (["p07_z001", "p07_z002", "p19_z001"], r"^(.*\d[^\W_]*)[_\-. ][^_\-. ]+$", 2),
+        (["p1a", "p1b", "p2a"], r"^(.*\d)[A-Za-z]$", 2),
+        (["scan_001", "scan_002", "scan_003"], None, 3),
+        (["p07_z001", "p07_z002"], None, 2),  # one subject: nothing is left to draw a split from
+    ],
+)
+def test_subjects_are_guessed_from_names_that_begin_alike(names, rule, num):
+    assert guess_subjects(names) == rule
+
+
+def test_subjects_of_a_table_beside_the_images_are_taken(tmp_path):
+    for case in CASES:
+        save(tmp_path / f"d/{case}.nii.gz", image())
+    (tmp_path / "d/subjects.csv").write_text("name,subject\np01,a\np02,a\np03,b\n")
+    found = take(tmp_path / "d", {"data.cache_dir": str(tmp_path / "c")})
+    assert found.settings["data.subject"] == "subjects.csv"
+    assert found.subjects == ("a", "a", "b")
+    assert found.num_subjects == 2
+
+
+def test_nearly_identical_cases_are_noted(tmp_path):
+    for i, case in enumerate(CASES):
+        save(tmp_path / f"d/{case}.nii.gz", image((20, 20, 20), seed=min(i, 1)) + np.float32(i))
+    notes = take(tmp_path / "d", {"data.cache_dir": str(tmp_path / "c")}).notes
+    assert "1 pairs of cases look nearly the same, such as p02 and p03" in notes[0]
+
+
+def test_few_values_counts_integers_only():
+    assert few_values(np.array([0.0, 1.0, 1.0, 255.0])) == 3
+    assert few_values(np.array([0.0, 0.5])) == 0
+    assert few_values(np.arange(FEW_VALUES + 1.0)) == 0
+    rare = np.zeros(100_000)
+    rare[:70] = np.arange(70)  # what a sample of the voxels does not show
+    assert few_values(rare) == 0
+
+
+def test_a_mirror_image_is_told_from_the_data(tmp_path):
+    """Heads without a side resemble their mirror images, a ramp along an axis does not."""
+    grid = np.linspace(-1, 1, 16, dtype=np.float32)
+    x, y, _ = np.meshgrid(grid, grid, grid, indexing="ij")
+    for i in range(4):
+        noise = np.random.default_rng(i).normal(0, 0.05, x.shape).astype(np.float32)
+        save(tmp_path / f"d/c{i}.nii.gz", np.exp(-(x**2)) + 0.5 * y + noise)
+    found = take(tmp_path / "d", {"data.cache_dir": str(tmp_path / "c")})
+    assert found.pose > 0.8
+    assert found.mirrored[0] == pytest.approx(found.pose, abs=0.02)
+    assert found.mirrored[1] < 0.2
+    assert found.mirrored[2] == pytest.approx(found.pose, abs=0.02)
+
+
+def test_the_correlations_are_those_of_numpy():
+    images = np.random.default_rng(0).normal(size=(3, 4, 5))
+    images -= images.mean((1, 2), keepdims=True)
+    images /= np.sqrt((images**2).sum((1, 2), keepdims=True))
+    pose, mirrored = pose_and_mirrored(images)
+    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
+
+    def mean(turn):
+        return np.mean([np.corrcoef(turn(images[a]).ravel(), images[b].ravel())[0, 1] for a, b in pairs])
+
+    assert pose == pytest.approx(mean(lambda x: x))
+    assert mirrored == pytest.approx((mean(np.flipud), mean(np.fliplr)))
+
+
+# --- what was read once -------------------------------------------------------------------------------------
+
+
+def count_reads(monkeypatch):
+    reads, real = [], inspection.read
+    monkeypatch.setattr(inspection, "read", lambda path, **how: reads.append(path) or real(path, **how))
+    return reads
+
+
+@pytest.mark.parametrize("scaling", ["minmax", "window", "percentile"])
+def test_a_planned_run_reads_no_file_again(tmp_path, monkeypatch, scaling):
+    root = nested(tmp_path / "d")
+    place = {"cache_dir": str(tmp_path / "c")}
+    found = take(root, {"data.cache_dir": place["cache_dir"]})
+    settings = {key.removeprefix("data."): value for key, value in found.settings.items()}
+    window = {"window": (0.0, 80.0)} if scaling == "window" else {}
+    config = DataConfig(root=str(root), scaling=scaling, **window, **place, **settings)
+    reads = count_reads(monkeypatch)
+    data = open_data(config, "d", seed=0)
+    assert reads == []
+    monkeypatch.undo()
+    again = DataConfig(**{**config.__dict__, "cache_dir": str(tmp_path / "other")})
+    assert data.infos == open_data(again, "d", seed=0).infos
+
+
+def test_what_an_older_version_found_is_measured_again_for_a_plan_alone(tmp_path, monkeypatch):
+    root = nested(tmp_path / "d")
+    config = DataConfig(root=str(root), cache_dir=str(tmp_path / "c"), **LAYOUTS[nested])
+    open_data(config, "d", seed=0)
+    cache = inspection_cache(config, root)
+    files = json.loads(cache.read_text())["files"]
+    for entry in files.values():
+        entry[2].pop("facts", None)
+        entry[2].pop("labelled", None)
+    inspection._write_cache(cache, files)
+    reads = count_reads(monkeypatch)
+    open_data(config, "d", seed=0)
+    assert reads == []
+    assert take(root, {"data.cache_dir": str(tmp_path / "c")}).num_cases == 3
+    assert len(reads) == 6
+
+
+def test_thumbnails_have_mean_0_and_norm_1(tmp_path):
+    root = nested(tmp_path / "d")
+    config = DataConfig(root=str(root), cache_dir=str(tmp_path / "c"), **LAYOUTS[nested])
+    images = thumbnails(list(open_data(config, "d", seed=0).infos.values()), 3)
+    assert images.shape == (3, 10, 10, 10)
+    assert images.reshape(3, -1).mean(1) == pytest.approx(0, abs=1e-12)
+    assert (images**2).reshape(3, -1).sum(1) == pytest.approx(1)

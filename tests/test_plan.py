@@ -1,0 +1,406 @@
+"""The plan follows its rules: each test fails if its rule is dropped. Planned runs train, and resume."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tiny import RUN, VAE, assert_same_end, lines
+
+import train_vae
+from ldm3d.config import flatten
+from ldm3d.data.fingerprint import Fingerprint
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.memory_plan import MemoryTable, free_memory
+from ldm3d.plan import Machine, Plan, halvings, plan_length, plan_vae, round_steps, shrink
+from ldm3d.vae import VAEConfig
+
+HEADS = Fingerprint(
+    name="heads",
+    settings={"data.image": "*/t1.nii.gz"},
+    reasons={"data.image": "a folder a case: 40 such files"},
+    notes=(),
+    dims=3,
+    channels=1,
+    shapes=((90, 110, 88),) * 39 + ((91, 100, 80),),
+    spacings=((1.0, 1.0, 1.0),) * 40,
+    modality="",
+    integers=False,
+    lowest=0.0,
+    robust=(0.0, 900.0),
+    extremes=(0.0, 1200.0),
+    at_lowest=0.5,
+    num_values=0,
+    labels=(),
+    labelled=0.0,
+    num_masks=0,
+    sides="",
+    subjects=tuple(map(str, range(40))),
+    pose=0.9,
+    mirrored=(0.9, 0.5, 0.5),
+)
+
+
+def fits(_values):
+    return True
+
+
+CPU, GPU = Machine(False, 1.0, fits, fits), Machine(True, 12.0, fits, fits)
+
+
+def planned(machine=CPU, given=None, **facts) -> dict:
+    """The values of the plan for heads with other facts, those that are given included."""
+    plan = plan_vae(dataclasses.replace(HEADS, **facts), machine, given or {})
+    return {choice.key: choice.value for choice in plan.choices}
+
+
+def settings_of(values: dict) -> VAEConfig:
+    names = {key.removeprefix("vae."): value for key, value in values.items() if key.startswith("vae.")}
+    return VAEConfig(**names)
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def test_labels_with_gaps_are_numbered():
+    assert "data.label_values" not in planned(labels=(0, 1, 2))
+    assert planned(labels=(0, 1, 2, 4))["data.label_values"] == (0, 1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("subjects", "fraction"), [(4, 0.2), (19, 0.2), (20, 0.1), (500, 0.1), (2000, 0.025)]
+)
+def test_a_tenth_of_the_subjects_validates_a_fifth_of_few_and_fifty_of_many(subjects, fraction):
+    names = tuple(map(str, range(subjects)))
+    many = {"shapes": HEADS.shapes[:1] * subjects, "spacings": HEADS.spacings[:1] * subjects}
+    assert planned(subjects=names, **many)["data.val_fraction"] == fraction
+
+
+def test_one_subject_validates_on_its_middle_cases():
+    values = planned(subjects=("p01",) * 40)
+    assert values["data.val_fraction"] == 0.15
+    assert values["data.val_gap"] == 2
+
+
+def test_a_single_case_validates_on_itself():
+    values = planned(subjects=("a",), shapes=HEADS.shapes[:1], spacings=HEADS.spacings[:1])
+    assert values["data.val_fraction"] == 0
+
+
+def test_few_cases_of_one_subject_count_as_subjects():
+    values = planned(subjects=("a",) * 3, shapes=HEADS.shapes[:3], spacings=HEADS.spacings[:3])
+    assert values["data.subject"] is None
+    assert values["data.val_fraction"] == 0.2
+
+
+def test_spacings_that_differ_much_are_made_equal():
+    near = ((1.0, 1.0, 1.0),) * 20 + ((1.0, 1.0, 1.4),) * 20
+    assert planned(spacings=near)["data.spacing"] is None
+    far = ((1.0, 1.0, 1.0),) * 15 + ((1.0, 1.0, 2.0),) * 25
+    values = planned(spacings=far, shapes=((90, 110, 88),) * 40)
+    assert values["data.spacing"] == (1.0, 1.0, 2.0)
+    assert values["data.size"] == (96, 112, 88)  # the slices of 2 mm keep their number, the others lose half
+
+
+@pytest.mark.parametrize(
+    ("facts", "scaling"),
+    [
+        ({}, "percentile"),
+        ({"integers": True, "lowest": -1000.0, "extremes": (-1024.0, 3000.0)}, "window"),
+        ({"modality": "CT", "lowest": 0.0}, "window"),
+        ({"modality": "CT", "num_values": 2}, "minmax"),
+        ({"lowest": -1000.0, "extremes": (-1024.0, 3000.0)}, "percentile"),  # not integers
+        ({"integers": True, "lowest": -5.0, "extremes": (-5.0, 300.0)}, "percentile"),
+        ({"integers": True, "extremes": (0.0, 255.0)}, "minmax"),
+        ({"integers": True, "extremes": (0.0, 256.0)}, "percentile"),
+        ({"extremes": (0.0, 200.0)}, "percentile"),
+        ({"num_values": 3}, "minmax"),
+    ],
+)
+def test_scaling_follows_from_the_unit(facts, scaling):
+    assert planned(**facts)["data.scaling"] == scaling
+
+
+def test_the_window_of_ct_holds_the_voxels_of_every_case_within_12_bits():
+    ct = {"integers": True, "lowest": -1000.0, "extremes": (-1024.0, 3000.0)}
+    assert planned(robust=(-1003.0, 1511.0), **ct)["data.window"] == (-1010.0, 1520.0)
+    assert planned(robust=(-3000.0, 9000.0), **ct)["data.window"] == (-1024.0, 3071.0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "axes"),
+    [
+        ({}, (0,)),
+        ({"mirrored": (0.8, 0.9, 0.9)}, ()),  # of volumes left and right alone are exchanged
+        ({"sides": "label 'left kidney'"}, ()),
+        ({"dims": 2, "mirrored": (0.5, 0.9)}, (1,)),
+        ({"dims": 2, "mirrored": (0.9, 0.89)}, (0, 1)),
+    ],
+)
+def test_cases_are_flipped_where_flipped_ones_look_like_the_data(facts, axes):
+    dims = facts.get("dims", 3)
+    shapes = tuple(shape[:dims] for shape in HEADS.shapes)
+    spacings = tuple(spacing[:dims] for spacing in HEADS.spacings)
+    assert planned(**facts, shapes=shapes, spacings=spacings)["data.augment.flip_axes"] == axes
+
+
+def test_slices_without_a_usual_way_up_are_turned():
+    slices = {"dims": 2, "pose": 0.01, "mirrored": (0.0, 0.01), "spacings": ((1.0, 1.0),) * 40}
+    square = planned(**slices, shapes=((64, 64),) * 40)
+    assert square["data.augment.flip_axes"] == square["data.augment.rot90_axes"] == (0, 1)
+    assert "data.augment.rot90_axes" not in planned(**slices, shapes=((64, 80),) * 40)
+
+
+def test_much_data_is_read_from_memory_mapped_files_and_by_processes_on_a_gpu():
+    assert "data.cache" not in planned()
+    assert planned(shapes=((512, 512, 300),) * 40)["data.cache"] == "disk"
+    assert "run.workers" not in planned()
+    assert planned(GPU)["run.workers"] == 1
+
+
+# --- networks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "expected"),
+    [
+        ((64, 64, 64), (1, 1, 1), [(2, 2, 2)] * 3),
+        ((256, 256, 40), (0.7, 0.7, 2.5), [(2, 2, 1), (2, 2, 2), (2, 2, 2)]),
+        ((256, 256, 40), (1, 1, 5), [(2, 2, 1), (2, 2, 1), (2, 2, 2)]),
+        ((256, 256, 7), (1, 1, 1), [(2, 2, 1)] * 3),
+        ((16, 16), (1, 1), [(2, 2), (2, 2)]),
+        ((7, 7), (1, 1), []),
+    ],
+)
+def test_thick_slices_and_short_axes_are_halved_less(size, spacing, expected):
+    assert list(halvings(size, spacing, 3)) == expected
+
+
+def test_the_autoencoder_of_thick_slices_halves_them_less():
+    values = planned(shapes=((128, 128, 20),) * 40, spacings=((1.0, 1.0, 6.0),) * 40)
+    assert settings_of(values).downsampling == (8, 8, 2)
+    assert values["data.size"] == (128, 128, 20)
+
+
+def test_large_latents_are_halved_once_more():
+    small = planned(shapes=((60, 60, 60),) * 40)
+    assert settings_of(small).downsampling == (4, 4, 4)
+    assert settings_of(planned()).downsampling == (8, 8, 8)
+    assert settings_of(planned(GPU)).downsampling == (4, 4, 4)
+    assert settings_of(planned(GPU, shapes=((256, 256, 256),) * 40)).downsampling == (8, 8, 8)
+
+
+def test_a_gpu_gets_the_wide_networks():
+    assert settings_of(planned(GPU)).channels == (64, 128, 256)
+    assert settings_of(planned()).channels == (32, 64, 128)
+    assert planned(GPU)["optim.lr"] < planned()["optim.lr"]
+
+
+def test_networks_have_the_channels_and_axes_of_the_images():
+    rgb = planned(
+        dims=2, channels=3, mirrored=(0.1, 0.1), shapes=((64, 80),) * 40, spacings=((1.0, 1.0),) * 40
+    )
+    assert rgb["vae.dims"] == 2
+    assert rgb["vae.in_channels"] == 3
+
+
+def test_no_case_is_cut_and_padding_can_be_halved():
+    values = planned()
+    assert values["data.size"] == (96, 112, 96)  # 91, 110, 88 in multiples of 16
+    assert planned(shapes=((43, 59, 47),) * 40)["data.size"] == (48, 64, 48)
+
+
+def test_patches_are_short_steps_no_larger_than_most_cases():
+    values = planned(shapes=((36, 52, 36),) * 30 + ((48, 64, 48),) * 10)
+    assert np.prod(values["data.patch"]) <= 40**3
+    assert max(values["data.patch"]) <= 52
+    assert planned(shapes=((30, 30, 30),) * 40)["data.patch"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "multiple", "most", "expected"),
+    [
+        ((64, 64, 64), (1, 1, 1), (8, 8, 8), 40**3, (40, 40, 40)),
+        ((64, 64, 16), (1, 1, 4), (8, 8, 2), 32 * 32 * 8, (32, 32, 8)),
+        ((64, 64), (1, 1), (64, 64), 10, (64, 64)),
+    ],
+)
+def test_the_longest_axis_in_mm_is_shortened_first(size, spacing, multiple, most, expected):
+    assert shrink(size, spacing, multiple, most) == expected
+
+
+def test_what_does_not_fit_gets_smaller_batches_then_smaller_patches():
+    seen = []
+
+    def small_memory(values):
+        seen.append((values["batch_size"], values["data.patch"]))
+        return values["batch_size"] == 1 and np.prod(values["data.patch"]) < 20_000
+
+    values = planned(Machine(False, 1.0, small_memory, fits))
+    assert values["batch_size"] == 1
+    assert np.prod(values["data.patch"]) < 20_000
+    assert seen[0][0] == 2
+
+
+def test_whole_cases_that_do_not_fit_are_validated_in_their_middle_and_the_plan_says_so():
+    machine = Machine(False, 1.0, fits, lambda values: np.prod(values["data.size"]) < 300_000)
+    plan = plan_vae(HEADS, machine, {})
+    choice = next(choice for choice in plan.choices if choice.key == "data.size")
+    assert np.prod(choice.value) < 300_000
+    assert "whole cases of 96x112x96 do not fit" in choice.why
+
+
+# --- length -------------------------------------------------------------------------------------------------
+
+
+def length(hours=1.0, seconds=0.5, num_train=100, passes=(1000, 100), given=None, patience=0):
+    plan = Plan({"batch_size": 2} | (given or {}))
+    plan_length(plan, hours, seconds, passes, num_train, 0.05, patience)
+    return {choice.key: choice.value for choice in plan.choices}
+
+
+def test_steps_fill_the_hours():
+    assert length()["run.steps"] == 6100  # 85 % of 3600 / 0.5, in two digits
+    assert length(hours=2)["run.steps"] == 12000
+    assert length(seconds=5)["run.steps"] == 610
+
+
+def test_few_cases_end_earlier():
+    assert length(num_train=4, passes=(100, 100))["run.steps"] == 200
+    assert length(num_train=1, passes=(100, 100))["run.steps"] == 100  # but not before that
+
+
+def test_all_that_counts_in_steps_follows_from_them():
+    values = length(given={"run.steps": 800}, patience=4)
+    assert values["run.eval_every"] == values["run.save_every"] == 100
+    assert values["optim.warmup_steps"] == 16
+    assert values["run.log_every"] == 13
+    assert values["run.ema_decay"] == pytest.approx(1 - 1 / 40)
+    assert values["run.patience"] == 4
+    assert "run.patience" not in length()
+
+
+@pytest.mark.parametrize(("steps", "rounded"), [(4731, 4700), (99, 99), (3, 10), (123_456, 120_000)])
+def test_steps_are_rounded_down_to_two_digits(steps, rounded):
+    assert round_steps(steps) == rounded
+
+
+# --- what a person says -------------------------------------------------------------------------------------
+
+
+def test_a_given_setting_is_not_planned_and_later_rules_use_it():
+    plan = plan_vae(HEADS, CPU, {"data.spacing": (2.0, 2.0, 2.0)})
+    values = {choice.key: choice.value for choice in plan.choices}
+    assert values["data.size"] == (48, 56, 48)  # the halves of 91, 110 and 88
+    assert "data.spacing" not in plan.values
+    row = next(line for line in plan.table().splitlines() if line.startswith("data.spacing"))
+    assert row.split() == ["data.spacing", "2.0,2.0,2.0", "given"]
+
+
+def test_the_table_names_every_setting_its_value_and_its_reason_in_110_columns():
+    plan = plan_vae(dataclasses.replace(HEADS, notes=("look here",)), CPU, {})
+    text = plan.table()
+    assert max(map(len, text.splitlines())) <= 110
+    for choice in plan.choices:
+        assert f"\n{choice.key} " in f"\n{text}"
+        assert choice.why.split()[0] in text
+    assert text.endswith("note: look here")
+
+
+def test_free_memory_is_what_the_system_says():
+    import torch
+
+    assert 0.1 < free_memory(torch.device("cpu")) < 1e5
+    assert MemoryTable(None, device="cpu").budget > 0.1
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+SHORT = ["--run.steps", "6", "--run.eval_every", "3", "--run.save_every", "2", "--run.log_every", "1"]
+
+
+@pytest.fixture
+def folder(heads, tmp_path, monkeypatch):
+    """A folder of 2-D heads; the current folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+    return heads
+
+
+def test_a_folder_alone_trains_an_autoencoder(folder, tmp_path, capsys):
+    train_vae.main([str(folder), *SHORT])
+    run = tmp_path / "runs" / "vae-heads"
+    content = load(step_files(run)[0])
+    stored, rows = flatten(train_vae.Config()), json.loads((run / "plan.json").read_text())
+    assert content["step"] == 6
+    assert content["config"]["preset"] == "heads"
+    table = capsys.readouterr().out
+    for row in rows:
+        node = content["config"]
+        for part in row["key"].split("."):
+            node = node[part]
+        assert node == row["value"], row
+        assert row["key"] in stored
+        assert row["key"] in table
+    assert {row["key"]: row["why"] for row in rows}["run.steps"] == "given"
+    assert len(lines(run)) == 6
+
+
+def test_a_run_that_goes_on_does_not_plan_again(folder, tmp_path, monkeypatch):
+    train_vae.main([str(folder), *SHORT, "--run.dir", "whole"])
+    train_vae.main([str(folder), *SHORT, "--run.dir", "half", "--run.steps", "4"])
+    before = (tmp_path / "half" / "plan.json").read_text()
+    monkeypatch.setattr(train_vae, "plan_vae", None)  # planning would fail
+    train_vae.main([str(folder), *SHORT, "--run.dir", "half"])
+    assert (tmp_path / "half" / "plan.json").read_text() == before
+    with pytest.raises(TypeError):
+        train_vae.main([str(folder), *SHORT, "--run.dir", "half", "--run.fresh"])
+
+
+def test_plan_alone_prints_both_tables_and_touches_nothing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MemoryTable, "_largest", lambda *_, **__: 7)
+    train_vae.main([str(folder), "--plan", "--memory", "8", "--hours", "0.5"])
+    out = capsys.readouterr().out
+    assert "would fit into 0.5 h" in out
+    assert "of 8 GiB" in out
+    assert [path.name for path in tmp_path.glob("runs/*")] == ["cache"]
+
+
+def test_hours_decide_the_number_of_steps(folder, capsys, monkeypatch):
+    monkeypatch.setattr(train_vae, "seconds_per_step", lambda *_: 2.0)
+    monkeypatch.setattr(MemoryTable, "print", lambda _: None)
+    train_vae.main([str(folder), "--plan", "--hours", "0.1"])
+    assert "0.1 h at 2 s a step" in capsys.readouterr().out
+
+
+def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
+    """The same settings from flags alone give the same run, to the bit."""
+    flags = [*RUN, *VAE, *SHORT]
+    train_vae.main([str(folder), *flags, "--run.dir", "planned"])
+    content = load(step_files(tmp_path / "planned")[0])["config"] | {"plan": False}
+    (tmp_path / "same.json").write_text(json.dumps(content | {"run": content["run"] | {"dir": "other"}}))
+    train_vae.main([str(tmp_path / "same.json")])
+    assert_same_end(tmp_path / "planned", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["phantom", "--hours", "1"], "hours: has no effect with a preset"),
+        (["phantom", "--memory", "8"], "memory: has no effect with a preset, but with --plan"),
+        (["nothing"], "nothing: holds no images"),
+        (["run"], "run: a run folder, expected a folder of images"),
+        (["nothing", "--data.root", "/tmp"], "data.root: /tmp, but the first word is the folder nothing"),
+        (["nowhere"], "nowhere: no such preset or folder"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert words in mistake(train_vae.main, flags)
+
+
+def test_a_configuration_of_an_older_version_may_say_the_gib_of_a_device():
+    for old in (None, 16.0):
+        assert train_vae.Config.upgrade({"plan": old})["plan"] is False
