@@ -18,6 +18,7 @@ What has to be decided before:
     opening      these steps in one call, for the data of a run
     images       the same for other images
     phantoms     synthetic heads to try everything with
+    download     public data sets by name
 """
 
 from .batching import batches, collate, evaluation_batches

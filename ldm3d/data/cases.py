@@ -34,6 +34,7 @@ import torch
 
 from ..config import InputError
 from ..engine.distributed import keyed_generator, print0
+from .download import ARCHIVES
 from .itk import is_dicom_folder
 from .settings import DataConfig
 from .volumes import is_file, volume_suffix
@@ -76,6 +77,8 @@ def resolve_root(config: DataConfig, preset: str) -> Path:
                 print0(f"note: no folder {root}; the data are taken from {folder} ($LDM3D_DATA)")
             return folder
     hint = "put it there, set LDM3D_DATA to the folder that holds it, or name it with --data.root"
+    if root is None and name in ARCHIVES:
+        hint += f"; `python -m ldm3d.data download {name}` gets it"
     raise InputError(f"no data folder {' or '.join(map(str, folders))}; {hint}")
 
 
