@@ -262,7 +262,7 @@ def with_autoencoder(config: Config) -> Config:
 def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
     """Refuse data settings that differ from the autoencoder's, and settings that would have no effect."""
     ours, theirs = to_dict(config.data), stage_one["config"]["data"]
-    for name in ("dims", "channel", "scaling", "percentiles", "window", "spacing", "resize"):
+    for name in ("dims", "scaling", "percentiles", "window"):
         if ours[name] != theirs[name]:
             raise InputError(
                 f"data.{name}: the autoencoder was trained with {theirs[name]}, got {ours[name]}"
@@ -278,23 +278,60 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
         raise InputError("data.num_variants: all would be equal; needs data.augment or data.crop random")
 
 
+CASES = """root name image table subject split val_fraction test_fraction val_gap test_subjects fold subset
+ channel file_spacing spacing resize""".split()  # data settings that say which cases there are, and how large
+
+
+def spec_for(config: Config, ours: DataSpec, theirs: DataSpec, other: bool, factors: tuple) -> DataSpec:
+    """The spec of a new run. ours: of its files as they are; theirs: the autoencoder's; other: the run has
+    other data than the autoencoder, whose down-sampling is `factors`.
+
+    The scaling travels with the autoencoder: with scaling "dataset" its numbers scale all data. Other data
+    have their own size, spacing and typical intensities, which samples take.
+    """
+    fixed = ours.scaling == "dataset"
+    sources = {name: getattr(ours, name) for name in ("source_channels", "source_low", "source_high")}
+    if ours.source_channels == theirs.source_channels and (fixed or not other):
+        sources = {name: getattr(theirs, name) for name in sources}
+    if not other:
+        size = config.data.size or theirs.size
+        return dataclasses.replace(theirs, size=size, num_labels=ours.num_labels, **sources)
+    rounded = tuple(-(-n // f) * f for n, f in zip(ours.size, factors, strict=True))
+    numbers = {name: getattr(theirs, name) for name in ("low", "high", "display") if fixed}
+    return dataclasses.replace(ours, size=config.data.size or rounded, **sources, **numbers)
+
+
 def open_latent_data(
-    config: Config, stage_one: dict[str, Any], split: dict[str, list[str]] | None = None
+    config: Config, autoencoder: Autoencoder, stage_one: dict[str, Any], run: Run | None = None
 ) -> tuple[Data, dict[str, Any]]:
-    """(the checked data of a run, scaled as for the autoencoder; the spec of the files as they are). split:
-    the run's own; None: the autoencoder's."""
-    stored = stage_one["state"]["split"]
-    seen = any(stored.values())  # an imported autoencoder has seen no cases
-    split = split or (stored if seen else None)
-    data = open_data(config.data, stage_one["config"]["preset"], config.run.seed, split)
-    measured = data.spec.to_dict()
-    spec = DataSpec.from_dict(stage_one["state"]["data"]) if seen else data.spec
-    spec = dataclasses.replace(
-        spec,
-        size=config.data.size or spec.size,
-        num_labels=data.spec.num_labels,
-        source_channels=min(spec.source_channels, data.spec.source_channels),
+    """(the checked data of a run, scaled as for the autoencoder; the spec of the files as they are).
+
+    The split is that of a resumed run, else the autoencoder's. With other data than the autoencoder's, cases
+    that the autoencoder knows keep their part, and the others are drawn. An imported autoencoder knows none.
+    """
+    before, split = stage_one["state"], run and run.split()
+    seen, their_data = (
+        any(before["split"].values()),
+        from_dict(DataConfig, stage_one["config"]["data"], "data"),
     )
+    other = not seen or any(getattr(config.data, name) != getattr(their_data, name) for name in CASES)
+    data = open_data(
+        config.data,
+        stage_one["config"]["preset"],
+        config.run.seed,
+        split or (None if other else before["split"]),
+        before=before if other and seen else None,
+    )
+    if data.spec.channels != autoencoder.config.in_channels:
+        raise InputError(
+            f"{data.root}: the images have {data.spec.channels} channels, the autoencoder's had "
+            f"{autoencoder.config.in_channels}; choose some with --data.channel"
+        )
+    measured, theirs = data.spec.to_dict(), DataSpec.from_dict(before["data"]) if seen else data.spec
+    if run and run.resumed:
+        spec = dataclasses.replace(DataSpec.from_dict(run.resumed["state"]["data"]), reference=None)
+    else:
+        spec = spec_for(config, data.spec, theirs, other, autoencoder.downsampling)
     if config.anatomy.registers != "off" and spec.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
     if config.anatomy.registers != "off" or "labels" in config.condition.use:
@@ -508,7 +545,7 @@ def memory_table(config: Config) -> MemoryTable:
     conditions: tuple[Condition, ...] = ()
     num_labels: int | None = None
     if config.condition.use or config.anatomy.registers != "off":  # vocabularies and sizes are in the data
-        data, _ = open_latent_data(config, content)
+        data, _ = open_latent_data(config, autoencoder, content)
         conditions = conditions_for(config, data, autoencoder.config.latent_channels)
         num_labels = data.spec.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
@@ -551,7 +588,7 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     autoencoder, stage_one = load_autoencoder(source)
     check_settings(config, stage_one)
     autoencoder.to(device)
-    data, measured = open_latent_data(config, stage_one, run.split())
+    data, measured = open_latent_data(config, autoencoder, stage_one, run)
     run.check_data(measured, data.contents, "measured")
     theirs = {k: v for k, v in stage_one["state"]["data"].items() if k not in ("size", "num_labels")}
     if not run.resumed and (different := difference(theirs, measured)):

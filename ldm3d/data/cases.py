@@ -371,42 +371,76 @@ def _check_used(config: DataConfig, of_table: bool) -> None:
             raise InputError(f"data.{name}: has no effect beside {reason}; leave it out, or give {none}")
 
 
-def split_cases(cases: list[Case], config: DataConfig, seed: int) -> dict[str, list[str]]:
+def _drawn(cases: list[Case], config: DataConfig, seed: int) -> dict[str, str | None]:
+    """{case id: part}, drawn by subject, or within subjects (data.val_gap)."""
+    subjects = sorted({case.subject for case in cases} - set(config.test_subjects))
+    if config.val_gap is not None:
+        return {name: part for subject in subjects for name, part in _within(subject, cases, config).items()}
+    n = len(subjects)
+    order = torch.randperm(n, generator=keyed_generator(seed, 0, "split")).tolist()
+    num_val = num_test = 0
+    if config.fold:
+        k, folds = config.fold
+        order = order[k::folds] + [i for rank, i in enumerate(order) if rank % folds != k]
+        num_val = len(range(k, n, folds))
+    elif config.val_fraction:
+        num_val = max(0, min(max(1, round(config.val_fraction * n)), n - 1))
+    if config.test_fraction:
+        num_test = max(0, min(max(1, round(config.test_fraction * n)), n - 1 - num_val))
+    parts = ["val"] * num_val + ["test"] * num_test + ["train"] * (n - num_val - num_test)
+    of_subject = {subjects[i]: part for i, part in zip(order, parts, strict=True)}
+    return {case.id: of_subject.get(case.subject) for case in cases}
+
+
+def _completed(
+    cases: list[Case], fixed: dict[str, str | None], config: DataConfig, seed: int
+) -> dict[str, str | None]:
+    """{case id: part}: the `fixed` parts, and those of the other cases, which follow from them or are drawn.
+
+    A new case of a subject that has fixed cases goes to training if one of them is there, else to validation,
+    else to testing. The other new cases are drawn as if they were alone. If none validates then, some
+    training subjects do, new ones first.
+    """
+    of_subject: dict[str, str | None] = {}
+    for part in (None, "test", "val", "train"):
+        of_subject |= {case.subject: part for case in cases if fixed.get(case.id, "") == part}
+    if config.val_gap is not None:  # they may be neighbours of validated ones
+        of_subject = dict.fromkeys(of_subject)
+    part_of = _drawn([case for case in cases if case.subject not in of_subject], config, seed)
+    part_of |= {case.id: of_subject[case.subject] for case in cases if case.subject in of_subject}
+    part_of |= {case.id: fixed[case.id] for case in cases if case.id in fixed}
+    if "val" not in part_of.values() and (config.val_fraction or config.fold):
+        train = {case.subject for case in cases if part_of[case.id] == "train"}
+        order = sorted(train - of_subject.keys()) + sorted(train & of_subject.keys())
+        count = min(max(1, round(config.val_fraction * len(order))), len(order) - 1)
+        part_of |= {case.id: "val" for case in cases if case.subject in order[:count]}
+    return part_of
+
+
+def split_cases(
+    cases: list[Case], config: DataConfig, seed: int, fixed: dict[str, str | None] | None = None
+) -> dict[str, list[str]]:
     """{"train": ids, "val": ids, "test": ids}: as the table says, else drawn by subject with `seed`.
 
     A drawn split keeps all cases of a subject together. Each fraction is rounded to whole subjects, but to at
     least one, as long as training is left with one; val_fraction 0 validates on the training cases. data.fold
     (k, n) instead validates on part k of n equal parts, and tests on none. data.val_gap validates within
-    subjects.
+    subjects. fixed: the part of cases that an earlier split knows, None for those that it left out; they keep
+    it, unless the table says another (see `_completed`).
     """
-    subjects = sorted({case.subject for case in cases} - set(config.test_subjects))
-    if unknown := set(config.test_subjects) - {case.subject for case in cases}:
+    unknown = set(config.test_subjects) - {case.subject for case in cases}
+    if unknown and not fixed:  # with fixed parts they may be subjects of that other data
         raise InputError(f"data.test_subjects: no case is of subject {min(unknown)}")
     of_table = bool(cases) and cases[0].split is not None
     _check_used(config, of_table)
     if of_table:
         part_of = {case.id: case.split for case in cases}
-    elif config.val_gap is not None:
-        part_of = {
-            name: part for subject in subjects for name, part in _within(subject, cases, config).items()
-        }
+    elif fixed:
+        part_of = _completed(cases, fixed, config, seed)
     else:
-        n = len(subjects)
-        order = torch.randperm(n, generator=keyed_generator(seed, 0, "split")).tolist()
-        num_val = num_test = 0
-        if config.fold:
-            k, folds = config.fold
-            order = order[k::folds] + [i for rank, i in enumerate(order) if rank % folds != k]
-            num_val = len(range(k, n, folds))
-        elif config.val_fraction:
-            num_val = min(max(1, round(config.val_fraction * n)), n - 1)
-        if config.test_fraction:
-            num_test = min(max(1, round(config.test_fraction * n)), n - 1 - num_val)
-        parts = ["val"] * num_val + ["test"] * num_test + ["train"] * (n - num_val - num_test)
-        of_subject = {subjects[i]: part for i, part in zip(order, parts, strict=True)}
-        part_of = {case.id: of_subject.get(case.subject) for case in cases}
+        part_of = _drawn(cases, config, seed)
     part_of |= {case.id: "test" for case in cases if case.subject in config.test_subjects}
-    split = {part: [case.id for case in cases if part_of[case.id] == part] for part in SPLITS}
+    split = {part: [case.id for case in cases if part_of.get(case.id) == part] for part in SPLITS}
     if not config.val_fraction and not config.fold and not split["val"]:
         split["val"] = split["train"]
         print0("note: data.val_fraction is 0, so validation is on the training cases")

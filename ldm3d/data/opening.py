@@ -137,6 +137,53 @@ def note_split(
         )
 
 
+def parts_before(
+    infos: dict[str, CaseInfo], before: dict[str, Any]
+) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    """{case id: part} of the cases that an earlier run knows: (by the voxels of their image or source, by
+    their ids alone). Part None: that run left them out, as slices beside its validation.
+
+    before: the state of a checkpoint of that run. A copy under another name is found by its voxels, another
+    contrast of a case by its id. Where copies lie in several parts, training counts.
+    """
+    part_of = dict.fromkeys(before.get("contents", {}))
+    for part in ("test", "val", "train"):
+        part_of |= dict.fromkeys(before["split"].get(part, ()), part)
+    by_voxels: dict[str, str | None] = {}
+    for part in (None, "test", "val", "train"):
+        rows = [row for name, row in before.get("contents", {}).items() if part_of[name] == part]
+        by_voxels |= {row[role]: part for row in rows for role in ("image", "source") if row[role]}
+    known, alike = {}, {}
+    for name, info in infos.items():
+        if seen := {info.content, info.source_content} & by_voxels.keys():
+            found = {by_voxels[voxels] for voxels in seen}
+            known[name] = next(part for part in ("train", "val", "test", None) if part in found)
+        elif name in part_of:
+            alike[name] = part_of[name]
+    return known, alike
+
+
+def note_before(
+    split: dict[str, list[str]], known: dict[str, str | None], alike: dict[str, str | None]
+) -> None:
+    """Prints where the parts of a split come from, and notes of cases whose scores the autoencoder spoils."""
+    part_of = known | alike
+    new = {name for ids in split.values() for name in ids} - part_of.keys()
+    print0(
+        f"split: the autoencoder's run knows {len(known)} cases by their voxels and {len(alike)} by their "
+        f"ids alone, {len(new)} are new"
+    )
+    for part, theirs, so in (
+        ("val", "train", "scores on them are too good"),
+        ("test", "train", "scores on them are too good"),
+        ("train", "test", "they are no test any more"),
+    ):
+        names = [name for name in split[part] if part_of.get(name) == theirs]
+        if names and (part == "train" or split[part] != split["train"]):
+            such = f"{len(names)} {part} cases are {theirs} cases of the autoencoder, such as {names[0]}"
+            print0(f"note: {such}; {so}")
+
+
 def inspection_cache(config: DataConfig, root: Path) -> Path:
     """The file that keeps what the inspection of the cases below `root` has found."""
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
@@ -149,15 +196,23 @@ def open_data(
     seed: int,
     split: dict[str, list[str]] | None = None,
     multiple: tuple[int, ...] | None = None,
+    before: dict[str, Any] | None = None,
 ) -> Data:
     """Finds, splits and checks the data of a run. Any fault of the files is an InputError.
 
     split: the stored one, of the run that is resumed or of the autoencoder's run; cases that it does not list
-    are left out. None: as `split_cases` splits. multiple: see `make_spec`.
+    are left out. None: as `split_cases` splits. multiple: see `make_spec`. before: the state of the
+    autoencoder's run, if it had other data; cases that it knows keep their part.
     """
     root = resolve_root(config, preset)
     cases = find_cases(config, root)
-    if split is None:
+    infos = None
+    if split is None and before is not None:
+        infos = inspect_cases(cases, config, inspection_cache(config, root))
+        known, alike = parts_before(infos, before)
+        split = split_cases(cases, config, seed, known | alike)
+        note_before(split, known, alike)
+    elif split is None:
         if config.foreground and (config.crop == "centre" or not any(case.mask for case in cases)):
             reason = "with data.crop centre" if config.crop == "centre" else "without masks (--data.mask)"
             raise InputError(f"data.foreground: has no effect {reason}")
@@ -170,7 +225,7 @@ def open_data(
         cases = listed_cases(cases, {name for part in parts for name in part}, root)
         if left_out := num_found - len(cases):
             print0(f"note: {left_out} cases of {root} are left out, the stored split lacks them")
-    infos = inspect_cases(cases, config, inspection_cache(config, root))
+    infos = infos or inspect_cases(cases, config, inspection_cache(config, root))
     note_split(cases, infos, split, config)
     spec = make_spec(cases, infos, split, config, multiple)
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)

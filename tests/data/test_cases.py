@@ -281,6 +281,34 @@ def test_folds_validate_on_every_subject_exactly_once():
     assert all(sorted(split["train"] + split["val"]) == [case.id for case in cases] for split in folds)
 
 
+def test_cases_of_an_earlier_split_keep_their_part_and_the_others_are_drawn_as_if_alone():
+    cases, config = many(20), DataConfig(val_fraction=0.4, test_fraction=0.2)  # ten subjects of two cases
+    fixed = {"c000": "test", "c002": "train", "c003": "val", "c004": None, "c006": "val", "c008": "train"}
+    split = split_cases(cases, config, 3, fixed)
+    part_of = {name: part for part, ids in split.items() for name in ids}
+    assert {name: part_of.get(name) for name in fixed} == fixed
+    assert [part_of.get(name) for name in ("c001", "c005", "c007", "c009")] == ["test", None, "val", "train"]
+    alone = split_cases(cases[10:], config, 3)
+    assert {part: [name for name in ids if name >= "c010"] for part, ids in split.items()} == alone
+
+
+def test_beside_an_earlier_split_that_leaves_none_to_validate_new_subjects_validate_first():
+    cases, config = many(8), DataConfig(val_fraction=0.25)
+    fixed = {case.id: "train" for case in cases}
+    assert split_cases(cases, config, 0, fixed)["val"] == ["c000", "c001"]
+    del fixed["c006"], fixed["c007"]  # one new subject, which alone would train
+    assert split_cases(cases, config, 0, fixed)["val"] == ["c006", "c007"]
+    everywhere = split_cases(cases, replace(config, val_fraction=0.0), 0, fixed)
+    assert everywhere["val"] == everywhere["train"] == [case.id for case in cases]
+
+
+def test_a_split_of_the_table_and_test_subjects_come_before_an_earlier_split():
+    cases = [replace(case, split="val" if case.id == "c000" else "train") for case in many(6)]
+    assert split_cases(cases, DataConfig(), 0, {"c000": "train", "c001": "test"})["val"] == ["c000"]
+    config = DataConfig(val_fraction=0.4, test_subjects=("s1", "elsewhere"))
+    assert split_cases(many(6), config, 0, {"c002": "train", "c000": "val"})["test"] == ["c002", "c003"]
+
+
 @pytest.mark.real_data
 def test_hippocampus_is_split_by_subject_and_a_subject_has_two_neighbouring_files(real_data):
     config = DataConfig(subject="subjects.csv", val_fraction=0.15, test_fraction=0.15)

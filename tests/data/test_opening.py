@@ -13,7 +13,7 @@ from folders import fresh_settings, image, mask, opened, save
 
 from ldm3d.config import InputError
 from ldm3d.data import DataConfig, open_data
-from ldm3d.data.opening import check_numbering
+from ldm3d.data.opening import check_numbering, parts_before
 from ldm3d.data.phantoms import write_phantoms
 
 
@@ -121,6 +121,36 @@ def test_labels_that_are_hardly_numbered_one_by_one_are_not_learned(fresh):
         data = open_data(fresh_settings(fresh, **changes), "heads", seed=0)
         check_numbering(data)
         assert data.spec.num_labels == num
+
+
+# --- beside an earlier split --------------------------------------------------------------------------------
+
+
+def test_cases_are_known_by_their_voxels_whatever_their_name_else_by_their_ids(settings):
+    data = opened(settings)
+    infos = {f"copy of {name}": info for name, info in data.infos.items()}
+    infos["case_0"] = replace(data.infos["case_0"], content="other", source_content="contrast")
+    infos["swapped"] = replace(infos["case_0"], content=data.infos["case_1"].source_content)
+    infos["new"] = replace(infos["case_0"])
+    before = {"split": {"train": ["case_0", "case_2", "case_5"], "val": ["case_1"], "test": ["case_3"]}}
+    names = [f"case_{i}" for i in range(6)]
+    parts = dict(zip(names, ["train", "val", "train", "test", None, "train"], strict=True))  # case_4: nowhere
+    known, alike = parts_before(infos, before | {"contents": data.contents})
+    assert known == {f"copy of {name}": part for name, part in parts.items()} | {"swapped": "val"}
+    assert alike == {"case_0": "train"}
+    older = parts_before(data.infos, before)  # of a run that has not stored what its cases held
+    assert older == ({}, {name: part for name, part in parts.items() if part})
+
+
+def test_of_the_same_voxels_in_two_parts_training_counts(settings):
+    data = opened(settings)
+    contents = {name: data.contents["case_0"] for name in ("a", "b", "c")}
+    for parts in (
+        {"train": ["c"], "val": ["a"], "test": ["b"]},
+        {"train": ["a"], "val": ["b"], "test": ["c"]},
+    ):
+        known, _ = parts_before(data.infos, {"split": parts, "contents": contents})
+        assert known == {"case_0": "train"}
 
 
 # --- what leaks from one part of the split to another -------------------------------------------------------

@@ -1,0 +1,147 @@
+"""Stage two on other data than stage one: the scaling travels, what the autoencoder has seen stays apart."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+import sample
+import train_ldm
+import train_vae
+from ldm3d import read, write
+from ldm3d.data.phantoms import write_phantoms
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.pipeline import load as open_run
+
+
+def trained(vae: Path, folder: Path, *more: object) -> dict[str, list[str]]:
+    """Two steps of a denoiser: its split."""
+    train_ldm.main(tiny.ldm_flags(vae, folder, 2, *map(str, more)))
+    return json.loads((folder / "split.json").read_text())
+
+
+def split_of(run: Path) -> dict[str, list[str]]:
+    return json.loads((run / "split.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def more_heads(heads, tmp_path_factory) -> Path:
+    """The first four heads under other names, and six new ones of two classes."""
+    place = tmp_path_factory.mktemp("more")
+    write_phantoms(place / "new", 6, dims=2, size=(16, 22), spacing=(12.0, 11.0), seed=9)
+    rows = ["image,mask,class,subject"]
+    for source, prefix, numbers in ((heads, "old", range(4)), (place / "new", "new", range(6))):
+        for i in numbers:
+            for folder in ("images", "labels"):
+                (place / "mix" / folder).mkdir(parents=True, exist_ok=True)
+                file = f"{folder}/{prefix}_{i}.tif"
+                shutil.copy(source / folder / f"phantom_{i:04d}.tif", place / "mix" / file)
+            rows.append(f"images/{prefix}_{i}.tif,labels/{prefix}_{i}.tif,{i % 2},{prefix}{i}")
+    (place / "mix" / "cases.csv").write_text("\n".join(rows) + "\n")
+    return place / "mix"
+
+
+def test_without_other_data_the_split_and_the_scaling_are_the_autoencoders(vae_run, tmp_path, capsys):
+    split = trained(vae_run, tmp_path / "ldm")
+    ours, theirs = (load(step_files(run)[0])["state"] for run in (tmp_path / "ldm", vae_run))
+    assert split == split_of(vae_run)
+    for name in ("low", "high", "size", "spacing"):
+        assert ours["data"][name] == theirs["data"][name]
+    assert "the autoencoder's run knows" not in capsys.readouterr().out
+
+
+def test_the_same_data_in_another_folder_make_the_same_run(heads, vae_run, tmp_path, capsys):
+    copy = shutil.copytree(heads, tmp_path / "copy")
+    assert trained(vae_run, tmp_path / "there", "--data.root", copy) == trained(vae_run, tmp_path / "here")
+    tiny.assert_same_end(tmp_path / "there", tmp_path / "here")
+    out = capsys.readouterr().out
+    assert "knows 12 cases by their voxels and 0 by their ids alone, 0 are new" in out
+    assert "note: " not in out
+
+
+def test_a_denoiser_of_a_few_of_the_autoencoders_cases(heads, vae_run, tmp_path, capsys):
+    theirs = split_of(vae_run)
+    first = sorted(name for ids in theirs.values() for name in ids)
+    num = 1 + max(first.index(theirs["val"][0]), first.index(theirs["train"][0]))
+    split = trained(vae_run, tmp_path / "few", "--data.subset", num)
+    assert split == {part: [name for name in ids if name in first[:num]] for part, ids in theirs.items()}
+    assert f"knows {num} cases by their voxels" in capsys.readouterr().out
+    names = sorted(theirs["train"])[:4]  # none of these validates
+    files = [f"{heads}/images/{name}.tif" for name in names]
+    (tmp_path / "cases.csv").write_text("\n".join(["image", *files]) + "\n")
+    split = trained(vae_run, tmp_path / "train", "--data.root", tmp_path)
+    assert split == {"train": names[1:], "val": names[:1], "test": []}
+    line = f"1 val cases are train cases of the autoencoder, such as {names[0]}; scores on them are too good"
+    assert line in capsys.readouterr().out
+
+
+def test_cases_that_the_autoencoder_knows_keep_their_part_and_new_ones_are_drawn(
+    vae_run, more_heads, tmp_path, capsys
+):
+    flags = ["--data.root", more_heads, "--data.val_fraction", 0.34, "--data.test_fraction", 0.17]
+    flags += ["--condition.use", "class,labels", "--condition.context_dim", 16, *tiny.BOUND]
+    split = trained(vae_run, tmp_path / "ldm", *flags)
+    theirs = split_of(vae_run)
+    for i in range(4):
+        part = next(part for part, ids in theirs.items() if f"phantom_{i:04d}" in ids)
+        assert f"old_{i}" in split[part]
+    new = {part: [name for name in ids if name.startswith("new")] for part, ids in split.items()}
+    assert {part: len(ids) for part, ids in new.items()} == {"train": 3, "val": 2, "test": 1}
+    out = capsys.readouterr().out
+    assert "knows 4 cases by their voxels and 0 by their ids alone, 6 are new" in out
+    state = load(step_files(tmp_path / "ldm")[0])["state"]
+    assert state["data"]["size"] == [16, 24]  # of these cases, rounded up for the autoencoder's two halvings
+    sample.main([str(tmp_path / "ldm"), "--num", "1", "--steps", "2", "--condition", "class=1"])
+    sample.main([str(tmp_path / "ldm"), "--cases", "test", "--steps", "2"])
+    trained(vae_run, tmp_path / "ldm", *flags, "--run.steps", 4)  # the stored split and spec are taken again
+    assert load(step_files(tmp_path / "ldm")[0])["state"]["data"] == state["data"]
+    assert split_of(tmp_path / "ldm") == split
+
+
+def test_another_contrast_of_the_same_cases_keeps_their_parts_by_their_ids(heads, vae_run, tmp_path, capsys):
+    for path in (heads / "images").iterdir():
+        volume = read(path)
+        write(tmp_path / path.name, dataclasses.replace(volume, array=3 * volume.array + 7))
+    place = ["--data.root", tmp_path, "--data.image", "*.tif"]
+    assert trained(vae_run, tmp_path / "ldm", *place) == split_of(vae_run)
+    assert "knows 0 cases by their voxels and 12 by their ids alone, 0 are new" in capsys.readouterr().out
+    ours, theirs = open_run(tmp_path / "ldm").spec, open_run(vae_run).spec
+    assert np.allclose(ours.low + ours.high, 3 * np.array(theirs.low + theirs.high) + 7)  # units of samples
+    trained(vae_run, tmp_path / "sources", "--data.image", "sources/*.tif")  # which the autoencoder's run had
+    assert "knows 12 cases by their voxels and 0 by their ids alone, 0 are new" in capsys.readouterr().out
+
+
+def test_a_table_decides_and_what_it_spoils_is_said(heads, vae_run, tmp_path, capsys):
+    theirs, rows = split_of(vae_run), ["name,split"]
+    val = theirs["train"][:2]
+    for name in sorted(name for ids in theirs.values() for name in ids):
+        rows.append(f"{name},{'val' if name in val else 'train'}")
+    (tmp_path / "split.csv").write_text("\n".join(rows) + "\n")
+    flags = ["--data.split", tmp_path / "split.csv", "--data.val_fraction", 0.2]
+    assert trained(vae_run, tmp_path / "ldm", *flags)["val"] == val
+    assert f"2 val cases are train cases of the autoencoder, such as {val[0]}" in capsys.readouterr().out
+
+
+def test_with_scaling_dataset_the_autoencoders_numbers_scale_all_data(heads, more_heads, tmp_path):
+    flags = ["--data.scaling", "dataset"]
+    train_vae.main(tiny.vae_flags(heads, tmp_path / "vae", 2, *flags))
+    trained(tmp_path / "vae", tmp_path / "ldm", "--data.root", more_heads)
+    ours, theirs = (load(step_files(tmp_path / run)[0])["state"]["data"] for run in ("ldm", "vae"))
+    assert (ours["low"], ours["high"]) == (theirs["low"], theirs["high"])
+    measured = load(step_files(tmp_path / "ldm")[0])["state"]["measured"]
+    assert not np.allclose(measured["low"], theirs["low"], rtol=1e-6)
+
+
+def test_images_of_other_channels_are_refused(vae_run, tmp_path, mistake):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((2, 16, 20), dtype=np.float32))
+    place = ["--data.root", tmp_path, "--data.image", "*.npy"]
+    flags = tiny.ldm_flags(vae_run, tmp_path / "ldm", 2, *map(str, place))
+    line = mistake(train_ldm.main, flags)
+    assert f"{tmp_path}: the images have 2 channels, the autoencoder's had 1; choose some with" in line
+    assert not (tmp_path / "ldm").exists()
+    trained(vae_run, tmp_path / "ldm", *place, "--data.channel", 1)
