@@ -1,7 +1,7 @@
 """One process or many: torch.distributed behind a few functions that also work without a process group.
 
-Under torchrun every process ("rank") runs the same script on its part of each batch: gloo on CPU, NCCL on
-GPU. Without torchrun there is one rank, and every function here does what one rank needs: nothing.
+Under torchrun or srun every process ("rank") runs the same script on its part of each batch: gloo on CPU,
+NCCL on GPU. Without these there is one rank, and every function here does what one rank needs: nothing.
 
 Ranks must take the same decisions, or they would wait for each other for ever: `any_rank` and `broadcast`.
 Randomness is keyed by the position of a sample in the run (`keyed_generator`), never by the rank.
@@ -15,12 +15,13 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -58,8 +59,11 @@ def print0(*words: Any) -> None:
 
 
 def setup(device: str = "auto") -> torch.device:
-    """Join the process group if torchrun started us, and choose this rank's device ("auto": CUDA where there
-    is one)."""
+    """Join the process group if torchrun or srun started us, and choose this rank's device ("auto": CUDA
+    where there is one)."""
+    if not launched():
+        for name, value in ranks_of_srun(os.environ).items():
+            os.environ.setdefault(name, value)
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -71,8 +75,44 @@ def setup(device: str = "auto") -> torch.device:
     return chosen
 
 
+def ranks_of_srun(env: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, from the variables of a plain ``srun``; {} for any other process.
+
+    Only a step that srun has started has SLURM_STEP_NUM_TASKS. The shell of sbatch or salloc has SLURM_NTASKS
+    and SLURM_PROCID 0 as well: a process that is started there without srun is alone, and must not wait for
+    others. Example: task 5 of 8, on the second of the nodes gpu[03-04], of job 812, step 0, is rank 5 of 8,
+    local rank 1, and meets the others at gpu03, port 10000 + (31 * 812 + 0) % 20000 = 15172.
+    """
+    num = int(env.get("SLURM_STEP_NUM_TASKS") or 1)
+    if num == 1 and int(env.get("SLURM_NTASKS") or 1) > 1 and "RANK" not in env:
+        print(
+            f"note: the job has {env['SLURM_NTASKS']} tasks, but this process was not started by srun: "
+            "it runs alone (srun python ... makes one run of all tasks)",
+            flush=True,
+        )
+    if num == 1 or "RANK" in env:
+        return {}
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    alone = env.get("SLURM_STEP_NUM_NODES") == "1"
+    number = 31 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))
+    bound = torch.cuda.device_count() == 1  # --gpus-per-task: every task sees its own GPU as number 0
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": str(num),
+        "LOCAL_RANK": "0" if bound else env["SLURM_LOCALID"],
+        "MASTER_ADDR": "127.0.0.1" if alone else first_host(nodes),
+        "MASTER_PORT": str(10000 + number % 20000),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a list as Slurm writes it: "gpu[03-06,9],cpu1" -> "gpu03"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
 def launched() -> bool:
-    """Was this process started as one rank, by torchrun or the like?"""
+    """Was this process started as one rank, by torchrun or the like? (srun: once `setup` was called.)"""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
