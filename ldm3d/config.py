@@ -249,7 +249,8 @@ def add_options(group_parent: argparse.ArgumentParser, cls: type, default: Any, 
         flag = {"nargs": "?", "const": "true"} if kind is bool else {}
         if cls.__dataclass_fields__[name].metadata.get("repeat"):  # --key A --key B gives (A, B), unsplit
             flag = {"action": "append"}
-        group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **flag)
+        option = key.rstrip("_")  # the field as_ is --as, since `as` is a word of Python
+        group.add_argument(f"--{option}", dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **flag)
 
 
 def show(value: Any) -> str:

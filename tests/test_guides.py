@@ -141,7 +141,7 @@ def test_every_program_and_task_is_shown_somewhere():
     programs = [*TRAINING, "sample.py"]
     programs += [f"-m ldm3d.evaluation {task}" for task in ("reconstruct", "samples", "compare", "copies")]
     programs += [f"-m ldm3d.reports {task}" for task in ("run", "latents", "registers")]
-    programs += ["-m ldm3d.interop import"]
+    programs += [f"-m ldm3d.interop {task}" for task in ("import", "export")]
     programs += [
         f"tests/benchmarks/{p.name}"
         for p in (ROOT / "tests/benchmarks").glob("*.py")

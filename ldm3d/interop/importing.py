@@ -318,6 +318,10 @@ def import_file(config: ImportConfig, file: str) -> Path:
     lines = report.lines() + expectations(content)
     if config.check:
         lines.append(check_against_peer(imported))
+    if content["kind"] == "ldm" and config.kernel.prediction == "velocity":
+        for parameter in net.unet.conv_out.parameters():  # MONAI's velocity is x_start - noise
+            parameter.data.neg_()
+        lines.append("    the sign of the last convolution is changed: MONAI's velocity is x_start - noise")
     settings = {"preset": "imported", "run": {"seed": 0}, **content["config"]}
     try:
         folder.mkdir(parents=True, exist_ok=True)

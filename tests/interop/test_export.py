@@ -1,0 +1,243 @@
+"""An exported run gives the same numbers in the class of the other library, which loads it strictly, and
+comes back bit for bit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from closeness import close
+from tiny import VAE, ldm_flags
+
+import ldm3d
+import train_ldm
+import train_vae
+from ldm3d import AutoencoderKL, Condition, ConditionConfig, Denoiser, UNetConfig, VAEConfig
+from ldm3d.data import open_images
+from ldm3d.interop import load
+from ldm3d.interop.__main__ import main
+from ldm3d.interop.exporting import foreign_state
+from ldm3d.interop.importing import open_weights
+from ldm3d.interop.peers import build, compare, describe
+
+PLAIN = VAEConfig(2, channels=(8, 16), num_res_blocks=(1, 2), attention_levels=(False, True), num_groups=4)
+FLOW, DDPM = "", "--kernel.process vp --kernel.prediction eps --kernel.num_timesteps 8"
+
+
+def randomised(net):
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net.eval()
+
+
+NETS = {  # name -> (library, our network, hints for coming back)
+    "plain": ("monai", lambda: AutoencoderKL(PLAIN), {}),
+    "3d": ("monai", lambda: AutoencoderKL(replace(PLAIN, dims=3, mid_attention=True)), {}),
+    "transposed": ("monai", lambda: AutoencoderKL(replace(PLAIN, upsample="deconv2")), {}),
+    "maisi": ("maisi", lambda: AutoencoderKL(replace(PLAIN, dims=3, upsample="trilinear")), {}),
+    "maisi transposed": (
+        "maisi",
+        lambda: AutoencoderKL(replace(PLAIN, dims=3, upsample="deconv3", attention_levels=(False, False))),
+        {"upsample": "deconv3"},
+    ),
+    "diffusers": (
+        "diffusers",
+        lambda: AutoencoderKL(
+            VAEConfig(
+                *(2, 3, 4, (8, 16), (2, 2)),
+                **{"num_groups": 4, "final_silu": True, "double_z": True, "extra_up_block": True},
+                **{"mid_attention": True, "attention_levels": (False, False)},
+            )
+        ),
+        {},
+    ),
+    "denoiser": (
+        "monai",
+        lambda: Denoiser(UNetConfig(2, 4, 4, (8, 16), (1, 2), (False, True), 8, num_groups=4)),
+        {"head_channels": 8},
+    ),
+    "denoiser of classes": (
+        "monai",
+        lambda: Denoiser(
+            UNetConfig(3, 4, 4, (8, 16), (1, 1), (False, True), 8, num_groups=4, resblock_updown=True),
+            ConditionConfig(use=("class",)),
+            [Condition("class", "class", ("0", "1", "2"))],
+        ),
+        {"head_channels": 8},
+    ),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NETS)
+def test_the_other_class_loads_it_strictly_and_has_equal_outputs(name):
+    library, make, _ = NETS[name]
+    pytest.importorskip("diffusers" if library == "diffusers" else "monai")
+    net = randomised(make())
+    theirs = build(describe(net, library), foreign_state(net, library))
+    if isinstance(net, AutoencoderKL) and library != "diffusers":
+        assert net.config.image_range == (-1.0, 1.0)
+    assert compare(net, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_comes_back_is_the_same_to_the_bit(name, tmp_path):
+    library, make, hints = NETS[name]
+    net = randomised(make())
+    if name == "denoiser of classes":  # MONAI has no row for the absent class; it comes back as zeros
+        net.conditioner.parts[0].table.weight.data[-1] = 0
+    torch.save(foreign_state(net, library), tmp_path / "model.pt")
+    if isinstance(net, AutoencoderKL):
+        hints = hints | {"image_range": (-1, 1)}
+    back = open_weights(tmp_path / "model.pt", num_groups=4, **hints).net
+    ours, other = net.state_dict(), back.state_dict()
+    assert ours.keys() == other.keys()
+    assert all(torch.equal(ours[key], other[key]) for key in ours)
+    if isinstance(net, AutoencoderKL):
+        assert back.config == net.config
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stem": (2,)}, "stem: 2 has no counterpart"),
+        ({"strides": ((1, 2),)}, "strides: ((1, 2),) has no counterpart"),
+        ({"final_silu": True}, "final_silu: True has no counterpart"),
+        ({"upsample": "trilinear"}, "upsample: trilinear has no counterpart"),
+        ({"num_groups": 5}, "num_groups: 5 does not divide"),
+    ],
+)
+def test_what_the_other_library_lacks_is_named(change, says):
+    with pytest.raises(ldm3d.InputError) as error:
+        describe(AutoencoderKL(replace(PLAIN, **change)), "monai")
+    assert says in str(error.value)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae(heads, tmp_path_factory) -> Path:
+    """A run of an autoencoder that MONAI has too."""
+    place = tmp_path_factory.mktemp("export")
+    flags = ["--data.root", heads, "--data.cache_dir", place / "cache", "--run.dir", place / "vae"]
+    flags += ["--run.steps", 20, "--optim.warmup_steps", 0, "--vae.stem", 1]
+    train_vae.main(["phantom", *map(str, [*VAE, *flags])])
+    return place / "vae"
+
+
+@pytest.fixture(scope="module", params=[FLOW, DDPM], ids=["flow", "ddpm"])
+def ldm(request, vae) -> Path:
+    """A run on its latents."""
+    folder = vae.parent / f"ldm-{request.param[:5].strip('-') or 'flow'}"
+    train_ldm.main(ldm_flags(vae, folder, 5, *request.param.split()))
+    return folder
+
+
+def bundle(folder: Path, **changes):
+    """MONAI's own reader of configs/inference.json."""
+    ConfigParser = pytest.importorskip("monai.bundle").ConfigParser
+    parser = ConfigParser()
+    parser.read_config(folder / "configs" / "inference.json")
+    parser.update({"bundle_root": str(folder), **changes})
+    return parser
+
+
+@pytest.mark.parity
+def test_monai_runs_the_bundle_of_an_autoencoder_to_the_same_reconstructions(vae, heads, tmp_path):
+    main(["export", str(vae), "--as", "monai", "--to", str(tmp_path / "bundle")])
+    parser = bundle(tmp_path / "bundle")
+    for expression in parser.get_parsed_content("run")[:1]:
+        assert "matched" in str(expression)
+    net = parser.get_parsed_content("autoencoder")
+    pipeline = ldm3d.load(vae)
+    x = open_images(pipeline.content, heads / "images")[0, 0]["image"]
+    with torch.no_grad():
+        close(pipeline.reconstruct(x), net.reconstruct(x[None])[0], 1e-5)
+    scale = parser.get_parsed_content("preprocessing").transforms[-2]
+    image = torch.rand(1, 20, 30) * 100
+    scaled = scale(image)
+    assert -1 <= scaled.min() < scaled.max() <= 1
+
+
+@pytest.mark.parity
+def test_monai_reads_scales_and_writes_the_images_of_a_bundle(vae, tmp_path):
+    import nibabel
+    import numpy as np
+
+    folder = tmp_path / "bundle"
+    main(["export", str(vae), "--to", str(folder)])
+    image = np.random.default_rng(0).random((17, 20)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), folder / "images" / "one.nii.gz")
+    bundle(folder).get_parsed_content("run")
+    (found,) = (folder / "results").glob("*.nii.gz")
+    assert nibabel.load(found).shape == (18, 20)
+
+
+@pytest.mark.parity
+def test_monai_s_inferer_samples_what_our_sampler_does(ldm, tmp_path):
+    main(["export", str(ldm), "--to", str(tmp_path / "bundle"), "--steps", "8"])
+    model = ldm3d.load(ldm).model
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    parser = bundle(tmp_path / "bundle", noise=noise)
+    parser.get_parsed_content("run")
+    theirs = parser.get_parsed_content("sample")
+    assert len(list((tmp_path / "bundle" / "results").glob("*.nii.gz"))) == 1
+    sampler = "euler" if model.kernel.config.process == "flow" else "ddim"
+    with torch.inference_mode():
+        times = model.kernel.sampling_times(sampler, 8, model.latent_shape[1:])
+        z = model.kernel.sample(model.denoiser, noise, times, sampler)
+        ours = model.autoencoder.decode(z * model.latent_std + model.latent_mean)
+    close(ours, theirs, 1e-3)  # MONAI keeps the times of a flow in half precision
+
+
+def test_an_exported_run_that_is_imported_again_samples_the_same(ldm, tmp_path):
+    main(["export", str(ldm), "--to", str(tmp_path / "bundle")])
+    models, config = tmp_path / "bundle" / "models", ldm3d.load(ldm).model.kernel.config
+    flags = ["--num_groups", 4, "--image_range", "-1,1", "--size", "16,20"]
+    main(["import", *map(str, [models / "autoencoder.pt", "--to", tmp_path / "vae", *flags])])
+    kernel = ["--kernel.process", config.process, "--kernel.prediction", config.prediction]
+    kernel += ["--kernel.num_timesteps", config.num_timesteps, "--head_channels", 8, "--num_groups", 4]
+    flags = [models / "unet.pt", "--vae", tmp_path / "vae", "--to", tmp_path / "ldm", *kernel]
+    main(["import", *map(str, flags)])
+    how = {"num": 1, "size": (16, 20), "steps": 4}
+    close(ldm3d.load(tmp_path / "ldm").sample(**how), ldm3d.load(ldm).sample(**how), 1e-4)
+
+
+@pytest.mark.parity
+def test_diffusers_loads_the_folder(tmp_path, heads):
+    diffusers = pytest.importorskip("diffusers")
+    flags = ["--data.root", heads, "--data.cache_dir", tmp_path / "cache", "--run.dir", tmp_path / "vae"]
+    flags += ["--run.steps", 2, "--vae.stem", 1, "--vae.final_silu", "true", "--vae.double_z", "true"]
+    flags += ["--vae.extra_up_block", "true", "--vae.mid_attention", "true"]
+    train_vae.main(["phantom", *map(str, [*VAE, *flags])])
+    main(["export", str(tmp_path / "vae"), "--as", "diffusers", "--to", str(tmp_path / "out")])
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").eval()
+    assert compare(ldm3d.load(tmp_path / "vae").net, theirs) < 1e-5
+    back = load(tmp_path / "out" / "diffusion_pytorch_model.safetensors", tmp_path / "out" / "config.json")
+    assert back.config.num_groups == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "to: which folder?"),
+        ("--to {here}", "is there already"),
+        ("--to {new} --as keras", "as_: "),
+        ("--to {new} --as diffusers", "final_silu: False has no counterpart"),
+        ("--to {new} --as maisi", "upsample: nearest has no counterpart"),
+        ("--to {new} --steps 0", "steps: expected at least 1"),
+    ],
+)
+def test_an_export_that_cannot_be_is_one_line(flags, says, vae, tmp_path, mistake):
+    words = flags.format(here=vae, new=tmp_path / "new").split()
+    assert says in mistake(main, ["export", vae, *words])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_bundle_says_what_was_folded(vae, tmp_path):
+    main(["export", str(vae), "--to", str(tmp_path / "bundle")])
+    notes = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())["notes"]
+    assert "intensities within the networks: -1 to 1" in notes
