@@ -74,6 +74,13 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("vae", "--disc_optim.milestones 3", "disc_optim.milestones: has no effect with"),
     ("ldm", "--optim.gamma 0.5", "optim.gamma: has no effect with optim.schedule constant"),
     ("cdal", "--optim.min_lr_ratio 0.5", "optim.min_lr_ratio: has no effect with optim.schedule constant"),
+    ("vae", "--data.slices axial --data.dims 3", "data.slices: expected none with data.dims 3, got axial"),
+    ("vae", "--data.slices axial", "a single image (1, 16, 20), expected a volume (data.slices)"),
+    (
+        "vae",
+        "--data.slices axial --data.file_spacing 1,1",
+        "data.file_spacing: expected none with data.slices",
+    ),
     ("vae", "--data.series 4", "data.series: has no effect, no image is a folder of DICOM slices"),
     ("vae", "--data.source_series 4", "data.source_series: has no effect, no source is a folder"),
     ("vae", "--vae.in_channels 3", "vae.in_channels: 3, but the images have 1"),

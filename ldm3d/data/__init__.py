@@ -11,6 +11,7 @@ What has to be decided before:
 
     settings     all settings of a data set
     cases        which files belong together, and the split by subject
+    slices       slices of volumes as 2-D cases
     inspection   what is in the files, and what is wrong with them
     spec         what a run keeps of all this
     layouts      which files of a folder are images and which are masks

@@ -59,6 +59,7 @@ class Case:
     class_idx: int | None = None  # the class, if the column `class` holds a number; None: blank, or a name
     text: str = ""
     columns: dict[str, str] = field(default_factory=dict)  # the cells that name no file of a role
+    volume: Case | None = None  # the case that this one is a slice of (slices.py)
 
 
 def resolve_root(config: DataConfig, preset: str) -> Path:
@@ -83,7 +84,8 @@ def resolve_root(config: DataConfig, preset: str) -> Path:
 
 
 def raise_all(problems: list[str]) -> None:
-    """One line for all problems: the first two, and how many there are."""
+    """One line for all problems: the first two, and how many there are. Each counts once."""
+    problems = list(dict.fromkeys(problems))
     if len(problems) > 1:
         raise InputError(f"{problems[0]} [and {len(problems) - 1} more, the next: {problems[1]}]")
     if problems:

@@ -21,6 +21,7 @@ from .inspection import MAX_LABEL, inspect_cases
 from .itk import is_dicom_folder
 from .opening import inspection_cache
 from .settings import DataConfig
+from .slices import slice_cases
 from .spec import DataSpec
 from .transforms import AugmentConfig
 from .volumes import (
@@ -88,7 +89,18 @@ def find_images(
     layout = replace(layout, root=str(root), subject=None)
     if series and cases[0].image.is_dir():
         layout = _with_series(layout, cases[0].image, series)
-    return _with_own_channels(layout, cases[0].image), [replace(c, mask=None, source=None) for c in cases]
+    cases = [replace(case, mask=None, source=None) for case in cases]
+    if layout.slices != "none" and _is_flat(cases[0].image, layout.series):
+        layout = replace(layout, slices="none")
+    if layout.slices != "none":
+        cases = slice_cases(cases, layout)
+    return _with_own_channels(layout, cases[0].image), cases
+
+
+def _is_flat(image: Path, series: str | None) -> bool:
+    """Is the file an image already, such as a sample of a run that was trained on slices?"""
+    shape = read_header(image, series=series).shape
+    return len(shape) == 2 or 1 in shape
 
 
 def _find(layout: DataConfig, root: Path, location: str | Path, subject: str | None) -> list[Case]:
@@ -150,8 +162,9 @@ def own_cases(
     root, listed = resolve_root(layout, content["config"]["preset"]), _names_of(content, part)
     layout = replace(layout, root=str(root), cache="none", subset=None, allow_missing_mask=True)
     layout = replace(layout, subject=subject or layout.subject)
-    cases = listed_cases(find_cases(layout, root), listed, root)
-    return layout, [replace(case, mask=None, source=None) for case in cases]
+    cases = [replace(case, mask=None, source=None) for case in find_cases(layout, root)]
+    cases = cases if layout.slices == "none" else slice_cases(cases, layout)
+    return layout, listed_cases(cases, listed, root)
 
 
 def with_references(cases: list[Case], folder: Path) -> list[Case]:
@@ -161,7 +174,8 @@ def with_references(cases: list[Case], folder: Path) -> list[Case]:
     files = {strip_suffix(path): path for path in sorted(folder.iterdir()) if is_volume_file(path)}
     found = []
     for case in cases:
-        path = files.get(strip_suffix(case.image)) or files.get(file_name(case.id))
+        of_image = None if case.volume else files.get(strip_suffix(case.image))
+        path = of_image or files.get(file_name(case.id))
         if path is None:
             raise InputError(f"reference: {folder} holds no label map of {case.image}")
         found.append(replace(case, mask=path))
@@ -228,6 +242,7 @@ def open_files(paths: Sequence[str | Path], role: str, config: DataConfig, spec:
     options = {
         "channel": {"image": config.channel, "source": config.source_channel}.get(role, ()),
         "series": None,
+        "slices": "none",
         "source_series": None,
         "mask": None,
         "source": None,

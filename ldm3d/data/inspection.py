@@ -34,12 +34,13 @@ from ..engine.distributed import main_first, print0
 from ..engine.logger import progress
 from .cases import ROLES, Case, raise_all
 from .loading import read_options, training_grid
-from .settings import MAX_VOXELS, DataConfig
+from .settings import MAX_VOXELS, DataConfig, of_volumes
 from .transforms import scaling_numbers
 from .volumes import Header, read, read_header, stamp
 
 MAX_LABEL, MAX_VALUE = 65535, 1e30  # of masks; of images, so that no sum of float32 overflows
 SHOWN = 0.5, 99.5  # percentiles of a file that pictures show as black and white, see DataConfig.unbounded
+OF_THE_VOLUME = "low", "high", "source_low", "source_high", "shown"  # what a slice has of its volume
 KEEP_EVERY = 5.0  # seconds, after which what was found is written
 FEW_VALUES = 64  # an image of at most this many integers looks like a label map
 THUMBNAIL = {2: 32, 3: 10}  # voxels along each axis
@@ -376,8 +377,11 @@ def inspect_cases(
     """Case id -> CaseInfo, after a look into every file; one InputError for everything that is wrong.
 
     `cache`: JSON file of what was found in voxels, see above. Rank 0 goes first, so that the other ranks find
-    the cache filled. with_facts: the facts that a plan is made from must be among what was found.
+    the cache filled. with_facts: the facts that a plan is made from must be among what was found. The volumes
+    of slices are looked into as well.
     """
+    volumes = {case.volume.id: case.volume for case in cases if case.volume}
+    whole = inspect_cases(list(volumes.values()), of_volumes(config), cache) if volumes else {}
     with main_first():
         headers = _inspect_headers(cases, config)
         found = _inspect_voxels(cases, config, cache, with_facts)
@@ -406,6 +410,9 @@ def inspect_cases(
             facts=_facts_of(image),
             labelled=found[case.mask, "mask"].get("labelled") if case.mask else None,
         )
+        if case.volume:  # scaled by the numbers of the volume: its slices stay alike
+            numbers = {name: getattr(whole[case.volume.id], name) for name in OF_THE_VOLUME}
+            infos[case.id] = replace(infos[case.id], **numbers)
     blank = [
         job[0] for job, numbers in found.items() if job[1] != "mask" and numbers["low"] == numbers["high"]
     ]

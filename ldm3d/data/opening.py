@@ -11,10 +11,11 @@ from typing import Any
 
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, find_cases, listed_cases, resolve_root, split_cases
+from .cases import Case, listed_cases, resolve_root, split_cases
 from .dataset import VolumeDataset
 from .inspection import CaseInfo, inspect_cases
 from .settings import DataConfig
+from .slices import find_all_cases
 from .spec import DataSpec, make_spec
 
 
@@ -205,7 +206,7 @@ def open_data(
     autoencoder's run, if it had other data; cases that it knows keep their part.
     """
     root = resolve_root(config, preset)
-    cases = find_cases(config, root)
+    cases = find_all_cases(config, root)
     infos = None
     if split is None and before is not None:
         infos = inspect_cases(cases, config, inspection_cache(config, root))

@@ -6,7 +6,7 @@ Every field is a flag of the training scripts: `spacing` is --data.spacing, and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ class DataConfig:
     allow_missing_mask: bool = False  # cases without a mask take part, their mask is -1 everywhere
     check_affine: bool = True  # mask and source must lie where their image lies, within one voxel
     dims: Literal[2, 3] = 3  # pictures or volumes
+    slices: Literal["none", "axial", "coronal", "sagittal"] = "none"  # 2-D cases are the slices of volumes
     channel: tuple[int, ...] = ()  # channels taken of the images; empty = all
     source_channel: tuple[int, ...] = ()  # channels taken of the sources; empty = all
     series: str | None = None  # of several DICOM series in the folder of an image: number, description or UID
@@ -93,8 +94,19 @@ class DataConfig:
                 and (not self.label_values or self.num_labels in (None, len(self.label_values))),
                 "data.num_labels different values",
             ),
+            "slices": (self.slices == "none" or self.dims == 2, "none with data.dims 3"),
+            "file_spacing": (
+                self.slices == "none" or self.file_spacing is None,
+                "none with data.slices, whose spacing is that of the volumes",
+            ),
             "augment": (all(0 <= axis < self.dims for axis in axes), f"axes from 0 to {self.dims - 1}"),
         }
         for name, (valid, expected) in checks.items():
             if not valid:
                 raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+def of_volumes(config: DataConfig) -> DataConfig:
+    """How the volumes are read of which `config` takes slices: whole, on their own grid."""
+    own = {"dims": 3, "slices": "none", "augment": AugmentConfig(), "resize": False}
+    return replace(config, **own, **dict.fromkeys(("spacing", "size", "patch")))

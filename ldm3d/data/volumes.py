@@ -214,6 +214,14 @@ def _in_ras(
     return _Opened(channels, tuple(ras_grid[axis] for axis in keep), dtype, affine, "".join(codes), in_ras)
 
 
+def take_slice(volume: Volume, axis: int, number: int) -> Volume:
+    """One slice of a volume, across `axis`, as a 2-D volume. An oblique plane keeps its spacing."""
+    affine, keep = volume.affine.copy(), [other for other in range(3) if other != axis]
+    affine[:3, 3] += affine[:3, axis] * number
+    codes = volume.orientation and "".join(c for c in volume.orientation if c not in ("LR", "PA", "IS")[axis])
+    return Volume(volume.array.take(number, axis + 1), _slice_affine(affine, keep), codes)
+
+
 def _nifti_voxels(path: Path, image: nib.Nifti1Pair, channel: int | None) -> np.ndarray:
     """The voxels in the axes of the file, slope and intercept applied; of a 4-D file one channel, or all.
 
