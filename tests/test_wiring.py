@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sample
@@ -21,10 +22,12 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import read
-from ldm3d.cdal import CDAL
+from ldm3d.cdal import CDAL, Generator
 from ldm3d.conditions import absent
 from ldm3d.data import Volume, write
+from ldm3d.data.phantoms import write_phantoms
 from ldm3d.diffusion_kernel import DiffusionKernel
+from ldm3d.discriminators import TimeDiscriminator
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import keyed_generator
 from ldm3d.evaluation import pairs
@@ -284,6 +287,7 @@ def test_the_last_row_of_a_preview_is_the_difference_of_the_other_two(vae):
 
 
 GAIN, ELASTIC = "--data.augment.max_gain", "--data.augment.max_elastic"
+QUARTER = "--data.augment.rot90_axes 0,1"
 
 
 def gain_and_bias(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,6 +357,74 @@ def test_flips_turn_about_half_of_the_samples_around(vae):
     turned = [torch.equal(a.flip(-1), b) for a, b in zip(x, flipped, strict=True)]
     assert any(turned)
     assert all(turn or torch.equal(a, b) for turn, a, b in zip(turned, x, flipped, strict=True))
+
+
+def test_quarter_turns_are_in_the_plane_of_the_axes_asked_for(vae):
+    x, turned = (vae(f"{BARE} --data.patch 12,12 --data.crop centre {flags}").x for flags in ("", QUARTER))
+    turns = [
+        [k for k in range(4) if torch.equal(a.rot90(k, (1, 2)), b)] for a, b in zip(x, turned, strict=True)
+    ]
+    assert all(turns)
+    assert any(k != [0] for k in turns)
+
+
+CODES = "--autoencoder vq --quantizer.codebook_size 8 --optim.lr 1e-12"  # the vectors stay as they are
+
+
+def codebook(run: SimpleNamespace, name: str = "codebook") -> Tensor:
+    return run.content["model"][f"quantizer.{name}"].double()
+
+
+def vectors(run: SimpleNamespace) -> Tensor:
+    """What the codebook of a run's first batch had to represent, (N, C_z)."""
+    return run.latent.z.detach().movedim(1, -1).flatten(0, -2).double()
+
+
+def test_the_codes_of_the_first_batch_are_moved_by_as_many_steps_of_k_means_as_asked(vae):
+    """The error of the first batch falls with every step; no step leaves the codes random."""
+    errors = []
+    for steps in (0, 1, 30):
+        run = vae(f"{CODES} --quantizer.revive_below 0 --quantizer.kmeans_steps {steps}")
+        errors.append(torch.cdist(vectors(run), codebook(run)).amin(1).square().mean().item())
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_the_running_use_of_codes_keeps_the_share_of_their_decay(vae):
+    """The second step of the same batches adds its counts c: n = decay n + (1 - decay) c."""
+    start = codebook(vae(f"{CODES} --quantizer.revive_below 0"), "code_count")
+    slow, fast = (
+        codebook(vae(f"{CODES} --quantizer.revive_below 0 --quantizer.decay {decay}", 2), "code_count")
+        for decay in (0.9, 0.6)
+    )
+    assert (slow - start).abs().max() > 0.1
+    torch.testing.assert_close(fast - start, 4 * (slow - start), rtol=1e-4, atol=1e-4)
+
+
+def test_codes_used_less_than_asked_are_revived(vae):
+    (never,), (often,) = (
+        vae(f"{CODES} --quantizer.kmeans_steps 0 --quantizer.revive_below {share}").lines
+        for share in (0, 0.99)
+    )
+    assert never["codes_revived"] == 0
+    assert often["codes_revived"] >= 8 - often["codes_used"] > 0
+
+
+def test_a_discriminator_judges_as_many_scales_as_asked(vae):
+    one, two = (vae(f"{DISC_ALONE} --disc.num_scales {num}") for num in (1, 2))
+    assert [len(run.real) for run in (one, two)] == [1, 2]
+    assert two.real[1].shape[2:].numel() < two.real[0].shape[2:].numel()
+    assert two.lines[0]["d_loss"] != pytest.approx(one.lines[0]["d_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_the_perceptual_loss_compares_the_fraction_of_slices_asked_for(tmp_path, monkeypatch, fraction):
+    write_phantoms(tmp_path / "heads", 3, size=(16, 16, 16), spacing=(12.0, 12.0, 12.0))
+    file = tiny.vgg_weights(tmp_path / "vgg.pth")
+    flags = f"""--data.dims 3 --vae.dims 3 --batch_size 1 --perceptual_weight 1 --perceptual.weights {file}
+     --perceptual.fraction {fraction}"""
+    compared = spy(monkeypatch, PerceptualLoss, "distance")
+    train_vae.main(tiny.vae_flags(tmp_path / "heads", tmp_path / "run", 1, *flags.split()))
+    assert [len(args[1]) for args, _, _ in compared] == [round(16 * fraction)] * 3
 
 
 # --- train_ldm.py -------------------------------------------------------------------------------------------
@@ -560,7 +632,8 @@ def cdal(heads, tmp_path_factory) -> Callable[[str], SimpleNamespace]:
     """cdal(flags): a run of train_cdal.py of one step, once for each set of flags.
 
     line: of the log. content: the checkpoint. times: t of the first batch. votes: in each call of the network
-    in validation.
+    in validation. step: what the first step was given, by name. seen: the noisy masks that the generator got.
+    output: what it made of these. hidden: the discriminator's maps at first. pair: what it learnt from.
     """
     place, made = tmp_path_factory.mktemp("wires"), {}
 
@@ -570,12 +643,19 @@ def cdal(heads, tmp_path_factory) -> Callable[[str], SimpleNamespace]:
             with pytest.MonkeyPatch.context() as patch:
                 no_pictures(patch, train_cdal)
                 times, votes = spy(patch, CDAL, "t_from_uniform"), spy(patch, CDAL, "vote")
+                steps, made_of = spy(patch, CDAL, "losses"), spy(patch, Generator, "forward")
+                judged = spy(patch, TimeDiscriminator, "forward")
                 train_cdal.main(tiny.cdal_flags(heads, folder, 1, *flags.split()))
             made[flags] = SimpleNamespace(
                 line=tiny.lines(folder)[0],
                 content=load(step_files(folder)[0]),
                 times=times[0][2].tolist(),
                 votes=[len(args[3]) for args, _, _ in votes],
+                step=dict(zip(("image", "mask", "u", "draw"), steps[0][0][4:], strict=True)),
+                pair=steps[0][2][1],
+                seen=made_of[0][0][1],
+                output=made_of[0][2].detach(),
+                hidden=judged[0][2].features if judged else None,
             )
         return made[flags]
 
@@ -607,6 +687,70 @@ def test_attention_weighs_the_voxels_of_the_loss(cdal):
     assert plain["ce"] == pytest.approx(math.log(5), rel=1e-5)
     assert weighted["ce"] == pytest.approx(math.log(5), rel=1e-5)
     assert abs(plain["dice"] - weighted["dice"]) > 1e-5
+
+
+def attention(run: SimpleNamespace, layer: int, normalised: bool) -> Tensor:
+    """Where the discriminator of a run's first step looked, (B, *S)."""
+    maps = run.hidden[layer].mean(1, keepdim=True)
+    a = F.interpolate(maps, run.seen.shape[2:], mode="bilinear")[:, 0]
+    if normalised:
+        a = torch.sigmoid((a - a.mean((1, 2), True)) / a.std((1, 2), correction=0, keepdim=True))
+        a = a / a.mean((1, 2), keepdim=True)
+    return a
+
+
+def one_hot(run: SimpleNamespace) -> Tensor:
+    return torch.stack([2.0 * (run.step["mask"] == k) - 1 for k in range(5)], 1)
+
+
+WHERE = [(layer, normalised) for layer in (0, -1) for normalised in (True, False)]
+
+
+@pytest.mark.parametrize(("layer", "normalised"), WHERE)
+def test_the_generator_sees_the_true_mask_times_the_attention_of_the_layer_asked_for(cdal, layer, normalised):
+    run = cdal(
+        f"--cdal.attention input --cdal.own_estimate false --cdal.attention_layer {layer} "
+        f"--cdal.attention_normalised {str(normalised).lower()}"
+    )
+    y, a = one_hot(run), attention(run, layer, normalised)
+    levels = (1e-3 + (1 - 1e-3) * torch.arange(3, dtype=torch.float64) / 2)[torch.tensor(run.times) + 1]
+    kept = torch.exp(-(levels**2) * (20 - 0.1) / 2 - levels * 0.1) * (1 - 1e-8)  # beta from 0.1 to 20
+    start = math.exp(-(1e-3**2) * (20 - 0.1) / 2 - 1e-3 * 0.1)
+    signal, noise = (v.float().view(-1, 1, 1, 1) for v in ((kept / start).sqrt(), (1 - kept / start).sqrt()))
+    expected = signal * a[:, None] * y + noise * run.step["draw"]("attended", *y.shape[1:])
+    torch.testing.assert_close(run.seen, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+def test_the_loss_is_weighted_by_the_attention_of_the_layer_asked_for(cdal, layer):
+    """Seen in the Dice: a new network gives all voxels the same error, and the weights have mean 1."""
+    run = cdal(f"--cdal.attention loss --cdal.attention_layer {layer}")
+    p, y = run.output.softmax(1), (one_hot(run) + 1) / 2
+
+    def dice(weight: Tensor) -> float:
+        both, either = ((weight[:, None] * v)[:, 1:].sum((2, 3)) for v in (p * y, p + y))
+        return (1 - (2 * both + 1) / (either + 1)).mean().item()
+
+    weighted = dice(attention(run, layer, True))
+    assert run.line["dice"] == pytest.approx(weighted, rel=1e-4)
+    assert weighted != pytest.approx(dice(torch.ones(y.shape[0], *y.shape[2:])), rel=1e-4)
+
+
+def test_the_generator_trains_on_the_noised_true_mask_or_on_its_own_estimate_as_asked(cdal):
+    flags = "--cdal.attention none --cdal.noisiest 0.5 --cdal.own_estimate"
+    true, own = cdal(f"{flags} false"), cdal(f"{flags} true")
+    assert {0, 1} == set(own.times)
+    assert torch.equal(true.seen, true.pair["x_prev"])
+    for t, seen, noised in zip(own.times, own.seen, own.pair["x_prev"], strict=True):
+        assert torch.equal(seen, noised) == (t == 1)  # at the noisiest time there is no own estimate
+
+
+def test_the_share_of_patches_asked_for_lies_around_a_voxel_of_the_mask(cdal):
+    def share(fraction: float) -> float:
+        masks = cdal(f"{ALONE} --batch_size 32 --data.patch 4,4 --data.foreground {fraction}").step["mask"]
+        return (masks[:, 1:3, 1:3].flatten(1).amax(1) > 0).float().mean().item()
+
+    assert share(0) < share(0.5) < share(1) == 1
 
 
 def test_the_r1_of_a_segmentation_s_discriminator_is_weighted_by_its_flags(cdal):
