@@ -3,7 +3,7 @@
 
 new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
 reconstruction    python sample.py runs/vae-hippocampus FILE_OR_FOLDER
-segmentation      python sample.py runs/cdal-hippocampus FILE_OR_FOLDER --votes 5 --reference FOLDER
+segmentation      python sample.py runs/cdal-hippocampus FILE_OR_FOLDER --votes 5 --reference LABELS
 
 The run comes first: its folder, or a checkpoint in it. `python sample.py RUN --help` explains the settings
 that this run has, with more examples: conditions, translation, editing, label maps. The autoencoder of a

@@ -187,6 +187,7 @@ def balanced_cross_entropy(log_q: Tensor, y: Tensor, balance: float) -> Tensor:
 
 def head_loss(logits: Tensor, mask: Tensor, balance: float) -> Tensor:
     """The loss of the head, (B,), from logits (B, K, *S') and mask (B, *S); 0 for samples without a mask.
+    Voxels of -1 have no part in it.
 
     S' is S rounded up to whole latent voxels. The edge of the mask is repeated up to S', as the autoencoder
     repeats the edge of images.
@@ -196,7 +197,7 @@ def head_loss(logits: Tensor, mask: Tensor, balance: float) -> Tensor:
     shares = label_shares(mask, num_labels, (1,) * len(size)).nan_to_num(0.0)
     loss = balanced_cross_entropy(logits.log_softmax(1), shares, balance)
     if num_labels > 1:  # Dice leaves the background out
-        loss = loss + dice_loss(logits.softmax(1), shares)
+        loss = loss + dice_loss(logits.softmax(1), shares, (mask >= 0).float())
     return loss * ~absent(mask)
 
 

@@ -20,6 +20,7 @@ from ldm3d.conditions import absent
 from ldm3d.data import DataConfig
 from ldm3d.data.cases import find_cases, split_cases
 from ldm3d.data.phantoms import write_phantoms
+from ldm3d.inference import sampling
 from ldm3d.inference.sampling_request import RequestConfig, read_region, read_request, request_of_cases
 
 
@@ -164,12 +165,15 @@ def test_sample_takes_conditions_and_puts_the_result_where_its_source_lies(run, 
     assert how["sets"]["set_0000"]["class"] == "1"
 
 
-def test_sample_takes_a_table_of_conditions(run, tmp_path):
+def test_sample_takes_a_table_of_conditions(run, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(sampling, "save_sheet", lambda path, rows, limits: sheets.append(rows))
     (tmp_path / "sets.csv").write_text("name;class;text\nfirst;1;a lesion\nsecond;;\n")
     sample.main(
         [str(run), "--conditions", str(tmp_path / "sets.csv"), "--steps", "2", "--out", str(tmp_path / "out")]
     )
     assert files_of(tmp_path / "out") == ["first.tif", "second.tif"]
+    assert list(sheets[0]) == ["samples 0 to 1: first, second"]
     model = ldm3d.load(run)
     x = model.sample(2, steps=2, conditions={"class": [1, None], "text": ["a lesion", None]})
     written = read(tmp_path / "out" / "second.tif").array
@@ -313,6 +317,22 @@ def test_each_row_of_a_table_is_written_where_its_own_source_lies(run, tmp_path,
     assert f"{tmp_path}/large.tif has shape (24, 28), only its middle is taken" in out
     assert f"{tmp_path}/large.tif has another spacing than the training data, 12x11 mm" in out
     assert out.count("beside.tif") == 0
+
+
+def test_a_source_that_rows_of_a_table_share_is_read_and_encoded_once(run, tmp_path, monkeypatch):
+    pipeline = ldm3d.load(run)
+    source, encoded = f"{pipeline.layout.root}/sources/phantom_0003.tif", []
+    encode, model = pipeline.model.autoencoder.encode, pipeline.model
+    monkeypatch.setattr(model.autoencoder, "encode", lambda x: (encoded.append(len(x)), encode(x))[1])
+    rows = f"a;{source};1\nb;{source};\nc;;1\n"
+    request = read_table(pipeline, tmp_path / "sets.csv", "name;image;class\n" + rows)
+    assert sum(encoded) == 1
+    expected = model.prepare({"image": pipeline.read(source, "source"), "class": 1})
+    for name, value in expected.items():
+        assert torch.equal(request.conditions[name][0], value[0])
+    assert torch.equal(request.conditions["image"][1], expected["image"][0])
+    assert request.conditions["image"][2].isnan().all()
+    assert [info is None for info in request.infos] == [False, False, True]
 
 
 def test_a_table_of_one_row_names_the_sample(run, tmp_path):

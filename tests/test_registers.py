@@ -291,6 +291,15 @@ def test_the_loss_of_the_head_is_cross_entropy_and_dice():
     assert torch.equal(head_loss(logits, torch.full_like(mask, -1), 0.0), torch.zeros(2))
 
 
+def test_voxels_to_ignore_have_no_part_in_the_loss_of_the_head():
+    _, _, mask = arguments()
+    logits, ignored = torch.randn(2, 4, *mask.shape[1:]), torch.zeros_like(mask, dtype=torch.bool)
+    ignored[:, :5] = True
+    mask = mask.masked_fill(ignored, -1)
+    others = torch.where(ignored[:, None], 5 * torch.randn_like(logits), logits)
+    assert torch.allclose(head_loss(others, mask, 0.5), head_loss(logits, mask, 0.5))
+
+
 def test_each_of_the_two_losses_has_a_balance_of_its_own():
     net, (x, t, mask) = make(config=dataclasses.replace(CONFIG, balance=1.0, head_balance=0.0)), arguments()
     mask[:, 3:] = 0  # most of it is background

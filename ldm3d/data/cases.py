@@ -94,7 +94,7 @@ def raise_all(problems: list[str]) -> None:
 
 def _stem(name: str) -> str:
     """ "a.nii.gz" -> "a", "a.b.tif" -> "a.b"."""
-    return re.sub(r"(\.nii)?\.\w+$", "", name)
+    return re.sub(r"(?i)(\.nii)?\.\w+$", "", name)
 
 
 def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:

@@ -75,7 +75,8 @@ class Data:
 def check_numbering(data: Data) -> None:
     """InputError if masks that a network is to learn have large gaps in their numbering.
 
-    Masks of 0 and 255 would make a network with 256 labels, where label_values 0,255 make one with 2.
+    Masks of 0 and 255 would make a network with 256 labels, where label_values 0,255 make one with 2. Small
+    gaps, as of masks of 0 and 7, are noted.
     """
     found, num = sorted({k for info in data.infos.values() for k in info.labels}), data.spec.num_labels or 0
     if not data.config.num_labels and 4 * len(found) < num:
@@ -83,6 +84,11 @@ def check_numbering(data: Data) -> None:
         raise InputError(
             f"data.label_values: the masks hold {len(found)} labels and count as {num}; give {listed}, or "
             f"data.num_labels {num} if the others are meant"
+        )
+    if not data.config.num_labels and len(found) < num:
+        print0(
+            f"note: {num - len(found)} of the {num} labels occur in no mask, and are learned in vain; "
+            f"--data.label_values {','.join(map(str, found))} leaves them out"
         )
 
 

@@ -1,7 +1,7 @@
 """How good is an autoencoder? Its reconstructions, and what its latents offer to diffusion.
 
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus                   the run's validation cases
-    python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --part test
+    python -m ldm3d.evaluation reconstruct runs/vae-tiff-translation --part test
     python -m ldm3d.evaluation reconstruct runs/vae-hippocampus --data FOLDER     any other images
 
 Every case goes whole, at its own size, through encoder (mean) and decoder. The new folder holds cases.csv (a

@@ -23,7 +23,7 @@ from ..engine.logger import progress, save_sheet
 from ..evaluation.results import new_folder, table, write_report
 from ..metrics import psnr, ssim
 from ..pipeline import AutoencoderPipeline
-from .segmentation import suffix_of
+from .segmentation import check_finite, suffix_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def reconstruct_files(config: ReconstructConfig, run: Path, images: Path) -> Pat
     for i in progress(range(rank(), len(dataset), world_size()), "reconstructing"):
         x, name = dataset[i, i]["image"], dataset.cases[i].id
         recon = pipeline.reconstruct(x, config.amp)
+        check_finite(recon, name)
         scores = {"psnr": psnr(recon[None], x[None], 2.0), "ssim": ssim(recon[None], x[None], 2.0)}
         rows[name] = {k: float(v) for k, v in scores.items()}
         write(folder / f"{file_name(name)}{suffix}", dataset.restore(i, recon))

@@ -46,7 +46,7 @@ from ..guidance import active_branches, branch_weights
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
 from .sampling_request import Request, RequestConfig, guidance_of, read_request
-from .segmentation import file_labels, overlay, suffix_of
+from .segmentation import check_finite, file_labels, overlay, suffix_of
 
 SamplerName = Literal[("auto", *SAMPLERS)]  # a tuple, since Python 3.10 knows no star here
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
@@ -119,8 +119,7 @@ class Results:
                 self.sheet(name, x, number)
 
     def write(self, name: str, number: int, x: Tensor, folder: str = "") -> None:
-        if not x.isfinite().all():
-            raise InputError(f"{name}: is not finite; --amp fp32 tells whether half precision is too coarse")
+        check_finite(x, name)
         volume = self.request.volume(number, x, self.spec)
         if self.request.paste:
             volume = pasted(volume, self.request)
@@ -168,11 +167,17 @@ class Results:
         self.scores = {k: v for part in gather(self.scores) for k, v in part.items()}
         barrier()
 
+    def _title(self, first: int, last: int) -> str:
+        """What a row of the preview sheet shows; with a table of conditions also the names of its sets."""
+        names = [self.request.names[i // self.each] for i in range(first, last + 1)]
+        sets = f": {', '.join(dict.fromkeys(names))}" if self.config.conditions else ""
+        return f"samples {first} to {last}{sets}"
+
     def rows(self) -> dict[str, list[np.ndarray]]:
         """The pictures of the preview sheet: targets and samples, or the first samples; then label maps."""
         shown = [self.shown[i][0].numpy() for i in sorted(self.shown)]
         starts, last = range(0, len(shown), 4), len(shown) - 1
-        rows = {f"samples {i} to {min(i + 3, last)}": shown[i : i + 4] for i in starts}
+        rows = {self._title(i, min(i + 3, last)): shown[i : i + 4] for i in starts}
         if self.request.has_targets:
             some = [self.request.images[i, i] for i in range(min(4, len(self.request.names)))]
             kinds = {"source": "source", "target": "image"} if "source" in some[0] else {"target": "image"}

@@ -107,15 +107,25 @@ def read_request(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: 
     check_names([name for row in rows for name in row], conditions)
     note_captions(rows, conditions)
     infos, values = with_sources(rows, pipeline)
-    used, parts = {name for row in rows for name in row}, []
-    for set_name, row in zip(names, values, strict=True):
-        try:
-            parts.append(pipeline.prepare({name: row.get(name) for name in used}, amp=amp))
-        except InputError as e:
-            where = f"{config.conditions}: {set_name}: " if config.conditions else ""
-            raise InputError(f"{where}{e}") from None
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    used = {name for row in rows for name in row}
+    columns = {name: [row.get(name) for row in values] for name in used}
+    try:  # all sets at once: what they share is read and encoded once
+        tensors = pipeline.model.prepare(pipeline.read_conditions(columns), len(rows), amp)
+    except InputError as e:
+        raise InputError(f"{wrong_row(config, names, values, pipeline)}{e}") from None
     return with_edit(Request(names, tensors, rows, infos), config, pipeline)
+
+
+def wrong_row(
+    config: RequestConfig, names: list[str], rows: list[dict[str, Any]], pipeline: LatentDiffusionPipeline
+) -> str:
+    """The place, in words, of the first row of the table that the model refuses; "" without a table."""
+    for name, row in zip(names, rows, strict=True) if config.conditions else ():
+        try:
+            pipeline.prepare(row)
+        except InputError:
+            return f"{config.conditions}: {name}: "
+    return ""
 
 
 def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
@@ -184,9 +194,12 @@ def with_sources(
     having = [i for i, row in enumerate(rows) if name and row.get(name)]
     if not having:
         return infos, values
-    images = pipeline.open([rows[i][name] for i in having], "source")
-    for j, i in enumerate(having):
-        values[i][name], infos[i] = images[j, j]["image"], images.infos[images.cases[j].id]
+    paths = list(dict.fromkeys(rows[i][name] for i in having))  # many rows may share a source
+    images = pipeline.open(paths, "source")
+    sources = {path: images[j, j]["image"] for j, path in enumerate(paths)}
+    for i in having:
+        path = rows[i][name]
+        values[i][name], infos[i] = sources[path], images.infos[images.cases[paths.index(path)].id]
     note_geometry(images, pipeline.spec)
     return infos, values
 

@@ -229,6 +229,7 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
         x, start = item["image"], time.perf_counter()
         p = pipeline.segment(x, *settings, case.id, config.batch_size, config.amp)
         seconds = time.perf_counter() - start
+        check_finite(p, case.id)
         scores, counted = write_case(p, dataset, i, config, folder)
         rows[case.id], bins = {"seconds": seconds, **scores}, bins + counted
         display = dataset.spec.display
@@ -274,6 +275,12 @@ def write_case(
     truth = torch.from_numpy(truth.astype(np.int64))
     scores, bins = certainty(p, doubt, truth)
     return score(label_map, truth, len(p), header.spacing) | scores, bins
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """InputError if a result has voxels that are NaN or infinite, which no file should hold."""
+    if not x.isfinite().all():
+        raise InputError(f"{name}: is not finite; --amp fp32 tells whether half precision is too coarse")
 
 
 def suffix_of(format: str, dims: int, image: Path | None = None) -> str:

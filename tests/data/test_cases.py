@@ -41,6 +41,15 @@ def test_roles_are_paired_by_case_id(settings, root):
         assert case.image.name == case.mask.name == case.source.name == f"{case.id}.nii.gz"
 
 
+def test_a_suffix_in_capitals_is_no_part_of_an_id(tmp_path):
+    for name in ("a.NII.GZ", "b.Nii"):
+        (tmp_path / name).touch()
+    for settings in (DataConfig(image="*"), DataConfig(image="{id}"), DataConfig(table="table.csv")):
+        if settings.table:
+            (tmp_path / "table.csv").write_text("image\na.NII.GZ\nb.Nii\n")
+        assert [case.id for case in find_cases(settings, tmp_path)] == ["a", "b"]
+
+
 @pytest.mark.parametrize("mark", [",", ";"])
 def test_a_csv_fills_the_same_table(root, tmp_path, mark):
     rows = [

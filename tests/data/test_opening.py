@@ -123,6 +123,16 @@ def test_labels_that_are_hardly_numbered_one_by_one_are_not_learned(fresh):
         assert data.spec.num_labels == num
 
 
+def test_labels_that_occur_nowhere_are_noted(fresh, capsys):
+    for values, note in (((0, 7), "6 of the 8 labels occur in no mask"), ((0, 1), "")):
+        for name in "abcd":
+            save(fresh / f"labels/{name}.nii.gz", np.where(mask() > 0, *values[::-1]).astype(np.uint8))
+        check_numbering(open_data(fresh_settings(fresh), "heads", seed=0))
+        out = capsys.readouterr().out
+        assert note in out
+        assert ("data.label_values 0,7" in out) == bool(note)
+
+
 # --- beside an earlier split --------------------------------------------------------------------------------
 
 

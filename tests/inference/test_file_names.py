@@ -12,6 +12,8 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d.data.volumes import file_name
+from ldm3d.latent_diffusion import LatentDiffusion
+from ldm3d.pipeline import AutoencoderPipeline, SegmentationPipeline
 
 IDS = [
     "../../climbs",
@@ -75,3 +77,22 @@ def test_reconstructions_samples_and_label_maps_stay_in_their_folder(place):
     assert written["vae"] == written["cdal/labels"] == written["cdal/uncertainty"] == num
     assert written["cdal/probability"] == num
     assert written["ldm"] == written["ldm/sheets"] == written["ldm/maps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "owner", "name"),
+    [
+        ("vae", AutoencoderPipeline, "reconstruct"),
+        ("cdal", SegmentationPipeline, "segment"),
+        ("bound", LatentDiffusion, "decode"),
+    ],
+)
+def test_results_that_are_not_finite_are_never_written(
+    request, heads, tmp_path, monkeypatch, mistake, kind, owner, name
+):
+    real, run = getattr(owner, name), request.getfixturevalue(f"{kind}_run")
+    monkeypatch.setattr(owner, name, lambda *args, **more: real(*args, **more) * float("nan"))
+    what = ["--num", "1", "--steps", "1"] if kind == "bound" else [heads / "images"]
+    line = mistake(sample.main, [run, *what, "--out", tmp_path / "out"])
+    assert "is not finite; --amp fp32 tells whether half precision is too coarse" in line
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
