@@ -56,6 +56,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
+def say(text: str) -> None:
+    """Print above the bars, at once. A standard output that is a file, as batch systems make it, would
+    otherwise be written in blocks of some hundred lines."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def console_line(
     step: int,
     steps: int,
@@ -139,7 +146,7 @@ class Logger:
         with self._writing():
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
-        tqdm.write(console_line(step, self.steps, split, scalars, self.shown, left))
+        say(console_line(step, self.steps, split, scalars, self.shown, left))
         if self.board is not None:
             with self._writing():
                 for name, value in scalars.items():
@@ -207,7 +214,7 @@ class Profile:
         if self.SKIP < self.count < self.SKIP + self.STEPS:
             self._report()
         elif self.count <= self.SKIP:
-            tqdm.write(f"note: run.profile: a run of {self.count} steps is too short to profile")
+            say(f"note: run.profile: a run of {self.count} steps is too short to profile")
 
     def _report(self) -> None:
         self.profiler.stop()
@@ -215,9 +222,9 @@ class Profile:
         table = self.profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40)
         try:
             self.profiler.export_chrome_trace(str(self.path))
-            tqdm.write(f"{table}\nprofile of {self.count - self.SKIP} steps: {self.path}")
+            say(f"{table}\nprofile of {self.count - self.SKIP} steps: {self.path}")
         except (OSError, RuntimeError) as e:
-            tqdm.write(f"{table}\nnote: {self.path} could not be written ({e})")
+            say(f"{table}\nnote: {self.path} could not be written ({e})")
 
 
 SAY_EVERY = 30.0  # seconds between two lines about long work, where no terminal shows a bar
@@ -231,7 +238,7 @@ def said(items: Iterable, what: str, total: int | None) -> Iterator:
         now = time.monotonic()
         if now - last >= SAY_EVERY and total is not None and done < total:
             left = duration((now - began) / done * (total - done))
-            tqdm.write(f"{what}: {done} of {total}, {left} left")
+            say(f"{what}: {done} of {total}, {left} left")
             last = now
 
 
@@ -286,7 +293,7 @@ def save_figure(figure: Any, path: str | Path) -> Path | None:
     try:
         figure.canvas.print_png(str(path))
     except OSError as e:
-        tqdm.write(f"note: {path} could not be written ({e.strerror or e})")
+        say(f"note: {path} could not be written ({e.strerror or e})")
         return None
     return Path(path)
 

@@ -76,7 +76,7 @@ from .distributed import (
     print0,
     world_size,
 )
-from .logger import Logger, Profile, duration, progress, read_log
+from .logger import Logger, Profile, duration, progress, read_log, say
 from .machine import describe_device
 from .training import EMA, Mean, Speed, Stepper, samples_per_forward
 
@@ -465,7 +465,7 @@ class Run:
         if left < 60 or not is_main():
             return
         end = time.strftime("%A %H:%M" if left > 12 * 3600 else "%H:%M", time.localtime(time.time() + left))
-        tqdm.write(f"the last step is expected in {duration(left)}, at {end}")
+        say(f"the last step is expected in {duration(left)}, at {end}")
 
     def due(self, every: str) -> bool:
         """Is `run.<every>` due after the step that was just counted? The last step is due for everything."""

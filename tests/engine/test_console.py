@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 import time
 
 import pytest
@@ -16,7 +17,7 @@ from ldm3d.config import InputError, parse
 from ldm3d.engine import distributed
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import choose_device, why_no_cuda
-from ldm3d.engine.logger import console_line
+from ldm3d.engine.logger import Logger, console_line
 from ldm3d.engine.machine import describe_device
 from ldm3d.engine.runs import Run
 
@@ -127,6 +128,16 @@ def test_a_line_fits_the_console_and_shows_first_what_the_script_names_and_what_
     trouble = console_line(7, 5000, "train", figures | cost | {"skipped_steps": 3, "data_wait": 0.45})
     assert trouble.endswith("waiting for data 45%  skipped steps 3  3.14 samples/s")
     assert len(trouble) <= 110
+
+
+def test_a_line_is_in_the_file_of_a_batch_system_as_soon_as_it_is_printed(tmp_path, monkeypatch):
+    with open(tmp_path / "job.out", "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        logger = Logger(tmp_path, 0, steps=5)
+        logger.log(1, "train", {"loss": 0.5})
+        assert (tmp_path / "job.out").read_text() == "step 1 of 5  train  loss 0.5\n"
+        monkeypatch.undo()
+    logger.close()
 
 
 def test_the_time_left_is_that_of_the_mean_pace_and_the_end_is_said_once(tmp_path, monkeypatch, capsys):
