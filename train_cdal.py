@@ -25,9 +25,12 @@ To resume a run, give the same command again. To segment other images: `python s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +41,11 @@ from torch import Tensor
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window
 from ldm3d.config import InputError, at_least, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, open_data
+from ldm3d.data.fingerprint import describe, take
 from ldm3d.data.opening import check_numbering
 from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
-from ldm3d.engine.distributed import is_main, rank, run_script, setup, world_size, wrap
+from ldm3d.engine.distributed import is_main, print0, rank, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
 from ldm3d.engine.runs import Run
@@ -62,6 +66,7 @@ from ldm3d.engine.training import (
 )
 from ldm3d.inference.segmentation import overlay
 from ldm3d.metrics import dice
+from ldm3d.plan import CDAL_PASSES, Plan, Planner, machine, plan_cdal, plan_length, seconds_per_step
 from ldm3d.unet import UNetConfig
 
 # --- Config and presets -------------------------------------------------------------------------------------
@@ -307,11 +312,12 @@ def validate(run: Run, cdal: CDAL, net: Generator, dataset: VolumeDataset, devic
 # --- train --------------------------------------------------------------------------------------------------
 
 
-def memory_table(config: Config) -> MemoryTable:
-    """The memory that training and inference need, and how long a step takes."""
+def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
+    """The memory that training and inference need, and how long a step takes. own_estimate: the generator's
+    own estimates take time, but they are computed without gradients and need less memory than the rest."""
     spec = open_labelled(config).spec
-    # The generator's own estimates are computed without gradients and need less than the training step
-    cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=False), spec.num_labels)
+    own_estimate = own_estimate and config.cdal.own_estimate
+    cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=own_estimate), spec.num_labels)
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
     patch = config.data.patch or spec.size
 
@@ -349,7 +355,26 @@ def memory_table(config: Config) -> MemoryTable:
     return table
 
 
-def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
+def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Config]) -> Plan:
+    """The settings of a run on the images and masks of a folder, by the rules of ldm3d/plan.py."""
+    device, found = setup(flags.get("run.device", "auto")), take(folder, flags)
+    if found.num_masks < found.num_cases:
+        raise InputError(
+            f"{folder}: {found.num_masks} masks for {found.num_cases} images, and each needs one; name them "
+            "with --data.mask, or in a cases.csv with the columns image and mask"
+        )
+    print0(f"{folder}: {describe(found)}")
+    able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
+    with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
+        plan = plan_cdal(found, able, flags, os.cpu_count() or 1)
+        config = merge(plan.values)
+        data = open_labelled(config)
+        seconds = seconds_per_step(memory_table(config, own_estimate=True), config, device, data)
+    plan_length(plan, able.hours, seconds, CDAL_PASSES, len(data.split["train"]), ema=0.05)
+    return plan
+
+
+def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner | None = None) -> Run:
     device = setup(config.run.device)
     run = Run("cdal", config, flags)
     config, seed = run.config, run.config.run.seed
@@ -371,6 +396,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
     state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)
     run.start(data.split, device, {"generator": net, "discriminator": discriminator}, data.facts(), SHOWN)
+    if planner:
+        planner.write(run.dir)
     ema, mean = EMA(net, config.run.ema_decay), Mean()
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     steppers, others = {"generator": stepper}, {}
@@ -421,13 +448,15 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON)
+    planner = Planner("cdal", Config, make_plan)
+    config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON, planner)
     check_schedule(flags, "optim", config.optim)
     check_schedule(flags, "disc_optim", config.disc_optim)
+    planner.check(flags)
     if config.plan:
         memory_table(config).print()
     else:
-        train(config, flags)
+        train(config, flags, planner)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from ldm3d.data.opening import check_numbering
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
-from ldm3d.engine.distributed import is_main, print0, run_script, setup, world_size, wrap
+from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
 from ldm3d.engine.runs import Run, difference
@@ -83,6 +84,7 @@ from ldm3d.latents import (
 )
 from ldm3d.metrics import dice, set_statistics
 from ldm3d.pipeline import copy_autoencoder, latent_statistics_of, load_autoencoder
+from ldm3d.plan import LDM_PASSES, Latents, Plan, Planner, machine, plan_ldm, plan_length, seconds_per_step
 from ldm3d.registers import AnatomyConfig, anatomy_weight
 from ldm3d.unet import UNetConfig
 from ldm3d.vae import Autoencoder
@@ -574,7 +576,41 @@ def memory_table(config: Config) -> MemoryTable:
     return table
 
 
-def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
+def seconds_to_encode(
+    autoencoder: Autoencoder, size: tuple[int, ...], amp: str, device: torch.device
+) -> float:
+    """How long the encoding of one case takes, the longest over the ranks."""
+    autoencoder = autoencoder.to(device)
+    with torch.device(device), torch.inference_mode(), autocast(amp, device):
+        start = time.perf_counter()
+        encode(autoencoder, 1, size)
+    return max(gather(time.perf_counter() - start))
+
+
+def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Config]) -> Plan:
+    """The settings of a run on the latents of the autoencoder in `folder`, by the rules of ldm3d/plan.py."""
+    device = setup(flags.get("run.device", "auto"))
+    autoencoder, content = load_autoencoder(folder)
+    spec = DataSpec.from_dict(content["state"]["data"])
+    size, num_train = flags.get("data.size") or spec.size, len(content["state"]["split"]["train"])
+    stage_one = from_dict(DataConfig, content["config"]["data"], "data")
+    latents = Latents(
+        autoencoder.latent_shape(size)[1:],
+        tuple(mm * factor for mm, factor in zip(spec.spacing, autoencoder.downsampling, strict=True)),
+        num_train,
+        stage_one.augment.flip_axes,
+        seconds_to_encode(autoencoder, size, flags.get("run.amp", "auto"), device),
+    )
+    able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
+    plan = plan_ldm(latents, able, flags)
+    config = merge(plan.values)
+    seconds = seconds_per_step(memory_table(config), config, device)
+    passes = LDM_PASSES[config.data.num_variants > 1]
+    plan_length(plan, able.hours, seconds, passes, num_train, ema=0.3, patience=4)
+    return plan
+
+
+def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner | None = None) -> Run:
     device = setup(config.run.device)
     run = Run("ldm", config, flags)
     config, seed = run.config, run.config.run.seed
@@ -608,6 +644,8 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
         "conditions": ", ".join(c.name for c in conditions),
     }
     run.start(data.split, device, {"denoiser": net, "autoencoder": autoencoder}, facts, SHOWN)
+    if planner:
+        planner.write(run.dir)
     copy_autoencoder(source, run.dir)
 
     opened = config, autoencoder, data, conditions, run, device
@@ -679,12 +717,14 @@ def train(config: Config, flags: dict[str, Any] | None = None) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, flags = parse(Config, argv, PRESETS, __doc__, with_autoencoder, COMMON)
+    planner = Planner("ldm", Config, make_plan, word="vae")
+    config, flags = parse(Config, argv, PRESETS, __doc__, with_autoencoder, COMMON, planner)
     check_schedule(flags, "optim", config.optim)
+    planner.check(flags)
     if config.plan:
         memory_table(config).print()
     else:
-        train(config, flags)
+        train(config, flags, planner)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ from ldm3d.losses import (
     reconstruction_loss,
 )
 from ldm3d.metrics import ms_ssim, psnr, ssim
-from ldm3d.plan import VAE_PASSES, Plan, Planner, machine, plan_length, plan_vae, seconds_per_step
+from ldm3d.plan import PLAN_FILE, VAE_PASSES, Plan, Planner, machine, plan_length, plan_vae, seconds_per_step
 from ldm3d.vae import Autoencoder, Posterior, VAEConfig
 from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_loss
 
@@ -508,13 +508,9 @@ def memory_table(config: Config) -> MemoryTable:
 def command_of_stage_two(run: Run) -> list[str]:
     """The words of the command that trains a denoiser on this autoencoder."""
     preset = {"brats2013": "brats2013-anatomy"}.get(run.config.preset, run.config.preset)
-    return [
-        "python",
-        "train_ldm.py",
-        preset if run.config.preset in PRESETS else "PRESET",
-        "--vae",
-        str(run.dir),
-    ]
+    planned = (run.dir / PLAN_FILE).exists() or run.config.preset not in PRESETS
+    first = [] if planned else [preset, "--vae"]
+    return ["python", "train_ldm.py", *first, str(run.dir)]
 
 
 def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Config]) -> Plan:
@@ -526,7 +522,7 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     config = merge(plan.values)
     with contextlib.redirect_stdout(io.StringIO()):  # training says the same again
         data = open_volumes(config)
-    seconds = seconds_per_step(memory_table(config), config, data, device)
+    seconds = seconds_per_step(memory_table(config), config, device, data)
     plan_length(plan, able.hours, seconds, VAE_PASSES, len(data.split["train"]), ema=0.05)
     return plan
 

@@ -38,7 +38,9 @@ from .engine.memory_plan import MemoryTable
 
 PLAN_FILE = "plan.json"
 WIDTH = 110  # columns of the printed table
-VAE_PASSES = (2000, 5000)  # most passes over the training cases, least steps; see `plan_length`
+VAE_PASSES = CDAL_PASSES = (2000, 5000)  # most passes over the training cases, least steps; see `plan_length`
+VALIDATE_EVERY = 5  # minutes at least
+LDM_PASSES = {False: (100, 500), True: (300, 500)}  # the same, by: in variants?
 HOURS = {False: 1.0, True: 12.0}  # of training where --hours does not say it, by GPU
 
 
@@ -347,33 +349,175 @@ def plan_validation(
         plan.set("data.size", size, f"whole cases of {by(whole)} do not fit: their middle is seen")
 
 
+def plan_data(
+    plan: Plan, f: Fingerprint, gpu: bool, num_cores: int
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """What the files ask for, whatever the network: (voxels of the largest case, spacing) of the grid."""
+    plan_files(plan, f)
+    plan_split(plan, f)
+    grid = plan_spacing(plan, f)
+    plan_scaling(plan, f)
+    plan_flips(plan, f)
+    plan_reading(plan, f, gpu, num_cores)
+    return grid
+
+
+def on_grid(median: tuple[int, ...], f: Fingerprint, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Voxels of the median case on the training grid, whose largest case has `size`."""
+    return tuple(round(n * new / old) for n, old, new in zip(median, f.largest, size, strict=True))
+
+
 def plan_vae(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores: int = 1) -> Plan:
     """The plan of an autoencoder, without its length."""
     plan = Plan(given)
-    plan_files(plan, f)
-    plan_split(plan, f)
-    size, spacing = plan_spacing(plan, f)
-    plan_scaling(plan, f)
-    plan_flips(plan, f)
-    plan_reading(plan, f, machine.gpu, num_cores)
+    size, spacing = plan_data(plan, f, machine.gpu, num_cores)
     factors = plan_autoencoder(plan, f, size, spacing, machine.gpu)
     multiple = total(factors, f.dims)
     # The denoiser halves latents once more, but not an axis that has become short
     coarse = tuple(m * (2 if n >= 8 * m else 1) for n, m in zip(size, multiple, strict=True))
     whole = plan_size(plan, size, coarse)
-    median = tuple(round(n * new / old) for n, old, new in zip(f.median, f.largest, size, strict=True))
-    plan_patch(plan, whole, median, spacing, multiple, machine)
+    plan_patch(plan, whole, on_grid(f.median, f, size), spacing, multiple, machine)
     plan_validation(plan, whole, spacing, coarse, machine)
-    plan_optimizer(plan, machine.gpu)
+    plan_optimizer(plan, 1e-4 if machine.gpu else 2e-3, machine.gpu)
+    return plan
+
+
+# --- stage two ----------------------------------------------------------------------------------------------
+
+FEW_CASES = 300  # with fewer, a denoiser learns them by heart unless each is encoded in variants
+NUM_VARIANTS = 8
+FINE_LATENT = 3000  # positions, above which a denoiser for CPUs is narrow where the grid is fine
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What stage two has to know of stage one."""
+
+    size: tuple[int, ...]  # positions along each axis
+    spacing: tuple[float, ...]  # mm from one position to the next
+    num_train: int  # training cases
+    flip_axes: tuple[int, ...]  # along which the autoencoder has seen cases flipped
+    seconds: float  # to encode one case
+
+
+def plan_variants(plan: Plan, z: Latents, hours: float) -> int:
+    """Few cases are encoded several times, each time moved a little: (how many times). The encoding may take
+    a tenth of the time."""
+    affordable = int(0.1 * 3600 * hours / max(z.seconds * z.num_train, 1e-9))
+    num, why = min(NUM_VARIANTS, affordable), f"{z.num_train} training cases are few: each in variants"
+    if z.num_train >= FEW_CASES or num < 2:
+        num, why = 1, f"{z.num_train} training cases: each is encoded once"
+        if z.num_train < FEW_CASES:
+            why += f", in {z.seconds:.1f} s"
+    num = plan.set("data.num_variants", num, why)
+    if num > 1:
+        plan.set("data.augment.affine", 0.7, "variants are turned, scaled and shifted a little")
+        plan.set("data.augment.max_scale", 0.05, "sizes mean something")
+        plan.set("data.augment.flip_axes", z.flip_axes, "as the autoencoder has seen them")
+    return num
+
+
+def plan_denoiser(plan: Plan, z: Latents, gpu: bool) -> None:
+    """Levels and widths of the U-Net: halved until attention over all positions is cheap."""
+    positions, num = math.prod(z.size), 0
+    while num < 2 and math.prod(z.size) / 2 ** (num * len(z.size)) > 512:
+        num += 1
+    factors = halvings(z.size, z.spacing, num)
+    coarse = positions / math.prod(map(math.prod, factors))
+    fine = positions > FINE_LATENT
+    widths = {1: (64,), 2: (64, 128), 3: (64, 96, 128)}[len(factors) + 1]
+    if fine:
+        widths = {1: (32,), 2: (32, 96), 3: (32, 64, 128)}[len(widths)]
+    if gpu:
+        widths = {1: (256,), 2: (256, 256), 3: (256, 256, 512)}[len(widths)]
+        plan.set("unet.head_channels", 64, "a GPU")
+    plan.set("unet.dims", len(z.size), "as the latents")
+    plan.set("unet.strides", factors, f"{by(z.size)} positions, {coarse:.0f} on the coarsest level")
+    plan.set("unet.channels", widths, "a GPU" if gpu else f"CPUs, {'fine' if fine else 'coarse'} latents")
+    attention = (False,) * (len(widths) - 1) + (coarse <= (4096 if gpu else 1024),)
+    plan.set("unet.attention_levels", attention, "where the positions are few")
+    plan.set("unet.num_res_blocks", (1,) if fine and not gpu else (2,), "fewer on fine latents on CPUs")
+    batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2
+    plan.set("batch_size", batch, f"{positions} positions a sample")
+
+
+def plan_ldm(z: Latents, machine: Machine, given: dict[str, Any]) -> Plan:
+    """The plan of a denoiser, without its length."""
+    plan = Plan(given)
+    plan_variants(plan, z, machine.hours)
+    plan_denoiser(plan, z, machine.gpu)
+    batch = plan.values.get("batch_size", 1)
+    while batch > 1 and not machine.training_fits(plan.values):
+        batch //= 2
+        plan.set("batch_size", batch, "as many as fit into the memory")
+    plan_optimizer(plan, 1e-4 if machine.gpu else 1e-3, machine.gpu)
+    return plan
+
+
+# --- segmentation -------------------------------------------------------------------------------------------
+
+RARE = 0.1  # fraction of labelled voxels, below which patches are drawn around labels
+
+
+def plan_changes(plan: Plan, f: Fingerprint) -> None:
+    """Augmentation of a segmenter, which has few cases and must not mind the position or the brightness."""
+    loose = f.dims == 2 and abs(f.pose) < NO_POSE
+    plan.set("data.augment.affine", 0.5, "segmenters have few cases")
+    plan.set("data.augment.max_rotation", 22.0 if loose else 15.0, "degrees")
+    if loose:
+        plan.set("data.augment.max_scale", 0.25, "no usual way up: objects of many sizes")
+    plan.set("data.augment.intensity", 0.5, "brightness says little")
+    if f.channels == 3:
+        plan.set("data.augment.colour", 0.5, "three channels: colours vary")
+
+
+def plan_generator(
+    plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], gpu: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Levels and widths of the generator: (all its down-samplings). Volumes on CPUs begin with a stem."""
+    if f.dims == 3 and not gpu:
+        factors = halvings(size, spacing, 2) or ((1,) * f.dims,)
+        plan.set("generator.stem", factors[0], "CPUs: the first halving is a rearrangement")
+        inner, widths = factors[1:], (48, 96)[: len(factors)]
+    else:
+        inner = factors = halvings(size, spacing, 3)
+        widths = ((64, 128, 256, 256) if gpu else (32, 64, 96, 128))[: len(factors) + 1]
+    plan.set("unet.dims", f.dims, f"the images are {f.dims}-D")
+    plan.set("unet.strides", inner, "an axis is halved while its voxels are not twice as long as others")
+    plan.set("unet.channels", widths, "a GPU" if gpu else "CPUs")
+    plan.set("generator.encoder_channels", 64 if gpu else 32, "a GPU" if gpu else "CPUs")
+    if f.dims == 3 and not gpu:
+        plan.set("generator.encoder_blocks", 1, "CPUs")
+    return factors
+
+
+def plan_cdal(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores: int = 1) -> Plan:
+    """The plan of a segmentation network, without its length."""
+    plan = Plan(given)
+    size, spacing = plan_data(plan, f, machine.gpu, num_cores)
+    plan_changes(plan, f)
+    factors = plan_generator(plan, f, size, spacing, machine.gpu)
+    multiple = total(factors, f.dims)
+    whole = plan_size(plan, size, multiple)
+    median = on_grid(f.median, f, size)
+    plan_patch(plan, whole, median, spacing, multiple, machine)
+    patch = plan.given.get("data.patch", plan.values.get("data.patch")) or whole
+    if f.labelled < RARE and math.prod(patch) < math.prod(median) / 2:
+        plan.set("data.foreground", 0.5, f"{f.labelled:.1%} of the voxels have a label")
+    if not machine.validation_fits(plan.values):
+        plan.set(
+            "window", tuple(patch), "whole cases do not fit into the memory: windows as large as patches"
+        )
+    plan_optimizer(plan, 1e-3 if f.dims == 2 or machine.gpu else 2e-3, machine.gpu)
     return plan
 
 
 # --- length -------------------------------------------------------------------------------------------------
 
 
-def plan_optimizer(plan: Plan, gpu: bool) -> None:
+def plan_optimizer(plan: Plan, lr: float, gpu: bool) -> None:
     """The learning rate: high for the small networks of CPUs, which have few steps."""
-    plan.set("optim.lr", 1e-4 if gpu else 2e-3, "a GPU: wide networks" if gpu else "CPUs: small networks")
+    plan.set("optim.lr", lr, "a GPU: wide networks" if gpu else "CPUs: small networks")
     plan.set("optim.schedule", "cosine", "the learning rate ends at 0")
     if not gpu:
         plan.set("optim.adam_betas", (0.9, 0.99), "few steps")
@@ -406,8 +550,11 @@ def plan_length(
         why = f"{num_train} training cases ask for no more; {by_time:.0f} would fit into {hours:g} h"
     steps = plan.set("run.steps", steps, why)
     plan.set("optim.warmup_steps", min(1000, max(1, steps // 50)), "a fiftieth of the steps, at most 1000")
-    plan.set("run.eval_every", max(1, steps // 8), "eight validations")
-    plan.set("run.save_every", max(1, steps // 8), "a checkpoint before each")
+    num = min(8, max(1, int(60 * hours / VALIDATE_EVERY)))
+    plan.set(
+        "run.eval_every", -(-steps // num), f"validations: {num}, {VALIDATE_EVERY} minutes apart or more"
+    )
+    plan.set("run.save_every", -(-steps // 8), "eight checkpoints")
     plan.set("run.log_every", max(1, min(100, steps // 60)), "sixty lines of the log, or more")
     decay = min(0.9999, max(0.5, round(1 - 1 / (ema * steps), 5)))
     plan.set("run.ema_decay", decay, f"averages over {ema:.0%} of the steps")
@@ -437,9 +584,12 @@ def seconds_to_read(data: Data, num: int = 3) -> float:
     return max(gather(statistics.median(taken[1:])))
 
 
-def seconds_per_step(table: MemoryTable, config: Any, data: Data, device: Any) -> float:
-    """How long a step takes, measured: the networks' on zeros, and the reading of its samples."""
+def seconds_per_step(table: MemoryTable, config: Any, device: Any, data: Data | None = None) -> float:
+    """How long a step takes, measured: the networks' on zeros, and the reading of its samples, where these
+    are of `data`."""
     networks = table.seconds_per_step(config.optim, config.run, device)
+    if data is None:
+        return networks
     reading = seconds_to_read(data) * config.batch_size / world_size()
     return max(networks, reading / config.run.workers) if config.run.workers else networks + reading
 
@@ -448,21 +598,26 @@ class Planner:
     """What `config.parse` calls where the first word of a command is a folder.
 
     A run that exists goes on with the settings that it has stored; else `make(folder, flags, merge)` plans,
-    and `plan` holds what it planned. kind, cls: of the run, such as "vae", and its configuration.
+    and `plan` holds what it planned. kind, cls: of the run, such as "ldm", and its configuration. word: the
+    setting that the first word stands for: "data.root", a folder of images, or "vae", a run.
     """
 
-    def __init__(self, kind: str, cls: type, make: Callable[..., Plan]):
-        self.kind, self.cls, self.make = kind, cls, make
+    def __init__(self, kind: str, cls: type, make: Callable[..., Plan], word: str = "data.root"):
+        self.kind, self.cls, self.make, self.word = kind, cls, make, word
         self.plan: Plan | None = None
 
     def __call__(
         self, folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Any]
     ) -> dict[str, Any]:
-        if (folder / "config.json").is_file():
+        is_run, name = (folder / "config.json").is_file(), folder.resolve().name
+        if is_run and self.word != "vae":
             raise InputError(f"{folder}: a run folder, expected a folder of images")
-        if flags.get("data.root", str(folder)) != str(folder):
-            raise InputError(f"data.root: {flags['data.root']}, but the first word is the folder {folder}")
-        flags["data.root"], name = str(folder), folder.resolve().name
+        if not is_run and self.word == "vae":
+            raise InputError(f"{folder}: no run folder; first python train_vae.py {folder}, and then its run")
+        if flags.get(self.word, str(folder)) != str(folder):
+            raise InputError(f"{self.word}: {flags[self.word]}, but the first word is the folder {folder}")
+        flags[self.word] = str(folder)
+        name = name.removeprefix("vae-") if is_run else name
         config = Path(flags.get("run.dir") or f"runs/{self.kind}-{name}") / "config.json"
         if config.is_file() and not flags.get("run.fresh") and not flags.get("plan"):
             return stored_settings(self.cls, config)

@@ -5,14 +5,30 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 from tiny import RUN, VAE, assert_same_end, lines
 
+import sample
+import train_cdal
+import train_ldm
 import train_vae
-from ldm3d.config import flatten
+from ldm3d import read
 from ldm3d.data.fingerprint import Fingerprint
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.memory_plan import MemoryTable, free_memory
-from ldm3d.plan import Machine, Plan, halvings, plan_length, plan_vae, round_steps, shrink
+from ldm3d.plan import (
+    Latents,
+    Machine,
+    Plan,
+    halvings,
+    plan_cdal,
+    plan_ldm,
+    plan_length,
+    plan_vae,
+    round_steps,
+    shrink,
+)
+from ldm3d.unet import UNetConfig
 from ldm3d.vae import VAEConfig
 
 HEADS = Fingerprint(
@@ -250,6 +266,106 @@ def test_whole_cases_that_do_not_fit_are_validated_in_their_middle_and_the_plan_
     assert "whole cases of 96x112x96 do not fit" in choice.why
 
 
+# --- stage two ----------------------------------------------------------------------------------------------
+
+LATENTS = Latents(size=(12, 16, 12), spacing=(4.0, 4.0, 4.0), num_train=180, flip_axes=(0,), seconds=0.1)
+
+
+def planned_ldm(machine=CPU, given=None, **facts) -> dict:
+    plan = plan_ldm(dataclasses.replace(LATENTS, **facts), machine, given or {})
+    return {choice.key: choice.value for choice in plan.choices}
+
+
+@pytest.mark.parametrize(
+    ("facts", "num"),
+    [
+        ({}, 8),
+        ({"num_train": 300}, 1),  # many cases
+        ({"seconds": 0.5}, 4),  # a tenth of an hour is 360 s
+        ({"seconds": 2.0}, 1),
+    ],
+)
+def test_few_cases_are_encoded_in_variants_as_long_as_there_is_time(facts, num):
+    values = planned_ldm(**facts)
+    assert values["data.num_variants"] == num
+    assert ("data.augment.affine" in values) == (num > 1)
+    assert values.get("data.augment.flip_axes") == ((0,) if num > 1 else None)
+
+
+@pytest.mark.parametrize(
+    ("size", "levels", "width", "batch"),
+    [((4, 6, 4), 1, 64, 8), ((12, 16, 12), 2, 64, 8), ((16, 16, 16), 2, 32, 4), ((32, 32, 32), 3, 32, 2)],
+)
+def test_a_denoiser_has_the_levels_and_widths_that_its_latents_need(size, levels, width, batch):
+    values = planned_ldm(size=size)
+    assert len(values["unet.channels"]) == levels == len(values["unet.strides"]) + 1
+    assert values["unet.channels"][0] == width
+    assert values["batch_size"] == batch
+    names = ("dims", "strides", "channels", "attention_levels", "num_res_blocks")
+    UNetConfig(**{name: values[f"unet.{name}"] for name in names})
+
+
+def test_attention_is_where_the_positions_are_few_and_thick_latents_are_halved_less():
+    assert planned_ldm()["unet.attention_levels"] == (False, True)
+    assert planned_ldm(size=(64, 64, 64))["unet.attention_levels"] == (False, False, False)
+    thick = planned_ldm(size=(32, 32, 10), spacing=(4.0, 4.0, 10.0))
+    assert thick["unet.strides"] == ((2, 2, 1), (2, 2, 2))
+
+
+def test_a_denoiser_on_a_gpu_is_wide_and_its_batch_fits():
+    values = planned_ldm(Machine(True, 12.0, lambda v: v["batch_size"] <= 4, fits))
+    assert values["unet.channels"] == (256, 256)
+    assert values["batch_size"] == 4
+    assert values["optim.lr"] < planned_ldm()["optim.lr"]
+
+
+# --- segmentation -------------------------------------------------------------------------------------------
+
+LABELLED = {"labels": (0, 1), "labelled": 0.02, "num_masks": 40}
+
+
+def planned_cdal(machine=CPU, given=None, **facts) -> dict:
+    plan = plan_cdal(dataclasses.replace(HEADS, **(LABELLED | facts)), machine, given or {})
+    return {choice.key: choice.value for choice in plan.choices}
+
+
+def test_patches_are_drawn_around_labels_that_are_rare():
+    assert planned_cdal()["data.foreground"] == 0.5
+    assert "data.foreground" not in planned_cdal(labelled=0.2)
+    assert "data.foreground" not in planned_cdal(shapes=((40, 40, 40),) * 40)  # whole cases
+
+
+def test_a_segmenter_sees_its_few_cases_changed():
+    values = planned_cdal()
+    assert values["data.augment.affine"] == values["data.augment.intensity"] == 0.5
+    assert values["data.augment.max_rotation"] == 15
+    assert "data.augment.colour" not in values
+    slices = {"dims": 2, "pose": 0.0, "mirrored": (0.0, 0.0), "channels": 3}
+    loose = planned_cdal(**slices, shapes=((512, 512),) * 40, spacings=((1.0, 1.0),) * 40)
+    assert loose["data.augment.colour"] == 0.5
+    assert loose["data.augment.max_rotation"] == 22
+    assert loose["data.augment.max_scale"] == 0.25
+
+
+def test_the_generator_fits_the_grid():
+    values = planned_cdal(spacings=((1.0, 1.0, 4.0),) * 40, shapes=((96, 96, 20),) * 40)
+    assert values["generator.stem"] == (2, 2, 1)
+    assert values["unet.strides"] == ((2, 2, 1),)
+    assert values["data.size"] == (96, 96, 20)
+    slices = planned_cdal(dims=2, mirrored=(0.5, 0.9), shapes=((500, 512),) * 40, spacings=((1.0, 1.0),) * 40)
+    assert slices["unet.dims"] == 2
+    assert slices["unet.channels"] == (32, 64, 96, 128)
+    assert slices["data.size"] == (504, 512)
+    assert slices["optim.lr"] < values["optim.lr"]
+    assert planned_cdal(GPU)["unet.channels"][0] == 64
+
+
+def test_windows_validate_what_does_not_fit_whole():
+    assert "window" not in planned_cdal()
+    values = planned_cdal(Machine(False, 1.0, fits, lambda _: False))
+    assert values["window"] == values["data.patch"]
+
+
 # --- length -------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +389,7 @@ def test_few_cases_end_earlier():
 def test_all_that_counts_in_steps_follows_from_them():
     values = length(given={"run.steps": 800}, patience=4)
     assert values["run.eval_every"] == values["run.save_every"] == 100
+    assert length(hours=0.25, given={"run.steps": 800})["run.eval_every"] == 267  # 5 minutes apart, or more
     assert values["optim.warmup_steps"] == 16
     assert values["run.log_every"] == 13
     assert values["run.ema_decay"] == pytest.approx(1 - 1 / 40)
@@ -326,23 +443,41 @@ def folder(heads, tmp_path, monkeypatch):
     return heads
 
 
-def test_a_folder_alone_trains_an_autoencoder(folder, tmp_path, capsys):
-    train_vae.main([str(folder), *SHORT])
-    run = tmp_path / "runs" / "vae-heads"
-    content = load(step_files(run)[0])
-    stored, rows = flatten(train_vae.Config()), json.loads((run / "plan.json").read_text())
-    assert content["step"] == 6
-    assert content["config"]["preset"] == "heads"
-    table = capsys.readouterr().out
+def check_plan_file(run, printed: str) -> dict[str, str]:
+    """plan.json holds what the run was trained with, and what was printed; returns the reasons by key."""
+    content, rows = load(step_files(run)[0]), json.loads((run / "plan.json").read_text())
     for row in rows:
         node = content["config"]
         for part in row["key"].split("."):
             node = node[part]
         assert node == row["value"], row
-        assert row["key"] in stored
-        assert row["key"] in table
-    assert {row["key"]: row["why"] for row in rows}["run.steps"] == "given"
-    assert len(lines(run)) == 6
+        assert row["key"] in printed
+    assert content["step"] == 6
+    assert content["config"]["preset"] == "heads"
+    return {row["key"]: row["why"] for row in rows}
+
+
+def test_three_commands_without_settings_go_from_a_folder_to_samples(folder, tmp_path, capsys):
+    train_vae.main([str(folder), *SHORT])
+    out = capsys.readouterr().out
+    assert check_plan_file(tmp_path / "runs/vae-heads", out)["run.steps"] == "given"
+    assert out.splitlines()[-1] == "next: python train_ldm.py runs/vae-heads"
+    train_ldm.main(["runs/vae-heads", *SHORT])
+    why = check_plan_file(tmp_path / "runs/ldm-heads", capsys.readouterr().out)
+    assert why["data.num_variants"].startswith("10 training cases are few")
+    sample.main(["runs/ldm-heads", "--num", "2", "--steps", "2"])
+    samples = sorted((tmp_path / "runs/ldm-heads/samples-001").glob("*.tif"))
+    assert [read(path).shape for path in samples] == [(16, 20), (16, 20)]
+    again = capsys.readouterr().out
+    train_ldm.main(["runs/vae-heads", *SHORT])  # the same command finds the run finished
+    assert "finished at step 6" in capsys.readouterr().out, again
+
+
+@pytest.mark.slow
+def test_a_folder_alone_trains_a_segmenter(folder, tmp_path, capsys):
+    train_cdal.main([str(folder), *SHORT])
+    check_plan_file(tmp_path / "runs/cdal-heads", capsys.readouterr().out)
+    assert lines(tmp_path / "runs/cdal-heads", "val")[-1]["dice"] >= 0
 
 
 def test_a_run_that_goes_on_does_not_plan_again(folder, tmp_path, monkeypatch):
@@ -383,22 +518,30 @@ def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("script", "flags", "words"),
     [
-        (["phantom", "--hours", "1"], "hours: has no effect with a preset"),
-        (["phantom", "--memory", "8"], "memory: has no effect with a preset, but with --plan"),
-        (["nothing"], "nothing: holds no images"),
-        (["run"], "run: a run folder, expected a folder of images"),
-        (["nothing", "--data.root", "/tmp"], "data.root: /tmp, but the first word is the folder nothing"),
-        (["nowhere"], "nowhere: no such preset or folder"),
+        (train_vae, "phantom --hours 1", "hours: has no effect with a preset"),
+        (train_vae, "phantom --memory 8", "memory: has no effect with a preset, but with --plan"),
+        (train_vae, "nothing", "nothing: holds no images"),
+        (train_vae, "run", "run: a run folder, expected a folder of images"),
+        (train_vae, "nothing --data.root /tmp", "data.root: /tmp, but the first word is the folder nothing"),
+        (train_vae, "nowhere", "nowhere: no such preset or folder"),
+        (train_cdal, "nothing", "nothing: holds no images"),
+        (train_cdal, "images", "images: 0 masks for 2 images, and each needs one"),
+        (train_ldm, "nothing", "nothing: no run folder; first python train_vae.py nothing"),
+        (train_ldm, "run", "run"),
     ],
 )
-def test_mistakes_are_one_line(flags, words, mistake, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(script, flags, words, mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        tifffile.imwrite(tmp_path / f"images/{name}.tif", np.random.default_rng(0).random((16, 16)))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    assert words in mistake(train_vae.main, flags)
+    assert words in mistake(script.main, flags.split())
+    assert not list(tmp_path.glob("runs/*-*"))
 
 
 def test_a_configuration_of_an_older_version_may_say_the_gib_of_a_device():
