@@ -6,6 +6,7 @@ folders. README.md beside this file gives the order in which to read them.
 
     blocks, normconv                          what the networks are made of
     vae, vqvae, discriminators, losses        stage one: image <-> latent
+    streaming                                 the same for volumes larger than memory, exactly
     metrics                                   PSNR, SSIM and others, of batches
     diffusion_kernel, unet, denoiser          stage two: noise -> latent
     conditions, conditioner, guidance         what a sample shall show, and how strongly

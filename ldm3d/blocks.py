@@ -421,8 +421,12 @@ class Upsample(nn.Module):
         # Folding costs as much as convolving some 2000 voxels: in training, small tensors are repeated
         if torch.is_grad_enabled() and x[:, 0].numel() * math.prod(self.strides) < 2048:
             return self.conv(F.interpolate(x, scale_factor=scale, mode="nearest"))
+        return self.folded(x)
+
+    def folded(self, x: Tensor, padding: int | Sequence[int] = 1) -> Tensor:
+        """`forward` of the kind "nearest"; a padding above 1 leaves out results at the ends of a slab."""
         transposed = F.conv_transpose2d if self.dims == 2 else F.conv_transpose3d
-        return transposed(x, self.folded_weight(), self.conv.bias, self.strides, padding=1)
+        return transposed(x, self.folded_weight(), self.conv.bias, self.strides, padding)
 
 
 class Resize(nn.Module):

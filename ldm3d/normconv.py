@@ -158,23 +158,42 @@ def group_mean(values: Tensor, groups: int) -> Tensor:
     return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
-def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """What group norm needs to know of channels-last x (B, C, *S): (mean, 1 / std) of each channel's group.
+class GroupStatistics:
+    """Gathers what group norm needs to know of a map (B, C, *S), some planes at a time.
 
     Differences to the first voxel are summed, and the sums of planes are added in float64, so that a large
-    mean costs no precision. Both results are (B, 1, 1, C), in fp32, or in float64 for float64 x.
+    mean costs no precision, and it does not matter how many planes come at a time.
     """
-    dtype, n = torch.promote_types(x.dtype, torch.float32), x[0, 0].numel()
-    origin = x.flatten(2)[:, None, None, :, 0].to(dtype)  # (B, 1, 1, C)
-    first, second = 0.0, 0.0
-    for (rows,) in plane_slices(x):
-        d = rows.to(dtype) - origin
-        first = first + sum_rows(d)
-        second = second + sum_rows(d.square_())
-    mean = origin[:, 0, 0].double() + first / n  # (B, C) of every channel
-    of_group = group_mean(mean, groups)
-    variance = group_mean(second / n - (first / n).square() + (mean - of_group).square(), groups)
-    return of_group.to(dtype)[:, None, None], (variance + eps).rsqrt().to(dtype)[:, None, None]
+
+    def __init__(self) -> None:
+        self.origin: Tensor | None = None  # (B, 1, 1, C), the first voxel
+        self.first, self.second, self.n = 0.0, 0.0, 0  # sums (B, C) of differences and squares; voxels
+
+    def add(self, x: Tensor) -> None:
+        """Add planes x (B, C, planes, ...), in any memory layout; channels-last is fast on CPUs."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.origin is None:
+            self.origin = x.flatten(2)[:, None, None, :, 0].to(dtype)
+        for (rows,) in plane_slices(x):
+            d = rows.to(dtype) - self.origin
+            self.first = self.first + sum_rows(d)
+            self.second = self.second + sum_rows(d.square_())
+        self.n += x[0, 0].numel()
+
+    def mean_rstd(self, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+        """(mean, 1 / std) of each channel's group, both (B, 1, 1, C), in fp32 (float64 for float64 x)."""
+        first, second, dtype = self.first / self.n, self.second / self.n, self.origin.dtype
+        mean = self.origin[:, 0, 0].double() + first  # (B, C) of every channel
+        of_group = group_mean(mean, groups)
+        variance = group_mean(second - first.square() + (mean - of_group).square(), groups)
+        return of_group.to(dtype)[:, None, None], (variance + eps).rsqrt().to(dtype)[:, None, None]
+
+
+def row_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`GroupStatistics.mean_rstd` of channels-last x (B, C, *S)."""
+    statistics = GroupStatistics()
+    statistics.add(x)
+    return statistics.mean_rstd(groups, eps)
 
 
 class RowNorm(torch.autograd.Function):

@@ -25,8 +25,8 @@ Any image size works. `encode` repeats the last plane of each axis up to a multi
 as 5 x 8 x 8.
 
 The architecture is the first stage of Rombach et al. 2022 [2], with MONAI's choices as defaults: no SiLU
-before the last convolutions, down-sampling padded at the end of each axis. Not here: losses, training, and
-decoding of volumes larger than memory (both trunks are flat lists of layers that such code can walk).
+before the last convolutions, down-sampling padded at the end of each axis. Volumes that memory does not hold
+are encoded and decoded in slabs, exactly (streaming.py). Not here: losses and training.
 
 [1] Kingma & Welling 2014, arXiv 1312.6114. [2] arXiv 2112.10752.
 """
@@ -53,6 +53,7 @@ from .blocks import (
     trunk_options,
 )
 from .config import InputError, at_least
+from .streaming import run_trunk
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,14 @@ class Autoencoder(nn.Module):
 
     A subclass builds the parts, in the order in which checkpoints and optimizers keep their parameters, and
     says in `posterior` how the encoder's output becomes a distribution of latents.
+
+    memory: GiB that `encode` and `decode` may use; none = what is free when they are called.
     """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
+        self.memory: float | None = None
 
     def build_encoder(self, width: int, num_moments: int) -> None:
         """Encoder that ends in `width` channels, then the 1x1 `quant_conv` to `num_moments` channels."""
@@ -184,15 +188,24 @@ class Autoencoder(nn.Module):
         """The distribution of latents that the output of `quant_conv` stands for."""
         raise NotImplementedError
 
-    def encode(self, x: Tensor) -> Posterior:
-        """Image x (B, C, *S) of any size -> posterior of its latent, (B, C_z, *s)."""
-        self._check(x, self.config.in_channels, "image")
-        return self.posterior(self.quant_conv(self.encoder(pad_to_multiple(x, self.downsampling))))
+    def encode(self, x: Tensor, memory: float | None = None) -> Posterior:
+        """Image x (B, C, *S) of any size -> posterior of its latent, (B, C_z, *s).
 
-    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Latent z (B, C_z, *s) -> image (B, C, *(s * downsampling)), cropped to `size` where given."""
+        memory: GiB that may be used beside image and latent; none = `self.memory`, and if that is none too,
+        what is free. An image that needs more is encoded slab by slab, with the same result (streaming.py).
+        """
+        self._check(x, self.config.in_channels, "image")
+        x, memory = pad_to_multiple(x, self.downsampling), self.memory if memory is None else memory
+        return self.posterior(self.quant_conv(run_trunk(self.encoder, x, memory)))
+
+    def decode(self, z: Tensor, size: Sequence[int] | None = None, memory: float | None = None) -> Tensor:
+        """Latent z (B, C_z, *s) -> image (B, C, *(s * downsampling)), cropped to `size` where given.
+
+        memory: as in `encode`.
+        """
         self._check(z, self.config.latent_channels, "latent")
-        x = self.decoder(self.post_quant_conv(z.to(next(self.decoder.parameters()).dtype)))
+        z = self.post_quant_conv(z.to(next(self.decoder.parameters()).dtype))
+        x = run_trunk(self.decoder, z, self.memory if memory is None else memory)
         return x if size is None else crop_to(x, size)
 
     def _check(self, x: Tensor, channels: int, what: str) -> None:

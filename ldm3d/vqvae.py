@@ -241,10 +241,10 @@ class VQVAE(Autoencoder):
         """The latent before quantisation, as a distribution without width."""
         return Posterior.point(moments.to(self.quantizer.codebook.dtype))
 
-    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def decode(self, z: Tensor, size: Sequence[int] | None = None, memory: float | None = None) -> Tensor:
         """Quantise z (B, C_z, *s), then decode to (B, C, *(s * downsampling)), cropped to `size` if any."""
         self._check(z, self.config.latent_channels, "latent")
-        return super().decode(self.quantizer.quantise(z)[0], size)
+        return super().decode(self.quantizer.quantise(z)[0], size, memory)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
         """Image to codes and back: (recon, quantized), all that the loss and `quantizer.update` need.

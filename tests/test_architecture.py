@@ -12,6 +12,7 @@ FLOORS = [  # a folder has one floor: "data" stands for all of data/
     ["config"],
     ["normconv", "metrics", "diffusion_kernel"],
     ["blocks", "engine"],
+    ["streaming"],
     ["vae", "discriminators", "unet", "losses", "conditions", "data"],
     ["vqvae", "guidance", "conditioner", "registers", "cdal", "latents", "plan"],
     ["denoiser"],

@@ -44,6 +44,8 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
     ("bound", "--with-labels --inpaint a.tif --region b.tif", "with_labels, inpaint: give one of the two"),
     ("vae", "", "which images? give the image file, or folder of images"),
     ("vae", "{heads}/images --num 3", "--num: no such setting"),
+    ("vae", "{heads}/images --memory -1", "memory: expected at least 0, got -1.0"),
+    ("ldm", "--memory -1", "memory: expected at least 0, got -1.0"),
     ("vae", "/nowhere", "/nowhere: no such folder"),
     ("vae", "{heads}/../empty", "empty: holds no images"),
     ("cdal", "", "which images? give the image file, or folder of images"),

@@ -21,7 +21,7 @@ import sample
 import train_cdal
 import train_ldm
 import train_vae
-from ldm3d import read
+from ldm3d import read, streaming
 from ldm3d.cdal import CDAL, Generator
 from ldm3d.conditions import absent
 from ldm3d.data import Volume, write
@@ -31,6 +31,7 @@ from ldm3d.discriminators import TimeDiscriminator
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import keyed_generator
 from ldm3d.evaluation import pairs
+from ldm3d.evaluation import reconstruction as evaluation_of_reconstructions
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.inference import reconstruction, sampling, segmentation
 from ldm3d.inference.segmentation import overlay
@@ -907,6 +908,24 @@ def test_files_have_the_format_asked_for(request, heads, tmp_path, monkeypatch, 
     (file,) = (path for path in folder.iterdir() if ".tif" in path.name or ".nii" in path.name)
     assert file.name.endswith(f".{suffix}")
     assert read(file, dims=2).shape == (16, 20)
+
+
+@pytest.mark.parametrize("kind", ["ldm", "vae", "evaluation"])
+def test_autoencoders_keep_to_the_memory_asked_for(request, heads, tmp_path, monkeypatch, kind):
+    for module in (sampling, reconstruction, evaluation_of_reconstructions):
+        no_pictures(monkeypatch, module)
+    calls = spy(monkeypatch, streaming.Stream, "run")
+    run = str(request.getfixturevalue("vp_run" if kind == "ldm" else "vae_run"))
+    image = str(next((heads / "images").iterdir()))
+    words = {"ldm": [run, "--num", "1", "--steps", "2"], "vae": [run, image]}
+    words["evaluation"] = ["reconstruct", run, "--resamples", "2"]
+    main = evaluation_main if kind == "evaluation" else sample.main
+    main([*words[kind], "--out", str(tmp_path / "whole")])
+    assert not calls
+    main([*words[kind], "--out", str(tmp_path / "slabs"), "--memory", "0"])
+    trunks = {type(args[1]).__name__ for args, _, _ in calls}
+    assert trunks == ({"Decoder"} if kind == "ldm" else {"Encoder", "Decoder"})
+    assert {args[0].mode for args, _, _ in calls} == {"offload"}
 
 
 @pytest.fixture

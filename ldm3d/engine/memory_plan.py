@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import statistics
 import time
 import weakref
@@ -36,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import InputError
 from .distributed import choose_device, gather
+from .machine import free_bytes
 from .training import EMA, OptimConfig, RunConfig, Stepper, autocast
 
 GIB = 2**30
@@ -104,15 +104,7 @@ def peak_bytes(
 
 def free_memory(device: torch.device) -> float:
     """GiB that tensors could take on this device now, the least over the ranks."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        try:
-            lines = open("/proc/meminfo").read().splitlines()  # noqa: SIM115 (no file on a disk)
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):  # not Linux: half of what is built in
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min(gather(free)) / GIB
+    return min(gather(free_bytes(device))) / GIB
 
 
 def weight_bytes(net: nn.Module) -> int:

@@ -61,12 +61,14 @@ class ReconstructionConfig:
     resamples: int = 2000  # of the bootstrap
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # precision of the networks
+    memory: float | None = None  # GiB that encoding and decoding may use; none = what is free
 
     def __post_init__(self) -> None:
         at_least(self, 0, "num", "worst")
         if max(self.num, self.worst) > 64:
             raise InputError(f"num, worst: a picture shows at most 64 cases, got {self.num}, {self.worst}")
         at_least(self, 1, "resamples")
+        at_least(self, 0, "memory")
 
 
 # --- latents ------------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
     """Reconstruct all cases and write the report; returns its folder. InputError names what does not fit."""
     device = setup(config.device)
     autoencoder, content = load_autoencoder(autoencoder_path(run))
-    autoencoder.to(device)
+    autoencoder.to(device).memory = config.memory
     dataset = open_images(content, config.data, "all" if config.data else config.part)
     folder = new_folder(run, config.out, "evaluation")
     rows, worst, first = {}, WorstPictures(config.worst), WorstPictures(config.num)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import to_dict
+from ..config import at_least, to_dict
 from ..data import open_images, write
 from ..data.volumes import file_name
 from ..engine.distributed import barrier, gather, is_main, rank, setup, world_size
@@ -30,13 +30,18 @@ from .segmentation import check_finite, suffix_of
 class ReconstructConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
+    memory: float | None = None  # GiB that encoding and decoding may use; none = what is free
     out: str | None = None  # new folder for the results; none = reconstructions-001 ... in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "memory")
 
 
 def reconstruct_files(config: ReconstructConfig, run: Path, images: Path) -> Path:
     """Reconstruct one image or all images of a folder; returns the new folder."""
     pipeline = AutoencoderPipeline(run, setup(config.device))
+    pipeline.net.memory = config.memory
     dataset = open_images(pipeline.content, images)
     folder = new_folder(run, config.out, "reconstructions")
     suffix = suffix_of(config.format, dataset.spec.dims)

@@ -67,11 +67,12 @@ class SampleConfig(RequestConfig):
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
     plan: bool = False  # only print how much memory sampling needs, and what would fit
-    memory: float | None = None  # GiB of the device to plan for; none = what is free
+    memory: float | None = None  # GiB that decoding may use (--plan: of the device); none = what is free
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "steps", "batch_size")
+        at_least(self, 0, "memory")
         if self.with_labels and self.inpaint:
             raise InputError("with_labels, inpaint: give one of the two")
         if self.interpolate and (self.sampler == "ddpm" or self.eta):
@@ -283,10 +284,9 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     """Make the samples that the settings describe, and write them; returns the new folder."""
     if config.plan:
         return plan(config, run)
-    if config.memory is not None:
-        raise InputError("memory: has no effect without --plan")
     pipeline = LatentDiffusionPipeline(run, setup(config.device))
     model = pipeline.model
+    model.autoencoder.memory = config.memory
     if config.with_labels:
         model.check_labels()
     if not config.registers:

@@ -66,6 +66,11 @@ def test_the_limits_of_a_container_hold(tmp_path, monkeypatch):
     (tmp_path / "memory.current").write_text(f"{48 * 2**20}\n")
     assert machine.usable_cores() == 0.5
     assert machine.memory() == (16 * 2**20, 64 * 2**20)
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {8 * 2**20}\nactive_file 3\n")
+    assert machine.memory() == (24 * 2**20, 64 * 2**20)
+    assert machine.free_bytes(CPU) == 24 * 2**20
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.free_bytes(CPU) == 6 * 2**20
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.usable_cores() == len(os.sched_getaffinity(0))
