@@ -29,14 +29,17 @@ import numpy as np
 
 from .cases import Case, find_cases
 from .inspection import THUMBNAIL, CaseInfo, inspect_cases
+from .itk import modality
 from .layouts import REST, Layout, dimensions, recognise
 from .opening import REPEATS, inspection_cache
 from .settings import DataConfig
+from .slices import find_all_cases
 
 SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh)(?![a-z])", re.I)
 READING = {  # settings that say which files there are and how they are read
     *("name", "image", "mask", "source", "table", "subject", "split", "subset", "allow_missing_mask"),
     *("check_affine", "dims", "channel", "source_channel", "num_labels", "label_values", "cache_dir"),
+    *("slices", "series", "source_series"),
 }
 MOST_PAIRS = 200  # cases whose thumbnails are compared with each other
 NEARLY_SAME = 0.999  # correlation of thumbnails of images that are probably of one subject
@@ -163,12 +166,13 @@ def _described(root: Path) -> dict[str, Any]:
 
 
 def _modality(root: Path, cases: list[Case]) -> str:
-    """What the files say they are: the first modality of a dataset.json, or BIDS's _ct."""
+    """What the files say they are: the first modality of a dataset.json, BIDS's _ct, or DICOM's."""
     stated = _described(root).get("modality") or _described(root).get("channel_names") or {}
     first = next(iter(stated.values()), "") if isinstance(stated, dict) else stated
+    cases = [case.volume or case for case in cases]
     if all(re.search(r"_ct\.", case.image.name, re.I) for case in cases):
         first = first or "CT"
-    return str(first)
+    return str(first) or modality(cases[0].image)
 
 
 def _sides(root: Path, cases: list[Case]) -> str:
@@ -192,6 +196,9 @@ def _recognised(root: Path, given: dict[str, Any]) -> tuple[DataConfig, dict[str
     why = dict(layout.why)
     shaped = {k: v for k, v in given.items() if k == "file_spacing"}  # its length depends on dims
     reading = {k: v for k, v in given.items() if k in READING}
+    if reading.get("slices", "none") != "none" and "dims" not in given:
+        given = given | {"dims": 2}
+        reading["dims"], settings["dims"], why["dims"] = 2, 2, "slices of volumes (data.slices)"
     config = dataclasses.replace(DataConfig(root=str(root), **reading), **settings)
     if "dims" not in given:
         cases = find_cases(dataclasses.replace(config, subject=None, allow_missing_mask=True), root)
@@ -205,11 +212,11 @@ def take(root: Path, flags: dict[str, Any]) -> Fingerprint:
     without images, and for every fault in the files."""
     given = {key.removeprefix("data."): value for key, value in flags.items() if key.startswith("data.")}
     config, settings, why = _recognised(root, given)
-    cases = find_cases(config, root)
-    if config.subject is None and "subject" not in given and (found := _find_subjects(root, cases)):
+    volumes = find_cases(config, root)
+    if config.subject is None and "subject" not in given and (found := _find_subjects(root, volumes)):
         settings["subject"], why["subject"] = found
         config = dataclasses.replace(config, subject=settings["subject"])
-        cases = find_cases(config, root)
+    cases = find_all_cases(config, root)
     infos = inspect_cases(cases, config, inspection_cache(config, root), with_facts=True)
     return summarise(root, cases, [infos[case.id] for case in cases], settings, why)
 

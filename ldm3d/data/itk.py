@@ -30,6 +30,7 @@ from ..config import InputError
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK and DICOM count to the left and to the back
 POSITION, ORIENTATION, FRAMES, PHOTOMETRIC = "0020|0032", "0020|0037", "0028|0008", "0028|0004"
+MODALITY = "0008|0060"
 SPACINGS = ("0028|0030", "0018|1164")  # of pixels: in the patient; on the detector, as radiographs have it
 DESCRIPTION, NUMBER, UID = "0008|103e", "0020|0011", "0020|000e"  # of the series
 NO_IMAGE = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(11|66|67|88|104|481)\b")  # reports, contours, ...
@@ -132,6 +133,22 @@ def is_dicom_folder(path: str | Path) -> bool:
             return any(map(is_dicom_file, itertools.islice(files, 32)))
     except OSError:
         return False
+
+
+def is_series_folder(path: str | Path) -> bool:
+    """Are the first two DICOM files of the folder slices of one series? Radiographs in a folder are not."""
+    if not is_dicom_folder(path):
+        return False
+    files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if not name.startswith(".")]
+    first = [_information(file, dicom=True) for file in itertools.islice(filter(is_dicom_file, files), 2)]
+    return len(first) == 2 and len({_text(reader, UID) for reader in first}) == 1
+
+
+def modality(path: str | Path) -> str:
+    """What a DICOM file or folder says it was made with, such as "CT"; "" for other files."""
+    if os.path.isdir(path):
+        path = next((entry.path for entry in os.scandir(path) if is_dicom_file(entry.path)), "")
+    return _text(_information(str(path), dicom=True), MODALITY) if is_dicom_file(path) else ""
 
 
 def _text(reader: Any, key: str) -> str:

@@ -26,7 +26,8 @@ from typing import Any
 from ..config import InputError
 from .cases import read_csv
 from .inspection import few_values
-from .volumes import is_volume_file, read, read_header, strip_suffix, volume_suffix
+from .itk import is_series_folder
+from .volumes import DICOM, is_volume_file, read, read_header, strip_suffix, volume_suffix
 
 MASK_NAMES = re.compile(
     r"mask|label|seg|annot|truth|(^|[_\W])(gt|roi|lesions?|tumou?rs?|nuclei)([_\W]|$)", re.I
@@ -52,18 +53,27 @@ class Layout:
 
 
 def volume_files(root: Path) -> list[Path]:
-    """All volumes below the root, relative to it, sorted. Hidden folders and runs of this program are not
-    looked into."""
+    """All volumes below the root, relative to it, sorted: files, and folders of DICOM slices. Hidden folders
+    and runs of this program are not looked into."""
     found = []
     for folder, folders, names in os.walk(root, followlinks=True):
         depth = len(Path(folder).relative_to(root).parts)
         run = "config.json" in names and depth
         keep = [name for name in folders if not name.startswith(".") and name != "runs"]
         folders[:] = [] if run or depth == MAX_DEPTH else sorted(keep)
-        found += (
-            [] if run else [Path(folder, name).relative_to(root) for name in names if is_volume_file(name)]
-        )
+        if run:
+            continue
+        files = [name for name in names if is_volume_file(name)]
+        if depth and is_series_folder(folder):
+            found.append(Path(folder).relative_to(root))
+            files = [name for name in files if volume_suffix(name) not in DICOM]
+        found += [Path(folder, name).relative_to(root) for name in files]
     return sorted(found)
+
+
+def _end(path: str | Path) -> str:
+    """How a pattern of such files ends: the suffix; "/" for folders of DICOM slices, which have none."""
+    return volume_suffix(path) or "/"
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -106,7 +116,7 @@ def _bids(files: list[Path]) -> Kinds:
         case, _, word = stem.rpartition("_")
         middle = "ses-*/" if len(parts) > 2 and parts[1].startswith("ses-") else ""
         inner = "".join(f"{part}/" for part in parts[1 + bool(middle) : -1])
-        kinds[f"sub-*/{middle}{inner}{{id}}_{word}{volume_suffix(path)}"][case] = path
+        kinds[f"sub-*/{middle}{inner}{{id}}_{word}{_end(path)}"][case] = path
     return kinds
 
 
@@ -117,10 +127,10 @@ def _case_folders(files: list[Path]) -> Kinds:
     for path in files:
         if not path.parent.parts:
             continue
-        name, folder = path.name, path.parent.name
+        name, folder = path.name if volume_suffix(path) else f"{path.name}/", path.parent.name
         if several[path.parent] == 1:
-            name = f"*{volume_suffix(path)}"
-        elif name.startswith(folder) and name != folder + volume_suffix(path):
+            name = f"*{_end(path)}"
+        elif name.startswith(folder) and name != folder + _end(path):
             name = f"*{name[len(folder) :]}"
         depth = len(path.parent.parts)
         pattern = "*/" if depth == 1 else "{id}/" * depth
@@ -139,7 +149,7 @@ def _role_folders(files: list[Path]) -> Kinds:
         number = re.search(r"_000\d$", stem) if path.parent.name in ("imagesTr", "imagesTs") else None
         end = number[0] if number else ""
         folder = "" if path.parent == Path() else f"{path.parent.as_posix()}/"
-        kinds[f"{folder}*{end}{volume_suffix(path)}"][stem.removesuffix(end)] = path
+        kinds[f"{folder}*{end}{_end(path)}"][stem.removesuffix(end)] = path
     return kinds
 
 
@@ -201,7 +211,7 @@ def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | N
     """The pattern of all images where folders are classes, such as healthy/ and ill/: no name is in two of
     them, and all lie equally deep. None where folders are something else."""
     names = [name for pattern in images for name in kinds[pattern]]
-    ends = {(pattern.count("/"), volume_suffix(pattern)) for pattern in images}
+    ends = {(pattern.rstrip("/").count("/"), _end(pattern)) for pattern in images}
     if masks or len(images) < 2 or len(ends) > 1 or len(set(names)) < len(names):
         return None
     depth, suffix = ends.pop()

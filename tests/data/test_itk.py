@@ -17,7 +17,9 @@ from PIL import Image
 from ldm3d.config import InputError
 from ldm3d.data import DataConfig, read
 from ldm3d.data.cases import find_cases
+from ldm3d.data.fingerprint import take
 from ldm3d.data.images import find_images
+from ldm3d.data.layouts import recognise
 from ldm3d.data.volumes import read_header, stamp
 
 SHAPE, SPACING = (7, 6, 5), (0.8, 1.1, 2.5)  # of x, y, z as stored
@@ -310,6 +312,31 @@ def test_a_data_set_of_series_opens_and_notices_a_changed_slice(patients, tmp_pa
     case = changed.dataset("train").cases[0].id
     assert changed.infos[case].content != data.infos[case].content
     assert changed.infos[case].high != data.infos[case].high
+
+
+def test_series_are_recognised_among_the_files_of_a_folder(patients, tmp_path) -> None:
+    for i, name in enumerate("abcd"):
+        (patients / name).rename(patients / f"p{i}")
+    layout = recognise(patients)
+    assert layout.settings == {"image": "*/*/"}
+    assert len(find_cases(DataConfig(**layout.settings), patients)) == 4
+    assert take(patients, {"data.cache_dir": str(tmp_path / "cache")}).modality == "CT"
+    for i, name in enumerate(("p0", "p1", "p2", "p3")):
+        (patients / f"{name}/1.2.840.{i}").rename(patients / f"{name}/t1")
+        write_series(patients / f"{name}/flair", hounsfield((16, 16, 8), 10 + i), np.eye(4))
+        save(patients / f"{name}/seg.nii.gz", np.arange(2048).reshape(16, 16, 8).astype(np.uint8) % 3)
+    layout = recognise(patients)
+    assert layout.settings == {"image": "*/flair/", "mask": "*/seg.nii.gz"}
+    assert layout.why["others"] == "*/t1/ (4)"
+    assert recognise(patients / "p0").settings["image"] == "*/"
+
+
+def test_radiographs_in_a_folder_are_images_of_their_own(tmp_path) -> None:
+    for i in range(3):
+        write_series(tmp_path / "data", hounsfield((16, 16, 1), i), np.eye(4), f"1.2.{i}")
+    layout = recognise(tmp_path / "data")
+    assert layout.settings == {"image": "*.dcm"}
+    assert take(tmp_path / "data", {"data.cache_dir": str(tmp_path / "cache")}).dims == 2
 
 
 def test_sampling_takes_one_series_or_a_folder_of_them(patients) -> None:

@@ -1,5 +1,8 @@
 """Slices of volumes are the 2-D images that nibabel cuts from them, split and scaled by the volume."""
 
+import re
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from ldm3d.config import InputError
 from ldm3d.data import DataConfig, Volume
 from ldm3d.data import slices as slicing
 from ldm3d.data.cases import find_cases
+from ldm3d.data.fingerprint import take
 from ldm3d.data.inspection import inspect_cases
 from ldm3d.data.settings import of_volumes
 from ldm3d.data.slices import ACROSS
@@ -116,6 +120,20 @@ def test_no_volume_is_read_again_for_its_slices(volumes, monkeypatch) -> None:
     assert {path.name for path in paths} == {"b.nii.gz"}
     assert len(paths) == 3
     assert changed.infos["b_000"].shape == SHAPE[:2]
+
+
+def test_a_plan_sees_slices_of_subjects_that_the_names_of_volumes_tell(volumes) -> None:
+    for folder in ("images", "labels", "sources"):
+        for number, name in enumerate("abcd"):
+            (volumes / f"{folder}/{name}.nii.gz").rename(volumes / f"{folder}/p0{number // 2}_{name}.nii.gz")
+        (volumes / f"{folder}/e.nii.gz").unlink()
+    shutil.rmtree(volumes / "sources")
+    flags = {"data.slices": "axial", "data.cache_dir": str(volumes.parent / "cache")}
+    seen = take(volumes, flags)
+    assert seen.dims == 2
+    assert seen.settings["data.dims"] == 2
+    assert re.search(seen.settings["data.subject"], "p01_d")[1] == "p01"
+    assert set(seen.shapes) == {canonical(volumes / "images/p00_a.nii.gz").shape[:2]}
 
 
 @pytest.mark.parametrize("kind", ["int16", "float32", "uint8"])
