@@ -41,7 +41,7 @@ class Conditioned(NamedTuple):
     context: Tensor | tuple[KeysValues, ...] | None = None  # (B, M, E) tokens, or their UNet.kv_cache
     context_mask: Tensor | None = None  # (B, M) bool, True = use
     channels: Tensor | None = None  # (B, C, *s) to concatenate to x_t
-    emb: Tensor | None = None  # (B, emb_dim) to add to the embedding of t
+    emb: Tensor | None = None  # (B, emb_width): what to add to the embedding of t, then what stands beside it
 
 
 # --- one module a kind --------------------------------------------------------------------------------------
@@ -219,13 +219,14 @@ def join_masks(contexts: Sequence[Conditioned]) -> Tensor | None:
 class Conditioner(nn.Module):
     """The conditions of a batch, by name -> `Conditioned`.
 
-    A condition without a value is absent from all samples. Embeddings are added up; tokens and channels of
-    several conditions are concatenated in the order of the conditions.
+    A condition without a value is absent from all samples. Embeddings are added up, but for those of
+    `concat`, which follow the sum; tokens and channels of several conditions are concatenated. The order is
+    that of the conditions.
     """
 
     def __init__(self, config: ConditionConfig, conditions: Sequence[Condition], dims: int, emb_dim: int):
         super().__init__()
-        self.conditions = tuple(conditions)
+        self.conditions, self.concat = tuple(conditions), config.concat
         self.parts = nn.ModuleList(PARTS[c.kind](c, config, dims, emb_dim) for c in conditions)
 
     @property
@@ -247,12 +248,17 @@ class Conditioner(nn.Module):
                 expected, got = shape_of(c, like), tuple(value.shape)
                 raise InputError(f"condition {c.name}: expected a tensor of shape {expected}, got {got}")
             parts.append(part(value))
-        embs = [p.emb for p in parts if p.emb is not None]
+        named = [(c.name, p.emb) for c, p in zip(self.conditions, parts, strict=True) if p.emb is not None]
+        embs = [emb for name, emb in named if name not in self.concat]
+        beside = [emb for name, emb in named if name in self.concat]
+        emb = sum(embs[1:], embs[0]) if embs else None
+        if beside:
+            emb = torch.cat([torch.zeros_like(beside[0]) if emb is None else emb, *beside], 1)
         channels = [p.channels for p in parts if p.channels is not None]
         contexts = [p for p in parts if p.context is not None]
         return Conditioned(
             torch.cat([p.context for p in contexts], 1) if contexts else None,
             join_masks(contexts),
             torch.cat(channels, 1) if channels else None,
-            sum(embs[1:], embs[0]) if embs else None,
+            emb,
         )

@@ -87,6 +87,7 @@ class ConditionConfig:
     dropout_last: float = (
         0.1  # probability that training hides all after the first k; any k is equally likely
     )
+    concat: tuple[str, ...] = ()  # names of conditions whose embedding stands beside the time's, not added
     context_dim: int = 128  # width of the context tokens (text, embedding, tokens)
     text_layers: int = 2  # transformer layers of the text encoder
     text_length: int = 64  # words of a caption that are read; fewer if the training captions are shorter
@@ -103,6 +104,10 @@ class ConditionConfig:
         names = [name for _, name in map(parse_use, self.use)]
         if len(set(names)) < len(names):
             raise InputError(f"use: expected different conditions, got {','.join(self.use)}")
+        kinds = {name: kind for kind, name in map(parse_use, self.use)}
+        for name in self.concat:
+            if kinds.get(name) not in ("class", "number", "spacing"):
+                raise InputError(f"concat: {name} is no class, number or spacing in use")
         if len(self.dropout) not in (1, len(self.use)):
             raise InputError(
                 f"dropout: expected one value for all, or one for each of use, got {self.dropout}"

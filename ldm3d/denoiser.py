@@ -70,6 +70,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.arguments = Arguments(unet, condition, tuple(conditions), anatomy, num_labels, factor)
         self.conditioner: Conditioner | None = None
+        if unet.emb_parts != 1:
+            raise InputError("unet.emb_parts: follows from the conditions; set condition.concat")
         if conditions:
             self.conditioner = Conditioner(condition, conditions, unet.dims, unet.emb_dim)
             if unet.context_dim is not None:
@@ -77,6 +79,7 @@ class Denoiser(nn.Module):
             unet = replace(
                 unet,
                 in_channels=unet.in_channels + self.conditioner.num_channels,
+                emb_parts=1 + len(condition.concat),
                 context_dim=condition.context_dim if self.conditioner.has_context else None,
             )
         self.anatomy, self.num_labels = anatomy or AnatomyConfig(), num_labels

@@ -140,7 +140,7 @@ class Registers(nn.Module):
         super().__init__()
         self.on = True
         self.bank = nn.Parameter(torch.randn(num_labels, config.per_label, config.dim))
-        self.modulation = nn.Linear(unet.emb_dim, 2 * config.dim)
+        self.modulation = nn.Linear(unet.emb_width, 2 * config.dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         self.readers = nn.ModuleList(Reader(unet, width, config.dim) for width in channels)

@@ -68,6 +68,7 @@ class UNetConfig:
     context_dim: int | None = None  # width of the context tokens; none = self-attention only
     num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
     gn_eps: float = 1e-6  # epsilon of the norms
+    emb_parts: int = 1  # embeddings side by side: that of time, and those of the conditions of concat
     time_embed_order: Literal["cos_sin", "sin_cos"] = "cos_sin"  # order of the halves of the sinusoid
     attn_out_proj: bool = True  # linear layer after self-attention (without context)
     resblock_updown: bool = False  # residual blocks change the size of maps, not single convolutions
@@ -77,7 +78,7 @@ class UNetConfig:
 
     def __post_init__(self):
         check_levels(self)
-        at_least(self, 1, "num_groups", "context_dim")
+        at_least(self, 1, "num_groups", "context_dim", "emb_parts")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a number in [0, 1), got {self.dropout}")
         levels = len(self.channels)
@@ -96,8 +97,13 @@ class UNetConfig:
 
     @property
     def emb_dim(self) -> int:
-        """Width of the time embedding, hence of the extra embedding `emb` of UNet.forward."""
+        """Width of the time embedding, and of an extra embedding that is added to it."""
         return 4 * self.channels[0]
+
+    @property
+    def emb_width(self) -> int:
+        """Width of the embedding that all blocks receive, and of `emb` of UNet.forward."""
+        return self.emb_parts * self.emb_dim
 
     @property
     def downsampling(self) -> tuple[int, ...]:
@@ -110,7 +116,7 @@ def res_options(config: UNetConfig) -> dict[str, Any]:
     c = config
     norm = {"num_groups": c.num_groups, "eps": c.gn_eps}
     return {
-        "emb_dim": c.emb_dim,
+        "emb_dim": c.emb_width,
         **norm,
         "dropout": c.dropout,
         "zero_init": True,
@@ -162,7 +168,7 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_dim) -> (B, C_out, *S).
+    """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_width) -> (B, C_out, *S).
 
     All steps of sampling have one context: `kv_cache(context)`, computed once, may take its place.
     `make_registers` is called with the width C of h at every attention layer and returns the registers, a
@@ -288,10 +294,14 @@ class UNet(nn.Module):
         return tuple(stage.attention.cross_attn.keys_values(context) for stage in self.attention_stages)
 
     def embed(self, t: Tensor, emb: Tensor | None = None) -> Tensor:
-        """t (B,) on the 0..T scale, and the extra embedding (B, emb_dim) -> (B, emb_dim)."""
+        """t (B,) on the 0..T scale, and the extra embedding (B, emb_width) -> (B, emb_width). The first
+        emb_dim features are added to the embedding of time, the others stand beside it."""
         sinusoid = timestep_embedding(t, self.config.channels[0], self.config.time_embed_order == "cos_sin")
         time = self.time_embed(sinusoid.to(self.time_embed[0].weight.dtype))
-        return time if emb is None else time + emb
+        if self.config.emb_parts == 1:
+            return time if emb is None else time + emb
+        added, beside = emb.tensor_split([time.shape[1]], dim=1)
+        return torch.cat([time + added, beside], dim=1)
 
     def _check(self, x: Tensor, context: Tensor | tuple[KeysValues, ...] | None) -> None:
         c = self.config

@@ -97,6 +97,28 @@ def test_a_condition_that_is_hidden_blank_or_missing_is_the_same(name):
         assert torch.equal(missing, net(X, T, hidden))
 
 
+def test_embeddings_of_concat_stand_beside_that_of_time_and_the_others_are_added():
+    conditions = [ALL[name] for name in ("sex", "age", "spacing")]
+    config = ConditionConfig(use=("class:sex", "number:age", "spacing"), concat=("age", "spacing"))
+    net = noisy(Denoiser(UNET, config, conditions))
+    values = {c.name: values_of()[c.name] for c in conditions}
+    sex, age, spacing = (
+        part(values[c.name]).emb for part, c in zip(net.conditioner.parts, conditions, strict=True)
+    )
+    emb = net.unet.embed(T, net.encode_conditions(values, X).emb)
+    time = net.unet.embed(T, torch.zeros(3, 3 * UNET.emb_dim))[:, : UNET.emb_dim]
+    assert torch.equal(emb, torch.cat([time + sex, age, spacing], 1))
+    assert net.unet.down[0].res.emb_proj.in_features == 3 * UNET.emb_dim
+    net(X, T, values).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_network_whose_embeddings_all_stand_beside_adds_nothing_to_that_of_time():
+    net = noisy(Denoiser(UNET, ConditionConfig(use=("number:age",), concat=("age",)), [ALL["age"]]))
+    emb = net.encode_conditions({"age": values_of()["age"]}, X).emb
+    assert not emb[:, : UNET.emb_dim].any()
+
+
 def test_what_conditions_become_once_serves_every_step():
     net, values = make_denoiser(), values_of()
     with torch.no_grad():

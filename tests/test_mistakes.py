@@ -103,6 +103,8 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("ldm", "--condition.use klass", "is no condition"),
     ("ldm", "--condition.use class:stage", "no column 'stage'"),
     ("ldm", "--condition.use class --unet.context_dim 8", "unet.context_dim: follows from the conditions"),
+    ("ldm", "--condition.use class --condition.concat text", "concat: text is no class, number or spacing"),
+    ("ldm", "--unet.emb_parts 2", "unet.emb_parts: follows from the conditions"),
     ("ldm", "--condition.use class --condition.dropout 1.5", "condition.dropout: expected probabilities"),
     ("bound", "--data.num_labels 2", "label 2, expected 0 to 1 (data.num_labels)"),
     ("bound", "--data.image images/*.tif", "anatomy.registers: needs masks (data.mask, or a column"),

@@ -88,6 +88,15 @@ FAMILIES = (
         classes=("AutoencoderKL",),
     ),
     Family(
+        name="MAISI U-Net",
+        kind="unet",
+        layout="monai",
+        library="maisi",
+        sign=r"^(spacing_layer|top_region_index_layer|bottom_region_index_layer)\.0\.weight$",
+        usual=MONAI_NORM,
+        classes=("DiffusionModelUNetMaisi",),
+    ),
+    Family(
         name="monai-generative U-Net",
         kind="unet",
         layout="monai",
@@ -138,7 +147,6 @@ OTHERS = {  # recognised, to be refused by name
     r"(^|\.)initial_conv\.conv\.weight$": "a PatchDiscriminator of MONAI",
     r"^quantizer\.quantizer\.": "a VQVAE of MONAI",
     r"^controlnet_cond_embedding\.": "a ControlNet of MONAI",
-    r"^(spacing_layer|top_region_index_layer|bottom_region_index_layer)\.": "a U-Net of MAISI",
     r"^quantize\.embedding\.": "a VQ autoencoder of CompVis",
     r"^(model\.diffusion_model\.|input_blocks\.)": "a U-Net of CompVis",
 }

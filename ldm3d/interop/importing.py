@@ -36,7 +36,7 @@ from ..vae import AutoencoderKL, VAEConfig
 from .bundles import Described, check_agreement, read_description
 from .families import Family, configuration, recognise, rewrite, with_identity_projections
 from .files import read_weights
-from .layouts import fill
+from .layouts import EMBEDDINGS, fill
 from .peers import build, compare, describe
 
 # --- Config -------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
     state, unused = rewrite(source.tensors, family, where)
     if family.kind == "unet":
         state = with_identity_projections(state)
-    theirs = source.tensors if family.library == "maisi" else state
+    theirs = source.tensors if family.name == "MAISI autoencoder" else state
     inferred = family.fixed | configuration(state, family, where)
     described = read_description(config, family.classes) if config else Described({}, {})
     check_agreement(described.settings, inferred, str(config))
@@ -181,19 +181,35 @@ def number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+def conditions_of(state: dict[str, Tensor], dims: int) -> list[Condition]:
+    """The conditions of a U-Net: a class, and MAISI's numbers, which its network receives times 100."""
+    found = []
+    if (table := state.get("class_embedding.weight")) is not None:
+        found.append(Condition("class", "class", tuple(map(str, range(len(table))))))
+    for name in ("top_region_index", "bottom_region_index", "spacing"):
+        if (weight := state.get(f"{EMBEDDINGS[name]}.0.weight")) is not None:
+            num = weight.shape[-1]
+            kind = "spacing" if name == "spacing" and num == dims else "number"
+            found.append(Condition(kind, name, mean=(0.0,) * num, std=(0.01,) * num))
+    return found
+
+
 def make_denoiser(
     config: UNetConfig, state: dict[str, Tensor], where: str
 ) -> tuple[Denoiser, dict[str, Tensor]]:
     """A denoiser for the weights of a U-Net, and the state with a row for the absent class, zeros."""
-    table = state.get("class_embedding.weight")
-    if table is None:
+    conditions = conditions_of(state, config.dims)
+    if not conditions:
         return Denoiser(config), state
     if config.context_dim is not None:
-        raise InputError(f"{where}: a U-Net with classes and a context at once is not supported")
-    classes = Condition("class", "class", tuple(map(str, range(len(table)))))
-    net = Denoiser(config, ConditionConfig(use=("class",)), [classes])
-    null = torch.zeros(1, *table.shape[1:])
-    return net, state | {"class_embedding.weight": torch.cat([table, null])}
+        raise InputError(f"{where}: a U-Net with conditions and a context at once is not supported")
+    numbers = tuple(c.name for c in conditions if c.kind != "class")
+    use = tuple(f"number:{c.name}" if c.kind == "number" else c.kind for c in conditions)
+    net = Denoiser(config, ConditionConfig(use=use, concat=numbers), conditions)
+    if (table := state.get("class_embedding.weight")) is not None:
+        null = torch.zeros(1, *table.shape[1:])
+        state = state | {"class_embedding.weight": torch.cat([table, null])}
+    return net, state
 
 
 def load(file: str | Path, config: str | Path | None = None, **hints: Any) -> AutoencoderKL | Denoiser:
@@ -271,7 +287,7 @@ def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dic
     if config.vae is None:
         raise InputError("vae: a U-Net needs its autoencoder; import it first and give its run with --vae")
     autoencoder, content = load_autoencoder(config.vae)
-    unet, width = net.unet.config, autoencoder.config.latent_channels
+    unet, width = net.arguments.unet, autoencoder.config.latent_channels
     if (unet.dims, unet.in_channels, unet.out_channels) != (autoencoder.config.dims, width, width):
         raise InputError(
             f"vae: {config.vae} has {width} latent channels on {autoencoder.config.dims} axes, {report.file} "

@@ -218,11 +218,21 @@ def unet_entries(net: UNet, own: str = "") -> Iterator[Entry]:
     yield from of(net.conv_out, "conv_out", "out.2")
 
 
+EMBEDDINGS = {"class": "class_embedding", "top_region_index": "top_region_index_layer"}
+EMBEDDINGS |= {"bottom_region_index": "bottom_region_index_layer", "spacing": "spacing_layer"}
+
+
 def denoiser_entries(net: Denoiser) -> Iterator[Entry]:
-    """Every tensor of a denoiser whose only condition, if any, is a class."""
+    """Every tensor of a denoiser whose conditions are among EMBEDDINGS, but those for absent numbers."""
     yield from unet_entries(net.unet, "unet.")
-    if net.conditioner is not None:
-        yield Entry("conditioner.parts.0.table.weight", ("class_embedding.weight",))
+    for i, condition in enumerate(net.conditions):
+        named = "class" if condition.kind == "class" else condition.name
+        own, there = f"conditioner.parts.{i}", EMBEDDINGS[named]
+        if condition.kind == "class":
+            yield Entry(f"{own}.table.weight", (f"{there}.weight",))
+            continue
+        for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
+            yield Entry(f"{own}.mlp.{leaf}", (f"{there}.{leaf}",))
 
 
 def entries(net: nn.Module, layout: str) -> list[Entry]:
@@ -261,7 +271,7 @@ def fill(net: nn.Module, state: dict[str, Tensor], layout: str, where: str) -> N
                 f"{where}: {entry.theirs[0]} is {tuple(parts[0].shape)}, which does not fit the other "
                 f"tensors ({entry.own} wants {tuple(shape)})"
             )
-    load_weights(net, own, where)
+    load_weights(net, own, where, may_miss=["conditioner.parts.*.null"])  # zeros: no library has them
 
 
 def extract(net: nn.Module, layout: str) -> dict[str, Tensor]:

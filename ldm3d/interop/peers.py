@@ -88,7 +88,6 @@ def describe_maisi_autoencoder(config: VAEConfig) -> Description:
     arguments = shared(config) | {
         "out_channels": config.in_channels,
         "latent_channels": config.latent_channels,
-        "num_channels": list(config.channels),
         "with_encoder_nonlocal_attn": config.mid_attention,
         "with_decoder_nonlocal_attn": config.mid_attention,
         "use_convtranspose": config.upsample == "deconv3",
@@ -96,7 +95,8 @@ def describe_maisi_autoencoder(config: VAEConfig) -> Description:
     }
     if config.decoder_mid_attention is not None:
         arguments["with_decoder_nonlocal_attn"] = config.decoder_mid_attention
-    return Description(target, {k: v for k, v in arguments.items() if k != "channels"})
+    arguments["num_channels"] = arguments.pop("channels")
+    return Description(target, arguments)
 
 
 def describe_diffusers_autoencoder(config: VAEConfig) -> Description:
@@ -125,25 +125,33 @@ def describe_diffusers_autoencoder(config: VAEConfig) -> Description:
     )
 
 
+NUMBERS = ("top_region_index", "bottom_region_index", "spacing")  # of MAISI's U-Net
+
+
 def describe_monai_unet(net: Denoiser) -> Description:
     target, config = "monai.networks.nets.DiffusionModelUNet", net.unet.config
+    numbers = {c.name for c in net.conditions if c.kind != "class"}
+    if numbers:
+        target = "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi"
     require(config, target, adaptive_norm=False, time_embed_order="cos_sin")
     names = [f"{c.kind} {c.name}" for c in net.conditions]
-    if net.unet.registers is not None or [c.kind for c in net.conditions] not in ([], ["class"]):
+    concat = set(net.arguments.condition.concat) if net.conditions else set()
+    known = concat == numbers <= set(NUMBERS) and len(net.conditions) - len(numbers) <= 1
+    if net.unet.registers is not None or not known:
         raise InputError(f"condition: {', '.join(names) or 'registers'} has no counterpart in {target}")
-    return Description(
-        target,
-        shared(config)
-        | {
-            "out_channels": config.out_channels,
-            "resblock_updown": config.resblock_updown,
-            "num_head_channels": list(config.head_widths),
-            "with_conditioning": config.context_dim is not None,
-            "cross_attention_dim": config.context_dim,
-            "num_class_embeds": len(net.conditions[0].values) if net.conditions else None,
-            "include_fc": config.attn_out_proj or config.context_dim is not None,
-        },
-    )
+    arguments = shared(config) | {
+        "out_channels": config.out_channels,
+        "resblock_updown": config.resblock_updown,
+        "num_head_channels": list(config.head_widths),
+        "with_conditioning": config.context_dim is not None,
+        "cross_attention_dim": config.context_dim,
+        "num_class_embeds": next((len(c.values) for c in net.conditions if c.kind == "class"), None),
+        "include_fc": config.attn_out_proj or config.context_dim is not None,
+    }
+    if numbers:
+        arguments |= {f"include_{name}_input": name in numbers for name in NUMBERS}
+        arguments["num_channels"] = arguments.pop("channels")
+    return Description(target, arguments)
 
 
 def describe(net: nn.Module, library: Library) -> Description:
@@ -151,7 +159,7 @@ def describe(net: nn.Module, library: Library) -> Description:
     if isinstance(net, AutoencoderKL):
         make = {"monai": describe_monai_autoencoder, "maisi": describe_maisi_autoencoder}
         return (make | {"diffusers": describe_diffusers_autoencoder})[library](net.config)
-    if isinstance(net, Denoiser) and library == "monai":
+    if isinstance(net, Denoiser) and library in ("monai", "maisi"):
         return describe_monai_unet(net)
     raise InputError(f"{library}: has no counterpart of a {type(net).__name__}")
 
@@ -202,7 +210,12 @@ def compare(net: AutoencoderKL | Denoiser, theirs: nn.Module) -> float:
             more["context"] = torch.randn(2, 3, config.context_dim, generator=draw)
             cond = Conditioned(context=more["context"])
         if net.conditions:
-            more["class_labels"] = torch.tensor([0, len(net.conditions[0].values) - 1])
-            cond = {net.conditions[0].name: more["class_labels"]}
+            cond = {}
+        for c in net.conditions:
+            if c.kind == "class":
+                cond[c.name] = more["class_labels"] = torch.tensor([0, len(c.values) - 1])
+            else:
+                cond[c.name] = torch.rand(2, len(c.mean), generator=draw) / 100
+                more[f"{c.name}_tensor"] = cond[c.name] * 100
         pairs = [(net(x, t.float(), cond), theirs(x, t, **more))]
     return max(relative_error(ours, other) for ours, other in pairs)

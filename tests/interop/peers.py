@@ -8,6 +8,7 @@ import re
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from torch import Tensor, nn
 
@@ -56,6 +57,12 @@ def maisi(**changes) -> nn.Module:
 
 def unet(dims: int, **changes) -> nn.Module:
     return randomised(DiffusionModelUNet(dims, **{**UNET, **changes}))
+
+
+def maisi_unet(dims: int, **changes) -> nn.Module:
+    small = {**UNET, "num_channels": UNET["channels"], "include_spacing_input": True, **changes}
+    del small["channels"]
+    return randomised(DiffusionModelUNetMaisi(dims, **small))
 
 
 class TransposedThree(nn.Module):

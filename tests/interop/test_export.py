@@ -62,8 +62,8 @@ NETS = {  # name -> (library, our network, hints for coming back)
         "monai",
         lambda: Denoiser(
             UNetConfig(3, 4, 4, (8, 16), (1, 1), (False, True), 8, num_groups=4, resblock_updown=True),
-            ConditionConfig(use=("class",)),
-            [Condition("class", "class", ("0", "1", "2"))],
+            ConditionConfig(use=("class:sex",)),
+            [Condition("class", "sex", ("F", "M", "O"))],
         ),
         {"head_channels": 8},
     ),

@@ -101,6 +101,7 @@ AUTOENCODERS = {  # name -> (network, how it is spelled), what shapes cannot tel
 }
 CONTEXT = {"with_conditioning": True, "cross_attention_dim": 6}
 WIDER = {"channels": (8, 16, 16), "attention_levels": (False, True, True), "num_res_blocks": (1, 2, 1)}
+REGIONS = {"maisi": True, "include_top_region_index_input": True, "include_bottom_region_index_input": True}
 U_NETS = {  # name -> arguments, how it is spelled, what shapes cannot tell
     "2d": ({}, same, {}),
     "3d": ({"dims": 3}, same, {}),
@@ -117,6 +118,9 @@ U_NETS = {  # name -> arguments, how it is spelled, what shapes cannot tell
     "residual up and down": ({"resblock_updown": True}, same, {}),
     "residual up and down 3d": ({"resblock_updown": True, "dims": 3, **WIDER}, same, {}),
     "all at once": ({"resblock_updown": True, "num_class_embeds": 3, **WIDER}, ddp, {}),
+    "maisi spacing": ({"maisi": True, "dims": 3}, same, {}),
+    "maisi rflow": ({**REGIONS, "num_class_embeds": 5, "dims": 3, "include_fc": True}, same, {}),
+    "maisi ddpm": ({**REGIONS, "dims": 3, "resblock_updown": True}, ddp, {}),
     "generative": ({"include_fc": False}, lambda state: peers.old_names(state), {}),
     "generative 3d": ({"include_fc": False, "dims": 3}, lambda state: peers.old_names(state), {}),
     "generative context": (CONTEXT, lambda state: peers.old_names(state), {}),
@@ -187,7 +191,8 @@ def test_an_imported_autoencoder_computes_what_its_own_class_does(name, tmp_path
 @pytest.mark.parametrize("name", U_NETS)
 def test_an_imported_u_net_computes_what_its_own_class_does(name, tmp_path):
     arguments, spelled, hints = U_NETS[name]
-    net = peers.unet(**{"dims": 2, **arguments})
+    arguments = {"dims": 2, **arguments}
+    net = (peers.maisi_unet if arguments.pop("maisi", False) else peers.unet)(**arguments)
     found = imported(spelled(net.state_dict()), tmp_path, num_groups=4, **{"head_channels": 8, **hints})
     draw = torch.Generator().manual_seed(0)
     config = found.net.unet.config
@@ -199,6 +204,9 @@ def test_an_imported_u_net_computes_what_its_own_class_does(name, tmp_path):
     if "num_class_embeds" in arguments:
         more["class_labels"] = torch.tensor([1, 0])
         cond = {"class": more["class_labels"]}
+    for c in (c for c in found.net.conditions if c.name != "class"):  # MAISI's numbers come times 100
+        more[f"{c.name}_tensor"] = 2 * torch.rand(2, len(c.mean), generator=draw)
+        cond = (cond or {}) | {c.name: more[f"{c.name}_tensor"] / 100}
     ours, theirs = found.net(x, t.float(), cond), net(x, t, **more)
     close(ours, theirs, 1e-5)
     ours.square().mean().backward()
@@ -208,6 +216,15 @@ def test_an_imported_u_net_computes_what_its_own_class_does(name, tmp_path):
 
 def test_the_matrix_has_every_family_and_at_least_forty_configurations():
     assert len(AUTOENCODERS) + len(U_NETS) >= 40
+
+
+def test_the_check_of_a_maisi_u_net_compares_its_numbers_too(tmp_path):
+    net = peers.maisi_unet(3, **{k: v for k, v in REGIONS.items() if k != "maisi"}, num_class_embeds=3)
+    found = imported(net.state_dict(), tmp_path, num_groups=4, head_channels=8)
+    theirs = build(describe(found.net, "maisi"), found.state)
+    assert compare(found.net, theirs) < 1e-5
+    found.net.conditioner.parts[2].mlp[0].bias.data.add_(1)
+    assert compare(found.net, theirs) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,37 @@ def test_an_imported_u_net_samples_its_classes_with_its_scale_factor(runs):
     assert (model.kernel.config.process, model.kernel.config.beta_end) == ("vp", 0.0205)
 
 
+def test_an_imported_maisi_u_net_samples_with_its_numbers(runs, tmp_path):
+    numbers = [
+        Condition("number", "top_region_index", mean=(0.0,) * 4, std=(0.01,) * 4),
+        Condition("number", "spacing", mean=(0.0,) * 3, std=(0.01,) * 3),
+    ]
+    use = ("number:top_region_index", "number:spacing")
+    net = Denoiser(UNET, ConditionConfig(use=use, concat=("top_region_index", "spacing")), numbers)
+    for parameter in net.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save({"unet_state_dict": extract(net, "monai")}, tmp_path / "unet.pt")
+    flow = [
+        "--kernel.process",
+        "flow",
+        "--kernel.prediction",
+        "velocity",
+        "--head_channels",
+        8,
+        "--num_groups",
+        4,
+    ]
+    flags = [tmp_path / "unet.pt", "--vae", runs / "vae", "--to", tmp_path / "ldm", *flow]
+    main(["import", *map(str, flags)])
+    pipeline = ldm3d.load(tmp_path / "ldm")
+    conditions = {"top_region_index": (0, 1, 0, 0), "spacing": (1.0, 1.0, 2.0)}
+    one = pipeline.sample(1, steps=2, conditions=conditions)
+    other = pipeline.sample(1, steps=2, conditions=conditions | {"spacing": (1.0, 1.0, 4.0)})
+    assert not torch.equal(one, other)
+    ours, theirs = pipeline.model.denoiser.unet.conv_out, net.unet.conv_out
+    assert torch.equal(ours.weight, -theirs.weight)  # MAISI's velocity is x_start - noise
+
+
 def test_training_goes_on_from_an_imported_autoencoder(runs, heads):
     data = [
         "--data.root",
