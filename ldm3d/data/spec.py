@@ -76,11 +76,11 @@ class DataSpec:
         pairs = [f"{a:.4g} to {b:.4g}" for a, b in zip(self.low, self.high, strict=True)]
         shown = ", ".join(pairs[:3] + ["..."] * (len(pairs) > 3))
         why = {
-            "percentile": "each case's percentiles, clipped; these are medians",
+            "percentile": "each case's percentiles, clipped; medians",
             "window": "the window, clipped",
-            "minmax": "each case's lowest and highest value; these are medians",
-            "zscore": "each case's mean - std and mean + std; these are medians",
-            "dataset": "mean - std and mean + std of all training cases",
+            "minmax": "each case's lowest and highest; medians",
+            "zscore": "each case's mean -+ std; medians",
+            "dataset": "mean -+ std of all training cases",
         }[self.scaling]
         return f"{shown} in the files become -1 to 1 ({why})"
 
