@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window
 from ldm3d.config import InputError, at_least, parse
@@ -235,7 +236,9 @@ def with_data(config: Config) -> Config:
     return Config(unet=unet, disc=TimeDiscriminatorConfig(dims=config.data.dims))
 
 
-def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> Data:
+def open_labelled(
+    config: Config, split: dict[str, list[str]] | None = None, dataset: Dataset | None = None
+) -> Data:
     """The checked data of a run, each case with a label map. The preset "phantom" first writes its own."""
     for name, group in (("unet", config.unet), ("disc", config.disc)):
         if group.dims != config.data.dims:
@@ -246,9 +249,10 @@ def open_labelled(config: Config, split: dict[str, list[str]] | None = None) -> 
         if getattr(getattr(config, group), key) != getattr(getattr(expected, group), key):
             raise InputError(f"{name}: follows from the data, it cannot be set")
     check_window(config.window, config.data.dims)
-    if config.preset == "phantom" and config.data.root is None:
+    if config.preset == "phantom" and config.data.root is None and dataset is None:
         phantom_folder()
-    data = open_data(config.data, config.preset, config.run.seed, split, config.unet.downsampling)
+    multiple = config.unet.downsampling
+    data = open_data(config.data, config.preset, config.run.seed, split, multiple, items=dataset)
     without = next((case.id for case in data.cases.values() if case.mask is None), None)
     if without is not None:
         raise InputError(f"case {without}: has no label map; name them with --data.mask, or in the table")
@@ -374,7 +378,14 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     return plan
 
 
-def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner | None = None) -> Run:
+def train(
+    config: Config,
+    flags: dict[str, Any] | None = None,
+    planner: Planner | None = None,
+    dataset: Dataset | None = None,
+) -> Run:
+    """flags: what the command line sets. planner: of a command that names a folder. dataset: in place of
+    files, dicts with the tensors "image" and "mask" (ldm3d/data/items.py)."""
     device = setup(config.run.device)
     run = Run("cdal", config, flags)
     config, seed = run.config, run.config.run.seed
@@ -382,7 +393,7 @@ def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner 
         return run
     micro_batch_size = samples_per_forward(config.batch_size, config.micro_batch_size)
 
-    data = open_labelled(config, run.split())
+    data = open_labelled(config, run.split(dataset is not None), dataset)
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val", own_size=True)
     channels, num_labels = data.spec.channels, data.spec.num_labels
     reseed(seed, 0)
@@ -391,7 +402,7 @@ def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner 
     discriminator = None
     if config.cdal.has_discriminator:
         discriminator = make_discriminator(config, channels, num_labels).to(device)
-    state = {"data": data.spec.to_dict(), "split": data.split, "contents": data.contents}
+    state = {"data": data.spec.to_dict(), **data.state}
     run.check_data(state["data"], data.contents)
     state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ldm3d.conditions import Condition, ConditionConfig, absent, fit_conditions, hide
 from ldm3d.config import InputError, from_dict, parse, replace, to_dict
@@ -47,7 +48,7 @@ from ldm3d.data import (
     evaluation_batches,
     open_data,
 )
-from ldm3d.data.opening import check_numbering
+from ldm3d.data.opening import check_files, check_numbering
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
@@ -280,8 +281,9 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
         raise InputError("data.num_variants: all would be equal; needs data.augment or data.crop random")
 
 
+# the data settings that say which cases there are, and on what grid
 CASES = """root name image table subject split val_fraction test_fraction val_gap test_subjects fold subset
- channel file_spacing spacing resize""".split()  # data settings that say which cases there are, and how large
+ channel series slices file_spacing spacing resize""".split()
 
 
 def spec_for(config: Config, ours: DataSpec, theirs: DataSpec, other: bool, factors: tuple) -> DataSpec:
@@ -304,25 +306,33 @@ def spec_for(config: Config, ours: DataSpec, theirs: DataSpec, other: bool, fact
 
 
 def open_latent_data(
-    config: Config, autoencoder: Autoencoder, stage_one: dict[str, Any], run: Run | None = None
+    config: Config,
+    autoencoder: Autoencoder,
+    stage_one: dict[str, Any],
+    run: Run | None = None,
+    dataset: Dataset | None = None,
 ) -> tuple[Data, dict[str, Any]]:
     """(the checked data of a run, scaled as for the autoencoder; the spec of the files as they are).
 
     The split is that of a resumed run, else the autoencoder's. With other data than the autoencoder's, cases
     that the autoencoder knows keep their part, and the others are drawn. An imported autoencoder knows none.
     """
-    before, split = stage_one["state"], run and run.split()
+    before, split = stage_one["state"], run and run.split(dataset is not None)
     seen, their_data = (
         any(before["split"].values()),
         from_dict(DataConfig, stage_one["config"]["data"], "data"),
     )
     other = not seen or any(getattr(config.data, name) != getattr(their_data, name) for name in CASES)
+    other = other or dataset is not None  # the cases themselves tell which of them are known
+    if not other:
+        check_files(stage_one)
     data = open_data(
         config.data,
         stage_one["config"]["preset"],
         config.run.seed,
         split or (None if other else before["split"]),
         before=before if other and seen else None,
+        items=dataset,
     )
     if data.spec.channels != autoencoder.config.in_channels:
         raise InputError(
@@ -610,7 +620,14 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     return plan
 
 
-def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner | None = None) -> Run:
+def train(
+    config: Config,
+    flags: dict[str, Any] | None = None,
+    planner: Planner | None = None,
+    dataset: Dataset | None = None,
+) -> Run:
+    """flags: what the command line sets. planner: of a command that names a run. dataset: in place of files,
+    dicts with the tensor "image", and "mask", "source", "class" ... if used (ldm3d/data/items.py)."""
     device = setup(config.run.device)
     run = Run("ldm", config, flags)
     config, seed = run.config, run.config.run.seed
@@ -624,7 +641,7 @@ def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner 
     autoencoder, stage_one = load_autoencoder(source)
     check_settings(config, stage_one)
     autoencoder.to(device)
-    data, measured = open_latent_data(config, autoencoder, stage_one, run)
+    data, measured = open_latent_data(config, autoencoder, stage_one, run, dataset)
     run.check_data(measured, data.contents, "measured")
     theirs = {k: v for k, v in stage_one["state"]["data"].items() if k not in ("size", "num_labels")}
     if not run.resumed and (different := difference(theirs, measured)):
@@ -662,8 +679,7 @@ def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner 
         state = {
             "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
             "measured": measured,
-            "split": data.split,
-            "contents": data.contents,
+            **data.state,
             "latent_mean": statistics[0],
             "latent_std": statistics[1],
             "conditions": [c.to_dict() for c in conditions],

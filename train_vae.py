@@ -40,6 +40,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ldm3d.blocks import Conv
 from ldm3d.config import InputError, at_least, parse
@@ -373,7 +374,9 @@ def check_flags(config: Config, flags: dict[str, Any]) -> None:
     check_schedule(flags, "disc_optim", config.disc_optim)
 
 
-def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> Data:
+def open_volumes(
+    config: Config, split: dict[str, list[str]] | None = None, dataset: Dataset | None = None
+) -> Data:
     """The checked data of a run. The preset "phantom" first writes its own, once: a folder of NIfTI files and
     a cases.csv, like any other data."""
     if config.vae.dims != config.data.dims:
@@ -382,9 +385,10 @@ def open_volumes(config: Config, split: dict[str, list[str]] | None = None) -> D
         ours, theirs = getattr(config.disc, name), getattr(config.vae, name)
         if config.has_discriminator and ours != theirs:
             raise InputError(f"disc.{name}: {ours}, but vae.{name} is {theirs}")
-    if config.preset == "phantom" and config.data.root is None:
+    if config.preset == "phantom" and config.data.root is None and dataset is None:
         phantom_folder()
-    data = open_data(config.data, config.preset, config.run.seed, split, config.vae.downsampling)
+    multiple = config.vae.downsampling
+    data = open_data(config.data, config.preset, config.run.seed, split, multiple, items=dataset)
     if config.vae.in_channels != data.spec.channels:
         raise InputError(
             f"vae.in_channels: {config.vae.in_channels}, but the images have {data.spec.channels} channels; "
@@ -527,7 +531,14 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     return plan
 
 
-def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner | None = None) -> Run:
+def train(
+    config: Config,
+    flags: dict[str, Any] | None = None,
+    planner: Planner | None = None,
+    dataset: Dataset | None = None,
+) -> Run:
+    """flags: what the command line sets. planner: of a command that names a folder. dataset: in place of
+    files, dicts with the tensor "image" (ldm3d/data/items.py)."""
     device = setup(config.run.device)
     run = Run("vae", config, flags)
     config, seed = run.config, run.config.run.seed
@@ -538,7 +549,7 @@ def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner 
     reseed(seed, 0)
     net = make_autoencoder(config.autoencoder, config.vae, config.quantizer).to(device)
     perceptual = PerceptualLoss(config.perceptual).to(device) if config.perceptual_weight else None
-    data = open_volumes(config, run.split())
+    data = open_volumes(config, run.split(dataset is not None), dataset)
     train_set, val_set = data.dataset("train", augment=True), data.dataset("val")
     if config.data.learn_sources:
         train_set, val_set = BothRoles(train_set), BothRoles(val_set)
@@ -546,7 +557,7 @@ def train(config: Config, flags: dict[str, Any] | None = None, planner: Planner 
     if config.has_discriminator:
         config.disc.check_size(train_set.size)
         discriminator = PatchDiscriminator(config.disc).to(device)
-    state = {"data": data.spec.to_dict(), "split": data.split, "contents": data.contents}
+    state = {"data": data.spec.to_dict(), **data.state}
     run.check_data(state["data"], data.contents)
     state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)

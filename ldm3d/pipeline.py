@@ -26,6 +26,7 @@ from .cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from .conditions import Condition, ConditionConfig
 from .config import InputError, from_dict, read_json
 from .data import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_files, open_images
+from .data.opening import check_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .engine.checkpoint import load_run, load_weights, save
@@ -225,6 +226,7 @@ class LatentDiffusionPipeline(Pipeline):
 
     def data(self) -> Data:
         """The run's own cases in the run's split, opened anew and read as in training."""
+        check_files(self.content)
         preset = load_run(self.folder / "autoencoder.pt", "vae")["config"]["preset"]
         seed, split = self.content["config"]["run"]["seed"], read_split(self.folder / "split.json")
         data = open_data(self.layout, preset, seed, split)

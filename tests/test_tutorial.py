@@ -12,7 +12,7 @@ def cells(kind: str) -> list[dict]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def test_every_cell_runs_in_order(monkeypatch):
+def test_every_cell_runs_in_order(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     shown = []
     monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.gcf()) or pyplot.close())
@@ -20,11 +20,14 @@ def test_every_cell_runs_in_order(monkeypatch):
     for full, short in (("STEPS = 600", "STEPS = 3"), ("steps=20", "steps=2"), ("range(160)", "range(152)")):
         assert full in source
         source = source.replace(full, short)
+    monkeypatch.chdir(tmp_path)
     space = {}
     exec(source, space)
     assert len(shown) == 4
     assert space["images"].shape == (8, 1, 64, 56)
     assert space["images"].isfinite().all()
+    assert space["of_class_1"].shape == (4, 1, 64, 56)
+    assert (tmp_path / "runs/ldm-heads/best.pt").exists()
 
 
 def test_the_stored_outputs_hold_pictures_and_no_error():

@@ -18,6 +18,7 @@ What has to be decided before:
     fingerprint  the facts from which a plan is made
     opening      these steps in one call, for the data of a run
     images       the same for other images
+    items        a Dataset in Python in place of files
     phantoms     synthetic heads to try everything with
     download     public data sets by name
 """

@@ -6,6 +6,7 @@ A case is one image with what belongs to it: a label map (role "mask"), a volume
     globs          data.image, data.mask, data.source, paired by what their first * matches: the case id
     a CSV          columns image, and any of mask, source, class, text, subject, split, id
     dataset.json   as the Medical Segmentation Decathlon (MSD) has it
+    a Dataset      from Python (items.py)
 
 Example: with data.image "images/*_t1.nii.gz" and data.mask "labels/*.nii.gz" the files images/p01_t1.nii.gz
 and labels/p01.nii.gz are case "p01". A case that lacks a file of a role is an error that names the case.
@@ -31,15 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from ..config import InputError
 from ..engine.distributed import keyed_generator, print0
 from .download import ARCHIVES
+from .items import ROLES, rows_of_items
 from .itk import is_dicom_folder
 from .settings import DataConfig
-from .volumes import is_file, volume_suffix
+from .volumes import NoFile, is_file, volume_suffix
 
-ROLES = ("image", "mask", "source")
 SPLITS = ("train", "val", "test")
 
 
@@ -51,9 +53,9 @@ class Case:
     """One row of the table."""
 
     id: str
-    image: Path
-    mask: Path | None = None
-    source: Path | None = None
+    image: Path | NoFile
+    mask: Path | NoFile | None = None
+    source: Path | NoFile | None = None
     subject: str = ""
     split: str | None = None  # "train", "val", "test"; None: to be drawn
     class_idx: int | None = None  # the class, if the column `class` holds a number; None: blank, or a name
@@ -301,12 +303,8 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
     )
 
 
-def find_cases(config: DataConfig, root: Path) -> list[Case]:
-    """All cases under `root`, sorted by id; data.subset keeps the first ones.
-
-    InputError if a case lacks a file of a role, if a file has no image to belong to, or if there is no case.
-    """
-    root = Path(root)
+def _rows_of_files(config: DataConfig, root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
+    """The rows of the globs in the settings, or of a table: ({case id: columns}, {role: its origin})."""
     if not root.is_dir():
         raise InputError(f"data.root: {root} is not a folder")
     globs = {role: getattr(config, role) for role in ROLES if getattr(config, role) is not None}
@@ -314,19 +312,32 @@ def find_cases(config: DataConfig, root: Path) -> list[Case]:
         raise InputError(f"data.table, data.{min(globs)}: give one of the two")
     if globs and "image" not in globs:
         raise InputError(f"data.image: missing beside data.{min(globs)}")
-    problems: list[str] = []
     if globs:
         if (root / "cases.csv").exists():
             print0(f"note: {root / 'cases.csv'} is not read, data.{min(globs)} names the files")
-        rows, origin = _rows_of_globs(globs, root, problems)
-    else:
-        rows, origin = _rows_of_table(config.table, root, problems)
-        blank = sorted(name for name, row in rows.items() if row.get("subject") == "")
-        if blank and not config.subject:
-            print0(
-                f"note: {len(blank)} of {len(rows)} cases have no subject in {origin['image']}, such as "
-                f"{blank[0]}; each of them counts as a subject of its own"
-            )
+        return _rows_of_globs(globs, root, problems)
+    return _rows_of_table(config.table, root, problems)
+
+
+def find_cases(config: DataConfig, root: Path, items: Dataset | None = None) -> list[Case]:
+    """All cases under `root`, sorted by id; data.subset keeps the first ones. items: a data set whose items
+    are the cases instead (items.py).
+
+    InputError if a case lacks a file of a role, if a file has no image to belong to, or if there is no case.
+    """
+    root, problems = Path(root), []
+    rows, origin = _rows_of_files(config, root, problems) if items is None else rows_of_items(items)
+    blank = sorted(name for name, row in rows.items() if row.get("subject") == "")
+    if blank and not config.subject:
+        print0(
+            f"note: {len(blank)} of {len(rows)} cases have no subject in {origin['image']}, such as "
+            f"{blank[0]}; each of them counts as a subject of its own"
+        )
+    if items is not None:
+        disk, slices = config.cache == "disk", config.slices != "none"
+        for name, is_set in {"split": config.split, "slices": slices, "cache": disk}.items():
+            if is_set:
+                raise InputError(f"data.{name}: is for files, and these are items of a dataset in Python")
     for column in ("subject", "split"):
         if getattr(config, column):
             _assign(getattr(config, column), column, rows, root, problems)
@@ -337,7 +348,7 @@ def find_cases(config: DataConfig, root: Path) -> list[Case]:
         raise InputError(f"case {cases[has_split.index(False)].id}: has no split, other cases have one")
     for key, role in (("series", "image"), ("source_series", "source")):
         files = [path for case in cases if (path := getattr(case, role)) is not None]
-        if getattr(config, key) and not any(path.is_dir() for path in files):
+        if getattr(config, key) and not any(isinstance(path, Path) and path.is_dir() for path in files):
             raise InputError(f"data.{key}: has no effect, no {role} is a folder of DICOM slices")
     return cases[: config.subset]
 

@@ -34,7 +34,7 @@ from .loading import load_role
 from .settings import DataConfig
 from .spec import DataSpec, restore
 from .transforms import augment, scale
-from .volumes import Volume, stamp
+from .volumes import NoFile, Volume, stamp
 
 
 def channels_of(spec: DataSpec) -> dict[str, int]:
@@ -172,7 +172,7 @@ class VolumeDataset(Dataset):
             return self._mapped(index, role) if self.config.cache == "disk" else self._load(index, role)
         except (OSError, InputError):
             path = getattr(self.cases[index], role)
-            if path.exists():
+            if isinstance(path, NoFile) or path.exists():
                 raise
             raise InputError(
                 f"{path}: is gone since the data was checked; put it back, then the same command "

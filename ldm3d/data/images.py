@@ -19,7 +19,7 @@ from .cases import Case, find_cases, listed_cases, resolve_root
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
 from .itk import is_dicom_folder
-from .opening import inspection_cache
+from .opening import check_files, inspection_cache
 from .settings import DataConfig
 from .slices import slice_cases
 from .spec import DataSpec
@@ -158,6 +158,7 @@ def own_cases(
     of the subjects instead of the run's. InputError if there are no cases, or if one is not on the disk any
     more.
     """
+    check_files(content)
     layout = from_dict(DataConfig, content["config"]["data"], "data")
     root, listed = resolve_root(layout, content["config"]["preset"]), _names_of(content, part)
     layout = replace(layout, root=str(root), cache="none", subset=None, allow_missing_mask=True)

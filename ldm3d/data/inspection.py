@@ -311,6 +311,9 @@ def _inspect_voxels(
     cached, found, new = _read_cache(cache), {}, {}
     first = DataConfig()  # the rule by which a plan looks at the files
     for path, role in _jobs(cases):
+        if cache is None:
+            new[path, role] = ()
+            continue
         options, is_mask = read_options(role, config), role == "mask"
         rules = [(c.scaling, c.percentiles, c.window, options) for c in (config, first)]
         rules[0] += ("shown",) if config.unbounded else ()  # what older versions found lacks it

@@ -9,14 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, listed_cases, resolve_root, split_cases
+from .cases import Case, find_cases, listed_cases, resolve_root, split_cases
 from .dataset import VolumeDataset
 from .inspection import CaseInfo, inspect_cases
 from .settings import DataConfig
 from .slices import find_all_cases
 from .spec import DataSpec, make_spec
+from .volumes import NoFile
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,24 @@ class Data:
         grid = f"{size} voxels of {mm} mm, {spec.channels} channel{'s' if spec.channels > 1 else ''}"
         grid += f", {spec.num_labels} labels" if spec.num_labels else ""
         grid += f"; patches of {'x'.join(map(str, patch))}" if patch and patch != spec.size else ""
-        words = {"data": str(self.root), "cases": ", ".join(counts), "grid": grid}
+        place = "a dataset in Python" if self.in_memory else str(self.root)
+        words = {"data": place, "cases": ", ".join(counts), "grid": grid}
         return words | {"intensities": spec.scaling_in_words()}
 
     @property
     def folder(self) -> Path:
         """The folder that relative paths in the table of cases start from."""
         return (self.root / (self.config.table or "cases.csv")).parent
+
+    @property
+    def in_memory(self) -> bool:
+        """Are the cases items of a data set in Python, and no files?"""
+        return any(isinstance(case.image, NoFile) for case in self.cases.values())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What checkpoints hold of the cases, to tell whether a resumed run has the same ones."""
+        return {"split": self.split, "contents": self.contents, "in_memory": self.in_memory}
 
     @property
     def contents(self) -> dict[str, dict[str, str]]:
@@ -204,18 +218,23 @@ def open_data(
     split: dict[str, list[str]] | None = None,
     multiple: tuple[int, ...] | None = None,
     before: dict[str, Any] | None = None,
+    items: Dataset | None = None,
 ) -> Data:
     """Finds, splits and checks the data of a run. Any fault of the files is an InputError.
 
     split: the stored one, of the run that is resumed or of the autoencoder's run; cases that it does not list
     are left out. None: as `split_cases` splits. multiple: see `make_spec`. before: the state of the
-    autoencoder's run, if it had other data; cases that it knows keep their part.
+    autoencoder's run, if it had other data; cases that it knows keep their part. items: a data set whose
+    items are the cases, in place of files (items.py).
     """
-    root = resolve_root(config, preset)
-    cases = find_all_cases(config, root)
+    if items is None:
+        root = resolve_root(config, preset)
+        cases, cache = find_all_cases(config, root), inspection_cache(config, root)
+    else:
+        root, cases, cache = Path(), find_cases(config, Path(), items), None
     infos = None
     if split is None and before is not None:
-        infos = inspect_cases(cases, config, inspection_cache(config, root))
+        infos = inspect_cases(cases, config, cache)
         known, alike = parts_before(infos, before)
         split = split_cases(cases, config, seed, known | alike)
         note_before(split, known, alike)
@@ -232,10 +251,16 @@ def open_data(
         cases = listed_cases(cases, {name for part in parts for name in part}, root)
         if left_out := num_found - len(cases):
             print0(f"note: {left_out} cases of {root} are left out, the stored split lacks them")
-    infos = infos or inspect_cases(cases, config, inspection_cache(config, root))
+    infos = infos or inspect_cases(cases, config, cache)
     note_split(cases, infos, split, config)
     spec = make_spec(cases, infos, split, config, multiple)
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
+
+
+def check_files(content: dict[str, Any]) -> None:
+    """InputError if the cases of a run are no files. `content`: what its checkpoint holds."""
+    if content["state"].get("in_memory"):
+        raise InputError("the run was trained on a dataset in Python: its own cases are no files to open")
 
 
 def open_stored(content: dict[str, Any], **changes: Any) -> Data:
@@ -243,6 +268,7 @@ def open_stored(content: dict[str, Any], **changes: Any) -> Data:
 
     changes: fields of DataConfig that differ from the training, such as `patch=None`.
     """
+    check_files(content)
     config = replace(from_dict(DataConfig, content["config"]["data"], "data"), **changes)
     preset, seed = content["config"]["preset"], content["config"]["run"]["seed"]
     data = open_data(config, preset, seed, content["state"]["split"])

@@ -106,6 +106,14 @@ class _Opened(NamedTuple):
     palette: bool = False
 
 
+class NoFile:
+    """What stands where the path of a file does, and is none: a volume in memory (items.py)."""
+
+    def open(self, dims: int | None) -> _Opened:
+        """What the `open` of a format gives for a file."""
+        raise NotImplementedError
+
+
 # --- affines ------------------------------------------------------------------------------------------------
 
 
@@ -543,7 +551,7 @@ def file_name(case: str) -> str:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: str | Path | NoFile) -> Iterator[None]:
     """Turns whatever a format library raises on broken bytes into an InputError of one line with the file."""
     try:
         yield
@@ -555,10 +563,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"cannot read {path}: {reason or type(error).__name__}{extra}") from error
 
 
-def _open(
-    path: Path, channel: Any, spacing: Any, dims: int | None, series: str | None
-) -> tuple[Header, Callable]:
-    """The header, and a function without arguments that reads the chosen channels, in RAS+ order."""
+def _opened(path: Path, dims: int | None, series: str | None) -> tuple[_Opened, bool]:
+    """(The opened file, does every file of its kind state its spacing?)."""
     check_file(path)
     suffix = DICOM[0] if os.path.isdir(path) else volume_suffix(path)
     if not suffix:
@@ -568,6 +574,17 @@ def _open(
     kind = _format(suffix)
     with _reading(path):
         opened = kind.open(path, dims, series) if kind.several else kind.open(path, dims)
+    return opened, kind.states_spacing
+
+
+def _open(
+    path: Path | NoFile, channel: Any, spacing: Any, dims: int | None, series: str | None
+) -> tuple[Header, Callable]:
+    """The header, and a function without arguments that reads the chosen channels, in RAS+ order."""
+    if isinstance(path, NoFile):
+        opened, states_spacing = path.open(dims), False
+    else:
+        opened, states_spacing = _opened(Path(path), dims, series)
     if 0 in (opened.channels, *opened.shape):
         raise InputError(f"{path}: an image without voxels, shape {opened.shape}")
     if opened.dtype.kind not in "biuf":
@@ -576,13 +593,13 @@ def _open(
     if not picks or not all(0 <= pick < opened.channels for pick in picks):
         raise InputError(f"{path}: no channel {channel}, the file has {opened.channels} (0 is the first)")
     affine = opened.affine
-    if affine is None or (spacing is not None and not kind.states_spacing):
+    if affine is None or (spacing is not None and not states_spacing):
         spacing = (1.0,) * len(opened.shape) if spacing is None else tuple(spacing)
         if len(spacing) != len(opened.shape) or min(spacing) <= 0:
             raise InputError(f"{path}: spacing {spacing}, expected {len(opened.shape)} positive numbers (mm)")
         affine = spacing_affine(spacing)
     dtype, lengths = opened.dtype.newbyteorder("="), affine_spacing(affine)
-    if min(lengths) == 0 and not kind.states_spacing:
+    if min(lengths) == 0 and not states_spacing:
         raise InputError(f"{path}: states voxels of {lengths} mm; --data.file_spacing gives them a size")
     _check_affine(affine, path)
     header = Header(opened.shape, len(picks), lengths, affine, opened.orientation, dtype, opened.palette)
@@ -590,18 +607,18 @@ def _open(
 
 
 def read_header(
-    path: str | Path,
+    path: str | Path | NoFile,
     channel: int | tuple[int, ...] | None = None,
     spacing: tuple[float, ...] | None = None,
     dims: Literal[2, 3] | None = None,
     series: str | None = None,
 ) -> Header:
     """The header of what `read` returns for these arguments. Voxels are not read, but of .npz."""
-    return _open(Path(path), channel, spacing, dims, series)[0]
+    return _open(path, channel, spacing, dims, series)[0]
 
 
 def read(
-    path: str | Path,
+    path: str | Path | NoFile,
     channel: int | tuple[int, ...] | None = None,
     spacing: tuple[float, ...] | None = None,
     dims: Literal[2, 3] | None = None,
@@ -619,14 +636,13 @@ def read(
     dtype: an integer type has the values rounded, and refuses those that do not fit. NaN stays NaN.
     series: of several DICOM series in a folder the one with this number, description or UID.
     """
-    path = Path(path)
     header, load = _open(path, channel, spacing, dims, series)
     with _reading(path):
         array = _cast(load(), np.dtype(dtype), path)
     return Volume(np.ascontiguousarray(array), header.affine, header.orientation)
 
 
-def _cast(array: np.ndarray, dtype: np.dtype, path: Path) -> np.ndarray:
+def _cast(array: np.ndarray, dtype: np.dtype, path: str | Path | NoFile) -> np.ndarray:
     """The array as `dtype`: for an integer type rounded, with an InputError for a value out of range."""
     if dtype.kind not in "iu" or array.dtype.kind == "b":
         with np.errstate(over="ignore"):  # becomes infinite, which is looked for elsewhere

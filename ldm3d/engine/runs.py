@@ -299,11 +299,15 @@ class Run:
 
     # --- before the loop ---
 
-    def split(self) -> dict[str, list[str]] | None:
+    def split(self, in_memory: bool = False) -> dict[str, list[str]] | None:
         """The split of a resumed run, or None for a new run. InputError if split.json and the checkpoint
-        contradict each other. The checkpoint's split is taken where split.json is lost."""
+        contradict each other. The checkpoint's split is taken where split.json is lost. in_memory: this time
+        the data are a data set in Python, and no files."""
         if not self.resumed:
             return None
+        if in_memory != self.resumed["state"].get("in_memory", False):
+            was, how = ("files", "without dataset") if in_memory else ("a dataset in Python", "with dataset=")
+            raise InputError(f"{self.dir}: was started on {was}; it goes on by train(config, ...) {how}")
         path, trained = self.dir / "split.json", self.resumed["state"].get("split")
         stored = read_split(path) if path.exists() else trained
         if trained is not None and stored != trained:
