@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from closeness import close
 from tiny import ROOT, cdal_flags, ldm_flags, lines, torchrun, vae_flags
 
 import ldm3d
@@ -15,6 +16,7 @@ from ldm3d import AutoencoderKL, UNet, UNetConfig, VAEConfig
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.memory_plan import MemoryTable, decode
 from ldm3d.engine.training import EMA, autocast
+from ldm3d.streaming import Stream, peaks
 
 pytestmark = pytest.mark.gpu
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -227,3 +229,25 @@ def test_a_volume_of_256_cubed_is_decoded_with_the_memory_that_was_planned():
     assert made[0].shape == (1, 1, *size)
     assert made[0].isfinite().all()
     assert planned == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+@torch.inference_mode()
+def test_slabs_on_a_gpu_give_the_whole_result_in_the_memory_estimated(amp):
+    net, size = AutoencoderKL(AE).to(CUDA).eval(), (192, 160, 160)
+    x = torch.randn(1, 1, *size, device=CUDA)
+    z = torch.randn(1, *net.latent_shape(size), device=CUDA)
+    with autocast(amp, CUDA):
+        for trunk, given in ((net.encoder, x), (net.decoder, z)):
+            whole, need = trunk(given).float(), peaks(trunk, given)
+            for mode in ("slabs", "recompute", "offload"):
+                made: list[torch.Tensor] = []
+
+                def work(mode=mode, trunk=trunk, given=given, made=made) -> None:
+                    made.append(Stream(mode, CUDA).run(trunk, given))
+
+                measured = peak_of(work) - made[0].nbytes
+                gib = f"{need[mode] / 2**30:.2f} GiB estimated, {measured / 2**30:.2f} measured"
+                print(f"{type(trunk).__name__}, {mode}, {amp}: {gib}")
+                close(made[0].float(), whole, 2e-5 if amp == "fp32" else 2e-2)
+                assert measured <= 1.2 * need[mode]

@@ -928,6 +928,28 @@ def test_autoencoders_keep_to_the_memory_asked_for(request, heads, tmp_path, mon
     assert {args[0].mode for args, _, _ in calls} == {"offload"}
 
 
+@pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
+def test_training_without_free_memory_encodes_and_validates_in_slabs(
+    script, heads, vae_run, tmp_path, monkeypatch
+):
+    main, flags, data = (
+        (train_vae.main, tiny.vae_flags, heads)
+        if script == "train_vae"
+        else (train_ldm.main, tiny.ldm_flags, vae_run)
+    )
+    calls = spy(monkeypatch, streaming.Stream, "run")
+    main(flags(data, tmp_path / "whole", 2, "--run.eval_every", "2"))
+    assert not calls
+    monkeypatch.setattr(streaming, "free_bytes", lambda device: 0)
+    main(flags(data, tmp_path / "slabs", 2, "--run.eval_every", "2"))
+    assert {type(args[1]).__name__ for args, _, _ in calls} == {"Encoder", "Decoder"}
+    for split in ("train", "val"):
+        whole, slabs = (tiny.lines(tmp_path / name, split)[-1] for name in ("whole", "slabs"))
+        assert whole.keys() == slabs.keys()
+        for name in whole.keys() - tiny.MEASURED - {"split"}:
+            assert slabs[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
+
+
 @pytest.fixture
 def segmented(heads, cdal_run, tmp_path, monkeypatch) -> Callable[[str], tuple[list[int], Tensor]]:
     """segmented(flags): (votes in each call of the network, probabilities (K, 16, 20)) of one head."""
