@@ -131,7 +131,7 @@ def _start_and_total(response: http.client.HTTPResponse) -> tuple[int, int | Non
     """Where in the file the answer begins, and how long the file is; None: the server does not say."""
     length = response.headers["Content-Length"]
     if response.status != 206:
-        return 0, int(length) if length else None
+        return 0, int(length) if length and length.isdecimal() else None
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers["Content-Range"] or "")
     if match is None:
         raise http.client.HTTPException(f"unknown Content-Range {response.headers['Content-Range']!r}")

@@ -46,9 +46,9 @@ def own_images(folder: Path) -> str | None:
     others = [end for end in suffixes[1:] if end not in PICTURE]  # pictures beside volumes are previews
     if others:
         print0(f"note: of {folder} the {suffixes[0]} files are taken, not those in {', '.join(others)}")
-    if suffixes:
-        return f"*{suffixes[0]}"
-    return "*/" if any(is_dicom_folder(p) for p in folder.iterdir() if p.is_dir()) else None
+    if all(end in PICTURE for end in suffixes) and any(map(is_dicom_folder, folder.iterdir())):
+        return "*/"
+    return f"*{suffixes[0]}" if suffixes else None
 
 
 def locate(location: str | Path) -> tuple[Path, str | None]:

@@ -33,7 +33,11 @@ POSITION, ORIENTATION, FRAMES, PHOTOMETRIC = "0020|0032", "0020|0037", "0028|000
 MODALITY = "0008|0060"
 SPACINGS = ("0028|0030", "0018|1164")  # of pixels: in the patient; on the detector, as radiographs have it
 DESCRIPTION, NUMBER, UID = "0008|103e", "0020|0011", "0020|000e"  # of the series
-NO_IMAGE = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(11|66|67|88|104|481)\b")  # reports, contours, ...
+NO_IMAGE = (
+    re.compile(  # the kind of a file of reports, contours, ...: tag, length, and the beginning of a UID
+        rb"\x02\x00\x02\x00UI..1\.2\.840\.10008\.5\.1\.4\.1\.1\.(11|66|67|88|104|481)\b", re.S
+    )
+)
 UNEVEN = 0.1  # part of the slice distance by which a slice may lie off the even grid: positions are rounded
 
 

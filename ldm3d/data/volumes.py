@@ -469,9 +469,9 @@ FORMATS = (
     Format(NIFTI, _open_nifti, _write_nifti, states_spacing=True),
     Format(TIFF, _open_tiff, _write_tiff),
     Format(NUMPY, _open_numpy),
-    Format(PICTURE, _open_picture),
     Format(DICOM, _open_dicom, states_spacing=True, several=True),
     Format(ITK, _open_itk, states_spacing=True),
+    Format(PICTURE, _open_picture),  # the last: beside volumes they are previews
 )
 SUFFIXES = tuple(suffix for kind in FORMATS for suffix in kind.suffixes)
 

@@ -18,7 +18,7 @@ from ldm3d.config import InputError
 from ldm3d.data import DataConfig, read
 from ldm3d.data.cases import find_cases
 from ldm3d.data.fingerprint import take
-from ldm3d.data.images import find_images
+from ldm3d.data.images import find_images, own_images
 from ldm3d.data.layouts import recognise
 from ldm3d.data.volumes import read_header, stamp
 
@@ -418,6 +418,29 @@ def test_a_damaged_file_is_one_line_without_itks_own_words(tmp_path) -> None:
             read(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert "sitk::" not in str(caught.value)
+
+
+def test_pictures_beside_volumes_are_previews(patients) -> None:
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(patients / "a/preview.png")
+    assert own_images(patients / "a") == "*/"
+    sitk.WriteImage(sitk.GetImageFromArray(hounsfield()), str(patients / "a/volume.mha"))
+    assert own_images(patients / "a") == "*.mha"
+
+
+def test_colours_are_channels_and_reports_are_no_slices(tmp_path) -> None:
+    colours = np.random.default_rng(0).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(colours[None], isVector=True), str(tmp_path / "colours.dcm"))
+    volume = read(tmp_path / "colours.dcm", dims=2)
+    assert volume.channels == 3
+    assert {tuple(v.ravel()) for v in np.moveaxis(volume.array, 0, -1).reshape(-1, 1, 3)} == {
+        tuple(v.astype(np.float32)) for v in colours.reshape(-1, 3)
+    }
+    folder = write_series(tmp_path / "s", hounsfield(), np.eye(4))
+    report = next(folder.iterdir()).read_bytes()
+    kind = b"1.2.840.10008.5.1.4.1.1.2\x00"
+    assert kind in report
+    (folder / "report.dcm").write_bytes(report.replace(kind, b"1.2.840.10008.5.1.4.1.1.88", 1)[:900])
+    assert read(folder).shape == SHAPE
 
 
 # --- TIFF with codecs ---------------------------------------------------------------------------------------

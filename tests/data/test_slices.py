@@ -148,6 +148,19 @@ def test_the_stored_slices_keep_every_value(volumes, kind) -> None:
         assert np.array_equal(dataset[0, index]["image"][0], stored[:, :, index])
 
 
+def test_channels_are_chosen_of_slices_as_of_volumes(tmp_path) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 6, 5, 4, 2)).astype(np.float32)
+    for name, array in zip("abc", values, strict=True):
+        save(tmp_path / f"data/{name}.nii.gz", array)
+    how = {"dims": 2, "slices": "sagittal", "image": "*.nii.gz", "scaling": "none"}
+    for channel, picks in (((), [0, 1]), ((1,), [1])):
+        config = DataConfig(root=str(tmp_path / "data"), cache_dir=str(tmp_path), channel=channel, **how)
+        dataset = opened(config).dataset("train")
+        case = dataset.cases[2]
+        stored = values["abc".index(case.id[0]), int(case.id[-3:])][..., picks]
+        assert np.array_equal(dataset[0, 2]["image"], np.moveaxis(stored, -1, 0))
+
+
 @pytest.mark.parametrize(
     ("file", "shape", "words"),
     [
