@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VIZ = ["matplotlib", "tensorboard"]
 FORMATS = ["SimpleITK", "imagecodecs"]
+ONNX = ["onnx", "onnxscript"]
 ANALYSIS = ["scikit-learn", "umap-learn", "plotly"]
 
 setup(
@@ -26,10 +27,12 @@ setup(
         "viz": VIZ,
         "formats": FORMATS,
         "analysis": ANALYSIS,
+        "onnx": ONNX,
         "test": [
             *VIZ,
             *FORMATS,
             *ANALYSIS,
+            *ONNX,
             "pytest",
             "ruff",
             "scipy",
@@ -37,6 +40,7 @@ setup(
             "monai",
             "einops",
             "diffusers",
+            "onnxruntime",
         ],
     },
 )

@@ -2,7 +2,8 @@
 
 MONAI's bundles describe a network as {"_target_": "monai.networks.nets.AutoencoderKL", "channels": ...} with
 the arguments of its class, some of them as "@name" of another entry; diffusers' config.json holds the
-arguments themselves. The transforms of a bundle tell the intensities and the spacing of its training images.
+arguments themselves. The transforms of a bundle tell the intensities and the spacing of its training
+images, its scheduler tells how noise is added.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ SCALINGS = {  # transforms that scale intensities -> their arguments for the new
 }
 
 
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "RFlowScheduler")
+
+
 @dataclass(frozen=True)
 class Described:
     """What a configuration file says. settings: of the network, by our names; facts: scale_factor,
-    image_range, spacing."""
+    image_range, spacing, kernel (the settings of a diffusion)."""
 
     settings: dict[str, Any]
     facts: dict[str, Any]
@@ -72,7 +76,7 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
     given = {name: resolved(value, content) for name, value in found[0].items()}
     given = {name: value for name, value in given.items() if not isinstance(value, str)}
     settings = {ours: given[name] for name, ours in ARGUMENTS.items() if name in given}
-    if "head_channels" not in settings and "DiffusionModelUNet" in classes:
+    if "head_channels" not in settings and any(name.startswith("DiffusionModelUNet") for name in classes):
         settings["head_channels"] = 8  # the default of the class
     if given.get("use_convtranspose"):
         settings["upsample"] = "deconv"
@@ -82,6 +86,8 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
         if isinstance(value, (int, float)):
             facts["scale_factor"] = float(value)
     for value in objects(content):
+        if class_of(value) in SCHEDULERS:
+            facts["kernel"] = described_kernel({key: resolved(v, content) for key, v in value.items()})
         name = class_of(value).removesuffix("d")
         if name in SCALINGS:
             low, high = (
@@ -94,6 +100,26 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
         if name == "Spacing" and isinstance(pixdim, list):
             facts["spacing"] = tuple(pixdim)
     return Described(settings, facts)
+
+
+def described_kernel(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler of MONAI as the settings of our diffusion kernel; defaults are those of its class."""
+    steps = {"num_timesteps": scheduler.get("num_train_timesteps", 1000)}
+    if class_of(scheduler) == "RFlowScheduler":
+        return {"process": "flow", "prediction": "velocity", **steps}
+    predictions = {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}
+    kernel = {
+        "process": "vp",
+        "prediction": predictions.get(scheduler.get("prediction_type", "epsilon")),
+        "schedule": str(scheduler.get("schedule", "linear_beta")).removesuffix("_beta"),
+        **steps,
+    }
+    if kernel["schedule"] != "cosine":
+        kernel |= {
+            "beta_start": scheduler.get("beta_start", 1e-4),
+            "beta_end": scheduler.get("beta_end", 2e-2),
+        }
+    return kernel
 
 
 def check_agreement(described: dict[str, Any], inferred: dict[str, Any], where: str) -> None:

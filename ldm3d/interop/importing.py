@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,9 @@ from .peers import build, compare, describe
 HINTS = ("num_groups", "gn_eps", "head_channels", "upsample", "image_range")  # what shapes cannot tell
 
 
+ASSUMED_KERNEL = KernelConfig(process="vp", prediction="eps")
+
+
 @dataclass(frozen=True)
 class ImportConfig:
     to: str | None = None  # new run folder, such as runs/vae-theirs
@@ -60,9 +63,7 @@ class ImportConfig:
     scaling: Literal["percentile", "window", "minmax", "zscore", "none"] = "percentile"  # of own images
     window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1 (scaling window)
     vae: str | None = None  # run of the autoencoder that a U-Net belongs to
-    kernel: KernelConfig = field(  # how the U-Net was trained
-        default_factory=lambda: KernelConfig(process="vp", prediction="eps")
-    )
+    kernel: KernelConfig = ASSUMED_KERNEL  # how the U-Net was trained
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_groups")
@@ -327,11 +328,14 @@ def import_file(config: ImportConfig, file: str) -> Path:
     facts = report.facts
     if config.spacing is None and "spacing" in facts and len(facts["spacing"]) == config_of(net).dims:
         config = dataclasses.replace(config, spacing=facts["spacing"])
+    if config.kernel == ASSUMED_KERNEL and "kernel" in facts:
+        config = dataclasses.replace(config, kernel=from_dict(KernelConfig, facts["kernel"], "kernel"))
     if isinstance(net, AutoencoderKL):
         content = autoencoder_content(config, net)
     else:
         content = denoiser_content(config, net, report)
-    lines = report.lines() + expectations(content)
+    told = config.kernel != ASSUMED_KERNEL or "kernel" in facts
+    lines = report.lines() + expectations(content, told)
     if config.check:
         lines.append(check_against_peer(imported))
     if content["kind"] == "ldm" and config.kernel.prediction == "velocity":
@@ -358,15 +362,15 @@ def config_of(net: AutoencoderKL | Denoiser) -> VAEConfig | UNetConfig:
     return net.config if isinstance(net, AutoencoderKL) else net.unet.config
 
 
-def expectations(content: dict[str, Any]) -> list[str]:
-    """What the network expects of images, in words; what a user must check."""
+def expectations(content: dict[str, Any], told: bool) -> list[str]:
+    """What the network expects of images and of diffusion, in words. told: the diffusion is not assumed."""
     data, spec = content["config"]["data"], content["state"]["data"]
     spacing = "as the files have it" if data["spacing"] is None else f"{tuple(data['spacing'])} mm"
     lines = [f"    {'images:':<20}{spec['channels']} channels, scaling {data['scaling']}, spacing {spacing}"]
     if content["kind"] == "ldm":
         kernel, factor = content["config"]["kernel"], 1 / float(content["state"]["latent_std"][0])
         how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
-        lines.append(
-            f"    {'diffusion:':<20}{how}, scale_factor {factor:g} (as the flags say; 1 if nothing does)"
-        )
+        lines.append(f"    {'diffusion:':<20}{how}, scale_factor {factor:g}")
+        if not told:
+            lines.append("    note: the diffusion is assumed; --kernel.* or --config says how it was trained")
     return lines

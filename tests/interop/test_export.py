@@ -206,6 +206,31 @@ def test_an_exported_run_that_is_imported_again_samples_the_same(ldm, tmp_path):
     close(ldm3d.load(tmp_path / "ldm").sample(**how), ldm3d.load(ldm).sample(**how), 1e-4)
 
 
+def latents_of(run: Path, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents of a size that no export has seen, what the run's own decoder makes of them)."""
+    pipeline = ldm3d.load(run)
+    z = torch.randn(batch, 3, 4, 9, generator=torch.Generator().manual_seed(0))
+    if hasattr(pipeline, "model"):
+        return z, pipeline.model.decode(z, (8, 18))
+    return z, pipeline.net.decode(z)
+
+
+def test_the_graph_of_a_decoder_runs_on_latents_of_any_size(ldm, tmp_path):
+    main(["export", str(ldm), "--as", "torch_export", "--to", str(tmp_path / "out")])
+    z, expected = latents_of(ldm, 3)
+    close(torch.export.load(tmp_path / "out" / "decoder.pt2").module()(z), expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_onnxruntime_runs_the_decoder_to_the_same_numbers(vae, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    main(["export", str(vae), "--as", "onnx", "--to", str(tmp_path / "out")])
+    session = runtime.InferenceSession(tmp_path / "out" / "decoder.onnx", providers=["CPUExecutionProvider"])
+    z, expected = latents_of(vae, 3)
+    (x,) = session.run(None, {"z": z.numpy()})
+    close(torch.from_numpy(x), expected, 1e-5)
+
+
 @pytest.mark.parity
 def test_diffusers_loads_the_folder(tmp_path, heads):
     diffusers = pytest.importorskip("diffusers")

@@ -193,6 +193,40 @@ def test_a_bundle_tells_what_shapes_cannot(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("scheduler", "kernel"),
+    [
+        (
+            {"_target_": "DDPMScheduler", "schedule": "scaled_linear_beta", "beta_end": "@end"},
+            {"process": "vp", "prediction": "eps", "schedule": "scaled_linear", "beta_end": 0.0205},
+        ),
+        (
+            {"_target_": "generative.networks.schedulers.DDIMScheduler", "prediction_type": "v_prediction"},
+            {"process": "vp", "prediction": "v", "schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2},
+        ),
+        (
+            {"_target_": "monai.networks.schedulers.RFlowScheduler", "num_train_timesteps": 500},
+            {"process": "flow", "prediction": "velocity", "num_timesteps": 500},
+        ),
+    ],
+)
+def test_a_bundle_tells_how_its_u_net_was_trained(scheduler, kernel, runs, tmp_path, capsys):
+    network = {"_target_": "DiffusionModelUNet", "norm_num_groups": 4, "num_head_channels": [0, 8]}
+    content = {"unet": network, "noise": scheduler, "end": 0.0205}
+    (tmp_path / "bundle.json").write_text(json.dumps(content))
+    flags = ["--config", tmp_path / "bundle.json", "--vae", runs / "vae", "--to", tmp_path / "run"]
+    main(["import", *map(str, [runs / "unet.pt", *flags])])
+    found = ldm3d.load(tmp_path / "run").model.kernel.config
+    assert {name: getattr(found, name) for name in kernel} == kernel
+    assert "is assumed" not in capsys.readouterr().out
+
+
+def test_a_diffusion_that_nothing_tells_is_said_to_be_assumed(runs, tmp_path, capsys):
+    flags = ["--vae", runs / "vae", "--to", tmp_path / "run", "--num_groups", 4, "--head_channels", 8]
+    main(["import", *map(str, [runs / "unet.pt", *flags])])
+    assert "the diffusion is assumed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"channels": [8, 32]}, "channels is (8, 32) there, but (8, 16) in the weights"),
