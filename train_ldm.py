@@ -9,6 +9,7 @@ your own data     python train_ldm.py hippocampus --vae runs/vae-mine --run.dir 
 
 with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
 with label maps   python train_ldm.py phantom-anatomy
+on pixels         python train_ldm.py phantom --pixel_stem 2 --run.dir runs/ldm-phantom-pixels
 
 The denoiser learns to remove noise from latents. A sample's latent z is drawn from the posterior of the
 frozen autoencoder and normalised, noise of a random time t is added, and the denoiser predicts the target:
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ from ldm3d.data import (
     open_data,
 )
 from ldm3d.data.opening import check_files, check_numbering
+from ldm3d.data.phantoms import phantom_folder
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
@@ -84,11 +86,11 @@ from ldm3d.latents import (
     latent_statistics,
 )
 from ldm3d.metrics import dice, set_statistics
-from ldm3d.pipeline import copy_autoencoder, latent_statistics_of, load_autoencoder
+from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of, load_autoencoder
 from ldm3d.plan import LDM_PASSES, Latents, Plan, Planner, machine, plan_ldm, plan_length, seconds_per_step
 from ldm3d.registers import AnatomyConfig, anatomy_weight
 from ldm3d.unet import UNetConfig
-from ldm3d.vae import Autoencoder
+from ldm3d.vae import Autoencoder, PixelStem
 
 # --- Config and presets -------------------------------------------------------------------------------------
 
@@ -98,6 +100,7 @@ class Config:
     preset: str = ""  # the first argument of the command
     vae: str | None = None  # run folder or checkpoint of the autoencoder; none = runs/vae-<preset>
     batch_size: int = 16  # samples per optimizer step, over all ranks
+    pixel_stem: Literal[1, 2] | None = None  # no autoencoder: diffusion on pixels (1) or blocks of 2
     micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
     latent_cache: bool = True  # encode every case once; false: encode and augment at every step
     sample_steps: int = 20  # steps of the preview samples
@@ -223,7 +226,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SHOWN = ("loss", "total", "head", "binding")  # on the console
 
 COMMON: dict[str, str] = {  # the settings of --help; --help all shows every setting
-    "your files": "vae data.root data.image data.mask data.source data.table",
+    "your files": "vae pixel_stem data.root data.image data.mask data.source data.table",
     "how they are seen": "latent_cache data.num_variants data.augment.flip_axes data.augment.affine",
     "the denoiser": "unet.channels unet.num_res_blocks unet.attention_levels unet.checkpointing"
     " condition.use condition.dropout anatomy.registers",
@@ -233,22 +236,41 @@ COMMON: dict[str, str] = {  # the settings of --help; --help all shows every set
 }
 
 
-def autoencoder_of(config: Config) -> Path:
-    """The run or file of the autoencoder: the run folder's own copy, once there is one, else --vae."""
+def pixels(config: Config, run: dict[str, Any] | None) -> dict[str, Any]:
+    """What stands in for the content of an autoencoder's checkpoint with --pixel_stem. run: that of --vae, if
+    it was given, whose data settings and split are then taken; else the data settings are this run's own."""
+    content = run or {
+        "kind": "vae",
+        "config": {"preset": config.preset, "data": to_dict(config.data), "run": to_dict(config.run)},
+        "state": {"data": {}, "split": {"train": [], "val": [], "test": []}},
+    }
+    data = content["config"]["data"]
+    channels = run["config"]["vae"]["in_channels"] if run else len(data["channel"]) or 1
+    vae = PixelStem.config_of(data["dims"], channels, config.pixel_stem)
+    config = {**content["config"], "autoencoder": "pixels", "vae": to_dict(vae)}
+    return {**content, "config": config, "ema": {}, "step": 0, "best": None}
+
+
+def autoencoder_of(config: Config) -> tuple[dict[str, Any], str]:
+    """(the content of the autoencoder's checkpoint, where it is from): the run folder's own copy, once there
+    is one, else that of --vae, or the stem of --pixel_stem."""
     own = Path(config.run.dir or f"runs/ldm-{config.preset}") / "autoencoder.pt"
     if own.exists() and not config.run.fresh:
-        return own
+        return load_run(own, "vae"), str(own)
+    if config.pixel_stem is not None:
+        run = load_run(config.vae, "vae") if config.vae else None
+        return pixels(config, run), f"a stem of {config.pixel_stem}, which has no weights"
     path = Path(config.vae or f"runs/vae-{config.preset}")
     if config.vae is None and not path.exists():
         first = f"python train_vae.py {config.preset}"
         raise InputError(f"{path}: no autoencoder; train it first ({first}), or name another with --vae")
-    return path
+    return load_run(path, "vae"), str(path)
 
 
 def with_autoencoder(config: Config) -> Config:
     """The defaults that follow from the autoencoder: its data settings without patches and augmentation, and
     the channels of its latent."""
-    content = load_run(autoencoder_of(config), "vae")
+    content, _ = autoencoder_of(config)
     vae = content["config"]["vae"]
     data = from_dict(DataConfig, content["config"]["data"], "data")
     data = dataclasses.replace(data, patch=None, crop="centre", augment=AugmentConfig())
@@ -326,6 +348,9 @@ def open_latent_data(
     other = other or dataset is not None  # the cases themselves tell which of them are known
     if not other:
         check_files(stage_one)
+    own = config.pixel_stem and not seen and dataset is None
+    if own and config.preset == "phantom" and config.data.root is None:
+        phantom_folder()
     data = open_data(
         config.data,
         stage_one["config"]["preset"],
@@ -551,13 +576,15 @@ def validate(
 
 def memory_table(config: Config) -> MemoryTable:
     """The memory that training, encoding and decoding need, and how long a step takes."""
-    autoencoder, content = load_autoencoder(autoencoder_of(config))
+    content, where = autoencoder_of(config)
+    autoencoder, stored = build_autoencoder(content, where), content["state"]["data"]
     kernel = DiffusionKernel(config.kernel)
-    whole = config.data.size or DataSpec.from_dict(content["state"]["data"]).size
     conditions: tuple[Condition, ...] = ()
     num_labels: int | None = None
-    if config.condition.use or config.anatomy.registers != "off":  # vocabularies and sizes are in the data
+    whole = config.data.size or (DataSpec.from_dict(stored).size if stored else None)
+    if config.condition.use or config.anatomy.registers != "off" or not whole:  # what follows from the data
         data, _ = open_latent_data(config, autoencoder, content)
+        whole = data.spec.size
         conditions = conditions_for(config, data, autoencoder.config.latent_channels)
         num_labels = data.spec.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
@@ -637,8 +664,8 @@ def train(
 
     if not run.resumed:
         config.kernel.check_start()
-    source = autoencoder_of(config)
-    autoencoder, stage_one = load_autoencoder(source)
+    stage_one, source = autoencoder_of(config)
+    autoencoder = build_autoencoder(stage_one, source)
     check_settings(config, stage_one)
     autoencoder.to(device)
     data, measured = open_latent_data(config, autoencoder, stage_one, run, dataset)
@@ -648,7 +675,8 @@ def train(
         print0(f"note: the data are not as the autoencoder's were: {different}")
     conditions = conditions_for(config, data, autoencoder.config.latent_channels)
     check_conditions(run, conditions)
-    if any(c.origin == "source" for c in conditions) and not stage_one["config"]["data"].get("learn_sources"):
+    carries = config.pixel_stem or stage_one["config"]["data"].get("learn_sources")
+    if any(c.origin == "source" for c in conditions) and not carries:
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     reseed(seed, 0)
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder).to(device)
@@ -663,7 +691,9 @@ def train(
     run.start(data.split, device, {"denoiser": net, "autoencoder": autoencoder}, facts, SHOWN)
     if planner:
         planner.write(run.dir)
-    copy_autoencoder(source, run.dir)
+    if not stage_one["state"]["data"]:  # of --pixel_stem alone: the data are the run's own
+        stage_one = {**stage_one, "state": {"data": data.spec.to_dict(), **data.state}}
+    copy_autoencoder(stage_one, run.dir)
 
     opened = config, autoencoder, data, conditions, run, device
     train_set, tables = open_latents("train", *opened)

@@ -42,26 +42,31 @@ from .vqvae import QuantizerConfig, make_autoencoder
 # --- autoencoders -------------------------------------------------------------------------------------------
 
 
-def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
-    """The autoencoder (EMA weights, frozen, eval mode, on the CPU) of a run or checkpoint, and the
-    checkpoint's content."""
-    content = load_run(run, "vae")
+def build_autoencoder(content: dict[str, Any], where: str) -> Autoencoder:
+    """The autoencoder (EMA weights, frozen, eval mode, on the CPU) of a checkpoint's content. where: the path
+    of the checkpoint, for messages."""
     config = content["config"]
     autoencoder = make_autoencoder(
         config.get("autoencoder", "kl"),
         from_dict(VAEConfig, config["vae"], "vae"),
         from_dict(QuantizerConfig, config.get("quantizer", {}), "quantizer"),
     )
-    load_weights(autoencoder, content["ema"], str(run))
-    return autoencoder.eval().requires_grad_(False), content
+    load_weights(autoencoder, content["ema"], where)
+    return autoencoder.eval().requires_grad_(False)
 
 
-def copy_autoencoder(source: str | Path, run_dir: Path) -> None:
-    """Put the autoencoder's EMA weights into a stage-two folder, once, so that the folder is complete."""
+def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
+    """The autoencoder of a run or checkpoint, frozen and on the CPU, and the checkpoint's content."""
+    content = load_run(run, "vae")
+    return build_autoencoder(content, str(run)), content
+
+
+def copy_autoencoder(content: dict[str, Any], run_dir: Path) -> None:
+    """Put the autoencoder's EMA weights into a stage-two folder, once, so that the folder is complete.
+    content: of a checkpoint of the autoencoder's run."""
     target = run_dir / "autoencoder.pt"
     if target.exists() or not is_main():
         return
-    content = load_run(source, "vae")
     keep = ("kind", "config", "state", "ema", "step", "best")
     save(target, {k: content.get(k) for k in keep})
 

@@ -44,7 +44,9 @@ from torch import Tensor, nn
 from .blocks import (
     Conv,
     Decoder,
+    DepthToSpace,
     Encoder,
+    SpaceToDepth,
     check_levels,
     crop_to,
     level_strides,
@@ -213,6 +215,35 @@ class Autoencoder(nn.Module):
             raise InputError(
                 f"{what}: expected (B, {channels}, {self.config.dims} axes), got shape {tuple(x.shape)}"
             )
+
+
+class PixelStem(Autoencoder):
+    """No autoencoder, for diffusion on pixels: the voxels of a block become the channels of one position, and
+    back. Nothing is lost: decode(encode(x)) is x, bit for bit. There are no weights.
+
+    Example: stem 2 makes (1, 64, 64, 64) voxels (8, 32, 32, 32) "latents", stem 1 leaves the image as it is.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__(config)
+        self.down, self.up = SpaceToDepth(self.downsampling), DepthToSpace(self.downsampling)
+
+    @staticmethod
+    def config_of(dims: int, channels: int, stem: int) -> VAEConfig:
+        """The settings for images of `channels`. stem: 1 or 2, voxels per axis of a block."""
+        width = channels * stem**dims
+        return VAEConfig(
+            dims=dims, in_channels=channels, latent_channels=width, channels=(width,), stem=(stem,)
+        )
+
+    def encode(self, x: Tensor) -> Posterior:
+        self._check(x, self.config.in_channels, "image")
+        return Posterior.point(self.down(pad_to_multiple(x, self.downsampling)))
+
+    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        self._check(z, self.config.latent_channels, "latent")
+        x = self.up(z)
+        return x if size is None else crop_to(x, size)
 
 
 class AutoencoderKL(Autoencoder):

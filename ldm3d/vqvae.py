@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from .config import InputError, at_least
 from .engine.distributed import all_reduce_sum, rank, world_size
-from .vae import Autoencoder, AutoencoderKL, Posterior, VAEConfig
+from .vae import Autoencoder, AutoencoderKL, PixelStem, Posterior, VAEConfig
 
 CHUNK = 2**23  # distances computed at a time: 32 MiB in fp32
 
@@ -257,5 +257,7 @@ class VQVAE(Autoencoder):
 
 
 def make_autoencoder(kind: str, vae: VAEConfig, quantizer: QuantizerConfig) -> Autoencoder:
-    """A new autoencoder of the kind "kl" or "vq"; `quantizer` matters to "vq" alone."""
+    """A new autoencoder of the kind "kl", "vq" or "pixels"; `quantizer` matters to "vq" alone."""
+    if kind == "pixels":
+        return PixelStem(vae)
     return VQVAE(vae, quantizer) if kind == "vq" else AutoencoderKL(vae)

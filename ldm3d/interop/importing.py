@@ -28,7 +28,7 @@ from ..config import InputError, at_least, convert, field_types, from_dict, to_d
 from ..data import DataConfig, DataSpec
 from ..denoiser import Denoiser
 from ..diffusion_kernel import KernelConfig
-from ..engine.checkpoint import save, weights, write_text
+from ..engine.checkpoint import load_run, save, weights, write_text
 from ..engine.distributed import print0
 from ..pipeline import copy_autoencoder, load_autoencoder
 from ..unet import UNetConfig
@@ -353,7 +353,7 @@ def import_file(config: ImportConfig, file: str) -> Path:
     whole = {"config": settings, "state": content["state"], "ema": weights(net), "step": 0, "best": None}
     save(folder / "best.pt", {"kind": content["kind"], **whole})
     if content["kind"] == "ldm":
-        copy_autoencoder(config.vae, folder)
+        copy_autoencoder(load_run(config.vae, "vae"), folder)
     print0("\n".join([*lines, f"{folder}: a run folder, ready to use"]))
     return folder
 
