@@ -215,6 +215,7 @@ def prepared(tmp_path_factory) -> Path:
     write_places(place)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.delenv("LDM3D_DATA", raising=False)
         for line in RUNS.strip().splitlines():
             assert run(tiny_line(line)) == 0, line
     for name, copy in COPIES.items():

@@ -127,7 +127,7 @@ def test_the_plan_counts_generator_discriminator_and_votes_and_makes_no_run(head
     def needs(self):
         found.update({job.name: job.need(job.batch, job.size) for job in self.jobs})
 
-    monkeypatch.setattr(train_cdal.Plan, "print", needs)
+    monkeypatch.setattr(train_cdal.MemoryTable, "print", needs)
     found: dict[str, int] = {}
     train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "--memory", "4"])
     with_discriminator = dict(found)
