@@ -100,6 +100,7 @@ train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-captions
 train_ldm.py hippocampus --vae runs/vae-mine --run.dir runs/ldm-mine
 train_ldm.py phantom --vae runs/vae-both --condition.use class,text,image --anatomy.registers bound
  --run.dir RUN
+train_ldm.py phantom --condition.use spacing --run.dir runs/ldm-maisi
 train_cdal.py hippocampus
 sample.py runs/ldm-phantom --num 4
 sample.py runs/ldm-hippocampus --num 4
