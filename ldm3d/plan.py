@@ -207,7 +207,8 @@ def plan_reading(plan: Plan, f: Fingerprint, gpu: bool, num_cores: int) -> None:
 
 # --- networks: what shape the grid asks for -----------------------------------------------------------------
 
-STEP_VOXELS = {2: 128**2, 3: 40**3}  # of a training patch on CPUs: one step takes about half a second
+SHORT = 0.5  # hours, below which networks for CPUs are narrower: more steps teach more than wider levels
+STEP_VOXELS = {2: 128**2, 3: 36**3}  # of a training patch on CPUs: one step takes about half a second
 GPU_PATCH = {2: 512**2, 3: 112 * 128 * 80}
 LATENT_POSITIONS = {False: 4096, True: 65536}  # by GPU: latents with more are halved once more
 
@@ -259,10 +260,11 @@ def by(numbers: tuple[int, ...]) -> str:
 
 
 def plan_autoencoder(
-    plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], gpu: bool
+    plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], machine: Machine
 ) -> tuple[tuple[int, ...], ...]:
     """Levels, widths and the latent of the autoencoder: (its down-samplings). Two halvings, three where the
     latent would still be large for the denoiser."""
+    gpu, short = machine.gpu, machine.hours < SHORT
     plan.set("vae.dims", f.dims, f"the images are {f.dims}-D")
     plan.set("vae.in_channels", f.channels, f"the images have {f.channels} channels")
     factors = halvings(size, spacing, 2)
@@ -280,9 +282,10 @@ def plan_autoencoder(
     else:
         plan.set("vae.stem", factors[0], "CPUs: the first halving is a rearrangement, which costs nothing")
         plan.set("vae.strides", factors[1:], why)
-        wide = 128 if f.dims == 3 else 64
-        widths = {1: (32,), 2: (32, wide), 3: (32, 64, 128)}[len(factors)]
-        plan.set("vae.channels", widths, "CPUs: narrow where the grid is fine")
+        wide = 128 if f.dims == 3 and not short else 64
+        widths = {1: (32,), 2: (32, wide), 3: (32, 64, 96 if short else 128)}[len(factors)]
+        why = ", and narrower for a short time" if short else ""
+        plan.set("vae.channels", widths, f"CPUs: narrow where the grid is fine{why}")
         plan.set("vae.num_res_blocks", (1,), "CPUs")
         plan.set("vae.num_groups", 8, "narrow levels")
     few = f.dims == 2 and len(factors) < 3
@@ -371,7 +374,7 @@ def plan_vae(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores:
     """The plan of an autoencoder, without its length."""
     plan = Plan(given)
     size, spacing = plan_data(plan, f, machine.gpu, num_cores)
-    factors = plan_autoencoder(plan, f, size, spacing, machine.gpu)
+    factors = plan_autoencoder(plan, f, size, spacing, machine)
     multiple = total(factors, f.dims)
     # The denoiser halves latents once more, but not an axis that has become short
     coarse = tuple(m * (2 if n >= 8 * m else 1) for n, m in zip(size, multiple, strict=True))
@@ -417,8 +420,9 @@ def plan_variants(plan: Plan, z: Latents, hours: float) -> int:
     return num
 
 
-def plan_denoiser(plan: Plan, z: Latents, gpu: bool) -> None:
+def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     """Levels and widths of the U-Net: halved until attention over all positions is cheap."""
+    gpu, short = machine.gpu, machine.hours < SHORT
     positions, num = math.prod(z.size), 0
     while num < 2 and math.prod(z.size) / 2 ** (num * len(z.size)) > 512:
         num += 1
@@ -428,6 +432,8 @@ def plan_denoiser(plan: Plan, z: Latents, gpu: bool) -> None:
     widths = {1: (64,), 2: (64, 128), 3: (64, 96, 128)}[len(factors) + 1]
     if fine:
         widths = {1: (32,), 2: (32, 96), 3: (32, 64, 128)}[len(widths)]
+    elif short:
+        widths = {1: (48,), 2: (48, 96), 3: (48, 96, 96)}[len(widths)]
     if gpu:
         widths = {1: (256,), 2: (256, 256), 3: (256, 256, 512)}[len(widths)]
         plan.set("unet.head_channels", 64, "a GPU")
@@ -436,7 +442,8 @@ def plan_denoiser(plan: Plan, z: Latents, gpu: bool) -> None:
     plan.set("unet.channels", widths, "a GPU" if gpu else f"CPUs, {'fine' if fine else 'coarse'} latents")
     attention = (False,) * (len(widths) - 1) + (coarse <= (4096 if gpu else 1024),)
     plan.set("unet.attention_levels", attention, "where the positions are few")
-    plan.set("unet.num_res_blocks", (1,) if fine and not gpu else (2,), "fewer on fine latents on CPUs")
+    blocks = (1,) if (fine or short) and not gpu else (2,)
+    plan.set("unet.num_res_blocks", blocks, "fewer on CPUs with fine latents or a short time")
     batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2
     plan.set("batch_size", batch, f"{positions} positions a sample")
 
@@ -445,7 +452,7 @@ def plan_ldm(z: Latents, machine: Machine, given: dict[str, Any]) -> Plan:
     """The plan of a denoiser, without its length."""
     plan = Plan(given)
     plan_variants(plan, z, machine.hours)
-    plan_denoiser(plan, z, machine.gpu)
+    plan_denoiser(plan, z, machine)
     batch = plan.values.get("batch_size", 1)
     while batch > 1 and not machine.training_fits(plan.values):
         batch //= 2
@@ -472,19 +479,20 @@ def plan_changes(plan: Plan, f: Fingerprint) -> None:
 
 
 def plan_generator(
-    plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], gpu: bool
+    plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], machine: Machine
 ) -> tuple[tuple[int, ...], ...]:
     """Levels and widths of the generator: (all its down-samplings). Volumes on CPUs begin with a stem."""
+    gpu, short = machine.gpu, machine.hours < SHORT
     if f.dims == 3 and not gpu:
         factors = halvings(size, spacing, 2) or ((1,) * f.dims,)
         plan.set("generator.stem", factors[0], "CPUs: the first halving is a rearrangement")
-        inner, widths = factors[1:], (48, 96)[: len(factors)]
+        inner, widths = factors[1:], ((32, 64) if short else (48, 96))[: len(factors)]
     else:
         inner = factors = halvings(size, spacing, 3)
         widths = ((64, 128, 256, 256) if gpu else (32, 64, 96, 128))[: len(factors) + 1]
     plan.set("unet.dims", f.dims, f"the images are {f.dims}-D")
     plan.set("unet.strides", inner, "an axis is halved while its voxels are not twice as long as others")
-    plan.set("unet.channels", widths, "a GPU" if gpu else "CPUs")
+    plan.set("unet.channels", widths, "a GPU" if gpu else "CPUs, narrower for volumes and a short time")
     plan.set("generator.encoder_channels", 64 if gpu else 32, "a GPU" if gpu else "CPUs")
     if f.dims == 3 and not gpu:
         plan.set("generator.encoder_blocks", 1, "CPUs")
@@ -496,7 +504,7 @@ def plan_cdal(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores
     plan = Plan(given)
     size, spacing = plan_data(plan, f, machine.gpu, num_cores)
     plan_changes(plan, f)
-    factors = plan_generator(plan, f, size, spacing, machine.gpu)
+    factors = plan_generator(plan, f, size, spacing, machine)
     multiple = total(factors, f.dims)
     whole = plan_size(plan, size, multiple)
     median = on_grid(f.median, f, size)

@@ -212,6 +212,18 @@ def test_a_gpu_gets_the_wide_networks():
     assert planned(GPU)["optim.lr"] < planned()["optim.lr"]
 
 
+def test_a_short_time_gets_narrow_networks():
+    short, small = Machine(False, 0.1, fits, fits), {"shapes": ((60, 60, 60),) * 40}
+    assert settings_of(planned(**small)).channels == (32, 128)
+    assert settings_of(planned(short, **small)).channels == (32, 64)
+    assert planned_ldm()["unet.channels"] == (64, 128)
+    assert planned_ldm(short)["unet.channels"] == (48, 96)
+    assert planned_ldm()["unet.num_res_blocks"] == (2,)
+    assert planned_ldm(short)["unet.num_res_blocks"] == (1,)
+    assert planned_cdal()["unet.channels"] == (48, 96)
+    assert planned_cdal(short)["unet.channels"] == (32, 64)
+
+
 def test_networks_have_the_channels_and_axes_of_the_images():
     rgb = planned(
         dims=2, channels=3, mirrored=(0.1, 0.1), shapes=((64, 80),) * 40, spacings=((1.0, 1.0),) * 40
@@ -228,7 +240,7 @@ def test_no_case_is_cut_and_padding_can_be_halved():
 
 def test_patches_are_short_steps_no_larger_than_most_cases():
     values = planned(shapes=((36, 52, 36),) * 30 + ((48, 64, 48),) * 10)
-    assert np.prod(values["data.patch"]) <= 40**3
+    assert np.prod(values["data.patch"]) <= 36**3
     assert max(values["data.patch"]) <= 52
     assert planned(shapes=((30, 30, 30),) * 40)["data.patch"] is None
 
