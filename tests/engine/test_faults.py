@@ -280,7 +280,7 @@ def test_every_kind_of_training_refuses_to_go_on_when_all_intensities_have_chang
         write(path, dataclasses.replace(volume, array=50 * volume.array + 3000))
     capsys.readouterr()
     assert run_script(main, [*flags, "--run.steps", "9"]) == 2
-    assert "the data have changed since this run was started: low was" in one_line(capsys)
+    assert "the data have changed since this run was started: the image of case" in one_line(capsys)
     assert load(step_files(tmp_path / "run")[0])["step"] == 5
     if kind == "denoiser":
         main([*flags, "--run.fresh"])
