@@ -102,26 +102,32 @@ class Computed(Map):
     """A map that is computed whenever planes are read: compute(start, stop) gives them.
 
     What was read last is kept. So slabs with neighbours on either side, read one after the other, compute no
-    plane twice.
+    plane twice. step: planes are computed in multiples of this number.
     """
 
     def __init__(
-        self, source: Map, channels: int, size: Sequence[int], compute: Callable[[int, int], Tensor]
+        self,
+        source: Map,
+        channels: int,
+        size: Sequence[int],
+        compute: Callable[[int, int], Tensor],
+        step: int = 1,
     ):
         super().__init__(channels, size)
         self.plane = max(self.plane, source.plane * source.size[0] // size[0])
-        self.compute, self.kept, self.first, self.end = compute, None, 0, 0  # planes first .. end - 1
+        self.compute, self.step = compute, step
+        self.kept, self.first, self.end = None, 0, 0  # planes first .. end - 1
 
     def read(self, start: int, stop: int) -> Tensor:
-        if self.kept is not None and self.first <= start < self.end:
-            part = self.kept[:, :, start - self.first : stop - self.first]
-            if stop <= self.end:
-                return part
-            part = torch.cat([part, self.compute(self.end, stop)], 2)
-        else:
-            part = self.compute(start, stop)
-        self.kept, self.first, self.end = part, start, stop
-        return part
+        if self.kept is None or not self.first <= start < self.end:
+            self.kept, self.first, self.end = None, start, start
+        if stop > self.end:
+            end = min(-(-stop // self.step) * self.step, self.size[0])
+            part = self.compute(self.end, end)
+            if self.kept is not None:
+                part = torch.cat([self.kept[:, :, start - self.first :], part], 2)
+            self.kept, self.first, self.end = part, start, end
+        return self.kept[:, :, start - self.first : stop - self.first]
 
 
 class Stored(Map):
@@ -217,7 +223,8 @@ def upsampled(layer: Upsample, x: Map) -> Computed:
             y, first = layer(part), max(first, 0)
         return y[:, :, start - stride * first : stop - stride * first]
 
-    return Computed(x, x.channels, [n * s for n, s in zip(x.size, layer.strides, strict=True)], compute)
+    size = [n * s for n, s in zip(x.size, layer.strides, strict=True)]
+    return Computed(x, x.channels, size, compute, step=stride)
 
 
 def to_depth(layer: SpaceToDepth, x: Map) -> Computed:
