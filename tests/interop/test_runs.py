@@ -159,6 +159,35 @@ def test_the_report_says_where_every_setting_comes_from(runs):
     assert report["facts"] == {"scale_factor": 0.5}
 
 
+def test_the_flags_of_images_decide_how_they_are_read(runs, tmp_path):
+    flags = (
+        "--num_groups 4 --spacing 1.5,2 --scaling window --window -100,300 --image_range 0,2 --gn_eps 1e-3"
+    )
+    main(["import", str(runs / "vae.pt"), "--to", str(tmp_path / "run"), *flags.split()])
+    pipeline = ldm3d.load(tmp_path / "run")
+    assert pipeline.layout.spacing == pipeline.spec.spacing == (1.5, 2.0)
+    assert pipeline.layout.scaling == "window"
+    assert (pipeline.layout.window, pipeline.spec.low, pipeline.spec.high) == ((-100, 300), (-100,), (300,))
+    assert pipeline.net.config.image_range == (0, 2)
+    assert pipeline.net.config.gn_eps == 1e-3
+    assert pipeline.spec.size == (64, 64)
+
+
+def test_a_flag_counts_more_than_the_scale_factor_of_the_file(runs, tmp_path):
+    flags = "--num_groups 4 --head_channels 8 --scale_factor 4".split()
+    unet = ["import", runs / "unet.pt", "--vae", runs / "vae", "--to", tmp_path / "run", *flags]
+    main([str(word) for word in unet])
+    assert ldm3d.load(tmp_path / "run").model.latent_std.flatten().tolist() == [0.25] * 3
+
+
+@pytest.mark.parity
+def test_check_says_how_near_the_outputs_are(runs, tmp_path, capsys):
+    pytest.importorskip("monai")
+    flags = ["--num_groups", "4", "--check"]
+    main(["import", str(runs / "vae.pt"), "--to", str(tmp_path / "run"), *flags])
+    assert "check: outputs as those of monai.networks.nets.AutoencoderKL" in capsys.readouterr().out
+
+
 # --- configuration files ------------------------------------------------------------------------------------
 
 
