@@ -5,8 +5,7 @@ CPU or one GPU    python train_cdal.py hippocampus
 one node          torchrun --nproc_per_node 4 train_cdal.py hippocampus --batch_size 4
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
                       train_cdal.py hippocampus --batch_size 8
-your own data     python train_cdal.py hippocampus --data.root FOLDER --data.image "images/*.nii.gz" \\
-                      --data.mask "labels/*.nii.gz" --data.subject none --run.dir runs/cdal-mine
+your own data     python train_cdal.py FOLDER
 as published      python train_cdal.py published
 plain U-Net       python train_cdal.py hippocampus --cdal.diffusion false
 

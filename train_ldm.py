@@ -5,7 +5,7 @@ CPU or one GPU    python train_ldm.py hippocampus
 one node          torchrun --nproc_per_node 4 train_ldm.py hippocampus
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
                       train_ldm.py hippocampus
-your own data     python train_ldm.py hippocampus --vae runs/vae-mine --run.dir runs/ldm-mine
+your own data     python train_ldm.py runs/vae-FOLDER
 
 with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
 with label maps   python train_ldm.py phantom-anatomy

@@ -5,8 +5,7 @@ CPU or one GPU    python train_vae.py hippocampus
 one node          torchrun --nproc_per_node 4 train_vae.py hippocampus --batch_size 4
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
                       train_vae.py hippocampus --batch_size 8
-your own data     python train_vae.py hippocampus --data.root FOLDER --data.image "*.nii.gz" \\
-                      --data.subject none --data.size none --data.patch 64,64,64 --run.dir runs/vae-mine
+your own data     python train_vae.py FOLDER
 
 with a codebook   python train_vae.py hippocampus --autoencoder vq --quantizer.codebook_size 1024
 discriminator     python train_vae.py hippocampus --disc_weight 0.1 --disc_start 3000
