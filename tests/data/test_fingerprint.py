@@ -212,6 +212,15 @@ def test_what_the_files_say_of_themselves_is_among_the_facts(tmp_path):
     assert found.labelled == pytest.approx((mask() > 0).mean())
 
 
+def test_slices_of_volumes_are_two_dimensional_cases_of_their_subjects(tmp_path):
+    root = nested(tmp_path / "d")
+    found = take(root, {"data.cache_dir": str(tmp_path / "c"), "data.slices": "axial"})
+    assert found.settings["data.dims"] == found.dims == 2
+    assert found.num_cases == 7 + 8 + 9
+    assert found.num_subjects == 3
+    assert found.shapes[0] == (9, 8)
+
+
 def test_a_caption_with_a_side_is_found(tmp_path):
     save(tmp_path / "a.nii.gz", image())
     (tmp_path / "cases.csv").write_text("image,text\na.nii.gz,a lesion on the Left\n")
