@@ -102,6 +102,11 @@ class Machine:
     hours: float
     training_fits: Callable[[dict[str, Any]], bool]
     validation_fits: Callable[[dict[str, Any]], bool]
+    ranks: int = 1  # processes, among which a batch is divided
+
+    def shared(self, batch: int) -> int:
+        """A batch of at least this many samples that all ranks get the same part of."""
+        return -(-batch // self.ranks) * self.ranks
 
 
 # --- data: what the files are -------------------------------------------------------------------------------
@@ -143,10 +148,13 @@ def plan_spacing(plan: Plan, f: Fingerprint) -> tuple[tuple[int, ...], tuple[flo
     """(voxels of the largest case, spacing) on the training grid. Voxels stay as they are unless spacings
     differ much: then the median spacing is everyone's."""
     ratios = [max(axis) / min(axis) for axis in zip(*f.spacings, strict=True)]
-    wanted, why = None, f"spacings differ by a factor of {max(ratios):.3g}: voxels stay as they are"
+    differ = (
+        f"spacings differ by a factor of {max(ratios):.3g}" if max(ratios) > 1.005 else "spacings are alike"
+    )
+    wanted, why = None, f"{differ}: voxels stay as they are"
     if max(ratios) > RESAMPLE_FROM:
         wanted = tuple(round(mm, 4) for mm in f.spacing)
-        why = f"spacings differ by a factor of {max(ratios):.3g}: resampled to the median"
+        why = f"spacings {differ}: resampled to the median"
     spacing = plan.set("data.spacing", wanted, why)
     if spacing is None:
         return f.largest, f.spacing
@@ -320,12 +328,12 @@ def plan_patch(
     limit = "a step on a GPU" if machine.gpu else "a short step on CPUs"
     why = "whole cases" if patch == whole else f"{limit}: at most {most} voxels"
     start = {2: 4, 3: 2} if not machine.gpu else {2: 16, 3: 4}
-    batch, least = start[dims], {2: 1, 3: 1}[dims]
+    batch, least = machine.shared(start[dims]), machine.ranks
     plan.set("data.patch", None if patch == whole else patch, why)
     plan.set("batch_size", batch, f"{dims}-D")
     while not machine.training_fits(plan.values):
         if batch > least:
-            batch //= 2
+            batch = machine.shared(batch // 2)
             plan.set("batch_size", batch, "as many as fit into the memory")
         elif math.prod(patch) > math.prod(multiple):
             patch = shrink(patch, spacing, multiple, math.prod(patch) * 3 // 4)
@@ -445,7 +453,7 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     blocks = (1,) if (fine or short) and not gpu else (2,)
     plan.set("unet.num_res_blocks", blocks, "fewer on CPUs with fine latents or a short time")
     batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2
-    plan.set("batch_size", batch, f"{positions} positions a sample")
+    plan.set("batch_size", machine.shared(batch), f"{positions} positions a sample")
 
 
 def plan_ldm(z: Latents, machine: Machine, given: dict[str, Any]) -> Plan:
@@ -454,8 +462,8 @@ def plan_ldm(z: Latents, machine: Machine, given: dict[str, Any]) -> Plan:
     plan_variants(plan, z, machine.hours)
     plan_denoiser(plan, z, machine)
     batch = plan.values.get("batch_size", 1)
-    while batch > 1 and not machine.training_fits(plan.values):
-        batch //= 2
+    while batch > machine.ranks and not machine.training_fits(plan.values):
+        batch = machine.shared(batch // 2)
         plan.set("batch_size", batch, "as many as fit into the memory")
     plan_optimizer(plan, 1e-4 if machine.gpu else 1e-3, machine.gpu)
     return plan
@@ -576,7 +584,8 @@ def plan_length(
 def machine(gpu: bool, flags: dict[str, Any], table: Callable[[dict[str, Any]], MemoryTable]) -> Machine:
     """The machine of a run whose memory table is `table(settings)`. flags: `hours` is read from them."""
     hours = flags.get("hours") or HOURS[gpu]
-    return Machine(gpu, hours, lambda v: table(v).training_fits, lambda v: table(v).inference_fits)
+    fits = (lambda v: table(v).training_fits), (lambda v: table(v).inference_fits)
+    return Machine(gpu, hours, *fits, world_size())
 
 
 def seconds_to_read(data: Data, num: int = 3) -> float:

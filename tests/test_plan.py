@@ -270,6 +270,14 @@ def test_what_does_not_fit_gets_smaller_batches_then_smaller_patches():
     assert seen[0][0] == 2
 
 
+def test_a_batch_can_be_divided_among_the_ranks():
+    eight = dataclasses.replace(CPU, ranks=8)
+    assert planned(eight)["batch_size"] == planned_cdal(eight)["batch_size"] == 8
+    assert planned_ldm(dataclasses.replace(CPU, ranks=3))["batch_size"] == 9
+    tight = Machine(False, 1.0, lambda values: np.prod(values["data.patch"]) < 20_000, fits, 4)
+    assert planned(tight)["batch_size"] == 4
+
+
 def test_whole_cases_that_do_not_fit_are_validated_in_their_middle_and_the_plan_says_so():
     machine = Machine(False, 1.0, fits, lambda values: np.prod(values["data.size"]) < 300_000)
     plan = plan_vae(HEADS, machine, {})
