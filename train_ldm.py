@@ -169,7 +169,12 @@ PHANTOM: dict[str, Any] = SMALL | {
     "optim.warmup_steps": 30,
 }
 
-HIPPOCAMPUS: dict[str, Any] = SMALL | {"run.steps": 2500, "data.crop": "random", "data.num_variants": 8}
+HIPPOCAMPUS: dict[str, Any] = SMALL | {
+    "run.steps": 2500,
+    "data.num_variants": 8,
+    "data.augment.affine": 0.7,
+    "data.augment.max_scale": 0.05,
+}
 
 ANATOMY: dict[str, Any] = {"anatomy.registers": "bound", "unet.attention_levels": (True,)}
 RARE: dict[str, Any] = ANATOMY | {"anatomy.head_balance": 0.5}  # lesions are a few voxels in a thousand

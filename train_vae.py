@@ -195,8 +195,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vae.latent_channels": 8,
     },
     # Medical Segmentation Decathlon Task04 at 1 mm: about 20 minutes on 2 CPU cores. The volumes are boxes
-    # around the hippocampus of 31x40x24 to 43x59x47; their middle 32x48x32 holds all but 0.03 % of it and
-    # hardly any padding.
+    # around the hippocampus of 31x40x24 to 43x59x47. Whole cases are padded to the size of the largest.
     "hippocampus": SMALL
     | {
         "batch_size": 2,
@@ -206,7 +205,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "run.log_every": 50,
         "run.ema_decay": 0.995,
         "data.subject": "subjects.csv",
-        "data.size": (32, 48, 32),
+        "data.patch": (32, 48, 32),
         "vae.channels": (32, 128),
         "vae.latent_channels": 8,
     },

@@ -15,7 +15,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import InputError, read
-from ldm3d.config import flatten, replace
+from ldm3d.config import flatten, parse, replace
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load
 from ldm3d.engine.distributed import run_script
@@ -143,6 +143,19 @@ PRESETS = [(script, name) for script in (train_vae, train_ldm, train_cdal) for n
 def test_every_preset_is_a_valid_configuration(script, name):
     config = flatten(replace(script.Config(), script.PRESETS[name]))
     assert all(config[key] == value for key, value in script.PRESETS[name].items())
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["hippocampus", "adrenal", "tiff-translation"])
+def test_a_preset_cuts_no_case(real_data, tmp_path, name):
+    words = [name, "--data.cache_dir", str(tmp_path)]
+    folder = real_data / (train_vae.PRESETS[name].get("data.name") or name)
+    config, _ = parse(
+        train_vae.Config, [*words, "--data.root", str(folder)], train_vae.PRESETS, base=train_vae.with_data
+    )
+    data = train_vae.open_volumes(config)
+    largest = [max(axis) for axis in zip(*(info.shape for info in data.infos.values()), strict=True)]
+    assert all(n <= size for n, size in zip(largest, data.spec.size, strict=True)), (largest, data.spec.size)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
