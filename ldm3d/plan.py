@@ -113,6 +113,7 @@ class Machine:
 
 RESAMPLE_FROM = 1.5  # ratio of the largest to the smallest spacing along an axis
 HU = (-1024.0, 3071.0)  # the range of 12-bit CT
+AIR = -900.0  # HU; resampled CT holds air too, but no integers any more
 SYMMETRIC = 0.97  # a flipped case looks like this fraction as much like other cases as an unflipped one
 NO_POSE = 0.1  # correlation of cases below which no way up is usual
 
@@ -128,16 +129,22 @@ def plan_files(plan: Plan, f: Fingerprint) -> None:
 
 
 def plan_split(plan: Plan, f: Fingerprint) -> None:
-    """A tenth of the subjects validates, a fifth of few. One subject validates on its own middle slices."""
-    n = f.num_subjects
-    if n == 1 and f.num_cases >= 10:
+    """A tenth of the subjects validates, a fifth of few. One subject validates on its own middle slices.
+
+    A split that the table states is kept, and so are folds. Nothing is planned beside them.
+    """
+    n, parts = f.num_subjects, f.parts
+    if parts or plan.given.get("data.fold"):
+        counts = ", ".join(f"{part} {num}" for part, num in parts.items())
+        plan.notes += [f"the table states the split: {counts}"] if parts else []
+    elif n == 1 and f.num_cases >= 10 and not plan.given.get("data.test_fraction"):
         plan.set("data.val_fraction", 0.15, "one subject: its middle cases validate")
         plan.set("data.val_gap", 2, "neighbours of these cases look alike and are left out")
     elif n == 1 and f.num_cases == 1:
         plan.set("data.val_fraction", 0.0, "a single case: nothing is left to validate on")
     elif n == 1:
-        plan.set("data.subject", None, "one subject, but few cases: each counts as a subject")
-        plan.set("data.val_fraction", 0.2, "few cases: a fifth of them validates")
+        plan.set("data.subject", None, "one subject: each of its cases counts as a subject")
+        plan.set("data.val_fraction", 0.2, "a fifth of these cases validates")
     else:
         fraction = 0.2 if n < 20 else 0.1 if n <= 500 else round(50 / n, 4)
         num = max(1, round(fraction * n))
@@ -148,10 +155,8 @@ def plan_spacing(plan: Plan, f: Fingerprint) -> tuple[tuple[int, ...], tuple[flo
     """(voxels of the largest case, spacing) on the training grid. Voxels stay as they are unless spacings
     differ much: then the median spacing is everyone's."""
     ratios = [max(axis) / min(axis) for axis in zip(*f.spacings, strict=True)]
-    differ = (
-        f"spacings differ by a factor of {max(ratios):.3g}" if max(ratios) > 1.005 else "spacings are alike"
-    )
-    wanted, why = None, f"{differ}: voxels stay as they are"
+    differ = f"differ by a factor of {max(ratios):.3g}" if max(ratios) > 1.005 else "are alike"
+    wanted, why = None, f"spacings {differ}: voxels stay as they are"
     if max(ratios) > RESAMPLE_FROM:
         wanted = tuple(round(mm, 4) for mm in f.spacing)
         why = f"spacings {differ}: resampled to the median"
@@ -166,9 +171,13 @@ def plan_spacing(plan: Plan, f: Fingerprint) -> tuple[tuple[int, ...], tuple[flo
 
 
 def is_ct(f: Fingerprint) -> bool:
-    """Hounsfield units: said by the files, or integers whose lowest value is that of air or soft tissue."""
+    """Hounsfield units: said by the files, or the lowest value is that of air, or of fat among integers.
+
+    CT that somebody has scaled already, such as to 0 and 1, has no Hounsfield units any more.
+    """
     in_range = f.extremes[0] >= -3100 and f.extremes[1] <= 33000
-    return f.modality.upper().startswith("CT") or (f.integers and f.lowest <= -100 and in_range)
+    said = f.modality.upper().startswith("CT") and f.robust[1] - f.robust[0] >= 100
+    return said or (in_range and f.lowest <= (-100 if f.integers else AIR))
 
 
 def plan_scaling(plan: Plan, f: Fingerprint) -> None:

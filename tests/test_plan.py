@@ -52,6 +52,7 @@ HEADS = Fingerprint(
     num_masks=0,
     sides="",
     subjects=tuple(map(str, range(40))),
+    parts={},
     pose=0.9,
     mirrored=(0.9, 0.5, 0.5),
 )
@@ -109,6 +110,17 @@ def test_few_cases_of_one_subject_count_as_subjects():
     assert values["data.val_fraction"] == 0.2
 
 
+def test_a_split_that_is_given_is_kept():
+    """A setting of the split beside it would have no effect, or be refused."""
+    for subjects in (HEADS.subjects, ("p01",) * 40):
+        stated = dataclasses.replace(HEADS, subjects=subjects, parts={"train": 30, "val": 10})
+        plan = plan_vae(stated, CPU, {})
+        assert not plan.values.keys() & {"data.val_fraction", "data.val_gap", "data.subject"}
+        assert plan.notes == ["the table states the split: train 30, val 10"]
+    assert "data.val_fraction" not in planned(given={"data.fold": (0, 5)})
+    assert "data.val_gap" not in planned(given={"data.test_fraction": 0.1}, subjects=("p01",) * 40)
+
+
 def test_spacings_that_differ_much_are_made_equal():
     near = ((1.0, 1.0, 1.0),) * 20 + ((1.0, 1.0, 1.4),) * 20
     assert planned(spacings=near)["data.spacing"] is None
@@ -125,7 +137,9 @@ def test_spacings_that_differ_much_are_made_equal():
         ({"integers": True, "lowest": -1000.0, "extremes": (-1024.0, 3000.0)}, "window"),
         ({"modality": "CT", "lowest": 0.0}, "window"),
         ({"modality": "CT", "num_values": 2}, "minmax"),
-        ({"lowest": -1000.0, "extremes": (-1024.0, 3000.0)}, "percentile"),  # not integers
+        ({"modality": "CT", "lowest": 0.0, "robust": (0.0, 1.0)}, "percentile"),  # scaled before
+        ({"lowest": -1000.0, "extremes": (-1024.0, 3000.0)}, "window"),  # resampled: not integers
+        ({"lowest": -500.0, "extremes": (-600.0, 3000.0)}, "percentile"),
         ({"integers": True, "lowest": -5.0, "extremes": (-5.0, 300.0)}, "percentile"),
         ({"integers": True, "extremes": (0.0, 255.0)}, "minmax"),
         ({"integers": True, "extremes": (0.0, 256.0)}, "percentile"),

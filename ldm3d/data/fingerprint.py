@@ -69,6 +69,7 @@ class Fingerprint:
     num_masks: int
     sides: str  # where left or right is named, such as a label; "" if nowhere
     subjects: tuple[str, ...]  # of each case
+    parts: dict[str, int]  # cases in train, val and test where the table states a split; else {}
     pose: float
     mirrored: tuple[float, ...]  # one for each axis
 
@@ -258,6 +259,7 @@ def summarise(
         num_masks=len(masks),
         sides=_sides(root, cases),
         subjects=tuple(case.subject for case in cases),
+        parts=dict(Counter(case.split for case in cases if case.split is not None)),
         pose=pose,
         mirrored=mirrored,
     )

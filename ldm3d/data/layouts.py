@@ -11,7 +11,8 @@ Five ways in which people keep their data are recognised, in this order:
 Files that stand in the same place of every case have one role. Example: in the fourth layout t1.nii.gz and
 seg.nii.gz are two kinds of files. A kind whose files hold a few small integers is one of masks. All other
 kinds are images, of which the first by name is taken. Only what this module says it has recognised is used: a
-second contrast is named, and left to the person.
+second contrast is named, and left to the person. So are folders called val or test beside others, for whoever
+has put cases aside does not want them trained on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ ROLE_FOLDER = re.compile(
     r"(images?|imgs?|scans?|volumes?|data|raw|masks?|labels?|segs?|segmentations?|annotations?|gt)(Tr|Ts)?",
     re.I,
 )
+PART = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?", re.I)  # folders that hold a part of a split
+PUT_ASIDE = re.compile(r"(^|/)((?i:val(id(ation)?)?|test(ing)?)|(images|labels)Ts)/")
 NOT_THE_MASK = re.compile(r"brain|skull|head|body|valid", re.I)  # masks of where there is anything at all
 IMAGE_NAMES = re.compile(r"image|img|scan|volume|_T1w[_.]", re.I)
 MAX_DEPTH, LOOK_AT = 5, 2  # folders below the root; files of a kind that are read to know its role
@@ -148,8 +151,9 @@ def _case_folders(files: list[Path]) -> Kinds:
             name = f"*{_end(path)}"
         elif name.startswith(folder) and name != folder + _end(path):
             name = f"*{name[len(folder) :]}"
-        depth = len(path.parent.parts)
-        pattern = "*/" if depth == 1 else "{id}/" * depth
+        *outer, _ = path.parent.parts
+        places = [f"{part}/" if PART.fullmatch(part) else "{id}/" for part in outer]
+        pattern = "".join([*places, "{id}/"]) if outer else "*/"
         kinds[pattern + name][str(path.parent)] = path
     return kinds
 
@@ -220,6 +224,8 @@ def _kinds_of_images_and_masks(root: Path, kinds: Kinds) -> tuple[list[str], lis
     masks = [(num, pattern) for pattern, num in labels.items() if num]
     images.sort(key=lambda p: (-len(kinds[p]), not IMAGE_NAMES.search(p), p))
     masks.sort(key=lambda m: (bool(NOT_THE_MASK.search(m[1])), not MASK_NAMES.search(m[1]), -m[0], m[1]))
+    images.sort(key=lambda p: bool(PUT_ASIDE.search(p)))
+    masks.sort(key=lambda m: bool(PUT_ASIDE.search(m[1])))
     return images, masks
 
 
@@ -230,8 +236,9 @@ def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | N
     ends = {(pattern.rstrip("/").count("/"), _end(pattern)) for pattern in images}
     if masks or len(images) < 2 or len(ends) > 1 or len(set(names)) < len(names):
         return None
-    depth, suffix = ends.pop()
-    return "{id}/" * depth + "{id}" + suffix
+    levels = zip(*(Path(pattern).parent.parts for pattern in images), strict=True)
+    places = [f"{level[0]}/" if len(set(level)) == 1 else "{id}/" for level in levels]
+    return "".join(places) + "{id}" + ends.pop()[1]
 
 
 def _matching(kinds: Kinds, image: str) -> list[Path]:
@@ -241,13 +248,22 @@ def _matching(kinds: Kinds, image: str) -> list[Path]:
     ]
 
 
+def _rest(kinds: Kinds, used: Iterable[Any]) -> dict[str, str]:
+    """{REST: the patterns that are not used, with the numbers of their files}; {} if there are none."""
+    others = sorted(kinds.keys() - set(used))
+    listed = [f"{pattern} ({len(kinds[pattern])})" for pattern in others[:4]]
+    more = [f"{len(others) - 4} more"] if len(others) > 4 else []
+    return {REST: ", ".join(listed + more)} if others else {}
+
+
 def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
     """The layout of a folder without a table. name: of the layout."""
     images, masks = _kinds_of_images_and_masks(root, kinds)
-    if name == "a folder a role" and (classes := _folders_of_classes(kinds, images, masks)):
-        num = sum(map(len, kinds.values()))
-        say = f"{num} files in {len(images)} folders, no name of which is in two of them"
-        return Layout({"image": classes}, {"image": say})
+    used = [pattern for pattern in images if not PUT_ASIDE.search(pattern)]
+    if name == "a folder a role" and (classes := _folders_of_classes(kinds, used, masks)):
+        num = sum(len(kinds[pattern]) for pattern in used)
+        say = f"{num} files in {len(used)} folders, no name of which is in two of them"
+        return Layout({"image": classes}, {"image": say} | _rest(kinds, used))
     image = images[0]
     num = len(kinds[image])
     settings, why = {"image": image}, {"image": f"{name}: {num} such files"}
@@ -258,10 +274,7 @@ def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
         if len(missing := kinds[image].keys() - kinds[settings["mask"]].keys()):
             settings["allow_missing_mask"] = True
             why["allow_missing_mask"] = f"{len(missing)} of {num} images have no mask"
-    used = {settings["image"], settings.get("mask")}
-    if others := sorted(pattern for pattern in kinds if pattern not in used):
-        why[REST] = ", ".join(f"{pattern} ({len(kinds[pattern])})" for pattern in others[:4])
-        why[REST] += f" and {len(others) - 4} more" if len(others) > 4 else ""
+    why |= _rest(kinds, settings.values())
     if name == "BIDS":
         settings["subject"], why["subject"] = r"^(sub-[^_]+)", "BIDS: the subject stands first in every name"
     return Layout(settings, why)

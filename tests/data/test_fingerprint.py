@@ -1,6 +1,7 @@
 """Images and masks are recognised in the folders that people have, and the facts of a folder are true."""
 
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +11,7 @@ from folders import image, mask, save
 
 from ldm3d.config import InputError
 from ldm3d.data import DataConfig, inspection
+from ldm3d.data.cases import find_cases
 from ldm3d.data.fingerprint import guess_subjects, pose_and_mirrored, take, thumbnails
 from ldm3d.data.inspection import FEW_VALUES, few_values
 from ldm3d.data.layouts import recognise
@@ -114,6 +116,33 @@ def test_folders_of_classes_are_all_images(tmp_path):
         for i in range(3):
             save(tmp_path / kind / f"{number}{i}.nii.gz", image(seed=i))
     assert recognise(tmp_path).settings == {"image": "{id}/{id}.nii.gz"}
+
+
+def test_what_is_put_aside_to_test_on_is_not_trained_on(tmp_path):
+    for part, num in (("train", 3), ("test", 5)):
+        for i in range(num):
+            save(tmp_path / f"flat/{part}/{part}{i}.nii.gz", image(seed=i))
+            save(tmp_path / f"cases/{part}/{part}{i}/t1.nii.gz", image(seed=i))
+            save(tmp_path / f"cases/{part}/{part}{i}/seg.nii.gz", mask())
+            save(tmp_path / f"roles/{part}/images/{i}.nii.gz", image(seed=i))  # other cases, the same names
+            save(tmp_path / f"roles/{part}/masks/{i}.nii.gz", mask())
+            save(tmp_path / f"nnunet/images{part[:2].title()}/{part}{i}_0000.nii.gz", image(seed=i))
+            save(tmp_path / f"classes/{part}/{'healthy' if i % 2 else 'ill'}/{i}.nii.gz", image(seed=i))
+    for i in range(3):
+        save(tmp_path / f"nnunet/labelsTr/train{i}.nii.gz", mask())
+    (tmp_path / "nnunet/imagesTe").rename(tmp_path / "nnunet/imagesTs")
+    expected = {
+        "flat": {"image": "train/*.nii.gz"},
+        "cases": {"image": "train/{id}/t1.nii.gz", "mask": "train/{id}/seg.nii.gz"},
+        "roles": {"image": "train/images/*.nii.gz", "mask": "train/masks/*.nii.gz"},
+        "nnunet": {"image": "imagesTr/*_0000.nii.gz", "mask": "labelsTr/*.nii.gz"},
+        "classes": {"image": "train/{id}/{id}.nii.gz"},
+    }
+    for folder, settings in expected.items():
+        found = recognise(tmp_path / folder)
+        assert found.settings == settings
+        assert re.search("test/|imagesTs/", found.why["others"])
+        find_cases(DataConfig(**settings), tmp_path / folder)
 
 
 @pytest.mark.parametrize(("place", "pattern"), [("{}", "*/"), ("{}/ct", "{id}/{id}/")])
@@ -251,6 +280,13 @@ def test_subjects_of_a_table_beside_the_images_are_taken(tmp_path):
     assert found.settings["data.subject"] == "subjects.csv"
     assert found.subjects == ("a", "a", "b")
     assert found.num_subjects == 2
+
+
+def test_the_split_of_a_table_is_among_the_facts(tmp_path):
+    for case in CASES:
+        save(tmp_path / f"{case}.nii.gz", image())
+    (tmp_path / "cases.csv").write_text("image,split\np01.nii.gz,train\np02.nii.gz,train\np03.nii.gz,val\n")
+    assert take(tmp_path, {"data.cache_dir": str(tmp_path / "c")}).parts == {"train": 2, "val": 1}
 
 
 def test_nearly_identical_cases_are_noted(tmp_path):
