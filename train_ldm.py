@@ -403,11 +403,22 @@ def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Co
     )
 
 
-def check_conditions(run: Run, conditions: tuple[Condition, ...]) -> None:
+def cells_of(data: Data, conditions: tuple[Condition, ...]) -> dict[str, dict[str, str]]:
+    """{case id: {column: its cell}}, of the columns of the table that are conditions."""
+    columns = [c.name for c in conditions if c.origin == "column"]
+    return {name: {k: case.columns.get(k, "") for k in columns} for name, case in data.cases.items()}
+
+
+def check_conditions(run: Run, conditions: tuple[Condition, ...], data: Data) -> None:
     """Refuse to resume, or to start from, a run that has other conditions."""
-    if run.resumed and [c.to_dict() for c in conditions] != run.resumed["state"].get("conditions", []):
+    state, cells = run.resumed["state"] if run.resumed else {}, cells_of(data, conditions)
+    held = state.get("cells", cells)  # older checkpoints hold none
+    other = next((name for name in cells if cells[name] != held.get(name)), None)
+    if run.resumed and ([c.to_dict() for c in conditions] != state.get("conditions", []) or other):
+        where = f" (case {other})" if other else ""
         raise InputError(
-            f"{run.dir}: the table of cases has changed since this run was started (--run.fresh)"
+            f"{run.dir}: the table of cases has changed since this run was started{where}; put it back, or "
+            "start anew with --run.fresh"
         )
     ours = [c.name for c in conditions]
     if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
@@ -679,7 +690,7 @@ def train(
     if not run.resumed and (different := difference(theirs, measured)):
         print0(f"note: the data are not as the autoencoder's were: {different}")
     conditions = conditions_for(config, data, autoencoder.config.latent_channels)
-    check_conditions(run, conditions)
+    check_conditions(run, conditions, data)
     carries = config.pixel_stem or stage_one["config"]["data"].get("learn_sources")
     if any(c.origin == "source" for c in conditions) and not carries:
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
@@ -706,7 +717,7 @@ def train(
     val_set = data.dataset("val")
     real = [val_set[i, i] for i in range(min(16, len(val_set)))]
     if run.resumed:  # stored statistics: computed by another number of ranks they differ in the last digit
-        state = {"contents": data.contents} | run.resumed["state"]
+        state = {"contents": data.contents, "cells": cells_of(data, conditions)} | run.resumed["state"]
         statistics = latent_statistics_of(state, autoencoder.config.latent_channels, run.dir)
     else:
         statistics = latent_statistics(tables)
@@ -718,6 +729,7 @@ def train(
             "latent_mean": statistics[0],
             "latent_std": statistics[1],
             "conditions": [c.to_dict() for c in conditions],
+            "cells": cells_of(data, conditions),
         }
 
     ema, mean = EMA(net, config.run.ema_decay), Mean()

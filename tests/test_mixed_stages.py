@@ -102,6 +102,27 @@ def test_cases_that_the_autoencoder_knows_keep_their_part_and_new_ones_are_drawn
     assert split_of(tmp_path / "ldm") == split
 
 
+def test_a_run_does_not_go_on_with_other_classes(vae_run, more_heads, tmp_path, mistake):
+    heads = shutil.copytree(more_heads, tmp_path / "heads")
+    flags = ["--data.root", heads, "--condition.use", "class", "--condition.context_dim", 16]
+    trained(vae_run, tmp_path / "ldm", *flags)
+    table = (heads / "cases.csv").read_text().splitlines()
+    for row, say in ((1, "(case old_0)"), (None, None)):
+        cells = [line.split(",") for line in table]
+        if row:
+            cells[row][2] = str(1 - int(cells[row][2]))  # the classes stay 0 and 1
+        cells[2][3] += "x"  # what is no condition may change
+        (heads / "cases.csv").write_text("\n".join(map(",".join, cells)) + "\n")
+        command = tiny.ldm_flags(vae_run, tmp_path / "ldm", 3, *map(str, flags))
+        if say:
+            assert f"the table of cases has changed since this run was started {say}" in mistake(
+                train_ldm.main, command
+            )
+        else:
+            train_ldm.main(command)
+    assert load(step_files(tmp_path / "ldm")[0])["step"] == 3
+
+
 def test_another_contrast_of_the_same_cases_keeps_their_parts_by_their_ids(heads, vae_run, tmp_path, capsys):
     for path in (heads / "images").iterdir():
         volume = read(path)
