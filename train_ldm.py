@@ -6,6 +6,7 @@ one node          torchrun --nproc_per_node 4 train_ldm.py hippocampus
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
                       train_ldm.py hippocampus
 your own data     python train_ldm.py runs/vae-FOLDER
+other data        python train_ldm.py FOLDER --vae runs/vae-mine
 
 with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
 with label maps   python train_ldm.py phantom-anatomy
@@ -24,7 +25,9 @@ override them. To resume a run, give the same command again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import sys
 import time
@@ -49,8 +52,11 @@ from ldm3d.data import (
     evaluation_batches,
     open_data,
 )
+from ldm3d.data.cases import resolve_root
+from ldm3d.data.fingerprint import READING, Fingerprint, describe, take
 from ldm3d.data.opening import check_files, check_numbering
 from ldm3d.data.phantoms import phantom_folder
+from ldm3d.data.slices import find_all_cases
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
@@ -86,8 +92,19 @@ from ldm3d.latents import (
     latent_statistics,
 )
 from ldm3d.metrics import dice, set_statistics
-from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of, load_autoencoder
-from ldm3d.plan import LDM_PASSES, Latents, Plan, Planner, machine, plan_ldm, plan_length, seconds_per_step
+from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of
+from ldm3d.plan import (
+    LDM_PASSES,
+    Latents,
+    Plan,
+    Planner,
+    common_flips,
+    machine,
+    plan_ldm,
+    plan_length,
+    plan_other_data,
+    seconds_per_step,
+)
 from ldm3d.registers import AnatomyConfig, anatomy_weight
 from ldm3d.unet import UNetConfig
 from ldm3d.vae import Autoencoder, PixelStem
@@ -313,6 +330,13 @@ CASES = """root name image table subject split val_fraction test_fraction val_ga
  channel series slices file_spacing spacing resize""".split()
 
 
+def has_other_data(config: Config, stage_one: dict[str, Any]) -> bool:
+    """Has this run other data than its autoencoder? An imported autoencoder knows none."""
+    before = from_dict(DataConfig, stage_one["config"]["data"], "data")
+    known = any(stage_one["state"]["split"].values())
+    return not known or any(getattr(config.data, name) != getattr(before, name) for name in CASES)
+
+
 def spec_for(config: Config, ours: DataSpec, theirs: DataSpec, other: bool, factors: tuple) -> DataSpec:
     """The spec of a new run. ours: of its files as they are; theirs: the autoencoder's; other: the run has
     other data than the autoencoder, whose down-sampling is `factors`.
@@ -332,6 +356,14 @@ def spec_for(config: Config, ours: DataSpec, theirs: DataSpec, other: bool, fact
     return dataclasses.replace(ours, size=config.data.size or rounded, **sources, **numbers)
 
 
+def check_channels(root: Path, ours: int, theirs: int) -> None:
+    if ours != theirs:
+        raise InputError(
+            f"{root}: the images have {ours} channels, the autoencoder's had {theirs}; choose some with "
+            "--data.channel"
+        )
+
+
 def open_latent_data(
     config: Config,
     autoencoder: Autoencoder,
@@ -345,12 +377,9 @@ def open_latent_data(
     that the autoencoder knows keep their part, and the others are drawn. An imported autoencoder knows none.
     """
     before, split = stage_one["state"], run and run.split(dataset is not None)
-    seen, their_data = (
-        any(before["split"].values()),
-        from_dict(DataConfig, stage_one["config"]["data"], "data"),
-    )
-    other = not seen or any(getattr(config.data, name) != getattr(their_data, name) for name in CASES)
-    other = other or dataset is not None  # the cases themselves tell which of them are known
+    seen = any(before["split"].values())
+    # With a dataset the cases themselves tell which of them are known
+    other = has_other_data(config, stage_one) or dataset is not None
     if not other:
         check_files(stage_one)
     own = config.pixel_stem and not seen and dataset is None
@@ -364,11 +393,7 @@ def open_latent_data(
         before=before if other and seen else None,
         items=dataset,
     )
-    if data.spec.channels != autoencoder.config.in_channels:
-        raise InputError(
-            f"{data.root}: the images have {data.spec.channels} channels, the autoencoder's had "
-            f"{autoencoder.config.in_channels}; choose some with --data.channel"
-        )
+    check_channels(data.root, data.spec.channels, autoencoder.config.in_channels)
     measured, theirs = data.spec.to_dict(), DataSpec.from_dict(before["data"]) if seen else data.spec
     if run and run.resumed:
         spec = dataclasses.replace(DataSpec.from_dict(run.resumed["state"]["data"]), reference=None)
@@ -640,26 +665,70 @@ def seconds_to_encode(
     return max(gather(time.perf_counter() - start))
 
 
+def how_to_read(config: Config, root: Path, folder: Path) -> dict[str, Any]:
+    """Data settings by which files that are not the autoencoder's are found: the autoencoder's, where these
+    find cases, as after a change of --data.root. A folder that is the first word is recognised."""
+    config = config.data
+    with contextlib.suppress(InputError):
+        if (folder / "config.json").is_file() and find_all_cases(config, root):
+            return {name: getattr(config, name) for name in READING}
+    slices = {} if config.slices == "none" else {"slices": config.slices}
+    return {"cache_dir": config.cache_dir, **slices}
+
+
+def other_data(
+    plan: Plan, config: Config, folder: Path, content: dict[str, Any], autoencoder: Autoencoder
+) -> tuple[Fingerprint, tuple[int, ...], tuple[float, ...]]:
+    """Plan what follows from data that are not the autoencoder's: (their fingerprint; size and spacing of a
+    case). folder: the first word. content: of the autoencoder's checkpoint."""
+    before, ours = from_dict(DataConfig, content["config"]["data"], "data"), autoencoder.config
+    root = resolve_root(config.data, content["config"]["preset"])
+    reading = {f"data.{name}": value for name, value in how_to_read(config, root, folder).items()}
+    found = take(root, reading | plan.given)
+    if found.channels != ours.in_channels and before.channel:
+        reading["data.channel"] = before.channel
+        found = take(root, reading | plan.given)
+    print0(f"{root}: {describe(found)}")
+    if found.dims != ours.dims:
+        raise InputError(f"{root}: the images are {found.dims}-D, the autoencoder's were {ours.dims}-D")
+    check_channels(root, found.channels, ours.in_channels)
+    known = content["state"]["data"]["spacing"] if any(content["state"]["split"].values()) else None
+    kept = [key.removeprefix("data.") for key in reading]
+    return found, *plan_other_data(plan, found, before, known, autoencoder.downsampling, kept)
+
+
 def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Config]) -> Plan:
-    """The settings of a run on the latents of the autoencoder in `folder`, by the rules of ldm3d/plan.py."""
+    """The settings of a run on latents, by the rules of ldm3d/plan.py. folder: the run of the autoencoder, or
+    other images, beside --vae."""
     device = setup(flags.get("run.device", "auto"))
-    autoencoder, content = load_autoencoder(folder)
-    spec = DataSpec.from_dict(content["state"]["data"])
-    size, num_train = flags.get("data.size") or spec.size, len(content["state"]["split"]["train"])
-    stage_one = from_dict(DataConfig, content["config"]["data"], "data")
+    plan, dims = Plan(flags), load_run(flags["vae"], "vae")["config"]["vae"]["dims"]
+    plan.set("data.dims", dims, f"the autoencoder is of {dims}-D images")
+    config = merge(plan.values)
+    content, where = autoencoder_of(config)
+    autoencoder = build_autoencoder(content, where)
+    before = from_dict(DataConfig, content["config"]["data"], "data")
+    if has_other_data(config, content):
+        found, size, spacing = other_data(plan, config, folder, content, autoencoder)
+        with contextlib.redirect_stdout(io.StringIO()):  # training says the same again
+            data, _ = open_latent_data(merge(plan.values), autoencoder, content)
+        split, flips = data.split, common_flips(found, before)
+    else:
+        spec, split = DataSpec.from_dict(content["state"]["data"]), content["state"]["split"]
+        size, spacing, flips = flags.get("data.size") or spec.size, spec.spacing, before.augment.flip_axes
     latents = Latents(
         autoencoder.latent_shape(size)[1:],
-        tuple(mm * factor for mm, factor in zip(spec.spacing, autoencoder.downsampling, strict=True)),
-        num_train,
-        stage_one.augment.flip_axes,
+        tuple(mm * factor for mm, factor in zip(spacing, autoencoder.downsampling, strict=True)),
+        len(split["train"]),
+        flips,
         seconds_to_encode(autoencoder, size, flags.get("run.amp", "auto"), device),
     )
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
-    plan = plan_ldm(latents, able, flags)
-    config = merge(plan.values)
-    seconds = seconds_per_step(memory_table(config), config, device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        plan_ldm(plan, latents, able)
+        config = merge(plan.values)
+        seconds = seconds_per_step(memory_table(config), config, device)
     passes = LDM_PASSES[config.data.num_variants > 1]
-    plan_length(plan, able.hours, seconds, passes, num_train, ema=0.3, patience=4)
+    plan_length(plan, able.hours, seconds, passes, latents.num_train, ema=0.3, patience=4)
     return plan
 
 

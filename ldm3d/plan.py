@@ -24,14 +24,14 @@ import math
 import statistics
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .config import InputError, show, stored_settings
-from .data import Data
-from .data.fingerprint import Fingerprint
+from .data import Data, DataConfig
+from .data.fingerprint import READING, Fingerprint
 from .engine.checkpoint import write_text
 from .engine.distributed import gather, is_main, world_size
 from .engine.memory_plan import MemoryTable
@@ -151,6 +151,17 @@ def plan_split(plan: Plan, f: Fingerprint) -> None:
         plan.set("data.val_fraction", fraction, f"{num} of {n} subjects validate, {n - num} train")
 
 
+def grid_of(f: Fingerprint, spacing: tuple[float, ...] | None) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """(voxels of the largest case, spacing) where cases are resampled to `spacing`; None: they are not."""
+    if spacing is None:
+        return f.largest, f.spacing
+    grids = (
+        tuple(math.ceil(n * old / new) for n, old, new in zip(shape, mm, spacing, strict=True))
+        for shape, mm in zip(f.shapes, f.spacings, strict=True)
+    )
+    return tuple(map(max, zip(*grids, strict=True))), tuple(spacing)
+
+
 def plan_spacing(plan: Plan, f: Fingerprint) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """(voxels of the largest case, spacing) on the training grid. Voxels stay as they are unless spacings
     differ much: then the median spacing is everyone's."""
@@ -160,14 +171,7 @@ def plan_spacing(plan: Plan, f: Fingerprint) -> tuple[tuple[int, ...], tuple[flo
     if max(ratios) > RESAMPLE_FROM:
         wanted = tuple(round(mm, 4) for mm in f.spacing)
         why = f"spacings {differ}: resampled to the median"
-    spacing = plan.set("data.spacing", wanted, why)
-    if spacing is None:
-        return f.largest, f.spacing
-    grids = (
-        tuple(math.ceil(n * old / new) for n, old, new in zip(shape, mm, spacing, strict=True))
-        for shape, mm in zip(f.shapes, f.spacings, strict=True)
-    )
-    return tuple(map(max, zip(*grids, strict=True))), tuple(spacing)
+    return grid_of(f, plan.set("data.spacing", wanted, why))
 
 
 def is_ct(f: Fingerprint) -> bool:
@@ -311,6 +315,12 @@ def plan_autoencoder(
     return factors
 
 
+def halved_once_more(size: tuple[int, ...], multiple: tuple[int, ...]) -> tuple[int, ...]:
+    """Multiples for cases whose latents the denoiser halves once more, but not along an axis that has become
+    short."""
+    return tuple(m * (2 if n >= 8 * m else 1) for n, m in zip(size, multiple, strict=True))
+
+
 def plan_size(plan: Plan, size: tuple[int, ...], multiple: tuple[int, ...]) -> tuple[int, ...]:
     """Whole cases: the largest, padded to what the networks can halve. No case is cut."""
     padded = rounded_up(size, multiple)
@@ -393,8 +403,7 @@ def plan_vae(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores:
     size, spacing = plan_data(plan, f, machine.gpu, num_cores)
     factors = plan_autoencoder(plan, f, size, spacing, machine)
     multiple = total(factors, f.dims)
-    # The denoiser halves latents once more, but not an axis that has become short
-    coarse = tuple(m * (2 if n >= 8 * m else 1) for n, m in zip(size, multiple, strict=True))
+    coarse = halved_once_more(size, multiple)
     whole = plan_size(plan, size, coarse)
     plan_patch(plan, whole, on_grid(f.median, f, size), spacing, multiple, machine)
     plan_validation(plan, whole, spacing, coarse, machine)
@@ -418,6 +427,54 @@ class Latents:
     num_train: int  # training cases
     flip_axes: tuple[int, ...]  # along which the autoencoder has seen cases flipped
     seconds: float  # to encode one case
+
+
+FOLDERS_OWN = {  # settings that say which cases a folder holds, and how they are split
+    *READING,
+    *("val_fraction", "test_fraction", "val_gap", "test_subjects", "fold", "file_spacing"),
+}
+
+
+def plan_other_data(
+    plan: Plan,
+    f: Fingerprint,
+    before: DataConfig,
+    seen: tuple[float, ...] | None,
+    multiple: tuple[int, ...],
+    kept: Collection[str] = (),
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Data that are not the autoencoder's: (size, spacing) of a case. Files, split and size are their
+    folder's; scaling and the rule of the spacing are the autoencoder's, which knows no others.
+
+    before: the data settings of the autoencoder. seen: the mm of its voxels, None if it has seen no case.
+    multiple: its down-sampling. kept: settings with which the files were read as the autoencoder's were.
+    """
+    plan_files(plan, f)
+    plan_split(plan, f)
+    for name in sorted(FOLDERS_OWN - set(kept)):
+        theirs, usual = getattr(before, name), getattr(DataConfig, name)
+        if theirs != usual and f"data.{name}" not in plan.values:
+            plan.set(f"data.{name}", usual, f"{show(theirs)} is of the autoencoder's data")
+    numbers = {"percentile": ["percentiles"], "window": ["window"]}.get(before.scaling, [])
+    for name in ("spacing", "scaling", *numbers):
+        plan.set(f"data.{name}", getattr(before, name), "the autoencoder's")
+    size, spacing = grid_of(f, plan.given.get("data.spacing", before.spacing))
+    ratios = [max(a / b, b / a) for a, b in zip(spacing, seen or spacing, strict=True)]
+    if max(ratios) > RESAMPLE_FROM:
+        ours, theirs = (" x ".join(f"{mm:.3g}" for mm in axes) for axes in (spacing, seen))
+        plan.notes.append(
+            f"voxels of {ours} mm, and the autoencoder knows {theirs} mm: "
+            f"--data.spacing {show(tuple(round(mm, 4) for mm in seen))} makes them alike"
+        )
+    if before.resize:
+        return tuple(plan.set("data.size", before.size, "stretched as for the autoencoder")), spacing
+    return plan_size(plan, size, halved_once_more(size, multiple)), spacing
+
+
+def common_flips(f: Fingerprint, before: DataConfig) -> tuple[int, ...]:
+    """The axes along which the autoencoder has seen flipped cases, and flipped ones look like these data."""
+    ours = plan_flips(Plan({}), f)
+    return tuple(axis for axis in before.augment.flip_axes if axis in ours)
 
 
 def plan_variants(plan: Plan, z: Latents, hours: float) -> int:
@@ -465,9 +522,8 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     plan.set("batch_size", machine.shared(batch), f"{positions} positions a sample")
 
 
-def plan_ldm(z: Latents, machine: Machine, given: dict[str, Any]) -> Plan:
-    """The plan of a denoiser, without its length."""
-    plan = Plan(given)
+def plan_ldm(plan: Plan, z: Latents, machine: Machine) -> None:
+    """The rest of the plan of a denoiser, without its length."""
     plan_variants(plan, z, machine.hours)
     plan_denoiser(plan, z, machine)
     batch = plan.values.get("batch_size", 1)
@@ -475,7 +531,6 @@ def plan_ldm(z: Latents, machine: Machine, given: dict[str, Any]) -> Plan:
         batch = machine.shared(batch // 2)
         plan.set("batch_size", batch, "as many as fit into the memory")
     plan_optimizer(plan, 1e-4 if machine.gpu else 1e-3, machine.gpu)
-    return plan
 
 
 # --- segmentation -------------------------------------------------------------------------------------------
@@ -625,7 +680,8 @@ class Planner:
 
     A run that exists goes on with the settings that it has stored; else `make(folder, flags, merge)` plans,
     and `plan` holds what it planned. kind, cls: of the run, such as "ldm", and its configuration. word: the
-    setting that the first word stands for: "data.root", a folder of images, or "vae", a run.
+    setting that the first word stands for: "data.root", a folder of images, or "vae", a run. Where --vae
+    names the run, the first word may be a folder of other images.
     """
 
     def __init__(self, kind: str, cls: type, make: Callable[..., Plan], word: str = "data.root"):
@@ -636,13 +692,17 @@ class Planner:
         self, folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Any]
     ) -> dict[str, Any]:
         is_run, name = (folder / "config.json").is_file(), folder.resolve().name
-        if is_run and self.word != "vae":
+        word = self.word if is_run else "data.root"
+        if is_run and word != "vae":
             raise InputError(f"{folder}: a run folder, expected a folder of images")
-        if not is_run and self.word == "vae":
-            raise InputError(f"{folder}: no run folder; first python train_vae.py {folder}, and then its run")
-        if flags.get(self.word, str(folder)) != str(folder):
-            raise InputError(f"{self.word}: {flags[self.word]}, but the first word is the folder {folder}")
-        flags[self.word] = str(folder)
+        if word != self.word and flags.get("vae") is None:
+            raise InputError(
+                f"{folder}: no run folder; first python train_vae.py {folder}, and then its run, "
+                f"runs/vae-{name}; or beside {folder} the autoencoder of others, --vae runs/vae-NAME"
+            )
+        if flags.get(word, str(folder)) != str(folder):
+            raise InputError(f"{word}: {flags[word]}, but the first word is the folder {folder}")
+        flags[word] = str(folder)
         name = name.removeprefix("vae-") if is_run else name
         config = Path(flags.get("run.dir") or f"runs/{self.kind}-{name}") / "config.json"
         if config.is_file() and not flags.get("run.fresh") and not flags.get("plan"):

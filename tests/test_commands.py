@@ -235,7 +235,8 @@ def own_run(words: list[str]) -> Path:
     """The folder of the run that a training line makes."""
     flags = dict(itertools.pairwise(words))
     kind = words[0].removesuffix(".py").removeprefix("train_")
-    return Path(flags.get("--run.dir", f"runs/{kind}-{words[1]}"))
+    name = Path(words[1]).name.removeprefix("vae-")
+    return Path(flags.get("--run.dir", f"runs/{kind}-{name}"))
 
 
 def make_runs(words: list[str]) -> None:

@@ -13,6 +13,7 @@ import sample
 import train_ldm
 import train_vae
 from ldm3d import read, write
+from ldm3d.data import Volume
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.pipeline import load as open_run
@@ -166,3 +167,69 @@ def test_images_of_other_channels_are_refused(vae_run, tmp_path, mistake):
     assert f"{tmp_path}: the images have 2 channels, the autoencoder's had 1; choose some with" in line
     assert not (tmp_path / "ldm").exists()
     trained(vae_run, tmp_path / "ldm", *place, "--data.channel", 1)
+
+
+# --- planned ------------------------------------------------------------------------------------------------
+
+
+def planned(run: Path, *command: object) -> tuple[dict[str, object], dict]:
+    """Two steps of a planned denoiser: (the planned settings by dotted key, its checkpoint)."""
+    flags = ["--run.steps", 2, "--run.eval_every", 2, "--run.save_every", 2, "--data.num_variants", 1]
+    train_ldm.main([str(word) for word in (*command, *flags)])
+    rows = json.loads((run / "plan.json").read_text())
+    return {row["key"]: row["value"] for row in rows}, load(step_files(run)[0])
+
+
+@pytest.fixture
+def scans(tmp_path, monkeypatch) -> Path:
+    """Six slices of 18 x 30 pixels in a folder each; the current folder is the one around them."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        array = np.random.default_rng(i).random((1, 18, 30), dtype=np.float32)
+        write(tmp_path / "scans" / f"case{i}" / "scan.tif", Volume(array, np.eye(3)))
+    return Path("scans")
+
+
+def test_a_folder_beside_another_autoencoder_is_planned_from_its_own_files(scans, vae_run, capsys):
+    values, content = planned(Path("runs/ldm-scans"), scans, "--vae", vae_run)
+    assert values["data.image"] == "*/*.tif"
+    assert values["data.size"] == [20, 32]
+    assert values["data.val_fraction"] == 0.2
+    assert "0 cases by their voxels and 0 by their ids alone, 6 are new" in capsys.readouterr().out
+    before = load(step_files(vae_run)[0])["config"]["data"]
+    for name in ("scaling", "percentiles", "spacing"):
+        assert content["config"]["data"][name] == before[name] == values[f"data.{name}"]
+    assert len(content["state"]["split"]["train"]) == 5
+    sample.main(["runs/ldm-scans", "--num", "1", "--steps", "2"])
+    train_ldm.main([str(scans), "--vae", str(vae_run), "--run.steps", "2"])
+    assert "finished at step 2" in capsys.readouterr().out
+
+
+def test_another_root_is_planned_from_its_number_of_cases_and_their_size(
+    vae_run, more_heads, scans, monkeypatch
+):
+    run, nums, plan_length = Path(f"runs/ldm-{vae_run.name}"), [], train_ldm.plan_length
+
+    def spy(plan, hours, seconds, passes, num_train, **more):
+        nums.append(num_train)
+        plan_length(plan, hours, seconds, passes, num_train, **more)
+
+    monkeypatch.setattr(train_ldm, "plan_length", spy)
+    values, content = planned(run, vae_run, "--data.root", more_heads)  # files are found as before
+    assert values["data.size"] == [16, 24]
+    assert content["state"]["data"]["num_labels"]
+    split = content["state"]["split"]
+    assert sum(map(len, split.values())) == 10
+    values, content = planned(run, vae_run, "--data.root", scans, "--run.fresh")  # files are recognised
+    assert values["data.size"] == [20, 32]
+    assert nums == [len(split["train"]), 5]
+
+
+def test_images_that_the_autoencoder_cannot_encode_are_refused_before_anything_is_measured(
+    vae_run, scans, mistake
+):
+    for i in range(6):
+        np.save(scans / f"case{i}" / "scan.npy", np.random.default_rng(i).random((3, 9, 9)))
+        (scans / f"case{i}" / "scan.tif").unlink()
+    line = mistake(train_ldm.main, [scans, "--vae", vae_run])
+    assert "scans: the images are 3-D, the autoencoder's were 2-D" in line

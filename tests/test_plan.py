@@ -13,6 +13,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import read
+from ldm3d.data import AugmentConfig, DataConfig
 from ldm3d.data.fingerprint import Fingerprint
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.memory_plan import MemoryTable, free_memory
@@ -20,10 +21,12 @@ from ldm3d.plan import (
     Latents,
     Machine,
     Plan,
+    common_flips,
     halvings,
     plan_cdal,
     plan_ldm,
     plan_length,
+    plan_other_data,
     plan_vae,
     round_steps,
     shrink,
@@ -306,7 +309,8 @@ LATENTS = Latents(size=(12, 16, 12), spacing=(4.0, 4.0, 4.0), num_train=180, fli
 
 
 def planned_ldm(machine=CPU, given=None, **facts) -> dict:
-    plan = plan_ldm(dataclasses.replace(LATENTS, **facts), machine, given or {})
+    plan = Plan(given or {})
+    plan_ldm(plan, dataclasses.replace(LATENTS, **facts), machine)
     return {choice.key: choice.value for choice in plan.choices}
 
 
@@ -324,6 +328,30 @@ def test_few_cases_are_encoded_in_variants_as_long_as_there_is_time(facts, num):
     assert values["data.num_variants"] == num
     assert ("data.augment.affine" in values) == (num > 1)
     assert values.get("data.augment.flip_axes") == ((0,) if num > 1 else None)
+
+
+def test_other_data_have_their_own_files_split_and_size_and_the_scaling_and_spacing_of_the_autoencoder():
+    theirs = DataConfig(mask="labels/*.nii", fold=(0, 5), scaling="window", window=(-900.0, 400.0))
+    plan = Plan({})
+    grid = plan_other_data(plan, HEADS, theirs, (1.0, 1.0, 2.0), (4, 4, 4))
+    assert grid == ((96, 112, 88), (1.0, 1.0, 1.0))
+    assert plan.values["data.image"] == "*/t1.nii.gz"
+    assert plan.values["data.mask"] is plan.values["data.fold"] is plan.values["data.spacing"] is None
+    assert plan.values["data.val_fraction"] == 0.1
+    assert (plan.values["data.scaling"], plan.values["data.window"]) == ("window", (-900.0, 400.0))
+    assert "--data.spacing 1.0,1.0,2.0 makes them alike" in plan.notes[0]
+    plan = Plan({})
+    resampled = dataclasses.replace(theirs, spacing=(2.0, 2.0, 2.0))
+    assert plan_other_data(plan, HEADS, resampled, None, (4, 4, 4), {"mask"})[0] == (48, 56, 48)
+    assert "data.mask" not in plan.values  # read as the autoencoder's were
+    assert not plan.notes
+
+
+def test_variants_are_flipped_where_the_autoencoder_has_seen_flips_and_the_data_allow_them():
+    seen = DataConfig(augment=AugmentConfig(flip_axes=(0, 1)))
+    assert common_flips(HEADS, seen) == (0,)
+    assert common_flips(dataclasses.replace(HEADS, sides="label 'left'"), seen) == ()
+    assert common_flips(HEADS, DataConfig()) == ()
 
 
 @pytest.mark.parametrize(
@@ -562,7 +590,9 @@ def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
         (train_vae, "nowhere", "nowhere: no such preset or folder"),
         (train_cdal, "nothing", "nothing: holds no images"),
         (train_cdal, "images", "images: 0 masks for 2 images, and each needs one"),
-        (train_ldm, "nothing", "nothing: no run folder; first python train_vae.py nothing"),
+        (train_ldm, "nothing", "nothing: no run folder; first python train_vae.py nothing, and then its run"),
+        (train_ldm, "nothing", "or beside nothing the autoencoder of others, --vae runs/vae-NAME"),
+        (train_ldm, "nothing --vae run", "run: no checkpoint in this folder"),
         (train_ldm, "run", "run"),
     ],
 )

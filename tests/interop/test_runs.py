@@ -284,3 +284,16 @@ def test_a_u_net_whose_heads_are_not_known_asks_for_them(runs, tmp_path, mistake
         main, ["import", runs / "unet.pt", "--num_groups", 4, "--head_channels", 8, "--to", tmp_path / "run"]
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_denoiser_on_an_imported_autoencoder_is_planned_from_the_folder(
+    runs, heads, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    short = "--run.steps 2 --run.eval_every 2 --run.save_every 2 --data.num_variants 1".split()
+    train_ldm.main([str(heads), "--vae", str(runs / "vae"), *short])
+    assert "8 samples a step" in capsys.readouterr().out
+    rows = json.loads((tmp_path / f"runs/ldm-{heads.name}/plan.json").read_text())
+    assert next(row["value"] for row in rows if row["key"] == "data.size") == [16, 20]
+    train_ldm.main([str(runs / "vae"), "--data.root", str(heads), *short])
+    assert (tmp_path / "runs/ldm-vae/plan.json").exists()
