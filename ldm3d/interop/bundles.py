@@ -28,18 +28,21 @@ SCALINGS = {  # transforms that scale intensities -> their arguments for the new
     **dict.fromkeys(("ScaleIntensityRange", "ScaleIntensityRangePercentiles"), ("b_min", "b_max")),
     "ScaleIntensity": ("minv", "maxv"),
 }
-
-
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "RFlowScheduler")
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a configuration file says. settings: of the network, by our names; facts: scale_factor,
-    image_range, spacing, kernel (the settings of a diffusion)."""
+    """What a configuration file says.
+
+    settings: of the network, by our names. facts: scale_factor, image_range, spacing, kernel (the settings of
+    a diffusion). unclear: name of a setting or fact -> what stands there, in words, where the file holds an
+    expression of Python, which is not run, or contradicts itself.
+    """
 
     settings: dict[str, Any]
     facts: dict[str, Any]
+    unclear: dict[str, str]
 
 
 def objects(content: Any) -> Iterator[dict[str, Any]]:
@@ -74,32 +77,44 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
     if not found:
         raise InputError(f"{path}: describes no {' or '.join(classes) or 'such network'}")
     given = {name: resolved(value, content) for name, value in found[0].items()}
-    given = {name: value for name, value in given.items() if not isinstance(value, str)}
     settings = {ours: given[name] for name, ours in ARGUMENTS.items() if name in given}
     if "head_channels" not in settings and any(name.startswith("DiffusionModelUNet") for name in classes):
         settings["head_channels"] = 8  # the default of the class
     if given.get("use_convtranspose"):
-        settings["upsample"] = "deconv"
+        words = given["use_convtranspose"]
+        settings["upsample"] = words if isinstance(words, str) else "deconv"
+    unclear = {name: repr(v) for name, v in settings.items() if isinstance(v, str) and v != "deconv"}
+    settings = {name: value for name, value in settings.items() if name not in unclear}
     facts: dict[str, Any] = {}
+    for name, values in facts_of(content, given).items():
+        if all(value == values[0] for value in values):
+            facts[name] = values[0]
+        else:
+            unclear[name] = " and ".join(map(str, values))
+    return Described(settings, facts, unclear)
+
+
+def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list[Any]]:
+    """What a file says beside its network: name of a fact -> every value that it has there."""
+    facts: dict[str, list[Any]] = {}
     for name in ("scale_factor", "scaling_factor"):
-        value = resolved(given.get(name, content.get(name)), content)
+        value = resolved(network.get(name, content.get(name)), content)
         if isinstance(value, (int, float)):
-            facts["scale_factor"] = float(value)
+            facts["scale_factor"] = [float(value)]
     for value in objects(content):
-        if class_of(value) in SCHEDULERS:
-            facts["kernel"] = described_kernel({key: resolved(v, content) for key, v in value.items()})
         name = class_of(value).removesuffix("d")
+        if name in SCHEDULERS:
+            kernel = described_kernel({key: resolved(v, content) for key, v in value.items()})
+            facts.setdefault("kernel", []).append(kernel)
         if name in SCALINGS:
-            low, high = (
-                resolved(value.get(key, usual), content)
-                for key, usual in zip(SCALINGS[name], (0, 1), strict=True)
-            )
+            ends = (value.get(key, usual) for key, usual in zip(SCALINGS[name], (0, 1), strict=True))
+            low, high = (resolved(end, content) for end in ends)
             if all(isinstance(number, (int, float)) for number in (low, high)):
-                facts["image_range"] = (float(low), float(high))
+                facts.setdefault("image_range", []).append((float(low), float(high)))
         pixdim = resolved(value.get("pixdim"), content)
         if name == "Spacing" and isinstance(pixdim, list):
-            facts["spacing"] = tuple(pixdim)
-    return Described(settings, facts)
+            facts.setdefault("spacing", []).append(tuple(pixdim))
+    return facts
 
 
 def described_kernel(scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +122,12 @@ def described_kernel(scheduler: dict[str, Any]) -> dict[str, Any]:
     steps = {"num_timesteps": scheduler.get("num_train_timesteps", 1000)}
     if class_of(scheduler) == "RFlowScheduler":
         return {"process": "flow", "prediction": "velocity", **steps}
-    predictions = {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}
+    prediction = scheduler.get("prediction_type", "epsilon")
     kernel = {
         "process": "vp",
-        "prediction": predictions.get(scheduler.get("prediction_type", "epsilon")),
+        "prediction": {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}.get(
+            prediction, prediction
+        ),
         "schedule": str(scheduler.get("schedule", "linear_beta")).removesuffix("_beta"),
         **steps,
     }

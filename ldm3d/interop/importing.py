@@ -103,16 +103,29 @@ class Imported:
     family: Family
     report: Report
     state: dict[str, Tensor]  # the weights as the newest class of that library names them
+    unclear: dict[str, str]  # `Described.unclear`
 
 
 # --- network ------------------------------------------------------------------------------------------------
+
+
+def ask_for(name: str, unclear: dict[str, str]) -> None:
+    """InputError if the configuration file leaves open what it says of this setting."""
+    if name in unclear:
+        raise InputError(f"{name}: the configuration file says {unclear[name]}; give the value with --{name}")
 
 
 def hints_of(
     family: Family, inferred: dict[str, Any], described: Described, flags: dict[str, Any], where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What shapes cannot tell: (given, assumed). A flag counts more than the configuration file."""
-    told = {k: v for k, v in (described.settings | described.facts).items() if k in HINTS}
+    settings = VAEConfig if family.kind == "autoencoder" else UNetConfig
+    types = field_types(settings)
+    hints = [name for name in HINTS if name in types]
+    for name in hints:
+        if flags.get(name) is None and name not in inferred:
+            ask_for(name, described.unclear)
+    told = {k: v for k, v in (described.settings | described.facts).items() if k in hints}
     if told.get("upsample") == "deconv":  # MONAI's kernel is 2, which shows in the shapes; the others' is 3
         told["upsample"] = inferred.get("upsample", "deconv3")
     given = told | {k: v for k, v in flags.items() if v is not None}
@@ -123,8 +136,6 @@ def hints_of(
         raise InputError(
             f"upsample: got {given['upsample']}, but {where} has weights of {inferred['upsample']}"
         )
-    settings = VAEConfig if family.kind == "autoencoder" else UNetConfig
-    types = field_types(settings)
     for name in given:
         if name not in types:
             raise InputError(f"{name}: has no effect, {where} holds a {family.name}")
@@ -153,7 +164,7 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
         state = with_identity_projections(state)
     theirs = source.tensors if family.name == "MAISI autoencoder" else state
     inferred = family.fixed | configuration(state, family, where)
-    described = read_description(config, family.classes) if config else Described({}, {})
+    described = read_description(config, family.classes) if config else Described({}, {}, {})
     check_agreement(described.settings, inferred, str(config))
     given, assumed = hints_of(family, inferred, described, flags, where)
     settings = inferred | assumed | given
@@ -172,7 +183,7 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
         *(where, family.name, sum(p.numel() for p in net.parameters()), inferred, given, assumed, dropped),
         {**beside, **described.facts},
     )
-    return Imported(net.eval().requires_grad_(False), family, report, theirs)
+    return Imported(net.eval().requires_grad_(False), family, report, theirs, described.unclear)
 
 
 def number(value: Any) -> float | None:
@@ -326,16 +337,23 @@ def import_file(config: ImportConfig, file: str) -> Path:
     imported = open_weights(file, config.config, **{name: getattr(config, name) for name in HINTS})
     net, report = imported.net, imported.report
     facts = report.facts
+    if isinstance(net, AutoencoderKL) and config.spacing is None:
+        ask_for("spacing", imported.unclear)
+    if isinstance(net, Denoiser) and config.kernel == ASSUMED_KERNEL:
+        ask_for("kernel", imported.unclear)
     if config.spacing is None and "spacing" in facts and len(facts["spacing"]) == config_of(net).dims:
         config = dataclasses.replace(config, spacing=facts["spacing"])
     if config.kernel == ASSUMED_KERNEL and "kernel" in facts:
-        config = dataclasses.replace(config, kernel=from_dict(KernelConfig, facts["kernel"], "kernel"))
+        config = dataclasses.replace(
+            config, kernel=from_dict(KernelConfig, facts["kernel"], f"{config.config}: kernel")
+        )
     if isinstance(net, AutoencoderKL):
         content = autoencoder_content(config, net)
     else:
         content = denoiser_content(config, net, report)
-    told = config.kernel != ASSUMED_KERNEL or "kernel" in facts
-    lines = report.lines() + expectations(content, told)
+    assumed = ["the diffusion"] * (config.kernel == ASSUMED_KERNEL and "kernel" not in facts)
+    assumed += ["scale_factor 1"] * (config.scale_factor is None and "scale_factor" not in facts)
+    lines = report.lines() + expectations(content, assumed)
     if config.check:
         lines.append(check_against_peer(imported))
     if content["kind"] == "ldm" and config.kernel.prediction == "velocity":
@@ -362,8 +380,8 @@ def config_of(net: AutoencoderKL | Denoiser) -> VAEConfig | UNetConfig:
     return net.config if isinstance(net, AutoencoderKL) else net.unet.config
 
 
-def expectations(content: dict[str, Any], told: bool) -> list[str]:
-    """What the network expects of images and of diffusion, in words. told: the diffusion is not assumed."""
+def expectations(content: dict[str, Any], assumed: list[str]) -> list[str]:
+    """What the network expects of images and of diffusion, in words. assumed: what of it nothing tells."""
     data, spec = content["config"]["data"], content["state"]["data"]
     spacing = "as the files have it" if data["spacing"] is None else f"{tuple(data['spacing'])} mm"
     lines = [f"    {'images:':<20}{spec['channels']} channels, scaling {data['scaling']}, spacing {spacing}"]
@@ -371,6 +389,7 @@ def expectations(content: dict[str, Any], told: bool) -> list[str]:
         kernel, factor = content["config"]["kernel"], 1 / float(content["state"]["latent_std"][0])
         how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
         lines.append(f"    {'diffusion:':<20}{how}, scale_factor {factor:g}")
-        if not told:
-            lines.append("    note: the diffusion is assumed; --kernel.* or --config says how it was trained")
+        if assumed:
+            flags = "--kernel.*, --scale_factor or --config"
+            lines.append(f"    note: {' and '.join(assumed)} assumed; {flags} says how it was trained")
     return lines

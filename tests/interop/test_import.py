@@ -220,7 +220,15 @@ def test_an_imported_autoencoder_computes_what_its_own_class_does(name, tmp_path
     assert gradients < 1e-4
 
 
-@pytest.mark.parametrize("name", U_NETS)
+HEAVY = {  # combinations of what the others show one by one
+    *("context 3d", "heads by level", "residual up and down 3d", "generative context", "generative 3d"),
+    *("context, no projection", "context, combined qkv", "generative classes", "maisi ddpm"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in HEAVY)) for name in U_NETS]
+)
 def test_an_imported_u_net_computes_what_its_own_class_does(name, tmp_path):
     _, outputs, gradients = unet_errors(name, tmp_path)
     assert outputs < 1e-5
@@ -228,6 +236,7 @@ def test_an_imported_u_net_computes_what_its_own_class_does(name, tmp_path):
 
 
 def test_the_matrix_has_every_family_and_at_least_forty_configurations():
+    assert set(U_NETS) >= HEAVY
     assert len(AUTOENCODERS) + len(U_NETS) >= 40
 
 

@@ -141,6 +141,7 @@ def test_training_goes_on_from_an_imported_autoencoder(runs, heads):
         assert torch.allclose(after[name], value, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stage_two_trains_on_an_imported_autoencoder_with_own_data(runs, heads):
     data = ["--data.root", heads, "--data.cache_dir", runs / "cache", "--run.steps", 1]
     net = ["--unet.channels", "8,16", "--unet.num_groups", 4, "--unet.head_channels", 8, "--sample_steps", 2]
@@ -221,6 +222,9 @@ def test_a_bundle_tells_what_shapes_cannot(runs, tmp_path):
     assert json.loads((tmp_path / "run" / "import.json").read_text())["assumed"] == {}
 
 
+DESCRIBED = {"_target_": "DiffusionModelUNet", "norm_num_groups": 4, "num_head_channels": [0, 8]}
+
+
 @pytest.mark.parametrize(
     ("scheduler", "kernel"),
     [
@@ -239,20 +243,25 @@ def test_a_bundle_tells_what_shapes_cannot(runs, tmp_path):
     ],
 )
 def test_a_bundle_tells_how_its_u_net_was_trained(scheduler, kernel, runs, tmp_path, capsys):
-    network = {"_target_": "DiffusionModelUNet", "norm_num_groups": 4, "num_head_channels": [0, 8]}
-    content = {"unet": network, "noise": scheduler, "end": 0.0205}
+    content = {"unet": DESCRIBED, "noise": scheduler, "end": 0.0205}
     (tmp_path / "bundle.json").write_text(json.dumps(content))
     flags = ["--config", tmp_path / "bundle.json", "--vae", runs / "vae", "--to", tmp_path / "run"]
     main(["import", *map(str, [runs / "unet.pt", *flags])])
     found = ldm3d.load(tmp_path / "run").model.kernel.config
     assert {name: getattr(found, name) for name in kernel} == kernel
-    assert "is assumed" not in capsys.readouterr().out
+    assert "the diffusion" not in capsys.readouterr().out
 
 
 def test_a_diffusion_that_nothing_tells_is_said_to_be_assumed(runs, tmp_path, capsys):
-    flags = ["--vae", runs / "vae", "--to", tmp_path / "run", "--num_groups", 4, "--head_channels", 8]
-    main(["import", *map(str, [runs / "unet.pt", *flags])])
-    assert "the diffusion is assumed" in capsys.readouterr().out
+    state = torch.load(runs / "unet.pt", weights_only=True)["unet_state_dict"]
+    torch.save(state, tmp_path / "alone.pt")
+    for file, says in (
+        (runs / "unet.pt", "note: the diffusion assumed;"),
+        (tmp_path / "alone.pt", "note: the diffusion and scale_factor 1 assumed;"),
+    ):
+        flags = ["--vae", runs / "vae", "--to", tmp_path / file.stem, "--num_groups", 4, "--head_channels", 8]
+        main(["import", *map(str, [file, *flags])])
+        assert says in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -261,7 +270,18 @@ def test_a_diffusion_that_nothing_tells_is_said_to_be_assumed(runs, tmp_path, ca
         ({"channels": [8, 32]}, "channels is (8, 32) there, but (8, 16) in the weights"),
         ({"spatial_dims": 3}, "dims is 3 there, but 2 in the weights"),
         ({"_target_": "monai.networks.nets.UNet"}, "describes no AutoencoderKL"),
-        ({"norm_num_groups": "many"}, "num_groups: "),
+        (
+            {"norm_num_groups": "$2 * 2"},
+            "num_groups: the configuration file says '$2 * 2'; give the value with",
+        ),
+        (
+            {"other": {"_target_": "ScaleIntensity"}},
+            "image_range: the configuration file says (0.0, 1.0) and",
+        ),
+        (
+            {"other": {"_target_": "Spacing", "pixdim": [1, 1]}},
+            "spacing: the configuration file says (1, 1) and",
+        ),
     ],
 )
 def test_a_bundle_of_another_network_is_refused(changes, says, runs, tmp_path, mistake):
@@ -275,6 +295,37 @@ def test_a_flag_counts_more_than_the_bundle(runs, tmp_path):
     (tmp_path / "inference.json").write_text(json.dumps(bundle(norm_num_groups=2)))
     net = load(runs / "vae.pt", tmp_path / "inference.json", num_groups=4)
     assert net.config.num_groups == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            {"unet": DESCRIBED | {"num_head_channels": "$[0, 8]"}},
+            "head_channels: the configuration file says '$[0, 8]'",
+        ),
+        (
+            {"unet": DESCRIBED, "a": {"_target_": "DDPMScheduler"}, "b": {"_target_": "RFlowScheduler"}},
+            "kernel: the configuration file says {'process': 'vp'",
+        ),
+        (
+            {"unet": DESCRIBED, "a": {"_target_": "DDPMScheduler", "schedule": "sigmoid_beta"}},
+            "got 'sigmoid'",
+        ),
+    ],
+)
+def test_what_a_bundle_of_a_u_net_leaves_open_is_asked_for(content, says, runs, tmp_path, mistake):
+    (tmp_path / "bundle.json").write_text(json.dumps(content))
+    flags = ["--config", tmp_path / "bundle.json", "--vae", runs / "vae", "--to", tmp_path / "run"]
+    assert says in mistake(main, ["import", runs / "unet.pt", *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_scaling_of_images_in_the_bundle_of_a_u_net_is_no_hindrance(runs, tmp_path):
+    (tmp_path / "bundle.json").write_text(
+        json.dumps({"unet": DESCRIBED, "a": {"_target_": "ScaleIntensityd"}})
+    )
+    assert load(runs / "unet.pt", tmp_path / "bundle.json").unet.config.head_channels == (0, 8)
 
 
 def test_a_u_net_whose_heads_are_not_known_asks_for_them(runs, tmp_path, mistake):
