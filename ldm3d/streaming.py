@@ -32,12 +32,11 @@ Differences to the whole computation are of rounding only (2e-5 in fp32). Nothin
 
 from __future__ import annotations
 
-import functools
 import math
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -440,11 +439,24 @@ class Trial(Stream):
         return y
 
 
+# Trunk -> type and shape of its input -> `peaks`: counting takes milliseconds, as much as encoding a patch on
+# a GPU
+KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Mode, int]]] = weakref.WeakKeyDictionary()
+
+
 def peaks(trunk: Encoder | Decoder, x: Tensor) -> dict[Mode, int]:
     """About how many bytes trunk(x) takes at most in each mode, beside input x (1, C, *S) and result."""
     dtype = next(trunk.parameters()).dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+    known, key = KNOWN.setdefault(trunk, {}), (dtype, x.device.type, x.shape[1:])
+    if key not in known:
+        known[key] = count_peaks(trunk, x, dtype)
+    return known[key]
+
+
+def count_peaks(trunk: Encoder | Decoder, x: Tensor, dtype: torch.dtype) -> dict[Mode, int]:
+    """`peaks` for maps of this type."""
     slabs, folded = SLABS, 0
     if any(isinstance(layer, Upsample) for layer in trunk.layers):
         slabs, folded = 2 * SLABS, 4 * max(p.nbytes for p in trunk.parameters())  # while a kernel is folded
@@ -461,10 +473,15 @@ def needs_gradient(trunk: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in trunk.parameters()))
 
 
-@functools.cache
-def note(text: str) -> None:
-    """Print a note once, not for every case."""
-    print0(f"note: {text}")
+NOTED: set[tuple[str, str, Mode]] = set()  # what `note` has told, once, not for every case
+
+
+def note(name: str, size: str, mode: Mode, need: dict[Mode, int], room: float) -> None:
+    """Say how a trunk works on inputs of this size."""
+    if (name, size, mode) not in NOTED:
+        NOTED.add((name, size, mode))
+        whole, most, least = (f"{v / GIB:.2g}" for v in (need["whole"], room, need[mode]))
+        print0(f"note: {name} on {size}: {whole} GiB whole, {most} to use; {WORDS[mode]}, {least} GiB")
 
 
 WORDS = {
@@ -488,9 +505,7 @@ def run_trunk(trunk: Encoder | Decoder, x: Tensor, memory: float | None = None) 
         return trunk(x)
     mode = next((mode for mode, size in need.items() if size <= room), "offload")
     if mode != "whole":
-        name, size = type(trunk).__name__.lower(), "x".join(map(str, x.shape[2:]))
-        whole, most, least = (f"{v / GIB:.2g}" for v in (need["whole"], room, need[mode]))
-        note(f"{name} on {size}: {whole} GiB whole, {most} to use; {WORDS[mode]}, {least} GiB")
+        note(type(trunk).__name__.lower(), "x".join(map(str, x.shape[2:])), mode, need, room)
     with torch.no_grad():
         parts = [
             trunk(one) if mode == "whole" else Stream(mode, x.device).run(trunk, one) for one in x.split(1)

@@ -219,7 +219,8 @@ class Autoencoder(nn.Module):
 
 class PixelStem(Autoencoder):
     """No autoencoder, for diffusion on pixels: the voxels of a block become the channels of one position, and
-    back. Nothing is lost: decode(encode(x)) is x, bit for bit. There are no weights.
+    back. Nothing is lost: decode(encode(x)) is x, bit for bit. There are no weights, and no memory is needed
+    beside image and latent.
 
     Example: stem 2 makes (1, 64, 64, 64) voxels (8, 32, 32, 32) "latents", stem 1 leaves the image as it is.
     """
@@ -236,11 +237,11 @@ class PixelStem(Autoencoder):
             dims=dims, in_channels=channels, latent_channels=width, channels=(width,), stem=(stem,)
         )
 
-    def encode(self, x: Tensor) -> Posterior:
+    def encode(self, x: Tensor, memory: float | None = None) -> Posterior:
         self._check(x, self.config.in_channels, "image")
         return Posterior.point(self.down(pad_to_multiple(x, self.downsampling)))
 
-    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def decode(self, z: Tensor, size: Sequence[int] | None = None, memory: float | None = None) -> Tensor:
         self._check(z, self.config.latent_channels, "latent")
         x = self.up(z)
         return x if size is None else crop_to(x, size)
