@@ -96,10 +96,12 @@ def ranks_of_srun(env: Mapping[str, str]) -> dict[str, str]:
     alone = env.get("SLURM_STEP_NUM_NODES") == "1"
     number = 31 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))
     bound = torch.cuda.device_count() == 1  # --gpus-per-task: every task sees its own GPU as number 0
+    per_node = re.findall(r"(\d+)(?:\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))  # "4(x2),3"
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": str(num),
         "LOCAL_RANK": "0" if bound else env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(max(map(int, per_node), default=1)),  # shares of a node's memory
         "MASTER_ADDR": "127.0.0.1" if alone else first_host(nodes),
         "MASTER_PORT": str(10000 + number % 20000),
     }

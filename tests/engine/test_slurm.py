@@ -46,9 +46,11 @@ def test_the_first_host_is_read_from_lists_with_brackets(nodes, host):
 def test_a_task_of_srun_has_the_variables_that_torchrun_would_have_set(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     ours = ranks_of_srun(STEP | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"})
-    where = {"MASTER_ADDR": "gpu03", "MASTER_PORT": "15172"}
+    where = {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "gpu03", "MASTER_PORT": "15172"}
     assert ours == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **where}
     assert ranks_of_srun(STEP | {"SLURM_STEP_NUM_NODES": "1"})["MASTER_ADDR"] == "127.0.0.1"
+    for tasks, most in (("4(x2)", "4"), ("3,12", "12"), ("8", "8"), ("2(x16),1", "2")):
+        assert ranks_of_srun(STEP | {"SLURM_STEP_TASKS_PER_NODE": tasks})["LOCAL_WORLD_SIZE"] == most
     ports = [
         ranks_of_srun(STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"]
         for job in range(100, 110)
