@@ -200,7 +200,8 @@ def plan_scaling(plan: Plan, f: Fingerprint) -> None:
 
 
 def plan_flips(plan: Plan, f: Fingerprint) -> tuple[int, ...]:
-    """Flips only where a flipped case looks like the data: (the flipped axes). Left-right in volumes."""
+    """Flips only where a flipped case, and its label map, look like the data: (the flipped axes). Volumes are
+    flipped from left to right alone."""
     key = "data.augment.flip_axes"
     if f.sides:
         return plan.set(key, (), f"left and right have names: {f.sides}")
@@ -212,6 +213,11 @@ def plan_flips(plan: Plan, f: Fingerprint) -> tuple[int, ...]:
     candidates = (0,) if f.dims == 3 else (0, 1)
     alike = {axis: f.mirrored[axis] / max(f.pose, 1e-9) for axis in candidates}
     axes = tuple(axis for axis in candidates if f.num_cases > 1 and alike[axis] >= SYMMETRIC)
+    if sided := sorted(set(axes) & set(f.sided)):
+        axes = tuple(axis for axis in axes if axis not in sided)
+        return plan.set(
+            key, axes, f"a label always lies on the same side of the others along axis {sided[0]}"
+        )
     ratios = ", ".join(f"{min(1.0, max(0.0, alike[axis])):.0%}" for axis in candidates)
     say = " (rows, columns)" if f.dims == 2 else ""
     return plan.set(key, axes, f"flipped cases resemble the others {ratios}{say} as much as they do")

@@ -53,6 +53,7 @@ HEADS = Fingerprint(
     labels=(),
     labelled=0.0,
     num_masks=0,
+    sided=(),
     sides="",
     subjects=tuple(map(str, range(40))),
     parts={},
@@ -166,6 +167,9 @@ def test_the_window_of_ct_holds_the_voxels_of_every_case_within_12_bits():
         ({}, (0,)),
         ({"mirrored": (0.8, 0.9, 0.9)}, ()),  # of volumes left and right alone are exchanged
         ({"sides": "label 'left kidney'"}, ()),
+        ({"sided": (0,)}, ()),
+        ({"sided": (1,)}, (0,)),
+        ({"dims": 2, "mirrored": (0.9, 0.89), "sided": (1,)}, (0,)),
         ({"dims": 2, "mirrored": (0.5, 0.9)}, (1,)),
         ({"dims": 2, "mirrored": (0.9, 0.89)}, (0, 1)),
     ],

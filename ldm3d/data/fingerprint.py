@@ -42,6 +42,7 @@ READING = {  # settings that say which files there are and how they are read
     *("slices", "series", "source_series"),
 }
 MOST_PAIRS = 200  # cases whose thumbnails are compared with each other
+SIDED = 5, 0.05  # least masks, and least distance from the middle of all labels, as a part of the axis
 NEARLY_SAME = 0.999  # correlation of thumbnails of images that are probably of one subject
 
 
@@ -67,6 +68,7 @@ class Fingerprint:
     labels: tuple[int, ...]  # values in all masks; () without masks
     labelled: float  # median fraction of a mask that is not 0
     num_masks: int
+    sided: tuple[int, ...]  # axes along which a label always lies on the same side of the other labels
     sides: str  # where left or right is named, such as a label; "" if nowhere
     subjects: tuple[str, ...]  # of each case
     parts: dict[str, int]  # cases in train, val and test where the table states a split; else {}
@@ -152,6 +154,22 @@ def _twins(images: np.ndarray, cases: list[Case]) -> list[tuple[str, str]]:
     flat = images.reshape(len(images), -1)[:2000]
     close = np.argwhere(np.triu(flat @ flat.T > NEARLY_SAME, 1))
     return [(cases[a].id, cases[b].id) for a, b in close if cases[a].subject != cases[b].subject]
+
+
+def sided_axes(infos: list[CaseInfo], dims: int) -> tuple[int, ...]:
+    """The axes along which some label lies on the same side of the middle of all labels in every mask.
+
+    Example: a left and a right kidney along axis 0. A flipped case would have its left kidney on the right.
+    """
+    offsets: dict[float, list[np.ndarray]] = {}
+    for info in infos:
+        centres = np.array([centre for _, *centre in info.centres])
+        for (label, *_), centre in zip(info.centres, centres, strict=True):
+            offsets.setdefault(label, []).append(centre - centres.mean(0))
+    num, least = SIDED
+    often = [np.array(rows) for rows in offsets.values() if len(rows) >= max(num, len(infos) / 2)]
+    sides = [(rows > least).all(0) | (rows < -least).all(0) for rows in often]
+    return tuple(axis for axis in range(dims) if any(side[axis] for side in sides))
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
@@ -257,6 +275,7 @@ def summarise(
         labels=tuple(sorted({label for _, info in masks for label in info.labels})),
         labelled=statistics.median(info.labelled or 0.0 for _, info in masks) if masks else 0.0,
         num_masks=len(masks),
+        sided=sided_axes([info for _, info in masks], dims),
         sides=_sides(root, cases),
         subjects=tuple(case.subject for case in cases),
         parts=dict(Counter(case.split for case in cases if case.split is not None)),

@@ -78,6 +78,7 @@ class CaseInfo:
     mask_content: str = ""  # hash of the voxels of the mask
     facts: ImageFacts | None = None  # of the image; None: found by an older version, and not asked for
     labelled: float | None = None  # fraction of the mask that is not 0
+    centres: tuple[tuple[float, ...], ...] = ()  # value and centre of each, see `centres_of`
 
     @property
     def channels(self) -> int:
@@ -221,6 +222,18 @@ def thumbnail(array: np.ndarray) -> str:
     return np.rint(levels).astype(np.uint8).tobytes().hex()
 
 
+def centres_of(labels: np.ndarray) -> list[list[float]]:
+    """Of every value but 0 in a label map (*S): the value, and its mean position along each axis, 0 to 1."""
+    counts = np.bincount(labels.ravel())
+    values = np.flatnonzero(counts[1:]) + 1
+    columns = [values]
+    for axis, n in enumerate(labels.shape):
+        place = ((np.arange(n) + 0.5) / n).reshape([-1 if a == axis else 1 for a in range(labels.ndim)])
+        sums = np.bincount(labels.ravel(), np.broadcast_to(place, labels.shape).ravel())
+        columns.append(sums[values] / counts[values])
+    return np.stack(columns, 1).tolist()
+
+
 def _facts(array: np.ndarray) -> dict[str, Any]:
     """The fields of an ImageFacts of an image (C, *S)."""
     columns = array.reshape(len(array), -1)
@@ -237,7 +250,7 @@ def _facts(array: np.ndarray) -> dict[str, Any]:
 
 def _measure(path: Path, role: str, config: DataConfig) -> dict[str, Any]:
     """A look at every voxel: "content", a hash of them; of an image or source {"low", "high"} per channel,
-    and "facts"; of a mask {"labels", "labelled"}."""
+    and "facts"; of a mask {"labels", "labelled", "centres"}."""
     array = read(path, **read_options(role, config)).array
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
@@ -249,8 +262,10 @@ def _measure(path: Path, role: str, config: DataConfig) -> dict[str, Any]:
             raise InputError(f"{path}: labels must be integers, found {array.flat[off.argmax()]:g}")
         if not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
             raise InputError(f"{path}: labels from {labels.min():g} to {labels.max():g}; is this a mask?")
-        found = np.flatnonzero(np.bincount(labels.astype(np.int64).ravel())).tolist()
-        return {"labels": found, "content": _hash(array), "labelled": float((labels != 0).mean())}
+        labels = labels.reshape(array.shape[1:]).astype(np.int64)
+        found = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+        fraction, centres = float((labels != 0).mean()), centres_of(labels)
+        return {"labels": found, "content": _hash(array), "labelled": fraction, "centres": centres}
     if np.abs(array).max() > MAX_VALUE:
         raise InputError(f"{path}: values up to {np.abs(array).max():.2g}, too large to be intensities")
     pairs = [scaling_numbers(channel, config.scaling, config.percentiles, config.window) for channel in array]
@@ -324,7 +339,7 @@ def _inspect_voxels(
         )
         if entry is None and not is_mask and other and "facts" in other:
             entry = _by_facts(other, config)
-        if entry is not None and (not with_facts or "labelled" in entry or "facts" in entry):
+        if entry is not None and (not with_facts or "centres" in entry or "facts" in entry):
             found[path, role] = entry
         else:
             new[path, role] = (key, *now)
@@ -394,6 +409,7 @@ def inspect_cases(
         header, image = headers[case.image, "image"], found[case.image, "image"]
         source = found[case.source, "source"] if case.source else nothing
         source_content = source["content"]
+        mask = found[case.mask, "mask"] if case.mask else {}
         if case.source and config.paired_scaling == "shared":
             if len(source["low"]) != len(image["low"]):
                 problems.append(f"{case.source}: paired_scaling shared needs the channels of {case.image}")
@@ -409,9 +425,10 @@ def inspect_cases(
             shown=tuple(map(tuple, image.get("shown", ()))),
             content=image["content"],
             source_content=source_content,
-            mask_content=found[case.mask, "mask"]["content"] if case.mask else "",
+            mask_content=mask.get("content", ""),
             facts=_facts_of(image),
-            labelled=found[case.mask, "mask"].get("labelled") if case.mask else None,
+            labelled=mask.get("labelled"),
+            centres=tuple(map(tuple, mask.get("centres", ()))),
         )
         if case.volume:  # scaled by the numbers of the volume: its slices stay alike
             numbers = {name: getattr(whole[case.volume.id], name) for name in OF_THE_VOLUME}

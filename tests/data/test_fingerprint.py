@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tifffile
 from folders import image, mask, save
+from scipy import ndimage
 
 from ldm3d.config import InputError
 from ldm3d.data import DataConfig, inspection
 from ldm3d.data.cases import find_cases
 from ldm3d.data.fingerprint import guess_subjects, pose_and_mirrored, take, thumbnails
-from ldm3d.data.inspection import FEW_VALUES, few_values
+from ldm3d.data.inspection import FEW_VALUES, centres_of, few_values
 from ldm3d.data.layouts import recognise
 from ldm3d.data.opening import inspection_cache, open_data
 
@@ -241,6 +242,28 @@ def test_what_the_files_say_of_themselves_is_among_the_facts(tmp_path):
     assert found.labelled == pytest.approx((mask() > 0).mean())
 
 
+def test_labels_that_keep_to_their_sides_are_found(tmp_path):
+    """Two kidneys lie left and right, though nothing says so. What lies now left, now right has no side."""
+    for i in range(6):
+        labels = np.zeros((20, 16, 12), np.uint8)
+        labels[3:6, 6 + i % 3, 5:8] = 1
+        labels[14:17, 6 + i % 3, 5:8] = 2
+        save(tmp_path / f"kidneys/c{i}/seg.nii.gz", labels)
+        save(tmp_path / f"tumours/c{i}/seg.nii.gz", labels[::-1] if i == 5 else labels)
+        for folder in ("kidneys", "tumours"):
+            save(tmp_path / f"{folder}/c{i}/t1.nii.gz", image(labels.shape, seed=i))
+    found = [
+        take(tmp_path / name, {"data.cache_dir": str(tmp_path / "c")}) for name in ("kidneys", "tumours")
+    ]
+    assert [facts.sided for facts in found] == [(0,), ()]
+
+
+def test_centres_of_labels_are_those_of_scipy():
+    labels = np.random.default_rng(0).integers(0, 4, (5, 6, 7))
+    centres = (np.array(ndimage.center_of_mass(labels > -1, labels, [1, 2, 3])) + 0.5) / labels.shape
+    assert np.array(centres_of(labels)) == pytest.approx(np.column_stack([[1, 2, 3], centres]))
+
+
 def test_slices_of_volumes_are_two_dimensional_cases_of_their_subjects(tmp_path):
     root = nested(tmp_path / "d")
     found = take(root, {"data.cache_dir": str(tmp_path / "c"), "data.slices": "axial"})
@@ -366,7 +389,7 @@ def test_what_an_older_version_found_is_measured_again_for_a_plan_alone(tmp_path
     files = json.loads(cache.read_text())["files"]
     for entry in files.values():
         entry[2].pop("facts", None)
-        entry[2].pop("labelled", None)
+        entry[2].pop("centres", None)
     inspection._write_cache(cache, files)
     reads = count_reads(monkeypatch)
     open_data(config, "d", seed=0)
