@@ -83,7 +83,7 @@ def with_normalised_latents(net: AutoencoderKL, mean: Tensor, std: Tensor) -> Au
 def foreign_state(net: AutoencoderKL | Denoiser, library: str) -> dict[str, Tensor]:
     """The weights of `net` under the names of the library's class."""
     state = extract(net, "diffusers" if library == "diffusers" else "monai")
-    if isinstance(net, Denoiser) and net.conditions:  # the last row is the absent class, which MONAI lacks
+    if "class_embedding.weight" in state:  # the last row is the absent class, which MONAI lacks
         state["class_embedding.weight"] = state["class_embedding.weight"][:-1].clone()
     if isinstance(net, AutoencoderKL) and library == "maisi":
         if net.config.mid_attention or net.config.decoder_mid_attention:

@@ -65,36 +65,28 @@ def shared(config: VAEConfig | UNetConfig) -> dict[str, Any]:
     }
 
 
-def describe_monai_autoencoder(config: VAEConfig) -> Description:
-    target = "monai.networks.nets.AutoencoderKL"
+def monai_arguments(config: VAEConfig, target: str, upsample: tuple[str, str]) -> dict[str, Any]:
+    """What the autoencoders of MONAI and MAISI have in common. upsample: their kinds, the plain one first."""
     plain = {"stem": 1, "final_silu": False, "down_pad": "asym", "double_z": False, "extra_up_block": False}
-    require(config, target, **plain, quant_conv=True, upsample=("nearest", "deconv2"))
-    arguments = shared(config) | {
+    require(config, target, **plain, quant_conv=True, upsample=upsample)
+    middle = config.mid_attention, config.decoder_mid_attention
+    return shared(config) | {
         "out_channels": config.in_channels,
         "latent_channels": config.latent_channels,
-        "with_encoder_nonlocal_attn": config.mid_attention,
-        "with_decoder_nonlocal_attn": config.mid_attention,
-        "use_convtranspose": config.upsample == "deconv2",
+        "with_encoder_nonlocal_attn": middle[0],
+        "with_decoder_nonlocal_attn": middle[0] if middle[1] is None else middle[1],
+        "use_convtranspose": config.upsample == upsample[1],
     }
-    if config.decoder_mid_attention is not None:
-        arguments["with_decoder_nonlocal_attn"] = config.decoder_mid_attention
-    return Description(target, arguments)
+
+
+def describe_monai_autoencoder(config: VAEConfig) -> Description:
+    target = "monai.networks.nets.AutoencoderKL"
+    return Description(target, monai_arguments(config, target, ("nearest", "deconv2")))
 
 
 def describe_maisi_autoencoder(config: VAEConfig) -> Description:
     target = "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi"
-    plain = {"stem": 1, "final_silu": False, "down_pad": "asym", "double_z": False, "extra_up_block": False}
-    require(config, target, **plain, quant_conv=True, upsample=("trilinear", "deconv3"))
-    arguments = shared(config) | {
-        "out_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "with_encoder_nonlocal_attn": config.mid_attention,
-        "with_decoder_nonlocal_attn": config.mid_attention,
-        "use_convtranspose": config.upsample == "deconv3",
-        "num_splits": 1,
-    }
-    if config.decoder_mid_attention is not None:
-        arguments["with_decoder_nonlocal_attn"] = config.decoder_mid_attention
+    arguments = monai_arguments(config, target, ("trilinear", "deconv3")) | {"num_splits": 1}
     arguments["num_channels"] = arguments.pop("channels")
     return Description(target, arguments)
 

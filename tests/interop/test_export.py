@@ -82,6 +82,15 @@ def test_the_other_class_loads_it_strictly_and_has_equal_outputs(name):
     assert compare(net, theirs) < 1e-5
 
 
+def test_a_u_net_with_numbers_and_no_classes_has_a_state_in_the_layout_of_maisi():
+    spacing = Condition("spacing", "spacing", mean=(0.0,) * 2, std=(0.01,) * 2)
+    unet = UNetConfig(2, 3, 3, (8, 16), (1,), (False, True), head_channels=8, num_groups=4)
+    net = Denoiser(unet, ConditionConfig(use=("spacing",), concat=("spacing",)), [spacing])
+    state = foreign_state(net, "monai")
+    assert state["spacing_layer.0.weight"].shape[1] == 2
+    assert "class_embedding.weight" not in state
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_what_comes_back_is_the_same_to_the_bit(name, tmp_path):
     library, make, hints = NETS[name]
