@@ -1,18 +1,18 @@
 """Which files of a folder are images and which are masks, so that a person need not say it.
 
-Five ways in which people keep their data are recognised, in this order:
+Four ways in which people keep their data are recognised, in this order:
 
     a table            cases.csv, the only CSV with a column `image`, or the dataset.json of the MSD
     BIDS               sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz
-    DICOM              a folder of slices for each case
     a folder a case    p01/t1.nii.gz p01/seg.nii.gz, p02/t1.nii.gz p02/seg.nii.gz
     a folder a role    images/p01.nii.gz, labels/p01.nii.gz; or one folder of images
 
-Files that stand in the same place of every case have one role. Example: in the fourth layout t1.nii.gz and
-seg.nii.gz are two kinds of files. A kind whose files hold a few small integers is one of masks. All other
-kinds are images, of which the first by name is taken. Only what this module says it has recognised is used: a
-second contrast is named, and left to the person. So are folders called val or test beside others, for whoever
-has put cases aside does not want them trained on.
+A folder that holds the slices of one DICOM volume counts as a file. Files that stand in the same place of
+every case have one role. Example: in the third layout t1.nii.gz and seg.nii.gz are two kinds of files. A kind
+whose files hold a few small integers is one of masks. All other kinds are images, of which the first by name
+is taken. Only what this module says it has recognised is used: a second contrast is named, and left to the
+person. So are folders called val or test beside others, for whoever has put cases aside does not want them
+trained on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from ..config import InputError
 from .cases import read_csv
 from .inspection import few_values
-from .itk import is_dicom_folder, is_series_folder
+from .itk import is_series_folder
 from .volumes import DICOM, is_volume_file, read, read_header, strip_suffix, volume_suffix
 
 MASK_NAMES = re.compile(
@@ -103,21 +103,6 @@ def _table(root: Path) -> Layout | None:
     if len(tables) > 1:
         raise InputError(f"{root}: {' and '.join(tables[:2])} both list images; name one with --data.table")
     return Layout({"table": tables[0]}, {"table": "the CSV with a column image"}) if tables else None
-
-
-def _dicom(root: Path) -> Layout | None:
-    """Folders that hold the slices of one DICOM volume each, all equally deep: a folder a case."""
-    found = []
-    for folder, folders, _ in os.walk(root, followlinks=True):
-        depth = len(Path(folder).relative_to(root).parts)
-        if depth and is_dicom_folder(folder):
-            found.append(depth)
-            folders[:] = []
-        folders[:] = [] if depth == MAX_DEPTH else [name for name in folders if not name.startswith(".")]
-    if not found or len(set(found)) > 1:
-        return None
-    pattern = "*/" if found[0] == 1 else "{id}/" * found[0]
-    return Layout({"image": pattern}, {"image": f"a folder a case: {len(found)} folders of DICOM slices"})
 
 
 # --- kinds of files -----------------------------------------------------------------------------------------
@@ -284,8 +269,6 @@ def recognise(root: Path) -> Layout:
     """The layout of the files in a folder. InputError if there are none, or if they cannot be told apart."""
     if table := _table(root):
         return table
-    if folders := _dicom(root):
-        return folders
     files = volume_files(root)
     if not files:
         raise InputError(f"{root}: holds no images (.nii .nii.gz .tif .npy .png ...) and no table of cases")

@@ -24,6 +24,7 @@ EXTRAS = {  # of setup.py: what else can be installed, and what for
     "viz": ("pictures and TensorBoard", ("matplotlib", "tensorboard")),
     "formats": ("DICOM, NRRD, MHA, compressed TIFF", ("SimpleITK", "imagecodecs")),
     "analysis": ("maps of latents", ("scikit-learn", "umap-learn", "plotly")),
+    "onnx": ("decoders as ONNX graphs", ("onnx", "onnxscript")),
 }
 NEEDED = ("torch", "numpy", "nibabel", "tifffile", "tqdm")
 CGROUP = Path("/sys/fs/cgroup")  # the limits of a container

@@ -146,15 +146,6 @@ def test_what_is_put_aside_to_test_on_is_not_trained_on(tmp_path):
         find_cases(DataConfig(**settings), tmp_path / folder)
 
 
-@pytest.mark.parametrize(("place", "pattern"), [("{}", "*/"), ("{}/ct", "{id}/{id}/")])
-def test_folders_of_dicom_slices_are_the_cases(tmp_path, place, pattern):
-    for case in CASES:
-        folder = tmp_path / place.format(case)
-        folder.mkdir(parents=True)
-        (folder / "IM0001").write_bytes(bytes(128) + b"DICM")
-    assert recognise(tmp_path).settings == {"image": pattern}
-
-
 def test_shapes_alone_are_images_though_they_look_like_masks(tmp_path):
     for case in CASES:
         save(tmp_path / f"{case}.nii.gz", mask())

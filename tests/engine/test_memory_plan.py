@@ -197,8 +197,9 @@ def test_a_diffusion_preset_fits_the_gpu_that_it_is_named_after(name, budget, mo
     stage_one = replace(train_vae.Config(), train_vae.PRESETS[name])
     with torch.device("meta"):
         autoencoder = AutoencoderKL(stage_one.vae)
-    data = {"size": stage_one.data.size}
-    monkeypatch.setattr(train_ldm, "load_autoencoder", lambda _: (autoencoder, {"state": {"data": data}}))
+    content = {"state": {"data": {"size": stage_one.data.size}}}
+    monkeypatch.setattr(train_ldm, "autoencoder_of", lambda _: (content, "made above"))
+    monkeypatch.setattr(train_ldm, "build_autoencoder", lambda *_: autoencoder)
     monkeypatch.setattr(train_ldm.DataSpec, "from_dict", lambda d: stage_one.data)
     latent = {
         "unet.in_channels": stage_one.vae.latent_channels,
