@@ -406,6 +406,9 @@ def parse(
         chosen = planner(Path(name), flags, merge)
     else:
         near = difflib.get_close_matches(name, presets, n=1)
+        if planner and "data.root" in flags and not Path(name).exists() and len(Path(name).parts) > 1:
+            moved = f"where the data have moved, their folder is the first word: {flags['data.root']}"
+            raise InputError(f"{name}: no such folder; {moved}")
         if Path(name).is_dir():
             raise InputError(f"{name}: a folder; a preset comes first, data are named by --data.root {name}")
         raise InputError(

@@ -32,9 +32,11 @@ from typing import Any
 from .config import InputError, show, stored_settings
 from .data import Data, DataConfig
 from .data.fingerprint import READING, Fingerprint
-from .engine.checkpoint import write_text
-from .engine.distributed import gather, is_main, world_size
+from .data.opening import open_stored
+from .engine.checkpoint import load_latest, load_run, write_text
+from .engine.distributed import gather, is_main, setup, world_size
 from .engine.memory_plan import MemoryTable
+from .engine.runs import changed_case
 
 PLAN_FILE = "plan.json"
 WIDTH = 110  # columns of the printed table
@@ -681,6 +683,27 @@ def seconds_per_step(table: MemoryTable, config: Any, device: Any, data: Data | 
     return max(networks, reading / config.run.workers) if config.run.workers else networks + reading
 
 
+def other_cases(content: dict[str, Any], folder: Path) -> str:
+    """Why the cases in `folder` are not those of a run, in words; empty where they are. content: what the
+    run's checkpoint holds."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # training says the same again
+            now = open_stored(content, root=str(folder)).contents
+    except InputError as e:
+        return str(e)
+    return changed_case(content["state"].get("contents", {}), now) or ""
+
+
+def other_autoencoder(run: Path, folder: Path) -> str:
+    """Why the autoencoder in `folder` is not the one that stage two's `run` keeps a copy of, in words."""
+    try:
+        kept, now = load_run(run / "autoencoder.pt", "vae")["ema"], load_run(folder, "vae")["ema"]
+    except InputError as e:
+        return str(e)
+    same = kept.keys() == now.keys() and all(kept[name].equal(now[name]) for name in kept)
+    return "" if same else "its weights are others"
+
+
 class Planner:
     """What `config.parse` calls where the first word of a command is a folder.
 
@@ -712,11 +735,36 @@ class Planner:
         name = name.removeprefix("vae-") if is_run else name
         config = Path(flags.get("run.dir") or f"runs/{self.kind}-{name}") / "config.json"
         if config.is_file() and not flags.get("run.fresh") and not flags.get("plan"):
-            return stored_settings(self.cls, config)
+            stored = stored_settings(self.cls, config)
+            if self._goes_on(config.parent, stored, folder, flags):
+                return stored
         self.plan = self.make(folder, flags, lambda values: merge(values | {"preset": name}))
         if is_main():
             print(self.plan.table(), flush=True)
         return self.plan.values | {"preset": name}
+
+    def _goes_on(self, run: Path, stored: dict[str, Any], folder: Path, flags: dict[str, Any]) -> bool:
+        """Does the command go on with the stored `run`? True if `folder` is what it was trained on, here or
+        moved; False if the run is of another folder and has saved nothing. Else InputError: two
+        folders of one name would share a run."""
+        word = "vae" if (folder / "config.json").is_file() else "data.root"
+        was = stored.get(word)
+        if was is None or Path(was).expanduser().resolve() != folder.resolve():
+            setup(flags.get("run.device", "auto"))
+            with contextlib.redirect_stdout(io.StringIO()):  # the run names damaged checkpoints again
+                content = load_latest(run, self.kind)
+            if content is None:
+                return False
+            other = other_autoencoder(run, folder) if word == "vae" else other_cases(content, folder)
+            if other:
+                was = Path(was).expanduser().resolve() if was else f"data of {stored['preset']}"
+                raise InputError(
+                    f"{run}: was trained on {was}, this is {folder.resolve()} ({other}); choose another "
+                    "--run.dir, or start anew with --run.fresh"
+                )
+        if word == "vae":  # how the path was written then, which a run does not let change
+            flags[word] = stored.get(word)
+        return True
 
     def check(self, flags: dict[str, Any]) -> None:
         """Refuse flags of planning where nothing is planned."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import train_vae
 from ldm3d import read
 from ldm3d.data import AugmentConfig, DataConfig
 from ldm3d.data.fingerprint import Fingerprint
+from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.memory_plan import MemoryTable, free_memory
 from ldm3d.plan import (
@@ -555,6 +558,44 @@ def test_a_run_that_goes_on_does_not_plan_again(folder, tmp_path, monkeypatch):
     assert (tmp_path / "half" / "plan.json").read_text() == before
     with pytest.raises(TypeError):
         train_vae.main([str(folder), *SHORT, "--run.dir", "half", "--run.fresh"])
+
+
+def test_two_folders_of_one_name_do_not_share_a_run(folder, tmp_path, capsys, mistake):
+    other = tmp_path / "other" / "heads"
+    write_phantoms(other, 12, seed=7, dims=2, size=(16, 20), spacing=(12.0, 11.0))
+    train_vae.main([str(folder), *SHORT])
+    line = mistake(train_vae.main, [str(other), *SHORT])
+    assert line.startswith(f"error: runs/vae-heads: was trained on {folder}, this is {other} (")
+    assert line.endswith("; choose another --run.dir, or start anew with --run.fresh\n")
+    train_vae.main([str(other), *SHORT, "--run.dir", "second/vae-heads"])
+    train_ldm.main(["runs/vae-heads", *SHORT])
+    line = mistake(train_ldm.main, ["second/vae-heads", *SHORT])
+    assert f"runs/ldm-heads: was trained on {tmp_path}/runs/vae-heads, this is" in line
+    for path in (tmp_path / "runs/vae-heads").glob("checkpoint_*"):
+        path.unlink()
+    capsys.readouterr()
+    train_vae.main([str(other), *SHORT])  # a run that has saved nothing is planned again
+    assert "data.scaling" in capsys.readouterr().out
+
+
+def test_a_planned_run_goes_on_where_its_folder_has_moved(folder, tmp_path, capsys, mistake):
+    old, new = tmp_path / "old" / "heads", tmp_path / "new" / "heads"
+    shutil.copytree(folder, old)
+    train_vae.main([str(old), *SHORT, "--run.steps", "4"])
+    train_ldm.main(["runs/vae-heads", *SHORT, "--run.steps", "4"])
+    shutil.copytree(old, new)
+    capsys.readouterr()
+    train_vae.main([str(new), *SHORT, "--run.steps", "4"])  # a copy
+    assert "finished at step 4" in capsys.readouterr().out
+    shutil.rmtree(old)
+    line = mistake(train_vae.main, [str(old), "--data.root", str(new)])
+    assert f"{old}: no such folder; where the data have moved, their folder is the first word: {new}" in line
+    Path("runs/vae-heads").rename("vae-heads")
+    train_ldm.main([str(tmp_path / "vae-heads"), *SHORT, "--data.root", str(new)])
+    assert "going on from step 4" in capsys.readouterr().out
+    Path("vae-heads").rename("runs/vae-heads")
+    train_vae.main([str(new), *SHORT])
+    assert "going on from step 4" in capsys.readouterr().out
 
 
 def test_plan_alone_prints_both_tables_and_touches_nothing(folder, tmp_path, capsys, monkeypatch):
