@@ -40,7 +40,7 @@ from .volumes import Header, read, read_header, stamp
 
 MAX_LABEL, MAX_VALUE = 65535, 1e30  # of masks; of images, so that no sum of float32 overflows
 SHOWN = 0.5, 99.5  # percentiles of a file that pictures show as black and white, see DataConfig.unbounded
-OF_THE_VOLUME = "low", "high", "source_low", "source_high", "shown"  # what a slice has of its volume
+OF_THE_VOLUME = "low", "high", "source_low", "source_high", "shown", "dtype"  # what a slice has of its volume
 KEEP_EVERY = 5.0  # seconds, after which what was found is written
 FEW_VALUES = 64  # an image of at most this many integers looks like a label map
 THUMBNAIL = {2: 32, 3: 10}  # voxels along each axis
@@ -79,6 +79,7 @@ class CaseInfo:
     facts: ImageFacts | None = None  # of the image; None: found by an older version, and not asked for
     labelled: float | None = None  # fraction of the mask that is not 0
     centres: tuple[tuple[float, ...], ...] = ()  # value and centre of each, see `centres_of`
+    dtype: str = "float32"  # of the values in the image file, such as "uint8"
 
     @property
     def channels(self) -> int:
@@ -429,6 +430,7 @@ def inspect_cases(
             facts=_facts_of(image),
             labelled=mask.get("labelled"),
             centres=tuple(map(tuple, mask.get("centres", ()))),
+            dtype=header.dtype.name,
         )
         if case.volume:  # scaled by the numbers of the volume: its slices stay alike
             numbers = {name: getattr(whole[case.volume.id], name) for name in OF_THE_VOLUME}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class DataSpec:
     num_classes: int | None  # of the column `class`; None: the table has none
     reference: dict[str, float] | None = None  # figures of real cases, to compare samples with
     display: tuple[float, float] = (-1.0, 1.0)  # scaled intensities that pictures show as black and white
+    dtype: str = "float32"  # of the images that are written: "uint8" if all training images are of 8 bits
 
     def to_dict(self) -> dict[str, Any]:
         return to_dict(self)
@@ -57,7 +58,7 @@ class DataSpec:
             valid = valid and len(spec.size) == len(spec.spacing) == spec.dims
             valid = valid and all(map(math.isfinite, (*spec.low, *spec.high)))
             black, white = spec.display
-            valid = valid and -math.inf < black < white < math.inf
+            valid = valid and -math.inf < black < white < math.inf and spec.dtype in ("float32", "uint8")
         except (AttributeError, TypeError, ValueError):
             valid = False
         if not valid:
@@ -102,6 +103,16 @@ class DataSpec:
             array = unscale(array.astype(np.float32), *self.numbers(None), self.clipped)
         return Volume(array, centred_affine(x.shape[1:], self.spacing), self.orientation)
 
+    def as_file(self, volume: Volume, info: CaseInfo | None = None) -> Volume:
+        """A volume of `to_volume` or `restore` as it is written: in the type of the training images.
+
+        That is uint8, rounded and clipped to 0 to 255, or the floats as they are. info: the case whose
+        intensities the volume has; None: those of the training data. A case of another type keeps floats.
+        """
+        if self.dtype != "uint8" or (info is not None and info.dtype != "uint8"):
+            return volume
+        return replace(volume, array=np.rint(volume.array).clip(0, 255).astype(np.uint8))
+
 
 def make_spec(
     cases: list[Case],
@@ -139,6 +150,7 @@ def make_spec(
         num_labels=num_labels if any(case.mask for case in cases) else None,
         num_classes=max(classes) + 1 if classes else None,
         display=_display(train, low, high, config),
+        dtype="uint8" if all(info.dtype == "uint8" for info in train) else "float32",
     )
 
 

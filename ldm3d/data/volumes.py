@@ -90,7 +90,7 @@ class Header:
     spacing: tuple[float, ...]  # mm
     affine: np.ndarray  # (dims + 1, dims + 1) float64
     orientation: str | None
-    dtype: np.dtype  # as stored
+    dtype: np.dtype  # of the values: as stored, or floats where the file states a slope
     palette: bool = False  # the values are indices of a table of colours, and no intensities
 
 
@@ -268,6 +268,8 @@ def _open_nifti(path: Path, dims: int | None) -> _Opened:
         return data if picks == tuple(range(channels)) else data[..., list(picks)]
 
     dtype = np.dtype(np.uint8) if dtype.fields else dtype
+    if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
+        dtype = np.dtype(np.float64)
     return _in_ras(path, shape[:3], channels, dtype, _nifti_affine(image), load, dims)
 
 
@@ -436,15 +438,20 @@ def _write_nifti(file: BinaryIO, volume: Volume, suffix: str) -> None:
 
 
 def _write_tiff(file: BinaryIO, volume: Volume, suffix: str) -> None:
-    """Uncompressed pages, one per channel and depth; spacing as resolution, affine in the description."""
+    """Uncompressed pages, one per channel and depth; spacing as resolution, affine in the description. Three
+    channels of 8 bits in 2-D are one page in colour, which every viewer shows."""
     array, affine = volume.array, volume.affine
     axes = "ZYX"[-len(affine) + 1 :]
-    array, axes = (array[0], axes) if len(array) == 1 else (array, "C" + axes)
+    color = array.dtype == np.uint8 and len(array) == 3 and axes == "YX"
+    if color:
+        array, axes = np.moveaxis(array, 0, -1), "YXS"
+    else:
+        array, axes = (array[0], axes) if len(array) == 1 else (array, "C" + axes)
     per_cm = [10.0 / length for length in affine_spacing(affine)]
     tifffile.imwrite(
         file,
         np.ascontiguousarray(array),
-        photometric="minisblack",
+        photometric="rgb" if color else "minisblack",
         planarconfig="separate" if axes == "CYX" else None,
         resolution=(per_cm[-1], per_cm[-2]),
         resolutionunit="CENTIMETER",

@@ -52,7 +52,8 @@ def reconstruct_files(config: ReconstructConfig, run: Path, images: Path) -> Pat
         check_finite(recon, name)
         scores = {"psnr": psnr(recon[None], x[None], 2.0), "ssim": ssim(recon[None], x[None], 2.0)}
         rows[name] = {k: float(v) for k, v in scores.items()}
-        write(folder / f"{file_name(name)}{suffix}", dataset.restore(i, recon))
+        volume = dataset.spec.as_file(dataset.restore(i, recon), dataset.infos[name])
+        write(folder / f"{file_name(name)}{suffix}", volume)
         if len(sheet["original"]) < 4:
             sheet["original"].append(x[0].numpy())
             sheet["reconstruction"].append(recon[0].numpy())

@@ -50,6 +50,7 @@ from .segmentation import check_finite, file_labels, overlay, suffix_of
 
 SamplerName = Literal[("auto", *SAMPLERS)]  # a tuple, since Python 3.10 knows no star here
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
+MAPS = "maps"  # the folder of means and standard deviations
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Results:
         volume = self.request.volume(number, x, self.spec)
         if self.request.paste:
             volume = pasted(volume, self.request)
+        if folder != MAPS:  # a mean lies between the values of 8 bits
+            volume = self.request.as_file(number, volume, self.spec)
         write(self.folder / folder / f"{file_name(name)}{self.suffix}", volume)
 
     def sheet(self, name: str, x: Tensor, number: int) -> None:
@@ -161,10 +164,10 @@ class Results:
                 self.scores[f"{name} mean"] = self.score(mean.float(), number)
             if is_main() and self.config.maps:
                 std = (sums[1] / self.each - mean.square()).clamp(min=0).sqrt()
-                self.write(f"{name}_mean", number, mean.float(), "maps")
+                self.write(f"{name}_mean", number, mean.float(), MAPS)
                 zero, width = (self.request.volume(number, v.float(), self.spec) for v in (0 * std, std))
                 volume = dataclasses.replace(width, array=width.array - zero.array)  # no offset
-                write(self.folder / "maps" / f"{file_name(f'{name}_std')}{self.suffix}", volume)
+                write(self.folder / MAPS / f"{file_name(f'{name}_std')}{self.suffix}", volume)
         self.scores = {k: v for part in gather(self.scores) for k, v in part.items()}
         barrier()
 

@@ -95,6 +95,10 @@ class Request:
             info = dataclasses.replace(info, low=spec.low, high=spec.high)
         return restore(x, spec, info)
 
+    def as_file(self, number: int, volume: Volume, spec: DataSpec) -> Volume:
+        """A sample of `volume` in the type of the files whose units it has."""
+        return spec.as_file(volume, self.infos[number] if isinstance(self.edit, ImageEdit) else None)
+
 
 def read_request(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: str = "fp32") -> Request:
     """The request that the settings describe. amp: the precision to encode sources with."""

@@ -148,3 +148,41 @@ def test_a_damaged_record_of_the_data_is_named(settings, change):
     for damaged in (values | change, [], {}):
         with pytest.raises(InputError, match=r"training data \(state\.data\) is damaged"):
             DataSpec.from_dict(damaged)
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"), [(("uint8",) * 4, "uint8"), (("uint8", "int16") * 2, "float32")]
+)
+def test_a_run_writes_8_bits_where_all_training_images_have_8_bits(tmp_path, types, expected):
+    rng = np.random.default_rng(0)
+    for i, dtype in enumerate(types):
+        save(tmp_path / f"{i}.nii", rng.integers(0, 256, (5, 6, 7)).astype(dtype))
+    config = DataConfig(root=str(tmp_path), image="*.nii", cache_dir=str(tmp_path), val_fraction=0)
+    for _ in range(2):  # of the first look, and of what was kept of it
+        data = opened(config)
+        assert data.spec.dtype == expected
+        volume = data.spec.to_volume(torch.tensor([-1.0, -0.501, 0.0, 1.0]).view(1, 4, 1, 1))
+        written = data.spec.as_file(volume).array
+        assert written.dtype == expected
+        half = 0.5 if expected == "uint8" else 0.0
+        np.testing.assert_allclose(written, volume.array, atol=half + 1e-4)
+
+
+def test_8_bit_files_are_written_clipped_and_files_of_another_type_keep_their_own(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.nii", np.random.default_rng(i).integers(0, 256, (5, 6, 7)).astype(np.uint8))
+    config = DataConfig(root=str(tmp_path), image="*.nii", scaling="zscore", cache_dir=str(tmp_path))
+    data = opened(config)
+    volume = data.spec.to_volume(torch.tensor([-9.0, 9.0]).view(1, 2, 1, 1))
+    assert volume.array.min() < 0
+    assert volume.array.max() > 255
+    info = next(iter(data.infos.values()))
+    assert data.spec.as_file(volume, info).array.flatten().tolist() == [0, 255]
+    assert data.spec.as_file(volume, replace(info, dtype="float32")) is volume
+
+
+def test_a_run_that_never_looked_at_the_type_writes_floats(settings):
+    values = replace(opened(settings).spec, dtype="uint8").to_dict()
+    assert DataSpec.from_dict(values).dtype == "uint8"
+    del values["dtype"]
+    assert DataSpec.from_dict(values).dtype == "float32"

@@ -444,3 +444,38 @@ def test_labels_are_written_as_integers(tmp_path: Path) -> None:
     path = write(tmp_path / "b.tif", Volume(labels + 0.2, np.eye(4)), dtype=np.uint8)
     assert tifffile.imread(path).dtype == np.uint8
     assert np.array_equal(read(path).array, labels)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_three_channels_of_8_bits_in_2d_are_written_as_an_rgb_tiff(tmp_path: Path, dtype) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (3, 5, 7)).astype(dtype)
+    affine = np.array([[0.5, 0, 3], [0, 0.7, -2], [0, 0, 1]])
+    path = write(tmp_path / "a.tif", Volume(array, affine))
+    with tifffile.TiffFile(path) as file:
+        is_color = file.pages[0].photometric == tifffile.PHOTOMETRIC.RGB
+        assert (file.pages[0].shape, is_color) == (
+            ((5, 7, 3), True) if dtype == np.uint8 else ((3, 5, 7), False)
+        )
+    back, header = read(path), read_header(path)
+    assert (header.channels, header.dtype) == (3, dtype)
+    np.testing.assert_array_equal(back.array, array)
+    np.testing.assert_array_equal(back.affine, affine)
+    np.testing.assert_array_equal(read(path, channel=2).array, array[2:])
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (2, 5, 7), (4, 5, 7), (3, 4, 5, 7)])
+def test_other_8_bit_volumes_are_written_in_planes(tmp_path: Path, shape) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    path = write(tmp_path / "a.tif", Volume(array, np.eye(len(shape))))
+    with tifffile.TiffFile(path) as file:
+        assert file.pages[0].photometric == tifffile.PHOTOMETRIC.MINISBLACK
+    np.testing.assert_array_equal(read(path).array, array)
+
+
+def test_8_bit_nifti_files_with_a_slope_hold_floats(tmp_path: Path) -> None:
+    for name, slope in (("plain", 1.0), ("scaled", 0.1)):
+        image = nib.Nifti1Image(np.arange(60, dtype=np.uint8).reshape(3, 4, 5), np.eye(4))
+        image.header.set_slope_inter(slope, 0.0)
+        nib.save(image, tmp_path / f"{name}.nii")
+    assert read_header(tmp_path / "plain.nii").dtype == np.uint8
+    assert read_header(tmp_path / "scaled.nii").dtype.kind == "f"
