@@ -225,7 +225,7 @@ COMMON: dict[str, str] = {  # the settings of --help; --help all shows every set
     " data.augment.flip_axes data.augment.affine data.augment.intensity",
     "the network": "unet.channels generator.stem generator.encoder_channels cdal.diffusion votes window",
     "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp run.workers"
-    " run.eval_every run.init run.fresh plan",
+    " run.eval_every run.init run.fresh plan memory",
 }
 
 

@@ -254,7 +254,7 @@ COMMON: dict[str, str] = {  # the settings of --help; --help all shows every set
     " condition.use condition.dropout anatomy.registers",
     "the diffusion": "kernel.process kernel.prediction sample_steps",
     "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp"
-    " run.workers run.eval_every run.init run.fresh plan",
+    " run.workers run.eval_every run.init run.fresh plan memory",
 }
 
 

@@ -290,7 +290,7 @@ COMMON: dict[str, str] = {  # the settings of --help; --help all shows every set
     "the autoencoder": "autoencoder vae.channels vae.latent_channels vae.stem",
     "the loss": "kl_weight perceptual_weight disc_weight disc_start",
     "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp run.workers"
-    " run.eval_every run.init run.fresh hours plan",
+    " run.eval_every run.init run.fresh hours plan memory",
 }
 
 

@@ -382,7 +382,7 @@ def parse(
     parser = Parser(common, description=doc)
     choices = f"one of: {', '.join(presets)}; or a JSON file"
     choices += "; or a folder, for which settings are planned" if planner else ""
-    parser.add_argument("first", metavar="preset", nargs="?", help=choices)
+    parser.add_argument("first", metavar="preset|FOLDER" if planner else "preset", nargs="?", help=choices)
     parser.add_argument("--preset", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_options(parser, cls, cls())
     args = vars(parser.parse(argv))
@@ -406,6 +406,10 @@ def parse(
         chosen = planner(Path(name), flags, merge)
     else:
         near = difflib.get_close_matches(name, presets, n=1)
+        if planner and Path(name).is_file():
+            raise InputError(f"{name}: is a file; give its folder, {Path(name).parent}")
+        if "vae" in types_of and not Path(name).exists() and len(Path(name).parts) > 1:  # a run is expected
+            raise InputError(f"{name}: no such run; train it first: python train_vae.py ...")
         if planner and "data.root" in flags and not Path(name).exists() and len(Path(name).parts) > 1:
             moved = f"where the data have moved, their folder is the first word: {flags['data.root']}"
             raise InputError(f"{name}: no such folder; {moved}")

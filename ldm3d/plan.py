@@ -34,7 +34,7 @@ from .data import Data, DataConfig
 from .data.fingerprint import READING, Fingerprint
 from .data.opening import open_stored
 from .engine.checkpoint import load_latest, load_run, write_text
-from .engine.distributed import gather, is_main, setup, world_size
+from .engine.distributed import gather, is_main, print0, setup, world_size
 from .engine.memory_plan import MemoryTable
 from .engine.runs import changed_case
 
@@ -75,16 +75,15 @@ class Plan:
         return {choice.key: choice.value for choice in self.choices if choice.key not in self.given}
 
     def table(self) -> str:
-        """Setting, value and reason, a choice a line, or more where the reason is long."""
+        """The notes, then setting, value and reason, a choice a line, or more where the reason is long."""
         columns = [(c.key, show(c.value) or "none", c.why) for c in self.choices]
         left, middle = (max((len(row[i]) for row in columns), default=0) for i in (0, 1))
         middle = min(middle, 34)
-        lines = []
+        lines = [f"note: {note}" for note in self.notes]
         for key, value, why in columns:
             start = f"{key:{left}}  {value:{middle}}  "
             indent = " " * (left + middle + 4)
             lines += textwrap.wrap(why, WIDTH, initial_indent=start, subsequent_indent=indent) or [start]
-        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
@@ -220,9 +219,11 @@ def plan_flips(plan: Plan, f: Fingerprint) -> tuple[int, ...]:
         return plan.set(
             key, axes, f"a label always lies on the same side of the others along axis {sided[0]}"
         )
-    ratios = ", ".join(f"{min(1.0, max(0.0, alike[axis])):.0%}" for axis in candidates)
-    say = " (rows, columns)" if f.dims == 2 else ""
-    return plan.set(key, axes, f"flipped cases resemble the others {ratios}{say} as much as they do")
+    names = ("left-right",) if f.dims == 3 else ("up-down", "left-right")
+    ratios = ", ".join(f"{names[axis]} {min(1.0, max(0.0, alike[axis])):.0%}" for axis in candidates)
+    why = f"likeness of flipped cases to the others: {ratios} of that of unflipped ones; "
+    why += f"{SYMMETRIC:.0%} is asked"
+    return plan.set(key, axes, why)
 
 
 def plan_reading(plan: Plan, f: Fingerprint, gpu: bool, num_cores: int) -> None:
@@ -238,6 +239,7 @@ def plan_reading(plan: Plan, f: Fingerprint, gpu: bool, num_cores: int) -> None:
 
 SHORT = 0.5  # hours, below which networks for CPUs are narrower: more steps teach more than wider levels
 STEP_VOXELS = {2: 128**2, 3: 36**3}  # of a training patch on CPUs: one step takes about half a second
+SHORT_VOXELS = {2: 128**2, 3: 32**3}  # the same for a short time: more steps teach more than larger patches
 GPU_PATCH = {2: 512**2, 3: 112 * 128 * 80}
 LATENT_POSITIONS = {False: 4096, True: 65536}  # by GPU: latents with more are halved once more
 
@@ -288,6 +290,12 @@ def by(numbers: tuple[int, ...]) -> str:
     return "x".join(map(str, numbers))
 
 
+def halved_once_more(size: tuple[int, ...], multiple: tuple[int, ...]) -> tuple[int, ...]:
+    """Multiples for cases whose latents the denoiser halves once more, but not along an axis that has become
+    short."""
+    return tuple(m * (2 if n >= 8 * m else 1) for n, m in zip(size, multiple, strict=True))
+
+
 def plan_autoencoder(
     plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], machine: Machine
 ) -> tuple[tuple[int, ...], ...]:
@@ -302,7 +310,8 @@ def plan_autoencoder(
         factors = halvings(size, spacing, 3)
     factors = factors or ((1,) * f.dims,)
     by_axis = total(factors, f.dims)
-    latent_size = tuple(-(-n // k) for n, k in zip(size, by_axis, strict=True))
+    padded = plan.given.get("data.size") or rounded_up(size, halved_once_more(size, by_axis))
+    latent_size = tuple(-(-n // k) for n, k in zip(padded, by_axis, strict=True))
     why = f"latents of {by(latent_size)}: an axis is halved while its voxels are not twice as long as others"
     if gpu:
         plan.set("vae.strides", factors, why)
@@ -315,18 +324,13 @@ def plan_autoencoder(
         widths = {1: (32,), 2: (32, wide), 3: (32, 64, 96 if short else 128)}[len(factors)]
         why = ", and narrower for a short time" if short else ""
         plan.set("vae.channels", widths, f"CPUs: narrow where the grid is fine{why}")
-        plan.set("vae.num_res_blocks", (1,), "CPUs")
-        plan.set("vae.num_groups", 8, "narrow levels")
+        plan.set("vae.num_res_blocks", (1,), "CPUs: one block a level makes short steps")
+        plan.set("vae.num_groups", 8, "levels are narrow: groups of few channels for the normalisation")
     few = f.dims == 2 and len(factors) < 3
-    why = "shapes" if f.num_values else f"{f.dims}-D, {math.prod(by_axis)} voxels to a position"
+    why = f"{math.prod(by_axis)} voxels share a position of the latent"
+    why = "shapes are simple" if f.num_values else why
     plan.set("vae.latent_channels", 4 if few or f.num_values else 8, why)
     return factors
-
-
-def halved_once_more(size: tuple[int, ...], multiple: tuple[int, ...]) -> tuple[int, ...]:
-    """Multiples for cases whose latents the denoiser halves once more, but not along an axis that has become
-    short."""
-    return tuple(m * (2 if n >= 8 * m else 1) for n, m in zip(size, multiple, strict=True))
 
 
 def plan_size(plan: Plan, size: tuple[int, ...], multiple: tuple[int, ...]) -> tuple[int, ...]:
@@ -339,31 +343,35 @@ def plan_size(plan: Plan, size: tuple[int, ...], multiple: tuple[int, ...]) -> t
 def plan_patch(
     plan: Plan,
     whole: tuple[int, ...],
+    largest: tuple[int, ...],
     median: tuple[int, ...],
     spacing: tuple[float, ...],
     multiple: tuple[int, ...],
     machine: Machine,
 ) -> None:
     """Patch and batch: as large as the memory allows, on CPUs as a short step allows. A patch that is larger
-    than most cases would be padding."""
-    dims = len(whole)
-    most = (GPU_PATCH if machine.gpu else STEP_VOXELS)[dims]
+    than most cases would be padding; along no axis is a patch longer than every case."""
+    dims, short = len(whole), machine.hours < SHORT
+    most = (GPU_PATCH if machine.gpu else SHORT_VOXELS if short else STEP_VOXELS)[dims]
+    inside = tuple(max(m, n // m * m) for n, m in zip(largest, multiple, strict=True))
     patch = whole
     if math.prod(whole) > 1.25 * most:
-        typical = tuple(map(min, whole, rounded_up(median, multiple)))
+        typical = tuple(map(min, inside, rounded_up(median, multiple)))
         patch = shrink(typical, spacing, multiple, most)
     limit = "a step on a GPU" if machine.gpu else "a short step on CPUs"
     why = "whole cases" if patch == whole else f"{limit}: at most {most} voxels"
     start = {2: 4, 3: 2} if not machine.gpu else {2: 16, 3: 4}
     batch, least = machine.shared(start[dims]), machine.ranks
     plan.set("data.patch", None if patch == whole else patch, why)
-    plan.set("batch_size", batch, f"{dims}-D")
+    why = "fills a GPU" if machine.gpu else "small batches make short steps"
+    plan.set("batch_size", batch, f"{why}, {dims}-D")
     while not machine.training_fits(plan.values):
         if batch > least:
             batch = machine.shared(batch // 2)
             plan.set("batch_size", batch, "as many as fit into the memory")
         elif math.prod(patch) > math.prod(multiple):
-            patch = shrink(patch, spacing, multiple, math.prod(patch) * 3 // 4)
+            most = math.prod(patch) * 3 // 4
+            patch = shrink(tuple(map(min, patch, inside)), spacing, multiple, most)
             plan.set("data.patch", patch, "as large as fits into the memory")
         else:
             plan.notes.append("the memory is too small even for the smallest patch")
@@ -413,7 +421,7 @@ def plan_vae(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores:
     multiple = total(factors, f.dims)
     coarse = halved_once_more(size, multiple)
     whole = plan_size(plan, size, coarse)
-    plan_patch(plan, whole, on_grid(f.median, f, size), spacing, multiple, machine)
+    plan_patch(plan, whole, size, on_grid(f.median, f, size), spacing, multiple, machine)
     plan_validation(plan, whole, spacing, coarse, machine)
     plan_optimizer(plan, 1e-4 if machine.gpu else 2e-3, machine.gpu)
     return plan
@@ -518,10 +526,14 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
         widths = {1: (48,), 2: (48, 96), 3: (48, 96, 96)}[len(widths)]
     if gpu:
         widths = {1: (256,), 2: (256, 256), 3: (256, 256, 512)}[len(widths)]
-        plan.set("unet.head_channels", 64, "a GPU")
+        plan.set("unet.head_channels", 64, "a GPU: as many channels to a head as is usual")
     plan.set("unet.dims", len(z.size), "as the latents")
     plan.set("unet.strides", factors, f"{by(z.size)} positions, {coarse:.0f} on the coarsest level")
-    plan.set("unet.channels", widths, "a GPU" if gpu else f"CPUs, {'fine' if fine else 'coarse'} latents")
+    plan.set(
+        "unet.channels",
+        widths,
+        "a GPU: wide networks" if gpu else f"CPUs: narrow for {'fine' if fine else 'coarse'} latents",
+    )
     attention = (False,) * (len(widths) - 1) + (coarse <= (4096 if gpu else 1024),)
     plan.set("unet.attention_levels", attention, "where the positions are few")
     blocks = (1,) if (fine or short) and not gpu else (2,)
@@ -572,10 +584,15 @@ def plan_generator(
         widths = ((64, 128, 256, 256) if gpu else (32, 64, 96, 128))[: len(factors) + 1]
     plan.set("unet.dims", f.dims, f"the images are {f.dims}-D")
     plan.set("unet.strides", inner, "an axis is halved while its voxels are not twice as long as others")
-    plan.set("unet.channels", widths, "a GPU" if gpu else "CPUs, narrower for volumes and a short time")
-    plan.set("generator.encoder_channels", 64 if gpu else 32, "a GPU" if gpu else "CPUs")
+    plan.set(
+        "unet.channels",
+        widths,
+        "a GPU: wide networks" if gpu else "CPUs: narrower for volumes and a short time",
+    )
+    why = "a GPU: wide networks" if gpu else "CPUs: small networks"
+    plan.set("generator.encoder_channels", 64 if gpu else 32, why)
     if f.dims == 3 and not gpu:
-        plan.set("generator.encoder_blocks", 1, "CPUs")
+        plan.set("generator.encoder_blocks", 1, "CPUs: one block a level makes short steps")
     return factors
 
 
@@ -588,7 +605,7 @@ def plan_cdal(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores
     multiple = total(factors, f.dims)
     whole = plan_size(plan, size, multiple)
     median = on_grid(f.median, f, size)
-    plan_patch(plan, whole, median, spacing, multiple, machine)
+    plan_patch(plan, whole, size, median, spacing, multiple, machine)
     patch = plan.given.get("data.patch", plan.values.get("data.patch")) or whole
     if f.labelled < RARE and math.prod(patch) < math.prod(median) / 2:
         plan.set("data.foreground", 0.5, f"{f.labelled:.1%} of the voxels have a label")
@@ -608,7 +625,7 @@ def plan_optimizer(plan: Plan, lr: float, gpu: bool) -> None:
     plan.set("optim.lr", lr, "a GPU: wide networks" if gpu else "CPUs: small networks")
     plan.set("optim.schedule", "cosine", "the learning rate ends at 0")
     if not gpu:
-        plan.set("optim.adam_betas", (0.9, 0.99), "few steps")
+        plan.set("optim.adam_betas", (0.9, 0.99), "few steps: averages that forget sooner")
 
 
 def round_steps(steps: float) -> int:
@@ -633,7 +650,7 @@ def plan_length(
     by_time = 3600 * hours / seconds * 0.85  # the rest is for validation, checkpoints and the start
     by_cases = max(passes[0] * num_train / batch, passes[1])
     steps = round_steps(min(by_time, by_cases))
-    why = f"{hours:g} h at {seconds:.3g} s a step"
+    why = f"{hours:g} h at {seconds:.3g} s a step; 15 % is kept for validation, checkpoints and the start"
     if by_cases < by_time:
         why = f"{num_train} training cases ask for no more; {by_time:.0f} would fit into {hours:g} h"
     steps = plan.set("run.steps", steps, why)
@@ -676,6 +693,7 @@ def seconds_to_read(data: Data, num: int = 3) -> float:
 def seconds_per_step(table: MemoryTable, config: Any, device: Any, data: Data | None = None) -> float:
     """How long a step takes, measured: the networks' on zeros, and the reading of its samples, where these
     are of `data`."""
+    print0("measuring a step ...")
     networks = table.seconds_per_step(config.optim, config.run, device)
     if data is None:
         return networks

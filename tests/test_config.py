@@ -218,8 +218,10 @@ def test_the_short_help_of_a_script_is_a_page_and_help_all_shows_every_setting(k
     shown, listed = (set(re.findall(r"^  --([\w.]+)", page, re.MULTILINE)) for page in (short, whole))
     assert listed == every
     assert shown == set(" ".join(script.COMMON.values()).split())
-    assert 25 <= len(shown) <= 35
+    assert 25 <= len(shown) <= 36
     assert not shown & OF_CHECKPOINTS
+    assert {"plan", "memory"} <= shown
+    assert "preset|FOLDER" in short.splitlines()[0]
     assert kind == "cdal" or OF_CHECKPOINTS & every
     settings = short[short.index(f"\n{next(iter(script.COMMON))}:") :]
     assert settings.count("\n") <= 64

@@ -267,6 +267,25 @@ def test_patches_are_short_steps_no_larger_than_most_cases():
     assert np.prod(values["data.patch"]) <= 36**3
     assert max(values["data.patch"]) <= 52
     assert planned(shapes=((30, 30, 30),) * 40)["data.patch"] is None
+    small = {"shapes": ((40, 48, 40),) * 40}
+    assert np.prod(planned(**small)["data.patch"]) > 32**3
+    assert np.prod(planned(dataclasses.replace(CPU, hours=0.4), **small)["data.patch"]) <= 32**3
+
+
+def test_no_patch_is_longer_than_every_case_along_an_axis():
+    tight = dataclasses.replace(CPU, training_fits=lambda values: values["data.patch"] is not None)
+    for shape in ((90, 110, 43), (37, 37, 37), (30, 30, 25)):
+        for machine in (CPU, GPU, tight):
+            patch = planned(machine, shapes=(shape,) * 40)["data.patch"]
+            assert patch is None or all(n <= most for n, most in zip(patch, shape, strict=True))
+
+
+def test_reasons_say_what_they_mean():
+    whys = {choice.key: choice.why for choice in plan_vae(HEADS, CPU, {}).choices}
+    assert whys["data.spacing"] == "spacings are alike: voxels stay as they are"
+    assert "left-right 100%" in whys["data.augment.flip_axes"]
+    assert whys["vae.strides"].startswith("latents of 12x14x12")  # of 96 x 112 x 96, padded
+    assert min(len(why.split()) for why in whys.values()) > 1
 
 
 @pytest.mark.parametrize(
@@ -490,7 +509,7 @@ def test_the_table_names_every_setting_its_value_and_its_reason_in_110_columns()
     for choice in plan.choices:
         assert f"\n{choice.key} " in f"\n{text}"
         assert choice.why.split()[0] in text
-    assert text.endswith("note: look here")
+    assert text.startswith("note: look here\n")
 
 
 def test_free_memory_is_what_the_system_says():
@@ -529,6 +548,8 @@ def check_plan_file(run, printed: str) -> dict[str, str]:
 def test_three_commands_without_settings_go_from_a_folder_to_samples(folder, tmp_path, capsys):
     train_vae.main([str(folder), *SHORT])
     out = capsys.readouterr().out
+    assert out.splitlines()[1] == "measuring a step ..."
+    assert "are padded" not in out  # to the size that the plan has chosen
     assert check_plan_file(tmp_path / "runs/vae-heads", out)["run.steps"] == "given"
     assert out.splitlines()[-1] == "next: python train_ldm.py runs/vae-heads"
     train_ldm.main(["runs/vae-heads", *SHORT])
@@ -575,7 +596,9 @@ def test_two_folders_of_one_name_do_not_share_a_run(folder, tmp_path, capsys, mi
         path.unlink()
     capsys.readouterr()
     train_vae.main([str(other), *SHORT])  # a run that has saved nothing is planned again
-    assert "data.scaling" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "data.scaling" in out
+    assert "runs/vae-heads: nothing was saved yet: starts from the beginning, 6 steps" in out
 
 
 def test_a_planned_run_goes_on_where_its_folder_has_moved(folder, tmp_path, capsys, mistake):
@@ -611,7 +634,8 @@ def test_hours_decide_the_number_of_steps(folder, capsys, monkeypatch):
     monkeypatch.setattr(train_vae, "seconds_per_step", lambda *_: 2.0)
     monkeypatch.setattr(MemoryTable, "print", lambda _: None)
     train_vae.main([str(folder), "--plan", "--hours", "0.1"])
-    assert "0.1 h at 2 s a step" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0.1 h at 2 s a step; 15 % is kept" in " ".join(out.split())
 
 
 def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
@@ -639,6 +663,8 @@ def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
         (train_ldm, "nothing", "or beside nothing the autoencoder of others, --vae runs/vae-NAME"),
         (train_ldm, "nothing --vae run", "run: no checkpoint in this folder"),
         (train_ldm, "run", "run"),
+        (train_ldm, "runs/nope", "runs/nope: no such run; train it first: python train_vae.py ..."),
+        (train_vae, "images/a.tif", "images/a.tif: is a file; give its folder, images"),
     ],
 )
 def test_mistakes_are_one_line(script, flags, words, mistake, tmp_path, monkeypatch):

@@ -90,13 +90,17 @@ class VolumeDataset(Dataset):
             self._note_sizes()
 
     def _note_sizes(self) -> None:
-        """Prints how many cases are padded, and how many are cut."""
+        """Prints how many cases are padded, and how many are cut. Nothing of the padding that makes all cases
+        as large as the largest, in a multiple of 16 at most."""
         shapes = {case.id: self.infos[case.id].shape for case in self.cases}
         small = [name for name, shape in shapes.items() if min(np.subtract(shape, self.size)) < 0]
         large = [name for name, shape in shapes.items() if max(np.subtract(shape, self.spec.size)) > 0]
-        if small and (self.config.patch or self.config.size):
+        largest = np.max([info.shape for info in self.infos.values()], axis=0)
+        name = "the patch" if self.config.patch else "data.size"
+        wide = bool(np.any(np.array(self.size) > -(-largest // 16) * 16))
+        if small and (self.config.patch or wide):
             print0(
-                f"note: {len(small)} of {len(shapes)} cases are smaller than the patch {self.size} and are "
+                f"note: {len(small)} of {len(shapes)} cases are smaller than {name} {self.size} and are "
                 f"padded by repeating the edge (case {small[0]}: {shapes[small[0]]})"
             )
         if large:

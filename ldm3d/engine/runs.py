@@ -269,6 +269,9 @@ class Run:
             print0(f"{self.dir}: finished at step {self.step}; nothing to do ({more})")
         elif self.resumed:
             print0(f"{self.dir}: going on from step {self.step} of {self.config.run.steps}")
+        elif (self.dir / "config.json").exists() and not self.config.run.fresh:
+            steps = f"{self.config.run.steps} steps"
+            print0(f"{self.dir}: nothing was saved yet: starts from the beginning, {steps}")
         else:
             print0(f"{self.dir}: new run of {self.config.run.steps} steps")
 

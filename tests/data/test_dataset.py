@@ -90,6 +90,12 @@ def test_a_patch_larger_than_the_cases_is_padded_and_said_once(settings, capsys)
     assert capsys.readouterr().out.count("padded by repeating the edge") == 1
 
 
+def test_padding_to_a_given_size_is_said_and_that_to_the_largest_case_is_not(settings, capsys):
+    for size, said in (((48, 8, 8), 1), (None, 0), ((16, 16, 16), 0)):
+        opened(replace(settings, size=size)).dataset("train", augment=True)
+        assert capsys.readouterr().out.count(f"smaller than data.size {size} and are padded") == said
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_patches_around_the_foreground_have_the_share_that_is_asked_for(tmp_path, share):
     for i in range(3):
