@@ -61,7 +61,7 @@ from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
 from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
-from ldm3d.engine.logger import save_sheet
+from ldm3d.engine.logger import save_sheet, visible
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
 from ldm3d.engine.runs import Run, difference
 from ldm3d.engine.training import (
@@ -573,7 +573,7 @@ def preview(
     noised, estimated = denoise_once(model, batch["mean"][:1], cond, config)
     levels = ", ".join(map(str, NOISED))
     rows |= {f"the first with noise, u = {levels}": list(noised), "estimates from these": list(estimated)}
-    sheet = {k: [x[0].numpy() for x in v] for k, v in rows.items()}
+    sheet = {k: [visible(x, model.spec.display) for x in v] for k, v in rows.items()}
     if config.masks:
         seen = model.label_maps(model.normalise(batch["mean"]), cond, config.run.amp)
         sampled = model.label_maps(torch.cat(latents), cond, config.run.amp)

@@ -57,7 +57,7 @@ from ldm3d.engine.distributed import (
     world_size,
     wrap,
 )
-from ldm3d.engine.logger import save_sheet
+from ldm3d.engine.logger import save_sheet, visible
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
 from ldm3d.engine.runs import Run
 from ldm3d.engine.training import (
@@ -341,7 +341,7 @@ def preview(
             recon = net.decode(z, x.shape[2:])
         shown = {"original": x, "reconstruction": recon, "difference": recon - x + grey}
         for name, image in shown.items():
-            rows[name].append(image[0, 0].float().cpu().numpy())
+            rows[name].append(visible(image[0], dataset.spec.display))
         latents.append(z)
     return save_sheet(path, rows, dataset.spec.display), torch.cat(latents)
 

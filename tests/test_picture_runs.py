@@ -11,7 +11,10 @@ import sample
 import train_ldm
 import train_vae
 from ldm3d.data import read
+from ldm3d.evaluation import copies
+from ldm3d.evaluation import reconstruction as evaluation
 from ldm3d.evaluation.__main__ import main as evaluation_main
+from ldm3d.inference import reconstruction, sampling
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +28,20 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
+def flags_of(pictures: Path, run: Path) -> list[str]:
+    """train_vae.py on the pictures, in the run folder `run`; without the number of steps."""
+    place = pictures.parent
+    flags = ["--data.root", pictures, "--data.image", "*.tif", "--data.cache_dir", place / "cache"]
+    flags += ["--vae.in_channels", 3, "--run.dir", run, *tiny.RUN, *tiny.VAE]
+    return list(map(str, [place / "settings.json", *flags]))
+
+
 @pytest.fixture(scope="module")
 def vae(pictures) -> Path:
     """The run folder of an autoencoder of the pictures."""
-    run, empty = pictures.parent / "vae", pictures.parent / "settings.json"
-    empty.write_text("{}")
-    flags = ["--data.root", pictures, "--data.image", "*.tif", "--data.cache_dir", pictures.parent / "cache"]
-    steps = ["--run.dir", run, "--run.steps", 2, *tiny.RUN, "--run.eval_every", 9]
-    train_vae.main([*map(str, [empty, *flags, *tiny.VAE, *steps]), "--vae.in_channels", "3"])
+    run = pictures.parent / "vae"
+    (pictures.parent / "settings.json").write_text("{}")
+    train_vae.main([*flags_of(pictures, run), "--run.steps", "2", "--run.eval_every", "9"])
     return run
 
 
@@ -98,3 +107,34 @@ def test_written_pictures_can_be_compared_with_the_data(samples, vae, pictures, 
     recon, picture = (tifffile.imread(f / "00.tif").astype(float) for f in (tmp_path / "recon", pictures))
     assert float(rows[0]["mae"]) == pytest.approx(np.abs(recon - picture).mean(), rel=1e-4)
     assert (tmp_path / "sets/report.json").exists()
+
+
+def test_sheets_show_the_pictures_in_colour(vae, pictures, samples, monkeypatch, tmp_path):
+    made = {}
+    for module in (train_vae, train_ldm, copies, reconstruction, evaluation, sampling):
+        monkeypatch.setattr(
+            module, "save_sheet", lambda path, rows, limits, name=module.__name__: made.update({name: rows})
+        )
+    empty, some = (
+        str(pictures.parent / "settings.json"),
+        "--run.eval_every 1 --run.fresh --run.steps 1".split(),
+    )
+    train_vae.main([*flags_of(pictures, tmp_path / "vae"), *some])
+    train_ldm.main(
+        [empty, *map(str, ["--vae", vae, "--run.dir", tmp_path / "ldm", *tiny.RUN, *tiny.LDM, *some])]
+    )
+    sample.main([str(vae), str(pictures), "--out", str(tmp_path / "recon")])
+    sample.main([str(tmp_path / "ldm"), "--num", "2", "--steps", "1", "--out", str(tmp_path / "samples")])
+    evaluation_main(["reconstruct", str(vae), "--resamples", "5", "--out", str(tmp_path / "report")])
+    flags = ["--features", "none", "--out", str(tmp_path / "copies")]
+    evaluation_main(["copies", str(tmp_path / "samples"), str(vae), *flags])
+    assert len(made) == 6
+    for name, rows in made.items():
+        for title, shown in rows.items():
+            assert {(part.shape, part.dtype.name) for part in shown} == {((16, 20, 3), "uint8")}, (
+                name,
+                title,
+            )
+    original = np.stack(made[reconstruction.__name__]["original"]).astype(int)
+    files = np.stack([tifffile.imread(pictures / f"{i:02d}.tif") for i in range(4)])
+    np.testing.assert_allclose(original, files, atol=3)  # the percentiles of a case are black and white

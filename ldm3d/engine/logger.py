@@ -265,6 +265,17 @@ def mid_slices(volume: np.ndarray) -> list[np.ndarray]:
     return [np.rot90(s) for s in (volume[i], volume[:, j], volume[:, :, k])]
 
 
+def visible(x: Tensor, display: tuple[float, float]) -> np.ndarray:
+    """What a sheet shows of an image (C, *S): three channels in 2-D as colours, uint8 (H, W, 3); else the
+    first channel (*S). display: the intensities that are black and white in colours."""
+    x = x.detach().float().cpu()
+    if x.ndim != 3 or len(x) != 3:
+        return x[0].numpy()
+    black, white = display
+    levels = ((x - black) / (white - black)).clamp(0, 1) * 255
+    return levels.round().to(torch.uint8).movedim(0, -1).numpy()
+
+
 def tile(slices: Sequence[np.ndarray]) -> np.ndarray:
     """Slices of any size side by side, centred in the height of the tallest, a dark column between."""
     height = max(s.shape[0] for s in slices)

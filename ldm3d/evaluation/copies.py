@@ -50,7 +50,7 @@ from torch import Tensor
 from ..config import InputError, at_least, to_dict
 from ..data import VolumeDataset
 from ..engine.distributed import choose_device
-from ..engine.logger import progress, save_sheet
+from ..engine.logger import progress, save_sheet, visible
 from ..metrics import psnr
 from .networks import Extractor, contrastive_features, whole_features
 from .openers import OpenConfig, VolumeSets, beside, is_run, open_sets, volumes_of
@@ -430,7 +430,7 @@ def draw(path: Path, sets: VolumeSets, nearest: list[Nearest], rows: Rows, shown
         title = (
             f"{'COPY: ' if row['copy'] else ''}{name} | {row['image_nearest']} | difference   {near:.1f} dB"
         )
-        sheet[title] = [v[0].numpy() for v in (x, y, x - y + sum(display) / 2)]
+        sheet[title] = [visible(v, display) for v in (x, y, x - y + sum(display) / 2)]
     return save_sheet(path, sheet, display) if sheet else None
 
 

@@ -39,7 +39,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import VolumeDataset, open_images
 from ..diffusion_kernel import DiffusionKernel, KernelConfig
 from ..engine.distributed import gather, is_main, rank, setup, world_size
-from ..engine.logger import mid_slices, progress, save_sheet
+from ..engine.logger import mid_slices, progress, save_sheet, visible
 from ..engine.training import autocast
 from ..metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
 from ..pipeline import load_autoencoder
@@ -171,7 +171,7 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
         if isinstance(autoencoder, VQVAE):
             codes = codes + autoencoder.quantizer.usage(posterior.mean).cpu()
         rows[name] = scores_of(recon, x, dataset, i)
-        pictures = [s for v in (x, recon, 2 * (recon - x) + grey) for s in slices_of(v)]
+        pictures = [s for v in (x, recon, 2 * (recon - x) + grey) for s in slices_of(v, dataset.spec.display)]
         worst.add(name, rows[name]["psnr"], pictures)
         first.add(name, 0.0, pictures)  # equal scores: the order is that of the names
     rows = {k: v for part in gather(rows) for k, v in part.items()}
@@ -234,9 +234,9 @@ def draw(path: Path, kept: WorstPictures, rows: Rows, display: tuple[float, floa
     return save_sheet(path, sheet, display) if sheet else None
 
 
-def slices_of(x: Tensor) -> list[np.ndarray]:
-    """The middle slices of the first channel of (1, C, *S)."""
-    return mid_slices(x[0, 0].float().cpu().numpy())
+def slices_of(x: Tensor, display: tuple[float, float]) -> list[np.ndarray]:
+    """The middle slices of (1, C, *S) as a sheet shows them, see `visible`."""
+    return mid_slices(visible(x[0], display))
 
 
 def print_summary(report: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ..config import at_least, to_dict
 from ..data import open_images, write
 from ..data.volumes import file_name
 from ..engine.distributed import barrier, gather, is_main, rank, setup, world_size
-from ..engine.logger import progress, save_sheet
+from ..engine.logger import progress, save_sheet, visible
 from ..evaluation.results import new_folder, table, write_report
 from ..metrics import psnr, ssim
 from ..pipeline import AutoencoderPipeline
@@ -55,8 +55,8 @@ def reconstruct_files(config: ReconstructConfig, run: Path, images: Path) -> Pat
         volume = dataset.spec.as_file(dataset.restore(i, recon), dataset.infos[name])
         write(folder / f"{file_name(name)}{suffix}", volume)
         if len(sheet["original"]) < 4:
-            sheet["original"].append(x[0].numpy())
-            sheet["reconstruction"].append(recon[0].numpy())
+            sheet["original"].append(visible(x, dataset.spec.display))
+            sheet["reconstruction"].append(visible(recon, dataset.spec.display))
     rows = {k: v for part in gather(rows) for k, v in part.items()}
     if is_main():
         save_sheet(folder / "preview.png", sheet, dataset.spec.display)

@@ -38,7 +38,7 @@ from ..data.volumes import file_name, spacing_affine
 from ..denoiser import Denoiser
 from ..diffusion_kernel import SAMPLERS
 from ..engine.distributed import all_reduce_sum, barrier, gather, is_main, print0, rank, setup, world_size
-from ..engine.logger import progress, save_sheet
+from ..engine.logger import progress, save_sheet, visible
 from ..engine.memory_plan import MemoryTable, decode, weight_bytes
 from ..evaluation.results import new_folder, table, write_report
 from ..evaluation.statistics import finite_means
@@ -179,20 +179,19 @@ class Results:
 
     def rows(self) -> dict[str, list[np.ndarray]]:
         """The pictures of the preview sheet: targets and samples, or the first samples; then label maps."""
-        shown = [self.shown[i][0].numpy() for i in sorted(self.shown)]
+        display = self.spec.display
+        shown = [visible(self.shown[i], display) for i in sorted(self.shown)]
         starts, last = range(0, len(shown), 4), len(shown) - 1
         rows = {self._title(i, min(i + 3, last)): shown[i : i + 4] for i in starts}
         if self.request.has_targets:
             some = [self.request.images[i, i] for i in range(min(4, len(self.request.names)))]
             kinds = {"source": "source", "target": "image"} if "source" in some[0] else {"target": "image"}
-            rows = {title: [case[role][0].numpy() for case in some] for title, role in kinds.items()}
+            rows = {title: [visible(case[role], display) for case in some] for title, role in kinds.items()}
             first = [i * self.each for i in range(len(some)) if i * self.each in self.shown]
-            rows["generated"] = [self.shown[i][0].numpy() for i in first]
+            rows["generated"] = [visible(self.shown[i], display) for i in first]
         if self.shown_labels:
             some = [(self.shown[i], self.shown_labels[i]) for i in sorted(self.shown_labels)]
-            rows["the first with their labels"] = [
-                part for pair in some for part in overlay(*pair, self.spec.display)
-            ]
+            rows["the first with their labels"] = [part for pair in some for part in overlay(*pair, display)]
         return rows
 
 

@@ -178,3 +178,12 @@ def test_what_is_wrong_is_said_of_the_volume(volumes, file, shape, words) -> Non
         save(volumes / file, np.full(shape, value, np.float32), oblique_affine("PSR", SPACING))
     with pytest.raises(InputError, match=words):
         opened(settings(volumes, "axial"))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_slices_count_as_of_8_bits_where_their_volumes_are(tmp_path, dtype) -> None:
+    for i in range(3):
+        array = np.random.default_rng(i).integers(0, 200, SHAPE).astype(dtype)
+        save(tmp_path / f"data/{i}.nii.gz", array)
+    data = opened(settings(tmp_path / "data", "axial", image="*.nii.gz", mask=None, source=None))
+    assert data.spec.dtype == ("uint8" if dtype == "uint8" else "float32")
