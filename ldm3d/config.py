@@ -408,7 +408,8 @@ def parse(
         near = difflib.get_close_matches(name, presets, n=1)
         if planner and Path(name).is_file():
             raise InputError(f"{name}: is a file; give its folder, {Path(name).parent}")
-        if "vae" in types_of and not Path(name).exists() and len(Path(name).parts) > 1:  # a run is expected
+        expects_run = "vae" in types_of and flags.get("vae") is None
+        if expects_run and not Path(name).exists() and len(Path(name).parts) > 1:
             raise InputError(f"{name}: no such run; train it first: python train_vae.py ...")
         if planner and "data.root" in flags and not Path(name).exists() and len(Path(name).parts) > 1:
             moved = f"where the data have moved, their folder is the first word: {flags['data.root']}"

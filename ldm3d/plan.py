@@ -221,8 +221,8 @@ def plan_flips(plan: Plan, f: Fingerprint) -> tuple[int, ...]:
         )
     names = ("left-right",) if f.dims == 3 else ("up-down", "left-right")
     ratios = ", ".join(f"{names[axis]} {min(1.0, max(0.0, alike[axis])):.0%}" for axis in candidates)
-    why = f"likeness of flipped cases to the others: {ratios} of that of unflipped ones; "
-    why += f"{SYMMETRIC:.0%} is asked"
+    why = f"flipped cases look as much like the others as unflipped ones do, by {ratios}; "
+    why += f"flips need {SYMMETRIC:.0%}"
     return plan.set(key, axes, why)
 
 
@@ -303,7 +303,8 @@ def plan_autoencoder(
     latent would still be large for the denoiser."""
     gpu, short = machine.gpu, machine.hours < SHORT
     plan.set("vae.dims", f.dims, f"the images are {f.dims}-D")
-    plan.set("vae.in_channels", f.channels, f"the images have {f.channels} channels")
+    channels = f"{f.channels} channel{'s' * (f.channels > 1)}"
+    plan.set("vae.in_channels", f.channels, f"the images have {channels}")
     factors = halvings(size, spacing, 2)
     latent = math.prod(rounded_up(size, total(factors, f.dims))) / math.prod(total(factors, f.dims))
     if latent > LATENT_POSITIONS[gpu]:

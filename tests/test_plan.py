@@ -283,7 +283,8 @@ def test_no_patch_is_longer_than_every_case_along_an_axis():
 def test_reasons_say_what_they_mean():
     whys = {choice.key: choice.why for choice in plan_vae(HEADS, CPU, {}).choices}
     assert whys["data.spacing"] == "spacings are alike: voxels stay as they are"
-    assert "left-right 100%" in whys["data.augment.flip_axes"]
+    assert "by left-right 100%; flips need 97%" in whys["data.augment.flip_axes"]
+    assert whys["vae.in_channels"] == "the images have 1 channel"
     assert whys["vae.strides"].startswith("latents of 12x14x12")  # of 96 x 112 x 96, padded
     assert min(len(why.split()) for why in whys.values()) > 1
 
@@ -664,6 +665,7 @@ def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
         (train_ldm, "nothing --vae run", "run: no checkpoint in this folder"),
         (train_ldm, "run", "run"),
         (train_ldm, "runs/nope", "runs/nope: no such run; train it first: python train_vae.py ..."),
+        (train_ldm, "images/b --vae run", "images/b: no such preset or folder"),
         (train_vae, "images/a.tif", "images/a.tif: is a file; give its folder, images"),
     ],
 )
