@@ -90,7 +90,7 @@ train_vae.py tiff-translation
 train_vae.py brats-16g
 train_vae.py phantom --data.learn_sources --data.test_fraction 0.3 --run.dir runs/vae-both
 train_vae.py hippocampus --data.root FOLDER --data.image "scans/*.nii.gz" --data.subject none
- --data.test_fraction 0.3 --run.dir runs/vae-mine
+ --run.dir runs/vae-mine
 train_ldm.py phantom
 train_ldm.py phantom-anatomy
 train_ldm.py hippocampus

@@ -43,10 +43,12 @@ class Data:
     def facts(self) -> dict[str, str]:
         """What a person must know of the data before a training starts: title -> words."""
         spec, patch = self.spec, self.config.patch
-        subjects = {part: len({self.cases[name].subject for name in ids}) for part, ids in self.split.items()}
-        counts = [
-            f"{part} {len(ids)} (subjects: {subjects[part]})" for part, ids in self.split.items() if ids
-        ]
+        counts = []
+        for part, ids in self.split.items():
+            num = len({self.cases[name].subject for name in ids})
+            counts += (
+                [f"{part} {len(ids)}" + (f" (subjects: {num})" if num < len(ids) else "")] if ids else []
+            )
         size, mm = "x".join(map(str, spec.size)), "x".join(f"{v:.3g}" for v in spec.spacing)
         grid = f"{size} voxels of {mm} mm, {spec.channels} channel{'s' if spec.channels > 1 else ''}"
         grid += f", {spec.num_labels} labels" if spec.num_labels else ""

@@ -273,8 +273,11 @@ class SigtermFlag:
             signal.signal(signum, self.before[signum])
 
 
-def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+def run_script(
+    main: Callable[[list[str] | None], None], argv: list[str] | None = None, resumes: bool = False
+) -> int:
     """Run a script's main and return its exit code: 0 done, 2 the user's mistake, 1 ours, 143 SIGTERM.
+    resumes: the script has checkpoints, from which the same command goes on.
 
     An error on one rank ends the others as well: this process exits without waiting for them, they lose the
     connection, and torchrun stops the rest.
@@ -288,7 +291,8 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         with contextlib.suppress(Exception):
             barrier()  # torchrun ends all ranks as soon as one has ended: rank 0 must have said why
     except KeyboardInterrupt:
-        print0("interrupted; the same command goes on from the last checkpoint, if there is one")
+        more = "; the same command goes on from the last checkpoint, if there is one"
+        print0("interrupted" + more * resumes)
         code = 130
     except Exception as e:
         who = f"rank {rank()}: " if world_size() > 1 else ""

@@ -151,13 +151,13 @@ class Job:
 
 
 class MemoryTable:
-    """The jobs of a run on one device of `budget` GiB: a GPU with bf16, or as `amp` and `device` say. Without
-    a budget: on this machine's device, with the memory that is free."""
+    """The jobs of a run on one device of `budget` GiB, none = as much as is free. device: "auto" is this
+    machine's; "cuda" with a budget is a GPU that need not be here."""
 
     def __init__(self, budget: float | None, amp: str = "auto", device: str = "auto"):
-        if budget is None:
+        if budget is None or device == "auto":
             chosen = choose_device(device)
-            budget, device = free_memory(chosen), chosen.type
+            budget, device = free_memory(chosen) if budget is None else budget, chosen.type
         if budget * GIB <= CONTEXT:
             raise InputError(f"memory: expected more than {CONTEXT / GIB:.1f} GiB, got {budget:g}")
         if budget > 1e6:

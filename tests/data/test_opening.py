@@ -179,7 +179,7 @@ def test_the_facts_of_a_data_set_count_subjects_and_say_grid_and_scaling_in_the_
     data = table_of(fresh, a="x,train", b="x,train", c="y,train", d="z,val")
     assert "note" not in capsys.readouterr().out
     facts = data.facts()
-    assert facts["cases"] == "train 3 (subjects: 2), val 1 (subjects: 1)"
+    assert facts["cases"] == "train 3 (subjects: 2), val 1"
     assert facts["data"] == str(fresh)
     assert facts["grid"].startswith("x".join(map(str, data.spec.size)) + " voxels of ")
     low, high = (statistics.median(getattr(data.infos[n], k)[0] for n in "abc") for k in ("low", "high"))

@@ -52,7 +52,7 @@ def test_the_first_lines_of_a_run_say_what_it_is_and_are_no_more_than_a_dozen(sa
     assert facts["parameters"].startswith(f"{name} {num / 1000:.3g} k")
     assert ("autoencoder 1" in facts["parameters"] and "(frozen)" in facts["parameters"]) == (kind == "ldm")
     split = load(step_files(folder)[0])["state"]["split"]
-    assert facts["cases"].startswith(f"train {len(split['train'])} (subjects: {len(split['train'])})")
+    assert facts["cases"].startswith(f"train {len(split['train'])}, val {len(split['val'])}")
     assert facts["data"] == str(heads)
     assert facts["grid"].startswith("16x20 voxels of 12x11 mm, 1 channel, 5 labels")
     assert ("patches of 12x12" in facts["grid"]) == (kind == "cdal")

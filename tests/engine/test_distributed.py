@@ -20,7 +20,16 @@ from ldm3d import AutoencoderKL, VAEConfig, read
 from ldm3d.data import batches, evaluation_batches
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.engine.checkpoint import load, step_files
-from ldm3d.engine.distributed import all_reduce_sum, any_rank, broadcast, gather, main_first, rank, wrap
+from ldm3d.engine.distributed import (
+    all_reduce_sum,
+    any_rank,
+    broadcast,
+    gather,
+    main_first,
+    rank,
+    run_script,
+    wrap,
+)
 from ldm3d.engine.training import Mean, OptimConfig, RunConfig, Stepper, keyed_normal, micro_batches
 from ldm3d.losses import adaptive_weight, kl_per_element, last_gradients, reconstruction_loss
 from ldm3d.vqvae import QuantizerConfig, VectorQuantizer
@@ -301,3 +310,14 @@ def test_two_ranks_divide_the_samples_which_are_those_of_one_process(vae_run, tm
         one, two = (read(folder / f"samples-00{n}" / f"sample_{i:04d}.tif").array for n in (1, 2))
         assert np.allclose(one, two, atol=1e-3 * np.abs(one).max())
     assert (folder / "samples-001" / "samples.json").exists()
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_ctrl_c_speaks_of_checkpoints_only_where_there_are_some(resumes, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert run_script(main, [], resumes) == 130
+    out = capsys.readouterr().out
+    assert out.startswith("interrupted")
+    assert ("the same command goes on from the last checkpoint" in out) == resumes

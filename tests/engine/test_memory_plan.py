@@ -139,6 +139,13 @@ def test_the_largest_batch_and_cube_fit_and_the_next_ones_do_not(budget, size):
     assert job.need(1, (side + 2,) * 3) > room
 
 
+def test_the_device_auto_is_the_one_that_a_run_would_take():
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert MemoryTable(16).gpu == MemoryTable(None).gpu == (here == "cuda")
+    assert MemoryTable(16).amp == MemoryTable(16, device=here).amp
+    assert MemoryTable(16, device="cuda").gpu  # also where there is none: a plan for another machine
+
+
 # --- the flag -----------------------------------------------------------------------------------------------
 
 
