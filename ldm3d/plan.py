@@ -264,6 +264,18 @@ def halvings(size: tuple[int, ...], spacing: tuple[float, ...], num: int) -> tup
     return tuple(found)
 
 
+def levels(
+    plan: Plan, widths: str, size: tuple[int, ...], spacing: tuple[float, ...], num: int, stem: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """`num` halvings or fewer; but as many down-samplings as the given widths need, where a person gives the
+    setting `widths`: one between two levels, and one before the first with a stem."""
+    if widths not in plan.given:
+        return halvings(size, spacing, num)
+    num = len(plan.given[widths]) - (not stem)
+    found = halvings(size, spacing, num)
+    return found + ((1,) * len(size),) * (num - len(found))
+
+
 def total(factors: tuple[tuple[int, ...], ...], dims: int) -> tuple[int, ...]:
     """The factors of several down-samplings, multiplied for each axis."""
     return tuple(math.prod(factor[axis] for factor in factors) for axis in range(dims))
@@ -305,10 +317,10 @@ def plan_autoencoder(
     plan.set("vae.dims", f.dims, f"the images are {f.dims}-D")
     channels = f"{f.channels} channel{'s' * (f.channels > 1)}"
     plan.set("vae.in_channels", f.channels, f"the images have {channels}")
-    factors = halvings(size, spacing, 2)
+    factors = levels(plan, "vae.channels", size, spacing, 2, stem=not gpu)
     latent = math.prod(rounded_up(size, total(factors, f.dims))) / math.prod(total(factors, f.dims))
     if latent > LATENT_POSITIONS[gpu]:
-        factors = halvings(size, spacing, 3)
+        factors = levels(plan, "vae.channels", size, spacing, 3, stem=not gpu)
     factors = factors or ((1,) * f.dims,)
     by_axis = total(factors, f.dims)
     padded = plan.given.get("data.size") or rounded_up(size, halved_once_more(size, by_axis))
@@ -316,13 +328,13 @@ def plan_autoencoder(
     why = f"latents of {by(latent_size)}: an axis is halved while its voxels are not twice as long as others"
     if gpu:
         plan.set("vae.strides", factors, why)
-        widths = {1: (64, 128), 2: (64, 128, 256), 3: (64, 128, 256, 256)}[len(factors)]
+        widths = (64, 128, 256, 256)[: len(factors) + 1]
         plan.set("vae.channels", widths, "a GPU: as MONAI's tutorial of latent diffusion")
     else:
         plan.set("vae.stem", factors[0], "CPUs: the first halving is a rearrangement, which costs nothing")
         plan.set("vae.strides", factors[1:], why)
         wide = 128 if f.dims == 3 and not short else 64
-        widths = {1: (32,), 2: (32, wide), 3: (32, 64, 96 if short else 128)}[len(factors)]
+        widths = {1: (32,), 2: (32, wide)}.get(len(factors), (32, 64, 96 if short else 128))
         why = ", and narrower for a short time" if short else ""
         plan.set("vae.channels", widths, f"CPUs: narrow where the grid is fine{why}")
         plan.set("vae.num_res_blocks", (1,), "CPUs: one block a level makes short steps")
@@ -517,16 +529,17 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     positions, num = math.prod(z.size), 0
     while num < 2 and math.prod(z.size) / 2 ** (num * len(z.size)) > 512:
         num += 1
-    factors = halvings(z.size, z.spacing, num)
+    factors = levels(plan, "unet.channels", z.size, z.spacing, num)
     coarse = positions / math.prod(map(math.prod, factors))
     fine = positions > FINE_LATENT
-    widths = {1: (64,), 2: (64, 128), 3: (64, 96, 128)}[len(factors) + 1]
+    num = min(3, len(factors) + 1)
+    widths = {1: (64,), 2: (64, 128), 3: (64, 96, 128)}[num]
     if fine:
-        widths = {1: (32,), 2: (32, 96), 3: (32, 64, 128)}[len(widths)]
+        widths = {1: (32,), 2: (32, 96), 3: (32, 64, 128)}[num]
     elif short:
-        widths = {1: (48,), 2: (48, 96), 3: (48, 96, 96)}[len(widths)]
+        widths = {1: (48,), 2: (48, 96), 3: (48, 96, 96)}[num]
     if gpu:
-        widths = {1: (256,), 2: (256, 256), 3: (256, 256, 512)}[len(widths)]
+        widths = {1: (256,), 2: (256, 256), 3: (256, 256, 512)}[num]
         plan.set("unet.head_channels", 64, "a GPU: as many channels to a head as is usual")
     plan.set("unet.dims", len(z.size), "as the latents")
     plan.set("unet.strides", factors, f"{by(z.size)} positions, {coarse:.0f} on the coarsest level")
@@ -535,7 +548,7 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
         widths,
         "a GPU: wide networks" if gpu else f"CPUs: narrow for {'fine' if fine else 'coarse'} latents",
     )
-    attention = (False,) * (len(widths) - 1) + (coarse <= (4096 if gpu else 1024),)
+    attention = (False,) * len(factors) + (coarse <= (4096 if gpu else 1024),)
     plan.set("unet.attention_levels", attention, "where the positions are few")
     blocks = (1,) if (fine or short) and not gpu else (2,)
     plan.set("unet.num_res_blocks", blocks, "fewer on CPUs with fine latents or a short time")
@@ -577,11 +590,11 @@ def plan_generator(
     """Levels and widths of the generator: (all its down-samplings). Volumes on CPUs begin with a stem."""
     gpu, short = machine.gpu, machine.hours < SHORT
     if f.dims == 3 and not gpu:
-        factors = halvings(size, spacing, 2) or ((1,) * f.dims,)
+        factors = levels(plan, "unet.channels", size, spacing, 2, stem=True) or ((1,) * f.dims,)
         plan.set("generator.stem", factors[0], "CPUs: the first halving is a rearrangement")
         inner, widths = factors[1:], ((32, 64) if short else (48, 96))[: len(factors)]
     else:
-        inner = factors = halvings(size, spacing, 3)
+        inner = factors = levels(plan, "unet.channels", size, spacing, 3)
         widths = ((64, 128, 256, 256) if gpu else (32, 64, 96, 128))[: len(factors) + 1]
     plan.set("unet.dims", f.dims, f"the images are {f.dims}-D")
     plan.set("unet.strides", inner, "an axis is halved while its voxels are not twice as long as others")

@@ -67,7 +67,6 @@ PLACES = {  # expression found in a line -> what is there
     r"\b(IMAGE|MASK|PATH)\b": r"\1.nii.gz",
     r"\$TMPDIR\b": "data",
     r"\bFOLDER\b(?=.*/ct\b)": "DICOM",
-    r"(?<=train_vae.py )FOLDER": "REAL",
 }
 
 
@@ -200,8 +199,8 @@ def write_places(place: Path) -> None:
     files = {"IMAGE": images[0], "MASK": labels[0], "PATH": sorted((source / "sources").iterdir())[0]}
     for name, file in files.items():
         shutil.copy(file, place / f"{name}.nii.gz")
-    rows = [f"{image.name},{number % 2}" for number, image in enumerate(own)]
-    (place / "FOLDER/cases.csv").write_text("\n".join(["image,class", *rows]))
+    rows = [f"{image.name},labels/{image.name},{number % 2}" for number, image in enumerate(own)]
+    (place / "FOLDER/cases.csv").write_text("\n".join(["image,mask,class", *rows]))
     for name in ("FILE.csv", "sets.csv"):
         (place / name).write_text("name,class,text\na,0,a small lesion\nb,1,a large lesion\n")
     tiny.vgg_weights(place / "vgg16.pth")

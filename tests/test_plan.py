@@ -418,6 +418,19 @@ def planned_cdal(machine=CPU, given=None, **facts) -> dict:
     return {choice.key: choice.value for choice in plan.choices}
 
 
+@pytest.mark.parametrize("widths", [(8,), (8, 16), (8, 16, 24), (8, 16, 24, 32)])
+def test_given_widths_have_as_many_down_samplings_as_they_need(widths):
+    for machine in (CPU, GPU)[: len(widths)]:
+        values = planned(machine, {"vae.channels": widths})
+        assert len(values["vae.strides"]) == len(widths) - 1
+        denoiser = Plan({"unet.channels": widths})
+        plan_ldm(denoiser, LATENTS, machine)
+        assert len(denoiser.values["unet.strides"]) == len(widths) - 1
+        assert len(denoiser.values["unet.attention_levels"]) == len(widths)
+        segmenter = plan_cdal(dataclasses.replace(HEADS, **LABELLED), machine, {"unet.channels": widths})
+        assert len(segmenter.values["unet.strides"]) == len(widths) - 1
+
+
 def test_patches_are_drawn_around_labels_that_are_rare():
     assert planned_cdal()["data.foreground"] == 0.5
     assert "data.foreground" not in planned_cdal(labelled=0.2)
