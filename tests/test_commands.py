@@ -239,10 +239,11 @@ def own_run(words: list[str]) -> Path:
 
 
 def make_runs(words: list[str]) -> None:
-    """Make the runs that a line begins from and that are not there yet, by the lines that make them."""
-    makers = {
-        str(own_run(tiny_line(line))): tiny_line(line) for line in LINES if line.startswith("python tr")
-    }
+    """Make the runs that a line begins from and that are not there yet, each by the shortest line that makes
+    it."""
+    training = [line for line in LINES if line.startswith("python tr") and "--plan" not in line]
+    training.sort(key=len, reverse=True)
+    makers = {str(own_run(tiny_line(line))): tiny_line(line) for line in training}
     begins_from = set(re.findall(r"runs/[\w-]+", " ".join(words)))
     begins_from -= {str(own_run(words))} if words[0].startswith("train_") else set()
     for name in begins_from:
