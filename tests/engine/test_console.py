@@ -165,7 +165,8 @@ def test_the_time_left_is_that_of_the_mean_pace_and_the_end_is_said_once(tmp_pat
 # --- what comes next ----------------------------------------------------------------------------------------
 
 
-def test_the_end_of_a_run_names_a_command_that_works(said, capsys, monkeypatch):
+def test_the_end_of_a_run_names_a_command_that_works(said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no runs/ldm-phantom is
     kind, folder, out = said
     program, script, *words = shlex.split(re.search(r"^next: (.*)$", out, re.MULTILINE)[1])
     assert program == "python"
