@@ -408,6 +408,15 @@ def test_a_denoiser_on_a_gpu_is_wide_and_its_batch_fits():
     assert values["optim.lr"] < planned_ldm()["optim.lr"]
 
 
+def test_a_short_run_of_a_denoiser_encodes_each_case_once_and_keeps_the_long_average_of_gradients():
+    short = planned_ldm(Machine(False, 0.25, fits, fits), seconds=0.001)
+    assert short["data.num_variants"] == 1
+    assert "data.augment.affine" not in short
+    assert planned_ldm(seconds=0.001)["data.num_variants"] == 8
+    assert "optim.adam_betas" not in planned_ldm()
+    assert planned()["optim.adam_betas"] == (0.9, 0.99)
+
+
 # --- segmentation -------------------------------------------------------------------------------------------
 
 LABELLED = {"labels": (0, 1), "labelled": 0.02, "num_masks": 40}
@@ -492,7 +501,7 @@ def test_all_that_counts_in_steps_follows_from_them():
     values = length(given={"run.steps": 800}, patience=4)
     assert values["run.eval_every"] == values["run.save_every"] == 100
     assert length(hours=0.25, given={"run.steps": 800})["run.eval_every"] == 267  # 5 minutes apart, or more
-    assert values["optim.warmup_steps"] == 16
+    assert values["optim.warmup_steps"] == 40
     assert values["run.log_every"] == 13
     assert values["run.ema_decay"] == pytest.approx(1 - 1 / 40)
     assert values["run.patience"] == 4
