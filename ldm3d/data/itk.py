@@ -135,7 +135,7 @@ def is_dicom_folder(path: str | Path) -> bool:
         with os.scandir(path) as entries:
             files = (e.path for e in entries if not e.name.startswith(".") and e.is_file())
             return any(map(is_dicom_file, itertools.islice(files, 32)))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no path can have this name
         return False
 
 

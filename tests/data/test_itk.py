@@ -19,6 +19,7 @@ from ldm3d.data import DataConfig, read
 from ldm3d.data.cases import find_cases
 from ldm3d.data.fingerprint import take
 from ldm3d.data.images import find_images, own_images
+from ldm3d.data.itk import is_dicom_folder
 from ldm3d.data.layouts import recognise
 from ldm3d.data.volumes import read_header, stamp
 
@@ -476,3 +477,8 @@ def test_nifti_needs_no_extra(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     nib.save(nib.Nifti1Image(hounsfield(), np.eye(4)), tmp_path / "a.nii")
     assert read(tmp_path / "a.nii").shape == SHAPE
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000])
+def test_a_name_that_no_path_can_have_is_no_folder(name) -> None:
+    assert not is_dicom_folder(name)
