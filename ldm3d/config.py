@@ -389,7 +389,7 @@ def parse(
     name = args.pop("first")
     if "preset" in args:
         raise InputError(f"--preset: no such setting; the preset is the first word: {args['preset']} ...")
-    if name is None:
+    if not name:
         raise InputError(f"which preset? {choices} (--help explains the settings)")
     types_of = leaf_types(cls)
     flags = {key: convert(value, types_of[key], key) for key, value in args.items()}

@@ -79,6 +79,8 @@ class UNetConfig:
     def __post_init__(self):
         check_levels(self)
         at_least(self, 1, "num_groups", "context_dim", "emb_parts")
+        if min(self.num_res_blocks, default=1) < 1:
+            raise InputError(f"num_res_blocks: expected 1 or more for each level, got {self.num_res_blocks}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a number in [0, 1), got {self.dropout}")
         levels = len(self.channels)

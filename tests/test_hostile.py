@@ -1066,7 +1066,15 @@ CDAL_USE_FLAGS = """
 --overlap 1 | --overlap -1 | --overlap nan | --overlap 0.999999 | --reference nowhere
 --reference data/images | --reference data/labels | --reference data/cases.csv | --part test | --part train
 --part all --seed -1 | --batch_size 0 | --seed 99999999999999999999999 | --probabilities maybe"""
-FIRST_WORDS = ([], [""], ["phantm"], ["."], ["data"], ["nowhere.json"], ["--help=1"], ["-1"], ["\udcff"])
+FIRST_WORDS = (
+    [],
+    [""],
+    ["phantm"],
+    ["nowhere.json"],
+    ["--help=1"],
+    ["-1"],
+    ["\udcff"],
+)  # a folder is planned
 
 
 def combinations(text: str) -> list[list[str]]:
