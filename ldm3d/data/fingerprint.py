@@ -33,7 +33,7 @@ from .itk import modality
 from .layouts import REST, Layout, dimensions, recognise
 from .opening import REPEATS, inspection_cache
 from .settings import DataConfig
-from .slices import find_all_cases
+from .slices import slice_cases
 
 SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh)(?![a-z])", re.I)
 READING = {  # settings that say which files there are and how they are read
@@ -207,9 +207,11 @@ def _sides(root: Path, cases: list[Case]) -> str:
     return ""
 
 
-def _recognised(root: Path, given: dict[str, Any]) -> tuple[DataConfig, dict[str, Any], dict[str, str]]:
-    """(settings that read the files, those that were recognised, why), as `given` by flags, else by the
-    layout of the folder."""
+def _recognised(
+    root: Path, given: dict[str, Any]
+) -> tuple[DataConfig, list[Case], dict[str, Any], dict[str, str]]:
+    """(settings that read the files, the cases, the settings that were recognised, why), as `given` by flags,
+    else by the layout of the folder."""
     layout = Layout({}) if given.keys() & {"image", "table"} else recognise(root)
     settings = {k: v for k, v in layout.settings.items() if k not in given}
     why = dict(layout.why)
@@ -219,23 +221,24 @@ def _recognised(root: Path, given: dict[str, Any]) -> tuple[DataConfig, dict[str
         given = given | {"dims": 2}
         reading["dims"], settings["dims"], why["dims"] = 2, 2, "slices of volumes (data.slices)"
     config = dataclasses.replace(DataConfig(root=str(root), **reading), **settings)
+    cases = find_cases(config, root)
     if "dims" not in given:
-        cases = find_cases(dataclasses.replace(config, subject=None, allow_missing_mask=True), root)
-        settings["dims"] = dimensions(cases[0].image)
+        settings["dims"] = dimensions(cases[0].image, config.series)
         why["dims"] = "volumes" if settings["dims"] == 3 else "slices"
-    return dataclasses.replace(config, **shaped, dims=given.get("dims", settings.get("dims"))), settings, why
+    config = dataclasses.replace(config, **shaped, dims=given.get("dims", settings.get("dims")))
+    return config, cases, settings, why
 
 
 def take(root: Path, flags: dict[str, Any]) -> Fingerprint:
     """The fingerprint of a folder. flags: what a person has said, by dotted key. InputError for a folder
     without images, and for every fault in the files."""
     given = {key.removeprefix("data."): value for key, value in flags.items() if key.startswith("data.")}
-    config, settings, why = _recognised(root, given)
-    volumes = find_cases(config, root)
-    if config.subject is None and "subject" not in given and (found := _find_subjects(root, volumes)):
+    config, cases, settings, why = _recognised(root, given)
+    if config.subject is None and "subject" not in given and (found := _find_subjects(root, cases)):
         settings["subject"], why["subject"] = found
         config = dataclasses.replace(config, subject=settings["subject"])
-    cases = find_all_cases(config, root)
+        cases = find_cases(config, root)
+    cases = slice_cases(cases, config)
     infos = inspect_cases(cases, config, inspection_cache(config, root), with_facts=True)
     return summarise(root, cases, [infos[case.id] for case in cases], settings, why)
 

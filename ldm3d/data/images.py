@@ -19,6 +19,7 @@ from .cases import Case, find_cases, listed_cases, resolve_root
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
 from .itk import is_dicom_folder
+from .layouts import dimensions
 from .opening import check_files, inspection_cache
 from .settings import DataConfig
 from .slices import slice_cases
@@ -90,17 +91,10 @@ def find_images(
     if series and cases[0].image.is_dir():
         layout = _with_series(layout, cases[0].image, series)
     cases = [replace(case, mask=None, source=None) for case in cases]
-    if layout.slices != "none" and _is_flat(cases[0].image, layout.series):
-        layout = replace(layout, slices="none")
-    if layout.slices != "none":
-        cases = slice_cases(cases, layout)
+    if layout.slices != "none" and dimensions(cases[0].image, layout.series) == 2:
+        layout = replace(layout, slices="none")  # such as samples of a run that was trained on slices
+    cases = slice_cases(cases, layout)
     return _with_own_channels(layout, cases[0].image), cases
-
-
-def _is_flat(image: Path, series: str | None) -> bool:
-    """Is the file an image already, such as a sample of a run that was trained on slices?"""
-    shape = read_header(image, series=series).shape
-    return len(shape) == 2 or 1 in shape
 
 
 def _find(layout: DataConfig, root: Path, location: str | Path, subject: str | None) -> list[Case]:
@@ -164,8 +158,7 @@ def own_cases(
     layout = replace(layout, root=str(root), cache="none", subset=None, allow_missing_mask=True)
     layout = replace(layout, subject=subject or layout.subject)
     cases = [replace(case, mask=None, source=None) for case in find_cases(layout, root)]
-    cases = cases if layout.slices == "none" else slice_cases(cases, layout)
-    return layout, listed_cases(cases, listed, root)
+    return layout, listed_cases(slice_cases(cases, layout), listed, root)
 
 
 def with_references(cases: list[Case], folder: Path) -> list[Case]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,10 @@ NO_IMAGE = (
     )
 )
 UNEVEN = 0.1  # part of the slice distance by which a slice may lie off the even grid: positions are rounded
+
+
+class SeveralSeries(InputError):
+    """A folder holds several DICOM series, and none is chosen."""
 
 
 class Grid(NamedTuple):
@@ -139,19 +143,24 @@ def is_dicom_folder(path: str | Path) -> bool:
         return False
 
 
+def _dicom_files(folder: str | Path) -> Iterator[str]:
+    """The DICOM files of a folder, in the order of their names."""
+    names = (name for name in sorted(os.listdir(folder)) if not name.startswith("."))
+    return filter(is_dicom_file, (os.path.join(folder, name) for name in names))
+
+
 def is_series_folder(path: str | Path) -> bool:
     """Are the first two DICOM files of the folder slices of one series? Radiographs in a folder are not."""
     if not is_dicom_folder(path):
         return False
-    files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if not name.startswith(".")]
-    first = [_information(file, dicom=True) for file in itertools.islice(filter(is_dicom_file, files), 2)]
+    first = [_information(file, dicom=True) for file in itertools.islice(_dicom_files(path), 2)]
     return len(first) == 2 and len({_text(reader, UID) for reader in first}) == 1
 
 
 def modality(path: str | Path) -> str:
     """What a DICOM file or folder says it was made with, such as "CT"; "" for other files."""
     if os.path.isdir(path):
-        path = next((entry.path for entry in os.scandir(path) if is_dicom_file(entry.path)), "")
+        path = next(_dicom_files(path), "")
     return _text(_information(str(path), dicom=True), MODALITY) if is_dicom_file(path) else ""
 
 
@@ -196,11 +205,11 @@ def _series_of(folder: Path, series: str | None) -> list[Slice]:
 
     Every file is opened. A list of the files that can be read would be shorter by those that are damaged.
     """
-    files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    files = [file for file in files if is_dicom_file(file) and not _holds_no_image(file)]
     found: dict[str, list[Slice]] = {}  # by UID
     names: dict[str, tuple[str, str, str]] = {}
-    for file in files:
+    for file in _dicom_files(folder):
+        if _holds_no_image(file):
+            continue
         reader = _information(file, dicom=True)
         uid = _text(reader, UID)
         names.setdefault(uid, (_text(reader, NUMBER), _text(reader, DESCRIPTION), uid))
@@ -215,7 +224,7 @@ def _series_of(folder: Path, series: str | None) -> list[Slice]:
         for number, description, uid in sorted(names.values())
     )
     if series is None:
-        raise InputError(f"{folder}: holds {len(found)} series; choose one with --data.series: {listed}")
+        raise SeveralSeries(f"{folder}: holds {len(found)} series; choose one with --data.series: {listed}")
     raise InputError(f"{folder}: {len(chosen) or 'no'} series {series!r} (data.series), it holds {listed}")
 
 

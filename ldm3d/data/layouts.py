@@ -28,7 +28,7 @@ from typing import Any
 from ..config import InputError
 from .cases import read_csv
 from .inspection import few_values
-from .itk import is_series_folder
+from .itk import SeveralSeries, is_series_folder
 from .volumes import DICOM, is_volume_file, read, read_header, strip_suffix, volume_suffix
 
 MASK_NAMES = re.compile(
@@ -187,10 +187,14 @@ def _candidates(root: Path, files: list[Path]) -> tuple[Kinds, str]:
 
 
 def _num_labels(root: Path, paths: Iterable[Path]) -> int:
-    """The number of values in the first files of a kind, if these can be masks; else 0."""
+    """The number of values in the first files of a kind, if these can be masks; else 0. A folder of several
+    series cannot: one of them is chosen for images only."""
     most = 0
     for path in list(paths)[:LOOK_AT]:
-        volume = read(root / path)
+        try:
+            volume = read(root / path)
+        except SeveralSeries:
+            return 0
         num = few_values(volume.array) if volume.channels == 1 else 0
         if not num:
             return 0
@@ -283,7 +287,7 @@ def recognise(root: Path) -> Layout:
     return layout
 
 
-def dimensions(path: Path) -> int:
+def dimensions(path: Path, series: str | None = None) -> int:
     """2 or 3: the spatial axes of an image; a volume of a single slice has 2."""
-    shape = read_header(path).shape
+    shape = read_header(path, series=series).shape
     return 2 if len(shape) == 2 or min(shape) == 1 else 3

@@ -88,10 +88,13 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def slice_cases(cases: list[Case], config: DataConfig) -> list[Case]:
-    """The slices of these volumes as cases. Rank 0 goes first and writes what is not there yet.
+    """The slices of these volumes as cases; without data.slices the cases as they are. Rank 0 goes first and
+    writes what is not there yet.
 
     InputError for a file that cannot be read, and for a mask or source with another number of slices.
     """
+    if config.slices == "none":
+        return cases
     jobs = dict.fromkeys((path, role) for c in cases for role in ROLES if (path := getattr(c, role)))
     for path, _ in jobs:
         if not is_file(path):
@@ -125,5 +128,4 @@ def slice_cases(cases: list[Case], config: DataConfig) -> list[Case]:
 
 def find_all_cases(config: DataConfig, root: Path) -> list[Case]:
     """`find_cases`, or with data.slices the slices of the volumes that it finds."""
-    cases = find_cases(config, root)
-    return cases if config.slices == "none" else slice_cases(cases, config)
+    return slice_cases(find_cases(config, root), config)

@@ -296,6 +296,14 @@ def test_subjects_of_a_table_beside_the_images_are_taken(tmp_path):
     assert found.num_subjects == 2
 
 
+def test_a_note_of_the_files_comes_once(tmp_path, capsys):
+    for case in CASES:
+        save(tmp_path / f"{case}.nii.gz", image())
+    (tmp_path / "cases.csv").write_text("image,subject\np01.nii.gz,\np02.nii.gz,s\np03.nii.gz,t\n")
+    take(tmp_path, {"data.cache_dir": str(tmp_path / "c")})
+    assert capsys.readouterr().out.count("have no subject") == 1
+
+
 def test_the_split_of_a_table_is_among_the_facts(tmp_path):
     for case in CASES:
         save(tmp_path / f"{case}.nii.gz", image())

@@ -332,6 +332,18 @@ def test_series_are_recognised_among_the_files_of_a_folder(patients, tmp_path) -
     assert recognise(patients / "p0").settings["image"] == "*/"
 
 
+def test_a_chosen_series_is_planned_from_where_every_folder_holds_two(tmp_path) -> None:
+    for i in range(3):
+        folder = write_series(tmp_path / f"data/p{i}", hounsfield(seed=i), np.eye(4), description="t1")
+        write_series(folder, hounsfield((9, 8, 7), i), np.eye(4), "1.2.4", description="flair")
+    flags = {"data.cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(InputError, match=r"holds 2 series; choose one with --data\.series"):
+        take(tmp_path / "data", flags)
+    for more in ({}, {"data.image": "*/"}):
+        found = take(tmp_path / "data", flags | more | {"data.series": "flair"})
+        assert found.shapes == ((9, 8, 7),) * 3
+
+
 def test_radiographs_in_a_folder_are_images_of_their_own(tmp_path) -> None:
     for i in range(3):
         write_series(tmp_path / "data", hounsfield((16, 16, 1), i), np.eye(4), f"1.2.{i}")
