@@ -36,6 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import InputError
+from ..engine.checkpoint import is_occupied
 
 MIB, TRIES, PAUSE, TIMEOUT = 2**20, 5, 1.0, 60.0  # attempts without progress; seconds
 MAX_RATIO, ALWAYS_ALLOWED = 10, 2**30  # bytes unpacked, as a multiple of the archive; or this many
@@ -351,7 +352,7 @@ def download(config: DownloadConfig, name: str) -> Path:
     if archive is None:
         raise InputError(f"{name}: no such data set, expected one of {', '.join(ARCHIVES)}")
     folder = Path(config.to or os.environ.get("LDM3D_DATA") or "data").expanduser() / name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         print(f"{folder} is there already; nothing is downloaded")
         return folder
     print(f"{name}: {archive.url}\nlicence: {archive.licence}\ncite: {archive.citation}")

@@ -79,6 +79,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def is_occupied(path: Path) -> bool:
+    """True for a file, and for a folder that holds anything: nothing new may be written there."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def maker(kind: str) -> str:
     """Who writes checkpoints of this kind, for messages."""
     return f"a checkpoint of train_{kind}.py" if kind in ("vae", "ldm", "cdal") else f"a {kind!r} checkpoint"

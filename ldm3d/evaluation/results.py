@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..config import InputError
-from ..engine.checkpoint import write_text
+from ..engine.checkpoint import is_occupied, write_text
 from ..engine.distributed import broadcast, gather, is_main
 
 Rows = dict[str, dict[str, Any]]  # name of a case -> column -> value
@@ -28,9 +28,8 @@ Rows = dict[str, dict[str, Any]]  # name of a case -> column -> value
 
 def check_out(out: str | None) -> None:
     """InputError if the folder `out` holds anything. Call it before long work, not only after."""
-    folder = Path(out) if out else None
-    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"out: {folder} exists and is not empty; nothing is overwritten")
+    if out and is_occupied(Path(out)):
+        raise InputError(f"out: {Path(out)} exists and is not empty; nothing is overwritten")
 
 
 def new_folder(run: Path, out: str | None, what: str) -> Path:

@@ -26,7 +26,7 @@ import copy
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from ..data import DataConfig
 from ..data.volumes import centred_affine
 from ..denoiser import Denoiser
 from ..diffusion_kernel import KernelConfig
-from ..engine.checkpoint import write_text
+from ..engine.checkpoint import is_occupied, write_text
 from ..engine.distributed import print0
 from ..pipeline import AutoencoderPipeline, LatentDiffusionPipeline, Pipeline, load
 from ..vae import AutoencoderKL
@@ -53,7 +53,7 @@ from .peers import Description, describe
 class ExportConfig:
     as_: Literal["monai", "maisi", "diffusers", "torch_export", "onnx"] = "monai"  # what shall load it
     to: str | None = None  # new folder
-    steps: int = field(default=50)  # of sampling, in the bundle of a latent diffusion run
+    steps: int = 50  # of sampling, in the bundle of a latent diffusion run
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -118,15 +118,11 @@ def scaling_transform(data: DataConfig, image_range: tuple[float, float]) -> dic
     raise InputError(f"data.scaling: {data.scaling} has no counterpart in a MONAI bundle")
 
 
-def definition(description: Description) -> dict[str, Any]:
-    return {"_target_": description.target, **description.arguments}
-
-
 def network(name: str, description: Description) -> dict[str, Any]:
     """The entries of a bundle that make a network and load its weights."""
     file = f"@bundle_root + '/models/{name}.pt'"
     return {
-        f"{name}_def": definition(description),
+        f"{name}_def": {"_target_": description.target, **description.arguments},
         f"load_{name}": f"$@{name}_def.load_state_dict(torch.load({file}, weights_only=True))",
         name: f"$@{name}_def.to(@device).eval()",
     }
@@ -305,7 +301,7 @@ def export_run(config: ExportConfig, run: str) -> Path:
     if config.to is None:
         raise InputError("to: which folder? give a new one, such as --to exported")
     folder = Path(config.to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise InputError(f"to: {folder} is there already, expected a new folder")
     pipeline = load(run)
     if not isinstance(pipeline, (AutoencoderPipeline, LatentDiffusionPipeline)):

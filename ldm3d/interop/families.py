@@ -15,7 +15,6 @@ family has one usual value, that value is assumed and reported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +44,7 @@ class Family:
 
 
 UNIT, SYMMETRIC = (0.0, 1.0), (-1.0, 1.0)
-MONAI_NORM = {"num_groups": 32, "gn_eps": 1e-6}
+NORM = {"num_groups": 32, "gn_eps": 1e-6}
 WRAPPED = (r"^((?:en|de)coder\..*)\.conv\.conv\.(weight|bias)$", r"\1.conv.\2")  # MAISI wraps once more
 UPSAMPLE = (r"^(decoder\.blocks\.\d+)\.conv\.conv\.", r"\1.postconv.conv.")
 SELF_ATTENTION = (r"(blocks\.\d+|attentions\.\d+|attention)\.(to_[qkv])\.", r"\1.attn.\2.")
@@ -63,7 +62,7 @@ FAMILIES = (
         library="maisi",
         sign=r"^encoder\.blocks\.0\.conv\.conv\.weight$",
         renames=(WRAPPED, UPSAMPLE),
-        usual=MONAI_NORM | {"image_range": UNIT, "upsample": "trilinear"},
+        usual=NORM | {"image_range": UNIT, "upsample": "trilinear"},
         classes=("AutoencoderKlMaisi",),
     ),
     Family(
@@ -75,7 +74,7 @@ FAMILIES = (
         renames=(SELF_ATTENTION, UPSAMPLE),
         unused=r"\.proj_attn\.",
         fixed={"attn_out_proj": False},
-        usual=MONAI_NORM | {"image_range": UNIT, "upsample": "nearest"},
+        usual=NORM | {"image_range": UNIT, "upsample": "nearest"},
         classes=("AutoencoderKL",),
     ),
     Family(
@@ -84,7 +83,7 @@ FAMILIES = (
         layout="monai",
         library="monai",
         sign=r"^quant_conv_mu\.conv\.weight$",
-        usual=MONAI_NORM | {"image_range": UNIT},
+        usual=NORM | {"image_range": UNIT},
         classes=("AutoencoderKL",),
     ),
     Family(
@@ -93,7 +92,7 @@ FAMILIES = (
         layout="monai",
         library="maisi",
         sign=r"^(spacing_layer|top_region_index_layer|bottom_region_index_layer)\.0\.weight$",
-        usual=MONAI_NORM,
+        usual=NORM,
         classes=("DiffusionModelUNetMaisi",),
     ),
     Family(
@@ -110,7 +109,7 @@ FAMILIES = (
         ),
         unused=r"\.proj_attn\.",
         fixed={"attn_out_proj": False},
-        usual=MONAI_NORM,
+        usual=NORM,
         classes=("DiffusionModelUNet",),
     ),
     Family(
@@ -119,7 +118,7 @@ FAMILIES = (
         layout="monai",
         library="monai",
         sign=r"^middle_block\.resnet_1\.time_emb_proj\.weight$",
-        usual=MONAI_NORM,
+        usual=NORM,
         classes=("DiffusionModelUNet",),
     ),
     Family(
@@ -129,7 +128,7 @@ FAMILIES = (
         library=None,
         sign=r"^encoder\.down\.0\.block\.0\.norm1\.weight$",
         fixed=COMPVIS_TRUNK,
-        usual={"num_groups": 32, "gn_eps": 1e-6, "image_range": SYMMETRIC},
+        usual=NORM | {"image_range": SYMMETRIC},
     ),
     Family(
         name="diffusers autoencoder",
@@ -139,7 +138,7 @@ FAMILIES = (
         sign=r"^encoder\.down_blocks\.0\.resnets\.0\.norm1\.weight$",
         renames=OLD_ATTENTION,
         fixed=COMPVIS_TRUNK,
-        usual={"num_groups": 32, "gn_eps": 1e-6, "image_range": SYMMETRIC},
+        usual=NORM | {"image_range": SYMMETRIC},
         classes=("AutoencoderKL",),
     ),
 )
@@ -330,9 +329,8 @@ def with_identity_projections(state: State) -> State:
 def configuration(state: State, family: Family, where: str) -> dict[str, Any]:
     """The settings that the shapes tell. InputError if they are those of no network."""
     shapes = Shapes(state, where)
-    infer: Callable[[Shapes], dict[str, Any]] = unet
-    if family.kind == "autoencoder":
-        infer = monai_autoencoder
-        if family.layout != "monai":
-            return levels_autoencoder(shapes, family.layout)
-    return infer(shapes)
+    if family.kind == "unet":
+        return unet(shapes)
+    if family.layout == "monai":
+        return monai_autoencoder(shapes)
+    return levels_autoencoder(shapes, family.layout)

@@ -28,7 +28,7 @@ from ..config import InputError, at_least, convert, field_types, from_dict, to_d
 from ..data import DataConfig, DataSpec
 from ..denoiser import Denoiser
 from ..diffusion_kernel import KernelConfig
-from ..engine.checkpoint import load_run, save, weights, write_text
+from ..engine.checkpoint import is_occupied, load_run, save, weights, write_text
 from ..engine.distributed import print0
 from ..pipeline import copy_autoencoder, load_autoencoder
 from ..unet import UNetConfig
@@ -36,7 +36,7 @@ from ..vae import AutoencoderKL, VAEConfig
 from .bundles import Described, check_agreement, read_description
 from .families import Family, configuration, recognise, rewrite, with_identity_projections
 from .files import read_weights
-from .layouts import EMBEDDINGS, fill
+from .layouts import EMBEDDINGS, NUMBERS, fill
 from .peers import build, compare, describe
 
 # --- Config -------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def conditions_of(state: dict[str, Tensor], dims: int) -> list[Condition]:
     found = []
     if (table := state.get("class_embedding.weight")) is not None:
         found.append(Condition("class", "class", tuple(map(str, range(len(table))))))
-    for name in ("top_region_index", "bottom_region_index", "spacing"):
+    for name in NUMBERS:
         if (weight := state.get(f"{EMBEDDINGS[name]}.0.weight")) is not None:
             num = weight.shape[-1]
             kind = "spacing" if name == "spacing" and num == dims else "number"
@@ -327,22 +327,37 @@ def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dic
     return {"kind": "ldm", "config": settings, "state": state}
 
 
+def expectations(content: dict[str, Any], assumed: list[str]) -> list[str]:
+    """What the network expects of images and of diffusion, in words. assumed: what of it nothing tells."""
+    data, spec = content["config"]["data"], content["state"]["data"]
+    spacing = "as the files have it" if data["spacing"] is None else f"{tuple(data['spacing'])} mm"
+    lines = [f"    {'images:':<20}{spec['channels']} channels, scaling {data['scaling']}, spacing {spacing}"]
+    if content["kind"] == "ldm":
+        kernel, factor = content["config"]["kernel"], 1 / float(content["state"]["latent_std"][0])
+        how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
+        lines.append(f"    {'diffusion:':<20}{how}, scale_factor {factor:g}")
+        if assumed:
+            flags = "--kernel.*, --scale_factor or --config"
+            lines.append(f"    note: {' and '.join(assumed)} assumed; {flags} says how it was trained")
+    return lines
+
+
 def import_file(config: ImportConfig, file: str) -> Path:
     """Import a file into a new run folder, and print where every setting comes from."""
     if config.to is None:
         raise InputError("to: which run folder? give a new one, such as --to runs/vae-theirs")
     folder = Path(config.to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise InputError(f"to: {folder} is there already, expected a new folder")
     imported = open_weights(file, config.config, **{name: getattr(config, name) for name in HINTS})
     net, report = imported.net, imported.report
     facts = report.facts
     if isinstance(net, AutoencoderKL) and config.spacing is None:
         ask_for("spacing", imported.unclear)
+        if len(facts.get("spacing", ())) == net.config.dims:
+            config = dataclasses.replace(config, spacing=facts["spacing"])
     if isinstance(net, Denoiser) and config.kernel == ASSUMED_KERNEL:
         ask_for("kernel", imported.unclear)
-    if config.spacing is None and "spacing" in facts and len(facts["spacing"]) == config_of(net).dims:
-        config = dataclasses.replace(config, spacing=facts["spacing"])
     if config.kernel == ASSUMED_KERNEL and "kernel" in facts:
         config = dataclasses.replace(
             config, kernel=from_dict(KernelConfig, facts["kernel"], f"{config.config}: kernel")
@@ -374,22 +389,3 @@ def import_file(config: ImportConfig, file: str) -> Path:
         copy_autoencoder(load_run(config.vae, "vae"), folder)
     print0("\n".join([*lines, f"{folder}: a run folder, ready to use"]))
     return folder
-
-
-def config_of(net: AutoencoderKL | Denoiser) -> VAEConfig | UNetConfig:
-    return net.config if isinstance(net, AutoencoderKL) else net.unet.config
-
-
-def expectations(content: dict[str, Any], assumed: list[str]) -> list[str]:
-    """What the network expects of images and of diffusion, in words. assumed: what of it nothing tells."""
-    data, spec = content["config"]["data"], content["state"]["data"]
-    spacing = "as the files have it" if data["spacing"] is None else f"{tuple(data['spacing'])} mm"
-    lines = [f"    {'images:':<20}{spec['channels']} channels, scaling {data['scaling']}, spacing {spacing}"]
-    if content["kind"] == "ldm":
-        kernel, factor = content["config"]["kernel"], 1 / float(content["state"]["latent_std"][0])
-        how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
-        lines.append(f"    {'diffusion:':<20}{how}, scale_factor {factor:g}")
-        if assumed:
-            flags = "--kernel.*, --scale_factor or --config"
-            lines.append(f"    note: {' and '.join(assumed)} assumed; {flags} says how it was trained")
-    return lines

@@ -218,8 +218,8 @@ def unet_entries(net: UNet, own: str = "") -> Iterator[Entry]:
     yield from of(net.conv_out, "conv_out", "out.2")
 
 
-EMBEDDINGS = {"class": "class_embedding", "top_region_index": "top_region_index_layer"}
-EMBEDDINGS |= {"bottom_region_index": "bottom_region_index_layer", "spacing": "spacing_layer"}
+NUMBERS = ("top_region_index", "bottom_region_index", "spacing")  # that MAISI's U-Net takes
+EMBEDDINGS = {"class": "class_embedding", **{name: f"{name}_layer" for name in NUMBERS}}
 
 
 def denoiser_entries(net: Denoiser) -> Iterator[Entry]:

@@ -19,6 +19,7 @@ from ..config import InputError
 from ..denoiser import Denoiser
 from ..unet import UNetConfig
 from ..vae import AutoencoderKL, VAEConfig
+from .layouts import NUMBERS
 
 Library = Literal["monai", "maisi", "diffusers"]
 
@@ -115,9 +116,6 @@ def describe_diffusers_autoencoder(config: VAEConfig) -> Description:
             "use_post_quant_conv": config.quant_conv,
         },
     )
-
-
-NUMBERS = ("top_region_index", "bottom_region_index", "spacing")  # of MAISI's U-Net
 
 
 def describe_monai_unet(net: Denoiser) -> Description:
