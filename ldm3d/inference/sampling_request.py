@@ -200,10 +200,11 @@ def with_sources(
         return infos, values
     paths = list(dict.fromkeys(rows[i][name] for i in having))  # many rows may share a source
     images = pipeline.open(paths, "source")
-    sources = {path: images[j, j]["image"] for j, path in enumerate(paths)}
+    sources = {
+        path: (images[j, j]["image"], images.infos[images.cases[j].id]) for j, path in enumerate(paths)
+    }
     for i in having:
-        path = rows[i][name]
-        values[i][name], infos[i] = sources[path], images.infos[images.cases[paths.index(path)].id]
+        values[i][name], infos[i] = sources[rows[i][name]]
     note_geometry(images, pipeline.spec)
     return infos, values
 
