@@ -384,9 +384,8 @@ class Stream:
 
 # --- the choice ---------------------------------------------------------------------------------------------
 
-SLABS = (
-    5  # what a convolution reads, normalises, computes, joins and keeps at a time; as much for up-sampling
-)
+# Slabs that a convolution reads, normalises, computes, joins and keeps at a time; as many for up-sampling
+SLABS = 5
 
 
 class Trial(Stream):
@@ -473,6 +472,11 @@ def needs_gradient(trunk: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in trunk.parameters()))
 
 
+WORDS = {
+    "slabs": "in slabs",
+    "recompute": "in slabs, some of them computed twice",
+    "offload": "in slabs, with maps on disk (of a GPU: in the memory of its host)",
+}
 NOTED: set[tuple[str, str, Mode]] = set()  # what `note` has told, once, not for every case
 
 
@@ -482,13 +486,6 @@ def note(name: str, size: str, mode: Mode, need: dict[Mode, int], room: float) -
         NOTED.add((name, size, mode))
         whole, most, least = (f"{v / GIB:.2g}" for v in (need["whole"], room, need[mode]))
         print0(f"note: {name} on {size}: {whole} GiB whole, {most} to use; {WORDS[mode]}, {least} GiB")
-
-
-WORDS = {
-    "slabs": "in slabs",
-    "recompute": "in slabs, some of them computed twice",
-    "offload": "in slabs, with maps on disk (of a GPU: in the memory of its host)",
-}
 
 
 def run_trunk(trunk: Encoder | Decoder, x: Tensor, memory: float | None = None) -> Tensor:
