@@ -1,5 +1,6 @@
-"""Every command line of the guides and docstrings does its work: each is run, with tiny networks and data,
-in a folder that holds all that the line names. (Those of benchmarks are only read, by tests/test_guides.py.)
+"""Every command line of the guides and docstrings that trains, samples, evaluates or reports does its work:
+each is run, with tiny networks and data, in a folder that holds all that the line names. (The others are only
+read, by tests/test_guides.py.)
 
 What a line names lies under this very name: FOLDER and GENERATED are folders, RUN is a run. Names of single
 files get an ending: IMAGE becomes IMAGE.nii.gz.

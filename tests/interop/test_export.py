@@ -271,7 +271,10 @@ def test_an_export_that_cannot_be_is_one_line(flags, says, vae, tmp_path, mistak
     assert not (tmp_path / "new").exists()
 
 
-def test_a_bundle_says_what_was_folded(vae, tmp_path):
-    main(["export", str(vae), "--to", str(tmp_path / "bundle")])
+def test_a_bundle_says_what_was_folded(ldm, tmp_path):
+    main(["export", str(ldm), "--to", str(tmp_path / "bundle")])
     notes = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())["notes"]
+    assert "latent_mean and latent_std are folded into the autoencoder; scale_factor is 1" in notes
+    flow = ldm3d.load(ldm).model.kernel.config.process == "flow"
+    assert any("MONAI's sign" in note for note in notes) == flow
     assert "intensities within the networks: -1 to 1" in notes
