@@ -267,13 +267,13 @@ def halvings(size: tuple[int, ...], spacing: tuple[float, ...], num: int) -> tup
 def levels(
     plan: Plan, widths: str, size: tuple[int, ...], spacing: tuple[float, ...], num: int, stem: bool = False
 ) -> tuple[tuple[int, ...], ...]:
-    """`num` halvings or fewer; but as many down-samplings as the given widths need, where a person gives the
-    setting `widths`: one between two levels, and one before the first with a stem."""
-    if widths not in plan.given:
-        return halvings(size, spacing, num)
-    num = len(plan.given[widths]) - (not stem)
+    """`num` halvings or fewer, with a stem one at least; but as many down-samplings as the given widths need,
+    where a person gives the setting `widths`: one between two levels, and one before the first with a stem."""
+    least = int(stem)
+    if widths in plan.given:
+        num = least = max(least, len(plan.given[widths]) - (not stem))
     found = halvings(size, spacing, num)
-    return found + ((1,) * len(size),) * (num - len(found))
+    return found + ((1,) * len(size),) * (least - len(found))
 
 
 def total(factors: tuple[tuple[int, ...], ...], dims: int) -> tuple[int, ...]:
@@ -321,7 +321,6 @@ def plan_autoencoder(
     latent = math.prod(rounded_up(size, total(factors, f.dims))) / math.prod(total(factors, f.dims))
     if latent > LATENT_POSITIONS[gpu]:
         factors = levels(plan, "vae.channels", size, spacing, 3, stem=not gpu)
-    factors = factors or ((1,) * f.dims,)
     by_axis = total(factors, f.dims)
     padded = plan.given.get("data.size") or rounded_up(size, halved_once_more(size, by_axis))
     latent_size = tuple(-(-n // k) for n, k in zip(padded, by_axis, strict=True))
@@ -593,7 +592,7 @@ def plan_generator(
     """Levels and widths of the generator: (all its down-samplings). Volumes on CPUs begin with a stem."""
     gpu, short = machine.gpu, machine.hours < SHORT
     if f.dims == 3 and not gpu:
-        factors = levels(plan, "unet.channels", size, spacing, 2, stem=True) or ((1,) * f.dims,)
+        factors = levels(plan, "unet.channels", size, spacing, 2, stem=True)
         plan.set("generator.stem", factors[0], "CPUs: the first halving is a rearrangement")
         inner, widths = factors[1:], ((32, 64) if short else (48, 96))[: len(factors)]
     else:
