@@ -225,7 +225,7 @@ COMMON: dict[str, str] = {  # the settings of --help; --help all shows every set
     " data.augment.flip_axes data.augment.affine data.augment.intensity",
     "the network": "unet.channels generator.stem generator.encoder_channels cdal.diffusion votes window",
     "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp run.workers"
-    " run.eval_every run.init run.fresh plan memory",
+    " run.eval_every run.init run.fresh hours plan memory",
 }
 
 
@@ -371,8 +371,8 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
         plan = plan_cdal(found, able, flags, os.cpu_count() or 1)
         config = merge(plan.values)
-        data = open_labelled(config)
-        seconds = seconds_per_step(memory_table(config, own_estimate=True), config, device, data)
+        data, table = open_labelled(config), memory_table(config, own_estimate=True)
+    seconds = seconds_per_step(table, config, device, data)
     plan_length(plan, able.hours, seconds, CDAL_PASSES, len(data.split["train"]), ema=0.05)
     return plan
 

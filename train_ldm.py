@@ -254,7 +254,7 @@ COMMON: dict[str, str] = {  # the settings of --help; --help all shows every set
     " condition.use condition.dropout anatomy.registers",
     "the diffusion": "kernel.process kernel.prediction sample_steps",
     "the run": "run.dir run.steps batch_size micro_batch_size optim.lr run.device run.amp"
-    " run.workers run.eval_every run.init run.fresh plan memory",
+    " run.workers run.eval_every run.init run.fresh hours plan memory",
 }
 
 
@@ -726,7 +726,8 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     with contextlib.redirect_stdout(io.StringIO()):
         plan_ldm(plan, latents, able)
         config = merge(plan.values)
-        seconds = seconds_per_step(memory_table(config), config, device)
+        table = memory_table(config)
+    seconds = seconds_per_step(table, config, device)
     passes = LDM_PASSES[config.data.num_variants > 1]
     plan_length(plan, able.hours, seconds, passes, latents.num_train, ema=0.3, patience=4)
     return plan

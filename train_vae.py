@@ -520,9 +520,9 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     device, found = setup(flags.get("run.device", "auto")), take(folder, flags)
     print0(f"{folder}: {describe(found)}")
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
-    plan = plan_vae(found, able, flags, os.cpu_count() or 1)
-    config = merge(plan.values)
-    with contextlib.redirect_stdout(io.StringIO()):  # training says the same again
+    with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
+        plan = plan_vae(found, able, flags, os.cpu_count() or 1)
+        config = merge(plan.values)
         data = open_volumes(config)
     seconds = seconds_per_step(memory_table(config), config, device, data)
     plan_length(plan, able.hours, seconds, VAE_PASSES, len(data.split["train"]), ema=0.05)

@@ -35,15 +35,16 @@ from .data.fingerprint import READING, Fingerprint
 from .data.opening import open_stored
 from .engine.checkpoint import load_latest, load_run, write_text
 from .engine.distributed import gather, is_main, print0, setup, world_size
+from .engine.logger import WIDTH
 from .engine.memory_plan import MemoryTable
 from .engine.runs import changed_case
 
 PLAN_FILE = "plan.json"
-WIDTH = 110  # columns of the printed table
 VAE_PASSES = CDAL_PASSES = (2000, 5000)  # most passes over the training cases, least steps; see `plan_length`
 VALIDATE_EVERY = 5  # minutes at least
 LDM_PASSES = {False: (100, 500), True: (300, 500)}  # the same, by: in variants?
 HOURS = {False: 1.0, True: 12.0}  # of training where --hours does not say it, by GPU
+SHORT = 0.5  # hours, below which a run is short: more steps teach more than wider levels and larger patches
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class Machine:
     training_fits: Callable[[dict[str, Any]], bool]
     validation_fits: Callable[[dict[str, Any]], bool]
     ranks: int = 1  # processes, among which a batch is divided
+
+    @property
+    def short(self) -> bool:
+        return self.hours < SHORT
 
     def shared(self, batch: int) -> int:
         """A batch of at least this many samples that all ranks get the same part of."""
@@ -237,9 +242,8 @@ def plan_reading(plan: Plan, f: Fingerprint, gpu: bool, num_cores: int) -> None:
 
 # --- networks: what shape the grid asks for -----------------------------------------------------------------
 
-SHORT = 0.5  # hours, below which networks for CPUs are narrower: more steps teach more than wider levels
 STEP_VOXELS = {2: 128**2, 3: 36**3}  # of a training patch on CPUs: one step takes about half a second
-SHORT_VOXELS = {2: 128**2, 3: 32**3}  # the same for a short time: more steps teach more than larger patches
+SHORT_VOXELS = {2: 128**2, 3: 32**3}  # the same for a short time
 GPU_PATCH = {2: 512**2, 3: 112 * 128 * 80}
 LATENT_POSITIONS = {False: 4096, True: 65536}  # by GPU: latents with more are halved once more
 
@@ -267,8 +271,8 @@ def halvings(size: tuple[int, ...], spacing: tuple[float, ...], num: int) -> tup
 def levels(
     plan: Plan, widths: str, size: tuple[int, ...], spacing: tuple[float, ...], num: int, stem: bool = False
 ) -> tuple[tuple[int, ...], ...]:
-    """`num` halvings or fewer, with a stem one at least; but as many down-samplings as the given widths need,
-    where a person gives the setting `widths`: one between two levels, and one before the first with a stem."""
+    """`num` halvings or fewer, and one down-sampling at least with a stem. Where a person gives the setting
+    `widths`, as many as these need: one between two levels, and one before the first with a stem."""
     least = int(stem)
     if widths in plan.given:
         num = least = max(least, len(plan.given[widths]) - (not stem))
@@ -313,7 +317,7 @@ def plan_autoencoder(
 ) -> tuple[tuple[int, ...], ...]:
     """Levels, widths and the latent of the autoencoder: (its down-samplings). Two halvings, three where the
     latent would still be large for the denoiser."""
-    gpu, short = machine.gpu, machine.hours < SHORT
+    gpu, short = machine.gpu, machine.short
     plan.set("vae.dims", f.dims, f"the images are {f.dims}-D")
     channels = f"{f.channels} channel{'s' * (f.channels > 1)}"
     plan.set("vae.in_channels", f.channels, f"the images have {channels}")
@@ -363,8 +367,8 @@ def plan_patch(
 ) -> None:
     """Patch and batch: as large as the memory allows, on CPUs as a short step allows. A patch that is larger
     than most cases would be padding; along no axis is a patch longer than every case."""
-    dims, short = len(whole), machine.hours < SHORT
-    most = (GPU_PATCH if machine.gpu else SHORT_VOXELS if short else STEP_VOXELS)[dims]
+    dims = len(whole)
+    most = (GPU_PATCH if machine.gpu else SHORT_VOXELS if machine.short else STEP_VOXELS)[dims]
     inside = tuple(max(m, n // m * m) for n, m in zip(largest, multiple, strict=True))
     patch = whole
     if math.prod(whole) > 1.25 * most:
@@ -505,13 +509,12 @@ def common_flips(f: Fingerprint, before: DataConfig) -> tuple[int, ...]:
     return tuple(axis for axis in before.augment.flip_axes if axis in ours)
 
 
-def plan_variants(plan: Plan, z: Latents, hours: float) -> int:
-    """Few cases are encoded several times, each time moved a little: (how many times). The encoding may take
-    a tenth of the time. A short run does not learn cases by heart, and moved ones only make its task harder:
-    300 steps on phantoms end at a loss of 0.77 without, 0.99 with them."""
-    affordable = int(0.1 * 3600 * hours / max(z.seconds * z.num_train, 1e-9))
+def plan_variants(plan: Plan, z: Latents, machine: Machine) -> None:
+    """Few cases are encoded several times, each time moved a little. The encoding may take a tenth of the
+    time. A short run does not learn cases by heart, and moved ones only make its task harder."""
+    affordable = int(0.1 * 3600 * machine.hours / max(z.seconds * z.num_train, 1e-9))
     num, why = min(NUM_VARIANTS, affordable), f"{z.num_train} training cases are few: each in variants"
-    if hours < SHORT:
+    if machine.short:
         num, why = 1, "a short run does not learn cases by heart"
     elif z.num_train >= FEW_CASES or num < 2:
         num, why = 1, f"{z.num_train} training cases: each is encoded once"
@@ -522,12 +525,11 @@ def plan_variants(plan: Plan, z: Latents, hours: float) -> int:
         plan.set("data.augment.affine", 0.7, "variants are turned, scaled and shifted a little")
         plan.set("data.augment.max_scale", 0.05, "sizes mean something")
         plan.set("data.augment.flip_axes", z.flip_axes, "as the autoencoder has seen them")
-    return num
 
 
 def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     """Levels and widths of the U-Net: halved until attention over all positions is cheap."""
-    gpu, short = machine.gpu, machine.hours < SHORT
+    gpu, short = machine.gpu, machine.short
     positions, num = math.prod(z.size), 0
     while num < 2 and math.prod(z.size) / 2 ** (num * len(z.size)) > 512:
         num += 1
@@ -560,7 +562,7 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
 
 def plan_ldm(plan: Plan, z: Latents, machine: Machine) -> None:
     """The rest of the plan of a denoiser, without its length."""
-    plan_variants(plan, z, machine.hours)
+    plan_variants(plan, z, machine)
     plan_denoiser(plan, z, machine)
     batch = plan.values.get("batch_size", 1)
     while batch > machine.ranks and not machine.training_fits(plan.values):
@@ -590,7 +592,7 @@ def plan_generator(
     plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], machine: Machine
 ) -> tuple[tuple[int, ...], ...]:
     """Levels and widths of the generator: (all its down-samplings). Volumes on CPUs begin with a stem."""
-    gpu, short = machine.gpu, machine.hours < SHORT
+    gpu, short = machine.gpu, machine.short
     if f.dims == 3 and not gpu:
         factors = levels(plan, "unet.channels", size, spacing, 2, stem=True)
         plan.set("generator.stem", factors[0], "CPUs: the first halving is a rearrangement")
@@ -622,7 +624,7 @@ def plan_cdal(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores
     whole = plan_size(plan, size, multiple)
     median = on_grid(f.median, f, size)
     plan_patch(plan, whole, size, median, spacing, multiple, machine)
-    patch = plan.given.get("data.patch", plan.values.get("data.patch")) or whole
+    patch = (plan.values | plan.given)["data.patch"] or whole
     if f.labelled < RARE and math.prod(patch) < math.prod(median) / 2:
         plan.set("data.foreground", 0.5, f"{f.labelled:.1%} of the voxels have a label")
     if not machine.validation_fits(plan.values):
@@ -637,9 +639,8 @@ def plan_cdal(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores
 
 
 def plan_optimizer(plan: Plan, lr: float, forget: bool) -> None:
-    """The learning rate, and whether Adam's average of squared gradients forgets soon. The noisy gradients of
-    a denoiser want a long average: with it, and with a warm-up of a tenth, 300 steps on phantoms ended at a
-    loss of 0.65, without both at 0.77."""
+    """The learning rate, and whether Adam's average of squared gradients forgets soon. Gradients of a
+    denoiser are noisy and want a long average."""
     plan.set("optim.lr", lr, "high for small networks, low for wide ones")
     plan.set("optim.schedule", "cosine", "the learning rate ends at 0")
     if forget:
@@ -664,7 +665,7 @@ def plan_length(
     """Steps, and all that counts in steps. seconds: of a step. passes: (most over the training cases, least
     number of steps whatever their number is). ema: the averaged weights reach back over this part of the run.
     """
-    batch = plan.given.get("batch_size") or next(c.value for c in plan.choices if c.key == "batch_size")
+    batch = (plan.values | plan.given)["batch_size"]
     by_time = 3600 * hours / seconds * 0.85  # the rest is for validation, checkpoints and the start
     by_cases = max(passes[0] * num_train / batch, passes[1])
     steps = round_steps(min(by_time, by_cases))

@@ -576,7 +576,9 @@ def test_three_commands_without_settings_go_from_a_folder_to_samples(folder, tmp
     assert check_plan_file(tmp_path / "runs/vae-heads", out)["run.steps"] == "given"
     assert out.splitlines()[-1] == "next: python train_ldm.py runs/vae-heads"
     train_ldm.main(["runs/vae-heads", *SHORT])
-    why = check_plan_file(tmp_path / "runs/ldm-heads", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == "measuring a step ..."
+    why = check_plan_file(tmp_path / "runs/ldm-heads", out)
     assert why["data.num_variants"].startswith("10 training cases are few")
     sample.main(["runs/ldm-heads", "--num", "2", "--steps", "2"])
     samples = sorted((tmp_path / "runs/ldm-heads/samples-001").glob("*.tif"))
@@ -589,7 +591,9 @@ def test_three_commands_without_settings_go_from_a_folder_to_samples(folder, tmp
 @pytest.mark.slow
 def test_a_folder_alone_trains_a_segmenter(folder, tmp_path, capsys):
     train_cdal.main([str(folder), *SHORT])
-    check_plan_file(tmp_path / "runs/cdal-heads", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert out.splitlines()[1] == "measuring a step ..."
+    check_plan_file(tmp_path / "runs/cdal-heads", out)
     assert lines(tmp_path / "runs/cdal-heads", "val")[-1]["dice"] >= 0
 
 

@@ -19,7 +19,6 @@ from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import choose_device, why_no_cuda
 from ldm3d.engine.logger import Logger, console_line
 from ldm3d.engine.machine import describe_device
-from ldm3d.engine.runs import Run
 
 CPU = torch.device("cpu")
 KINDS = {"vae": "KL autoencoder, discriminator", "ldm": "denoiser", "cdal": "segmentation, discriminator"}
@@ -159,7 +158,6 @@ def test_the_time_left_is_that_of_the_mean_pace_and_the_end_is_said_once(tmp_pat
         run.end_step()
     assert run.time_left() == pytest.approx((3 * 4 + 3 * 10) / 6 * 93)
     assert capsys.readouterr().out == ""
-    assert isinstance(run, Run)
 
 
 # --- what comes next ----------------------------------------------------------------------------------------
