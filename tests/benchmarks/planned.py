@@ -69,11 +69,13 @@ def steps_of_preset(script: Any, words: list[str], minutes: float) -> int:
     base = getattr(script, "with_data", None) or script.with_autoencoder
     with contextlib.redirect_stdout(io.StringIO()):
         config, _ = parse(script.Config, words, script.PRESETS, base=base)
-        data = None
-        if script.__name__ != "train_ldm":
-            data = getattr(script, "open_volumes", None) or script.open_labelled
-            data = data(config)
-        seconds = seconds_per_step(script.memory_table(config), config, torch.device("cpu"), data)
+        data, whole_step = None, {}
+        if script.__name__ == "train_vae":
+            data = script.open_volumes(config)
+        elif script.__name__ == "train_cdal":
+            data, whole_step = script.open_labelled(config), {"own_estimate": True}
+        table = script.memory_table(config, **whole_step)
+        seconds = seconds_per_step(table, config, torch.device("cpu"), data)
     return max(10, int(0.85 * 60 * minutes / seconds))
 
 
