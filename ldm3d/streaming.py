@@ -24,8 +24,9 @@ finest level at once:
                     the memory of its host
 
 `run_trunk` chooses the first of these that fits the memory. Example: the decoder of the preset hippocampus
-makes a volume of 512^3 from maps of 32 channels at 256^3 (its stem does the rest), 2 GiB each in fp32. That
-takes 12.1 GiB whole, 5.6 GiB in slabs, 3.6 GiB with recomputation and 0.6 GiB beside files.
+makes a volume of 512^3 from maps of 32 channels at 256^3 (its stem does the rest), 2 GiB each in fp32. By
+the count of `peaks`, that takes 12.6 GiB whole on a CPU, 5.6 GiB in slabs, 3.6 GiB with recomputation and
+0.6 GiB beside files.
 
 Differences to the whole computation are of rounding only (2e-5 in fp32). Nothing here has gradients.
 """

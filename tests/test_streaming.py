@@ -1,13 +1,16 @@
 """Encoders and decoders in slabs give the numbers of the whole computation, in the memory promised."""
 
 import math
+import re
 
 import pytest
 import torch
 from closeness import close
 from torch import nn
 
+import train_vae
 from ldm3d import VQVAE, AutoencoderKL, InputError, QuantizerConfig, VAEConfig, normconv, streaming
+from ldm3d.config import replace
 from ldm3d.engine.memory_plan import LiveBytes
 from ldm3d.streaming import GIB, Stream, peaks, run_trunk
 
@@ -168,6 +171,15 @@ def test_the_estimate_is_an_upper_bound_and_not_far_off(changes, amp, monkeypatc
             for mode, run in runs.items():
                 true, slabs = live_peak(trunk, x, run), 8 * 2 * 16 * 16 * 16 * 4
                 assert true - run().nbytes <= need[mode] <= 1.2 * true + slabs
+
+
+@torch.inference_mode()
+def test_the_example_of_the_docstring_is_what_is_counted():
+    net = AutoencoderKL(replace(train_vae.Config(), train_vae.PRESETS["hippocampus"]).vae)
+    z = torch.zeros(()).expand(1, *net.latent_shape((512,) * 3))  # counting reads its shape alone
+    words = " ".join(streaming.__doc__.split()).split("Example:")[1]
+    counted = [f"{size / GIB:.1f}" for size in peaks(net.decoder, z).values()]
+    assert re.findall(r"([\d.]+) GiB", words)[1:] == counted
 
 
 @torch.inference_mode()
