@@ -31,7 +31,7 @@ from .cases import Case, find_cases
 from .inspection import THUMBNAIL, CaseInfo, inspect_cases
 from .itk import modality
 from .layouts import REST, Layout, dimensions, recognise
-from .opening import REPEATS, inspection_cache
+from .opening import groupings, inspection_cache
 from .settings import DataConfig
 from .slices import slice_cases
 
@@ -102,23 +102,13 @@ class Fingerprint:
 # --- subjects -----------------------------------------------------------------------------------------------
 
 
-def guess_subjects(names: list[str]) -> str | None:
-    """The expression, one of REPEATS, by which the names of cases make several scans of one subject; None if
-    none does. All names must fit, and there must be several subjects."""
-    for rule in REPEATS:
-        found = [re.search(rule, name) for name in names]
-        if all(found) and 1 < len({match[1] for match in found}) < len(names):
-            return rule
-    return None
-
-
 def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
     """(data.subject, why) where files or names say that several cases are of one subject."""
     if (root / "subjects.csv").is_file():
         return "subjects.csv", "the table of subjects in the folder"
     listed = any(case.subject != case.id for case in cases)
-    if not listed and (rule := guess_subjects([case.id for case in cases])):
-        found = {re.search(rule, case.id)[1] for case in cases}
+    if not listed and (grouping := next(groupings([case.id for case in cases]), None)):
+        rule, found = grouping[0], set(grouping[1].values())
         return rule, f"the names begin alike: {len(found)} subjects, such as {min(found)}"
     return None
 
@@ -186,7 +176,8 @@ def _described(root: Path) -> dict[str, Any]:
 
 def _modality(root: Path, cases: list[Case]) -> str:
     """What the files say they are: the first modality of a dataset.json, BIDS's _ct, or DICOM's."""
-    stated = _described(root).get("modality") or _described(root).get("channel_names") or {}
+    described = _described(root)
+    stated = described.get("modality") or described.get("channel_names") or {}
     first = next(iter(stated.values()), "") if isinstance(stated, dict) else stated
     cases = [case.volume or case for case in cases]
     if all(re.search(r"_ct\.", case.image.name, re.I) for case in cases):

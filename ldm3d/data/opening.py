@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,19 +116,24 @@ REPEATS = (  # expressions of names that end with what tells the scans of one su
 )
 
 
-def _repeats(part_of: dict[str, str]) -> tuple[str, str, str] | None:
-    """(expression, one case, another in another part) if the names look as if subjects had several scans.
-
-    All names must fit the expression, which `data.subject` can then be.
-    """
+def groupings(names: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(expression, {name: subject}) for those of REPEATS by which the names of cases make several scans of
+    one subject. All names must fit, and there must be several subjects. The expression can be a
+    `data.subject`."""
     for rule in REPEATS:
-        found = {name: re.search(rule, name) for name in part_of}
-        if all(found.values()) and len({match[1] for match in found.values()}) > 1:
-            first: dict[str, str] = {}
-            for name in sorted(part_of):
-                one = first.setdefault(found[name][1], name)
-                if part_of[one] != part_of[name]:
-                    return rule, one, name
+        found = {name: re.search(rule, name) for name in names}
+        if all(found.values()) and 1 < len({match[1] for match in found.values()}) < len(found):
+            yield rule, {name: match[1] for name, match in found.items()}
+
+
+def _repeats(part_of: dict[str, str]) -> tuple[str, str, str] | None:
+    """(expression, one case, another in another part) if the names look as if subjects had several scans."""
+    for rule, subject_of in groupings(part_of):
+        first: dict[str, str] = {}
+        for name in sorted(part_of):
+            one = first.setdefault(subject_of[name], name)
+            if part_of[one] != part_of[name]:
+                return rule, one, name
     return None
 
 
