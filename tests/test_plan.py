@@ -38,7 +38,6 @@ from ldm3d.unet import UNetConfig
 from ldm3d.vae import VAEConfig
 
 HEADS = Fingerprint(
-    name="heads",
     settings={"data.image": "*/t1.nii.gz"},
     reasons={"data.image": "a folder a case: 40 such files"},
     notes=(),
@@ -51,7 +50,6 @@ HEADS = Fingerprint(
     lowest=0.0,
     robust=(0.0, 900.0),
     extremes=(0.0, 1200.0),
-    at_lowest=0.5,
     num_values=0,
     labels=(),
     labelled=0.0,
@@ -502,6 +500,7 @@ def test_all_that_counts_in_steps_follows_from_them():
     assert values["run.eval_every"] == values["run.save_every"] == 100
     assert length(hours=0.25, given={"run.steps": 800})["run.eval_every"] == 267  # 5 minutes apart, or more
     assert values["optim.warmup_steps"] == 40
+    assert length(given={"run.steps": 50_000})["optim.warmup_steps"] == 1000
     assert values["run.log_every"] == 13
     assert values["run.ema_decay"] == pytest.approx(1 - 1 / 40)
     assert values["run.patience"] == 4

@@ -50,7 +50,6 @@ NEARLY_SAME = 0.999  # correlation of thumbnails of images that are probably of 
 class Fingerprint:
     """The facts of a folder. Shapes and spacings are one for each case, in the order of their ids."""
 
-    name: str  # of the folder
     settings: dict[str, Any]  # of DataConfig, by dotted key: how the files are found
     reasons: dict[str, str]  # how that was recognised, by the same keys
     notes: tuple[str, ...]  # what a person should know and no setting says
@@ -63,7 +62,6 @@ class Fingerprint:
     lowest: float  # median over cases of the lowest value
     robust: tuple[float, float]  # lowest percentile 0.5 and highest percentile 99.5 of all cases
     extremes: tuple[float, float]  # lowest and highest value of all
-    at_lowest: float  # median fraction of voxels with the lowest value
     num_values: int  # most different values in an image, if all are few integers; else 0
     labels: tuple[int, ...]  # values in all masks; () without masks
     labelled: float  # median fraction of a mask that is not 0
@@ -251,7 +249,6 @@ def summarise(
     few = [f.num_values for f in facts]
     masks = [(case, info) for case, info in zip(cases, infos, strict=True) if case.mask]
     return Fingerprint(
-        name=root.resolve().name,
         settings={f"data.{k}": v for k, v in settings.items()},
         reasons={f"data.{k}": v for k, v in why.items()},
         notes=tuple(notes),
@@ -264,7 +261,6 @@ def summarise(
         lowest=statistics.median(min(f.lowest) for f in facts),
         robust=(min(f.robust[0] for f in facts), max(f.robust[1] for f in facts)),
         extremes=(min(min(f.lowest) for f in facts), max(max(f.highest) for f in facts)),
-        at_lowest=statistics.median(f.at_lowest for f in facts),
         num_values=max(few) if all(few) else 0,
         labels=tuple(sorted({label for _, info in masks for label in info.labels})),
         labelled=statistics.median(info.labelled or 0.0 for _, info in masks) if masks else 0.0,

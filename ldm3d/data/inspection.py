@@ -53,7 +53,6 @@ class ImageFacts:
     lowest: tuple[float, ...]  # per channel
     highest: tuple[float, ...]
     robust: tuple[float, float]  # percentiles 0.5 and 99.5
-    at_lowest: float  # fraction of the voxels that have the lowest value
     integers: bool  # are all values integers?
     num_values: int  # different values; 0: more than FEW_VALUES, or not all integers
     thumbnail: str  # the image on THUMBNAIL voxels an axis, its range in 256 levels, two hex digits a voxel
@@ -242,7 +241,6 @@ def _facts(array: np.ndarray) -> dict[str, Any]:
         "lowest": columns.min(1).tolist(),
         "highest": columns.max(1).tolist(),
         "robust": np.percentile(array, (0.5, 99.5)).tolist(),
-        "at_lowest": float((array == array.min()).mean()),
         "integers": bool((array == np.rint(array)).all()),
         "num_values": few_values(array),
         "thumbnail": thumbnail(array),
@@ -376,8 +374,10 @@ def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) ->
 
 
 def _facts_of(image: dict[str, Any]) -> ImageFacts | None:
+    """None where an older version has found none. Facts that only older versions wanted are left out."""
     facts = {k: tuple(v) if isinstance(v, list) else v for k, v in image.get("facts", {}).items()}
-    return ImageFacts(**facts) if facts else None
+    known = {k: v for k, v in facts.items() if k in ImageFacts.__dataclass_fields__}
+    return ImageFacts(**known) if facts else None
 
 
 def _grid_of(header: Header, config: DataConfig) -> dict[str, Any]:
