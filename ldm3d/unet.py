@@ -115,14 +115,13 @@ class UNetConfig:
 
 def res_options(config: UNetConfig) -> dict[str, Any]:
     """What all residual blocks of a U-Net have in common."""
-    c = config
-    norm = {"num_groups": c.num_groups, "eps": c.gn_eps}
     return {
-        "emb_dim": c.emb_width,
-        **norm,
-        "dropout": c.dropout,
+        "emb_dim": config.emb_width,
+        "num_groups": config.num_groups,
+        "eps": config.gn_eps,
+        "dropout": config.dropout,
         "zero_init": True,
-        "adaptive_norm": c.adaptive_norm,
+        "adaptive_norm": config.adaptive_norm,
     }
 
 
