@@ -328,20 +328,20 @@ class VGGFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
-            return self._of_images(x, x.shape[1] == 3)[0].flatten(1)
+            return self._of_images(x, x.shape[1] == 3).flatten(1)
         return torch.stack([self._of_volume(volume) for volume in x])
 
     def _of_volume(self, x: Tensor) -> Tensor:
         """x (C, D, H, W) -> (F,)."""
         planes = [self._of_images(plane, False) for plane in planes_of(x, self.SLICES)]
-        fewest = min(lengths for _, lengths in planes)  # slices across another axis may fit more stages
-        return torch.stack([f[:, :, :fewest].mean(0).flatten() for f, _ in planes]).mean(0)
+        fewest = min(f.shape[2] for f in planes)  # slices across another axis may fit more stages
+        return torch.stack([f[:, :, :fewest].mean(0).flatten() for f in planes]).mean(0)
 
-    def _of_images(self, x: Tensor, colours: bool) -> tuple[Tensor, int]:
-        """x (B, C, H, W) -> (features (B, C, F), F); C is 1 if they have `colours`."""
+    def _of_images(self, x: Tensor, colours: bool) -> Tensor:
+        """x (B, C, H, W) -> features (B, C, F); C is 1 if they have `colours`."""
         images = x if colours else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
         f = torch.cat([m.flatten(2).mean(2) for m in self.net.features(images)], dim=1)
-        return f.view(len(x), -1, f.shape[1]), f.shape[1]
+        return f.view(len(x), -1, f.shape[1])
 
 
 # --- networks ready for use ---------------------------------------------------------------------------------
