@@ -192,14 +192,16 @@ def may_write(command: Command, box: Path) -> tuple[Path, ...]:
 
 
 def result(command: Command, box: Path) -> dict[str, Any]:
-    """What a command has made, to compare: the numbers of a log, or the voxels of all written images."""
+    """What a command has made, to compare: the numbers of a log and what the run keeps of its data, or the
+    voxels of all written images as floats. The type of the images is left out: the same values stored as
+    floats give the same training."""
     words = dict(itertools.pairwise(command))
     if command[0] != "sample":
         log = (box / words["--run.dir"] / "log.jsonl").read_text().splitlines()
         rows = [{k: v for k, v in json.loads(line).items() if k not in tiny.MEASURED} for line in log]
         made = {f"{row['split']} {row['step']}": row for row in rows}
         newest = torch.load(sorted((box / words["--run.dir"]).glob("checkpoint_*.pt"))[-1], weights_only=True)
-        return made | {"spec": newest["state"]["data"]}
+        return made | {"spec": {k: v for k, v in newest["state"]["data"].items() if k != "dtype"}}
     folder = box / (words.get("--out") or command[1])
     images = [p for p in sorted(folder.rglob("*")) if p.name.endswith((".tif", ".nii", ".nii.gz"))]
     return {str(p.relative_to(folder)): read(p).array for p in images}
@@ -219,21 +221,10 @@ def not_finite(made: dict[str, Any], out: str) -> str | None:
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Are two results the same? Images of 8 bits are answered with 8 bits, others with floats: such a pair is
-    compared in 8 bits, and the type that a run keeps of its images is left out."""
     if one.keys() != other.keys():
         return False
-    for a, b in ((one[k], other[k]) for k in one):
-        if not isinstance(a, np.ndarray):
-            a, b = ({k: v for k, v in value.items() if k != "dtype"} for value in (a, b))
-            if repr(a) != repr(b):
-                return False
-        elif a.dtype != b.dtype and np.uint8 in (a.dtype, b.dtype):
-            if not np.array_equal(*(np.rint(value).clip(0, 255) for value in (a, b))):
-                return False
-        elif not np.array_equal(a, b):
-            return False
-    return True
+    pairs = ((one[k], other[k]) for k in one)
+    return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else repr(a) == repr(b) for a, b in pairs)
 
 
 def prepare(case: Case, template: Path, place: Path, damaged: bool) -> tuple[Path, Outcome | None]:
