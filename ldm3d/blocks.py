@@ -539,8 +539,8 @@ class Encoder(nn.Module):
     """The trunk from image to latent: (B, in_channels, *S) -> (B, out_channels, *(S / strides / stem)).
 
     S must be divisible by strides * stem. Order of `layers`, with those in brackets if the settings say so:
-    [space-to-depth], conv; for every level num_res_blocks x (ResBlock, [attention]), then Downsample except
-    at the last; [ResBlock, attention, ResBlock]; norm, [SiLU, which is no layer], conv.
+    [rescale], [space-to-depth], conv; for every level num_res_blocks x (ResBlock, [attention]), then
+    Downsample except at the last; [ResBlock, attention, ResBlock]; norm, [SiLU, which is no layer], conv.
     """
 
     def __init__(
@@ -591,8 +591,8 @@ class Decoder(nn.Module):
 
     Order of `layers`: conv; [ResBlock, attention, ResBlock]; for every level from the coarsest
     (num_res_blocks + extra_up_block) x (ResBlock, [attention]), then Upsample except at the last; norm,
-    [SiLU, which is no layer], conv, [depth-to-space]. Arguments with a value per level are in the encoder's
-    order, finest level first.
+    [SiLU, which is no layer], conv, [depth-to-space], [rescale]. Arguments with a value per level are in the
+    encoder's order, finest level first.
     """
 
     def __init__(
