@@ -109,12 +109,11 @@ def anatomy_weight(config: AnatomyConfig, step: int, steps: int) -> float:
 class Reader(nn.Module):
     """The reading of one attention layer: h (B, C, *s) attends to the bank (B, K M, E), behind a gate."""
 
-    def __init__(self, unet: UNetConfig, channels: int, dim: int):
+    def __init__(self, unet: UNetConfig, channels: int, num_heads: int, dim: int):
         super().__init__()
         self.norm = GroupNorm(channels, unet.num_groups, unet.gn_eps)
         self.place = nn.Linear(2 * NUM_FREQUENCIES * unet.dims, channels, bias=False)  # W_p
-        head = {width: head for width, head in zip(unet.channels, unet.head_widths, strict=True) if head}
-        self.attention = CrossAttention(channels, dim, channels // head[channels], gate=True)
+        self.attention = CrossAttention(channels, dim, num_heads, gate=True)
 
     def forward(self, h: Tensor, bank: Tensor, maps: list[Tensor] | None) -> Tensor:
         size = h.shape[2:]
@@ -128,7 +127,7 @@ class Reader(nn.Module):
 
 
 class Registers(nn.Module):
-    """The bank and one reader for each attention layer, whose widths are `channels`.
+    """The bank and one reader for each attention layer, which `layers` gives as (channels, heads).
 
     A U-Net calls `registers(h, emb, maps, layer_idx=...)` after each of these layers and goes on with the h
     that comes back. A list `maps` receives the layer's attention map (B, K M, *s), the M registers of a label
@@ -136,14 +135,16 @@ class Registers(nn.Module):
     `on = False` the same h comes back, so that samples with registers and without can be compared.
     """
 
-    def __init__(self, config: AnatomyConfig, unet: UNetConfig, num_labels: int, channels: Sequence[int]):
+    def __init__(
+        self, config: AnatomyConfig, unet: UNetConfig, num_labels: int, layers: Sequence[tuple[int, int]]
+    ):
         super().__init__()
         self.on = True
         self.bank = nn.Parameter(torch.randn(num_labels, config.per_label, config.dim))
         self.modulation = nn.Linear(unet.emb_width, 2 * config.dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.readers = nn.ModuleList(Reader(unet, width, config.dim) for width in channels)
+        self.readers = nn.ModuleList(Reader(unet, *layer, config.dim) for layer in layers)
 
     def forward(self, h: Tensor, emb: Tensor, maps: list[Tensor] | None = None, *, layer_idx: int) -> Tensor:
         if not self.on:

@@ -136,13 +136,13 @@ class Stage(nn.Module):
         super().__init__()
         c, norm = config, {"num_groups": config.num_groups, "eps": config.gn_eps}
         out_channels = c.channels[level]
-        self.channels = out_channels
+        self.channels, self.num_heads = out_channels, 0  # of its attention
         self.layer_idx: int | None = None  # number of its attention layer, in the order of the forward pass
         self.reader: Callable[[Tensor, Tensor, list[Tensor] | None], Tensor] | None = None
         self.res = ResBlock(c.dims, in_channels, out_channels, **res_options(c))
         self.attention: nn.Module | None = None
         if attend:
-            heads = out_channels // c.head_widths[level]
+            self.num_heads = heads = out_channels // c.head_widths[level]
             if c.context_dim is None:
                 self.attention = AttentionBlock(out_channels, heads, **norm, out_proj=c.attn_out_proj)
             else:
@@ -172,14 +172,14 @@ class UNet(nn.Module):
     """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_width) -> (B, C_out, *S).
 
     All steps of sampling have one context: `kv_cache(context)`, computed once, may take its place.
-    `make_registers` is called with the width C of h at every attention layer and returns the registers, a
-    module that is called as `h = registers(h, emb, maps, layer_idx=...)` after these layers (registers.py).
+    `make_registers` is called with (C, heads) of every attention layer and returns the registers, a module
+    that is called as `h = registers(h, emb, maps, layer_idx=...)` after these layers (registers.py).
     """
 
     def __init__(
         self,
         config: UNetConfig,
-        make_registers: Callable[[Sequence[int]], nn.Module] | None = None,
+        make_registers: Callable[[Sequence[tuple[int, int]]], nn.Module] | None = None,
     ):
         super().__init__()
         self.config = c = config
@@ -213,7 +213,8 @@ class UNet(nn.Module):
             stage.layer_idx = layer_idx
         self.registers: nn.Module | None = None
         if make_registers is not None:  # last, so that a seed draws the same U-Net with registers and without
-            self.registers = make_registers([stage.channels for stage in self.attention_stages])
+            layers = [(stage.channels, stage.num_heads) for stage in self.attention_stages]
+            self.registers = make_registers(layers)
             for stage in self.attention_stages:  # a partial is no module: the weights are named once
                 stage.reader = partial(self.registers, layer_idx=stage.layer_idx)
 

@@ -104,6 +104,13 @@ def test_the_attention_that_is_supervised_is_the_fused_one(dims):
     assert (fused - explicit).abs().max() <= 2e-5 * fused.abs().max()
 
 
+def test_a_reader_has_the_heads_of_its_own_attention_layer_where_levels_have_equal_widths():
+    net = make(channels=(8, 8), head_channels=(8, 4))
+    readers = [reader.attention.num_heads for reader in net.unet.registers.readers]
+    assert readers == [stage.attention.attn.num_heads for stage in net.unet.attention_stages]
+    assert readers == [1, 2, 2, 2, 2, 1, 1]
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_what_a_layer_reads_is_gated_attention_to_the_modulated_bank(dims):
     registers = make(dims).unet.registers
@@ -141,7 +148,7 @@ def test_a_constant_map_attends_differently_at_every_position():
 
 
 def test_the_noise_level_changes_the_bank_only_once_it_has_learned_to():
-    registers = Registers(CONFIG, unet_config(2), 4, [8])
+    registers = Registers(CONFIG, unet_config(2), 4, [(8, 1)])
     torch.nn.init.ones_(registers.readers[0].attention.gate)
     h, embs = torch.randn(1, 8, 4, 4), torch.randn(2, 1, 32)
     first, second = (partial(registers, h, emb, layer_idx=0) for emb in embs)

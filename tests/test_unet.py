@@ -133,9 +133,9 @@ def test_sine_and_cosine_can_be_swapped():
 class Recorder(nn.Module):
     """Registers that remember their calls and add one number of their own."""
 
-    def __init__(self, widths):
+    def __init__(self, layers):
         super().__init__()
-        self.widths, self.calls = widths, []
+        self.widths, self.calls = [width for width, _ in layers], []
         self.shift = nn.Parameter(torch.ones(()))
 
     def forward(self, h, emb, maps, *, layer_idx):
