@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig, check_window
+from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from ldm3d.config import InputError, at_least, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, open_data
 from ldm3d.data.fingerprint import describe, take
@@ -68,6 +68,7 @@ from ldm3d.inference.segmentation import overlay
 from ldm3d.metrics import dice
 from ldm3d.plan import CDAL_PASSES, Plan, Planner, machine, plan_cdal, plan_length, seconds_per_step
 from ldm3d.unet import UNetConfig
+from ldm3d.windows import check_window
 
 # --- Config and presets -------------------------------------------------------------------------------------
 

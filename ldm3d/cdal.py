@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import DepthToSpace, Encoder, SpaceToDepth, crop_to, pad_to_multiple, per_level
-from .config import InputError, at_least, show
+from .config import InputError, at_least
 from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .engine.distributed import keyed_generator
 from .losses import (
@@ -61,6 +61,7 @@ from .losses import (
     r1_penalty,
 )
 from .unet import UNet, UNetConfig
+from .windows import check_window, window_starts, window_weight
 
 # draw(purpose, *shape) -> (B, *shape) Gaussian, each sample's own. The purpose is part of the seed: another
 # word for it would make other numbers. So the noise of x_prev keeps its first purpose, "x_next".
@@ -490,28 +491,6 @@ class CDAL:
                 total[(slice(None), *box)] += smooth * p
             weight[box] += votes * smooth
         return total / weight
-
-
-def check_window(window: Sequence[int] | None, dims: int) -> None:
-    """InputError unless the window is None or has a size for each of `dims` axes."""
-    if window is not None and (len(window) != dims or min(window) < 1):
-        raise InputError(f"window: expected {dims} numbers from 1 on, got {show(tuple(window))}")
-
-
-def window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """First voxels of windows that cover `size` voxels and overlap by at least the share `overlap`."""
-    room = size - window
-    count = 1 + math.ceil(room / max(1, int(window * (1 - overlap)))) if room > 0 else 1
-    return [round(room * i / max(1, count - 1)) for i in range(count)]
-
-
-def window_weight(window: Sequence[int]) -> Tensor:
-    """How much each voxel of a window counts, (*window): sin^2 along every axis, above 0 at the border."""
-    weight = torch.ones(())
-    for m in window:
-        along = torch.sin((torch.arange(m) + 0.5) / m * math.pi).square().clamp(min=1e-3)
-        weight = weight[..., None] * along
-    return weight
 
 
 def uncertainty(probability: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from ldm3d.cdal import (
     attention_map,
     few_step_betas,
     uncertainty,
-    window_starts,
 )
 from ldm3d.config import InputError, from_dict, parse
 from ldm3d.data.phantoms import make_phantom
@@ -32,6 +31,7 @@ from ldm3d.engine.distributed import keyed_generator, rank, wrap
 from ldm3d.engine.training import autocast, keyed_normal
 from ldm3d.metrics import dice
 from ldm3d.unet import UNetConfig
+from ldm3d.windows import window_starts
 
 CPU = torch.device("cpu")
 K = 3

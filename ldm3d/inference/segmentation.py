@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cdal import check_window, uncertainty
+from ..cdal import uncertainty
 from ..config import InputError, at_least, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import crop_or_pad, resample
@@ -61,6 +61,7 @@ from ..evaluation.results import WorstPictures, new_folder, table, write_csv, wr
 from ..evaluation.statistics import interval_words, summarise
 from ..metrics import dice, hd95, iou, precision, sensitivity
 from ..pipeline import SegmentationPipeline
+from ..windows import check_window
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
 SHOWN, RESAMPLES = 8, 2000  # cases in the picture; of the bootstrap
