@@ -99,7 +99,7 @@ def _stem(name: str) -> str:
     return re.sub(r"(?i)(\.nii)?\.\w+$", "", name)
 
 
-def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
+def files_by_id(pattern: str, root: Path, key: str) -> dict[str, Path]:
     """{case id: file}. The id is what the first * matches, or what the {id}s match, joined by "_".
 
     "*/t1_*.nii" makes p01/t1_x.nii the case "p01"; "{id}/{id}.tif" makes p01/a.tif the case "p01_a". The
@@ -152,7 +152,7 @@ def _glob(pattern: str, root: Path, key: str) -> dict[str, Path]:
 
 def _rows_of_globs(globs: dict[str, str], root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
     """({case id: {role: file, or None}}, {role: its pattern}) of the globs in the settings."""
-    found = {role: _glob(pattern, root, f"data.{role}") for role, pattern in globs.items()}
+    found = {role: files_by_id(pattern, root, f"data.{role}") for role, pattern in globs.items()}
     rows = {name: {role: files.get(name) for role, files in found.items()} for name in found["image"]}
     for role, files in found.items():
         for name in files.keys() - rows.keys():

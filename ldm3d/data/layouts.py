@@ -3,7 +3,7 @@
 Four ways in which people keep their data are recognised, in this order:
 
     a table            cases.csv, the only CSV with a column `image`, or the dataset.json of the MSD
-    BIDS               sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz
+    BIDS               sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz, masks also in derivatives/
     a folder a case    p01/t1.nii.gz p01/seg.nii.gz, p02/t1.nii.gz p02/seg.nii.gz
     a folder a role    images/p01.nii.gz, labels/p01.nii.gz; or one folder of images
 
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import InputError
-from .cases import read_csv
-from .inspection import few_values
+from .cases import files_by_id, read_csv
+from .inspection import few_values, voxels_off
 from .itk import SeveralSeries, is_series_folder
 from .volumes import DICOM, is_volume_file, read, read_header, strip_suffix, volume_suffix
 
@@ -40,6 +40,7 @@ ROLE_FOLDER = re.compile(
 )
 PART = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?", re.I)  # folders that hold a part of a split
 PUT_ASIDE = re.compile(r"(^|/)((?i:val(id(ation)?)?|test(ing)?)|(images|labels)Ts)/")
+DERIVED = "derivatives"  # BIDS: the folder of what others have computed from the images
 NOT_THE_MASK = re.compile(r"brain|skull|head|body|valid", re.I)  # masks of where there is anything at all
 IMAGE_NAMES = re.compile(r"image|img|scan|volume|_T1w[_.]", re.I)
 MAX_DEPTH, LOOK_AT = 5, 2  # folders below the root; files of a kind that are read to know its role
@@ -110,18 +111,62 @@ def _table(root: Path) -> Layout | None:
 Kinds = dict[str, dict[str, Path]]  # pattern of the files of a kind -> {case: its file, relative to the root}
 
 
+def _is_derived(path: str | Path) -> bool:
+    return Path(path).parts[0] == DERIVED
+
+
+def _inner(parts: tuple[str, ...]) -> str | None:
+    """The pattern of the folders sub-01/[ses-1/]anat/ of a BIDS file, of its path; None for other paths."""
+    if len(parts) < 2 or not parts[0].startswith("sub-"):
+        return None
+    middle = "ses-*/" if len(parts) > 2 and parts[1].startswith("ses-") else ""
+    return f"sub-*/{middle}" + "".join(f"{part}/" for part in parts[1 + bool(middle) : -1])
+
+
 def _bids(files: list[Path]) -> Kinds:
     """The kinds of a BIDS folder: files in the same subfolder (anat, dwi, ...) with the same last word."""
     kinds: Kinds = defaultdict(dict)
     for path in files:
-        parts, stem = path.parts, strip_suffix(path)
-        if not (stem.startswith("sub-") and "_" in stem and re.match("sub-", parts[0])):
-            continue
-        case, _, word = stem.rpartition("_")
-        middle = "ses-*/" if len(parts) > 2 and parts[1].startswith("ses-") else ""
-        inner = "".join(f"{part}/" for part in parts[1 + bool(middle) : -1])
-        kinds[f"sub-*/{middle}{inner}{{id}}_{word}{_end(path)}"][case] = path
+        stem, inner = strip_suffix(path), _inner(path.parts)
+        if inner and stem.startswith("sub-") and "_" in stem:
+            case, _, word = stem.rpartition("_")
+            kinds[f"{inner}{{id}}_{word}{_end(path)}"][case] = path
     return kinds
+
+
+def _derived(files: list[Path], cases: Iterable[str]) -> Kinds:
+    """The kinds of the files in derivatives/. Their names begin as those of the images and say more.
+
+    Example: derivatives/manual/sub-01/anat/sub-01_label-lesion_mask.nii.gz belongs to the case sub-01.
+    """
+    kinds, cases = defaultdict(dict), set(cases)
+    for path in files:
+        place = next((i for i, part in enumerate(path.parts) if part.startswith("sub-")), len(path.parts))
+        inner, words = _inner(path.parts[place:]), strip_suffix(path).split("_")
+        begins = ("_".join(words[:n]) for n in range(len(words) - 1, 0, -1))
+        case = next((begin for begin in begins if begin in cases), None)
+        if inner and case:
+            rest = strip_suffix(path).removeprefix(case)
+            outer = "".join(f"{part}/" for part in path.parts[:place])
+            kinds[f"{outer}{inner}{{id}}{rest}{_end(path)}"][case] = path
+        else:
+            kinds[f"{path.parent.as_posix()}/*{_end(path)}"][str(path)] = path
+    return kinds
+
+
+def _belong(root: Path, image: str, mask: str, kinds: Kinds) -> bool:
+    """Does a kind of derived masks fit the images: a mask for no other case, and on the grid of its image?
+
+    Masks in a standard space, such as MNI, have another grid. Other names may fit a short pattern.
+    """
+    try:
+        found = files_by_id(mask, root, "data.mask")
+        pairs = [(root / kinds[image][case], found[case]) for case in list(found)[:LOOK_AT]]
+        headers = [[read_header(path) for path in pair] for pair in pairs]
+    except (InputError, LookupError):
+        return False
+    same = all(a.shape == b.shape and voxels_off(b, a) <= 1 for a, b in headers)
+    return same and found.keys() <= kinds[image].keys()
 
 
 def _case_folders(files: list[Path]) -> Kinds:
@@ -171,9 +216,11 @@ def _candidates(root: Path, files: list[Path]) -> tuple[Kinds, str]:
     in numbers only and those of files do not, or else where there are more folders than kinds of files; but
     not where folders are called images, labels and the like.
     """
-    bids = _bids(files)
-    if bids and sum(map(len, bids.values())) >= 0.5 * len(files):
-        return bids, "BIDS"
+    raw = [path for path in files if not _is_derived(path)]
+    bids = _bids(raw)
+    if bids and sum(map(len, bids.values())) >= 0.5 * len(raw):
+        cases = {case for kind in bids.values() for case in kind}
+        return bids | _derived([path for path in files if _is_derived(path)], cases), "BIDS"
     folders = {path.parent for path in files}
     nested = _case_folders(files)
     numbered = [
@@ -203,16 +250,20 @@ def _num_labels(root: Path, paths: Iterable[Path]) -> int:
 
 
 def _kinds_of_images_and_masks(root: Path, kinds: Kinds) -> tuple[list[str], list[tuple[int, str]]]:
-    """(patterns of images, (number of labels, pattern) of masks), the best of each first."""
-    labels = {pattern: _num_labels(root, files.values()) for pattern, files in kinds.items()}
-    images = [pattern for pattern in kinds if not labels[pattern]]
+    """(patterns of images, (number of labels, pattern) of masks), the best of each first. What is derived is
+    no image, and a mask only by its name."""
+    derived = {pattern for pattern in kinds if _is_derived(pattern)}
+    asked = (p for p in kinds if p not in derived or MASK_NAMES.search(p.rpartition("{id}")[2]))
+    labels = {pattern: _num_labels(root, kinds[pattern].values()) for pattern in asked}
+    images = [pattern for pattern, num in labels.items() if not num and pattern not in derived]
     if not images:  # shapes are images that look like masks
-        named = [pattern for pattern in kinds if not MASK_NAMES.search(pattern)]
-        images = named or list(kinds)
+        own = [pattern for pattern in kinds if pattern not in derived]
+        images = [pattern for pattern in own if not MASK_NAMES.search(pattern)] or own
         labels = {pattern: num for pattern, num in labels.items() if pattern not in images}
     masks = [(num, pattern) for pattern, num in labels.items() if num]
     images.sort(key=lambda p: (-len(kinds[p]), not IMAGE_NAMES.search(p), p))
-    masks.sort(key=lambda m: (bool(NOT_THE_MASK.search(m[1])), not MASK_NAMES.search(m[1]), -m[0], m[1]))
+    doubts = {m: (bool(NOT_THE_MASK.search(m[1])), not MASK_NAMES.search(m[1])) for m in masks}
+    masks.sort(key=lambda m: (*doubts[m], _is_derived(m[1]), -m[0], m[1]))
     images.sort(key=lambda p: bool(PUT_ASIDE.search(p)))
     masks.sort(key=lambda m: bool(PUT_ASIDE.search(m[1])))
     return images, masks
@@ -239,7 +290,7 @@ def _matching(kinds: Kinds, image: str) -> list[Path]:
 
 def _rest(kinds: Kinds, used: Iterable[Any]) -> dict[str, str]:
     """{REST: the patterns that are not used, with the numbers of their files}; {} if there are none."""
-    others = sorted(kinds.keys() - set(used))
+    others = sorted(kinds.keys() - set(used), key=lambda pattern: (_is_derived(pattern), pattern))
     listed = [f"{pattern} ({len(kinds[pattern])})" for pattern in others[:4]]
     more = [f"{len(others) - 4} more"] if len(others) > 4 else []
     return {REST: ", ".join(listed + more)} if others else {}
@@ -256,9 +307,10 @@ def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
     image = images[0]
     num = len(kinds[image])
     settings, why = {"image": image}, {"image": f"{name}: {num} such files"}
-    fits = [(k, p) for k, p in masks if _same_ids(kinds[image], kinds[p])]
-    if fits:
-        num_labels, settings["mask"] = fits[0]
+    fits = ((k, p) for k, p in masks if _same_ids(kinds[image], kinds[p]))
+    fits = (m for m in fits if not _is_derived(m[1]) or _belong(root, image, m[1], kinds))
+    if best := next(fits, None):
+        num_labels, settings["mask"] = best
         why["mask"] = f"beside the images, {num_labels} small integers in the first of them"
         if len(missing := kinds[image].keys() - kinds[settings["mask"]].keys()):
             settings["allow_missing_mask"] = True
@@ -277,8 +329,9 @@ def recognise(root: Path) -> Layout:
     if not files:
         raise InputError(f"{root}: holds no images (.nii .nii.gz .tif .npy .png ...) and no table of cases")
     kinds, name = _candidates(root, files)
-    if len(kinds) > MOST_KINDS:
-        raise InputError(f"{root}: {len(kinds)} kinds of files, and which are images? {SAY_IT}")
+    num = sum(not _is_derived(pattern) for pattern in kinds)
+    if num > MOST_KINDS:
+        raise InputError(f"{root}: {num} kinds of files, and which are images? {SAY_IT}")
     layout = _of_kinds(root, kinds, name)
     images = [strip_suffix(path) for path in _matching(kinds, layout.settings["image"])]
     masks = [image for image in images if MASK_NAMES.search(image)]

@@ -94,6 +94,52 @@ def test_a_second_contrast_is_named_and_left_alone(tmp_path):
     assert "*/t1.nii.gz (3)" in recognise(nested(tmp_path)).why["others"]
 
 
+def derived(root, word, sub, array, folder="manual", affine=None):
+    return save(root / "derivatives" / folder / sub / "anat" / f"{sub}_{word}.nii.gz", array, affine)
+
+
+def test_label_maps_in_the_derivatives_of_bids_are_masks_and_other_images_there_are_named(tmp_path):
+    root = tmp_path / "d"
+    for i, sub in enumerate(("sub-01", "sub-02", "sub-03")):
+        save(root / sub / "anat" / f"{sub}_T1w.nii.gz", image(seed=i))
+        derived(root, "desc-brain_mask", sub, (mask() > 0).astype(np.uint8))
+        derived(root, "label-lesion_mask", sub, mask())
+        for word in ("desc-preproc_T1w", "probseg"):
+            derived(root, word, sub, image(seed=i), "pipeline")
+    derived(root, "group", "sub-01", image()).rename(root / "derivatives" / "pipeline" / "mean.nii.gz")
+    found = take(root, {"data.cache_dir": str(tmp_path / "c")})
+    lesions = "derivatives/manual/sub-*/anat/{id}_label-lesion_mask.nii.gz"
+    assert found.settings == {
+        "data.image": "sub-*/anat/{id}_T1w.nii.gz",
+        "data.mask": lesions,
+        "data.subject": "^(sub-[^_]+)",
+        "data.dims": 3,
+    }
+    assert found.num_cases == found.num_masks == 3
+    note = next(note for note in found.notes if "not used" in note)
+    assert "derivatives/pipeline/sub-*/anat/{id}_desc-preproc_T1w.nii.gz (3)" in note
+    for rest in ("*.nii.gz (1)", "sub-*/anat/{id}_probseg.nii.gz (3)"):
+        assert f"derivatives/pipeline/{rest}" in note
+
+
+def test_derived_label_maps_on_another_grid_or_of_other_names_are_left_alone(tmp_path):
+    for i, sub in enumerate(("sub-01", "sub-02")):
+        for place in ("space", "moved", "short", "missing"):
+            save(tmp_path / place / sub / "anat" / f"{sub}_T1w.nii.gz", image(seed=i))
+        derived(tmp_path / "space", "space-MNI_dseg", sub, mask((9, 9, 9)))
+        derived(tmp_path / "moved", "dseg", sub, mask(), affine=np.diag([2.0, 2, 2, 1]))
+        derived(tmp_path / "short", "dseg", sub, mask())
+        derived(tmp_path / "short", "space-MNI_dseg", sub, mask((9, 9, 9)))
+    derived(tmp_path / "missing", "T1w_seg", "sub-02", mask())
+    for place in ("space", "moved", "short"):
+        layout = recognise(tmp_path / place)
+        assert "mask" not in layout.settings
+        assert "_dseg.nii.gz (2)" in layout.why["others"]
+    layout = recognise(tmp_path / "missing")
+    assert layout.settings["mask"] == "derivatives/manual/sub-*/anat/{id}_T1w_seg.nii.gz"
+    assert layout.why["allow_missing_mask"] == "1 of 2 images have no mask"
+
+
 def test_names_that_begin_with_the_name_of_the_folder_are_of_one_kind(tmp_path):
     for i, case in enumerate(CASES):
         save(tmp_path / case / f"{case}_flair.nii.gz", image(seed=i))
