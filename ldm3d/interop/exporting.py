@@ -8,7 +8,7 @@ monai       a MONAI bundle: models/autoencoder.pt, for a latent diffusion run al
             python -m monai.bundle run --config_file exported/configs/inference.json --bundle_root exported
 maisi       the same for autoencoders that MAISI's class can be (up-sampling trilinear, or of kernel 3)
 diffusers   config.json and diffusion_pytorch_model.safetensors, for AutoencoderKL.from_pretrained (2-D)
-onnx, torch_export      the decoder as a graph that runs without this library (graphs.py)
+onnx, torch_export, torchscript     the decoder as a graph that runs without this library (graphs.py)
 
 What the other library cannot express is an error that names the setting. What it expresses in another way is
 folded into weights, where that is exact:
@@ -51,7 +51,9 @@ from .peers import Description, describe
 
 @dataclass(frozen=True)
 class ExportConfig:
-    as_: Literal["monai", "maisi", "diffusers", "torch_export", "onnx"] = "monai"  # what shall load it
+    as_: Literal["monai", "maisi", "diffusers", "torch_export", "torchscript", "onnx"] = (
+        "monai"  # what shall load it
+    )
     to: str | None = None  # new folder
     steps: int = 50  # of sampling, in the bundle of a latent diffusion run
 
@@ -306,7 +308,7 @@ def export_run(config: ExportConfig, run: str) -> Path:
     pipeline = load(run)
     if not isinstance(pipeline, (AutoencoderPipeline, LatentDiffusionPipeline)):
         raise InputError(f"{run}: a segmentation run has no counterpart in other libraries")
-    if config.as_ in ("torch_export", "onnx"):
+    if config.as_ in ("torch_export", "torchscript", "onnx"):
         notes = export_decoder(pipeline, config.as_, folder)
     elif config.as_ == "diffusers":
         notes = export_diffusers(pipeline, folder)

@@ -1,13 +1,15 @@
-"""The decoder of a run as one file that runs without this library: as a graph of torch.export, or ONNX.
+"""The decoder of a run as one file that runs without this library: torch.export, TorchScript or ONNX.
 
 A graph is what the decoder does with a latent, written down step by step. Latents may have any batch and any
 size; the file says how many channels. The decoder of a latent diffusion run takes normalised latents, as the
 denoiser makes them; that of an autoencoder takes latents as the encoder gives them.
 
     decoder = torch.export.load("exported/decoder.pt2").module();  x = decoder(z)
+    decoder = torch.jit.load("exported/decoder.ts");  x = decoder(z)
     session = onnxruntime.InferenceSession("exported/decoder.onnx");  (x,) = session.run(None, {"z": z})
 
-x (B, C, *S) are scaled intensities, -1 to 1.
+x (B, C, *S) are scaled intensities, -1 to 1. TorchScript is for programs that load models from C++ or run an
+older PyTorch; PyTorch itself recommends torch.export.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class LatentDecoder(nn.Module):
 def export_decoder(
     pipeline: AutoencoderPipeline | LatentDiffusionPipeline, kind: str, folder: Path
 ) -> list[str]:
-    """Write decoder.pt2 ("torch_export") or decoder.onnx ("onnx"). Returns what a user should know."""
+    """Write decoder.pt2 ("torch_export"), decoder.ts ("torchscript") or decoder.onnx ("onnx"). Returns what a
+    user should know."""
     decoder = LatentDecoder(pipeline).eval()
     config = decoder.autoencoder.config
     z = torch.zeros(2, config.latent_channels, *(5, 6, 7)[: config.dims])
@@ -54,9 +57,15 @@ def export_decoder(
             raise InputError(f"as: onnx: needs the extra onnx (pip install onnx onnxscript; {e})") from None
     with warnings.catch_warnings():  # of deprecations within torch and its helpers
         warnings.simplefilter("ignore")
-        graph = torch.export.export(decoder, (z,), dynamic_shapes=shapes)
+        if kind == "torchscript":  # a trace keeps no sizes: what follows from them is computed anew
+            with torch.no_grad():
+                graph = torch.jit.trace(decoder, z)
+        else:
+            graph = torch.export.export(decoder, (z,), dynamic_shapes=shapes)
         folder.mkdir(parents=True)
-        if kind == "torch_export":
+        if kind == "torchscript":
+            torch.jit.save(graph, folder / "decoder.ts")
+        elif kind == "torch_export":
             torch.export.save(graph, folder / "decoder.pt2")
         else:
             names = {"input_names": ["z"], "output_names": ["x"]}

@@ -224,10 +224,18 @@ def latents_of(run: Path, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return z, pipeline.net.decode(z)
 
 
-def test_the_graph_of_a_decoder_runs_on_latents_of_any_size(ldm, tmp_path):
-    main(["export", str(ldm), "--as", "torch_export", "--to", str(tmp_path / "out")])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+@pytest.mark.parametrize(
+    ("kind", "opened"),
+    [
+        ("torch_export", lambda folder: torch.export.load(folder / "decoder.pt2").module()),
+        ("torchscript", lambda folder: torch.jit.load(folder / "decoder.ts")),
+    ],
+)
+def test_the_graph_of_a_decoder_runs_on_latents_of_any_size(kind, opened, ldm, tmp_path):
+    main(["export", str(ldm), "--as", kind, "--to", str(tmp_path / "out")])
     z, expected = latents_of(ldm, 3)
-    close(torch.export.load(tmp_path / "out" / "decoder.pt2").module()(z), expected, 1e-5)
+    close(opened(tmp_path / "out")(z), expected, 1e-5)
 
 
 @pytest.mark.slow
