@@ -11,6 +11,7 @@ folders. README.md beside this file gives the order in which to read them.
     diffusion_kernel, unet, denoiser          stage two: noise -> latent
     conditions, conditioner, guidance         what a sample shall show, and how strongly
     registers                                 learned tokens that stand for labels of a mask
+    control                                   a trained denoiser, frozen, learns to follow a map (ControlNet)
     latents, latent_diffusion                 the cache of latents; both stages as one model
     pipeline                                  a run folder opened for use: ldm3d.load(RUN)
     cdal                                      segmentation by diffusion

@@ -31,8 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import GEGLU, CrossAttention, KeysValues, position_features, to_tokens
-from .conditions import Condition, ConditionConfig, absent, blank, check_names, num_heads, shape_of
-from .config import InputError
+from .conditions import Condition, ConditionConfig, absent, check_names, num_heads, value_of
+
+
+class Hint(NamedTuple):
+    """What a ControlNet (control.py) makes of its map once for all steps of sampling."""
+
+    features: Tensor  # (B, channels[0], *s), added to the features of its first convolution
+    present: Tensor  # (B,) bool: the samples that have a map
+    context: Tensor | tuple[KeysValues, ...] | None  # as in Conditioned; the kv_cache is the ControlNet's own
 
 
 class Conditioned(NamedTuple):
@@ -42,6 +49,7 @@ class Conditioned(NamedTuple):
     context_mask: Tensor | None = None  # (B, M) bool, True = use
     channels: Tensor | None = None  # (B, C, *s) to concatenate to x_t
     emb: Tensor | None = None  # (B, emb_width): what to add to the embedding of t, then what stands beside it
+    hint: Hint | None = None  # of a ControlNet
 
 
 # --- one module a kind --------------------------------------------------------------------------------------
@@ -241,13 +249,7 @@ class Conditioner(nn.Module):
     def forward(self, values: dict[str, Tensor], like: Tensor) -> Conditioned:
         """like: any tensor of the shape and device of x_t (B, C_z, *s)."""
         check_names(values, self.conditions)
-        parts = []
-        for c, part in zip(self.conditions, self.parts, strict=True):
-            value = values[c.name] if c.name in values else blank(c, like)
-            if value.shape != shape_of(c, like):
-                expected, got = shape_of(c, like), tuple(value.shape)
-                raise InputError(f"condition {c.name}: expected a tensor of shape {expected}, got {got}")
-            parts.append(part(value))
+        parts = [part(value_of(c, values, like)) for c, part in zip(self.conditions, self.parts, strict=True)]
         named = [(c.name, p.emb) for c, p in zip(self.conditions, parts, strict=True) if p.emb is not None]
         embs = [emb for name, emb in named if name not in self.concat]
         beside = [emb for name, emb in named if name in self.concat]

@@ -306,8 +306,9 @@ def fit_conditions(
     has_source: bool,
     num_labels: int | None,
     folder: Path,
+    control: str = "off",
 ) -> tuple[Condition, ...]:
-    """The conditions of a run, fitted to its cases.
+    """The conditions of a run, fitted to its cases; that of a ControlNet, `control`, comes last.
 
     cases: the columns of all cases, by id. train: ids of the training cases. spacings: of the training cases,
     in mm. has_source: whether the cases have sources. num_labels: labels of their masks, None without masks.
@@ -317,12 +318,18 @@ def fit_conditions(
     Every cell of every case is checked: InputError names the case.
     """
     conditions = []
-    for kind, name in map(parse_use, config.use):
+    words = [("condition.use", word) for word in config.use]
+    if control != "off":
+        if control in config.use:
+            raise InputError(f"control: {control} is a condition of condition.use already")
+        words.append(("control", control))
+    for setting, word in words:
+        kind, name = parse_use(word)
         origin = KINDS[kind].origin
         if origin == "source" and not has_source:
-            raise InputError(f"condition.use: {kind} needs sources (data.source, or a column of that name)")
+            raise InputError(f"{setting}: {kind} needs sources (data.source, or a column of that name)")
         if origin == "mask" and num_labels is None:
-            raise InputError(f"condition.use: {kind} needs masks (data.mask, or a column of that name)")
+            raise InputError(f"{setting}: {kind} needs masks (data.mask, or a column of that name)")
         if origin == "source":
             condition = Condition(kind, name, width=latent_channels)
         elif origin == "mask":
@@ -443,6 +450,17 @@ def blank(condition: Condition, like: Tensor) -> Tensor:
     """The value of a batch in which the condition is absent from all samples."""
     empty, dtype = (-1, torch.int64) if KINDS[condition.kind].integer else (math.nan, torch.float32)
     return torch.full(shape_of(condition, like), empty, dtype=dtype, device=like.device)
+
+
+def value_of(condition: Condition, values: dict[str, Tensor], like: Tensor) -> Tensor:
+    """The condition's value of a batch, blank if there is none. InputError if its shape is another one."""
+    if condition.name not in values:
+        return blank(condition, like)
+    value, expected = values[condition.name], shape_of(condition, like)
+    if value.shape != expected:
+        got = tuple(value.shape)
+        raise InputError(f"condition {condition.name}: expected a tensor of shape {expected}, got {got}")
+    return value
 
 
 def check_indices(values: dict[str, Tensor], conditions: Sequence[Condition]) -> None:

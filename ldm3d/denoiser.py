@@ -6,6 +6,7 @@ here:
     conditions  --conditioner-->  context tokens, input channels, an embedding        conditioner.py
     x_t ++ channels, t, emb, context  --unet-->  prediction like x_t                  unet.py, registers.py
     finest features of the unet  --head-->  logits of label maps                      registers.py
+    map, x_t, t, emb, context  --control-->  residuals, added within the unet         control.py
 
 Example: x_t (2, 4, 16, 20, 16) with the conditions class (2,) and image (2, 4, 16, 20, 16). The conditioner
 turns the class into emb (2, 256) and puts the image beside x_t, so the U-Net reads (2, 8, 16, 20, 16) and
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import crop_to
-from .conditioner import Conditioned, Conditioner
-from .conditions import Condition, ConditionConfig, check_names
+from .conditioner import Conditioned, Conditioner, Hint
+from .conditions import Condition, ConditionConfig, absent, check_names, value_of
 from .config import InputError
+from .control import ControlNet, where
 from .registers import AnatomyConfig, LabelHead, Registers, binding_loss, by_label, head_loss
 from .unet import UNet, UNetConfig
 
@@ -40,6 +42,7 @@ class Arguments(NamedTuple):
     anatomy: AnatomyConfig | None
     num_labels: int
     factor: Sequence[int]
+    control: str
 
 
 class Supervised(NamedTuple):
@@ -56,6 +59,7 @@ class Denoiser(nn.Module):
     `unet` describes the network without conditions: its in_channels are the channels of x_t, and the denoiser
     adds the channels and the context that the conditions need. With `anatomy` the U-Net has registers of
     `num_labels` labels; if they are bound, a head predicts label maps that are `factor` times as fine as x_t.
+    control: "labels" or "image", the kind of the last condition, which then steers the U-Net by a ControlNet.
     """
 
     def __init__(
@@ -66,10 +70,15 @@ class Denoiser(nn.Module):
         anatomy: AnatomyConfig | None = None,
         num_labels: int = 0,
         factor: Sequence[int] = (),
+        control: str = "off",
     ):
         super().__init__()
-        self.arguments = Arguments(unet, condition, tuple(conditions), anatomy, num_labels, factor)
+        self.arguments = Arguments(unet, condition, tuple(conditions), anatomy, num_labels, factor, control)
         self.conditioner: Conditioner | None = None
+        of_map = conditions[-1] if conditions and control != "off" else None
+        if control != "off" and (of_map is None or of_map.kind != control):
+            raise InputError(f"control: expected {control} as the last condition, of the ControlNet's map")
+        conditions = conditions[:-1] if of_map else conditions
         if unet.emb_parts != 1:
             raise InputError("unet.emb_parts: follows from the conditions; set condition.concat")
         if conditions:
@@ -90,6 +99,7 @@ class Denoiser(nn.Module):
             make_registers = partial(Registers, self.anatomy, unet, num_labels)
         self.unet = UNet(unet, make_registers)
         self.head = LabelHead(self.anatomy, unet, num_labels, factor) if mode == "bound" else None
+        self.control = ControlNet(unet, of_map.width) if of_map else None
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -103,9 +113,14 @@ class Denoiser(nn.Module):
         Conditions without a value are absent from all samples.
         """
         encoded = self._encode(conditions, like)
-        if encoded.context is None:
+        if encoded.hint is not None and not encoded.hint.present.any():
+            encoded = encoded._replace(hint=None)
+        context, hint = encoded.context, encoded.hint
+        if context is None:
             return encoded
-        return encoded._replace(context=self.unet.kv_cache(encoded.context))
+        if hint is not None:
+            hint = hint._replace(context=self.control.kv_cache(context))
+        return encoded._replace(context=self.unet.kv_cache(context), hint=hint)
 
     def forward(
         self,
@@ -120,11 +135,11 @@ class Denoiser(nn.Module):
         with bound registers passes a mask in every forward, so that every parameter takes part.
         """
         if mask is None:
-            return self.unet(*self._inputs(x_t, t, conditions))
+            return self.unet.output(self._features(x_t, t, conditions), x_t.shape[2:])
         if self.head is None:
             raise InputError(f"mask: needs registers that are bound, these are {self.anatomy.registers}")
         maps: list[Tensor] = []
-        h = self.unet.features(*self._inputs(x_t, t, conditions), maps)
+        h = self._features(x_t, t, conditions, maps)
         size, factor, config = x_t.shape[2:], self.head.to_voxels.factor, self.anatomy
         multiple = self.unet.config.downsampling
         return Supervised(
@@ -137,27 +152,44 @@ class Denoiser(nn.Module):
         self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None = None
     ) -> Tensor:
         """Logits (B, K, *(factor s)) of the head; the argmax over K, cropped to the image, is a label map."""
-        return self._logits(self.unet.features(*self._inputs(x_t, t, conditions)), x_t.shape[2:])
+        return self._logits(self._features(x_t, t, conditions), x_t.shape[2:])
 
     def attention_maps(
         self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None = None
     ) -> list[Tensor]:
         """The attention (B, K, M, *s) that each register receives, for every attention layer of the U-Net."""
         maps: list[Tensor] = []
-        self.unet.features(*self._inputs(x_t, t, conditions), maps)
+        self._features(x_t, t, conditions, maps)
         return [by_label(weights, self.num_labels) for weights in maps]
 
     def _encode(self, conditions: dict[str, Tensor], like: Tensor) -> Conditioned:
-        if self.conditioner is None:
-            check_names(conditions, ())
-            return Conditioned()
-        return self.conditioner(conditions, like)
+        check_names(conditions, self.conditions)
+        encoded = Conditioned()
+        if self.conditioner is not None:
+            own = [c.name for c in self.conditioner.conditions]
+            encoded = self.conditioner({k: v for k, v in conditions.items() if k in own}, like)
+        if self.control is None:
+            return encoded
+        value = value_of(self.conditions[-1], conditions, like)
+        features = self.control.embedding(value.nan_to_num(0.0))
+        return encoded._replace(hint=Hint(features, ~absent(value), encoded.context))
 
-    def _inputs(self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None) -> tuple:
-        """The arguments of the U-Net: x, t, context, context_mask, emb."""
+    def _features(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        conditions: dict[str, Tensor] | Conditioned | None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The finest features of the U-Net under the conditions."""
         c = conditions if isinstance(conditions, Conditioned) else self._encode(conditions or {}, x_t)
         x = x_t if c.channels is None else torch.cat([x_t, c.channels.to(x_t.dtype)], 1)
-        return x, t, c.context, c.context_mask, c.emb
+        residuals = None
+        if c.hint is not None:
+            hint = c.hint
+            residuals = self.control(x, t, hint.features, hint.context, c.context_mask, c.emb)
+            residuals = where(hint.present, residuals)
+        return self.unet.features(x, t, c.context, c.context_mask, c.emb, maps, residuals)
 
     def _logits(self, h: Tensor, size: Sequence[int]) -> Tensor:
         factor = self.head.to_voxels.factor

@@ -172,6 +172,7 @@ class LatentDiffusionPipeline(Pipeline):
             from_dict(AnatomyConfig, config.get("anatomy", {}), "anatomy"),
             self.spec.num_labels or 0,
             autoencoder.downsampling,
+            config.get("control", "off"),
         )
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, config["kernel"], "kernel"))

@@ -168,19 +168,13 @@ class Stage(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
-class UNet(nn.Module):
-    """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_width) -> (B, C_out, *S).
+class UNetEncoder(nn.Module):
+    """The half of a U-Net that reads: time, the first convolution, the way down and the middle.
 
-    All steps of sampling have one context: `kv_cache(context)`, computed once, may take its place.
-    `make_registers` is called with (C, heads) of every attention layer and returns the registers, a module
-    that is called as `h = registers(h, emb, maps, layer_idx=...)` after these layers (registers.py).
+    A ControlNet (control.py) is a second one beside the U-Net's own.
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        make_registers: Callable[[Sequence[tuple[int, int]]], nn.Module] | None = None,
-    ):
+    def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = c = config
         levels, strides = len(c.channels), level_strides(c)
@@ -189,34 +183,19 @@ class UNet(nn.Module):
             nn.Linear(c.channels[0], c.emb_dim), nn.SiLU(), nn.Linear(c.emb_dim, c.emb_dim)
         )
         self.conv_in = Conv(c.dims, c.in_channels, c.channels[0])
-        width, skips = c.channels[0], [c.channels[0]]  # channels of h; of every skip
+        width, self.skip_channels = c.channels[0], [c.channels[0]]  # channels of h; of every skip
         self.down = nn.ModuleList()
         for level in range(levels):
             for _ in range(blocks[level]):
                 self.down.append(Stage(c, width, level, attend[level]))
                 width = c.channels[level]
-                skips.append(width)
+                self.skip_channels.append(width)
             if level < levels - 1:
                 self.down.append(self._change_size(width, strides[level], down=True))
-                skips.append(width)
+                self.skip_channels.append(width)
         self.mid = nn.ModuleList([Stage(c, width, levels - 1, attend) for attend in (True, False)])
-        self.up = nn.ModuleList()
-        for level in reversed(range(levels)):
-            for _ in range(blocks[level] + 1):
-                self.up.append(Stage(c, width + skips.pop(), level, attend[level]))
-                width = c.channels[level]
-            if level > 0:
-                self.up.append(self._change_size(width, strides[level - 1], down=False))
-        self.norm_out = GroupNorm(width, c.num_groups, c.gn_eps)
-        self.conv_out = Conv(c.dims, width, c.out_channels, zero_init=True)
-        for layer_idx, stage in enumerate(self.attention_stages):
-            stage.layer_idx = layer_idx
-        self.registers: nn.Module | None = None
-        if make_registers is not None:  # last, so that a seed draws the same U-Net with registers and without
-            layers = [(stage.channels, stage.num_heads) for stage in self.attention_stages]
-            self.registers = make_registers(layers)
-            for stage in self.attention_stages:  # a partial is no module: the weights are named once
-                stage.reader = partial(self.registers, layer_idx=stage.layer_idx)
+        self.up = nn.ModuleList()  # filled by UNet
+        self._number_layers()
 
     def _change_size(self, width: int, strides: Sequence[int], down: bool) -> nn.Module:
         """The layer between two levels: a convolution or a residual block."""
@@ -227,66 +206,61 @@ class UNet(nn.Module):
             return Downsample(self.config.dims, width, strides, pad="sym")
         return Upsample(self.config.dims, width, strides)
 
+    def _number_layers(self) -> None:
+        for layer_idx, stage in enumerate(self.attention_stages):
+            stage.layer_idx = layer_idx
+
     @property
     def attention_stages(self) -> list[Stage]:
         """The stages with attention, in the order of the forward pass."""
         stages = (layer for layer in (*self.down, *self.mid, *self.up) if isinstance(layer, Stage))
         return [stage for stage in stages if stage.attention is not None]
 
-    def forward(
+    def encode(
         self,
         x: Tensor,
-        t: Tensor,
+        emb: Tensor,
         context: Tensor | tuple[KeysValues, ...] | None = None,
         context_mask: Tensor | None = None,
-        emb: Tensor | None = None,
-    ) -> Tensor:
-        return self.output(self.features(x, t, context, context_mask, emb), x.shape[2:])
-
-    def features(
-        self,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor | tuple[KeysValues, ...] | None = None,
-        context_mask: Tensor | None = None,
-        emb: Tensor | None = None,
         maps: list[Tensor] | None = None,
-    ) -> Tensor:
-        """The finest features of the decoder (B, channels[0], *s), s being S padded to `downsampling`.
+        hint: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C, *S) -> (h after the middle, the skips, finest first). emb: the result of `embed`.
 
-        A list `maps` is filled with the attention that the registers receive, one map for each layer.
+        hint (B, channels[0], *S): what is added to the first features.
         """
-        self._check(x, context)
-        emb, checkpointing = self.embed(t, emb), self.config.checkpointing
-
-        def through(layer: nn.Module, h: Tensor) -> Tensor:
-            if isinstance(layer, ResBlock):
-                return run_layer(layer, h, emb, checkpointing=checkpointing)
-            if not isinstance(layer, Stage):
-                return run_layer(layer, h, checkpointing=checkpointing)
-            h = run_layer(layer, h, emb, context, context_mask, checkpointing=checkpointing)
-            # Outside run_layer: computed again in backward, a reader would add its map a second time
-            return h if layer.reader is None else layer.reader(h, emb, maps)
-
         x = pad_to_multiple(x, self.config.downsampling)
         if math.prod(x.shape[2:]) >= CHANNELS_LAST_FROM:
             x = channels_last(x)
         h = self.conv_in(x)
+        if hint is not None:
+            h = h + pad_to_multiple(hint, self.config.downsampling)
         skips = [h]
         for layer in self.down:
-            h = through(layer, h)
+            h = self.run(layer, h, emb, context, context_mask, maps)
             skips.append(h)
         for layer in self.mid:
-            h = through(layer, h)
-        for layer in self.up:
-            if isinstance(layer, Stage):
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = through(layer, h)
-        return h
+            h = self.run(layer, h, emb, context, context_mask, maps)
+        return h, skips
 
-    def output(self, h: Tensor, size: Sequence[int]) -> Tensor:
-        """The prediction (B, C_out, *size) from `features`, cropped to the size of x."""
-        return crop_to(norm_conv(self.norm_out, self.conv_out, h), size)
+    def run(
+        self,
+        layer: nn.Module,
+        h: Tensor,
+        emb: Tensor,
+        context: Tensor | tuple[KeysValues, ...] | None,
+        context_mask: Tensor | None,
+        maps: list[Tensor] | None,
+    ) -> Tensor:
+        """h through one layer of any kind."""
+        checkpointing = self.config.checkpointing
+        if isinstance(layer, ResBlock):
+            return run_layer(layer, h, emb, checkpointing=checkpointing)
+        if not isinstance(layer, Stage):
+            return run_layer(layer, h, checkpointing=checkpointing)
+        h = run_layer(layer, h, emb, context, context_mask, checkpointing=checkpointing)
+        # Outside run_layer: computed again in backward, a reader would add its map a second time
+        return h if layer.reader is None else layer.reader(h, emb, maps)
 
     def kv_cache(self, context: Tensor) -> tuple[KeysValues, ...]:
         """Keys and values of context tokens (B, M, E), one pair for each attention layer, by `layer_idx`.
@@ -312,3 +286,77 @@ class UNet(nn.Module):
         if (context is None) != (c.context_dim is None):
             wanted = "no context" if c.context_dim is None else f"context (B, M, {c.context_dim})"
             raise InputError(f"context: this U-Net wants {wanted} (context_dim = {c.context_dim})")
+
+
+class UNet(UNetEncoder):
+    """x (B, C, *S), t (B,), context (B, M, E), context_mask (B, M), emb (B, emb_width) -> (B, C_out, *S).
+
+    All steps of sampling have one context: `kv_cache(context)`, computed once, may take its place.
+    `make_registers` is called with (C, heads) of every attention layer and returns the registers, a module
+    that is called as `h = registers(h, emb, maps, layer_idx=...)` after these layers (registers.py).
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        make_registers: Callable[[Sequence[tuple[int, int]]], nn.Module] | None = None,
+    ):
+        super().__init__(config)
+        c, levels, strides = config, len(config.channels), level_strides(config)
+        blocks, attend = per_level(c.num_res_blocks, levels), per_level(c.attention_levels, levels)
+        width, skips = c.channels[-1], list(self.skip_channels)
+        for level in reversed(range(levels)):
+            for _ in range(blocks[level] + 1):
+                self.up.append(Stage(c, width + skips.pop(), level, attend[level]))
+                width = c.channels[level]
+            if level > 0:
+                self.up.append(self._change_size(width, strides[level - 1], down=False))
+        self.norm_out = GroupNorm(width, c.num_groups, c.gn_eps)
+        self.conv_out = Conv(c.dims, width, c.out_channels, zero_init=True)
+        self._number_layers()
+        self.registers: nn.Module | None = None
+        if make_registers is not None:  # last, so that a seed draws the same U-Net with registers and without
+            layers = [(stage.channels, stage.num_heads) for stage in self.attention_stages]
+            self.registers = make_registers(layers)
+            for stage in self.attention_stages:  # a partial is no module: the weights are named once
+                stage.reader = partial(self.registers, layer_idx=stage.layer_idx)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | tuple[KeysValues, ...] | None = None,
+        context_mask: Tensor | None = None,
+        emb: Tensor | None = None,
+    ) -> Tensor:
+        return self.output(self.features(x, t, context, context_mask, emb), x.shape[2:])
+
+    def features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | tuple[KeysValues, ...] | None = None,
+        context_mask: Tensor | None = None,
+        emb: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The finest features of the decoder (B, channels[0], *s), s being S padded to `downsampling`.
+
+        A list `maps` is filled with the attention that the registers receive, one map for each layer.
+        residuals: of a ControlNet, added to the skips, and the last one to the result of the middle.
+        """
+        self._check(x, context)
+        emb = self.embed(t, emb)
+        h, skips = self.encode(x, emb, context, context_mask, maps)
+        if residuals is not None:
+            h, skips = h + residuals[-1], [a + b for a, b in zip(skips, residuals[:-1], strict=True)]
+        for layer in self.up:
+            if isinstance(layer, Stage):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = self.run(layer, h, emb, context, context_mask, maps)
+        return h
+
+    def output(self, h: Tensor, size: Sequence[int]) -> Tensor:
+        """The prediction (B, C_out, *size) from `features`, cropped to the size of x."""
+        return crop_to(norm_conv(self.norm_out, self.conv_out, h), size)

@@ -90,6 +90,22 @@ def conditioned(dims: int, checkpointing: bool) -> NetAndInputs:
     return net, (draw(2, 3, *size), torch.tensor([5.0, 900.0]), values)
 
 
+def controlled(dims: int, checkpointing: bool) -> NetAndInputs:
+    size = (5, 6, 7)[:dims]
+    conditions = [
+        Condition("text", "text", ("a", "lesion"), length=2),
+        Condition("labels", "labels", width=4),
+    ]
+    shares = draw(1, 4, *size, seed=5).softmax(1)
+    values = {  # the second sample has none
+        "text": torch.tensor([[1, 2], [-1, -1]]),
+        "labels": torch.cat([shares, torch.full_like(shares, torch.nan)]),
+    }
+    config = dataclasses.replace(UNET, dims=dims, out_channels=3, checkpointing=checkpointing)
+    net = Denoiser(config, ConditionConfig(context_dim=16, text_layers=1), conditions, control="labels")
+    return net, (draw(2, 3, *size), torch.tensor([5.0, 900.0]), values)
+
+
 def registers(dims: int, checkpointing: bool) -> NetAndInputs:
     size, factor = (5, 6, 3)[:dims], (4,) * dims
     config = dataclasses.replace(UNET, dims=dims, out_channels=3, checkpointing=checkpointing)
@@ -148,6 +164,7 @@ NETWORKS: dict[str, Callable[..., NetAndInputs]] = {
     "unet no projection": with_options(unet, attn_out_proj=False),
     "denoiser conditions": with_options(conditioned),
     "denoiser registers": with_options(registers),
+    "denoiser control": with_options(controlled),
     "generator": with_options(generator),
     "patch discriminator": with_options(patch),
     "time discriminator": with_options(timed),
