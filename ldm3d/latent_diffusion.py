@@ -48,6 +48,7 @@ from .engine.distributed import keyed_generator
 from .engine.training import autocast
 from .guidance import Guidance, guided
 from .vae import Autoencoder
+from .windows import Windows, check_window
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) on 0..T) -> prediction
 
@@ -114,6 +115,11 @@ class LatentDiffusion(nn.Module):
         """The shape (C_z, *s) of the latent of a volume of the training size."""
         return self.autoencoder.latent_shape(self.spec.size)
 
+    @property
+    def window(self) -> tuple[int, ...]:
+        """The latent voxels that the denoiser has learned to see at once: those of the training size."""
+        return self.latent_shape[1:]
+
     # Volumes and latents
 
     def normalise(self, z: Tensor) -> Tensor:
@@ -130,14 +136,33 @@ class LatentDiffusion(nn.Module):
     def volume_size(self, size: Sequence[int] | None = None) -> tuple[int, ...]:
         """The size of samples in voxels: `size`, or the training size if it is None.
 
-        Every layer is a convolution, an attention or a norm, so any size can be made; a size far from the
-        training size is up to the network to extrapolate.
+        Any size can be made. What is larger than the training size is made in windows (`denoiser_for`).
         """
         if size is None:
             return self.spec.size
         if len(size) != self.spec.dims or min(size) < 1:
             raise InputError(f"size: expected {self.spec.dims} numbers of voxels, got {tuple(size)}")
         return tuple(size)
+
+    def denoiser_for(
+        self,
+        size: Sequence[int],
+        window: Sequence[int] | None = None,
+        overlap: float = 0.5,
+        batch_size: int = 1,
+    ) -> Denoiser | Windows:
+        """The denoiser, as it is for latents of spatial shape `size` that are no larger than a window; else
+        in `Windows` (windows.py), `batch_size` of them at once.
+
+        window: voxels of the volume that are denoised at once; none = as many as in training.
+        """
+        check_window(window, len(size))
+        if not 0 <= overlap < 1:
+            raise InputError(f"overlap: expected 0 <= overlap < 1, got {overlap}")
+        seen = self.window if window is None else self.autoencoder.latent_shape(window)[1:]
+        if all(n <= m for n, m in zip(size, seen, strict=True)):
+            return self.denoiser
+        return Windows(self.denoiser, size, seen, overlap, batch_size)
 
     # Training
 
@@ -268,6 +293,8 @@ class LatentDiffusion(nn.Module):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         edit: Edit = NO_EDIT,
         with_labels: bool = False,
+        window: Sequence[int] | None = None,
+        overlap: float = 0.5,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """New volumes (num, C, *size) on the CPU, in scaled intensities.
 
@@ -276,7 +303,7 @@ class LatentDiffusion(nn.Module):
         size: voxels; none = the training size. Sample i has its own CPU generator keyed by (seed, i), so the
         sample does not depend on batch size, rank or device (to rounding). `first` numbers the first sample:
         sample(2, first=4) gives samples 4 and 5. conditions: see `prepare`; those not named are absent.
-        guidance: see guidance.py.
+        guidance: see guidance.py. window, overlap: see `stream`.
         """
         if with_labels:
             self.check_labels()
@@ -287,13 +314,14 @@ class LatentDiffusion(nn.Module):
         guidance.check(self.denoiser.conditions)
         guidance.note_idle(cond)
         indices, settings = range(first, first + num), (steps, sampler, seed, batch_size, eta, amp)
-        volumes, label_maps = [], []
-        for i, (x, z) in enumerate(self.stream(indices, *settings, cond, guidance, edit, size)):
-            part = slice(i * batch_size, (i + 1) * batch_size)
+        volumes, label_maps, done = [], [], 0
+        how = {"size": size, "window": window, "overlap": overlap}
+        for x, z in self.stream(indices, *settings, cond, guidance, edit, **how):
             volumes.append(x)
             if with_labels:
-                own = {name: value[part] for name, value in cond.items()}
-                label_maps.append(self.label_maps(z, own, amp, size=size))
+                own = {name: value[done : done + len(x)] for name, value in cond.items()}
+                label_maps.append(self.label_maps(z, own, amp, **how))
+            done += len(x)
         return (torch.cat(volumes), torch.cat(label_maps)) if with_labels else torch.cat(volumes)
 
     def stream(
@@ -310,10 +338,15 @@ class LatentDiffusion(nn.Module):
         edit: Edit = NO_EDIT,
         size: Sequence[int] | None = None,
         progress: bool = False,
+        window: Sequence[int] | None = None,
+        overlap: float = 0.5,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`sample` batch by batch, for the samples numbered `indices`: (volumes on the CPU, their normalised
         latents). conditions: tensors with one entry for each index. progress: a bar for the steps of each
-        batch, on a terminal."""
+        batch, on a terminal. window: voxels of a volume that are denoised at once, none = as many as in
+        training; overlap: the share of a window that its neighbour covers at least. A volume that is larger
+        than a window is made alone, `batch_size` windows at a time. Noise is drawn for the whole latent and
+        cut into windows, so a sample does not depend on how many windows are denoised at once."""
         sampler, size = sampler or self.kernel.default_sampler, self.volume_size(size)
         self.kernel.check_sampler(sampler, eta)
         guidance.check(self.denoiser.conditions)
@@ -321,9 +354,14 @@ class LatentDiffusion(nn.Module):
         if edit is not NO_EDIT and size != self.spec.size:
             raise InputError(f"size: an edit has the training size {self.spec.size}, got {size}")
         latent = self.autoencoder.latent_shape(size)
-        times = self.kernel.sampling_times(sampler, steps, latent[1:], edit.strength)
-        for start in range(0, len(indices), batch_size):
-            part = slice(start, start + batch_size)
+        net = self.denoiser_for(latent[1:], window, overlap, batch_size)
+        in_windows = net is not self.denoiser
+        # Windows see noise as it was in training, so the times are shifted as in training, for any size
+        seen = self.window if in_windows else latent[1:]
+        times = self.kernel.sampling_times(sampler, steps, seen, edit.strength)
+        together = 1 if in_windows else batch_size
+        for start in range(0, len(indices), together):
+            part = slice(start, start + together)
             with torch.inference_mode(), autocast(amp, self.device):
                 generators = [keyed_generator(seed, i, "sample") for i in indices[part]]
 
@@ -332,7 +370,7 @@ class LatentDiffusion(nn.Module):
 
                 noise = draw((len(generators), *latent)).to(self.device)
                 cond = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
-                predict = guided(self.denoiser, cond, noise, guidance, self.kernel.num_timesteps)
+                predict = guided(net, cond, noise, guidance, self.kernel.num_timesteps)
                 x_t = edit.start(noise, times[0], list(indices[part]))
                 predict = edit.around(predict)
                 how = {"eta": eta, "draw": draw, "resample": edit.resample, "progress": progress}
@@ -351,14 +389,17 @@ class LatentDiffusion(nn.Module):
         amp: str = "fp32",
         t: Tensor | None = None,
         size: Sequence[int] | None = None,
+        window: Sequence[int] | None = None,
+        overlap: float = 0.5,
     ) -> Tensor:
         """The label maps (B, *size) int64, on the CPU, that the head sees in normalised latents z
-        (B, C_z, *s) under their conditions. t (B,): the times of noisy latents; none: z is clean."""
+        (B, C_z, *s) under their conditions. t (B,): the times of noisy latents; none: z is clean. window,
+        overlap: see `stream`."""
         self.check_labels()
         cond = {name: value.to(z.device) for name, value in (conditions or {}).items()}
         time = self.kernel.to_network_time(torch.zeros(len(z)) if t is None else t).to(z.device)
         with autocast(amp, self.device):
-            logits = self.denoiser.label_logits(z, time, cond)
+            logits = self.denoiser_for(z.shape[2:], window, overlap).label_logits(z, time, cond)
         return crop_to(logits.argmax(1, keepdim=True), self.volume_size(size))[:, 0].cpu()
 
     def check_labels(self) -> None:

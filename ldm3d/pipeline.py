@@ -214,9 +214,15 @@ class LatentDiffusionPipeline(Pipeline):
             values[name] = [tensor(v, role) for v in value] if many else tensor(value, role)
         return values
 
-    def prepare(self, conditions: dict[str, Any], amp: str = "fp32") -> dict[str, Tensor]:
-        """`LatentDiffusion.prepare` for one sample, where sources and masks may be files."""
-        return self.model.prepare(self.read_conditions(conditions), amp=amp)
+    def prepare(
+        self,
+        conditions: dict[str, Any],
+        num: int = 1,
+        amp: str = "fp32",
+        size: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """`LatentDiffusion.prepare`, where sources and masks may be files."""
+        return self.model.prepare(self.read_conditions(conditions, size), num, amp, size)
 
     def sample(
         self,

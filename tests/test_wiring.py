@@ -4,6 +4,7 @@ All networks start from the same weights and see the same batch, so the first st
 first step of another must be, whose flags differ.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from ldm3d.cdal import CDAL, Generator
 from ldm3d.conditions import absent
 from ldm3d.data import Volume, write
 from ldm3d.data.phantoms import write_phantoms
+from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel
 from ldm3d.discriminators import TimeDiscriminator
 from ldm3d.engine.checkpoint import load, step_files
@@ -893,6 +895,50 @@ def test_samplers_steps_and_seeds_are_those_asked_for(drawn, vp_run, monkeypatch
     drawn(vp_run, "--num 3 --steps 4 --sampler ddim --seed 5")
     noise = torch.randn(first.shape[1:], generator=keyed_generator(5, 0, "sample"))
     assert torch.equal(calls[-1][0][2][0], noise)
+
+
+LARGE = "--num 2 --steps 2 --size 28,32"  # latents of 7 x 8, windows of 4 x 5
+
+
+def test_larger_samples_are_denoised_in_as_many_windows_as_asked(drawn, vp_run, monkeypatch):
+    calls, plain = spy(monkeypatch, Denoiser, "forward"), drawn(vp_run, "--num 2 --steps 2")
+    assert torch.equal(plain, drawn(vp_run, "--num 2 --steps 2 --size 16,20"))
+    calls.clear()
+    first = drawn(vp_run, LARGE)
+    assert first.shape == (2, 3, 7, 8)
+    shapes = [tuple(args[1].shape) for args, _, _ in calls]
+    assert shapes == [(8, 3, 4, 5), (1, 3, 4, 5)] * 4  # 3 x 3 windows, two samples, two steps
+    calls.clear()
+    assert torch.allclose(drawn(vp_run, f"{LARGE} --batch_size 3"), first, atol=1e-4)
+    assert [len(args[1]) for args, _, _ in calls] == [3] * 12
+    for flags, windows in (("--overlap 0", 4), ("--window 28,20", 3), ("--window 28,32", 0)):
+        calls.clear()
+        other = drawn(vp_run, f"{LARGE} {flags} --batch_size 1")
+        assert len(calls) == 4 * max(1, windows)
+        assert not torch.allclose(other, first, atol=1e-3)
+
+
+def test_a_larger_sample_follows_a_source_and_a_mask_of_its_size(drawn, conditional_run, tmp_path):
+    x = np.linspace(0, 1, 28 * 32, dtype=np.float32).reshape(1, 28, 32)
+    source, mask = tmp_path / "source.tif", tmp_path / "mask.tif"
+    write(source, Volume(x, np.diag([12.0, 11.0, 1.0])))
+    write(mask, Volume((x > 0.5).astype(np.uint8), np.diag([12.0, 11.0, 1.0])))
+    flags = f"--num 1 --steps 2 --size 28,32 --condition image={source} --condition class=1"
+    one = drawn(conditional_run, flags)
+    other = drawn(conditional_run, f"{flags} --condition labels={mask}")
+    assert one.shape == other.shape == (1, 3, 7, 8)
+    assert not torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_larger_sample_has_its_size_its_spacing_and_its_labels(bound_run, tmp_path, monkeypatch):
+    no_pictures(monkeypatch, sampling)
+    flags = "--num 1 --steps 1 --size 23,40 --with-labels --maps --num 2 --format nii.gz"
+    sample.main([str(bound_run), "--out", str(tmp_path / "out"), *flags.split()])
+    for name in ("sample_0001", "labels/sample_0001", "maps/set_0000_mean"):
+        volume = read(tmp_path / "out" / f"{name}.nii.gz", dims=2)
+        assert volume.shape == (23, 40)
+        assert volume.spacing == pytest.approx((12.0, 11.0))
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["size"] == [23, 40]
 
 
 @pytest.mark.parametrize("kind", ["ldm", "vae", "cdal"])

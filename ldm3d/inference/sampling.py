@@ -10,6 +10,7 @@ editing           python sample.py RUN --inpaint IMAGE --region MASK
                   python sample.py RUN --edit IMAGE --strength 0.5
                   python sample.py RUN --interpolate 3,7          or two images
 with labels       python sample.py runs/ldm-phantom-anatomy --with-labels
+larger volumes    python sample.py runs/ldm-hippocampus --size 80,112,80
 
 Volumes are written as NIfTI (2-D: TIFF), with the spacing, orientation and median intensity range of the
 training data, or with the geometry of the source or of the edited image. Beside them are a preview sheet, and
@@ -22,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,12 +60,14 @@ class SampleConfig(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
     sampler: SamplerName = "auto"  # auto = ab2 or dpmpp
     eta: float = 0.0  # ddim: fresh noise, 0 = none, 1 = as much as ddpm
-    batch_size: int = 8  # volumes made at once, on each rank
+    batch_size: int = 8  # volumes made at once, on each rank; of a volume in windows, its windows
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
     maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples, into maps/
     with_labels: bool = False  # write label maps too, into labels/ (runs with --anatomy.registers bound)
+    window: tuple[int, ...] | None = None  # voxels denoised at once; none = as in training
+    overlap: float = 0.5  # share of a window that its neighbour covers at least
     registers: bool = True  # false: without the registers that the run has learned, to compare
     out: str | None = None  # new folder for the results; none = samples-001 (-002, ...) in the run folder
     format: Literal["auto", "nii.gz", "nii", "tif"] = "auto"  # auto = nii.gz for 3-D, tif for 2-D
@@ -73,7 +77,7 @@ class SampleConfig(RequestConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "steps", "batch_size")
-        at_least(self, 0, "memory")
+        at_least(self, 0, "memory", "overlap")
         if self.with_labels and self.inpaint:
             raise InputError("with_labels, inpaint: give one of the two")
         if self.interpolate and (self.sampler == "ddpm" or self.eta):
@@ -94,6 +98,7 @@ class Results:
     ):
         self.config, self.pipeline, self.request, self.folder = config, pipeline, request, folder
         self.spec, self.each = pipeline.spec, config.samples
+        self.size = pipeline.model.volume_size(config.size)
         self.suffix = suffix_of(config.format, self.spec.dims)
         self.summed = self.each > 1 and (config.maps or request.has_targets)
         self.shown: dict[int, Tensor] = {}
@@ -157,7 +162,7 @@ class Results:
         self.shown = {i: v for part in gather(self.shown) for i, v in part.items()}
         self.shown_labels = {i: v for part in gather(self.shown_labels) for i, v in part.items()}
         for number, name in enumerate(self.request.names) if self.summed else ():
-            shape = (2, self.spec.channels, *self.spec.size)
+            shape = (2, self.spec.channels, *self.size)
             sums = all_reduce_sum(self.sums.pop(number, torch.zeros(shape, dtype=torch.float64)))
             mean = sums[0] / self.each
             if is_main() and self.request.has_targets:
@@ -228,7 +233,7 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
         "step": results.pipeline.content["step"],
         **facts,
         "seconds_per_volume": round(seconds / max(1, total), 3),
-        "size": list(spec.size),
+        "size": list(results.size),
         "spacing": list(spec.spacing),
         "scores": scores,
         "sets": dict(zip(request.names, request.values, strict=True)),
@@ -273,10 +278,18 @@ def plan(config: SampleConfig, run: Path) -> None:
 
     table = MemoryTable(config.memory, config.amp, config.device)
     steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)
-    latent = model.latent_shape[1:]
+    size = model.volume_size(config.size)
+    whole = model.autoencoder.latent_shape(size)[1:]
+    net = model.denoiser_for(whole, config.window, config.overlap)
+    latent = whole if net is model.denoiser else net.window
     table.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
-    table.inference("decoding", model.autoencoder.fresh_copy, decode, 1, model.spec.size, steps[1], both)
+    table.inference("decoding", model.autoencoder.fresh_copy, decode, 1, size, steps[1], both)
     table.print()
+
+
+def by(numbers: Iterable[object]) -> str:
+    """(64, 80, 64) -> "64x80x64"."""
+    return "x".join(map(str, numbers))
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
@@ -301,24 +314,30 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     guidance.check(model.denoiser.conditions)
     request = read_request(config, pipeline, config.amp)
     guidance.note_idle(request.conditions)
-    latent, strength = model.latent_shape[1:], request.edit.strength
-    times = model.kernel.sampling_times(sampler, config.steps, latent, strength)
+    size, strength = model.volume_size(config.size), request.edit.strength
+    how = {"size": size, "window": config.window, "overlap": config.overlap}
+    latent = model.autoencoder.latent_shape(size)[1:]
+    net = model.denoiser_for(latent, config.window, config.overlap)
+    if windows := [] if net is model.denoiser else net.boxes:
+        print0(f"each in {len(windows)} windows of {by(net.window)} latent voxels, averaged at every step")
+    times = model.kernel.sampling_times(sampler, config.steps, model.window, strength)
     calls = model.kernel.num_network_calls(sampler, times, request.edit.resample)
     total = config.samples * len(request.names)
     folder = new_folder(run, config.out, "samples")
-    size = "x".join(map(str, model.spec.size))
-    print0(f"{total} volumes of {size}, {sampler}, {len(times)} steps = {calls} network calls each")
+    mm = by(f"{n * length:.4g}" for n, length in zip(size, model.spec.spacing, strict=True))
+    steps = f"{len(times)} steps = {calls} network calls each"
+    print0(f"{total} volumes of {by(size)} ({mm} mm), {sampler}, {steps}")
 
     indices = list(range(total))[rank() :: world_size()]
     sets = torch.tensor(indices, dtype=torch.long) // config.samples
     cond = {name: value[sets] for name, value in request.conditions.items()}
     start, results = time.perf_counter(), Results(config, pipeline, request, folder)
     settings = (config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp)
-    stream = model.stream(indices, *settings, cond, guidance, request.edit, progress=is_main())
-    batches, done = -(-len(indices) // config.batch_size), 0
+    stream = model.stream(indices, *settings, cond, guidance, request.edit, progress=is_main(), **how)
+    batches, done = -(-len(indices) // (1 if windows else config.batch_size)), 0
     for x, z in progress(stream, "sampling", batches):
         own = {name: value[done : done + len(x)] for name, value in cond.items()}
-        label_maps = model.label_maps(z, own, config.amp) if config.with_labels else [None] * len(x)
+        label_maps = model.label_maps(z, own, config.amp, **how) if config.with_labels else [None] * len(x)
         for i, volume, label_map in zip(indices[done:], x, label_maps, strict=False):
             results.add(i, volume, label_map)
         done += len(x)

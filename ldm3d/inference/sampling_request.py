@@ -45,6 +45,7 @@ class RequestConfig:
     guidance: tuple[str, ...] = field(default=("1",), metadata={"repeat": True})  # scale; or class=3,text=2
     guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions regain their deviation
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
+    size: tuple[int, ...] | None = None  # voxels of a sample; none = as in training
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
     region: str | None = None  # mask of the region to inpaint: all that is not 0
     edit: str | None = None  # image to start from instead of from noise
@@ -54,7 +55,8 @@ class RequestConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num", "resample")
-        for names in (("condition", "conditions", "cases"), ("inpaint", "edit", "interpolate", "cases")):
+        changes = ("inpaint", "edit", "interpolate", "cases")
+        for names in (("condition", "conditions", "cases"), changes, *(("size", name) for name in changes)):
             if len(chosen := [name for name in names if getattr(self, name)]) > 1:
                 raise InputError(f"{chosen[0]}, {chosen[1]}: give one of the two")
         if bool(self.region) != bool(self.inpaint):
@@ -110,11 +112,11 @@ def read_request(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: 
         names, rows = read_rows(config.conditions, [c.name for c in conditions if c.may_be_file])
     check_names([name for row in rows for name in row], conditions)
     note_captions(rows, conditions)
-    infos, values = with_sources(rows, pipeline)
+    infos, values = with_sources(rows, pipeline, config.size)
     used = {name for row in rows for name in row}
     columns = {name: [row.get(name) for row in values] for name in used}
     try:  # all sets at once: what they share is read and encoded once
-        tensors = pipeline.model.prepare(pipeline.read_conditions(columns), len(rows), amp)
+        tensors = pipeline.prepare(columns, len(rows), amp, config.size)
     except InputError as e:
         raise InputError(f"{wrong_row(config, names, values, pipeline)}{e}") from None
     return with_edit(Request(names, tensors, rows, infos), config, pipeline)
@@ -126,7 +128,7 @@ def wrong_row(
     """The place, in words, of the first row of the table that the model refuses; "" without a table."""
     for name, row in zip(names, rows, strict=True) if config.conditions else ():
         try:
-            pipeline.prepare(row)
+            pipeline.prepare(row, size=config.size)
         except InputError:
             return f"{config.conditions}: {name}: "
     return ""
@@ -189,7 +191,7 @@ def note_geometry(images: VolumeDataset, spec: DataSpec) -> None:
 
 
 def with_sources(
-    rows: list[dict[str, str]], pipeline: LatentDiffusionPipeline
+    rows: list[dict[str, str]], pipeline: LatentDiffusionPipeline, size: Sequence[int] | None
 ) -> tuple[list[CaseInfo | None], list[dict[str, Any]]]:
     """(the geometry of each row's source, or None; the rows with the source's voxels instead of its path)."""
     kinds = [c.name for c in pipeline.model.denoiser.conditions if c.origin == "source"]
@@ -199,13 +201,13 @@ def with_sources(
     if not having:
         return infos, values
     paths = list(dict.fromkeys(rows[i][name] for i in having))  # many rows may share a source
-    images = pipeline.open(paths, "source")
+    images = pipeline.open(paths, "source", size)
     sources = {
         path: (images[j, j]["image"], images.infos[images.cases[j].id]) for j, path in enumerate(paths)
     }
     for i in having:
         values[i][name], infos[i] = sources[rows[i][name]]
-    note_geometry(images, pipeline.spec)
+    note_geometry(images, images.spec)
     return infos, values
 
 
