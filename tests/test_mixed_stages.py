@@ -124,6 +124,22 @@ def test_a_run_does_not_go_on_with_other_classes(vae_run, more_heads, tmp_path, 
     assert load(step_files(tmp_path / "ldm")[0])["step"] == 3
 
 
+def test_what_a_table_says_of_subjects_can_be_a_condition(vae_run, tmp_path, mistake):
+    table = tmp_path / "people.tsv"
+    rows = [f"phantom_{i:04d}\t{('ill', 'well', 'n/a')[i % 3]}" for i in range(12)]
+    table.write_text("\n".join(["participant_id\tgroup", *rows]) + "\n")
+    flags = ["--condition.use", "class:group", "--condition.context_dim", 16]
+    trained(vae_run, tmp_path / "ldm", *flags, "--data.participants", table)
+    state = load(step_files(tmp_path / "ldm")[0])["state"]
+    assert state["conditions"][0]["values"] == ["ill", "well"]
+    assert [state["cells"][f"phantom_{i:04d}"]["group"] for i in range(3)] == ["ill", "well", ""]
+    table.write_text("participant_id\tgroup\nsub-1\till\n")
+    command = tiny.ldm_flags(vae_run, tmp_path / "new", 2, *map(str, [*flags, "--data.participants", table]))
+    assert "people.tsv lists none of the subjects, such as sub-phantom_0000" in mistake(
+        train_ldm.main, command
+    )
+
+
 def test_another_contrast_of_the_same_cases_keeps_their_parts_by_their_ids(heads, vae_run, tmp_path, capsys):
     for path in (heads / "images").iterdir():
         volume = read(path)

@@ -162,18 +162,20 @@ def _rows_of_globs(globs: dict[str, str], root: Path, problems: list[str]) -> tu
 
 
 def read_csv(path: Path, required: list[str]) -> list[dict[str, str]]:
-    """Rows of a CSV with a header line (comma or semicolon), as dicts, cells stripped.
+    """Rows of a CSV with a header line (comma, semicolon or tab), as dicts, cells stripped.
 
     InputError if a required column is missing, or if a line has not the cells of the header.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such CSV (data.subject, data.split or data.table names it)")
+        raise InputError(
+            f"{path}: no such CSV (data.subject, data.split, data.participants or data.table names it)"
+        )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as a CSV ({e})") from None
     head = text.partition("\n")[0]
-    mark = ";" if head.count(";") > head.count(",") else ","
+    mark = "\t" if Path(path).suffix.lower() == ".tsv" else max(",;\t", key=head.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
     try:
         reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
@@ -281,6 +283,35 @@ def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems:
             problems.append(f"data.{column}: {rule!r} does not fit {text!r}")
 
 
+def participant_of(subject: str) -> str:
+    """The name of a subject, by which tables are compared: 01 and sub-01 are both "sub-01"."""
+    return f"sub-{subject.removeprefix('sub-')}"
+
+
+def participants(path: Path) -> dict[str, dict[str, str]]:
+    """{participant: its cells by column} of a table of subjects, such as the participants.tsv of BIDS, which
+    writes n/a for a blank. What says which files and parts there are is left out: other tables do."""
+    skip, found = {*ROLES, "participant_id", "id", "subject", "split"}, {}
+    for row in read_csv(path, ["participant_id"]):
+        if (name := participant_of(row["participant_id"])) in found:
+            raise InputError(f"{path}: participant {name} is listed twice")
+        found[name] = {k: "" if v.lower() == "n/a" else v for k, v in row.items() if k not in skip}
+    return found
+
+
+def _add_participants(path: Path, rows: dict[str, dict]) -> None:
+    """Gives every case the cells of its subject; cells that the case has itself come first."""
+    listed = participants(path)
+    subjects = {name: participant_of(row.get("subject") or name) for name, row in rows.items()}
+    if not listed.keys() & set(subjects.values()):
+        raise InputError(
+            f"data.participants: {path} lists none of the subjects, such as {min(subjects.values())}"
+        )
+    for name, row in rows.items():
+        for column, cell in listed.get(subjects[name], {}).items():
+            row.setdefault(column, cell)
+
+
 def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, problems: list[str]) -> Case:
     """A row of the table as a case, checked. `origin`: role -> the pattern or table that names its files."""
     for role, where in origin.items():
@@ -341,6 +372,8 @@ def find_cases(config: DataConfig, root: Path, items: Dataset | None = None) -> 
     for column in ("subject", "split"):
         if getattr(config, column):
             _assign(getattr(config, column), column, rows, root, problems)
+    if config.participants:
+        _add_participants(root / config.participants, rows)
     cases = [_case(name, row, origin, config, problems) for name, row in sorted(rows.items())]
     raise_all(problems)
     has_split = [case.split is not None for case in cases]

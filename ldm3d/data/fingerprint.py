@@ -21,13 +21,14 @@ import math
 import re
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .cases import Case, find_cases
+from .cases import Case, find_cases, participant_of, participants
 from .inspection import THUMBNAIL, CaseInfo, inspect_cases
 from .itk import modality
 from .layouts import REST, Layout, dimensions, recognise
@@ -37,8 +38,17 @@ from .slices import slice_cases
 
 SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh)(?![a-z])", re.I)
 READING = {  # settings that say which files there are and how they are read
-    *("name", "image", "mask", "source", "table", "subject", "split", "subset", "allow_missing_mask"),
-    *("check_affine", "dims", "channel", "source_channel", "num_labels", "label_values", "cache_dir"),
+    *("name", "image", "mask", "source", "table", "subject", "participants", "split", "subset"),
+    *(
+        "allow_missing_mask",
+        "check_affine",
+        "dims",
+        "channel",
+        "source_channel",
+        "num_labels",
+        "label_values",
+        "cache_dir",
+    ),
     *("slices", "series", "source_series"),
 }
 MOST_PAIRS = 200  # cases whose thumbnails are compared with each other
@@ -109,6 +119,37 @@ def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
         rule, found = grouping[0], set(grouping[1].values())
         return rule, f"the names begin alike: {len(found)} subjects, such as {min(found)}"
     return None
+
+
+MOST_CLASSES = 10  # values of a column, with more of which it is no class; half as many numbers
+
+
+def _condition(column: str, cells: list[str]) -> str | None:
+    """How stage two can be told a column, of the cells that subjects have there: "class:sex (F 12, M 8)", or
+    "number:age (21 to 80)". None where all are alike, or all different words."""
+    counts = Counter(cells)
+    numbers = sorted(map(float, counts)) if all(re.fullmatch(r"-?\d+(\.\d+)?", c) for c in counts) else []
+    alone = len(counts) == len(cells)  # every cell is another one
+    if len(counts) > 1 and numbers and (alone or len(counts) > MOST_CLASSES // 2):
+        return f"number:{column} ({numbers[0]:g} to {numbers[-1]:g})"
+    if alone or not 1 < len(counts) <= MOST_CLASSES:
+        return None
+    return f"class:{column} ({', '.join(f'{value} {num}' for value, num in sorted(counts.items()))})"
+
+
+def _note_participants(table: str, root: Path, cases: list[Case]) -> list[str]:
+    """What the table of subjects is good for, and which subjects it or the folder lacks."""
+    listed = participants(root / table)
+    subjects = {participant_of(case.subject): case for case in cases}
+    columns = dict.fromkeys(column for row in listed.values() for column in row)
+    cells = {name: [c.columns[name] for c in subjects.values() if c.columns.get(name)] for name in columns}
+    words = [word for name, found in cells.items() if (word := _condition(name, found))]
+    use = f"{table}: stage two can learn {', '.join(words)}, by train_ldm.py ... --condition.use "
+    notes = [use + ",".join(word.split(" (")[0] for word in words)] if words else []
+    for lacking, what in ((subjects.keys() - listed, "no row"), (listed.keys() - subjects, "no image")):
+        if lacking:
+            notes.append(f"{table}: {len(lacking)} subjects have {what}, such as {min(lacking)}")
+    return notes
 
 
 # --- thumbnails ---------------------------------------------------------------------------------------------
@@ -229,18 +270,24 @@ def take(root: Path, flags: dict[str, Any]) -> Fingerprint:
         cases = find_cases(config, root)
     cases = slice_cases(cases, config)
     infos = inspect_cases(cases, config, inspection_cache(config, root), with_facts=True)
-    return summarise(root, cases, [infos[case.id] for case in cases], settings, why)
+    notes = _note_participants(config.participants, root, cases) if config.participants else []
+    return summarise(root, cases, [infos[case.id] for case in cases], settings, why, notes)
 
 
 def summarise(
-    root: Path, cases: list[Case], infos: list[CaseInfo], settings: dict[str, Any], why: dict[str, str]
+    root: Path,
+    cases: list[Case],
+    infos: list[CaseInfo],
+    settings: dict[str, Any],
+    why: dict[str, str],
+    notes: Sequence[str] = (),
 ) -> Fingerprint:
     """The fingerprint of inspected cases. settings, why: how their files were recognised, without "data."."""
     facts, dims = [info.facts for info in infos], len(infos[0].shape)
     images = thumbnails(infos, dims)
     pose, mirrored = pose_and_mirrored(images)
     twins = _twins(images, cases)
-    notes = [f"also found, and not used: {why.pop(REST)}"] if REST in why else []
+    notes = [*notes, *([f"also found, and not used: {why.pop(REST)}"] if REST in why else [])]
     if twins:
         notes.append(
             f"{len(twins)} pairs of cases look nearly the same, such as {twins[0][0]} and {twins[0][1]}; if "

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import InputError
-from .cases import files_by_id, read_csv
+from .cases import files_by_id, participant_of, participants, read_csv
 from .inspection import few_values, voxels_off
 from .itk import SeveralSeries, is_series_folder
 from .volumes import DICOM, is_volume_file, read, read_header, strip_suffix, volume_suffix
@@ -40,6 +40,7 @@ ROLE_FOLDER = re.compile(
 )
 PART = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?", re.I)  # folders that hold a part of a split
 PUT_ASIDE = re.compile(r"(^|/)((?i:val(id(ation)?)?|test(ing)?)|(images|labels)Ts)/")
+PARTICIPANTS = "participants.tsv"  # BIDS: the table of the subjects
 DERIVED = "derivatives"  # BIDS: the folder of what others have computed from the images
 NOT_THE_MASK = re.compile(r"brain|skull|head|body|valid", re.I)  # masks of where there is anything at all
 IMAGE_NAMES = re.compile(r"image|img|scan|volume|_T1w[_.]", re.I)
@@ -296,6 +297,22 @@ def _rest(kinds: Kinds, used: Iterable[Any]) -> dict[str, str]:
     return {REST: ", ".join(listed + more)} if others else {}
 
 
+def _add_participants(
+    root: Path, cases: Iterable[str], settings: dict[str, Any], why: dict[str, str]
+) -> None:
+    """Take the table of subjects of a BIDS folder, if it knows one of these cases."""
+    if not (root / PARTICIPANTS).is_file():
+        return
+    try:
+        listed, problem = participants(root / PARTICIPANTS), "lists none of the subjects"
+    except InputError as e:
+        listed, problem = {}, str(e)
+    if listed.keys() & {participant_of(case.partition("_")[0]) for case in cases}:
+        settings["participants"], why["participants"] = PARTICIPANTS, "BIDS: what is known of each subject"
+    else:
+        why[REST] = ", ".join([f"{PARTICIPANTS} ({problem})", *([why[REST]] if REST in why else [])])
+
+
 def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
     """The layout of a folder without a table. name: of the layout."""
     images, masks = _kinds_of_images_and_masks(root, kinds)
@@ -318,6 +335,7 @@ def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
     why |= _rest(kinds, settings.values())
     if name == "BIDS":
         settings["subject"], why["subject"] = r"^(sub-[^_]+)", "BIDS: the subject stands first in every name"
+        _add_participants(root, kinds[image], settings, why)
     return Layout(settings, why)
 
 

@@ -175,6 +175,7 @@ def test_a_missing_or_empty_folder_is_named_with_the_way_out(tmp_path, monkeypat
         ({"image": "*/*.nii.gz"}, ["has two files", "{id}"]),
         ({"subject": "x(.*)"}, ["data.subject", "does not fit 'a'"]),
         ({"subject": "a.*"}, ["data.subject", "one group"]),
+        ({"participants": "none.tsv"}, ["none.tsv", "no such CSV", "data.participants"]),
         ({"subject": "("}, ["data.subject", "expression"]),
         ({"subject": "who.csv"}, ["who.csv"]),
         ({"split": "images/([a-d])"}, ["case a", "'a'", "train, val, test"]),

@@ -140,6 +140,56 @@ def test_derived_label_maps_on_another_grid_or_of_other_names_are_left_alone(tmp
     assert layout.why["allow_missing_mask"] == "1 of 2 images have no mask"
 
 
+def people(root, *rows):
+    (root / "participants.tsv").write_text("\n".join("\t".join(row.split()) for row in rows) + "\n")
+
+
+def test_what_bids_knows_of_its_subjects_becomes_columns_of_the_cases_and_is_told(tmp_path):
+    root = tmp_path / "d"
+    for i in range(1, 5):
+        for session in ("ses-1", "ses-2"):
+            save(root / f"sub-0{i}" / session / "anat" / f"sub-0{i}_{session}_T1w.nii.gz", image(seed=i))
+    head = "participant_id age sex group site split"
+    people(
+        root,
+        head,
+        *(f"sub-0{i} {30 + i} {'FM'[i % 2]} g{i} here a" for i in range(1, 4)),
+        "sub-9 n/a F g9 x b",
+    )
+    found = take(root, {"data.cache_dir": str(tmp_path / "c")})
+    assert found.settings["data.participants"] == "participants.tsv"
+    assert found.notes[0] == (
+        "participants.tsv: stage two can learn number:age (31 to 33), class:sex (F 1, M 2), by "
+        "train_ldm.py ... --condition.use number:age,class:sex"
+    )
+    assert found.notes[1:3] == (
+        "participants.tsv: 1 subjects have no row, such as sub-04",
+        "participants.tsv: 1 subjects have no image, such as sub-9",
+    )
+    settings = {key.removeprefix("data."): value for key, value in found.settings.items()}
+    cases = {case.id: case.columns for case in find_cases(DataConfig(**settings), root)}
+    assert cases["sub-02_ses-1"] == cases["sub-02_ses-2"]
+    assert cases["sub-02_ses-1"]["age"] == "32"
+    assert "split" not in cases["sub-02_ses-1"]
+    assert "age" not in cases["sub-04_ses-1"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["participant_id age", "sub-77 3"], "participants.tsv (lists none of the subjects)"),
+        (["participant_id age", "sub-01"], "line 2 has not the 2 cells of the header"),
+        (["name age", "sub-01 3"], "no column 'participant_id'"),
+        (["participant_id", "sub-01", "01"], "participant sub-01 is listed twice"),
+    ],
+)
+def test_a_table_of_subjects_that_is_of_no_use_is_named(tmp_path, rows, words):
+    people(bids(tmp_path), *rows)
+    layout = recognise(tmp_path)
+    assert "participants" not in layout.settings
+    assert words in layout.why["others"]
+
+
 def test_names_that_begin_with_the_name_of_the_folder_are_of_one_kind(tmp_path):
     for i, case in enumerate(CASES):
         save(tmp_path / case / f"{case}_flair.nii.gz", image(seed=i))
