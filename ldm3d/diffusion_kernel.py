@@ -70,6 +70,7 @@ class KernelConfig:
     logit_mean: float = 0.0  # flow, logit_normal: mean of logit(t); above 0 favours noise
     logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
     flow_shift: float | None = None  # flow: shift of t towards noise (none: from the latent's size; 1: off)
+    flow_base: float = 32.0  # flow, flow_shift none: side of a latent that needs no shift
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +104,7 @@ class KernelConfig:
             ("logit_std", self.logit_std > 0, "above 0"),
             ("flow_shift", self.flow_shift is None or flow, "none with process vp"),
             ("flow_shift", self.flow_shift is None or self.flow_shift >= 1, "none, or 1 or more"),
+            ("flow_base", 0 < self.flow_base < math.inf, "a number above 0"),
         ):
             if not right:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected {expected}")
@@ -434,7 +436,7 @@ class DiffusionKernel:
     # Time
 
     def flow_shift(self, size: Sequence[int]) -> float:
-        """The configured shift, else the (geometric) mean side of the latent over 32, at least 1.
+        """The configured shift, else the (geometric) mean side of the latent over `flow_base`, at least 1.
 
         In 2-D this is Esser's sqrt(m / n), with n = 32 * 32 of the m pixels: the mean of m pixels has
         sqrt(m / n) times less noise than the mean of n. In 3-D the same argument gives the power 1.5 of it,
@@ -445,7 +447,7 @@ class DiffusionKernel:
         """
         if self.config.flow_shift is not None:
             return self.config.flow_shift
-        return max(1.0, math.prod(size) ** (1 / len(size)) / 32)
+        return max(1.0, math.prod(size) ** (1 / len(size)) / self.config.flow_base)
 
     def t_from_uniform(self, u: Tensor, size: Sequence[int]) -> Tensor:
         """Training times (B,) from u (B,) in [0, 1): int64 for VP; float, shifted for this size, for flow."""

@@ -260,6 +260,8 @@ def test_flow_shift_is_the_mean_side_over_32_and_never_below_1(size, shift):
     if len(size) == 2:  # Esser: sqrt(m / n)
         assert shift == math.sqrt(math.prod(size) / (32 * 32))
     assert make_kernel("velocity", flow_shift=1.0).flow_shift(size) == 1
+    half = make_kernel("velocity", flow_base=16.0).flow_shift(size)
+    assert half == pytest.approx(max(1, math.prod(size) ** (1 / len(size)) / 16))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.8)])
@@ -783,6 +785,7 @@ def test_randomness_comes_from_the_caller_alone(capfd):
         ({**VP, "t_distribution": "logit_normal"}, "t_distribution: got logit_normal"),
         ({**VP, "flow_shift": 2.0}, "flow_shift"),
         ({"flow_shift": 0.5}, "flow_shift: got 0.5"),
+        ({"flow_base": 0.0}, "flow_base: got 0.0"),
         ({"clip_x_start": 1.0}, "clip_x_start"),
         ({**VP, "clip_x_start": -1.0}, "clip_x_start: got -1.0"),
         ({"logit_std": 0.0}, "logit_std: got 0.0"),

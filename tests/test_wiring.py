@@ -540,6 +540,7 @@ TARGETS: dict[str, Callable[[SimpleNamespace], Tensor]] = {  # flags -> what the
     "--kernel.process vp --kernel.prediction x_start": clean,
     V: flow_v(),
     f"{V} --kernel.flow_shift 4": flow_v(4.0),
+    f"{V} --kernel.flow_base 2": lambda run: flow_v(math.prod(run.noise.shape[2:]) ** 0.5 / 2)(run),
     f"{V} --kernel.t_distribution logit_normal": flow_v(1.0, (0.0, 1.0)),
     f"{V} --kernel.t_distribution logit_normal --kernel.logit_mean 0.8 --kernel.logit_std 0.5": flow_v(
         1.0, (0.8, 0.5)

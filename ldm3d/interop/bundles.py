@@ -28,6 +28,10 @@ SCALINGS = {  # transforms that scale intensities -> their arguments for the new
     **dict.fromkeys(("ScaleIntensityRange", "ScaleIntensityRangePercentiles"), ("b_min", "b_max")),
     "ScaleIntensity": ("minv", "maxv"),
 }
+FACTORS = {  # of latents, as a U-Net receives them: (z - shift_factor) * scale_factor
+    **dict.fromkeys(("scale_factor", "scaling_factor"), "scale_factor"),
+    "shift_factor": "shift_factor",
+}
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "RFlowScheduler")
 
 
@@ -35,9 +39,9 @@ SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "RFlowScheduler
 class Described:
     """What a configuration file says.
 
-    settings: of the network, by our names. facts: scale_factor, image_range, spacing, kernel (the settings of
-    a diffusion). unclear: name of a setting or fact -> what stands there, in words, where the file holds an
-    expression of Python, which is not run, or contradicts itself.
+    settings: of the network, by our names. facts: scale_factor, shift_factor, image_range, spacing, kernel
+    (the settings of a diffusion). unclear: name of a setting or fact -> what stands there, in words, where
+    the file holds an expression of Python, which is not run, or contradicts itself.
     """
 
     settings: dict[str, Any]
@@ -97,10 +101,10 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
 def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list[Any]]:
     """What a file says beside its network: name of a fact -> every value that it has there."""
     facts: dict[str, list[Any]] = {}
-    for name in ("scale_factor", "scaling_factor"):
+    for name, fact in FACTORS.items():
         value = resolved(network.get(name, content.get(name)), content)
         if isinstance(value, (int, float)):
-            facts["scale_factor"] = [float(value)]
+            facts[fact] = [float(value)]
     for value in objects(content):
         name = class_of(value).removesuffix("d")
         if name in SCHEDULERS:
@@ -117,11 +121,31 @@ def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list
     return facts
 
 
+def described_flow(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """The times of MONAI's rectified flow: how they are drawn in training, and shifted towards noise.
+
+    With use_timestep_transform the shift is (voxels / base_img_size_numel)^(1 / axes) of the latent, which is
+    ours with a `flow_base` of base_img_size_numel^(1 / axes); but ours is never below 1. MONAI's code never
+    reads its own transform_scale.
+    """
+    if offset := scheduler.get("steps_offset", 0):
+        raise InputError(f"RFlowScheduler: steps_offset {offset} is not supported, expected 0")
+    base, axes = scheduler.get("base_img_size_numel", 32**3), scheduler.get("spatial_dim", 3)
+    if not all(isinstance(n, (int, float)) and n > 0 for n in (base, axes)):
+        raise InputError(f"RFlowScheduler: base_img_size_numel {base}, spatial_dim {axes}: expected numbers")
+    shifted = bool(scheduler.get("use_timestep_transform", False))
+    times: dict[str, Any] = {"flow_base": round(base ** (1 / axes), 6)} if shifted else {"flow_shift": 1.0}
+    if scheduler.get("sample_method", "uniform") == "logit-normal":
+        times |= {"t_distribution": "logit_normal", "logit_mean": scheduler.get("loc", 0.0)}
+        times["logit_std"] = scheduler.get("scale", 1.0)
+    return times
+
+
 def described_kernel(scheduler: dict[str, Any]) -> dict[str, Any]:
     """A scheduler of MONAI as the settings of our diffusion kernel; defaults are those of its class."""
     steps = {"num_timesteps": scheduler.get("num_train_timesteps", 1000)}
     if class_of(scheduler) == "RFlowScheduler":
-        return {"process": "flow", "prediction": "velocity", **steps}
+        return {"process": "flow", "prediction": "velocity", **steps, **described_flow(scheduler)}
     prediction = scheduler.get("prediction_type", "epsilon")
     kernel = {
         "process": "vp",

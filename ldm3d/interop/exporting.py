@@ -48,12 +48,12 @@ from .graphs import export_decoder
 from .layouts import extract
 from .peers import Description, describe
 
+Target = Literal["monai", "maisi", "diffusers", "torch_export", "torchscript", "onnx"]
+
 
 @dataclass(frozen=True)
 class ExportConfig:
-    as_: Literal["monai", "maisi", "diffusers", "torch_export", "torchscript", "onnx"] = (
-        "monai"  # what shall load it
-    )
+    as_: Target = "monai"  # what shall load it
     to: str | None = None  # new folder
     steps: int = 50  # of sampling, in the bundle of a latent diffusion run
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..conditions import Condition, ConditionConfig
-from ..config import InputError, at_least, convert, field_types, from_dict, to_dict
+from ..config import InputError, at_least, convert, field_types, from_dict, read_json, to_dict
 from ..data import DataConfig, DataSpec
 from ..denoiser import Denoiser
 from ..diffusion_kernel import KernelConfig
@@ -57,6 +57,7 @@ class ImportConfig:
     upsample: Literal["nearest", "trilinear", "deconv2", "deconv3"] | None = None  # none = as usual
     image_range: tuple[float, float] | None = None  # intensities that the autoencoder was trained on
     scale_factor: float | None = None  # of latents; none = as file or --config says, else 1 (U-Nets)
+    shift_factor: float | None = None  # of latents, subtracted before; none = as --config says, else 0
     check: bool = False  # compare with the network of the other library (needs MONAI) on random input
     spacing: tuple[float, ...] | None = None  # mm, of the images it was trained on; none = keep their voxels
     size: tuple[int, ...] | None = None  # voxels of samples; none = 64 along every axis
@@ -291,10 +292,18 @@ def autoencoder_content(config: ImportConfig, net: AutoencoderKL) -> dict[str, A
     return {"kind": "vae", "config": settings, "state": state}
 
 
+def factors_of(vae: str | None) -> dict[str, float]:
+    """scale_factor and shift_factor that the configuration file of an imported autoencoder told."""
+    path = Path(vae or ".") / "import.json"
+    facts = read_json(path).get("facts", {}) if vae and path.is_file() else {}
+    return {name: facts[name] for name in ("scale_factor", "shift_factor") if name in facts}
+
+
 def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dict[str, Any]:
     """The checkpoint of an imported U-Net, with the data settings of its autoencoder.
 
-    MONAI trains U-Nets on z * scale_factor, which is a latent_std of 1 / scale_factor and a latent_mean of 0.
+    MONAI trains U-Nets on z * scale_factor, which is a latent_std of 1 / scale_factor and a latent_mean of 0;
+    diffusers on (z - shift_factor) * scale_factor.
     """
     if config.vae is None:
         raise InputError("vae: a U-Net needs its autoencoder; import it first and give its run with --vae")
@@ -311,6 +320,7 @@ def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dic
             "ldm3d.interop.load(FILE) gives the network"
         )
     factor = config.scale_factor or report.facts.get("scale_factor", 1.0)
+    shift = report.facts.get("shift_factor", 0.0) if config.shift_factor is None else config.shift_factor
     settings = {
         "data": content["config"]["data"],
         "unet": to_dict(unet),
@@ -321,7 +331,7 @@ def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dic
         "data": content["state"]["data"],
         "split": content["state"]["split"],
         "conditions": [c.to_dict() for c in net.conditions],
-        "latent_mean": torch.zeros(width),
+        "latent_mean": torch.full((width,), float(shift)),
         "latent_std": torch.full((width,), 1 / factor),
     }
     return {"kind": "ldm", "config": settings, "state": state}
@@ -335,7 +345,9 @@ def expectations(content: dict[str, Any], assumed: list[str]) -> list[str]:
     if content["kind"] == "ldm":
         kernel, factor = content["config"]["kernel"], 1 / float(content["state"]["latent_std"][0])
         how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
-        lines.append(f"    {'diffusion:':<20}{how}, scale_factor {factor:g}")
+        shift = float(content["state"]["latent_mean"][0])
+        beside = f", shift_factor {shift:g}" if shift else ""
+        lines.append(f"    {'diffusion:':<20}{how}, scale_factor {factor:g}{beside}")
         if assumed:
             flags = "--kernel.*, --scale_factor or --config"
             lines.append(f"    note: {' and '.join(assumed)} assumed; {flags} says how it was trained")
@@ -351,6 +363,8 @@ def import_file(config: ImportConfig, file: str) -> Path:
         raise InputError(f"to: {folder} is there already, expected a new folder")
     imported = open_weights(file, config.config, **{name: getattr(config, name) for name in HINTS})
     net, report = imported.net, imported.report
+    if isinstance(net, Denoiser):
+        report = dataclasses.replace(report, facts=factors_of(config.vae) | report.facts)
     facts = report.facts
     if isinstance(net, AutoencoderKL) and config.spacing is None:
         ask_for("spacing", imported.unclear)

@@ -13,8 +13,10 @@ import sample
 import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, Condition, ConditionConfig, Denoiser, UNetConfig, VAEConfig
+from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.interop import load
 from ldm3d.interop.__main__ import main
+from ldm3d.interop.bundles import described_kernel
 from ldm3d.interop.layouts import extract
 
 CONFIG = VAEConfig(
@@ -181,6 +183,57 @@ def test_a_flag_counts_more_than_the_scale_factor_of_the_file(runs, tmp_path):
     assert ldm3d.load(tmp_path / "run").model.latent_std.flatten().tolist() == [0.25] * 3
 
 
+def test_factors_of_latents_come_from_the_configuration_of_the_autoencoder_where_the_u_net_has_none(
+    runs, tmp_path
+):
+    described = {"_class_name": "AutoencoderKL", "channels": [8, 16], "norm_num_groups": 4}
+    described |= {"scaling_factor": 0.25, "shift_factor": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    flags = [
+        runs / "vae.pt",
+        "--config",
+        tmp_path / "config.json",
+        "--to",
+        tmp_path / "vae",
+        "--size",
+        "16,20",
+    ]
+    main(["import", *map(str, flags)])
+    state = torch.load(runs / "unet.pt", weights_only=True)["unet_state_dict"]
+    torch.save(state, tmp_path / "alone.pt")
+    for name, more, mean, std in (("one", [], 0.5, 4.0), ("two", ["--shift_factor", 2], 2.0, 4.0)):
+        unet = [tmp_path / "alone.pt", "--vae", tmp_path / "vae", "--to", tmp_path / name, *more]
+        main(["import", *map(str, [*unet, "--num_groups", 4, "--head_channels", 8])])
+        model = ldm3d.load(tmp_path / name).model
+        assert model.latent_mean.flatten().tolist() == [mean] * 3
+        assert model.latent_std.flatten().tolist() == [std] * 3
+
+
+@pytest.mark.parity
+def test_a_flow_with_a_timestep_transform_samples_at_the_times_of_its_scheduler():
+    schedulers = pytest.importorskip("monai.networks.schedulers")
+    arguments = {"use_discrete_timesteps": False, "use_timestep_transform": True, "spatial_dim": 2}
+    arguments["base_img_size_numel"] = 24 * 24
+    theirs = schedulers.RFlowScheduler(**arguments)
+    theirs.set_timesteps(10, input_img_size_numel=48 * 60)
+    described = described_kernel({"_target_": "RFlowScheduler", **arguments})
+    times = DiffusionKernel(KernelConfig(**described)).sampling_times("euler", 10, (48, 60))
+    ours = 1000 * torch.tensor(times[: len(theirs.timesteps)])
+    close(ours.float(), theirs.timesteps.float(), 1e-3)  # MONAI's are of half precision
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps_offset": 1}, "steps_offset 1 is not supported"),
+        ({"spatial_dim": "@dims"}, "expected numbers"),
+    ],
+)
+def test_a_flow_that_has_no_counterpart_is_refused_by_name(change, says):
+    with pytest.raises(ldm3d.InputError, match=says):
+        described_kernel({"_target_": "RFlowScheduler", "use_timestep_transform": True, **change})
+
+
 @pytest.mark.parity
 def test_check_says_how_near_the_outputs_are(runs, tmp_path, capsys):
     pytest.importorskip("monai")
@@ -238,7 +291,18 @@ DESCRIBED = {"_target_": "DiffusionModelUNet", "norm_num_groups": 4, "num_head_c
         ),
         (
             {"_target_": "monai.networks.schedulers.RFlowScheduler", "num_train_timesteps": 500},
-            {"process": "flow", "prediction": "velocity", "num_timesteps": 500},
+            {"process": "flow", "prediction": "velocity", "num_timesteps": 500, "flow_shift": 1.0},
+        ),
+        (
+            {
+                **{
+                    "_target_": "RFlowScheduler",
+                    "use_timestep_transform": True,
+                    "sample_method": "logit-normal",
+                },
+                **{"base_img_size_numel": 2304, "spatial_dim": 2, "loc": 0.5, "scale": 1.4},
+            },
+            {"flow_shift": None, "flow_base": 48.0, "t_distribution": "logit_normal", "logit_std": 1.4},
         ),
     ],
 )
