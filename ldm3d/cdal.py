@@ -39,7 +39,7 @@ inputs of the generator of [2]; the blocks here are the library's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
@@ -427,12 +427,14 @@ class CDAL:
     # Inference
 
     def vote(self, net: Generator, features: Tensor, noise: Tensor, z: Tensor) -> Tensor:
-        """Probabilities (V, K, *S) of V votes on one image, in one batch.
+        """Probabilities (V, K, *S) of V votes on W images of one size, V / W votes on each, in one batch.
 
-        features (1, encoder_channels, *s): `Generator.encode` of the image. noise (V, T, K, *S): x_T, then
-        the noise of every posterior that has any. z (V, T, latent_dim).
+        features (W, encoder_channels, *s): `Generator.encode` of the images. noise (V, T, K, *S): x_T, then
+        the noise of every posterior that has any. z (V, T, latent_dim). The votes on the first image come
+        first.
         """
-        features = features.expand(len(noise), *features.shape[1:])
+        each = len(noise) // len(features)
+        features = features[:, None].expand(-1, each, *features.shape[1:]).flatten(0, 1)
         x, T = noise[:, 0], self.num_timesteps
         for i, t in enumerate(reversed(range(T))):
             times = torch.full((len(x),), t)
@@ -454,6 +456,73 @@ class CDAL:
             z[v].normal_(generator=generator)
         return noise, z
 
+    def segment_planes(
+        self,
+        net: Generator,
+        image: Tensor,
+        votes: int = 1,
+        window: Sequence[int] | None = None,
+        overlap: float = 0.5,
+        seed: int = 0,
+        key: str = "",
+        batch_size: int = 8,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`segment` for images whose result memory should not hold: yields (start, p), first plane and mean
+        probability (K, planes, ...) of some planes along the first axis, from the first plane to the last.
+
+        Windows advance along the first axis. Planes that no later window touches are finished and are
+        yielded, so that no more planes than a window has are kept.
+        """
+        check_window(window, image.ndim - 1)
+        votes = votes if self.config.diffusion else 1
+        size = tuple(image.shape[1:])
+        window = size if window is None else tuple(min(n, m) for n, m in zip(size, window, strict=True))
+        first, *others = (window_starts(n, m, overlap) for n, m in zip(size, window, strict=True))
+        single = len(first) * math.prod(map(len, others)) == 1
+        smooth = torch.ones(window) if single else window_weight(window)
+        noise, z = self.draw_votes(net, votes, window, seed, key)
+        total, weight = torch.zeros(self.num_labels, window[0], *size[1:]), torch.zeros(window[0], *size[1:])
+        for at, after in zip(first, [*first[1:], size[0]], strict=True):
+            row = list(product([at], *others))
+            num = max(1, batch_size // votes)  # windows at once
+            for some in (row[i : i + num] for i in range(0, len(row), num)):
+                for start, p in zip(
+                    some, self._window_sums(net, image, some, noise, z, batch_size), strict=True
+                ):
+                    box = tuple(slice(s, s + m) for s, m in zip((0, *start[1:]), window, strict=True))
+                    total[(slice(None), *box)] += smooth * p
+                    weight[box] += votes * smooth
+            n = after - at  # planes that are finished
+            yield at, total[:, :n] / weight[:n]
+            total = torch.cat([total[:, n:], torch.zeros_like(total[:, :n])], 1)
+            weight = torch.cat([weight[n:], torch.zeros_like(weight[:n])])
+
+    def _window_sums(
+        self,
+        net: Generator,
+        image: Tensor,
+        starts: Sequence[tuple[int, ...]],
+        noise: Tensor,
+        z: Tensor,
+        batch_size: int,
+    ) -> Tensor:
+        """The sum of the probabilities of all votes in each window: (W, K, *window), on the CPU.
+
+        starts: the first voxels of the W windows. noise, z: `draw_votes`. A voxel has the same noise in every
+        window that holds it: the noise repeats with the period of a window, so that within one window all
+        values are independent.
+        """
+        window, axes = noise.shape[3:], tuple(range(3, noise.ndim))
+        boxes = [tuple(slice(s, s + m) for s, m in zip(start, window, strict=True)) for start in starts]
+        features = net.encode(torch.stack([image[(slice(None), *box)] for box in boxes]))
+        total = torch.zeros(len(starts), self.num_labels, *window)
+        for some, some_z in zip(noise.split(batch_size), z.split(batch_size), strict=True):
+            own = torch.cat([some.roll([-s for s in start], axes) for start in starts])
+            own_z = some_z.repeat(len(starts), 1, 1)
+            p = self.vote(net, features, own.to(image.device), own_z.to(image.device))
+            total += p.unflatten(0, (len(starts), -1)).sum(1).cpu()
+        return total
+
     def segment(
         self,
         net: Generator,
@@ -469,28 +538,13 @@ class CDAL:
 
         An image larger than `window` is covered by windows that overlap by at least the share `overlap` of
         their length; where windows overlap, their probabilities are averaged, with more weight on the middle
-        of a window. A voxel has the same noise in every window that holds it: the noise repeats with the
-        period of a window, so that within one window all values are independent. `key` names the case;
-        `batch_size` votes run at once.
+        of a window. `key` names the case. `batch_size` votes run at once, those of several windows where one
+        window has fewer.
         """
-        check_window(window, image.ndim - 1)
-        votes = votes if self.config.diffusion else 1
-        size = tuple(image.shape[1:])
-        window = size if window is None else tuple(min(n, m) for n, m in zip(size, window, strict=True))
-        starts = list(product(*(window_starts(n, m, overlap) for n, m in zip(size, window, strict=True))))
-        smooth = window_weight(window) if len(starts) > 1 else torch.ones(window)
-        total, weight = torch.zeros(self.num_labels, *size), torch.zeros(size)
-        noise, z = self.draw_votes(net, votes, window, seed, key)
-        for start in starts:
-            box = tuple(slice(s, s + m) for s, m in zip(start, window, strict=True))
-            features = net.encode(image[(slice(None), *box)][None])
-            shift, axes = [-s for s in start], tuple(range(3, noise.ndim))
-            for some, some_z in zip(noise.split(batch_size), z.split(batch_size), strict=True):
-                own = some.roll(shift, axes).to(image.device)
-                p = self.vote(net, features, own, some_z.to(image.device)).sum(0).cpu()
-                total[(slice(None), *box)] += smooth * p
-            weight[box] += votes * smooth
-        return total / weight
+        p = torch.empty(self.num_labels, *image.shape[1:])
+        for start, part in self.segment_planes(net, image, votes, window, overlap, seed, key, batch_size):
+            p[:, start : start + part.shape[1]] = part
+        return p
 
 
 def uncertainty(probability: Tensor) -> Tensor:

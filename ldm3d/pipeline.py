@@ -15,7 +15,7 @@ are in scaled intensities everywhere; `pipeline.spec.to_volume(x)` gives a volum
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,6 @@ class SegmentationPipeline(Pipeline):
         load_weights(net, content["ema"], str(run))
         self.net = net.to(device).eval().requires_grad_(False)
 
-    @torch.inference_mode()
     def segment(
         self,
         x: Tensor | str | Path,
@@ -151,10 +150,33 @@ class SegmentationPipeline(Pipeline):
         """x: an image file, or (C, *S) in scaled intensities, of any size -> the mean probability (K, *S) of
         the votes, on the CPU. The label map is its argmax over K. window: none = as in the run's validation.
         The other settings: `CDAL.segment`."""
+        x = self.own_size(x)
+        p = torch.empty(self.method.num_labels, *x.shape[1:])
+        for start, part in self.segment_planes(x, votes, window, overlap, seed, key, batch_size, amp):
+            p[:, start : start + part.shape[1]] = part
+        return p
+
+    def segment_planes(
+        self,
+        x: Tensor,
+        votes: int = 5,
+        window: Sequence[int] | None = None,
+        overlap: float = 0.5,
+        seed: int = 0,
+        key: str = "",
+        batch_size: int = 8,
+        amp: str = "fp32",
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`segment` some planes at a time, as `CDAL.segment_planes` yields them."""
         window = window or self.content["config"]["window"]
-        with autocast(amp, self.device):
-            x = self.own_size(x).to(self.device)
-            return self.method.segment(self.net, x, votes, window, overlap, seed, key, batch_size)
+        x = x.to(self.device)
+        planes = self.method.segment_planes(self.net, x, votes, window, overlap, seed, key, batch_size)
+        while True:
+            with torch.inference_mode(), autocast(amp, self.device):  # not while the caller works
+                part = next(planes, None)
+            if part is None:
+                return
+            yield part
 
 
 class LatentDiffusionPipeline(Pipeline):

@@ -28,10 +28,11 @@ from ldm3d.config import InputError, from_dict, parse
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import keyed_generator, rank, wrap
+from ldm3d.engine.memory_plan import LiveBytes
 from ldm3d.engine.training import autocast, keyed_normal
 from ldm3d.metrics import dice
 from ldm3d.unet import UNetConfig
-from ldm3d.windows import window_starts
+from ldm3d.windows import window_starts, window_weight
 
 CPU = torch.device("cpu")
 K = 3
@@ -453,11 +454,63 @@ def test_the_noise_of_a_vote_is_the_same_at_a_voxel_in_every_window_that_holds_i
     image = torch.arange(9 * 8.0).view(1, 9, 8)
     method.segment(net, image, window=(4, 5), overlap=0.5)
     seen: dict[float, torch.Tensor] = {}
-    for features, x in net.predicted:
-        for voxel, value in zip(features[0, 0].flatten().tolist(), x[0].flatten(1).T, strict=True):
+    windows = [pair for features, x in net.predicted for pair in zip(features, x, strict=True)]
+    for features, x in windows:
+        for voxel, value in zip(features[0].flatten().tolist(), x.flatten(1).T, strict=True):
             assert torch.equal(seen.setdefault(voxel, value), value)
-        assert len({tuple(v.tolist()) for v in x[0].flatten(1).T}) == 20  # within a window all differ
+        assert len({tuple(v.tolist()) for v in x.flatten(1).T}) == 20  # within a window all differ
     assert len(seen) == 72
+
+
+def blended_whole(net, method, image, votes, window, overlap):
+    """The windows of `segment` one after the other, one vote at a time, in one buffer for all of it."""
+    size = image.shape[1:]
+    starts = [window_starts(n, m, overlap) for n, m in zip(size, window, strict=True)]
+    total, weight, smooth = torch.zeros(K, *size), torch.zeros(size), window_weight(window)
+    noise, z = method.draw_votes(net, votes, window, 0, "")
+    for start in itertools.product(*starts):
+        box = tuple(slice(s, s + m) for s, m in zip(start, window, strict=True))
+        features = net.encode(image[(slice(None), *box)][None])
+        for v in range(votes):
+            own = noise[v : v + 1].roll([-s for s in start], tuple(range(3, noise.ndim)))
+            total[(slice(None), *box)] += smooth * method.vote(net, features, own, z[v : v + 1])[0]
+            weight[box] += smooth
+    return total / weight
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+def test_a_bounded_buffer_and_windows_in_batches_give_the_labels_of_one_buffer_for_all(batch_size):
+    net, method, image = make().eval(), make_method(2), torch.randn(1, 21, 18)
+    settings = 3, (8, 10), 0.5
+    with torch.inference_mode():
+        whole = blended_whole(net, method, image, *settings)
+        parts = list(method.segment_planes(net, image, *settings, batch_size=batch_size))
+    assert [start for start, _ in parts] == window_starts(21, 8, 0.5)
+    assert max(p.shape[1] for _, p in parts) <= 8
+    p = torch.cat([p for _, p in parts], 1)
+    assert torch.allclose(p, whole, atol=1e-5)
+    assert torch.equal(p.argmax(0), whole.argmax(0))
+
+
+def test_no_more_of_the_result_is_kept_than_a_window_has_planes():
+    class Cheap(Pointwise):
+        def predict(self, x, t, features, z):
+            return features * torch.arange(K).view(1, -1, 1, 1)
+
+    method, image = make_method(diffusion=False), torch.randn(1, 1024, 64)
+    with LiveBytes([image]) as live:
+        planes = sum(p.shape[1] for _, p in method.segment_planes(Cheap(), image, window=(16, 64)))
+    assert planes == 1024
+    assert live.peak < 12 * K * 16 * 64 * 4 < K * image.numel()  # bytes: windows; a quarter of the result
+
+
+def test_no_more_votes_run_at_once_than_asked_and_windows_share_a_batch():
+    net, method = Pointwise(), make_method(1)
+    method.segment(net, torch.randn(1, 4, 20), votes=2, window=(4, 4), overlap=0.0, batch_size=6)
+    assert net.predicted == [(6, 0), (4, 0)]  # of five windows three at once
+    net = Pointwise()
+    method.segment(net, torch.randn(1, 4, 8), votes=5, window=(4, 4), overlap=0.0, batch_size=3)
+    assert net.predicted == [(3, 0), (2, 0)] * 2
 
 
 def test_votes_run_as_a_batch_and_the_image_is_encoded_once():

@@ -12,6 +12,7 @@ at 0.75, 3.25, 5.75 and 8.25 mm, again from -0.5 mm to 9.5 mm.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -64,34 +65,72 @@ def resampled_grid(
     return tuple(max(1, round(n / ratio)) for n, ratio in zip(shape, ratios, strict=True)), grid
 
 
-def _resample_axis(array: np.ndarray, axis: int, size: int, ratio: float, is_mask: bool) -> np.ndarray:
-    """One axis of an array onto `size` samples, `ratio` old voxels apart; outside, the edge is repeated.
+def _taps(start: int, stop: int, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """For the samples start .. stop - 1, `ratio` old voxels apart: the old voxels that each of them is made
+    of, and their weights, both (samples, taps). Old voxels may lie outside the volume.
 
-    Masks: the nearest voxel. Images: linear interpolation; where the grid gets coarser (ratio > 1), the mean
-    of the interpolated values over a width of ratio - 1 old voxels, so that fine detail is averaged and not
-    aliased. A linear ramp stays the same ramp, so structures stay where they are.
+    Linear interpolation; where the grid gets coarser (ratio > 1), the mean of the interpolated values over a
+    width of ratio - 1 old voxels, so that fine detail is averaged and not aliased. A linear ramp stays the
+    same ramp, so structures stay where they are.
     """
-    last, edges = array.shape[axis] - 1, np.arange(size) + 0.5
-    if is_mask:
-        return array.take(np.clip(np.floor(edges * ratio).astype(int), 0, last), axis)
-    centres, half = edges * ratio - 0.5, max(0.0, ratio - 1) / 2
+    centres, half = (np.arange(start, stop) + 0.5) * ratio - 0.5, max(0.0, ratio - 1) / 2
     num_taps = int(np.floor(2 * (1 + half))) + 1
-    taps = np.floor(centres - 1 - half).astype(int)[:, None] + 1 + np.arange(num_taps)  # (size, taps)
+    taps = np.floor(centres - 1 - half).astype(int)[:, None] + 1 + np.arange(num_taps)
     offset = centres[:, None] - taps
     if half > 1e-6:  # the integral of max(0, 1 - |u|) from -1 to u is 1/2 + u - u |u| / 2
         upper, lower = (np.clip(offset + side, -1, 1) for side in (half, -half))
         weights = (upper - upper * np.abs(upper) / 2 - lower + lower * np.abs(lower) / 2) / (2 * half)
     else:
         weights = np.clip(1 - np.abs(offset), 0, None)
-    taps = taps.clip(0, last)
-    column = [1] * array.ndim
+    return taps, weights
+
+
+def _weighted(array: np.ndarray, axis: int, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Along one axis of an array the weighted sums of the voxels `taps` (samples, taps)."""
+    size, column = len(taps), [1] * array.ndim
     column[axis] = size
     out = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), dtype=array.dtype)
-    for tap in range(num_taps):
+    for tap in range(taps.shape[1]):
         weight = weights[:, tap].astype(array.dtype).reshape(column)
         # `where`, because 0 * NaN is NaN: a NaN spreads to the voxels that weigh it, and to no others
         out += np.where(weight > 0, weight * array.take(taps[:, tap], axis), 0)
     return out
+
+
+def _resample_axis(array: np.ndarray, axis: int, size: int, ratio: float, is_mask: bool) -> np.ndarray:
+    """One axis of an array onto `size` samples, `ratio` old voxels apart; outside, the edge is repeated.
+    Masks: the nearest voxel. Images: `_taps`."""
+    last = array.shape[axis] - 1
+    if is_mask:
+        edges = np.arange(size) + 0.5
+        return array.take(np.clip(np.floor(edges * ratio).astype(int), 0, last), axis)
+    taps, weights = _taps(0, size, ratio)
+    return _weighted(array, axis, taps.clip(0, last), weights)
+
+
+def resampled_planes(
+    read: Callable[[int, int], np.ndarray],
+    shape: tuple[int, ...],
+    ratios: Sequence[float],
+    start: int,
+    stop: int,
+) -> np.ndarray:
+    """Planes start .. stop - 1, along the first axis, of what `resample` makes of an image of `shape`.
+
+    read(first, last) gives planes first .. last - 1 of the image, (C, planes, ...). ratios: new spacing / old
+    spacing of each axis.
+    """
+    if abs(ratios[0] - 1) > 1e-6:
+        taps, weights = _taps(start, stop, ratios[0])
+        taps = taps.clip(0, shape[0] - 1)
+        first = taps.min()
+        array = _weighted(read(first, taps.max() + 1), 1, taps - first, weights)
+    else:
+        array = read(start, stop)
+    for axis, (n, ratio) in enumerate(zip(shape, ratios, strict=True)):
+        if axis > 0 and abs(ratio - 1) > 1e-6:
+            array = _resample_axis(array, axis + 1, max(1, round(n / ratio)), ratio, is_mask=False)
+    return array
 
 
 def resample(volume: Volume, spacing: tuple[float, ...], is_mask: bool = False) -> Volume:

@@ -411,8 +411,8 @@ def _open_itk(path: Path, dims: int | None) -> _Opened:
 # --- formats: write -----------------------------------------------------------------------------------------
 
 
-def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str | None) -> bytes:
-    """A NIfTI-1 file with axes in the order of `orientation` (default RAS); a 2-D image becomes one slice."""
+def _nifti_image(array: np.ndarray, affine: np.ndarray, orientation: str | None) -> nib.Nifti1Image:
+    """A NIfTI-1 image, its axes in the order of `orientation` (default RAS); 2-D becomes one slice."""
     if len(affine) == 3:
         orientation = orientation or "RA"
         axes = sorted({"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}[code] for code in orientation)
@@ -429,12 +429,17 @@ def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str | None)
     cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     if np.allclose(cosines.T @ cosines, np.eye(3), atol=1e-4):  # a qform cannot hold shear
         image.set_qform(affine, code=1)
-    return image.to_bytes()
+    return image
 
 
 def _write_nifti(file: BinaryIO, volume: Volume, suffix: str) -> None:
-    data = _nifti_bytes(volume.array, volume.affine, volume.orientation)
-    file.write(gzip.compress(data, 3, mtime=0) if suffix == ".nii.gz" else data)
+    """Plane by plane: beside the volume itself, writing takes no memory."""
+    image = _nifti_image(volume.array, volume.affine, volume.orientation)
+    if suffix == ".nii":
+        image.to_stream(file)
+        return
+    with gzip.GzipFile("", "wb", 3, file, mtime=0) as packed:
+        image.to_stream(packed)
 
 
 def _write_tiff(file: BinaryIO, volume: Volume, suffix: str) -> None:

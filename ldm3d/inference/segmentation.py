@@ -39,32 +39,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..cdal import uncertainty
 from ..config import InputError, at_least, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
-from ..data.geometry import crop_or_pad, resample
+from ..data.geometry import cut, resampled_grid, resampled_planes
 from ..data.loading import load_role
-from ..data.volumes import NIFTI, TIFF, Header, file_name, read_header, volume_suffix
+from ..data.volumes import NIFTI, TIFF, Header, affine_spacing, file_name, read_header, volume_suffix
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
 from ..engine.logger import mid_slices, new_figure, progress, save_figure, save_sheet
 from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
 from ..evaluation.statistics import interval_words, summarise
 from ..metrics import dice, hd95, iou, precision, sensitivity
 from ..pipeline import SegmentationPipeline
+from ..streaming import Filed, Map, Stored
 from ..windows import check_window
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
 SHOWN, RESAMPLES = 8, 2000  # cases in the picture; of the bootstrap
+IN_MEMORY = 2**26  # probabilities of a case up to this number are kept in memory, more in a file
+SLAB = 2**24  # probabilities that are worked on at a time
 BAND, CONFIDENCES = 5, 15  # voxels around labels whose uncertainty is judged; bins of the reliability curve
 
 
@@ -77,7 +81,7 @@ class SegmentConfig:
     overlap: float = 0.5  # part of a window that it shares with the next, at least
     probabilities: bool = False  # write the probability of every label too
     seed: int = 0  # of the votes
-    batch_size: int = 8  # votes at once
+    batch_size: int = 8  # votes at once, of one window or several
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     out: str | None = None  # new folder for the results; none = segmentations-001 ... in the run folder
@@ -92,20 +96,66 @@ class SegmentConfig:
 # --- cases --------------------------------------------------------------------------------------------------
 
 
-def on_file_grid(values: Tensor, info: CaseInfo, header: Header) -> Volume:
-    """Values (K, *S) on the grid that training sees -> a volume on the grid of the file, in RAS."""
-    volume = Volume(values.numpy(), np.array(info.affine), header.orientation)
-    if info.shape == header.shape and np.allclose(info.spacing, header.spacing, rtol=1e-4):
-        return dataclasses.replace(volume, affine=header.affine)
-    volume = resample(volume, header.spacing)  # the far end may be a voxel off
-    volume = crop_or_pad(volume, (0,) * volume.dims, header.shape)
-    return dataclasses.replace(volume, affine=header.affine)
+def keep(planes: Iterable[tuple[int, Tensor]], num_labels: int, size: Sequence[int], name: str) -> Map:
+    """The probabilities (K, *size) of a case, from first planes and planes (K, n, ...): in memory or, where
+    they are large, in a file of the temporary folder. InputError names the case if any is not finite."""
+    large = num_labels * math.prod(size) > IN_MEMORY
+    kept = Filed(num_labels, size) if large else Stored(num_labels, size, torch.device("cpu"))
+    for start, p in planes:
+        check_finite(p, name)
+        kept.write(start, p[None])
+    return kept
+
+
+class FileGrid:
+    """Values (K, *S) on the grid that training sees, put onto the grid of the file, in RAS, some planes of
+    the first axis at a time."""
+
+    def __init__(self, kept: Map, info: CaseInfo, header: Header):
+        self.kept, self.shape = kept, header.shape
+        self.same = info.shape == header.shape and np.allclose(info.spacing, header.spacing, rtol=1e-4)
+        affine = np.array(info.affine)
+        self.ratios = np.asarray(header.spacing, dtype=np.float64) / affine_spacing(affine)
+        self.depth = resampled_grid(info.shape, affine, header.spacing)[0][0]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Planes start .. stop - 1: (K, planes, ...)."""
+        if self.same:
+            return self.kept.read(start, stop)[0]
+        first, last = min(start, self.depth - 1), min(stop, self.depth)  # the far end may be a voxel off
+        array = resampled_planes(
+            lambda a, b: self.kept.read(a, b)[0].numpy(), self.kept.size, self.ratios, first, last
+        )
+        size = (stop - start, *self.shape[1:])
+        return torch.from_numpy(cut(array, (0,) * len(size), size))
+
+    def slabs(self) -> Iterator[tuple[int, Tensor]]:
+        """(start, planes from `start` on) of all of it."""
+        step = max(1, SLAB // (self.kept.channels * math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], step):
+            yield start, self.read(start, min(start + step, self.shape[0]))
+
+
+def label_map_of(slabs: Iterable[tuple[int, Tensor]], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(label map (*size) int32, uncertainty (*size)) of probabilities, some planes at a time."""
+    label_map, doubt = torch.empty(*size, dtype=torch.int32), torch.empty(*size)
+    for start, p in slabs:
+        planes = slice(start, start + p.shape[1])
+        label_map[planes], doubt[planes] = p.argmax(0), uncertainty(p)
+    return label_map, doubt
+
+
+def large_array(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty array of float32; a large one lies in a nameless file of the temporary folder."""
+    if math.prod(shape) <= IN_MEMORY:
+        return np.empty(shape, np.float32)
+    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
 
 
 def file_labels(label_map: np.ndarray, layout: DataConfig, num_labels: int) -> np.ndarray:
     """Labels 0, 1, 2 ... -> the values that files have for them (data.label_values), in the smallest type."""
     values = np.array(layout.label_values or range(num_labels))
-    return values[label_map].astype(np.uint8 if values.max() < 256 else np.uint16)
+    return values.astype(np.uint8 if values.max() < 256 else np.uint16)[label_map]
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -147,12 +197,13 @@ def calibration(doubt: Tensor, wrong: Tensor) -> dict[str, float]:
 
 def near_labels(labels: Tensor, truth: Tensor, reach: int = BAND) -> Tensor:
     """The voxels (*S) bool within `reach` voxels, along each axis, of a label of either map (*S)."""
-    near = ((labels > 0) | (truth > 0)).float()
-    for axis in range(near.ndim):
-        line = near.movedim(axis, -1)
-        flat = F.max_pool1d(line.reshape(-1, 1, line.shape[-1]), 2 * reach + 1, 1, reach)
-        near = flat.view(line.shape).movedim(-1, axis)
-    return near > 0
+    near = (labels > 0) | (truth > 0)
+    for axis, n in enumerate(near.shape):
+        line = near.clone()
+        for step in range(1, min(reach, n - 1) + 1):
+            near.narrow(axis, step, n - step).logical_or_(line.narrow(axis, 0, n - step))
+            near.narrow(axis, 0, n - step).logical_or_(line.narrow(axis, step, n - step))
+    return near
 
 
 def borders(labels: Tensor) -> Tensor:
@@ -165,31 +216,33 @@ def borders(labels: Tensor) -> Tensor:
     return found
 
 
-def reliability(p: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor]:
-    """(ECE, Brier and NLL; (3, CONFIDENCES): voxels, sum of confidences and number right in each bin) of the
-    probabilities p (K, N) of voxels whose labels are truth (N,)."""
-    p, own = p.double(), p.double().gather(0, truth[None])[0]
-    confidence, chosen = p.max(0)
-    which = (confidence * CONFIDENCES).long().clamp(max=CONFIDENCES - 1)
-    parts = torch.ones_like(confidence), confidence, (chosen == truth).double()
-    bins = torch.stack([which.bincount(part, CONFIDENCES) for part in parts])
-    n = max(1, len(truth))
-    scores = {
-        "ece": float((bins[1] - bins[2]).abs().sum() / n),
-        "brier": float((p.square().sum(0) - 2 * own + 1).mean()),
-        "nll": float(-own.clamp(min=1e-6).log().mean()),
-    }
-    return scores, bins
+def reliability(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor]:
+    """(ECE, Brier and NLL; (3, CONFIDENCES): voxels, sum of confidences and number right in each bin), over
+    all parts, of the probabilities p (K, N) of voxels whose labels are truth (N,)."""
+    bins, n, brier, nll = torch.zeros(3, CONFIDENCES, dtype=torch.float64), 0, 0.0, 0.0
+    for p, truth in parts:
+        p, own = p.double(), p.double().gather(0, truth[None].long())[0]
+        confidence, chosen = p.max(0)
+        which = (confidence * CONFIDENCES).long().clamp(max=CONFIDENCES - 1)
+        sums = torch.ones_like(confidence), confidence, (chosen == truth).double()
+        bins += torch.stack([which.bincount(values, CONFIDENCES) for values in sums])
+        n += len(truth)
+        brier += float((p.square().sum(0) - 2 * own + 1).sum())
+        nll -= float(own.clamp(min=1e-6).log().sum())
+    n = max(1, n)
+    return {"ece": float((bins[1] - bins[2]).abs().sum() / n), "brier": brier / n, "nll": nll / n}, bins
 
 
-def certainty(p: Tensor, doubt: Tensor, truth: Tensor) -> tuple[dict[str, float], Tensor]:
-    """(every score of uncertainty and probabilities; bins as in `reliability`) of p (K, *S), its uncertainty
-    and the true labels, both (*S)."""
-    labels = p.argmax(0)
+def certainty(
+    slabs: Iterable[tuple[int, Tensor]], labels: Tensor, doubt: Tensor, truth: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """(every score of uncertainty and probabilities; bins as in `reliability`) of probabilities p, their
+    label map, their uncertainty and the true labels, all (*S). slabs: (first plane, p (K, planes, ...))."""
     band, wrong = near_labels(labels, truth), labels != truth
     scores = calibration(doubt[band], wrong[band])
     scores["retention_border"] = calibration(borders(labels)[band], wrong[band])["retention_ratio"]
-    more, bins = reliability(p[:, band], truth[band])
+    planes = ((slice(start, start + p.shape[1]), p) for start, p in slabs)
+    more, bins = reliability((p[:, band[some]], truth[some][band[some]]) for some, p in planes)
     return scores | more, bins
 
 
@@ -228,18 +281,17 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
         case, item = dataset.cases[i], dataset[i, i]
         x, start = item["image"], time.perf_counter()
-        p = pipeline.segment(x, *settings, case.id, config.batch_size, config.amp)
+        planes = pipeline.segment_planes(x, *settings, case.id, config.batch_size, config.amp)
+        kept = keep(planes, pipeline.method.num_labels, x.shape[1:], case.id)
         seconds = time.perf_counter() - start
-        check_finite(p, case.id)
-        scores, counted = write_case(p, dataset, i, config, folder)
+        grid = FileGrid(kept, dataset.infos[case.id], header_of(dataset, i))
+        found = label_map_of(grid.slabs(), grid.shape)
+        reference = item["mask"] if config.reference else None
+        own = found if grid.same else label_map_of([(0, kept.read(0, kept.size[0])[0])], kept.size)
+        pictures = pictures_of(x, reference, *own, dataset.spec.display)
+        del item, x, reference
+        scores, counted = write_case(grid, *found, dataset, i, config, folder)
         rows[case.id], bins = {"seconds": seconds, **scores}, bins + counted
-        display = dataset.spec.display
-        pictures = [
-            *overlay(x, None, display),
-            *(overlay(x, item["mask"], display) if config.reference else ()),
-            *overlay(x, p.argmax(0), display),
-            *overlay(2 * uncertainty(p)[None] - 1, None),
-        ]
         worst.add(case.id, rows[case.id].get("dice", 0.0), pictures)
     rows = dict(sorted((k, v) for part in gather(rows) for k, v in part.items()))
     worst.gather()
@@ -252,30 +304,53 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     return folder
 
 
+def header_of(dataset: VolumeDataset, index: int) -> Header:
+    """The header of the image of a case."""
+    layout = dataset.config
+    return read_header(dataset.cases[index].image, layout.channel or None, layout.file_spacing, layout.dims)
+
+
+def pictures_of(
+    image: Tensor, reference: Tensor | None, label_map: Tensor, doubt: Tensor, display: tuple[float, float]
+) -> list[np.ndarray]:
+    """The row of a case in overlays.png: image, reference where there is one, labels found, uncertainty."""
+    masks = (None, label_map) if reference is None else (None, reference, label_map)
+    pictures = [picture for mask in masks for picture in overlay(image, mask, display)]
+    return pictures + overlay(2 * doubt[None] - 1, None)
+
+
 def write_case(
-    p: Tensor, dataset: VolumeDataset, index: int, config: SegmentConfig, folder: Path
+    grid: FileGrid,
+    label_map: Tensor,
+    doubt: Tensor,
+    dataset: VolumeDataset,
+    index: int,
+    config: SegmentConfig,
+    folder: Path,
 ) -> tuple[dict[str, float], Tensor | int]:
-    """Write label map, uncertainty and probabilities of a case on its file's grid, from p (K, *S) on the
-    grid that training sees; returns the case's scores and the bins of `reliability`, ({}, 0) without a
-    reference."""
-    case, layout = dataset.cases[index], dataset.config
-    header = read_header(case.image, layout.channel or None, layout.file_spacing, layout.dims)
-    volume = on_file_grid(p, dataset.infos[case.id], header)
-    p = torch.from_numpy(volume.array)
-    label_map, doubt = p.argmax(0), uncertainty(p)
-    array = file_labels(label_map.numpy()[None], layout, len(p))
+    """Write label map, uncertainty and probabilities of a case on its file's grid; returns the case's scores
+    and the bins of `reliability`, ({}, 0) without a reference."""
+    case, layout, num_labels = dataset.cases[index], dataset.config, grid.kept.channels
+    header = header_of(dataset, index)
     name = file_name(case.id) + suffix_of(config.format, layout.dims, case.image)
-    write(folder / "labels" / name, dataclasses.replace(volume, array=array))
-    array = doubt.numpy()[None]
-    write(folder / "uncertainty" / name, dataclasses.replace(volume, array=array))
+
+    def write_values(kind: str, array: np.ndarray) -> None:
+        write(folder / kind / name, Volume(array, header.affine, header.orientation))
+
+    write_values("labels", file_labels(label_map.numpy()[None], layout, num_labels))
+    write_values("uncertainty", doubt.numpy()[None])
     if config.probabilities:
-        write(folder / "probability" / name, volume)
+        values = large_array((num_labels, *grid.shape))
+        for start, p in grid.slabs():
+            values[:, start : start + p.shape[1]] = p
+        write_values("probability", values)
+        del values
     if case.mask is None:
         return {}, 0
     truth = load_role(case.mask, "mask", dataclasses.replace(layout, spacing=None, resize=False)).array[0]
-    truth = torch.from_numpy(truth.astype(np.int64))
-    scores, bins = certainty(p, doubt, truth)
-    return score(label_map, truth, len(p), header.spacing) | scores, bins
+    truth = torch.from_numpy(truth)
+    scores, bins = certainty(grid.slabs(), label_map, doubt, truth)
+    return score(label_map, truth, num_labels, header.spacing) | scores, bins
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from tiny import cdal_flags, lines
+from tiny import cdal_flags, lines, read_csv
 
 import sample
 import train_cdal
@@ -24,15 +24,17 @@ from ldm3d.data.volumes import Header
 from ldm3d.engine.checkpoint import load
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation.statistics import summarise
+from ldm3d.inference import segmentation
 from ldm3d.inference.segmentation import (
+    FileGrid,
     borders,
     calibration,
     certainty,
-    on_file_grid,
     overlay,
     reliability,
     score,
 )
+from ldm3d.streaming import Input
 
 STEPS = 60
 
@@ -236,10 +238,12 @@ def test_values_on_the_grid_of_training_come_onto_the_grid_of_the_file():
     affine = [[*row, 0.5 * s] for row, s in zip(np.diag(spacing), spacing, strict=True)] + [[0, 0, 0, 1]]
     info = CaseInfo(shape, spacing, tuple(map(tuple, affine)), "RAS", (0.0,), (1.0,))
     header = Header(grids[1][0], 1, grids[1][1], np.diag([*grids[1][1], 1.0]), "RAS", np.dtype(np.int16))
-    found = on_file_grid(torch.from_numpy(ramp).float(), info, header)
-    assert np.array_equal(found.affine, header.affine)
+    grid = FileGrid(Input(torch.from_numpy(ramp).float()[None]), info, header)
+    found = grid.read(0, 9).numpy()
     inner = (slice(None), *(slice(1, -1),) * 3)  # beyond the outermost centres the border goes on
-    assert np.allclose(found.array[inner], wanted[inner], atol=1e-4)
+    assert np.allclose(found[inner], wanted[inner], atol=1e-4)
+    slabs = [grid.read(i, min(i + 2, 9)).numpy() for i in range(0, 9, 2)]
+    assert np.array_equal(np.concatenate(slabs, 1), found)
 
 
 def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volumes, tmp_path):
@@ -252,6 +256,30 @@ def test_cases_that_were_resampled_for_training_come_back_on_their_own_grid(volu
     assert found.shape == nib.load(path).shape
     assert np.allclose(found.affine, nib.load(path).affine, atol=1e-3)
     assert_scores_are_those_of_the_files(tmp_path / "segmentations-001", volumes / "labels")
+
+
+@pytest.mark.parametrize("spacing", [None, [10.0, 15.0, 11.0]])
+def test_probabilities_in_a_file_worked_on_plane_by_plane_give_the_same_results(
+    volumes, tmp_path, monkeypatch, spacing
+):
+    content = torch.load(volumes / "run/best.pt", weights_only=True)
+    content["config"]["data"]["spacing"] = spacing
+    torch.save(content, tmp_path / "run.pt")
+    flags = [str(tmp_path / "run.pt"), str(volumes / "images"), "--reference", str(volumes / "labels")]
+    flags += ["--part", "val", "--window", "8,6,8", "--votes", "1", "--probabilities", "--out"]
+    sample.main([*flags, str(tmp_path / "whole")])
+    monkeypatch.setattr(segmentation, "IN_MEMORY", 0)
+    monkeypatch.setattr(segmentation, "SLAB", 1)
+    sample.main([*flags, str(tmp_path / "planes")])
+    names = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.nii.gz"))
+    assert len(names) == 3
+    for name in names:
+        one, other = (nib.load(tmp_path / folder / name) for folder in ("whole", "planes"))
+        assert np.array_equal(np.asarray(one.dataobj), np.asarray(other.dataobj)), name
+        assert np.array_equal(one.affine, other.affine)
+    one, other = (read_csv(tmp_path / folder / "cases.csv")[0] for folder in ("whole", "planes"))
+    for name in one.keys() - {"case", "seconds"}:
+        assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-9, nan_ok=True), name
 
 
 def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, heads, tmp_path, capsys):
@@ -327,7 +355,8 @@ def test_more_background_makes_no_uncertainty_better():
     for n in (0, 20, 200):
         q, t = F.pad(p, (n,) * 4), F.pad(truth, (n,) * 4)
         q[0] = 1 - q[1]
-        scores, bins = certainty(q, uncertainty(q), t)
+        slabs = [(i, q[:, i : i + 7]) for i in range(0, len(t), 7)]
+        scores, bins = certainty(slabs, q.argmax(0), uncertainty(q), t)
         found.append(scores)
         assert bins[0].sum() == 19 * 18  # 5 voxels around the 9 x 8 of either map
     for name, value in found[0].items():
@@ -347,7 +376,7 @@ def test_reliability_is_scikit_learns_and_the_definitions():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
     draw = np.random.default_rng(0)
     p, truth = draw.dirichlet((1, 1, 1), 5000).T, draw.integers(0, 3, 5000)
-    found, bins = reliability(torch.from_numpy(p), torch.from_numpy(truth))
+    found, bins = reliability([(torch.from_numpy(p), torch.from_numpy(truth))])
     assert found["nll"] == pytest.approx(metrics.log_loss(truth, p.T.clip(1e-6)), rel=1e-4)
     assert found["brier"] == pytest.approx(np.mean(((p - np.eye(3)[truth].T) ** 2).sum(0)))
     confidence, right = p.max(0), p.argmax(0) == truth
