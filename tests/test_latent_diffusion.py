@@ -126,28 +126,25 @@ def test_files_hold_several_cases_where_there_are_many(data, tmp_path, monkeypat
         assert torch.allclose(torch.from_numpy(one_each[i, 0].copy()), posterior.mean[0], atol=1e-6)
 
 
-def write_as_rank(number, port, folder, place, original):
-    with tiny.rank_of_two(number, port):
-        config = DataConfig(root=str(place / "heads"), cache_dir=str(place), val_fraction=0.2)
-        dataset, written = open_data(config, "phantom", 0, multiple=(2, 2, 2)).dataset("train"), []
-        reserve = latents.reserve
-        latents.reserve = lambda path, *more: (written.append(path.name), reserve(path, *more))
-        tables = cache_latents(make_vae(), dataset, folder, 1, CPU)
-        everyone = distributed.gather(sorted(written))
-        assert not set(everyone[0]) & set(everyone[1])
-        assert everyone[0]
-        assert everyone[1]
-        for i in range(len(dataset)):
-            assert np.array_equal(tables["mean"][i], original[i])
+def write_as_rank(folder, place, original):
+    config = DataConfig(root=str(place / "heads"), cache_dir=str(place), val_fraction=0.2)
+    dataset, written = open_data(config, "phantom", 0, multiple=(2, 2, 2)).dataset("train"), []
+    reserve = latents.reserve
+    latents.reserve = lambda path, *more: (written.append(path.name), reserve(path, *more))
+    tables = cache_latents(make_vae(), dataset, folder, 1, CPU)
+    everyone = distributed.gather(sorted(written))
+    assert not set(everyone[0]) & set(everyone[1])
+    assert everyone[0]
+    assert everyone[1]
+    for i in range(len(dataset)):
+        assert np.array_equal(tables["mean"][i], original[i])
 
 
 def test_every_file_is_written_by_one_rank_alone(data, tmp_path):
     place = Path(data.config.root).parent
     table = cache_latents(make_vae(), data.dataset("train"), tmp_path / "one", 1, CPU)["mean"]
     original = np.stack([table[i] for i in range(len(table))])
-    torch.multiprocessing.start_processes(
-        write_as_rank, (35021, tmp_path / "two", place, original), nprocs=2, start_method="spawn"
-    )
+    assert tiny.on_two_ranks(write_as_rank, tmp_path / "two", place, original) == [0, 0]
 
 
 def test_cached_masks_move_with_their_images(data, tmp_path):

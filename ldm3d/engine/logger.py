@@ -331,7 +331,7 @@ def save_sheet(
     for ax, (title, image) in zip(axes[:, 0], images.items(), strict=True):
         low, high = limits or np.nanpercentile(image, [1, 99.5])
         ax.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
-        ax.set_title(title, color="white", fontsize=9, loc="left", pad=3)
+        ax.set_title(title, color="white", fontsize=9, loc="left", pad=3, y=1)
         ax.axis("off")
     figure.subplots_adjust(
         left=0.005, right=0.995, bottom=0.005, top=1 - 0.25 / figure.get_figheight(), hspace=0.15

@@ -3,14 +3,12 @@ samples."""
 
 import contextlib
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 import sample
@@ -163,46 +161,43 @@ def overflow_on_one_rank() -> tuple[list[bool], list[float]]:
     return taken, scales
 
 
-def on_each_rank(number: int, port: int, folder: str) -> None:
-    with tiny.rank_of_two(number, port):
-        result = {"step": train_two_steps(), "adversarial": train_against_a_discriminator()}
-        result["overflow"] = overflow_on_one_rank()
-        result["jobs"] = {name: job(slice(2 * number, 2 * number + 2)) for name, job in JOBS.items()}
-        mean = Mean()
-        if rank() == 0:
-            mean.add(only_here=torch.tensor([1.0, 3.0]))  # a rank without cases adds nothing
-        result["only here"] = mean.pop()
-        for batch in evaluation_batches(Numbers(), 2):  # 7 cases: 4 on rank 0, 3 on rank 1
-            mean.add(index=batch["index"].double())
-        result["mean"] = mean.pop()["index"]
-        result["cases"] = gather([b["index"].tolist() for b in evaluation_batches(Numbers(), 2)])
-        mean.add(kept=torch.tensor(0.1 + rank()))
-        half_way, mean = mean.state_dict(), Mean()  # a checkpoint between two log lines
-        mean.load_state_dict(half_way)
-        result["kept"] = mean.pop()
-        result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
-        result["any"] = (any_rank(rank() == 1), any_rank(False))
-        result["broadcast"] = broadcast({"from": rank()})
-        with main_first():
-            path = Path(folder) / "made_by"
-            result["made"] = path.read_text() if path.exists() else path.write_text(str(rank()))
-        net = nn.Linear(2, 1)
-        stepper = Stepper(net, OptimConfig(), RunConfig(), 4, CPU)
-        with torch.no_grad():
-            net.weight.fill_(1.0)
-        stepper.backward(net(torch.full((1, 2), float("nan") if rank() else 1.0)).mean())
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            result["bad step taken"] = stepper.step(0)
-        result["said"] = said.getvalue()
-        torch.save(result, f"{folder}/{number}.pt")
+def on_each_rank(folder: Path) -> None:
+    result = {"step": train_two_steps(), "adversarial": train_against_a_discriminator()}
+    result["overflow"] = overflow_on_one_rank()
+    result["jobs"] = {name: job(slice(2 * rank(), 2 * rank() + 2)) for name, job in JOBS.items()}
+    mean = Mean()
+    if rank() == 0:
+        mean.add(only_here=torch.tensor([1.0, 3.0]))  # a rank without cases adds nothing
+    result["only here"] = mean.pop()
+    for batch in evaluation_batches(Numbers(), 2):  # 7 cases: 4 on rank 0, 3 on rank 1
+        mean.add(index=batch["index"].double())
+    result["mean"] = mean.pop()["index"]
+    result["cases"] = gather([b["index"].tolist() for b in evaluation_batches(Numbers(), 2)])
+    mean.add(kept=torch.tensor(0.1 + rank()))
+    half_way, mean = mean.state_dict(), Mean()  # a checkpoint between two log lines
+    mean.load_state_dict(half_way)
+    result["kept"] = mean.pop()
+    result["sum"] = all_reduce_sum(torch.tensor([1.0, rank()])).tolist()
+    result["any"] = (any_rank(rank() == 1), any_rank(False))
+    result["broadcast"] = broadcast({"from": rank()})
+    with main_first():
+        path = folder / "made_by"
+        result["made"] = path.read_text() if path.exists() else path.write_text(str(rank()))
+    net = nn.Linear(2, 1)
+    stepper = Stepper(net, OptimConfig(), RunConfig(), 4, CPU)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    stepper.backward(net(torch.full((1, 2), float("nan") if rank() else 1.0)).mean())
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result["bad step taken"] = stepper.step(0)
+    result["said"] = said.getvalue()
+    torch.save(result, folder / f"{rank()}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(
-        on_each_rank, (29000 + os.getpid() % 2000, str(folder)), nprocs=2, start_method="spawn"
-    )
+    assert tiny.on_two_ranks(on_each_rank, folder) == [0, 0]
     return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
 
 
@@ -267,7 +262,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks):
     assert ranks[1]["said"] == ""
 
 
-# --- scripts under torchrun ---------------------------------------------------------------------------------
+# --- scripts ------------------------------------------------------------------------------------------------
 
 ADAPTIVE = {"d_loss", "g_loss", "r1", "adaptive_weight", "adversarial", "features", "perplexity"}
 
@@ -279,10 +274,9 @@ def test_two_ranks_train_and_cache_like_one_process(kind, heads, vae_run, tmp_pa
     flags = ["--optim.lr", "1e-3", "--run.eval_every", "3"]
     if "denoiser" in kind:
         flags += ["--data.num_variants", "2", "--data.augment.intensity", "0.5"]
-    process = tiny.torchrun(*tiny.command_of(kind, heads, vae_run, tmp_path / "two", 6, *flags))
-    tiny.train(*tiny.command_of(kind, heads, vae_run, tmp_path / "one", 6, *flags))
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, out + err
+    two, one = (tiny.command_of(kind, heads, vae_run, tmp_path / run, 6, *flags) for run in ("two", "one"))
+    assert tiny.on_two_ranks(tiny.train, *two) == [0, 0]
+    tiny.train(*one)
     for split in ("train", "val"):
         for a, b in zip(*(tiny.lines(tmp_path / name, split) for name in ("one", "two")), strict=True):
             assert a.keys() == b.keys()
