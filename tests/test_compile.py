@@ -1,5 +1,7 @@
 """Compiled networks: one graph, the outputs of eager, plain names in checkpoints, compiled once a run."""
 
+import functools
+import importlib
 import itertools
 
 import pytest
@@ -9,8 +11,6 @@ from networks import NETWORKS, outputs_and_gradients
 from tiny import cdal_flags, ldm_flags, lines, start, vae_flags
 from torch import nn
 
-import train_cdal
-import train_ldm
 import train_vae
 from ldm3d.engine.checkpoint import load, step_files
 
@@ -29,8 +29,7 @@ COMPILED = (
     "denoiser registers",
     "generator",
 )
-FAST = {("kl attention", 3, False), ("unet context", 3, False), ("denoiser registers", 2, False)}
-FAST |= {("generator", 3, False)}
+FAST = {("kl attention", 3, False), ("denoiser registers", 2, False), ("generator", 3, False)}
 GRAPHS = [
     pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
     for case in itertools.product(COMPILED, (2, 3), (False, True))
@@ -69,18 +68,30 @@ def assert_near(one, other):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("script", [train_vae, train_ldm, train_cdal], ids=lambda m: m.__name__)
-def test_a_run_compiles_once_saves_plain_names_and_goes_on_in_eager_and_back(
-    script, heads, vae_run, tmp_path, counted
-):
-    def train(run: str, steps: int, *more: str) -> None:
-        if script is train_vae:
-            script.main(vae_flags(heads, tmp_path / run, steps, *more))
-        elif script is train_cdal:
-            script.main(cdal_flags(heads, tmp_path / run, steps, *more))
-        else:
-            script.main(ldm_flags(vae_run, tmp_path / run, steps, *more))
+SCRIPTS = ("train_vae", "train_ldm", "train_cdal")
+DISCRIMINATOR = "--disc_weight 0.1 --disc_start 2 --disc.channels 4 --disc.num_layers 1".split()
 
+
+@pytest.fixture
+def run_script(heads, vae_run, tmp_path):
+    """run_script(script, run, steps, *more): a tiny training; that of an autoencoder with a discriminator."""
+
+    def run(script: str, run: str, steps: int, *more: str) -> None:
+        make = {"train_vae": vae_flags, "train_ldm": ldm_flags, "train_cdal": cdal_flags}[script]
+        more = (*DISCRIMINATOR, *more) if make is vae_flags else more
+        main = importlib.import_module(script).main
+        main(make(vae_run if make is ldm_flags else heads, tmp_path / run, steps, *more))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "script", [SCRIPTS[0], *(pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:])]
+)
+def test_a_run_compiles_once_saves_plain_names_and_goes_on_in_eager_and_back(
+    script, run_script, tmp_path, counted
+):
+    train = functools.partial(run_script, script)
     train("eager", 8)
     assert counted == []
     train("mixed", 4, "--run.compile")
@@ -92,16 +103,31 @@ def test_a_run_compiles_once_saves_plain_names_and_goes_on_in_eager_and_back(
     assert_near(tmp_path / "eager", tmp_path / "mixed")
 
 
+@pytest.mark.parametrize(
+    ("script", "network"), list(zip(SCRIPTS, ("AutoencoderKL", "Denoiser", "Generator"), strict=True))
+)
+def test_every_script_compiles_the_network_that_it_trains_if_asked(script, network, run_script, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    run_script(script, "eager", 1)
+    assert compiled == []
+    run_script(script, "compiled", 1, "--run.compile")
+    assert compiled == [
+        {"train_vae": "AutoencoderKL", "train_ldm": "Denoiser", "train_cdal": "Generator"}[script]
+    ]
+
+
+@pytest.mark.slow  # in one process with other tests: the run of an autoencoder above
 def test_a_discriminator_that_comes_after_compiled_steps_finds_their_graph(heads, tmp_path):
-    more = "--disc_weight 0.1 --disc_start 2 --disc.channels 4 --disc.num_layers 1".split()
-    train_vae.main(vae_flags(heads, tmp_path / "eager", 4, *more))
+    train_vae.main(vae_flags(heads, tmp_path / "eager", 4, *DISCRIMINATOR))
     code = (  # a process of its own: nothing of the compiler is imported before the script asks for it
         "import sys, torch, train_vae\n"
         "original = torch.nn.Module.compile\n"
         "torch.nn.Module.compile = lambda self: original(self, fullgraph=True, backend='aot_eager')\n"
         "train_vae.main(sys.argv[1:])\n"
     )
-    process = start("-c", code, *vae_flags(heads, tmp_path / "compiled", 4, *more, "--run.compile"))
+    flags = vae_flags(heads, tmp_path / "compiled", 4, *DISCRIMINATOR, "--run.compile")
+    process = start("-c", code, *flags)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     assert_near(tmp_path / "eager", tmp_path / "compiled")

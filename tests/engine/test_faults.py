@@ -1,5 +1,6 @@
 """Whatever breaks, the message says what and what to do, and what is lost began at the last checkpoint."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -23,6 +24,7 @@ from tiny import (
     command_of,
     ldm_flags,
     lines,
+    on_two_ranks,
     start,
     torchrun,
     train,
@@ -37,7 +39,7 @@ from ldm3d.config import InputError, read_json
 from ldm3d.data import VolumeDataset
 from ldm3d.engine import runs, training
 from ldm3d.engine.checkpoint import load, step_files
-from ldm3d.engine.distributed import run_script
+from ldm3d.engine.distributed import rank, run_script
 from ldm3d.engine.logger import Logger, save_sheet
 from ldm3d.engine.training import keyed_normal, reseed
 
@@ -428,17 +430,34 @@ def test_sampling_into_a_folder_that_cannot_be_made_is_one_line(vae_run, tmp_pat
 # --- validation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["KL autoencoder", "denoiser", "segmentation, discriminator"])
-@pytest.mark.parametrize("moment", ["validation", "best.pt", "picture"])
-def test_what_fails_in_validation_costs_no_step_and_the_validation_is_made_up_for(
-    heads, vae_run, tmp_path, monkeypatch, capsys, kind, moment
-):
-    def command(name, *more):
-        more = ["--run.save_every", 1000, "--run.eval_every", 4, *more]
-        return command_of(kind, heads, vae_run, tmp_path / name, 6, *more)
+VALIDATED = ["--run.save_every", 1000, "--run.eval_every", 4]
 
-    script = importlib.import_module(KINDS[kind][0])
-    train(*command("whole"))
+
+@pytest.fixture(scope="module")
+def validated(heads, vae_run, tmp_path_factory):
+    """validated(kind): a run of six steps with two validations, which nothing happens to."""
+    place = tmp_path_factory.mktemp("validated")
+
+    def run(kind: str) -> Path:
+        if not (place / kind).exists():
+            train(*command_of(kind, heads, vae_run, place / kind, 6, *VALIDATED))
+        return place / kind
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        pytest.param(kind, moment, marks=pytest.mark.slow if i and moment != "validation" else ())
+        for i, kind in enumerate(("KL autoencoder", "denoiser", "segmentation, discriminator"))
+        for moment in ("validation", "best.pt", "picture")
+    ],
+)
+def test_what_fails_in_validation_costs_no_step_and_the_validation_is_made_up_for(
+    heads, vae_run, tmp_path, monkeypatch, capsys, validated, kind, moment
+):
+    script, whole = importlib.import_module(KINDS[kind][0]), validated(kind)
     target = {"validation": (script, "evaluate"), "best.pt": (runs.Run, "keep_best")}
     original, handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
@@ -446,7 +465,7 @@ def test_what_fails_in_validation_costs_no_step_and_the_validation_is_made_up_fo
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(*target.get(moment, (script, "save_sheet")), full)
-    _, *flags = command("run")
+    _, *flags = command_of(kind, heads, vae_run, tmp_path / "run", 6, *VALIDATED)
     with pytest.raises((RuntimeError, InputError)) as failure:  # the traceback is held, as in a notebook
         script.main(flags)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (original, handlers)
@@ -458,8 +477,8 @@ def test_what_fails_in_validation_costs_no_step_and_the_validation_is_made_up_fo
     monkeypatch.undo()
     script.main(flags)
     assert "going on from step 4 of 6" in capsys.readouterr().out
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
-    best = [load(tmp_path / name / "best.pt") for name in ("whole", "run")]
+    assert_same_end(whole, tmp_path / "run")
+    best = [load(folder / "best.pt") for folder in (whole, tmp_path / "run")]
     assert_equal(best[0]["ema"], best[1]["ema"])
     assert best[0]["best"] == best[1]["best"]
 
@@ -512,6 +531,7 @@ def test_an_error_on_one_rank_in_the_middle_of_training_ends_all_within_seconds(
     assert [p.name for p in step_files(tmp_path / "run")] == ["checkpoint_0000005.pt"]
 
 
+@pytest.mark.slow  # how torchrun ends a job: the test above, and that rank 0 alone reads: test_distributed
 def test_a_bad_file_under_torchrun_is_the_first_and_the_last_that_is_said(heads, tmp_path):
     shutil.copytree(heads, tmp_path / "heads")
     path = tmp_path / "heads" / "images" / "phantom_0003.tif"
@@ -552,27 +572,26 @@ def test_a_signal_right_after_the_look_for_one_never_ends_a_run_at_a_step_that_i
     assert [load(path)["step"] for path in step_files(tmp_path / "run")] == [3]
 
 
-def test_sigterm_ends_a_validation_between_two_cases_on_all_ranks(heads, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        "import os, signal, sys, train_vae\n"
-        "from ldm3d.engine.distributed import rank, run_script\n"
-        "original, calls = train_vae.psnr, []\n"
-        "def psnr(*arguments, **more):\n"
-        "    calls.append(1)\n"
-        "    os.write(1, f'case {rank()} {len(calls)}\\n'.encode())\n"  # at once: two ranks share the pipe
-        "    if rank() == 1 and len(calls) == 2:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(*arguments, **more)\n"
-        "train_vae.psnr = psnr\n"
-        "sys.exit(run_script(train_vae.main))\n"
-    )
+def test_sigterm_ends_a_validation_between_two_cases_on_all_ranks(heads, tmp_path, monkeypatch):
+    original, calls = train_vae.psnr, []
+
+    def psnr(*arguments, **more):
+        calls.append(1)
+        print("a case", flush=True)
+        if rank() == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **more)
+
+    def on_each_rank():
+        with (tmp_path / f"rank {rank()}").open("w") as file, contextlib.redirect_stdout(file):
+            run_script(train_vae.main, vae_flags(heads, tmp_path / "run", 9, *more))
+
     more = ["--run.eval_every", "3", "--run.save_every", "100", "--data.val_fraction", "0.75"]
-    process = torchrun(driver, *vae_flags(heads, tmp_path / "run", 9, *more), port=3)
-    out, err = process.communicate(timeout=100)
-    assert "stopped: saved step 3; the same command goes on from there" in out, err
-    assert "exitcode  : 143" in err
-    assert out.count("case 0 ") == out.count("case 1 ") == 2  # of nine cases
+    monkeypatch.setattr(train_vae, "psnr", psnr)
+    assert on_two_ranks(on_each_rank) == [143, 143]
+    said = [(tmp_path / f"rank {number}").read_text() for number in (0, 1)]
+    assert "stopped: saved step 3; the same command goes on from there" in said[0]
+    assert [text.count("a case") for text in said] == [2, 2]  # of nine cases
     assert [load(path)["step"] for path in step_files(tmp_path / "run")] == [3]
     assert not lines(tmp_path / "run", "val")
 

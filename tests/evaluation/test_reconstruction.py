@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,12 +197,15 @@ def test_sharpness_is_that_of_the_reconstruction_over_that_of_the_original(dims)
     assert math.isnan(scores_of(x, torch.ones_like(x), whole, 0)["sharpness"])
 
 
-def test_the_command_runs_as_a_module_and_mistakes_are_one_line(place):
-    command = [sys.executable, "-m", "ldm3d.evaluation"]
-    done = subprocess.run([*command, "reconstruct", "/nowhere"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "/nowhere" in done.stderr
+def test_the_command_runs_as_a_module_and_mistakes_are_one_line(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluation", "reconstruct", "/nowhere"])
+    monkeypatch.delitem(sys.modules, "ldm3d.evaluation.__main__")  # as in a new process
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("ldm3d.evaluation", run_name="__main__")
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "/nowhere" in error
 
 
 @pytest.mark.parametrize(
