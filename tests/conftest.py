@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"no real data at {DATA}"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """os.fsync does nothing here: no test cuts the power, and thousands of files would each wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def mistake(capsys):
     """mistake(main, flags): the line that a program prints about a mistake of the user, exiting with 2."""

@@ -1,6 +1,7 @@
 """A checkpoint that has its name is whole and safe to read; whatever is wrong with one is a line that names
 it."""
 
+import os
 import pickle
 import resource
 import signal
@@ -28,6 +29,14 @@ def content(step=1, **more):
     net = {"w": torch.arange(3.0)}
     state = {"data": {"size": [8, 8]}}
     return {"kind": "vae", "config": {"a": 1}, "state": state, "step": step, "model": net, "ema": net, **more}
+
+
+def test_a_file_takes_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append(str(paths[1])), replace(*paths)))
+    save(tmp_path / "a.pt", content())
+    assert done == [(tmp_path / "a.pt").stat().st_size, str(tmp_path / "a.pt")]
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):

@@ -85,7 +85,7 @@ def test_a_training_step_needs_what_the_plan_says(kind, checkpointing, amp, tmp_
 
 @pytest.mark.parametrize("call", [encode, decode])
 def test_encoding_and_decoding_need_what_the_plan_says(call, tmp_path):
-    size = (48, 48, 48)
+    size = (32, 32, 32)
     need = MemoryTable(16, "fp32", "cpu").inference("", lambda: AutoencoderKL(AE), call, 2, size).need
     net = AutoencoderKL(AE)
 

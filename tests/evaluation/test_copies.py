@@ -113,6 +113,9 @@ def test_the_report_says_how_a_copy_was_turned_and_shifted(audit):
     assert shift == [2, -1, 1][:dims]
 
 
+@pytest.mark.parametrize(
+    "audit", [2, pytest.param(3, marks=pytest.mark.slow)], ids=["2d", "3d"], indirect=True
+)
 def test_without_held_out_cases_training_cases_take_their_part(audit, tmp_path):
     _, _, place = audit
     places = [str(place / name) for name in ("made", "train")]
