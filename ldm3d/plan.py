@@ -232,12 +232,15 @@ def plan_flips(plan: Plan, f: Fingerprint) -> tuple[int, ...]:
 
 
 def plan_reading(plan: Plan, f: Fingerprint, gpu: bool, num_cores: int) -> None:
-    """Volumes stay decoded in memory, or on the disk where that is too much."""
+    """Volumes stay decoded in memory, or on the disk where that is too much. A patch from the disk takes some
+    hundredths of a second, which a process of its own spends while the network computes."""
     gib = 4 * f.channels * sum(map(math.prod, f.shapes)) / 2**30
     if gib > 8:
-        plan.set("data.cache", "disk", f"{gib:.0f} GiB decoded: memory-mapped files")
+        plan.set("data.cache", "disk", f"up to {gib:.0f} GiB decoded: prepared files, read patch by patch")
     if gpu:
         plan.set("run.workers", min(4, num_cores), "processes that read while the GPU computes")
+    elif gib > 8 and num_cores > 1:
+        plan.set("run.workers", 1, "a process that reads from the disk while the network computes")
 
 
 # --- networks: what shape the grid asks for -----------------------------------------------------------------

@@ -189,10 +189,14 @@ def test_slices_without_a_usual_way_up_are_turned():
     assert "data.augment.rot90_axes" not in planned(**slices, shapes=((64, 80),) * 40)
 
 
-def test_much_data_is_read_from_memory_mapped_files_and_by_processes_on_a_gpu():
+def test_much_data_is_prepared_on_the_disk_and_read_by_processes_beside_the_network():
     assert "data.cache" not in planned()
-    assert planned(shapes=((512, 512, 300),) * 40)["data.cache"] == "disk"
+    much = {"shapes": ((512, 512, 300),) * 40}
+    assert planned(**much)["data.cache"] == "disk"
     assert "run.workers" not in planned()
+    assert "run.workers" not in planned(**much)  # one core, which the network needs
+    plan = plan_vae(dataclasses.replace(HEADS, **much), CPU, {}, num_cores=2)
+    assert {choice.key: choice.value for choice in plan.choices}["run.workers"] == 1
     assert planned(GPU)["run.workers"] == 1
 
 

@@ -4,6 +4,7 @@ The way of a voxel:
 
     volumes      a file -> an array and its affine, and back: one row for each format (`itk`: DICOM, NRRD)
     loading      onto the training grid, with `geometry` (windows, resampling)
+    prepared     decoded once, and kept on the disk so that a patch reads little beside itself
     dataset      a window, scaled and augmented by `transforms`
     batching     samples -> batches, in an order that is the same after a restart
 

@@ -19,6 +19,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -125,7 +126,19 @@ def batches(
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Every case once, spread over the ranks. A rank may get one case more than another."""
+    """Every case once, spread over the ranks. A rank may get one case more than another. A thread reads the
+    next batch while the network is busy with this one."""
     mine = range(rank(), len(dataset), world_size())
-    for i in range(0, len(mine), batch_size):
-        yield collate([dataset[index, index] for index in mine[i : i + batch_size]])
+    groups = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+    def read(group: range) -> dict[str, Any]:
+        return collate([dataset[index, index] for index in group])
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for group in groups:
+            ready, coming = coming, pool.submit(read, group)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

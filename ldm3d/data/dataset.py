@@ -12,10 +12,10 @@ at -7, and repeats the edge. Sample 5000 begins at (19, 5, -7) on any rank, and 
 
 from __future__ import annotations
 
-import hashlib
-import os
-import threading
+import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import InputError
-from ..engine.distributed import keyed_generator, print0, rank, world_size
+from ..engine.distributed import keyed_generator, print0, rank, ranks_here, world_size
 from ..engine.logger import progress
+from ..engine.machine import usable_cores
 from .cases import Case
 from .geometry import centred, cut
 from .inspection import CaseInfo
-from .loading import load_role
+from .loading import DecodedVolume, decode, stored_type
+from .prepared import PreparedVolume, announce, prepared_file
 from .settings import DataConfig
 from .spec import DataSpec, restore
 from .transforms import augment, scale
-from .volumes import NoFile, Volume, stamp
+from .volumes import NoFile, Volume
 
 
 def channels_of(spec: DataSpec) -> dict[str, int]:
@@ -42,13 +44,23 @@ def channels_of(spec: DataSpec) -> dict[str, int]:
     return {"image": spec.channels, "source": spec.source_channels, "mask": 1}
 
 
-def kept_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A memory map of an array of this shape; None if there is no such file, or it is damaged."""
+@contextmanager
+def _named(path: Path | NoFile) -> Iterator[None]:
+    """A line for a file that is gone, in place of what the block raises because of it."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception:  # numpy raises many kinds
-        return None
-    return array if isinstance(array, np.ndarray) and array.shape == shape else None
+        yield
+    except (OSError, InputError):
+        if isinstance(path, NoFile) or path.exists():
+            raise
+        raise InputError(
+            f"{path}: is gone since the data was checked; put it back, then the same command "
+            "goes on from the last checkpoint"
+        ) from None
+
+
+def num_reading_threads() -> int:
+    """Threads that decode files at a time: each holds a volume, so there are at most 8."""
+    return max(1, min(8, int(usable_cores() / ranks_here())))
 
 
 class VolumeDataset(Dataset):
@@ -81,11 +93,16 @@ class VolumeDataset(Dataset):
         self.size = config.patch if training and config.patch else spec.size
         has = {"image": True, "source": spec.source_channels > 0, "mask": spec.num_labels is not None}
         self.roles = [role for role in has if has[role]]
-        self._ram: dict[tuple[int, str], np.ndarray] = {}
-        if config.cache == "ram":
-            self._fill()
-        elif config.cache == "disk":
-            self._prepare()
+        self._ram: dict[tuple[int, str], DecodedVolume] = {}
+        jobs = [(i, role) for i, case in enumerate(cases) for role in self.roles if getattr(case, role)]
+        # Any rank may need any case. Ranks of one machine share the files of cache "disk", which the system
+        # keeps in memory once, where each rank would hold all volumes for itself
+        shared = config.cache == "ram" and ranks_here() > 1 and not isinstance(cases[0].image, NoFile)
+        self.on_disk = config.cache == "disk" or shared
+        if self.on_disk:
+            self._prepare(jobs)
+        elif config.cache == "ram":
+            self._fill(jobs)
         if training:
             self._note_sizes()
 
@@ -118,21 +135,22 @@ class VolumeDataset(Dataset):
         info = self.infos[case.id]
         draw = keyed_generator(self.seed, position, "augment")
         size = info.shape if self.own_size else self.size
-        start = self._start(index, info.shape, size, draw)
+        volumes = {role: self._volume(index, role) for role in self.roles if getattr(case, role)}
+        start = self._start(volumes.get("mask"), info.shape, size, draw)
         images, mask, spacing = [], None, torch.tensor(info.spacing)
         for role in (role for role in self.roles if role != "mask"):
-            window = cut(self._volume(index, role), start, size)
+            window = cut(volumes[role], start, size)
             images.append(torch.from_numpy(scale(window, *self.spec.numbers(info, role), self.spec.clipped)))
         if "mask" in self.roles and case.mask is None:
             mask = torch.full(size, -1)
         elif "mask" in self.roles:
-            mask = torch.from_numpy(cut(self._volume(index, "mask"), start, size)[0].astype(np.int64))
+            mask = torch.from_numpy(cut(volumes["mask"], start, size)[0].astype(np.int64))
         if self.training and config.augment.is_on:
             images, mask, spacing = augment(images, mask, spacing, config.augment, draw)
             images = [x.clamp(-1, 1) for x in images] if self.spec.clipped else images
-        volumes = dict(zip(self.roles, [*images, mask], strict=False))
+        tensors = dict(zip(self.roles, [*images, mask], strict=False))
         return {
-            **{role: volume.contiguous() for role, volume in volumes.items()},
+            **{role: tensor.contiguous() for role, tensor in tensors.items()},
             "spacing": spacing,
             "start": torch.tensor(start),
             "class": -1 if case.class_idx is None else case.class_idx,
@@ -147,7 +165,7 @@ class VolumeDataset(Dataset):
         return restore(x, self.spec, self.infos[self.cases[index].id], start)
 
     def _start(
-        self, index: int, shape: tuple[int, ...], size: tuple[int, ...], draw: torch.Generator
+        self, mask: Any, shape: tuple[int, ...], size: tuple[int, ...], draw: torch.Generator
     ) -> tuple[int, ...]:
         """First voxel of the window: in the middle, or in training at random along the axes that have room.
 
@@ -161,83 +179,76 @@ class VolumeDataset(Dataset):
         u = torch.rand(len(start), generator=draw).tolist()
         first = [int(v * (r + 1)) for v, r in zip(u, room, strict=True)]
         p = self.config.foreground
-        if p and self.cases[index].mask is not None and torch.rand((), generator=draw) < p:
-            voxels = np.flatnonzero(self._volume(index, "mask")[0])
-            if len(voxels):
-                voxel = np.unravel_index(voxels[int(torch.randint(len(voxels), (), generator=draw))], shape)
-                first = [min(max(0, int(v) - m // 2), r) for v, m, r in zip(voxel, size, room, strict=True)]
+        if (
+            p
+            and mask is not None
+            and torch.rand((), generator=draw) < p
+            and (num := int(mask.labelled.sum()))
+        ):
+            number = int(torch.randint(num, (), generator=draw))  # of the labelled voxels, in C order
+            before = np.cumsum(mask.labelled) - mask.labelled
+            plane = int(np.flatnonzero(before <= number)[-1])
+            labels = mask[(slice(None), slice(plane, plane + 1), *[slice(None)] * (len(shape) - 1))]
+            voxel = np.unravel_index(np.flatnonzero(labels)[number - before[plane]], (1, *shape[1:]))
+            voxel = (plane, *voxel[1:])
+            first = [min(max(0, int(v) - m // 2), r) for v, m, r in zip(voxel, size, room, strict=True)]
         return tuple(f if r else s for f, r, s in zip(first, room, start, strict=True))
 
-    def _volume(self, index: int, role: str) -> np.ndarray:
-        """The whole case (C, *S) on the training grid, not scaled, from the cache or the file."""
+    def _volume(self, index: int, role: str) -> DecodedVolume | PreparedVolume:
+        """A volume of a case on the training grid, not scaled, from the cache or the file."""
         if (index, role) in self._ram:
             return self._ram[index, role]
-        try:
-            return self._mapped(index, role) if self.config.cache == "disk" else self._load(index, role)
-        except (OSError, InputError):
-            path = getattr(self.cases[index], role)
-            if isinstance(path, NoFile) or path.exists():
-                raise
-            raise InputError(
-                f"{path}: is gone since the data was checked; put it back, then the same command "
-                "goes on from the last checkpoint"
-            ) from None
+        with _named(getattr(self.cases[index], role)):
+            if not self.on_disk:
+                return self._load(index, role)
+            return PreparedVolume(self._prepared_file(index, role), lambda: self._load(index, role))
 
-    def _load(self, index: int, role: str) -> np.ndarray:
+    def _load(self, index: int, role: str) -> DecodedVolume:
         case = self.cases[index]
-        array = load_role(getattr(case, role), role, self.config).array
-        if array.shape[1:] != self.infos[case.id].shape:
+        volume = decode(getattr(case, role), role, self.config, self.spec.num_labels)
+        if volume.shape[1:] != self.infos[case.id].shape:
             raise InputError(f"{getattr(case, role)}: has changed since it was checked; start again")
-        return array.astype(np.uint8) if role == "mask" and self.spec.num_labels <= 256 else array
+        return volume
 
-    def _fill(self) -> None:
+    def _prepared_file(self, index: int, role: str) -> Path:
+        case = self.cases[index]
+        path, shape = getattr(case, role), self.infos[case.id].shape
+        with _named(path):
+            return prepared_file(path, role, self.config, shape, self.spec.num_labels)
+
+    def _num_bytes(self, index: int, role: str) -> int:
+        """What `_load` keeps of a volume."""
+        case = self.cases[index]
+        dtype = stored_type(getattr(case, role), role, self.config, self.spec.num_labels)
+        return dtype.itemsize * channels_of(self.spec)[role] * math.prod(self.infos[case.id].shape)
+
+    def _fill(self, jobs: list[tuple[int, str]]) -> None:
         """Reads volumes into memory, until data.cache_gb is full. Forked workers use the same memory."""
-        room, jobs = self.config.cache_gb * 2**30, []
-        channels = channels_of(self.spec)
-        for index, case in enumerate(self.cases):
-            for role in (role for role in self.roles if getattr(case, role) is not None):
-                room -= 4 * channels[role] * int(np.prod(self.infos[case.id].shape))
-                jobs += [(index, role)] if room >= 0 else []
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            arrays = pool.map(lambda job: self._load(*job), jobs)
-            self._ram = dict(zip(jobs, progress(arrays, "loading", len(jobs)), strict=True))
-        if room < 0:
+        sizes = np.cumsum([self._num_bytes(*job) for job in jobs])
+        jobs = jobs[: int(np.searchsorted(sizes, self.config.cache_gb * 2**30, "right"))]
+        with ThreadPoolExecutor(num_reading_threads()) as pool:
+            volumes = pool.map(lambda job: self._load(*job), jobs)
+            self._ram = dict(zip(jobs, progress(volumes, "loading", len(jobs)), strict=True))
+        if len(jobs) < len(sizes):
             print0(
                 f"note: {len(jobs)} volumes fill data.cache_gb {self.config.cache_gb:g}, the others are read "
                 "from their files each time; --data.cache disk would keep them decoded"
             )
 
-    def _prepare(self) -> None:
-        """Decodes the volumes that data.cache_dir lacks, before they are needed one by one: this rank its
-        share. What another rank has not finished is decoded by whoever needs it first."""
-        jobs = [(i, role) for i, case in enumerate(self.cases) for role in self.roles if getattr(case, role)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            own = jobs[rank() :: world_size()]
+    def _prepare(self, jobs: list[tuple[int, str]]) -> None:
+        """Prepares the volumes that data.cache_dir lacks, before they are needed one by one: this rank its
+        share. What another rank has not finished is prepared by whoever needs it first."""
+        missing = [job for job in jobs if not self._prepared_file(*job).is_file()]
+        if missing:
+            num_voxels = sum(math.prod(self.infos[self.cases[i].id].shape) for i, _ in missing)
+            num_bytes = sum(self._num_bytes(*job) for job in missing)
+            num_cores = num_reading_threads() * world_size()
+            folder = self._prepared_file(*missing[0]).parent
+            announce(folder, num_bytes, len(missing), num_voxels, num_cores)
+        with ThreadPoolExecutor(num_reading_threads()) as pool:
+            own = missing[rank() :: world_size()]
             for _ in progress(pool.map(lambda job: self._volume(*job).shape, own), "preparing", len(own)):
                 pass
-
-    def _mapped(self, index: int, role: str) -> np.ndarray:
-        """`_load` as a memory map of a file in data.cache_dir, written by the first process to need it."""
-        case, c = self.cases[index], self.config
-        path = getattr(case, role).resolve()
-        what = (str(path), *stamp(path), role, c.channel, c.source_channel)
-        how = (c.dims, c.file_spacing, c.spacing, self.infos[case.id].shape)
-        how += (c.label_values, self.spec.num_labels, *filter(None, (c.series, c.source_series)))
-        target = Path(c.cache_dir) / f"{hashlib.sha256(repr((what, how)).encode()).hexdigest()[:24]}.npy"
-        shape = (channels_of(self.spec)[role], *self.infos[case.id].shape)
-        kept = kept_array(target, shape)
-        if kept is None:
-            temporary = target.with_name(f"{target.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(temporary, "wb") as file:
-                    np.save(file, self._load(index, role))
-                os.replace(temporary, target)
-            except OSError as e:
-                temporary.unlink(missing_ok=True)
-                raise InputError(f"data.cache_dir: cannot write {target} ({e.strerror or e})") from None
-            kept = np.load(target, mmap_mode="r")
-        return kept
 
 
 class BothRoles(Dataset):

@@ -29,7 +29,9 @@ def centred(shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def cut(array: np.ndarray, start: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
-    """The window (C, *size) of an array (C, *S) from voxel `start` on; outside, the edge is repeated."""
+    """The window (C, *size) of an array (C, *S) from voxel `start` on; outside, the edge is repeated.
+
+    array: or a volume of loading.py or prepared.py, of which no more is read than the window."""
     inside = [slice(max(0, s), max(0, s + m)) for s, m in zip(start, size, strict=True)]
     window = array[(slice(None), *inside)]
     before = [max(0, -s) for s in start]

@@ -2,11 +2,16 @@
 
 The training grid is the grid of the file, or what `data.spacing` (voxels of one size) or `data.resize`
 (volumes of one shape) make of it. All later steps, such as windows and scaling, work on that grid.
+
+A data set keeps volumes in the type of their files, and makes float32 of the patch that is cut: a CT of
+512 x 512 x 256 voxels of 16 bits takes 128 MiB so, and not 256 MiB. `DecodedVolume` is such a volume in
+memory, `PreparedVolume` (prepared.py) one on the disk. Both give values where they are sliced.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import numpy as np
 
 from .geometry import resample, resampled_grid
 from .settings import DataConfig
-from .volumes import Header, Volume, read, read_header
+from .volumes import Header, NoFile, Volume, read, read_header, read_stored, values_of
 
 
 def read_options(role: str, config: DataConfig) -> dict[str, Any]:
@@ -67,3 +72,54 @@ def load_role(path: Path, role: str, config: DataConfig) -> Volume:
         volume = replace(volume, array=mask if config.label_values else values)
     spacing = _new_spacing(volume.shape, volume.spacing, config)
     return volume if spacing is None else resample(volume, spacing, is_mask=role == "mask")
+
+
+# --- volumes that are kept ----------------------------------------------------------------------------------
+
+
+def label_type(num_labels: int) -> np.dtype:
+    """The type of a label map that is kept."""
+    return np.dtype(np.uint8 if num_labels <= 256 else np.int32)
+
+
+def stored_type(path: Path | NoFile, role: str, config: DataConfig, num_labels: int | None) -> np.dtype:
+    """The type of the voxels that `decode` keeps, from the header alone."""
+    if role == "mask":
+        return label_type(num_labels)
+    if isinstance(path, NoFile):
+        return np.dtype(np.float32)  # at most: an item may be costly, and is not made for its type alone
+    header = read_header(path, **read_options(role, config))
+    resampled = _new_spacing(header.shape, header.spacing, config) is not None
+    return np.dtype(np.float32) if resampled else header.stored
+
+
+def values(stored: np.ndarray, slope_inter: tuple[float, float] | None) -> np.ndarray:
+    """What `load_role` gives for voxels that are kept: float32 intensities, or labels (slope_inter None)."""
+    return stored if slope_inter is None else values_of(stored, slope_inter)
+
+
+class DecodedVolume:
+    """A volume (C, *S) on the training grid, in memory. `volume[:, 3:5, :, 7:9]` are its values there."""
+
+    def __init__(self, stored: np.ndarray, slope_inter: tuple[float, float] | None):
+        self.stored, self.slope_inter, self.shape = stored, slope_inter, stored.shape
+
+    def __getitem__(self, window: tuple[slice, ...]) -> np.ndarray:
+        return values(self.stored[window], self.slope_inter)
+
+    @cached_property
+    def labelled(self) -> np.ndarray:
+        """How many voxels are not 0 in each plane across the first axis of a label map, (D,)."""
+        return np.count_nonzero(self.stored[0].reshape(self.shape[1], -1), axis=1)
+
+
+def decode(path: Path | NoFile, role: str, config: DataConfig, num_labels: int | None) -> DecodedVolume:
+    """The whole file on the training grid, as a data set keeps it: in the type of the file, or float32 where
+    it is resampled. num_labels: of a mask."""
+    if role == "mask":
+        labels = load_role(path, role, config).array
+        return DecodedVolume(labels.astype(label_type(num_labels)), None)
+    if not keeps_grid(path, role, config):
+        return DecodedVolume(load_role(path, role, config).array, (1.0, 0.0))
+    volume, slope_inter = read_stored(path, **read_options(role, config))
+    return DecodedVolume(volume.array, slope_inter)

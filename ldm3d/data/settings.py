@@ -58,9 +58,9 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     learn_sources: bool = False  # the autoencoder learns the sources as well (to translate from them)
     num_variants: int = 1  # encodings cached per case for stage two; above 1 they are augmented
-    cache: Literal["ram", "disk", "none"] = "ram"  # decoded volumes: in memory, memory-mapped, not kept
+    cache: Literal["ram", "disk", "none"] = "ram"  # decoded volumes: in memory, prepared files, not kept
     cache_gb: float = 8.0  # GiB in memory, of training and of validation cases; the rest is read each time
-    cache_dir: str = "runs/cache"  # folder of the findings of the inspection and of the files of cache "disk"
+    cache_dir: str = "runs/cache"  # folder of the findings of the inspection and of prepared files
 
     @property
     def unbounded(self) -> bool:

@@ -39,7 +39,9 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import nibabel as nib
 import numpy as np
 import tifffile
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.volumeutils import apply_read_scaling
 
 from ..config import InputError
 from .itk import Grid, is_dicom_folder, open_dicom, open_itk
@@ -47,6 +49,7 @@ from .itk import Grid, is_dicom_folder, open_dicom, open_itk
 NIFTI, TIFF = (".nii.gz", ".nii"), (".tiff", ".tif")
 NUMPY, PICTURE = (".npy", ".npz"), (".png", ".jpg", ".jpeg")
 DICOM, ITK = (".dcm",), (".nrrd", ".nhdr", ".mha", ".mhd")
+FLOAT = np.dtype(np.float32)  # of intensities
 SCREEN_DPI = {72, 96}  # what programs write as the resolution of a TIFF where they know none
 MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "inch": 25.4}
 
@@ -92,6 +95,8 @@ class Header:
     orientation: str | None
     dtype: np.dtype  # of the values: as stored, or floats where the file states a slope
     palette: bool = False  # the values are indices of a table of colours, and no intensities
+    stored: np.dtype = FLOAT  # of the voxels of `read_stored`
+    slope_inter: tuple[float, float] = (1.0, 0.0)  # value = stored * slope + inter, see `values_of`
 
 
 class _Opened(NamedTuple):
@@ -104,6 +109,7 @@ class _Opened(NamedTuple):
     orientation: str | None
     load: Callable[[tuple[int, ...]], np.ndarray]
     palette: bool = False
+    slope_inter: tuple[float, float] = (1.0, 0.0)  # still to be applied to what `load` reads
 
 
 class NoFile:
@@ -231,16 +237,22 @@ def take_slice(volume: Volume, axis: int, number: int) -> Volume:
 
 
 def _nifti_voxels(path: Path, image: nib.Nifti1Pair, channel: int | None) -> np.ndarray:
-    """The voxels in the axes of the file, slope and intercept applied; of a 4-D file one channel, or all.
+    """The voxels in the axes of the file, as they are stored, without slope and intercept; of a 4-D file one
+    channel, or all.
 
     A compressed file ends with a checksum of what was compressed, which is compared only by who reads to the
     end. nibabel stops after the last voxel, so that a flipped bit would give wrong voxels without a word.
     """
-    picked = slice(None) if channel is None else (..., channel)
+
+    def voxels(image: nib.Nifti1Pair) -> np.ndarray:
+        proxy = image.dataobj
+        unscaled = ArrayProxy(proxy.file_like, (proxy.shape, proxy.dtype, proxy.offset))
+        return np.asanyarray(unscaled if channel is None else unscaled[..., channel])
+
     if volume_suffix(path) != ".nii.gz":
-        return np.asanyarray(image.dataobj[picked])
+        return voxels(image)
     with gzip.open(path) as file:
-        data = np.asanyarray(_load_nifti(type(image).from_stream, file, path).dataobj[picked])
+        data = voxels(_load_nifti(type(image).from_stream, file, path))
         while file.read(2**20):
             pass
     return data
@@ -268,9 +280,8 @@ def _open_nifti(path: Path, dims: int | None) -> _Opened:
         return data if picks == tuple(range(channels)) else data[..., list(picks)]
 
     dtype = np.dtype(np.uint8) if dtype.fields else dtype
-    if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
-        dtype = np.dtype(np.float64)
-    return _in_ras(path, shape[:3], channels, dtype, _nifti_affine(image), load, dims)
+    opened = _in_ras(path, shape[:3], channels, dtype, _nifti_affine(image), load, dims)
+    return opened._replace(slope_inter=(float(image.dataobj.slope), float(image.dataobj.inter)))
 
 
 def _tiff_spacing(file: tifffile.TiffFile, dims: int) -> tuple[float, ...] | None:
@@ -610,11 +621,22 @@ def _open(
         if len(spacing) != len(opened.shape) or min(spacing) <= 0:
             raise InputError(f"{path}: spacing {spacing}, expected {len(opened.shape)} positive numbers (mm)")
         affine = spacing_affine(spacing)
-    dtype, lengths = opened.dtype.newbyteorder("="), affine_spacing(affine)
+    own, lengths = opened.dtype.newbyteorder("="), affine_spacing(affine)
+    small, scaled = own.kind in "biu" and own.itemsize <= 2, opened.slope_inter != (1, 0)
     if min(lengths) == 0 and not states_spacing:
         raise InputError(f"{path}: states voxels of {lengths} mm; --data.file_spacing gives them a size")
     _check_affine(affine, path)
-    header = Header(opened.shape, len(picks), lengths, affine, opened.orientation, dtype, opened.palette)
+    header = Header(
+        opened.shape,
+        len(picks),
+        lengths,
+        affine,
+        opened.orientation,
+        dtype=np.dtype(np.float64) if scaled else own,
+        palette=opened.palette,
+        stored=np.dtype(np.uint8) if own.kind == "b" else own if small else FLOAT,
+        slope_inter=opened.slope_inter,
+    )
     return header, lambda: opened.load(picks)
 
 
@@ -650,8 +672,30 @@ def read(
     """
     header, load = _open(path, channel, spacing, dims, series)
     with _reading(path):
-        array = _cast(load(), np.dtype(dtype), path)
+        array = _cast(apply_read_scaling(load(), *header.slope_inter), np.dtype(dtype), path)
     return Volume(np.ascontiguousarray(array), header.affine, header.orientation)
+
+
+def values_of(stored: np.ndarray, slope_inter: tuple[float, float]) -> np.ndarray:
+    """What `read` makes of voxels as they are stored, of a whole volume or a part: float32."""
+    with np.errstate(over="ignore"):  # becomes infinite, as in `read`
+        return apply_read_scaling(stored, *slope_inter).astype(np.float32, copy=False)
+
+
+def read_stored(path: str | Path | NoFile, **options: Any) -> tuple[Volume, tuple[float, float]]:
+    """(The volume in the type of its file, slope and intercept): `values_of` gives the float32 values of
+    `read`, which takes the same options.
+
+    Integers of 8 or 16 bits stay what they are, and take a half or a quarter of the memory. All other voxels
+    are float32, with slope 1 and intercept 0.
+    """
+    header, load = _open(path, *(options.get(name) for name in ("channel", "spacing", "dims", "series")))
+    with _reading(path):
+        stored, slope_inter = load(), header.slope_inter
+        if header.stored.kind == "f":
+            stored, slope_inter = values_of(stored, slope_inter), (1.0, 0.0)
+        array = np.array(stored, header.stored, order="C")  # a copy: not a view of a mapped file
+    return Volume(array, header.affine, header.orientation), slope_inter
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, path: str | Path | NoFile) -> np.ndarray:

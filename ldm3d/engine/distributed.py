@@ -48,6 +48,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_here() -> int:
+    """Ranks on this machine, which share its memory and its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+
+
 def is_main() -> bool:
     return rank() == 0
 

@@ -1,5 +1,6 @@
 """Which samples a step has depends on the seed and the step alone."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -78,3 +79,23 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(fresh, monkeypat
     monkeypatch.setattr("ldm3d.data.batching.world_size", lambda: 2)
     with pytest.raises(InputError, match="batch_size: 3 does not divide over 2 ranks"):
         next(batches(dataset, 3, 1, 0, 0, 1))
+
+
+def test_validation_reads_the_next_batch_meanwhile_and_no_more():
+    asked = []
+
+    class Cases(list):
+        def __getitem__(self, item):
+            asked.append(item[1])
+            return {"index": item[1]}
+
+    stream = evaluation_batches(Cases(range(7)), 2)
+    assert asked == []
+    assert next(stream)["index"].tolist() == [0, 1]
+    for _ in range(100):
+        if len(asked) == 4:
+            break
+        time.sleep(0.01)
+    assert asked == [0, 1, 2, 3]
+    assert [batch["index"].tolist() for batch in stream] == [[2, 3], [4, 5], [6]]
+    assert list(evaluation_batches(Cases(), 2)) == []

@@ -133,7 +133,7 @@ def test_every_long_work_of_the_two_stages_has_a_bar(heads, vae_run, tmp_path, m
     disk = ["--data.cache", "disk", "--data.cache_dir", tmp_path / "cache"]
     train_vae.main(vae_flags(heads, tmp_path / "vae", 1, *disk))
     assert shown == {"headers", "reading every voxel once", "preparing", "validation", "vae"}
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 36  # images, sources and masks
+    assert len(list((tmp_path / "cache").glob("volumes/*.bricks"))) == 36  # images, sources and masks
     shown.clear()
     train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 1, "--data.cache_dir", tmp_path / "other"))
     assert shown == {"headers", "reading every voxel once", "loading", "encoding", "validation", "ldm"}
