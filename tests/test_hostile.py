@@ -1259,7 +1259,7 @@ def checkpoints() -> Iterator[Case]:
 
 # --- latents and caches -------------------------------------------------------------------------------------
 
-MEAN, KEPT = "ldm/latents/train-*/mean*.npy", "scans/*.npy"
+MEAN, KEPT = "ldm/latents/train-*/mean*.npy", "scans/volumes/*.bricks"
 SCAN, DISK = ("--data.cache_dir", "scans"), ("--data.cache", "disk", "--data.cache_dir", "scans")
 ARRAYS = {
     "empty": b"",

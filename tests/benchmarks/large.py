@@ -46,7 +46,9 @@ def write_ct(path: Path, seed: int, size: tuple[int, ...]) -> None:
     stored = np.rint(enlarged / enlarged.max() * 2000 + 24 + 20 * noise).clip(0, 4095).astype(np.int16)
     image = nib.Nifti1Image(stored, np.diag([*SPACING, 1.0]))
     image.header.set_slope_inter(1, -1024)
-    image.to_filename(path)  # integers as they are: nibabel converts floats alone
+    temporary = path.with_name(f".{path.name}")
+    image.to_filename(temporary)  # integers as they are: nibabel converts floats alone
+    temporary.replace(path)
 
 
 def peaks() -> tuple[float, float]:
