@@ -29,16 +29,17 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+
+from budgets import once  # noqa: E402
 
 import sample  # noqa: E402
 import train_cdal  # noqa: E402
@@ -83,14 +84,6 @@ DATA = {  # flags of train_vae.py, train_ldm.py, train_cdal.py
 ROWS = {"plain": "off", "free": "free", "bound": "bound"}
 RARE = ["--anatomy.head_balance", str(train_ldm.RARE["anatomy.head_balance"])]  # for phantoms
 Figures = dict[str, float]
-
-
-def once(path: Path, make: Callable[[], Any]) -> Any:
-    """The content of a JSON file; where there is none, make(), which is then kept there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(make()))
-    return json.loads(path.read_text())
 
 
 # --- training -----------------------------------------------------------------------------------------------

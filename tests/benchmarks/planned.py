@@ -30,9 +30,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
-from ldm3d.config import parse, show  # noqa: E402
+from budgets import seconds_of_step, words_of_length  # noqa: E402
+
+from ldm3d.config import show  # noqa: E402
 from ldm3d.data import open_stored  # noqa: E402
 from ldm3d.data.cases import resolve_root  # noqa: E402
 from ldm3d.data.phantoms import phantom_folder  # noqa: E402
@@ -42,7 +44,6 @@ from ldm3d.engine.logger import read_log  # noqa: E402
 from ldm3d.evaluation.results import table  # noqa: E402
 from ldm3d.metrics import psnr  # noqa: E402
 from ldm3d.pipeline import load_autoencoder  # noqa: E402
-from ldm3d.plan import seconds_per_step  # noqa: E402
 
 TASKS: dict[str, dict[str, str]] = {  # folder of the data -> kind of run -> preset
     "hippocampus": {"vae": "hippocampus", "ldm": "hippocampus", "cdal": "hippocampus"},
@@ -66,17 +67,7 @@ def folder_of(name: str, work: Path) -> Path:
 
 def steps_of_preset(script: Any, words: list[str], minutes: float) -> int:
     """How many steps of a preset the minutes hold, as a plan computes it."""
-    base = getattr(script, "with_data", None) or script.with_autoencoder
-    with contextlib.redirect_stdout(io.StringIO()):
-        config, _ = parse(script.Config, words, script.PRESETS, base=base)
-        data, whole_step = None, {}
-        if script.__name__ == "train_vae":
-            data = script.open_volumes(config)
-        elif script.__name__ == "train_cdal":
-            data, whole_step = script.open_labelled(config), {"own_estimate": True}
-        table = script.memory_table(config, **whole_step)
-        seconds = seconds_per_step(table, config, torch.device("cpu"), data)
-    return max(10, int(0.85 * 60 * minutes / seconds))
+    return max(10, int(0.85 * 60 * minutes / seconds_of_step(script, words)))
 
 
 def command(name: str, kind: str, which: str, minutes: float, work: Path) -> list[str]:
@@ -95,9 +86,7 @@ def command(name: str, kind: str, which: str, minutes: float, work: Path) -> lis
         ["--vae", str(run_of(name, "vae", which, work))] if kind == "ldm" else ["--data.root", str(folder)]
     )
     steps = steps_of_preset(script, words, minutes)
-    counted = {"run.steps": steps, "run.eval_every": steps, "run.save_every": steps}
-    counted["optim.warmup_steps"] = min(script.PRESETS[preset]["optim.warmup_steps"], max(1, steps // 10))
-    return words + [word for key, value in counted.items() for word in (f"--{key}", str(value))]
+    return words + words_of_length(script, preset, steps)
 
 
 def run_of(name: str, kind: str, which: str, work: Path) -> Path:
