@@ -11,6 +11,7 @@ other data        python train_ldm.py FOLDER --vae runs/vae-mine
 with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
 with label maps   python train_ldm.py phantom-anatomy
 on pixels         python train_ldm.py phantom --pixel_stem 2 --run.dir runs/ldm-phantom-pixels
+on patches        python train_ldm.py hippocampus --patch.size 8,8,8 --run.dir runs/ldm-patches
 
 The denoiser learns to remove noise from latents. A sample's latent z is drawn from the posterior of the
 frozen autoencoder and normalised, noise of a random time t is added, and the denoiser predicts the target:
@@ -19,8 +20,8 @@ frozen autoencoder and normalised, noise of a random time t is added, and the de
     loss = |denoiser(z_t, t, conditions) - target|^2,      z_t and target as in diffusion_kernel.py
            + w(step) signal_share(t) (head + binding_weight binding)   with --anatomy.registers bound
 
-The second line is explained in ldm3d/registers.py. Data settings and split are the autoencoder's; flags
-override them. To resume a run, give the same command again.
+The second line is explained in ldm3d/registers.py, patches in ldm3d/patches.py. Data settings and split are
+the autoencoder's; flags override them. To resume a run, give the same command again.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ from ldm3d.latents import (
     latent_statistics,
 )
 from ldm3d.metrics import dice, set_statistics
+from ldm3d.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
 from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of
 from ldm3d.plan import (
     LDM_PASSES,
@@ -129,6 +131,7 @@ class Config:
     unet: UNetConfig = field(default_factory=UNetConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     anatomy: AnatomyConfig = field(default_factory=AnatomyConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -407,11 +410,15 @@ def open_latent_data(
 
 
 def make_denoiser(
-    config: Config, conditions: tuple[Condition, ...], num_labels: int | None, autoencoder: Autoencoder
+    config: Config,
+    conditions: tuple[Condition, ...],
+    num_labels: int | None,
+    autoencoder: Autoencoder,
+    step: tuple[float, ...] = (),
 ) -> Denoiser:
-    """The denoiser of a run, on the CPU."""
+    """The denoiser of a run, on the CPU. step: of the coordinates of patches (`position_step`)."""
     anatomy = config.anatomy, num_labels or 0, autoencoder.downsampling
-    return Denoiser(config.unet, config.condition, conditions, *anatomy)
+    return Denoiser(config.unet, config.condition, conditions, *anatomy, position_step=step)
 
 
 def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Condition, ...]:
@@ -504,7 +511,7 @@ def evaluate(
     """The diffusion loss on validation cases, over all levels and at each, always with the same noise. With
     masks also the Dice of the head, for each label and level. batches: this rank's; the means are over those
     of all ranks."""
-    means, net = Mean(), model.denoiser
+    means = Mean()
     for batch in batches:
         batch = to_device(batch, device)
         conditions = model.conditions_of(batch)
@@ -512,7 +519,7 @@ def evaluate(
             keyed_normal(0, batch["index"], batch["mean"].shape[1:], f"validation {what}").to(device)
             for what in ("z", "noise")
         )
-        posterior = batch["mean"], batch["logvar"], z_noise
+        posterior, net = (batch["mean"], batch["logvar"], z_noise), model.denoiser_for(noise.shape[2:])
         for level in EVAL_LEVELS:
             u = torch.full((len(z_noise),), level)
             with autocast(config.run.amp, device):
@@ -523,7 +530,7 @@ def evaluate(
                 z_t = model.kernel.q_sample(z, t, noise)
                 label_maps = model.label_maps(z_t, conditions, config.run.amp, t)
                 truth = batch["mask"].long().cpu()
-                scores = dice(label_maps, truth, net.num_labels)
+                scores = dice(label_maps, truth, model.denoiser.num_labels)
                 scores = scores.masked_fill(absent(truth)[:, None], math.nan)
                 means.add(**{f"dice_{k}_u{level}": v for k, v in enumerate(scores.unbind(1), start=1)})
     return means.pop()
@@ -545,7 +552,7 @@ def denoise_once(
     z_t = kernel.q_sample(z, t, noise)
     cond = {name: value[:1].repeat(num, *(1,) * (value.ndim - 1)) for name, value in conditions.items()}
     with autocast(config.run.amp, model.device):
-        pred = model.denoiser(z_t, kernel.to_network_time(t).to(z.device), cond)
+        pred = model.denoiser_for(z_t.shape[2:])(z_t, kernel.to_network_time(t).to(z.device), cond)
         estimate = kernel.convert(pred.float(), z_t, t, kernel.config.prediction, "x_start")
         return model.decode(z_t).float().cpu(), model.decode(estimate).float().cpu()
 
@@ -629,10 +636,12 @@ def memory_table(config: Config) -> MemoryTable:
         conditions = conditions_for(config, data, autoencoder.config.latent_channels)
         num_labels = data.spec.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
+    config.patch.check(latent, config.unet.downsampling)
+    coordinates = (1.0,) * config.unet.dims if config.patch.size else ()
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     def make() -> Denoiser:
-        return make_denoiser(config, conditions, num_labels, autoencoder)
+        return make_denoiser(config, conditions, num_labels, autoencoder, coordinates)
 
     def loss(net: Denoiser, batch: int, size: tuple[int, ...]) -> Tensor:
         z, noise = torch.zeros(2, batch, config.unet.in_channels, *size)
@@ -645,8 +654,9 @@ def memory_table(config: Config) -> MemoryTable:
 
     table = MemoryTable(config.memory, config.run.amp, config.run.device)
     rounds, beside = -(-config.batch_size // micro), weight_bytes(autoencoder)
+    seen = config.patch.window or latent
     table.training(
-        "training, latents", make, loss, micro, latent, max(config.unet.downsampling), rounds, beside
+        "training, latents", make, loss, micro, seen, max(config.unet.downsampling), rounds, beside
     )
     table.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step)
     beside = 4 * weight_bytes(make())
@@ -764,14 +774,18 @@ def train(
     carries = config.pixel_stem or stage_one["config"]["data"].get("learn_sources")
     if any(c.origin == "source" for c in conditions) and not carries:
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
+    latent = autoencoder.latent_shape(data.spec.size)[1:]
+    config.patch.check(latent, config.unet.downsampling)
     reseed(seed, 0)
-    net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder).to(device)
+    step = position_step(config.patch, data.spec, autoencoder.downsampling)
+    net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder, step).to(device)
     kernel = DiffusionKernel(config.kernel)
     run.initialise(net, () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*"))
     facts = {
         **data.facts(),
-        "latents": f"{'x'.join(map(str, autoencoder.latent_shape(data.spec.size)[1:]))} voxels of "
+        "latents": f"{'x'.join(map(str, latent))} voxels of "
         f"{autoencoder.config.latent_channels} channels, by {source}",
+        "patches": " and ".join("x".join(map(str, size)) for size in config.patch.sizes),
         "conditions": ", ".join(c.name for c in conditions),
     }
     run.start(data.split, device, {"denoiser": net, "autoencoder": autoencoder}, facts, SHOWN)
@@ -811,6 +825,7 @@ def train(
         kernel,
         *(value.to(device) for value in statistics),
         data.spec,
+        config.patch.window,
     )
     model = wrap(net, device, config.run.compile)
 
@@ -826,7 +841,12 @@ def train(
         for batch, fraction in micro_batches(group, model, device, seed, run.step):
             if not config.latent_cache:
                 batch |= encode_batch(autoencoder, batch, conditions, config.run.amp, config.masks)
-            shape, positions = batch["mean"].shape[1:], batch["position"]
+            positions, places = batch["position"], None
+            if size := draw_size(config.patch, seed, run.step):
+                corners = draw_corners(size, latent, seed, positions)
+                places = cut(net.coordinates(batch["mean"]), corners, size)
+                batch |= cut_batch(batch, corners, size, autoencoder.downsampling)
+            shape = batch["mean"].shape[1:]
             cond = hide_some(ldm.conditions_of(batch), config.condition, seed, positions)
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
@@ -835,7 +855,7 @@ def train(
             weight = anatomy_weight(config.anatomy, run.step, config.run.steps)
             posterior = batch["mean"], batch["logvar"], z_noise
             with autocast(config.run.amp, device):
-                loss, terms = ldm.losses(model, *posterior, u, noise, cond, mask, weight)
+                loss, terms = ldm.losses(model, *posterior, u, noise, cond, mask, weight, places)
             stepper.backward(loss.mean() * fraction)
             mean.add(**terms)
         if stepper.step(run.step):

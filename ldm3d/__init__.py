@@ -10,6 +10,7 @@ folders. README.md beside this file gives the order in which to read them.
     metrics                                   PSNR, SSIM and others, of batches
     diffusion_kernel, unet, denoiser          stage two: noise -> latent
     windows                                   predictions for latents larger than in training
+    patches                                   training on parts of latents that know their place
     conditions, conditioner, guidance         what a sample shall show, and how strongly
     registers                                 learned tokens that stand for labels of a mask
     control                                   a trained denoiser, frozen, learns to follow a map (ControlNet)

@@ -31,6 +31,7 @@ from .config import InputError
 from .control import ControlNet, where
 from .registers import AnatomyConfig, LabelHead, Registers, binding_loss, by_label, head_loss
 from .unet import UNet, UNetConfig
+from .windows import coordinates
 
 
 class Arguments(NamedTuple):
@@ -43,6 +44,7 @@ class Arguments(NamedTuple):
     num_labels: int
     factor: Sequence[int]
     control: str
+    position_step: Sequence[float]
 
 
 class Supervised(NamedTuple):
@@ -60,6 +62,8 @@ class Denoiser(nn.Module):
     adds the channels and the context that the conditions need. With `anatomy` the U-Net has registers of
     `num_labels` labels; if they are bound, a head predicts label maps that are `factor` times as fine as x_t.
     control: "labels" or "image", the kind of the last condition, which then steers the U-Net by a ControlNet.
+    position_step: the difference in position of two neighbours along each axis, if coordinates stand beside
+    x_t as further channels (patches.py).
     """
 
     def __init__(
@@ -71,9 +75,13 @@ class Denoiser(nn.Module):
         num_labels: int = 0,
         factor: Sequence[int] = (),
         control: str = "off",
+        position_step: Sequence[float] = (),
     ):
         super().__init__()
-        self.arguments = Arguments(unet, condition, tuple(conditions), anatomy, num_labels, factor, control)
+        self.arguments = Arguments(
+            unet, condition, tuple(conditions), anatomy, num_labels, factor, control, position_step
+        )
+        unet = replace(unet, in_channels=unet.in_channels + len(position_step))
         self.conditioner: Conditioner | None = None
         of_map = conditions[-1] if conditions and control != "off" else None
         if control != "off" and (of_map is None or of_map.kind != control):
@@ -106,6 +114,12 @@ class Denoiser(nn.Module):
         """The conditions that the denoiser takes, in the order in which guidance nests."""
         return self.arguments.conditions
 
+    def coordinates(self, x_t: Tensor) -> Tensor | None:
+        """The coordinates (B, dims, *s) of whole latents x_t (B, C_z, *s); None if the denoiser has none."""
+        if not (step := self.arguments.position_step):
+            return None
+        return coordinates(x_t.shape[2:], step, x_t.device).expand(len(x_t), -1, *x_t.shape[2:])
+
     def encode_conditions(self, conditions: dict[str, Tensor], like: Tensor) -> Conditioned:
         """The part of `forward` that depends on neither t nor x_t, computed once for all steps of sampling.
 
@@ -128,18 +142,20 @@ class Denoiser(nn.Module):
         t: Tensor,
         conditions: dict[str, Tensor] | Conditioned | None = None,
         mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor | Supervised:
-        """conditions: tensors by name (conditions.py), or the result of `encode_conditions`.
+        """conditions: tensors by name (conditions.py), or the result of `encode_conditions`. positions
+        (B, dims, *s): the coordinates of patches; none = x_t is whole latents.
 
         mask: (B, *S) integer labels, -1 everywhere in samples without a mask; needs bound registers. Training
         with bound registers passes a mask in every forward, so that every parameter takes part.
         """
         if mask is None:
-            return self.unet.output(self._features(x_t, t, conditions), x_t.shape[2:])
+            return self.unet.output(self._features(x_t, t, conditions, positions), x_t.shape[2:])
         if self.head is None:
             raise InputError(f"mask: needs registers that are bound, these are {self.anatomy.registers}")
         maps: list[Tensor] = []
-        h = self._features(x_t, t, conditions, maps)
+        h = self._features(x_t, t, conditions, positions, maps)
         size, factor, config = x_t.shape[2:], self.head.to_voxels.factor, self.anatomy
         multiple = self.unet.config.downsampling
         return Supervised(
@@ -149,17 +165,21 @@ class Denoiser(nn.Module):
         )
 
     def label_logits(
-        self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        conditions: dict[str, Tensor] | Conditioned | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, K, *(factor s)) of the head; the argmax over K, cropped to the image, is a label map."""
-        return self._logits(self._features(x_t, t, conditions), x_t.shape[2:])
+        return self._logits(self._features(x_t, t, conditions, positions), x_t.shape[2:])
 
     def attention_maps(
         self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor] | Conditioned | None = None
     ) -> list[Tensor]:
         """The attention (B, K, M, *s) that each register receives, for every attention layer of the U-Net."""
         maps: list[Tensor] = []
-        self._features(x_t, t, conditions, maps)
+        self._features(x_t, t, conditions, maps=maps)
         return [by_label(weights, self.num_labels) for weights in maps]
 
     def _encode(self, conditions: dict[str, Tensor], like: Tensor) -> Conditioned:
@@ -179,11 +199,14 @@ class Denoiser(nn.Module):
         x_t: Tensor,
         t: Tensor,
         conditions: dict[str, Tensor] | Conditioned | None,
+        positions: Tensor | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
         """The finest features of the U-Net under the conditions."""
         c = conditions if isinstance(conditions, Conditioned) else self._encode(conditions or {}, x_t)
-        x = x_t if c.channels is None else torch.cat([x_t, c.channels.to(x_t.dtype)], 1)
+        positions = self.coordinates(x_t) if positions is None else positions
+        beside = [v.to(x_t.dtype) for v in (c.channels, positions) if v is not None]
+        x = torch.cat([x_t, *beside], 1) if beside else x_t
         residuals = None
         if c.hint is not None:
             hint = c.hint

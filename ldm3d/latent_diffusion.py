@@ -87,8 +87,9 @@ class LatentDiffusion(nn.Module):
     """The model that trains on latents and samples volumes.
 
     latent_mean, latent_std: (C_z,), kept as buffers that broadcast against latents. spec: size, spacing and
-    intensities of the training volumes, which samples have too. The caller decides what is frozen and in
-    eval mode; `ldm3d.load` gives a model that is ready to sample.
+    intensities of the training volumes, which samples have too. patch: the latent voxels that the denoiser
+    sees at once at most, if it has never seen whole latents (patches.py). The caller decides what is frozen
+    and in eval mode; `ldm3d.load` gives a model that is ready to sample.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class LatentDiffusion(nn.Module):
         latent_mean: Tensor,
         latent_std: Tensor,
         spec: DataSpec,
+        patch: Sequence[int] | None = None,
     ):
         super().__init__()
+        self.patch = patch
         self.autoencoder, self.denoiser, self.kernel, self.spec = autoencoder, denoiser, kernel, spec
         per_channel = (1, -1) + (1,) * len(spec.size)
         self.register_buffer("latent_mean", latent_mean.view(per_channel).clone())
@@ -117,8 +120,9 @@ class LatentDiffusion(nn.Module):
 
     @property
     def window(self) -> tuple[int, ...]:
-        """The latent voxels that the denoiser has learned to see at once: those of the training size."""
-        return self.latent_shape[1:]
+        """The latent voxels that the denoiser has learned to see at once: those of the training size, or of
+        the largest patch."""
+        return tuple(self.patch or self.latent_shape[1:])
 
     # Volumes and latents
 
@@ -167,9 +171,12 @@ class LatentDiffusion(nn.Module):
     # Training
 
     def draw(self, mean: Tensor, logvar: Tensor, z_noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Training samples: (z (B, C_z, *s) from the posterior by z_noise, t (B,) from u (B,) in [0, 1))."""
+        """Training samples: (z (B, C_z, *s) from the posterior by z_noise, t (B,) from u (B,) in [0, 1)).
+
+        The times are those of `window`, for all patches too: one process, whatever the size.
+        """
         z = self.normalise(mean + torch.exp(0.5 * logvar) * z_noise)
-        return z, self.kernel.t_from_uniform(u, z.shape[2:])
+        return z, self.kernel.t_from_uniform(u, self.window)
 
     def losses(
         self,
@@ -182,6 +189,7 @@ class LatentDiffusion(nn.Module):
         conditions: dict[str, Tensor] | None = None,
         mask: Tensor | None = None,
         anatomy_weight: float = 1.0,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of each sample (B,), and its terms by name, each (B,).
 
@@ -193,14 +201,15 @@ class LatentDiffusion(nn.Module):
         a mask; for a denoiser with bound registers. The terms: "loss" is the diffusion's; "head" and
         "binding" (registers.py) are NaN for samples without a mask, so that means leave them out.
         "weighted_head" and "weighted_binding" are what these add to "total", the whole training loss: 0 for
-        samples without a mask.
+        samples without a mask. positions (B, dims, *s): the coordinates of patches; none = whole latents.
         """
         z, t = self.draw(mean, logvar, z_noise, u)
+        more = {"conditions": conditions} | ({} if positions is None else {"positions": positions})
         if mask is None:
-            loss = self.kernel.losses(model, z, t, noise, conditions=conditions)
+            loss = self.kernel.losses(model, z, t, noise, **more)
             return loss, {"loss": loss}
         time = self.kernel.to_network_time(t).to(z.device)
-        out = model(self.kernel.q_sample(z, t, noise), time, conditions=conditions, mask=mask)
+        out = model(self.kernel.q_sample(z, t, noise), time, mask=mask, **more)
         loss = self.kernel.loss_of(out.pred, z, t, noise)
         share = self.kernel.signal_share(t).to(loss)  # near pure noise there is no anatomy to be found
         binding = self.denoiser.anatomy.binding_weight * out.binding

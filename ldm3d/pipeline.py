@@ -34,6 +34,7 @@ from .engine.distributed import is_main, print0
 from .engine.runs import changed_case, read_split
 from .engine.training import autocast
 from .latent_diffusion import LatentDiffusion
+from .patches import PatchConfig, position_step
 from .registers import AnatomyConfig
 from .unet import UNetConfig
 from .vae import Autoencoder, VAEConfig
@@ -187,6 +188,7 @@ class LatentDiffusionPipeline(Pipeline):
         super().__init__(run, content, device)
         autoencoder, _ = load_autoencoder(self.folder / "autoencoder.pt")
         config, state = content["config"], content["state"]
+        patch = from_dict(PatchConfig, config.get("patch", {}), "patch")
         denoiser = Denoiser(
             from_dict(UNetConfig, config["unet"], "unet"),
             from_dict(ConditionConfig, config.get("condition", {}), "condition"),
@@ -195,11 +197,12 @@ class LatentDiffusionPipeline(Pipeline):
             self.spec.num_labels or 0,
             autoencoder.downsampling,
             config.get("control", "off"),
+            position_step(patch, self.spec, autoencoder.downsampling),
         )
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, config["kernel"], "kernel"))
         statistics = latent_statistics_of(state, autoencoder.config.latent_channels, run)
-        model = LatentDiffusion(autoencoder, denoiser, kernel, *statistics, self.spec)
+        model = LatentDiffusion(autoencoder, denoiser, kernel, *statistics, self.spec, patch.window)
         self.model = model.to(device).eval().requires_grad_(False)
 
     def open(

@@ -53,12 +53,18 @@ def window_weight(window: Sequence[int]) -> Tensor:
     return weight
 
 
+def coordinates(size: Sequence[int], step: Sequence[float], device: torch.device) -> Tensor:
+    """Where every voxel lies, (1, dims, *size): 0 in the middle, neighbours `step` apart along each axis."""
+    along = [(torch.arange(n, device=device) - (n - 1) / 2) * d for n, d in zip(size, step, strict=True)]
+    return torch.stack(torch.meshgrid(*along, indexing="ij"))[None]
+
+
 class Windows:
     """A denoiser that predicts a latent of `size` in windows; it stands in the denoiser's place.
 
     size, window: latent voxels; a window is cut off where the latent is smaller. overlap: the share of a
     window that its neighbour covers at least. batch_size: windows that are predicted at once. Conditions hold
-    for all windows, and those with a value at every latent voxel are cut like the latent.
+    for all windows, and those with a value at every latent voxel are cut like the latent; so are coordinates.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class Windows:
         smooth = window_weight([m * f for m, f in zip(self.window, factor, strict=True)]).to(x_t.device)
         size = [n * f for n, f in zip(self.size, factor, strict=True)]
         total, weight = None, torch.zeros(size, device=x_t.device)
+        positions = self.denoiser.coordinates(x_t)
         for i in range(0, len(self.boxes), self.batch_size):
             boxes = self.boxes[i : i + self.batch_size]
 
@@ -106,7 +113,8 @@ class Windows:
                 return torch.cat([x] * num)
 
             own = {name: (cut if name in has_place else repeat)(value) for name, value in conditions.items()}
-            preds = predict(cut(x_t), repeat(t), own).float().chunk(len(boxes))
+            more = {} if positions is None else {"positions": cut(positions)}
+            preds = predict(cut(x_t), repeat(t), own, **more).float().chunk(len(boxes))
             for box, pred in zip(boxes, preds, strict=True):
                 place = [slice(f * b.start, f * b.stop) for b, f in zip(box, factor, strict=True)]
                 total = pred.new_zeros(*pred.shape[:2], *size) if total is None else total

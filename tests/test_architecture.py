@@ -14,7 +14,7 @@ FLOORS = [  # a folder has one floor: "data" stands for all of data/
     ["blocks", "engine"],
     ["streaming"],
     ["vae", "discriminators", "unet", "losses", "conditions", "data"],
-    ["vqvae", "guidance", "conditioner", "registers", "control", "cdal", "latents", "plan"],
+    ["vqvae", "guidance", "conditioner", "registers", "control", "cdal", "latents", "patches", "plan"],
     ["denoiser"],
     ["latent_diffusion"],
     ["pipeline"],

@@ -18,6 +18,9 @@ class Local(nn.Module):
 
     conditions = ()
 
+    def coordinates(self, x_t):
+        return None
+
     def forward(self, x_t, t, conditions):
         assert not conditions
         return (x_t + t.view(-1, *(1,) * (x_t.ndim - 1))) / 2

@@ -25,6 +25,7 @@ import train_vae
 from ldm3d import read, streaming
 from ldm3d.cdal import CDAL, Generator
 from ldm3d.conditions import absent
+from ldm3d.config import parse
 from ldm3d.data import Volume, write
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.denoiser import Denoiser
@@ -454,7 +455,7 @@ def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
                 maps = spy(patch, LatentDiffusion, "label_maps")
                 train_ldm.main(tiny.ldm_flags(autoencoder, folder, 1, *flags.split()))
             (_, _, *batch), _, (loss, _) = losses[0]
-            names = ("mean", "logvar", "z_noise", "u", "noise", "conditions")
+            names = ("mean", "logvar", "z_noise", "u", "noise", "conditions", "mask", "weight", "places")
             made[flags, autoencoder] = SimpleNamespace(
                 folder=folder,
                 content=load(step_files(folder)[0]),
@@ -616,6 +617,35 @@ def test_training_hides_the_conditions_that_dropout_names(ldm, conditional_run, 
     run = ldm(f"--condition.use class,labels {flags}", conditional_run.parent / "vae")
     seen = [absent(run.conditions[name]) for name in ("class", "labels")]
     assert [gone.unique().tolist() for gone in seen] == [[hidden] for hidden in HIDDEN[flags]]
+
+
+def test_a_denoiser_learns_from_patches_of_the_sizes_asked_for(ldm):
+    for flags, size in (("--patch.halvings 0", 4), ("--patch.halvings 1 --run.seed 7", 2)):
+        run = ldm(f"--patch.size 4,4 --patch.share 0 {flags}")
+        assert run.mean.shape == run.noise.shape == (4, 3, size, size)
+        whole = tables(run, "mean").float().flatten(0, 1)
+        patches = whole.unfold(2, size, 1).unfold(3, size, 1).movedim(1, 3).flatten(0, 2)
+        assert all((one == patches).flatten(1).all(1).any() for one in run.mean)
+        assert run.places.shape == (4, 2, size, size)
+        step = run.places[0, 0, 1, 0] - run.places[0, 0, 0, 0]
+        assert step.item() == pytest.approx(48 / 110)  # a latent voxel in mm, over half of the longest side
+    assert ldm("--patch.size 4,4 --patch.share 0.999999").mean.shape == (4, 3, 4, 5)
+
+
+def test_a_denoiser_that_saw_patches_alone_validates_and_samples_in_windows(ldm, drawn, monkeypatch):
+    run = ldm("--patch.size 4,4 --patch.share 0 --patch.halvings 0")
+    calls = spy(monkeypatch, Denoiser, "forward")
+    drawn(run.folder, "--num 1 --steps 1")
+    assert [tuple(args[1].shape) for args, _, _ in calls] == [(2, 3, 4, 4)]
+    left, right = calls[0][1]["positions"]
+    assert (right[1, 0, 0] - left[1, 0, 0]).item() == pytest.approx(44 / 110)
+
+
+def test_a_plan_counts_the_patches_that_are_trained_on(vae_run):
+    for share, size in (("0", (4, 4)), ("0.5", (4, 5))):
+        flags = tiny.ldm_flags(vae_run, vae_run, 1, "--patch.size", "4,4", "--patch.share", share)
+        config, _ = parse(train_ldm.Config, flags, train_ldm.PRESETS, "", train_ldm.with_autoencoder)
+        assert train_ldm.memory_table(config).jobs[0].size == size
 
 
 def test_previews_show_the_labels_of_the_masks_and_of_the_head(ldm):

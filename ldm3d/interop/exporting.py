@@ -214,6 +214,8 @@ def sampling_bundle(
     scheduler = scheduler_of(kernel, latent[1:], shift)
     more = f"input_img_size_numel={math.prod(latent[1:])}" if kernel.process == "flow" else ""
     classes = bool(model.denoiser.conditions)
+    if model.denoiser.arguments.position_step:
+        raise InputError("patch.size: a bundle that samples with coordinates is not supported")
     if model.denoiser.unet.config.emb_parts > 1:
         raise InputError("condition.concat: a bundle that samples with MAISI's numbers is not supported")
     volume = "@sample[0].cpu()" + ("[..., None]" if len(latent) == 3 else "")  # a picture is one plane

@@ -1,0 +1,127 @@
+"""Patches of latents know their place: each is a part of its latent, and so are its coordinates."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from networks import UNET
+from torch import nn
+
+import ldm3d
+import train_ldm
+from ldm3d.config import InputError
+from ldm3d.denoiser import Denoiser
+from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
+from ldm3d.windows import Windows
+
+SPEC = SimpleNamespace(size=(128, 160, 100), spacing=(1.0, 1.0, 2.0))  # the longest side is 200 mm
+
+
+def placed() -> Denoiser:
+    torch.manual_seed(0)
+    unet = dataclasses.replace(UNET, dims=2, out_channels=3)
+    net = Denoiser(unet, position_step=(0.1, 0.2)).eval().requires_grad_(False)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    return net
+
+
+def test_positions_are_mm_from_the_middle_over_half_of_the_longest_side():
+    step = position_step(PatchConfig((8, 8, 8)), SPEC, (4, 4, 2))
+    net = Denoiser(UNET, position_step=step)
+    where = net.coordinates(torch.zeros(2, 4, 32, 40, 50))
+    for axis, n in enumerate((32, 40, 50)):
+        mm = (torch.arange(n) + 0.5) * 4 - n * 4 / 2  # the middles of latent voxels, of 4 mm on each axis
+        expected = (mm / 100).view([n if a == axis else 1 for a in range(3)]).expand(32, 40, 50)
+        torch.testing.assert_close(where[1, axis], expected, atol=1e-6, rtol=0)
+    assert position_step(PatchConfig(), SPEC, (4, 4, 2)) == ()
+
+
+def test_sizes_are_drawn_with_the_shares_asked_for():
+    config = PatchConfig((8, 12), halvings=2, share=0.4)
+    drawn = [draw_size(config, 3, step) for step in range(2000)]
+    for size, share in {None: 0.4, (8, 12): 0.2, (4, 6): 0.2, (2, 3): 0.2}.items():
+        assert drawn.count(size) / 2000 == pytest.approx(share, abs=0.035)
+    assert drawn[:50] != [draw_size(config, 4, step) for step in range(50)]
+    assert draw_size(PatchConfig(), 3, 0) is None
+
+
+def test_corners_are_everywhere_and_belong_to_the_sample():
+    positions = torch.arange(600)
+    corners = draw_corners((2, 3), (4, 5), 1, positions)
+    counts = [corners.count((i, j)) for i in range(3) for j in range(3)]
+    assert sum(counts) == 600
+    assert min(counts) > 40
+    assert draw_corners((2, 3), (4, 5), 1, positions[7:9]) == corners[7:9]
+
+
+def test_all_that_has_a_place_is_cut_alike():
+    latent, mask = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5), torch.arange(2 * 11 * 14).view(2, 11, 14)
+    batch = {"mean": latent, "source": -latent, "mask": mask, "class": torch.tensor([0, 1])}
+    own = cut_batch(batch, [(0, 1), (2, 2)], (2, 3), (3, 3))
+    assert own.keys() == {"mean", "source", "mask"}
+    assert torch.equal(own["mean"][1], latent[1, :, 2:4, 2:5])
+    assert torch.equal(own["source"], -own["mean"])
+    assert torch.equal(own["mask"][0], mask[0, 0:6, 3:12])
+    assert torch.equal(own["mask"][1, :5, :8], mask[1, 6:11, 6:14])
+    assert torch.equal(own["mask"][1, 5, :8], mask[1, 10, 6:14])  # the edge is repeated up to a latent voxel
+
+
+def test_a_window_has_the_coordinates_of_its_place():
+    net, x, t = placed(), torch.randn(2, 3, 6, 7), torch.tensor([3.0, 500.0])
+    where = net.coordinates(x)
+    total, weight = torch.zeros(2, 3, 6, 7), torch.zeros(6, 7)
+    for box in [(slice(i, i + 4), slice(j, j + 5)) for i in (0, 2) for j in (0, 2)]:
+        w = torch.sin((torch.arange(4) + 0.5) / 4 * torch.pi)[:, None] ** 2
+        w = w * torch.sin((torch.arange(5) + 0.5) / 5 * torch.pi) ** 2
+        total[(..., *box)] += w * net(x[(..., *box)], t, positions=where[(..., *box)])
+        weight[box] += w
+    found = Windows(net, (6, 7), (4, 5), 0.5, 3)(x, t)
+    torch.testing.assert_close(found, total / weight, rtol=1e-4, atol=1e-5)
+    assert torch.equal(net(x, t), net(x, t, positions=where))
+    assert not torch.allclose(net(x, t), net(x, t, positions=where + 1), atol=1e-3)
+
+
+def test_patches_of_all_of_a_latent_are_the_latent():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(cut(x, draw_corners((4, 5), (4, 5), 0, torch.arange(2)), (4, 5)), x)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (PatchConfig((8, 8, 8)), "patch.size: expected at most 16,20, the latent, got 8,8,8"),
+        (PatchConfig((8, 24)), "patch.size: expected at most 16,20, the latent, got 8,24"),
+        (PatchConfig((8, 4), halvings=2), "patch.size: expected at least 8,8 with patch.halvings 2, got 8,4"),
+    ],
+)
+def test_patches_that_a_latent_or_a_network_cannot_have(config, words):
+    with pytest.raises(InputError, match=words):
+        config.check((16, 20), (2, 2))
+
+
+PATCHES = ["--patch.size", "4,4", "--patch.share", "0.3"]
+
+
+def test_a_run_on_patches_that_was_stopped_goes_on_bit_for_bit_and_is_loaded(vae_run, tmp_path):
+    for name, steps in (("whole", 4), ("stopped", 2), ("stopped", 4)):
+        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / name, steps, *PATCHES))
+    runs = [load(step_files(tmp_path / name)[0]) for name in ("whole", "stopped")]
+    tiny.assert_equal(runs[0]["model"], runs[1]["model"])
+    model = ldm3d.load(tmp_path / "whole").model
+    # heads of 16 x 20 voxels of 12 x 11 mm, four voxels a latent voxel, half of 220 mm
+    assert model.denoiser.arguments.position_step == pytest.approx((48 / 110, 44 / 110))
+    assert model.window == (4, 5)
+    assert model.sample(1, steps=1).shape == (1, 1, 16, 20)
+
+
+def test_masks_of_patches_teach_registers(vae_run, tmp_path):
+    flags = ["--patch.size", "4,4", "--patch.share", "0", *tiny.BOUND]
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 1, *flags))
+    (line,) = tiny.lines(tmp_path / "run")
+    assert line["head"] > 0
+    assert line["binding"] > 0
+    assert "dice_1_u0.05" in tiny.lines(tmp_path / "run", "val")[0]
