@@ -41,7 +41,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm3d.blocks import Conv
 from ldm3d.config import InputError, at_least, parse
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
 from ldm3d.data.dataset import BothRoles
@@ -435,15 +434,15 @@ def adversarial_terms(
     return terms
 
 
-def last_layer(net: Autoencoder) -> Conv:
-    """The decoder's last convolution."""
-    return [layer for layer in net.decoder.layers if isinstance(layer, Conv)][-1]
+def last_weight(net: Autoencoder) -> Tensor:
+    """The weight of the decoder's last convolution."""
+    return [parameter for parameter in net.decoder.parameters() if parameter.ndim > 1][-1]
 
 
 def gradients_of(net: Autoencoder, terms: dict[str, Tensor], loss_scale: float) -> Tensor:
     """What the adaptive weight compares, (2, *): the gradients of the sum of all other terms and of g_loss at
     the decoder's last convolution. loss_scale: the GradScaler's factor (1 without float16)."""
-    return last_gradients(terms["loss"].mean(), terms["g_loss"].mean(), last_layer(net).weight, loss_scale)
+    return last_gradients(terms["loss"].mean(), terms["g_loss"].mean(), last_weight(net), loss_scale)
 
 
 def discriminator_terms(
@@ -607,7 +606,7 @@ def train(
             # One weight for the whole step, from all of its micro-batches: a forward pass of its own
             gradients = torch.zeros((), device=device)
             with frozen(net):
-                last_layer(net).requires_grad_(True)
+                last_weight(net).requires_grad_(True)
                 for batch, fraction in micro_batches(group, model, device, seed, run.step):
                     gradients = gradients + fraction * gradients_of(net, forward(net, batch, True)[2], scale)
             ratio = adaptive_weight(gradients, config.disc_cap)

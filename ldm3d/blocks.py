@@ -11,9 +11,11 @@ RAS axes (i, j, k), so D runs from left to right, H from posterior to anterior, 
                      + skip(x),  (scale, shift) = W silu(emb), which starts at 0                           [4]
     attention        y = x + W_o softmax(q k^T / sqrt(d)) v,    q, k, v from norm(x) or a context          [3]
     transformer      tokens: + self-attention, + cross-attention, + GEGLU feed-forward; zero 1x1 out       [2]
+    plain unit       y = relu(x + conv2(relu(conv1(x))))                                                   [5]
 
 [1] He et al. 2016, arXiv 1603.05027 (pre-activation). [2] Rombach et al. 2022, arXiv 2112.10752, appendix.
 [3] Vaswani et al. 2017, arXiv 1706.03762, eq. 1. [4] Dhariwal & Nichol 2021, arXiv 2105.05233, section 3.
+[5] van den Oord et al. 2017, arXiv 1711.00937, section 4.1; here as Tudosiu et al. 2022, arXiv 2209.03177.
 GEGLU: Shazeer 2020, arXiv 2002.05202.
 
 Weights are always those of the plain formulas above. Some results are computed in another, faster way that
@@ -36,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import InputError
 from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
-UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3"]
+UpsampleKind = Literal["nearest", "trilinear", "deconv2", "deconv3", "deconv4"]
 KeysValues = tuple[Tensor, Tensor]  # keys and values of a context, (B, heads, M, d) each
 SCALED = (-1.0, 1.0)  # the range of the intensities that networks are given, and give
 
@@ -48,10 +50,15 @@ def per_level(value: Sequence, levels: int) -> tuple:
     return tuple(value) * levels if len(value) == 1 else tuple(value)
 
 
+def num_downsamplings(config: Any) -> int:
+    """How often a VAEConfig or UNetConfig down-samples: between levels, or at each level of a plain trunk."""
+    return len(config.channels) - (getattr(config, "trunk", "norm") == "norm")
+
+
 def level_strides(config: Any) -> tuple[tuple[int, ...], ...]:
     """The strides of each down-sampling of a VAEConfig or UNetConfig; none means 2 along every axis."""
     if config.strides is None:
-        return ((2,) * config.dims,) * (len(config.channels) - 1)
+        return ((2,) * config.dims,) * num_downsamplings(config)
     return config.strides
 
 
@@ -66,10 +73,8 @@ def check_levels(config: Any) -> None:
             raise InputError(
                 f"{name}: expected 1 or {levels} values (one per level of channels), got {value}"
             )
-    if len(level_strides(config)) != levels - 1:
-        raise InputError(
-            f"strides: expected {levels - 1} tuples (one per down-sampling), got {config.strides}"
-        )
+    if len(level_strides(config)) != (num := num_downsamplings(config)):
+        raise InputError(f"strides: expected {num} tuples (one per down-sampling), got {config.strides}")
     for strides in level_strides(config):
         if len(strides) != config.dims or not set(strides) <= {1, 2}:
             raise InputError(f"strides: expected 1 or 2 for each of {config.dims} axes, got {strides}")
@@ -162,6 +167,18 @@ class ResBlock(nn.Module):
         else:
             h = norm_conv(self.norm2, self.conv2, h)
         return h.add_(x if self.skip is None else self.skip(x))  # in place: no backward needs h
+
+
+class ResidualUnit(nn.Module):
+    """The residual block of plain trunks: x (B, C, *S) -> relu(x + conv2(relu(conv1(x)))), `width` within."""
+
+    def __init__(self, dims: int, channels: int, width: int):
+        super().__init__()
+        self.conv1 = Conv(dims, channels, width)
+        self.conv2 = Conv(dims, width, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -378,23 +395,33 @@ class Upsample(nn.Module):
     """Doubles the axes of stride 2: (B, C, *S) -> (B, C, *(stride * S)), with stride 1 or 2 per axis.
 
     "nearest" repeats voxels and "trilinear" interpolates along every axis, each followed by a convolution of
-    kernel 3; "deconv2" and "deconv3" are transposed convolutions of kernel 2 and 3.
+    kernel 3; "deconv2", "deconv3" and "deconv4" (all axes of stride 2) are transposed convolutions of kernel
+    2, 3 and 4, which may change the channels to `out_channels`.
 
     Repeating voxels and then convolving is the same as ONE transposed convolution with a folded kernel
     (`folded_weight`), also at the borders. In 3-D this needs 8 instead of 27 products per output voxel, and
     no tensor of repeated voxels.
     """
 
-    def __init__(self, dims: int, channels: int, strides: Sequence[int], kind: UpsampleKind = "nearest"):
+    def __init__(
+        self,
+        dims: int,
+        channels: int,
+        strides: Sequence[int],
+        kind: UpsampleKind = "nearest",
+        out_channels: int | None = None,
+    ):
         super().__init__()
         self.dims, self.strides, self.kind = dims, tuple(strides), kind
+        self.out_channels = channels if out_channels is None else out_channels
         if kind in ("nearest", "trilinear"):
             self.conv = Conv(dims, channels, channels)
         else:
-            kernel, padding = (3, 1) if kind == "deconv3" else (self.strides, 0)
+            kernel, padding = {"deconv2": (self.strides, 0), "deconv3": (3, 1), "deconv4": (4, 1)}[kind]
             cls = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
             extra = [s - 1 if kind == "deconv3" else 0 for s in strides]
-            self.deconv = cls(channels, channels, kernel, self.strides, padding, output_padding=extra)
+            width = self.out_channels
+            self.deconv = cls(channels, width, kernel, self.strides, padding, output_padding=extra)
 
     def folded_weight(self) -> Tensor:
         """The kernel (C_in, C_out, *k) of the transposed convolution: k is 4 along axes of stride 2, else 3.
@@ -639,6 +666,56 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return walk(self.layers, z, self.final_silu, self.checkpointing)
+
+
+class PlainTrunk(nn.Module):
+    """A trunk without norms: convolutions, transposed convolutions and residual units, with ReLU after each.
+
+    Every level halves (encoder) or doubles (decoder) all axes by a convolution of kernel 4. `layers` is one
+    flat list, as in `Encoder` and `Decoder`.
+    """
+
+    def __init__(self, layers: list[nn.Module], checkpointing: bool):
+        super().__init__()
+        self.final_silu, self.checkpointing = False, checkpointing
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return walk(self.layers, x, self.final_silu, self.checkpointing)
+
+
+def plain_units(config: Any) -> list[list[nn.Module]]:
+    """The residual units of each level of a VAEConfig."""
+    c, levels = config, len(config.channels)
+    widths = c.channels if c.res_channels is None else per_level(c.res_channels, levels)
+    nums = per_level(c.num_res_blocks, levels)
+    return [
+        [ResidualUnit(c.dims, channels, width) for _ in range(num)]
+        for channels, width, num in zip(c.channels, widths, nums, strict=True)
+    ]
+
+
+def plain_encoder(config: Any, out_channels: int) -> PlainTrunk:
+    """The plain encoder of a VAEConfig. Order of `layers`: [rescale]; for every level conv k4 s2, ReLU,
+    num_res_blocks x ResidualUnit; conv."""
+    c, width = config, config.in_channels
+    layers: list[nn.Module] = [] if c.image_range == SCALED else [Rescale(SCALED, c.image_range)]
+    for channels, units in zip(c.channels, plain_units(c), strict=True):
+        layers += [Conv(c.dims, width, channels, kernel=4, stride=2, padding=1), nn.ReLU(), *units]
+        width = channels
+    return PlainTrunk([*layers, Conv(c.dims, width, out_channels)], c.checkpointing)
+
+
+def plain_decoder(config: Any) -> PlainTrunk:
+    """The plain decoder of a VAEConfig. Order of `layers`: conv; for every level from the coarsest
+    num_res_blocks x ResidualUnit, transposed conv k4 s2, ReLU except at the last; [rescale]."""
+    c, strides = config, (2,) * config.dims
+    layers: list[nn.Module] = [Conv(c.dims, c.latent_channels, c.channels[-1])]
+    finer = (c.in_channels, *c.channels[:-1])
+    for channels, width, units in reversed(list(zip(c.channels, finer, plain_units(c), strict=True))):
+        layers += [*units, Upsample(c.dims, channels, strides, "deconv4", width), nn.ReLU()]
+    layers[-1:] = [] if c.image_range == SCALED else [Rescale(c.image_range, SCALED)]
+    return PlainTrunk(layers, c.checkpointing)
 
 
 # --- position and time --------------------------------------------------------------------------------------

@@ -49,8 +49,10 @@ from .blocks import (
     DepthToSpace,
     Downsample,
     Encoder,
+    PlainTrunk,
     ResBlock,
     Rescale,
+    ResidualUnit,
     SpaceToDepth,
     Upsample,
 )
@@ -65,6 +67,7 @@ SLAB = 2**21  # elements of a map that are computed at a time: few enough to sta
 USABLE = 0.9  # the fraction of the memory that a choice may fill
 
 Mode = Literal["whole", "slabs", "recompute", "offload"]
+Trunk = Encoder | Decoder | PlainTrunk
 
 # --- maps ---------------------------------------------------------------------------------------------------
 
@@ -224,7 +227,7 @@ def upsampled(layer: Upsample, x: Map) -> Computed:
         return y[:, :, start - stride * first : stop - stride * first]
 
     size = [n * s for n, s in zip(x.size, layer.strides, strict=True)]
-    return Computed(x, x.channels, size, compute, step=stride)
+    return Computed(x, layer.out_channels, size, compute, step=stride)
 
 
 def to_depth(layer: SpaceToDepth, x: Map) -> Computed:
@@ -246,11 +249,22 @@ def to_space(layer: DepthToSpace, x: Map) -> Computed:
     return Computed(x, x.channels // math.prod(f), [n * s for n, s in zip(x.size, f, strict=True)], compute)
 
 
-def rescaled(layer: Rescale, x: Map) -> Computed:
+def voxelwise(layer: Rescale | nn.ReLU, x: Map) -> Computed:
     return Computed(x, x.channels, x.size, lambda start, stop: layer(x.read(start, stop)))
 
 
-COMPUTED = {Upsample: upsampled, SpaceToDepth: to_depth, DepthToSpace: to_space, Rescale: rescaled}
+def unit(block: ResidualUnit, x: Map) -> Computed:
+    """A residual unit, which has no norm: a slab needs nothing but two planes on either side."""
+    y = convolved(block.conv2, convolved(block.conv1, x, unchanged), F.relu)
+    return Computed(
+        x, x.channels, x.size, lambda start, stop: F.relu(y.read(start, stop) + x.read(start, stop))
+    )
+
+
+COMPUTED = {
+    **{Upsample: upsampled, SpaceToDepth: to_depth, DepthToSpace: to_space},
+    **dict.fromkeys((Rescale, nn.ReLU), voxelwise),
+}
 
 # --- whole trunks -------------------------------------------------------------------------------------------
 
@@ -353,17 +367,20 @@ class Stream:
             return convolved(layer, x, prepare)
         if isinstance(layer, ResBlock):
             return self.residual(layer, x)
+        if isinstance(layer, ResidualUnit):
+            x = self.store(x)[0] if isinstance(x, Computed) else x  # read twice
+            return self.store(unit(layer, x))[0]
         if isinstance(layer, AttentionBlock):
             return self.attended(layer, x)
         if isinstance(layer, Downsample):
             return self.store(convolved(layer.conv, x, unchanged, layer.end_padding or ()))[0]
         return COMPUTED[type(layer)](layer, x)
 
-    def seen(self, trunk: Encoder | Decoder) -> Iterable[nn.Module]:
+    def seen(self, trunk: Trunk) -> Iterable[nn.Module]:
         """The layers of a trunk, with a progress bar."""
         return progress(trunk.layers, f"{type(trunk).__name__.lower()} in slabs")
 
-    def walk(self, trunk: Encoder | Decoder, x: Map) -> Map:
+    def walk(self, trunk: Trunk, x: Map) -> Map:
         """The layers of a trunk, one after the other; the last results are computed when they are read."""
         prepare = unchanged
         for layer in self.seen(trunk):
@@ -373,7 +390,7 @@ class Stream:
                 x, prepare = self.apply(layer, x, prepare), unchanged
         return x
 
-    def run(self, trunk: Encoder | Decoder, x: Tensor) -> Tensor:
+    def run(self, trunk: Trunk, x: Tensor) -> Tensor:
         """trunk(x) of one sample x (1, C, *S), without gradients."""
         last, out = self.walk(trunk, Input(x)), None
         for start, stop in self.slabs(last):
@@ -408,7 +425,7 @@ class Trial(Stream):
         self.peak = max(self.peak, self.live)
         return targets
 
-    def seen(self, trunk: Encoder | Decoder) -> Iterable[nn.Module]:
+    def seen(self, trunk: Trunk) -> Iterable[nn.Module]:
         return trunk.layers
 
     def free(self, elements: int) -> None:
@@ -444,7 +461,7 @@ class Trial(Stream):
 KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Mode, int]]] = weakref.WeakKeyDictionary()
 
 
-def peaks(trunk: Encoder | Decoder, x: Tensor) -> dict[Mode, int]:
+def peaks(trunk: Trunk, x: Tensor) -> dict[Mode, int]:
     """About how many bytes trunk(x) takes at most in each mode, beside input x (1, C, *S) and result."""
     dtype = next(trunk.parameters()).dtype
     if torch.is_autocast_enabled(x.device.type):
@@ -455,7 +472,7 @@ def peaks(trunk: Encoder | Decoder, x: Tensor) -> dict[Mode, int]:
     return known[key]
 
 
-def count_peaks(trunk: Encoder | Decoder, x: Tensor, dtype: torch.dtype) -> dict[Mode, int]:
+def count_peaks(trunk: Trunk, x: Tensor, dtype: torch.dtype) -> dict[Mode, int]:
     """`peaks` for maps of this type."""
     slabs, folded = SLABS, 0
     if any(isinstance(layer, Upsample) for layer in trunk.layers):
@@ -489,7 +506,7 @@ def note(name: str, size: str, mode: Mode, need: dict[Mode, int], room: float) -
         print0(f"note: {name} on {size}: {whole} GiB whole, {most} to use; {WORDS[mode]}, {least} GiB")
 
 
-def run_trunk(trunk: Encoder | Decoder, x: Tensor, memory: float | None = None) -> Tensor:
+def run_trunk(trunk: Trunk, x: Tensor, memory: float | None = None) -> Tensor:
     """trunk(x), whole if that fits into `memory` GiB, else slab by slab: (B, C, *S) -> (B, C', *S').
 
     memory: beside x and the result; none = 9 tenths of what is free. A note tells what is not whole. What

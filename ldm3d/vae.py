@@ -25,17 +25,18 @@ Any image size works. `encode` repeats the last plane of each axis up to a multi
 as 5 x 8 x 8.
 
 The architecture is the first stage of Rombach et al. 2022 [2], with MONAI's choices as defaults: no SiLU
-before the last convolutions, down-sampling padded at the end of each axis. Volumes that memory does not hold
+before the last convolutions, down-sampling padded at the end of each axis. `trunk="plain"` is the older and
+cheaper one of the first VQ-VAE [3], without norms and attention. Volumes that memory does not hold
 are encoded and decoded in slabs, exactly (streaming.py). Not here: losses and training.
 
-[1] Kingma & Welling 2014, arXiv 1312.6114. [2] arXiv 2112.10752.
+[1] Kingma & Welling 2014, arXiv 1312.6114. [2] arXiv 2112.10752. [3] arXiv 1711.00937.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -52,10 +53,18 @@ from .blocks import (
     level_strides,
     pad_to_multiple,
     per_level,
+    plain_decoder,
+    plain_encoder,
     trunk_options,
 )
 from .config import InputError, at_least
 from .streaming import run_trunk
+
+PLAIN_ONLY = ("res_channels",)  # settings of one kind of trunk alone
+NORM_ONLY = (
+    *("attention_levels", "strides", "stem", "mid_attention", "decoder_mid_attention", "num_groups"),
+    *("gn_eps", "final_silu", "attn_out_proj", "upsample", "down_pad", "extra_up_block"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ class VAEConfig:
     stem: tuple[int, ...] = (1,)  # space-to-depth factor (1 or 2) per axis, or one for all: exact, cheap
     mid_attention: bool = False  # ResBlock, attention, ResBlock at the coarsest level
     decoder_mid_attention: bool | None = None  # the same in the decoder; none = as in the encoder
+    trunk: Literal["norm", "plain"] = "norm"  # plain: ReLU, no norms, one more down-sampling (VQ-VAE)
+    res_channels: tuple[int, ...] | None = None  # trunk plain: width within residual blocks; none = level's
     num_groups: int = 32  # groups of the norms (fewer where the channels do not divide)
     gn_eps: float = 1e-6  # epsilon of the norms
     final_silu: bool = False  # SiLU between the last norm and the last convolution
@@ -84,11 +95,24 @@ class VAEConfig:
 
     def __post_init__(self):
         check_levels(self)
+        self._check_trunk()
         if not -math.inf < self.image_range[0] < self.image_range[1] < math.inf:
             raise InputError(f"image_range: expected low < high, got {self.image_range}")
         at_least(self, 1, "in_channels", "latent_channels", "num_groups")
         if len(self.stem) not in (1, self.dims) or not set(self.stem) <= {1, 2}:
             raise InputError(f"stem: expected 1 or 2 for each of {self.dims} axes, got {self.stem}")
+
+    def _check_trunk(self) -> None:
+        """InputError for a setting that the trunk does not have."""
+        levels, widths = len(self.channels), self.res_channels
+        if widths is not None and (len(widths) not in (1, levels) or min(widths) < 1):
+            raise InputError(f"res_channels: expected 1 or {levels} positive widths, got {widths}")
+        others = PLAIN_ONLY if self.trunk == "norm" else NORM_ONLY
+        for name, usual in ((f.name, f.default) for f in fields(self) if f.name in others):
+            value = getattr(self, name)
+            alike = isinstance(usual, tuple) and set(value) == set(usual)  # one value for all levels, or each
+            if value != usual and not alike:
+                raise InputError(f"{name}: got {value}, has no effect with trunk {self.trunk}")
 
     @property
     def downsampling(self) -> tuple[int, ...]:
@@ -149,7 +173,10 @@ class Autoencoder(nn.Module):
     def build_encoder(self, width: int, num_moments: int) -> None:
         """Encoder that ends in `width` channels, then the 1x1 `quant_conv` to `num_moments` channels."""
         c = self.config
-        self.encoder = Encoder(c.dims, c.in_channels, width, **trunk_options(c), down_pad=c.down_pad)
+        if c.trunk == "plain":
+            self.encoder: nn.Module = plain_encoder(c, width)
+        else:
+            self.encoder = Encoder(c.dims, c.in_channels, width, **trunk_options(c), down_pad=c.down_pad)
         if not c.quant_conv and width != num_moments:
             raise InputError(
                 f"quant_conv: the encoder must end in {num_moments} channels without it, not {width}"
@@ -158,11 +185,14 @@ class Autoencoder(nn.Module):
 
     def build_decoder(self) -> None:
         """The 1x1 `post_quant_conv`, then the decoder."""
-        c = self.config
-        z, options = c.latent_channels, trunk_options(c)
+        c, z = self.config, self.config.latent_channels
+        self.post_quant_conv = Conv(c.dims, z, z, kernel=1) if c.quant_conv else nn.Identity()
+        if c.trunk == "plain":
+            self.decoder: nn.Module = plain_decoder(c)
+            return
+        options = trunk_options(c)
         if c.decoder_mid_attention is not None:
             options["mid_attention"] = c.decoder_mid_attention
-        self.post_quant_conv = Conv(c.dims, z, z, kernel=1) if c.quant_conv else nn.Identity()
         self.decoder = Decoder(
             c.dims,
             z,

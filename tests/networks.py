@@ -157,6 +157,7 @@ NETWORKS: dict[str, Callable[..., NetAndInputs]] = {
     "kl trilinear": with_options(kl, upsample="trilinear", down_pad="sym"),
     "kl deconv2": with_options(kl, upsample="deconv2", stem=(2,)),
     "kl deconv3": with_options(kl, upsample="deconv3", num_res_blocks=(1, 2)),
+    "kl plain": with_options(kl, trunk="plain", num_groups=32, res_channels=(3,)),
     "vq ema": with_options(vq, update="ema"),
     "vq gradient": with_options(vq, update="gradient"),
     "unet": with_options(unet),

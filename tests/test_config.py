@@ -206,7 +206,14 @@ def test_help_lists_every_field_with_type_default_and_comment(help_of):
 SCRIPTS = {"vae": train_vae, "ldm": train_ldm, "cdal": train_cdal}
 OF_CHECKPOINTS = {  # switches for the weights of other libraries
     *("vae.gn_eps", "vae.final_silu", "vae.attn_out_proj", "vae.down_pad", "vae.double_z"),
-    *("vae.extra_up_block", "unet.gn_eps", "unet.time_embed_order", "unet.attn_out_proj"),
+    *(
+        "vae.extra_up_block",
+        "vae.trunk",
+        "vae.res_channels",
+        "unet.gn_eps",
+        "unet.time_embed_order",
+        "unet.attn_out_proj",
+    ),
 }
 
 

@@ -56,6 +56,7 @@ NETS = {
     "another range": {"image_range": (0.0, 1.0), "stem": (2,)},
     "trilinear": {"upsample": "trilinear"},
     "deconv2": {"upsample": "deconv2"},
+    "without norms": {"trunk": "plain", "num_groups": 32, "num_res_blocks": (1, 2, 0), "image_range": (0, 2)},
     "deconv3": {"upsample": "deconv3", "strides": ((1, 2, 2), (2, 1, 2))},
 }
 

@@ -8,6 +8,7 @@ import torch
 from closeness import close
 from torch import nn
 
+from ldm3d.config import InputError
 from ldm3d.vae import AutoencoderKL, Posterior, VAEConfig
 
 SMALL = {"channels": (4, 8), "num_res_blocks": (1,), "num_groups": 2, "latent_channels": 3}
@@ -109,6 +110,21 @@ def test_final_silu_acts_between_the_last_norm_and_convolution():
     h = nn.Sequential(*layers)(x)
     close(plain.encoder(x), conv(norm(h)))
     close(with_silu.encoder(x), conv(nn.functional.silu(norm(h))))
+
+
+def test_a_plain_trunk_halves_once_a_level_and_takes_none_of_the_settings_of_the_other():
+    plain = {"dims": 2, "channels": (4, 8), "trunk": "plain"}
+    net = AutoencoderKL(VAEConfig(**plain, res_channels=(3,), attention_levels=(False, False), stem=(1, 1)))
+    assert net.downsampling == (4, 4)
+    x = torch.rand(2, 1, 13, 10, generator=seeded())
+    assert net(x)[0].shape == x.shape
+    assert net.latent_shape((13, 10)) == net.encode(x).mean.shape[1:]
+    with pytest.raises(InputError, match=r"stem: got \(2,\), has no effect with trunk plain"):
+        VAEConfig(**plain, stem=(2,))
+    with pytest.raises(InputError, match=r"res_channels: got \(3,\), has no effect with trunk norm"):
+        VAEConfig(res_channels=(3,))
+    with pytest.raises(InputError, match=r"res_channels: expected 1 or 2 positive widths, got \(1, 2, 3\)"):
+        VAEConfig(**plain, res_channels=(1, 2, 3))
 
 
 def test_the_network_exists_on_the_meta_device_without_memory():

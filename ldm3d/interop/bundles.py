@@ -23,6 +23,13 @@ ARGUMENTS = {  # of the classes of other libraries -> our settings
     **{"attention_levels": "attention_levels", "resblock_updown": "resblock_updown"},
     **{"cross_attention_dim": "context_dim", "num_class_embeds": "num_classes"},
     **{"norm_num_groups": "num_groups", "norm_eps": "gn_eps", "num_head_channels": "head_channels"},
+    **{"num_res_layers": "num_res_blocks", "num_res_channels": "res_channels"},
+    **{"embedding_dim": "latent_channels", "num_embeddings": "codebook_size"},
+    **{"commitment_cost": "commitment_weight", "decay": "decay"},
+}
+VQVAE_ONLY = {  # arguments of MONAI's VQVAE that shapes do not tell -> the one value that our network has
+    **{"downsample_parameters": [2, 4, 1, 1], "upsample_parameters": [2, 4, 1, 1, 0]},
+    **{"act": "RELU", "output_act": None},
 }
 SCALINGS = {  # transforms that scale intensities -> their arguments for the new range
     **dict.fromkeys(("ScaleIntensityRange", "ScaleIntensityRangePercentiles"), ("b_min", "b_max")),
@@ -81,6 +88,8 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
     if not found:
         raise InputError(f"{path}: describes no {' or '.join(classes) or 'such network'}")
     given = {name: resolved(value, content) for name, value in found[0].items()}
+    if "VQVAE" in classes:
+        check_vqvae(given, str(path))
     settings = {ours: given[name] for name, ours in ARGUMENTS.items() if name in given}
     if "head_channels" not in settings and any(name.startswith("DiffusionModelUNet") for name in classes):
         settings["head_channels"] = 8  # the default of the class
@@ -96,6 +105,15 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
         else:
             unclear[name] = " and ".join(map(str, values))
     return Described(settings, facts, unclear)
+
+
+def check_vqvae(given: dict[str, Any], where: str) -> None:
+    """InputError if the arguments of a VQVAE say what our network lacks. A value may stand for all levels."""
+    for name, ours in VQVAE_ONLY.items():
+        value = given.get(name, ours)
+        rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        if any((row.upper() if isinstance(row, str) else row) != ours for row in rows):
+            raise InputError(f"{where}: {name} {value} is not supported, expected {ours}")
 
 
 def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list[Any]]:
@@ -170,6 +188,8 @@ def check_agreement(described: dict[str, Any], inferred: dict[str, Any], where: 
         if name not in inferred or value is None:
             continue
         ours = inferred[name]
+        if name == "res_channels" and ours is None:
+            ours = inferred["channels"]
         if isinstance(ours, tuple):
             value = per_level(value if isinstance(value, list) else [value], levels)
         if value != ours:

@@ -42,7 +42,8 @@ from ..diffusion_kernel import KernelConfig
 from ..engine.checkpoint import is_occupied, write_text
 from ..engine.distributed import print0
 from ..pipeline import AutoencoderPipeline, LatentDiffusionPipeline, Pipeline, load
-from ..vae import AutoencoderKL
+from ..vae import Autoencoder, AutoencoderKL
+from ..vqvae import VQVAE
 from .files import write_safetensors
 from .graphs import export_decoder
 from .layouts import extract
@@ -65,11 +66,13 @@ class ExportConfig:
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def with_normalised_latents(net: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
+def with_normalised_latents(net: Autoencoder, mean: Tensor, std: Tensor) -> AutoencoderKL:
     """A copy whose latents are normalised: encode gives (z - mean) / std, decode takes that back.
 
     mean, std: (C_z,). The log-variance falls by 2 log std.
     """
+    if not isinstance(net, AutoencoderKL):
+        raise InputError("autoencoder: latent diffusion on codes (vq) has no counterpart in a MONAI bundle")
     net, first = copy.deepcopy(net), slice(len(mean))
     quant, post = net.quant_conv, net.post_quant_conv
     ones = (1,) * (quant.weight.ndim - 1)
@@ -82,9 +85,10 @@ def with_normalised_latents(net: AutoencoderKL, mean: Tensor, std: Tensor) -> Au
     return net
 
 
-def foreign_state(net: AutoencoderKL | Denoiser, library: str) -> dict[str, Tensor]:
+def foreign_state(net: Autoencoder | Denoiser, library: str) -> dict[str, Tensor]:
     """The weights of `net` under the names of the library's class."""
-    state = extract(net, "diffusers" if library == "diffusers" else "monai")
+    layout = "monai_vq" if isinstance(net, VQVAE) else "monai"
+    state = extract(net, "diffusers" if library == "diffusers" else layout)
     if "class_embedding.weight" in state:  # the last row is the absent class, which MONAI lacks
         state["class_embedding.weight"] = state["class_embedding.weight"][:-1].clone()
     if isinstance(net, AutoencoderKL) and library == "maisi":
@@ -155,7 +159,8 @@ def reconstruction_bundle(pipeline: AutoencoderPipeline, description: Descriptio
         steps.append({"_target_": "Spacing", "pixdim": list(data.spacing)})
     steps.append(scaling_transform(data, net.config.image_range))
     steps.append({"_target_": "DivisiblePad", "k": list(net.downsampling), "mode": "edge"})
-    each = "@saver(@inferer(@preprocessing(image)[None].to(@device), @autoencoder.reconstruct)[0])"
+    network_of = "lambda x: @autoencoder(x)[0]" if isinstance(net, VQVAE) else "@autoencoder.reconstruct"
+    each = f"@saver(@inferer(@preprocessing(image)[None].to(@device), {network_of})[0])"
     return {
         **HEAD,
         "images": "$sorted(glob.glob(@bundle_root + '/images/*'))",

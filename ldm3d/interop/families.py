@@ -56,6 +56,16 @@ OLD_ATTENTION = tuple(
 
 FAMILIES = (
     Family(
+        name="MONAI VQVAE",  # named alike in monai-generative
+        kind="autoencoder",
+        layout="monai_vq",
+        library="monai",
+        sign=r"^quantizer\.quantizer\.embedding\.weight$",
+        fixed={"trunk": "plain", "quant_conv": False},
+        usual={"image_range": UNIT},
+        classes=("VQVAE",),
+    ),
+    Family(
         name="MAISI autoencoder",
         kind="autoencoder",
         layout="monai",
@@ -144,7 +154,6 @@ FAMILIES = (
 )
 OTHERS = {  # recognised, to be refused by name
     r"(^|\.)initial_conv\.conv\.weight$": "a PatchDiscriminator of MONAI",
-    r"^quantizer\.quantizer\.": "a VQVAE of MONAI",
     r"^controlnet_cond_embedding\.": "a ControlNet of MONAI",
     r"^quantize\.embedding\.": "a VQ autoencoder of CompVis",
     r"^(model\.diffusion_model\.|input_blocks\.)": "a U-Net of CompVis",
@@ -193,7 +202,7 @@ def numbers(state: State, pattern: str) -> int:
 
 
 class Shapes:
-    """The shapes of a state; a name that is not there is an InputError that names it."""
+    """The shapes of matrices and kernels of a state; InputError for a name that is not there, or no such."""
 
     def __init__(self, state: State, where: str):
         self.state, self.where = state, where
@@ -201,6 +210,9 @@ class Shapes:
     def __call__(self, name: str) -> tuple[int, ...]:
         if name not in self.state:
             raise InputError(f"{self.where}: the weights do not fit: {name} is missing")
+        if self.state[name].ndim < 2:
+            shape = tuple(self.state[name].shape)
+            raise InputError(f"{self.where}: {name} is {shape}, which is no matrix and no kernel")
         return tuple(self.state[name].shape)
 
     def has(self, pattern: str) -> bool:
@@ -208,13 +220,14 @@ class Shapes:
 
 
 def block_types(shapes: Shapes, half: str) -> str:
-    """The blocks of MONAI's flat list, one letter each: c convolution, r residual, a attention, d down, u up,
-    n norm. For two levels with attention at the second: "crdranc"."""
+    """The blocks of MONAI's flat list, one letter each: c convolution, r residual, p residual without norms,
+    a attention, d down, u up, n norm. For two levels with attention at the second: "crdranc"."""
     letters = ""
     for n in range(min(numbers(shapes.state, rf"{half}\.blocks\.(\d+)\."), len(shapes.state))):
         at = rf"{half}\.blocks\.{n}\."
         signs = {
             "r": "norm1",
+            "p": "conv1",
             "a": "attn",
             "d": r"conv\.conv",
             "u": "postconv|deconv",
@@ -267,6 +280,29 @@ def monai_autoencoder(shapes: Shapes) -> dict[str, Any]:
     elif "u" in decoder and not shapes.has(r"decoder\.blocks\.\d+\.postconv\."):
         raise InputError(f"{shapes.where}: the decoder has no known up-sampling")
     return settings
+
+
+def monai_vqvae(shapes: Shapes) -> dict[str, Any]:
+    """The settings (VAEConfig, and codebook_size) of MONAI's VQVAE: a convolution starts each level."""
+    letters, stem = block_types(shapes, "encoder"), shapes("encoder.blocks.0.conv.weight")
+    if not re.fullmatch(r"(cp*)+c", letters):
+        raise InputError(f"{shapes.where}: the blocks of the encoder are in an order that no VQVAE has")
+    at = [n for n, letter in enumerate(letters) if letter == "c"]  # the last convolution ends the trunk
+    channels = tuple(shapes(f"encoder.blocks.{n}.conv.weight")[0] for n in at[:-1])
+    inner = tuple(
+        shapes(f"encoder.blocks.{n + 1}.conv1.conv.weight")[0] if letters[n + 1] == "p" else width
+        for n, width in zip(at[:-1], channels, strict=True)
+    )
+    codes = shapes("quantizer.quantizer.embedding.weight")
+    return {
+        "dims": len(stem) - 2,
+        "in_channels": stem[1],
+        "latent_channels": codes[-1],
+        "channels": channels,
+        "num_res_blocks": tuple(len(part) for part in letters[1:-1].split("c")),
+        "res_channels": None if inner == channels else inner,
+        "codebook_size": codes[0],
+    }
 
 
 def levels_autoencoder(shapes: Shapes, layout: str) -> dict[str, Any]:
@@ -333,4 +369,6 @@ def configuration(state: State, family: Family, where: str) -> dict[str, Any]:
         return unet(shapes)
     if family.layout == "monai":
         return monai_autoencoder(shapes)
+    if family.layout == "monai_vq":
+        return monai_vqvae(shapes)
     return levels_autoencoder(shapes, family.layout)

@@ -32,7 +32,8 @@ from ..engine.checkpoint import is_occupied, load_run, save, weights, write_text
 from ..engine.distributed import print0
 from ..pipeline import copy_autoencoder, load_autoencoder
 from ..unet import UNetConfig
-from ..vae import AutoencoderKL, VAEConfig
+from ..vae import Autoencoder, AutoencoderKL, VAEConfig
+from ..vqvae import VQVAE, QuantizerConfig
 from .bundles import Described, check_agreement, read_description
 from .families import Family, configuration, recognise, rewrite, with_identity_projections
 from .files import read_weights
@@ -100,7 +101,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Imported:
-    net: AutoencoderKL | Denoiser
+    net: Autoencoder | Denoiser
     family: Family
     report: Report
     state: dict[str, Tensor]  # the weights as the newest class of that library names them
@@ -122,7 +123,9 @@ def hints_of(
     """What shapes cannot tell: (given, assumed). A flag counts more than the configuration file."""
     settings = VAEConfig if family.kind == "autoencoder" else UNetConfig
     types = field_types(settings)
-    hints = [name for name in HINTS if name in types]
+    if family.layout == "monai_vq":
+        types = {"image_range": types["image_range"], **field_types(QuantizerConfig)}
+    hints = [name for name in (*HINTS, "decay", "commitment_weight") if name in types]
     for name in hints:
         if flags.get(name) is None and name not in inferred:
             ask_for(name, described.unclear)
@@ -142,7 +145,7 @@ def hints_of(
             raise InputError(f"{name}: has no effect, {where} holds a {family.name}")
     given = {name: convert(value, types[name], name) for name, value in given.items()}
     assumed = {k: v for k, v in family.usual.items() if k not in given and k not in inferred}
-    groups = (assumed | given)["num_groups"]
+    groups = (assumed | given).get("num_groups", 1)
     if any(width % groups for width in inferred["channels"]):
         raise InputError(
             f"num_groups: {where} has levels of {inferred['channels']} channels, which {groups} groups of "
@@ -169,10 +172,15 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
     check_agreement(described.settings, inferred, str(config))
     given, assumed = hints_of(family, inferred, described, flags, where)
     settings = inferred | assumed | given
-    if family.kind == "autoencoder":
+    if family.layout == "monai_vq":
+        quantizer = {name: settings.pop(name) for name in field_types(QuantizerConfig) if name in settings}
+        net: Autoencoder | Denoiser = VQVAE(
+            from_dict(VAEConfig, settings), from_dict(QuantizerConfig, quantizer)
+        )
+    elif family.kind == "autoencoder":
         if settings.get("upsample", "").startswith("deconv"):
             state = {name.replace(".postconv.conv.", ".deconv."): value for name, value in state.items()}
-        net: AutoencoderKL | Denoiser = AutoencoderKL(from_dict(VAEConfig, settings))
+        net = AutoencoderKL(from_dict(VAEConfig, settings))
     else:
         net, state = make_denoiser(from_dict(UNetConfig, settings), state, where)
     fill(net, state, family.layout, where)
@@ -225,7 +233,7 @@ def make_denoiser(
     return net, state
 
 
-def load(file: str | Path, config: str | Path | None = None, **hints: Any) -> AutoencoderKL | Denoiser:
+def load(file: str | Path, config: str | Path | None = None, **hints: Any) -> Autoencoder | Denoiser:
     """The network in a file of another library, frozen and in eval mode on the CPU.
 
     An autoencoder takes and gives intensities in [-1, 1], whatever range it was trained on (`image_range`). A
@@ -284,10 +292,12 @@ def spec_of(data: DataConfig, channels: int) -> DataSpec:
 NO_CASES: dict[str, list[str]] = {"train": [], "val": [], "test": []}
 
 
-def autoencoder_content(config: ImportConfig, net: AutoencoderKL) -> dict[str, Any]:
+def autoencoder_content(config: ImportConfig, net: Autoencoder) -> dict[str, Any]:
     """The checkpoint of an imported autoencoder."""
     data = data_settings(config, net.config.dims, net.downsampling)
     settings = {"autoencoder": "kl", "data": to_dict(data), "vae": to_dict(net.config)}
+    if isinstance(net, VQVAE):
+        settings |= {"autoencoder": "vq", "quantizer": to_dict(net.quantizer.config)}
     state = {"data": spec_of(data, net.config.in_channels).to_dict(), "split": NO_CASES}
     return {"kind": "vae", "config": settings, "state": state}
 
@@ -366,7 +376,7 @@ def import_file(config: ImportConfig, file: str) -> Path:
     if isinstance(net, Denoiser):
         report = dataclasses.replace(report, facts=factors_of(config.vae) | report.facts)
     facts = report.facts
-    if isinstance(net, AutoencoderKL) and config.spacing is None:
+    if isinstance(net, Autoencoder) and config.spacing is None:
         ask_for("spacing", imported.unclear)
         if len(facts.get("spacing", ())) == net.config.dims:
             config = dataclasses.replace(config, spacing=facts["spacing"])
@@ -376,7 +386,7 @@ def import_file(config: ImportConfig, file: str) -> Path:
         config = dataclasses.replace(
             config, kernel=from_dict(KernelConfig, facts["kernel"], f"{config.config}: kernel")
         )
-    if isinstance(net, AutoencoderKL):
+    if isinstance(net, Autoencoder):
         content = autoencoder_content(config, net)
     else:
         content = denoiser_content(config, net, report)

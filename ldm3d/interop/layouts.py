@@ -31,6 +31,7 @@ from ..blocks import (
     Downsample,
     GroupNorm,
     ResBlock,
+    ResidualUnit,
     TransformerBlock,
     Upsample,
     per_level,
@@ -40,8 +41,9 @@ from ..denoiser import Denoiser
 from ..engine.checkpoint import load_weights
 from ..unet import Stage, UNet
 from ..vae import Autoencoder, VAEConfig
+from ..vqvae import VQVAE
 
-LayoutName = Literal["monai", "compvis", "diffusers"]
+LayoutName = Literal["monai", "monai_vq", "compvis", "diffusers"]
 Rows = dict[type, dict[str, str | tuple[str, ...]]]  # type of our block -> our part -> its part or parts
 
 
@@ -85,6 +87,11 @@ MONAI_UNET: Rows = MONAI | {
         **{f"ff.linear{i}": f"{TRANSFORMER}.ff.linear{i}" for i in (1, 2)},
     },
 }
+MONAI_VQ: Rows = {
+    Conv: {"": "conv"},
+    ResidualUnit: {"conv1": "conv1.conv", "conv2": "conv2.conv"},
+    Upsample: {"deconv": "conv"},
+}
 COMPVIS: Rows = {
     Conv: {"": ""},
     GroupNorm: {"": ""},
@@ -104,7 +111,9 @@ DIFFUSERS: Rows = COMPVIS | {
         "attn.out_proj": "to_out.0",
     },
 }
-ROWS: dict[str, Rows] = {"monai": MONAI, "compvis": COMPVIS, "diffusers": DIFFUSERS}
+ROWS: dict[str, Rows] = {
+    **{"monai": MONAI, "monai_vq": MONAI_VQ, "compvis": COMPVIS, "diffusers": DIFFUSERS},
+}
 
 
 def part_of(block: nn.Module, name: str) -> nn.Module | None:
@@ -149,7 +158,7 @@ PLACES = {
 
 def places(config: VAEConfig, half: str, layout: str) -> Iterator[str]:
     """Where each block of the encoder or decoder lies, in the order of our `layers`."""
-    if layout == "monai":  # one flat list
+    if layout in ("monai", "monai_vq"):  # one flat list
         n = 0
         while True:
             yield f"{half}.blocks.{n}"
@@ -176,7 +185,7 @@ def places(config: VAEConfig, half: str, layout: str) -> Iterator[str]:
 
 
 def autoencoder_entries(net: Autoencoder, layout: str) -> Iterator[Entry]:
-    """Every tensor of an autoencoder but a codebook."""
+    """Every tensor of an autoencoder."""
     rows = ROWS[layout]
     for half in ("encoder", "decoder"):
         layers = [(n, layer) for n, layer in enumerate(getattr(net, half).layers) if type(layer) in rows]
@@ -188,6 +197,10 @@ def autoencoder_entries(net: Autoencoder, layout: str) -> Iterator[Entry]:
         for leaf in ("weight", "bias"):
             yield Entry(f"quant_conv.{leaf}", tuple(f"{name}.{leaf}" for name in quant))
             yield Entry(f"post_quant_conv.{leaf}", (f"post_quant_conv{wrap}.{leaf}",))
+    if isinstance(net, VQVAE):
+        codes = {"codebook": "embedding.weight", "code_sum": "ema_w", "code_count": "ema_cluster_size"}
+        for own, theirs in codes.items():
+            yield Entry(f"quantizer.{own}", (f"quantizer.quantizer.{theirs}",))
 
 
 def unet_entries(net: UNet, own: str = "") -> Iterator[Entry]:
@@ -271,6 +284,8 @@ def fill(net: nn.Module, state: dict[str, Tensor], layout: str, where: str) -> N
                 f"{where}: {entry.theirs[0]} is {tuple(parts[0].shape)}, which does not fit the other "
                 f"tensors ({entry.own} wants {tuple(shape)})"
             )
+    if isinstance(net, VQVAE):
+        own["quantizer.initialised"] = torch.tensor(True)  # so that training on keeps the codes
     load_weights(net, own, where, may_miss=["conditioner.parts.*.null"])  # zeros: no library has them
 
 

@@ -18,7 +18,8 @@ from ..conditioner import Conditioned
 from ..config import InputError
 from ..denoiser import Denoiser
 from ..unet import UNetConfig
-from ..vae import AutoencoderKL, VAEConfig
+from ..vae import Autoencoder, AutoencoderKL, VAEConfig
+from ..vqvae import VQVAE
 from .layouts import NUMBERS
 
 Library = Literal["monai", "maisi", "diffusers"]
@@ -36,7 +37,9 @@ class Description(NamedTuple):
 
 def require(config: VAEConfig | UNetConfig, target: str, **allowed: Any) -> None:
     """InputError unless each of these settings has the value (or one of the tuple of values) of `target`."""
-    for name, values in {"strides": 2, **allowed}.items():
+    for name, values in {"trunk": "norm", "strides": 2, **allowed}.items():
+        if name == "trunk" and not hasattr(config, name):
+            continue
         value = getattr(config, name)
         if name == "strides":
             value = {s for strides in level_strides(config) for s in strides} or {2}
@@ -90,6 +93,38 @@ def describe_maisi_autoencoder(config: VAEConfig) -> Description:
     arguments = monai_arguments(config, target, ("trilinear", "deconv3")) | {"num_splits": 1}
     arguments["num_channels"] = arguments.pop("channels")
     return Description(target, arguments)
+
+
+def describe_monai_vqvae(net: VQVAE) -> Description:
+    target, config, quantizer = "monai.networks.nets.VQVAE", net.config, net.quantizer.config
+    levels = len(config.channels)
+    blocks = per_level(config.num_res_blocks, levels)
+    for name, value, expected in (
+        ("trunk", config.trunk, "plain"),
+        ("quant_conv", config.quant_conv, False),
+        ("num_res_blocks", blocks, (blocks[0],) * levels),
+        ("quantizer.update", quantizer.update, "ema"),
+    ):
+        if value != expected:
+            raise InputError(f"{name}: {value} has no counterpart in {target}, expected {expected}")
+    inner = config.channels if config.res_channels is None else per_level(config.res_channels, levels)
+    return Description(
+        target,
+        {
+            "spatial_dims": config.dims,
+            "in_channels": config.in_channels,
+            "out_channels": config.in_channels,
+            "channels": list(config.channels),
+            "num_res_layers": blocks[0],
+            "num_res_channels": list(inner),
+            "downsample_parameters": [[2, 4, 1, 1]] * levels,
+            "upsample_parameters": [[2, 4, 1, 1, 0]] * levels,
+            "num_embeddings": quantizer.codebook_size,
+            "embedding_dim": config.latent_channels,
+            "commitment_cost": quantizer.commitment_weight,
+            "decay": quantizer.decay,
+        },
+    )
 
 
 def describe_diffusers_autoencoder(config: VAEConfig) -> Description:
@@ -149,6 +184,8 @@ def describe(net: nn.Module, library: Library) -> Description:
     if isinstance(net, AutoencoderKL):
         make = {"monai": describe_monai_autoencoder, "maisi": describe_maisi_autoencoder}
         return (make | {"diffusers": describe_diffusers_autoencoder})[library](net.config)
+    if isinstance(net, VQVAE) and library == "monai":
+        return describe_monai_vqvae(net)
     if isinstance(net, Denoiser) and library in ("monai", "maisi"):
         return describe_monai_unet(net)
     raise InputError(f"{library}: has no counterpart of a {type(net).__name__}")
@@ -176,10 +213,10 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.inference_mode()
-def compare(net: AutoencoderKL | Denoiser, theirs: nn.Module) -> float:
+def compare(net: Autoencoder | Denoiser, theirs: nn.Module) -> float:
     """The largest relative error between the outputs of our network and the other on random input."""
     draw = torch.Generator().manual_seed(0)
-    if isinstance(net, AutoencoderKL):
+    if isinstance(net, Autoencoder):
         config = net.config
         x = torch.rand(1, config.in_channels, *(4 * f for f in net.downsampling), generator=draw) * 2 - 1
         posterior = net.encode(x)
@@ -188,6 +225,9 @@ def compare(net: AutoencoderKL | Denoiser, theirs: nn.Module) -> float:
         if type(theirs).__module__.startswith("diffusers"):
             gaussian = theirs.encode(inside).latent_dist
             mean, std, recon = gaussian.mean, gaussian.std, theirs.decode(z).sample
+        elif isinstance(net, VQVAE):
+            mean, std = theirs.encode(inside), posterior.std  # none
+            recon = theirs.decode(theirs.quantize(z)[0])
         else:
             (mean, std), recon = theirs.encode(inside), theirs.decode(z)
         recon = Rescale(config.image_range, SCALED)(recon)

@@ -25,6 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for names, errors in (
             (test_import.AUTOENCODERS, test_import.autoencoder_errors),
+            (test_import.CODES, test_import.vqvae_errors),
             (test_import.U_NETS, test_import.unet_errors),
         ):
             for name in names:

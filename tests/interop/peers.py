@@ -9,7 +9,7 @@ import re
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
-from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -21,6 +21,18 @@ SMALL = {
     "latent_channels": 3,
     "with_encoder_nonlocal_attn": False,
     "with_decoder_nonlocal_attn": False,
+}
+CODES = {
+    **{
+        "in_channels": 1,
+        "out_channels": 1,
+        "channels": (4, 6),
+        "num_res_layers": 1,
+        "num_res_channels": (4, 6),
+    },
+    "downsample_parameters": ((2, 4, 1, 1),) * 2,
+    "upsample_parameters": ((2, 4, 1, 1, 0),) * 2,
+    **{"num_embeddings": 8, "embedding_dim": 3},
 }
 UNET = {
     "in_channels": 3,
@@ -53,6 +65,21 @@ def maisi(**changes) -> nn.Module:
     small = {**SMALL, "num_channels": SMALL["channels"], "num_res_blocks": (1, 1), **changes}
     del small["channels"]
     return randomised(AutoencoderKlMaisi(3, 1, 1, num_splits=1, **small))
+
+
+def vqvae(dims: int, **changes) -> nn.Module:
+    levels = len(changes.get("channels", CODES["channels"]))
+    samplings = {
+        f"{way}sample_parameters": CODES[f"{way}sample_parameters"][:1] * levels for way in ("down", "up")
+    }
+    net = randomised(VQVAE(dims, **{**CODES, **samplings, **changes}))
+    codes, draw = net.quantizer.quantizer.embedding.weight, torch.Generator().manual_seed(1)
+    with torch.no_grad():  # codes near latents, so that many of them are used
+        z = net.encode(torch.rand(2, net.in_channels, *(16, 24, 8)[:dims], generator=draw))
+        rows = z.movedim(1, -1).flatten(0, -2)
+        rows = rows[torch.linspace(0, len(rows) - 1, len(codes)).long()]
+        codes.copy_(rows + 0.1 * rows.std() * torch.randn(codes.shape, generator=draw))
+    return net
 
 
 def unet(dims: int, **changes) -> nn.Module:

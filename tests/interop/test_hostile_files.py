@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm3d import AutoencoderKL, Denoiser, UNetConfig, VAEConfig
+from ldm3d import VQVAE, AutoencoderKL, Denoiser, QuantizerConfig, UNetConfig, VAEConfig
 from ldm3d.interop.__main__ import main
 from ldm3d.interop.files import read_safetensors, write_safetensors
 from ldm3d.interop.layouts import extract
@@ -32,6 +32,11 @@ def unet() -> dict[str, torch.Tensor]:
     return extract(Denoiser(UNET), "monai")
 
 
+def vqvae() -> dict[str, torch.Tensor]:
+    config = VAEConfig(2, 1, 3, (4, 8), (1,), trunk="plain", quant_conv=False)
+    return extract(VQVAE(config, QuantizerConfig(8)), "monai_vq")
+
+
 class Code:
     """A pickle that would run code."""
 
@@ -44,6 +49,16 @@ def spoiled(change):
 
     def write(path: Path) -> None:
         state = sound()
+        torch.save(change(state) or state, path)
+
+    return write
+
+
+def spoiled_vqvae(change):
+    """`spoiled`, of a VQVAE."""
+
+    def write(path: Path) -> None:
+        state = vqvae()
         torch.save(change(state) or state, path)
 
     return write
@@ -132,6 +147,10 @@ HOSTILE = {  # what is wrong -> (how the file is written, what the line says)
         spoiled(lambda state: state.update({"post_quant_conv.conv.bias": torch.tensor(1.0)})),
         "post_quant_conv.conv.bias",
     ),
+    "a kernel without axes": (
+        spoiled(lambda state: state.update({"post_quant_conv.conv.weight": torch.ones(3)})),
+        "post_quant_conv.conv.weight is (3,), which is no matrix and no kernel",
+    ),
     "q unlike k": (
         spoiled(lambda state: cut(state, "encoder.blocks.4.attn.to_q.weight", slice(None), slice(5))),
         "differ in shape",
@@ -150,6 +169,34 @@ HOSTILE = {  # what is wrong -> (how the file is written, what the line says)
         "encoder.blocks.",
     ),
     "a U-Net without its autoencoder": (lambda path: torch.save(unet(), path), "head_channels"),
+    "a VQVAE without its running means": (
+        spoiled_vqvae(lambda state: {k: v for k, v in state.items() if "ema_w" not in k}),
+        "quantizer.quantizer.ema_w is missing",
+    ),
+    "a VQVAE with blocks in disorder": (
+        spoiled_vqvae(lambda state: {k: v for k, v in state.items() if "encoder.blocks.4" not in k}),
+        "in an order that no VQVAE has",
+    ),
+    "a VQVAE without decoder": (
+        spoiled_vqvae(lambda state: {k: v for k, v in state.items() if not k.startswith("decoder")}),
+        "decoder.blocks.0.conv.weight is missing",
+    ),
+    "a VQVAE with kernels of 3": (
+        spoiled_vqvae(lambda state: cut(state, "encoder.blocks.0.conv.weight", ..., slice(3))),
+        "encoder.blocks.0.conv.weight is (4, 1, 4, 3), which does not fit",
+    ),
+    "a VQVAE with codes of two widths": (
+        spoiled_vqvae(lambda state: cut(state, "quantizer.quantizer.ema_w", slice(None), slice(2))),
+        "quantizer.quantizer.ema_w is (8, 2), which does not fit",
+    ),
+    "a VQVAE with a learned slope": (
+        spoiled_vqvae(lambda state: state.update({"encoder.blocks.0.adn.A.weight": torch.ones(1)})),
+        "encoder.blocks.0.adn.A.weight is left over",
+    ),
+    "a VQVAE whose codes are one number": (
+        spoiled_vqvae(lambda state: state.update({"quantizer.quantizer.embedding.weight": torch.ones(())})),
+        "quantizer.quantizer.embedding.weight",
+    ),
     "safetensors: huge header": (safe(lambda content: b"\xff" * 8 + content[8:]), "header"),
     "safetensors: no JSON": (safe(lambda content: content[:8] + b"{!" + content[10:]), "not JSON"),
     "safetensors: cut": (safe(lambda content: content[:-50]), "does not fit the file"),
@@ -170,14 +217,14 @@ HOSTILE = {  # what is wrong -> (how the file is written, what the line says)
 }
 
 
-def run(path: Path, tmp_path: Path) -> list[str]:
+def run(path: Path, tmp_path: Path, *flags: str) -> list[str]:
     found = path if path.exists() else path.with_suffix(".safetensors")
-    return ["import", str(found), "--to", str(tmp_path / "run"), "--num_groups", "2"]
+    return ["import", str(found), "--to", str(tmp_path / "run"), *flags]
 
 
 def test_the_sound_file_is_imported(tmp_path):
     torch.save(sound(), tmp_path / "model.pt")
-    main(run(tmp_path / "model.pt", tmp_path))
+    main(run(tmp_path / "model.pt", tmp_path, "--num_groups", "2"))
     assert (tmp_path / "run" / "best.pt").exists()
 
 
@@ -185,7 +232,8 @@ def test_the_sound_file_is_imported(tmp_path):
 def test_a_hostile_file_is_one_line(name, tmp_path, mistake):
     write, says = HOSTILE[name]
     write(tmp_path / "model.pt")
-    line = mistake(main, run(tmp_path / "model.pt", tmp_path))
+    flags = () if "VQVAE" in name else ("--num_groups", "2")
+    line = mistake(main, run(tmp_path / "model.pt", tmp_path, *flags))
     assert says in line, line
     assert not (tmp_path / "run").exists()
     assert not Path("/tmp/ldm3d-was-here").exists()

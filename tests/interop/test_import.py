@@ -44,6 +44,10 @@ def maisi(**changes):
     return lambda: (peers.maisi(**changes), same)
 
 
+def vqvae(dims, spelled=same, **changes):
+    return lambda: (peers.vqvae(dims, **changes), spelled)
+
+
 def diffusers(spelled=same, **changes):
     def make():
         pytest.importorskip("diffusers")
@@ -98,6 +102,19 @@ AUTOENCODERS = {  # name -> (network, how it is spelled), what shapes cannot tel
         {},
     ),
 }
+CODES = {  # VQVAEs, rows as in AUTOENCODERS
+    "2d": (vqvae(2), {}),
+    "3d": (vqvae(3), {}),
+    "three levels": (
+        vqvae(3, channels=(4, 6, 8), num_res_channels=(4, 6, 8), num_res_layers=2),
+        {"image_range": (-1.0, 1.0)},
+    ),
+    "narrow units": (vqvae(2, num_res_channels=(3, 5)), {}),
+    "no units": (vqvae(2, num_res_layers=0), {}),
+    "one level": (vqvae(3, channels=(4,), num_res_channels=(6,)), {}),
+    "many channels": (vqvae(2, in_channels=3, out_channels=3, num_embeddings=40, embedding_dim=5), {}),
+    "of DDP and compile": (vqvae(2, ddp), {}),
+}
 CONTEXT = {"with_conditioning": True, "cross_attention_dim": 6}
 WIDER = {"channels": (8, 16, 16), "attention_levels": (False, True, True), "num_res_blocks": (1, 2, 1)}
 REGIONS = {"maisi": True, "include_top_region_index_input": True, "include_bottom_region_index_input": True}
@@ -145,7 +162,7 @@ def gradient_error(found: Imported, net, spelled) -> float:
     for ours, mine in zip(twin.parameters(), found.net.parameters(), strict=True):
         ours.data = torch.zeros_like(mine) if mine.grad is None else mine.grad
     ours = extract(twin, found.family.layout)
-    grads = {name: p.grad for name, p in net.named_parameters()}
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     theirs, _ = rewrite(strip(spelled(grads)), found.family, "gradients")
     assert sum(name in ours for name in theirs) >= 0.9 * len(theirs)
     errors = [0.0]
@@ -187,6 +204,29 @@ def autoencoder_errors(name: str, folder: Path) -> tuple[Imported, float, float]
     return found, error, gradient_error(found, net, spelled)
 
 
+def vqvae_errors(name: str, folder: Path) -> tuple[Imported, float, float]:
+    """`autoencoder_errors` of a VQVAE; the gradient passes straight through the codes."""
+    make, hints = CODES[name]
+    net, spelled = make()
+    found = imported(spelled(net.state_dict()), folder, **hints)
+    low, high = found.net.config.image_range
+    size = (16, 24, 8)[: found.net.config.dims]
+    inside = torch.rand(2, found.net.config.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    inside = low + (high - low) * inside
+    z = net.encode(inside)
+    codes, loss = net.quantize(z)
+    recon = net.decode(codes)
+    ours, quantized = found.net(2 * (inside - low) / (high - low) - 1)
+    ours = low + (high - low) * (ours + 1) / 2
+    commitment = 0.25 * quantized.commitment_loss.mean()
+    pairs = ((quantized.z, z), (quantized.z_q, codes), (ours, recon), (commitment, loss))
+    error = max(relative_error(mine.detach(), other.detach()) for mine, other in pairs)
+    assert len(quantized.indices.unique()) > 2
+    (ours.square().mean() + commitment).backward()
+    (recon.square().mean() + loss).backward()
+    return found, error, gradient_error(found, net, spelled)
+
+
 def unet_errors(name: str, folder: Path) -> tuple[Imported, float, float]:
     """`autoencoder_errors` of a U-Net."""
     arguments, spelled, hints = U_NETS[name]
@@ -220,6 +260,13 @@ def test_an_imported_autoencoder_computes_what_its_own_class_does(name, tmp_path
     assert gradients < 1e-4
 
 
+@pytest.mark.parametrize("name", CODES)
+def test_an_imported_vqvae_computes_what_its_own_class_does(name, tmp_path):
+    _, outputs, gradients = vqvae_errors(name, tmp_path)
+    assert outputs < 1e-5
+    assert gradients < 1e-4
+
+
 HEAVY = {  # combinations of what the others show one by one
     *("context 3d", "heads by level", "residual up and down 3d", "generative context", "generative 3d"),
     *("context, no projection", "context, combined qkv", "generative classes", "maisi ddpm"),
@@ -237,7 +284,7 @@ def test_an_imported_u_net_computes_what_its_own_class_does(name, tmp_path):
 
 def test_the_matrix_has_every_family_and_at_least_forty_configurations():
     assert set(U_NETS) >= HEAVY
-    assert len(AUTOENCODERS) + len(U_NETS) >= 40
+    assert len(AUTOENCODERS) + len(CODES) + len(U_NETS) >= 40
 
 
 def test_the_check_of_a_maisi_u_net_compares_its_numbers_too(tmp_path):
@@ -247,6 +294,14 @@ def test_the_check_of_a_maisi_u_net_compares_its_numbers_too(tmp_path):
     assert compare(found.net, theirs) < 1e-5
     found.net.conditioner.parts[2].mlp[0].bias.data.add_(1)
     assert compare(found.net, theirs) > 1e-4
+
+
+def test_the_check_of_a_vqvae_compares_its_codes_too(tmp_path):
+    found = imported(peers.vqvae(3).state_dict(), tmp_path)
+    theirs = build(describe(found.net, "monai"), found.state)
+    assert compare(found.net, theirs) < 1e-5
+    found.net.quantizer.codebook.mul_(2)
+    assert compare(found.net, theirs) > 1e-3
 
 
 @pytest.mark.parametrize(

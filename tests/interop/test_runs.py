@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from closeness import close
@@ -12,7 +14,16 @@ import ldm3d
 import sample
 import train_ldm
 import train_vae
-from ldm3d import AutoencoderKL, Condition, ConditionConfig, Denoiser, UNetConfig, VAEConfig
+from ldm3d import (
+    VQVAE,
+    AutoencoderKL,
+    Condition,
+    ConditionConfig,
+    Denoiser,
+    QuantizerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.interop import load
 from ldm3d.interop.__main__ import main
@@ -91,6 +102,74 @@ def test_an_imported_u_net_samples_its_classes_with_its_scale_factor(runs):
     model = ldm3d.load(runs / "ldm").model
     assert model.latent_std.flatten().tolist() == [2.0] * 3
     assert (model.kernel.config.process, model.kernel.config.beta_end) == ("vp", 0.0205)
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    """A folder with the weights and the run of a VQVAE."""
+    place = tmp_path_factory.mktemp("codes")
+    torch.manual_seed(0)
+    config = VAEConfig(2, 1, 3, (8, 16), (1, 1), trunk="plain", quant_conv=False, image_range=(0, 1))
+    torch.save(extract(VQVAE(config, QuantizerConfig(8)), "monai_vq"), place / "vq.pt")
+    network = {"_target_": "monai.networks.nets.VQVAE", "num_embeddings": 8, "channels": [8, 16]}
+    network |= {"num_res_layers": 1, "num_res_channels": [8, 16], "decay": 0.5, "output_act": None}
+    (place / "bundle.json").write_text(json.dumps({"vqvae": network}))
+    flags = [place / "vq.pt", "--config", place / "bundle.json", "--to", place / "vq", "--size", "16,20"]
+    main(["import", *map(str, flags)])
+    return place
+
+
+def test_an_imported_vqvae_reconstructs_files_and_its_codes_are_kept_when_training_goes_on(codes, heads):
+    sample.main([str(codes / "vq"), str(heads / "images"), "--out", str(codes / "recon")])
+    assert len(list((codes / "recon").glob("*.tif"))) == 12
+    before = ldm3d.load(codes / "vq").net
+    assert (before.quantizer.config.decay, before.quantizer.config.codebook_size) == (0.5, 8)
+    data = f"--data.root {heads} --data.cache_dir {codes / 'cache'} --run.steps 1 --optim.warmup_steps 0"
+    net = "--autoencoder vq --vae.trunk plain --vae.quant_conv false --vae.stem 1 --vae.num_groups 32"
+    more = "--vae.image_range 0,1 --quantizer.codebook_size 8 --quantizer.revive_below 0 --optim.lr 1e-9"
+    start = f"--run.ema_decay 0 --run.init {codes / 'vq'} --run.dir {codes / 'vq2'}"
+    train_vae.main(["phantom", *VAE, *f"{data} {net} {more} {start}".split()])
+    after = ldm3d.load(codes / "vq2").net.quantizer
+    assert after.initialised
+    near = torch.cdist(after.codebook, before.quantizer.codebook).argmin(1)
+    assert (near == torch.arange(8)).sum() >= 6  # k-means of the first batch would have moved all
+
+
+@pytest.mark.parity
+def test_monai_runs_the_bundle_of_a_vqvae_to_the_same_reconstructions(codes):
+    ConfigParser = pytest.importorskip("monai.bundle").ConfigParser
+    main(["export", str(codes / "vq"), "--as", "monai", "--to", str(codes / "bundle")])
+    image = np.random.default_rng(0).random((16, 20)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), codes / "bundle" / "images" / "one.nii.gz")
+    parser = ConfigParser()
+    parser.read_config(codes / "bundle" / "configs" / "inference.json")
+    parser.update({"bundle_root": str(codes / "bundle")})
+    parser.get_parsed_content("run")
+    (found,) = (codes / "bundle" / "results").glob("*.nii.gz")
+    net = ldm3d.load(codes / "vq").net
+    inside = parser.get_parsed_content("preprocessing")(str(codes / "bundle" / "images" / "one.nii.gz"))
+    with torch.no_grad():
+        recon = (net(torch.as_tensor(inside)[None] * 2 - 1)[0] + 1) / 2
+    close(torch.from_numpy(nibabel.load(found).get_fdata(dtype=np.float32)), recon[0, 0], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"output_act": "TANH"}, "output_act TANH is not supported"),
+        ({"downsample_parameters": [[2, 4, 1, 1], [1, 3, 1, 1]]}, "downsample_parameters"),
+        ({"num_embeddings": 9}, "codebook_size is 9 there, but 8 in the weights"),
+        ({"num_res_channels": 4}, "res_channels is (4, 4) there, but (8, 16) in the weights"),
+    ],
+)
+def test_a_description_of_another_vqvae_is_one_line(change, says, codes, tmp_path, mistake):
+    network = {"_target_": "VQVAE", **change}
+    (tmp_path / "bundle.json").write_text(json.dumps(network))
+    flags = ["--config", tmp_path / "bundle.json", "--to", tmp_path / "run"]
+    assert says in mistake(main, ["import", codes / "vq.pt", *flags])
+    assert "num_groups: has no effect" in mistake(
+        main, ["import", codes / "vq.pt", "--num_groups", 2, "--to", tmp_path / "run"]
+    )
 
 
 def test_an_imported_maisi_u_net_samples_with_its_numbers(runs, tmp_path):
