@@ -11,7 +11,7 @@ import sample
 import train_ldm
 import train_vae
 from ldm3d.data import read
-from ldm3d.evaluation import copies
+from ldm3d.evaluation import copies, pairs
 from ldm3d.evaluation import reconstruction as evaluation
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.inference import reconstruction, sampling
@@ -97,7 +97,8 @@ def test_reconstructions_are_rgb_pictures_but_those_of_float_files_are_floats(va
     assert (floats != np.rint(floats)).any()
 
 
-def test_written_pictures_can_be_compared_with_the_data(samples, vae, pictures, tmp_path):
+def test_written_pictures_can_be_compared_with_the_data(samples, vae, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "new_figure", lambda **_: None)  # histograms take a second
     flags = ["--resamples", "4", "--features", "none"]
     evaluation_main(["samples", str(samples), str(vae), *flags, "--out", str(tmp_path / "sets")])
     sample.main([str(vae), str(pictures), "--out", str(tmp_path / "recon")])

@@ -10,6 +10,7 @@ import torch
 
 from ldm3d.data import Volume, write
 from ldm3d.engine.distributed import run_script
+from ldm3d.evaluation import pairs as evaluation_of_pairs
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.evaluation.pairs import describe, fitted, move
 from ldm3d.metrics import psnr
@@ -28,6 +29,12 @@ def blob(dims: int, middle: float, radius: float) -> np.ndarray:
     """A bright ball of a radius in voxels on a dark ground."""
     places = np.indices(SHAPES[dims]) - middle
     return np.where((places**2).sum(0) <= radius**2, 100.0, 10.0).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def no_histograms(monkeypatch):
+    """They take a second to draw: the test that looks for their file draws them."""
+    monkeypatch.setattr(evaluation_of_pairs, "new_figure", lambda **_: None)
 
 
 @pytest.fixture(params=[2, 3], ids=["2d", "3d"])
@@ -73,7 +80,8 @@ def test_intensity_scores_are_scikit_images(pairs):
         assert rows[name]["mse"] == pytest.approx(metrics.mean_squared_error(target, made))
 
 
-def test_objects_are_found_and_measured(pairs):
+def test_objects_are_found_and_measured(pairs, monkeypatch):
+    monkeypatch.undo()  # histograms are drawn here
     dims, place = pairs
     rows, report = run(place, "--resamples", "50")
     for i in range(4):

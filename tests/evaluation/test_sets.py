@@ -76,6 +76,8 @@ def reports(request, tmp_path_factory):
         where = ["--out", str(place / f"report-{change}"), "--cache_dir", str(place / "cache")]
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(sets, "FEWEST", 10)
+            if change != "same":  # one figure is enough: each takes half a second
+                monkeypatch.setattr(sets, "draw_figure", lambda *_: None)
             evaluation_main(["samples", made, real, *where, *FAST])
         found[change] = json.loads((place / f"report-{change}" / "report.json").read_text())
     return dims, place, found
