@@ -10,6 +10,8 @@ other data        python train_ldm.py FOLDER --vae runs/vae-mine
 
 with conditions   python train_ldm.py phantom --condition.use class,text --run.dir runs/ldm-phantom-text
 with label maps   python train_ldm.py phantom-anatomy
+few volumes       python train_ldm.py phantom --run.init RUN --lora.rank 4 --run.dir runs/ldm-lora
+few masks         python train_ldm.py phantom --run.init RUN --control labels --run.dir runs/ldm-masks
 on pixels         python train_ldm.py phantom --pixel_stem 2 --run.dir runs/ldm-phantom-pixels
 on patches        python train_ldm.py hippocampus --patch.size 8,8,8 --run.dir runs/ldm-patches
 
@@ -32,7 +34,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +44,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm3d.conditions import Condition, ConditionConfig, absent, fit_conditions, hide
-from ldm3d.config import InputError, from_dict, parse, replace, to_dict
+from ldm3d.config import InputError, flatten, from_dict, parse, replace, to_dict
 from ldm3d.data import (
     AugmentConfig,
     Data,
@@ -60,7 +62,7 @@ from ldm3d.data.phantoms import phantom_folder
 from ldm3d.data.slices import find_all_cases
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.engine.checkpoint import load_run
+from ldm3d.engine.checkpoint import load_run, step_files
 from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet, visible
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
@@ -92,6 +94,7 @@ from ldm3d.latents import (
     encode_batch,
     latent_statistics,
 )
+from ldm3d.lora import LoRAConfig, add_adapters
 from ldm3d.metrics import dice, set_statistics
 from ldm3d.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
 from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of
@@ -132,6 +135,8 @@ class Config:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     anatomy: AnatomyConfig = field(default_factory=AnatomyConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
+    control: Literal["off", "labels", "image"] = "off"  # what the frozen denoiser of run.init shall follow
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -139,6 +144,11 @@ class Config:
         if not 1 <= self.sample_steps <= self.kernel.num_timesteps:
             limit = self.kernel.num_timesteps
             raise InputError(f"sample_steps: expected 1 to {limit} (kernel), got {self.sample_steps}")
+        if self.control != "off" and self.lora.rank:
+            raise InputError("control, lora.rank: give one of the two")
+        if self.frozen and not self.run.init:
+            name = "lora.rank" if self.lora.rank else "control"
+            raise InputError(f"{name}: needs run.init, the run whose denoiser stays frozen")
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +159,16 @@ class Config:
     def masks(self) -> bool:
         """Does the denoiser learn from masks?"""
         return self.anatomy.registers == "bound"
+
+    @property
+    def frozen(self) -> bool:
+        """Does the denoiser of run.init stay as it is, beside what is trained?"""
+        return self.control != "off" or self.lora.rank > 0
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir or f"runs/ldm-{self.preset}")
 
 
 BRATS: dict[str, Any] = {
@@ -276,17 +296,25 @@ def pixels(config: Config, run: dict[str, Any] | None) -> dict[str, Any]:
     return {**content, "config": config, "ema": {}, "step": 0, "best": None}
 
 
+def autoencoder_beside(run: str) -> Path:
+    """The autoencoder's file in the folder of a run, which `run` or a checkpoint in it names."""
+    path = Path(run)
+    return (path if path.is_dir() else path.parent) / "autoencoder.pt"
+
+
 def autoencoder_of(config: Config) -> tuple[dict[str, Any], str]:
     """(the content of the autoencoder's checkpoint, where it is from): the run folder's own copy, once there
     is one, else that of --vae, or the stem of --pixel_stem."""
-    own = Path(config.run.dir or f"runs/ldm-{config.preset}") / "autoencoder.pt"
+    own = config.folder / "autoencoder.pt"
     if own.exists() and not config.run.fresh:
         return load_run(own, "vae"), str(own)
     if config.pixel_stem is not None:
         run = load_run(config.vae, "vae") if config.vae else None
         return pixels(config, run), f"a stem of {config.pixel_stem}, which has no weights"
     path = Path(config.vae or f"runs/vae-{config.preset}")
-    if config.vae is None and not path.exists():
+    if config.frozen and config.vae is None:
+        path = autoencoder_beside(config.run.init)
+    elif config.vae is None and not path.exists():
         first = f"python train_vae.py {config.preset}"
         raise InputError(f"{path}: no autoencoder; train it first ({first}), or name another with --vae")
     return load_run(path, "vae"), str(path)
@@ -307,6 +335,42 @@ def with_autoencoder(config: Config) -> Config:
             "unet.out_channels": vae["latent_channels"],
         },
     )
+
+
+BASE = (
+    "unet.",
+    "condition.",
+    "anatomy.",
+    "patch.",
+    "kernel.",
+)  # the settings that a frozen denoiser brings along
+FREE = ("unet.dropout", "unet.checkpointing", "condition.dropout", "anatomy.weights", "anatomy.phases")
+
+
+def with_base(config: Config, flags: dict[str, Any]) -> Config:
+    """The configuration with the network and the diffusion of run.init, where its denoiser stays frozen."""
+    if not config.frozen or (step_files(config.folder) and not config.run.fresh):  # resumed: these are stored
+        return config
+    try:
+        stored = flatten(from_dict(Config, load_run(config.run.init, "ldm")["config"]))
+    except InputError as e:
+        raise InputError(f"run.init: {e}") from None
+    base = {k: v for k, v in stored.items() if k.startswith(BASE) and not k.startswith(FREE)}
+    for key, value in base.items():
+        if flags.get(key, value) != value:
+            frozen = "whose denoiser stays frozen"
+            raise InputError(f"{key}: is {value} in {config.run.init}, {frozen}; got {flags[key]}")
+    return replace(config, base)
+
+
+def check_base(run: Run, stage_one: dict[str, Any]) -> None:
+    """Refuse another autoencoder than that of run.init, where its denoiser stays frozen."""
+    if run.initial is None or not run.config.frozen:
+        return
+    where = autoencoder_beside(run.config.run.init)
+    theirs, ours = load_run(where, "vae")["ema"], stage_one["ema"]
+    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[k], ours[k]) for k in ours):
+        raise InputError(f"vae: another autoencoder than {where}, on whose latents the frozen denoiser works")
 
 
 def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
@@ -404,7 +468,7 @@ def open_latent_data(
         spec = spec_for(config, data.spec, theirs, other, autoencoder.downsampling)
     if config.anatomy.registers != "off" and spec.num_labels is None:
         raise InputError("anatomy.registers: needs masks (data.mask, or a column of that name)")
-    if config.anatomy.registers != "off" or "labels" in config.condition.use:
+    if config.anatomy.registers != "off" or "labels" in (*config.condition.use, config.control):
         check_numbering(data)
     return dataclasses.replace(data, spec=spec), measured
 
@@ -418,7 +482,19 @@ def make_denoiser(
 ) -> Denoiser:
     """The denoiser of a run, on the CPU. step: of the coordinates of patches (`position_step`)."""
     anatomy = config.anatomy, num_labels or 0, autoencoder.downsampling
-    return Denoiser(config.unet, config.condition, conditions, *anatomy, position_step=step)
+    return Denoiser(config.unet, config.condition, conditions, *anatomy, config.control, step)
+
+
+def freeze_base(net: Denoiser, config: Config, new: Sequence[str] = ()) -> None:
+    """Leave to training what the configuration adds to a frozen denoiser: a ControlNet or adapters. new: the
+    names of weights that run.init does not have."""
+    if net.control is not None:
+        net.requires_grad_(False)
+        net.control.requires_grad_(True)
+        if new:
+            net.control.copy_weights(net.unet)
+    elif config.lora.rank:
+        add_adapters(net, config.lora.rank)
 
 
 def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Condition, ...]:
@@ -432,7 +508,21 @@ def conditions_for(config: Config, data: Data, latent_channels: int) -> tuple[Co
         data.spec.source_channels > 0,
         data.spec.num_labels,
         data.folder,
+        config.control,
     )
+
+
+def conditions_of_base(run: Run, fitted: tuple[Condition, ...], data: Data) -> tuple[Condition, ...]:
+    """The conditions of a run whose denoiser is frozen: it goes on with its own classes, words and means."""
+    held = (run.resumed or run.initial)["state"].get("conditions", [])
+    held = {c["name"]: Condition.from_dict(c) for c in held}
+    for c in (c for c in held.values() if c.origin == "column"):
+        for name, case in data.cases.items():
+            try:
+                c.encode(case.columns.get(c.name), data.folder)
+            except InputError as e:
+                raise InputError(f"run.init: case {name}: {e}") from None
+    return tuple(held.get(c.name, c) for c in fitted)
 
 
 def cells_of(data: Data, conditions: tuple[Condition, ...]) -> dict[str, dict[str, str]]:
@@ -452,7 +542,10 @@ def check_conditions(run: Run, conditions: tuple[Condition, ...], data: Data) ->
             f"{run.dir}: the table of cases has changed since this run was started{where}; put it back, or "
             "start anew with --run.fresh"
         )
-    ours = [c.name for c in conditions]
+    control, added = run.config.control, False  # is the map of a ControlNet new?
+    if run.initial:
+        added = control != "off" and run.initial["config"].get("control", "off") == "off"
+    ours = [c.name for c in conditions][: -1 if added else None]
     if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
         names = [",".join(part) or "none" for part in (theirs, ours)]
         raise InputError(f"run.init: {run.config.run.init} has conditions {names[0]}, this run {names[1]}")
@@ -488,14 +581,17 @@ def hide_some(
     """Condition dropout: some conditions (B, ...) become absent, so that the denoiser learns to do without
     them. One by one, all of a sample at once, or all after the first k in the order of the configuration, the
     branches that nested guidance calls (guidance.py)."""
-    num, last = len(conditions), config.dropout_last
+    names = list(conditions)[: len(config.use)]  # the map of a ControlNet comes after them and stays
+    num, last = len(names), config.dropout_last
     everything = keyed_uniform(seed, positions, "hide all") < config.dropout_all
     # u below dropout_last says in equal parts after which k = 1 .. num - 1 conditions all is hidden
     u = keyed_uniform(seed, positions, "hide last")
     shown = torch.where(u < last, 1 + (u / max(last, 1e-9) * (num - 1)).long(), num)
-    return {
-        name: hide(value, everything | (i >= shown) | (keyed_uniform(seed, positions, f"hide {name}") < p))
-        for i, ((name, value), p) in enumerate(zip(conditions.items(), config.probabilities, strict=True))
+    return conditions | {
+        name: hide(
+            conditions[name], everything | (i >= shown) | (keyed_uniform(seed, positions, f"hide {name}") < p)
+        )
+        for i, (name, p) in enumerate(zip(names, config.probabilities, strict=True))
     }
 
 
@@ -630,7 +726,8 @@ def memory_table(config: Config) -> MemoryTable:
     conditions: tuple[Condition, ...] = ()
     num_labels: int | None = None
     whole = config.data.size or (DataSpec.from_dict(stored).size if stored else None)
-    if config.condition.use or config.anatomy.registers != "off" or not whole:  # what follows from the data
+    masked = config.anatomy.registers != "off" or config.control != "off"
+    if config.condition.use or masked or not whole:  # what follows from the data
         data, _ = open_latent_data(config, autoencoder, content)
         whole = data.spec.size
         conditions = conditions_for(config, data, autoencoder.config.latent_channels)
@@ -641,7 +738,9 @@ def memory_table(config: Config) -> MemoryTable:
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     def make() -> Denoiser:
-        return make_denoiser(config, conditions, num_labels, autoencoder, coordinates)
+        net = make_denoiser(config, conditions, num_labels, autoencoder, coordinates)
+        freeze_base(net, config)
+        return net
 
     def loss(net: Denoiser, batch: int, size: tuple[int, ...]) -> Tensor:
         z, noise = torch.zeros(2, batch, config.unet.in_channels, *size)
@@ -752,7 +851,7 @@ def train(
     """flags: what the command line sets. planner: of a command that names a run. dataset: in place of files,
     dicts with the tensor "image", and "mask", "source", "class" ... if used (ldm3d/data/items.py)."""
     device = setup(config.run.device)
-    run = Run("ldm", config, flags)
+    run = Run("ldm", with_base(config, flags or {}), flags)
     config, seed = run.config, run.config.run.seed
     if run.finished:
         return run
@@ -763,6 +862,7 @@ def train(
     stage_one, source = autoencoder_of(config)
     autoencoder = build_autoencoder(stage_one, source)
     check_settings(config, stage_one)
+    check_base(run, stage_one)
     autoencoder.to(device)
     data, measured = open_latent_data(config, autoencoder, stage_one, run, dataset)
     run.check_data(measured, data.contents, "measured")
@@ -770,6 +870,8 @@ def train(
     if not run.resumed and (different := difference(theirs, measured)):
         print0(f"note: the data are not as the autoencoder's were: {different}")
     conditions = conditions_for(config, data, autoencoder.config.latent_channels)
+    if config.frozen:
+        conditions = conditions_of_base(run, conditions, data)
     check_conditions(run, conditions, data)
     carries = config.pixel_stem or stage_one["config"]["data"].get("learn_sources")
     if any(c.origin == "source" for c in conditions) and not carries:
@@ -780,7 +882,9 @@ def train(
     step = position_step(config.patch, data.spec, autoencoder.downsampling)
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder, step).to(device)
     kernel = DiffusionKernel(config.kernel)
-    run.initialise(net, () if config.anatomy.registers == "off" else ("unet.registers.*", "head.*"))
+    base = run.initial["state"] if run.initial and config.frozen else None
+    registers = () if config.anatomy.registers == "off" or config.frozen else ("unet.registers.*", "head.*")
+    freeze_base(net, config, run.initialise(net, (*registers, "control.*")))
     facts = {
         **data.facts(),
         "latents": f"{'x'.join(map(str, latent))} voxels of "
@@ -805,6 +909,8 @@ def train(
         statistics = latent_statistics_of(state, autoencoder.config.latent_channels, run.dir)
     else:
         statistics = latent_statistics(tables)
+        if base:  # the frozen denoiser knows latents that are normalised so
+            statistics = latent_statistics_of(base, len(statistics[0]), config.run.init)
         scores = set_statistics(torch.stack([case["image"] for case in real]))
         state = {
             "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
@@ -875,7 +981,7 @@ def main(argv: list[str] | None = None) -> None:
     check_schedule(flags, "optim", config.optim)
     planner.check(flags)
     if config.plan:
-        memory_table(config).print()
+        memory_table(with_base(config, flags)).print()
     else:
         train(config, flags, planner)
 

@@ -74,6 +74,7 @@ from ldm3d.engine.training import (
     samples_per_forward,
     to_device,
 )
+from ldm3d.lora import LoRAConfig, add_adapters
 from ldm3d.losses import (
     AdversarialKind,
     PerceptualConfig,
@@ -126,6 +127,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     disc: PatchDiscriminatorConfig = field(default_factory=PatchDiscriminatorConfig)
@@ -137,6 +139,10 @@ class Config:
         at_least(self, 0, *weights, "feature_weight", "r1_weight", "free_bits", "kl_warmup")
         at_least(self, 0, "disc_start", "disc_ramp", "disc_cap")
         at_least(self, 1, "batch_size", "r1_every")
+        if self.lora.rank and not self.run.init:
+            raise InputError("lora.rank: needs run.init, the run whose weights stay frozen")
+        if self.lora.rank and self.disc_weight and self.disc_adaptive:
+            raise InputError("lora.rank: the last layer is frozen, so disc_weight needs disc_adaptive false")
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -470,7 +476,10 @@ def memory_table(config: Config) -> MemoryTable:
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
 
     def make() -> Autoencoder:
-        return make_autoencoder(config.autoencoder, config.vae, config.quantizer)
+        net = make_autoencoder(config.autoencoder, config.vae, config.quantizer)
+        if config.lora.rank:
+            add_adapters(net, config.lora.rank)
+        return net
 
     def loss(net: Autoencoder, batch: int, size: tuple[int, ...]) -> Tensor:
         x = torch.zeros(batch, config.vae.in_channels, *size)
@@ -558,6 +567,8 @@ def train(
     run.check_data(state["data"], data.contents)
     state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)
+    if config.lora.rank:
+        add_adapters(net, config.lora.rank)
     run.start(data.split, device, {"autoencoder": net, "discriminator": discriminator}, data.facts(), SHOWN)
     if planner:
         planner.write(run.dir)

@@ -13,6 +13,7 @@ folders. README.md beside this file gives the order in which to read them.
     patches                                   training on parts of latents that know their place
     conditions, conditioner, guidance         what a sample shall show, and how strongly
     registers                                 learned tokens that stand for labels of a mask
+    lora                                      low-rank adapters: fine-tuning with few weights
     control                                   a trained denoiser, frozen, learns to follow a map (ControlNet)
     latents, latent_diffusion                 the cache of latents; both stages as one model
     pipeline                                  a run folder opened for use: ldm3d.load(RUN)

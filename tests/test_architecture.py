@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # a folder has one floor: "data" stands for all of data/
     ["config"],
-    ["normconv", "metrics", "diffusion_kernel", "windows"],
+    ["normconv", "metrics", "diffusion_kernel", "lora", "windows"],
     ["blocks", "engine"],
     ["streaming"],
     ["vae", "discriminators", "unet", "losses", "conditions", "data"],

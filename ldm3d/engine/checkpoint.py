@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError, read_json
+from ..lora import merge
 from .distributed import print0
 
 FORMAT = 1  # raised when older code could no longer read what we write
@@ -205,16 +206,22 @@ def load_latest(run_dir: str | Path, kind: str | None = None) -> dict[str, Any] 
 
 def load_run(run: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The checkpoint that a user means by a run: the file itself, or best.pt of the folder, else its newest
-    checkpoint. Where its data lie is taken from config.json: best.pt may be older than the last move."""
+    checkpoint. Low-rank adapters are merged into its averaged weights. Where its data lie is taken from
+    config.json: best.pt may be older than the last move."""
     run = Path(run)
     if run.is_file():
-        return load(run, kind)
-    if not run.is_dir():
+        content = load(run, kind)
+    elif run.is_dir():
+        content = load(run / "best.pt", kind) if (run / "best.pt").exists() else load_latest(run, kind)
+    else:
         raise InputError(f"{run}: no such run folder or checkpoint")
-    content = load(run / "best.pt", kind) if (run / "best.pt").exists() else load_latest(run, kind)
     if content is None:
         raise InputError(f"{run}: no checkpoint in this folder")
-    if "data" in content["config"] and (run / "config.json").exists():
+    try:
+        content["ema"] = merge(content["ema"])
+    except (KeyError, RuntimeError) as e:
+        raise InputError(f"{run}: its low-rank adapters are damaged ({type(e).__name__}: {e})") from None
+    if run.is_dir() and "data" in content["config"] and (run / "config.json").exists():
         data = read_json(run / "config.json").get("data")
         if isinstance(data, dict) and isinstance(data.get("root"), str):
             content["config"]["data"]["root"] = data["root"]

@@ -5,7 +5,7 @@ have a shape and a type but no data, so this takes about a second on the CPU at 
 an operator makes is counted from birth to death:
 
     peak = copies * weights + max over time of the bytes of all other tensors alive
-    copies = 1, in training 4: weights, EMA, and the two moments of AdamW (all fp32)
+    copies = 1, in training 4: weights, EMA, and the two moments of AdamW (all fp32); of frozen weights 1
 
 The second term holds gradients, inputs and outputs of each operator, autocast's copies of the weights, and
 the activations kept for the backward pass. The backward pass runs too, so the activations that checkpointed
@@ -182,14 +182,17 @@ class MemoryTable:
         that other things take."""
 
         def need(batch: int, size: Size) -> int:
+            frozen: list[int] = []  # bytes of the weights that have neither EMA nor moments
+
             def work(net: nn.Module) -> None:
+                frozen.append(sum(p.nbytes for p in net.parameters() if not p.requires_grad))
                 for _ in range(min(2, rounds)):  # the second round adds to the gradients of the first
                     with autocast(self.amp, CPU):
                         value = loss(net, batch, size)
                     value.backward()
 
             weights, rest = peak_bytes(make, work, self.gpu)
-            return 4 * weights + rest + beside
+            return 4 * weights - 3 * frozen[-1] + rest + beside
 
         return self._add(Job(name, need, batch, size, step, make, loss, rounds))
 

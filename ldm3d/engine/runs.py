@@ -121,11 +121,19 @@ def read_split(path: Path) -> dict[str, list[str]]:
 
 
 def count(net: nn.Module) -> str:
-    """The number of a network's parameters, such as "1.23 M", and whether training leaves them alone."""
-    parameters = list(net.parameters())
-    num, frozen = sum(p.numel() for p in parameters), not any(p.requires_grad for p in parameters)
-    short = f"{num / 1e6:.3g} M" if num >= 1e6 else f"{num / 1e3:.3g} k"
-    return f"{short} (frozen)" if frozen else short
+    """The number of a network's parameters, such as "1.23 M", and how many of them training leaves alone."""
+
+    def short(num: int) -> str:
+        return f"{num / 1e6:.3g} M" if num >= 1e6 else f"{num / 1e3:.3g} k"
+
+    num = sum(p.numel() for p in net.parameters())
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    if trained == num:
+        return short(num)
+    if not trained:
+        return f"{short(num)} (frozen)"
+    memory = " of ".join(f"{16 * n / 2**20:.3g}" for n in (trained, num))  # 4 fp32 numbers a parameter
+    return f"{short(num)} ({short(trained)} trained; gradients, moments and averages: {memory} MiB)"
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -338,17 +346,18 @@ class Run:
                 "back, or start anew with --run.fresh"
             )
 
-    def initialise(self, net: nn.Module, may_miss: Iterable[str] = ()) -> None:
+    def initialise(self, net: nn.Module, may_miss: Iterable[str] = ()) -> list[str]:
         """Copy the weights of --run.init, if a new run has one, into `net`. Weights whose names match
-        `may_miss` (shell patterns) may be missing there."""
+        `may_miss` (shell patterns) may be missing there; their names are returned."""
         if self.initial is None:
-            return
+            return []
         where = f"run.init {self.config.run.init}"
         new = load_weights(net, self.initial["ema"], where, may_miss)
         print0(f"{where}: weights of step {self.initial['step']} copied into the new run")
         if new:
             print0(f"note: {len(new)} weights are new, such as {new[0]}")
         self.initial = None
+        return new
 
     def start(
         self,

@@ -267,16 +267,20 @@ class Stepper:
 
 
 class EMA:
-    """An exponential moving average of a network's weights, in a network of its own. Buffers are copied."""
+    """An exponential moving average of a network's weights, in a network of its own. Buffers are copied.
+    Frozen weights are shared, since their average is what they are."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay = decay
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        shared = {id(p): p for p in net.parameters() if not p.requires_grad}
+        self.net = copy.deepcopy(net, shared).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
+        pairs = zip(self.net.parameters(), net.parameters(), strict=True)
+        mine, theirs = zip(*((a, b.detach()) for a, b in pairs if b is not a), strict=True)
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
         for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -395,11 +399,12 @@ def micro_batches(
 def frozen(net: nn.Module | None) -> Iterator[None]:
     """In this block `net` is a fixed function: gradients pass through, but its parameters get none. `net` may
     be None."""
-    if net is not None:
-        net.requires_grad_(False)
+    trained = [p for p in net.parameters() if p.requires_grad] if net is not None else []
+    for parameter in trained:
+        parameter.requires_grad_(False)
     yield
-    if net is not None:
-        net.requires_grad_(True)
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
