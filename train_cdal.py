@@ -290,7 +290,8 @@ def evaluate(
     means, sheet = Mean(), {"truth": [], "prediction": []}
     for case in cases:
         with autocast(config.run.amp, device):
-            p = cdal.segment(net, case["image"].to(device), config.votes, config.window, key=case["id"])
+            settings = {"key": case["id"], "batch_size": config.votes}  # a window at a time, as planned
+            p = cdal.segment(net, case["image"].to(device), config.votes, config.window, **settings)
         label_map = p.argmax(0)
         scores = dice(label_map[None], case["mask"][None], cdal.num_labels)[0]
         means.add(dice=scores.nanmean(), **{f"dice_{k}": score for k, score in enumerate(scores, start=1)})

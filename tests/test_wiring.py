@@ -1012,6 +1012,10 @@ def test_autoencoders_keep_to_the_memory_asked_for(request, heads, tmp_path, mon
     trunks = {type(args[1]).__name__ for args, _, _ in calls}
     assert trunks == ({"Decoder"} if kind == "ldm" else {"Encoder", "Decoder"})
     assert {args[0].mode for args, _, _ in calls} == {"offload"}
+    if kind == "evaluation":
+        reports = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("whole", "slabs"))
+        whole, slabs = (report["metrics"]["psnr"]["mean"] for report in reports)
+        assert slabs == pytest.approx(whole, abs=0.01)  # dB
 
 
 @pytest.mark.parametrize("script", ["train_vae", "train_ldm"])
@@ -1033,7 +1037,8 @@ def test_training_without_free_memory_encodes_and_validates_in_slabs(
         whole, slabs = (tiny.lines(tmp_path / name, split)[-1] for name in ("whole", "slabs"))
         assert whole.keys() == slabs.keys()
         for name in whole.keys() - tiny.MEASURED - {"split"}:
-            assert slabs[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
+            limit = {"abs": 0.01} if name == "psnr" else {"rel": 1e-3, "abs": 1e-6}  # psnr: dB
+            assert slabs[name] == pytest.approx(whole[name], **limit), name
 
 
 @pytest.fixture
@@ -1057,9 +1062,10 @@ def test_votes_windows_and_overlap_are_those_asked_for(segmented):
     whole = "--window 16,20"
     assert segmented(f"{whole} --votes 3")[0] == [3]
     assert segmented(f"{whole} --votes 3 --batch_size 2")[0] == [2, 1]
-    assert segmented("--window 8,8 --votes 2 --overlap 0")[0] == [2] * 2 * 3
-    assert segmented("--window 8,8 --votes 2 --overlap 0.5")[0] == [2] * 3 * 4
-    assert segmented("--window 8,8 --votes 2 --overlap 0.75")[0] == [2] * 5 * 7
+    assert segmented("--window 8,8 --votes 2 --batch_size 2 --overlap 0")[0] == [2] * 2 * 3
+    assert segmented("--window 8,8 --votes 2 --batch_size 2 --overlap 0.5")[0] == [2] * 3 * 4
+    assert segmented("--window 8,8 --votes 2 --batch_size 2 --overlap 0.75")[0] == [2] * 5 * 7
+    assert segmented("--window 8,8 --votes 2 --batch_size 5 --overlap 0")[0] == [4, 2] * 2
 
 
 def test_the_probability_is_the_mean_of_all_votes_and_depends_on_the_seed(segmented, monkeypatch):
