@@ -457,7 +457,7 @@ def open_latent_data(
         stage_one["config"]["preset"],
         config.run.seed,
         split or (None if other else before["split"]),
-        before=before if other and seen else None,
+        before=before if seen and not (run and run.resumed) else None,
         items=dataset,
     )
     check_channels(data.root, data.spec.channels, autoencoder.config.in_channels)

@@ -164,6 +164,35 @@ def test_a_table_decides_and_what_it_spoils_is_said(heads, vae_run, tmp_path, ca
     assert f"2 val cases are train cases of the autoencoder, such as {val[0]}" in capsys.readouterr().out
 
 
+def test_a_seen_case_under_another_id_counts_as_seen_and_so_does_its_subject(
+    heads, vae_run, tmp_path, capsys
+):
+    """A test on another scan of a subject is no test where the autoencoder was trained on a scan of it."""
+    seen, rows = split_of(vae_run)["train"][:2], ["id,image,subject,split"]
+    write_phantoms(tmp_path / "new", 4, dims=2, size=(16, 20), spacing=(12.0, 11.0), seed=9)
+    for i, name in enumerate(seen):
+        shutil.copy(heads / "images" / f"{name}.tif", tmp_path / f"again_{i}.tif")
+    rows += ["again_0,again_0.tif,a,test", "again_1,again_1.tif,new0,train"]
+    rows += [f"n{i},new/images/phantom_000{i}.tif,new{i},{'train' if i else 'val'}" for i in range(4)]
+    (tmp_path / "cases.csv").write_text("\n".join(rows) + "\n")
+    trained(vae_run, tmp_path / "ldm", "--data.root", tmp_path, "--data.image", "none")
+    out = capsys.readouterr().out
+    assert "note: 1 test cases are train cases of the autoencoder, such as again_0; scores on them" in out
+    assert "note: 1 val cases are of subjects of train cases of the autoencoder, such as n0; " in out
+
+
+def test_files_that_have_changed_their_names_between_the_stages_are_known_by_their_voxels(
+    heads, tmp_path, capsys
+):
+    folder = shutil.copytree(heads, tmp_path / "heads")
+    train_vae.main(tiny.vae_flags(folder, tmp_path / "vae", 2, "--data.cache_dir", str(tmp_path / "cache")))
+    split = split_of(tmp_path / "vae")
+    a, b = (folder / "images" / f"{split[part][0]}.tif" for part in ("train", "val"))
+    a.rename(folder / "c.tif"), b.rename(a), (folder / "c.tif").rename(b)
+    trained(tmp_path / "vae", tmp_path / "ldm")
+    assert f"1 val cases are train cases of the autoencoder, such as {b.stem}" in capsys.readouterr().out
+
+
 def test_with_scaling_dataset_the_autoencoders_numbers_scale_all_data(heads, more_heads, tmp_path):
     flags = ["--data.scaling", "dataset"]
     train_vae.main(tiny.vae_flags(heads, tmp_path / "vae", 2, *flags))

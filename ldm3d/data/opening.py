@@ -192,25 +192,30 @@ def parts_before(
     return known, alike
 
 
-def note_before(
-    split: dict[str, list[str]], known: dict[str, str | None], alike: dict[str, str | None]
+def note_seen(
+    cases: list[Case],
+    split: dict[str, list[str]],
+    known: dict[str, str | None],
+    alike: dict[str, str | None],
 ) -> None:
-    """Prints where the parts of a split come from, and notes of cases whose scores the autoencoder spoils."""
-    part_of = known | alike
-    new = {name for ids in split.values() for name in ids} - part_of.keys()
-    print0(
-        f"split: the autoencoder's run knows {len(known)} cases by their voxels and {len(alike)} by their "
-        f"ids alone, {len(new)} are new"
-    )
+    """Prints notes of cases whose scores the autoencoder spoils: those that it knows, see `parts_before`, and
+    other cases of the same subjects."""
+    part_of, of_subject = known | alike, {}
+    for part in ("test", "train"):  # training counts
+        of_subject |= {case.subject: part for case in cases if part_of.get(case.id) == part}
+    by_subject = {case.id: of_subject.get(case.subject) for case in cases if case.id not in part_of}
     for part, theirs, so in (
         ("val", "train", "scores on them are too good"),
         ("test", "train", "scores on them are too good"),
         ("train", "test", "they are no test any more"),
     ):
-        names = [name for name in split[part] if part_of.get(name) == theirs]
-        if names and (part == "train" or split[part] != split["train"]):
-            such = f"{len(names)} {part} cases are {theirs} cases of the autoencoder, such as {names[0]}"
-            print0(f"note: {such}; {so}")
+        for which, are in ((part_of, "are"), (by_subject, "are of subjects of")):
+            names = [name for name in split[part] if which.get(name) == theirs]
+            if names and (part == "train" or split[part] != split["train"]):
+                such = (
+                    f"{len(names)} {part} cases {are} {theirs} cases of the autoencoder, such as {names[0]}"
+                )
+                print0(f"note: {such}; {so}")
 
 
 def inspection_cache(config: DataConfig, root: Path) -> Path:
@@ -232,7 +237,7 @@ def open_data(
 
     split: the stored one, of the run that is resumed or of the autoencoder's run; cases that it does not list
     are left out. None: as `split_cases` splits. multiple: see `make_spec`. before: the state of the
-    autoencoder's run, if it had other data; cases that it knows keep their part. items: a data set whose
+    autoencoder's run; without a stored split, cases that it knows keep their part. items: a data set whose
     items are the cases, in place of files (items.py).
     """
     if items is None:
@@ -245,7 +250,11 @@ def open_data(
         infos = inspect_cases(cases, config, cache)
         known, alike = parts_before(infos, before)
         split = split_cases(cases, config, seed, known | alike)
-        note_before(split, known, alike)
+        new = {name for ids in split.values() for name in ids} - known.keys() - alike.keys()
+        print0(
+            f"split: the autoencoder's run knows {len(known)} cases by their voxels and {len(alike)} by "
+            f"their ids alone, {len(new)} are new"
+        )
     elif split is None:
         if config.foreground and (config.crop == "centre" or not any(case.mask for case in cases)):
             reason = "with data.crop centre" if config.crop == "centre" else "without masks (--data.mask)"
@@ -260,6 +269,8 @@ def open_data(
         if left_out := num_found - len(cases):
             print0(f"note: {left_out} cases of {root} are left out, the stored split lacks them")
     infos = infos or inspect_cases(cases, config, cache)
+    if before is not None:
+        note_seen(cases, split, *parts_before(infos, before))
     note_split(cases, infos, split, config)
     spec = make_spec(cases, infos, split, config, multiple)
     return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
