@@ -111,6 +111,7 @@ from ldm3d.plan import (
     seconds_per_step,
 )
 from ldm3d.registers import AnatomyConfig, anatomy_weight
+from ldm3d.streaming import STREAMED
 from ldm3d.unet import UNetConfig
 from ldm3d.vae import Autoencoder, PixelStem
 
@@ -718,10 +719,17 @@ def validate(
 # --- train --------------------------------------------------------------------------------------------------
 
 
-def memory_table(config: Config) -> MemoryTable:
-    """The memory that training, encoding and decoding need, and how long a step takes."""
+def stage_one_of(config: Config) -> tuple[dict[str, Any], Autoencoder]:
+    """(the content of the autoencoder's checkpoint, the autoencoder)."""
     content, where = autoencoder_of(config)
-    autoencoder, stored = build_autoencoder(content, where), content["state"]["data"]
+    return content, build_autoencoder(content, where)
+
+
+def memory_table(config: Config, stage_one: tuple[dict[str, Any], Autoencoder] | None = None) -> MemoryTable:
+    """The memory that training, encoding and decoding need, and how long a step takes. stage_one: what
+    `stage_one_of` gives, where it is loaded."""
+    content, autoencoder = stage_one or stage_one_of(config)
+    stored = content["state"]["data"]
     kernel = DiffusionKernel(config.kernel)
     conditions: tuple[Condition, ...] = ()
     num_labels: int | None = None
@@ -757,9 +765,9 @@ def memory_table(config: Config) -> MemoryTable:
     table.training(
         "training, latents", make, loss, micro, seen, max(config.unet.downsampling), rounds, beside
     )
-    table.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step)
+    table.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step, ways=STREAMED)
     beside = 4 * weight_bytes(make())
-    table.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside)
+    table.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside, STREAMED)
     return table
 
 
@@ -813,8 +821,7 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     plan, dims = Plan(flags), load_run(flags["vae"], "vae")["config"]["vae"]["dims"]
     plan.set("data.dims", dims, f"the autoencoder is of {dims}-D images")
     config = merge(plan.values)
-    content, where = autoencoder_of(config)
-    autoencoder = build_autoencoder(content, where)
+    content, autoencoder = stage_one = stage_one_of(config)
     before = from_dict(DataConfig, content["config"]["data"], "data")
     if has_other_data(config, content):
         found, size, spacing = other_data(plan, config, folder, content, autoencoder)
@@ -831,11 +838,11 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
         flips,
         seconds_to_encode(autoencoder, size, flags.get("run.amp", "auto"), device),
     )
-    able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
+    able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values), stage_one))
     with contextlib.redirect_stdout(io.StringIO()):
         plan_ldm(plan, latents, able)
         config = merge(plan.values)
-        table = memory_table(config)
+        table = memory_table(config, stage_one)
     seconds = seconds_per_step(table, config, device)
     passes = LDM_PASSES[config.data.num_variants > 1]
     plan_length(plan, able.hours, seconds, passes, latents.num_train, ema=0.3, patience=4)

@@ -93,6 +93,7 @@ from ldm3d.losses import (
 )
 from ldm3d.metrics import ms_ssim, psnr, ssim
 from ldm3d.plan import PLAN_FILE, VAE_PASSES, Plan, Planner, machine, plan_length, plan_vae, seconds_per_step
+from ldm3d.streaming import STREAMED
 from ldm3d.vae import Autoencoder, Posterior, VAEConfig
 from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_loss
 
@@ -486,13 +487,7 @@ def memory_table(config: Config) -> MemoryTable:
         recon, latent = net(x, torch.zeros(batch, *net.latent_shape(size)))
         value = loss_terms(recon, latent, x, config, 0)["loss"]
         if config.has_discriminator:
-            discriminator = PatchDiscriminator(config.disc)
-            fake = discriminator(recon)
-            value = value + generator_loss(fake.logits)
-            if config.feature_weight:
-                with torch.no_grad():
-                    real = discriminator(x)
-                value = value + feature_matching_loss(fake.features, real.features)
+            value = sum(adversarial_terms(PatchDiscriminator(config.disc), recon, x, config).values(), value)
         return value.mean()
 
     def disc_loss(discriminator: nn.Module, batch: int, size: tuple[int, ...]) -> Tensor:
@@ -511,7 +506,8 @@ def memory_table(config: Config) -> MemoryTable:
         table.training("its discriminator", make_disc, disc_loss, micro, patch, step, rounds, beside=4 * own)
     if config.perceptual_weight:
         print0("note: the plan leaves the perceptual network out")
-    table.inference("validation", make, there_and_back, 1, whole, step, beside=3 * own + 3 * beside)
+    others = 3 * own + 3 * beside
+    table.inference("validation", make, there_and_back, 1, whole, step, others, ways=STREAMED)
     return table
 
 

@@ -37,15 +37,26 @@ coverage  = share of the balls of x that hold a y                        ibid. e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+SLAB = 2**22  # voxels of an image that psnr and ssim take at a time: in float64, some ten maps of them
 
 
 def _check(x: Tensor, y: Tensor) -> None:
     if x.shape != y.shape:
         raise ValueError(f"shapes {tuple(x.shape)} and {tuple(y.shape)}, expected equal ones")
+
+
+def _slabs(x: Tensor, num: int) -> Iterator[tuple[int, int, float]]:
+    """(start, stop, share of all) of parts of `num` positions along the first axis of x (B, C, *S)."""
+    step = max(1, SLAB // max(1, x[:, :, :1].numel()))
+    return (
+        (start, min(start + step, num), (min(start + step, num) - start) / num)
+        for start in range(0, num, step)
+    )
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float) -> Tensor:
@@ -54,7 +65,10 @@ def psnr(x: Tensor, y: Tensor, data_range: float) -> Tensor:
     data_range: largest minus smallest possible intensity, 2 for [-1, 1].
     """
     _check(x, y)
-    mse = (x.double() - y.double()).square().flatten(1).mean(1)
+    mse = x.new_zeros(len(x), dtype=torch.float64)
+    for start, stop, share in _slabs(x, x.shape[2]):
+        off = x[:, :, start:stop].double() - y[:, :, start:stop].double()
+        mse = mse + share * off.square().flatten(1).mean(1)
     return 10 * torch.log10(data_range**2 / mse)
 
 
@@ -79,9 +93,14 @@ def halve(x: Tensor) -> Tensor:
     return x
 
 
+def _that_fits(window: int, size: int) -> int:
+    """The largest odd width of a window along an axis, at most `window`."""
+    return min(window, size - 1 + size % 2)
+
+
 def _ssim_terms(x: Tensor, y: Tensor, data_range: float, window: int) -> tuple[Tensor, Tensor]:
     """l (luminance) and s (contrast and structure) of every window; SSIM is the mean of their product."""
-    windows = [min(window, size - 1 + size % 2) for size in x.shape[2:]]
+    windows = [_that_fits(window, size) for size in x.shape[2:]]
     num = max(2, math.prod(windows))
     origin = x.flatten(2).mean(2).view(*x.shape[:2], *(1,) * (x.ndim - 2))
     mean_x, mean_y = _local_mean(x - origin, windows), _local_mean(y - origin, windows)
@@ -102,8 +121,13 @@ def ssim(x: Tensor, y: Tensor, data_range: float, window: int = 7) -> Tensor:
     window: an odd number of voxels; along a shorter axis the largest odd number that fits.
     """
     _check(x, y)
-    luminance, structure = _ssim_terms(x.double(), y.double(), data_range, window)
-    return (luminance * structure).flatten(1).mean(1)
+    more = _that_fits(window, x.shape[2]) - 1  # planes that the windows of a slab reach beyond it
+    value = x.new_zeros(len(x), dtype=torch.float64)
+    for start, stop, share in _slabs(x, x.shape[2] - more):
+        parts = (v[:, :, start : stop + more].double() for v in (x, y))
+        luminance, structure = _ssim_terms(*parts, data_range, window)
+        value = value + share * (luminance * structure).flatten(1).mean(1)
+    return value
 
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest first, Wang et al. 2003, section 3.2

@@ -404,14 +404,17 @@ def plan_validation(
     multiple: tuple[int, ...],
     machine: Machine,
 ) -> None:
-    """Whole cases are validated. Where they do not fit into the memory, their middle is, and that is said."""
+    """Whole cases are validated, slab by slab where they need it (streaming.py). Where even that does not fit
+    into the memory, their middle is, and that is said."""
     size = whole
     while not machine.validation_fits(plan.values) and "data.size" not in plan.given:
         smaller = shrink(size, spacing, multiple, math.prod(size) * 3 // 4)
         if smaller == size:
             break
         size = smaller
-        plan.set("data.size", size, f"whole cases of {by(whole)} do not fit: their middle is seen")
+        plan.set(
+            "data.size", size, f"whole cases of {by(whole)} do not fit even in slabs: their middle is seen"
+        )
 
 
 def plan_data(

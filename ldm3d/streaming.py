@@ -33,10 +33,13 @@ Differences to the whole computation are of rounding only (2e-5 in fp32). Nothin
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -461,29 +464,60 @@ class Trial(Stream):
 KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Mode, int]]] = weakref.WeakKeyDictionary()
 
 
+def dtype_of(trunk: nn.Module, x: Tensor) -> torch.dtype:
+    """The type of the maps of trunk(x): that of the weights, or of autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return next(trunk.parameters()).dtype
+
+
 def peaks(trunk: Trunk, x: Tensor) -> dict[Mode, int]:
     """About how many bytes trunk(x) takes at most in each mode, beside input x (1, C, *S) and result."""
-    dtype = next(trunk.parameters()).dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = dtype_of(trunk, x)
     known, key = KNOWN.setdefault(trunk, {}), (dtype, x.device.type, x.shape[1:])
     if key not in known:
-        known[key] = count_peaks(trunk, x, dtype)
+        known[key] = count_peaks(trunk, x, dtype, x.device)
     return known[key]
 
 
-def count_peaks(trunk: Trunk, x: Tensor, dtype: torch.dtype) -> dict[Mode, int]:
-    """`peaks` for maps of this type."""
+def count_peaks(trunk: Trunk, x: Tensor, dtype: torch.dtype, device: torch.device) -> dict[Mode, int]:
+    """`peaks` for maps of this type on this device, which need not be here."""
     slabs, folded = SLABS, 0
     if any(isinstance(layer, Upsample) for layer in trunk.layers):
         slabs, folded = 2 * SLABS, 4 * max(p.nbytes for p in trunk.parameters())  # while a kernel is folded
     need: dict[Mode, int] = {"whole": 0}
     for mode in ("slabs", "recompute", "offload"):
-        trial = Trial(mode, x.device)
+        trial = Trial(mode, device)
         trial.walk(trunk, Input(x[:1]))
         need[mode] = trial.peak * dtype.itemsize + slabs * trial.slab * 4 + folded
         need["whole"] = trial.whole * dtype.itemsize + slabs * trial.slab * 4 + folded
     return need
+
+
+REHEARSED: ContextVar[tuple[Mode, torch.device] | None] = ContextVar("rehearsed", default=None)
+
+
+@contextmanager
+def rehearsal(mode: Mode, gpu: bool) -> Iterator[None]:
+    """In this context `run_trunk` computes nothing. It takes the memory that it would take in `mode`, on a
+    GPU or a CPU, and gives a result of the right shape: on fake tensors, for engine/memory_plan.py."""
+    token = REHEARSED.set((mode, torch.device("cuda" if gpu else "cpu")))
+    try:
+        yield
+    finally:
+        REHEARSED.reset(token)
+
+
+# What `MemoryTable.inference` tries where an autoencoder does not fit whole, in the order of `run_trunk`
+STREAMED = tuple(functools.partial(rehearsal, mode) for mode in ("slabs", "recompute", "offload"))
+
+
+def rehearse(trunk: Trunk, x: Tensor, mode: Mode, device: torch.device) -> Tensor:
+    """What `run_trunk` does in a `rehearsal`."""
+    dtype, last = dtype_of(trunk, x), Trial(mode, device).walk(trunk, Input(x[:1]))
+    result = x.new_empty(len(x), last.channels, *last.size, dtype=dtype)
+    x.new_empty(count_peaks(trunk, x, dtype, device)[mode], dtype=torch.uint8)  # counted, and freed at once
+    return result
 
 
 def needs_gradient(trunk: nn.Module, x: Tensor) -> bool:
@@ -512,6 +546,8 @@ def run_trunk(trunk: Trunk, x: Tensor, memory: float | None = None) -> Tensor:
     memory: beside x and the result; none = 9 tenths of what is free. A note tells what is not whole. What
     needs gradients, or is compiled or traced, is always whole.
     """
+    if rehearsed := REHEARSED.get():
+        return rehearse(trunk, x, *rehearsed)
     if not is_eager(x) or needs_gradient(trunk, x):
         return trunk(x)
     need = peaks(trunk, x)

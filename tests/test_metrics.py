@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm3d import metrics
 from ldm3d.metrics import (
     MS_SSIM_WEIGHTS,
     dice,
@@ -49,6 +50,16 @@ def test_ssim_equals_scikit_image(dims: int, window: int) -> None:
         expected = skimage.structural_similarity(x[i].numpy(), y[i].numpy(), **options)
         assert similarity[i].item() == pytest.approx(expected, abs=1e-6)
     assert torch.allclose(ssim(x, x, data_range=2.0), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(23, 9, 8), (40, 12), (3, 5, 9)])
+def test_large_images_are_scored_in_parts_with_the_same_result(size, monkeypatch) -> None:
+    x, y = torch.randn(2, 2, 1, *size, generator=torch.Generator().manual_seed(0))
+    whole = ssim(x, y, data_range=2.0), psnr(x, y, data_range=2.0)
+    for slab in (1, 500):
+        monkeypatch.setattr(metrics, "SLAB", slab)
+        assert torch.allclose(ssim(x, y, data_range=2.0), whole[0], rtol=1e-12)
+        assert torch.allclose(psnr(x, y, data_range=2.0), whole[1], rtol=1e-12)
 
 
 def test_ssim_of_a_thin_volume_is_its_definition_with_a_window_that_fits() -> None:

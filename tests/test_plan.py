@@ -571,7 +571,9 @@ def check_plan_file(run, printed: str) -> dict[str, str]:
     return {row["key"]: row["why"] for row in rows}
 
 
-def test_three_commands_without_settings_go_from_a_folder_to_samples(folder, tmp_path, capsys):
+def test_three_commands_without_settings_go_from_a_folder_to_samples(folder, tmp_path, capsys, monkeypatch):
+    built, build = [], train_ldm.build_autoencoder
+    monkeypatch.setattr(train_ldm, "build_autoencoder", lambda *how: built.append(how) or build(*how))
     train_vae.main([str(folder), *SHORT])
     out = capsys.readouterr().out
     assert out.splitlines()[1] == "measuring a step ..."
@@ -581,6 +583,7 @@ def test_three_commands_without_settings_go_from_a_folder_to_samples(folder, tmp
     train_ldm.main(["runs/vae-heads", *SHORT])
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "measuring a step ..."
+    assert len(built) == 2  # for the plan, however many batches it tries, and for the training
     why = check_plan_file(tmp_path / "runs/ldm-heads", out)
     assert why["data.num_variants"].startswith("10 training cases are few")
     sample.main(["runs/ldm-heads", "--num", "2", "--steps", "2"])

@@ -23,7 +23,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +120,8 @@ Size = tuple[int, ...]
 @dataclass(frozen=True)
 class Job:
     """One row of a plan. need(batch, size): bytes. batch, size (*S): what the run asks for. step: the sides
-    of a size are multiples of this number. make, loss, rounds: of training, see `MemoryTable.training`."""
+    of a size are multiples of this number. make, loss, rounds: of training, see `MemoryTable.training`.
+    whole, least: of inference in several ways, the bytes of the first and of the leanest."""
 
     name: str
     need: Callable[[int, Size], int]
@@ -130,6 +131,8 @@ class Job:
     make: Make | None = None
     loss: Callable[[Any, int, Size], Tensor] | None = None
     rounds: int = 1
+    whole: Callable[[int, Size], int] | None = None
+    least: Callable[[int, Size], int] | None = None
 
     def seconds(self, optim: OptimConfig, run: RunConfig, device: torch.device, num: int = 3) -> float:
         """How long an optimizer step of this training takes on `device`: the median of `num`, after a first
@@ -205,17 +208,32 @@ class MemoryTable:
         size: Size,
         step: int = 1,
         beside: int = 0,
+        ways: Sequence[Callable[[bool], AbstractContextManager]] = (),
     ) -> Job:
-        """Add call(net, batch, size) without gradients."""
+        """Add call(net, batch, size) without gradients. ways: contexts, of whether it is a GPU, in which the
+        call takes less memory and more time (streaming.STREAMED). The first that fits is taken."""
+
+        def in_way(way: Callable[[bool], AbstractContextManager]) -> Callable[[int, Size], int]:
+            def need(batch: int, size: Size) -> int:
+                def work(net: nn.Module) -> None:
+                    with torch.inference_mode(), autocast(self.amp, CPU), way(self.gpu):
+                        call(net, batch, size)
+
+                return sum(peak_bytes(make, work, self.gpu)) + beside
+
+            return functools.cache(need)
+
+        needs = [in_way(way) for way in (lambda _: nullcontext(), *ways)]
 
         def need(batch: int, size: Size) -> int:
-            def work(net: nn.Module) -> None:
-                with torch.inference_mode(), autocast(self.amp, CPU):
-                    call(net, batch, size)
+            found = (way(batch, size) for way in needs)
+            return next((n for n in found if n <= self.room), needs[-1](batch, size))
 
-            return sum(peak_bytes(make, work, self.gpu)) + beside
+        def least(batch: int, size: Size) -> int:
+            n = needs[-1](batch, size)
+            return n if n <= self.room else min(n, needs[0](batch, size))
 
-        return self._add(Job(name, need, batch, size, step))
+        return self._add(Job(name, need, batch, size, step, whole=needs[0], least=least))
 
     def _add(self, job: Job) -> Job:
         self.jobs.append(replace(job, need=functools.cache(job.need)))
@@ -239,13 +257,14 @@ class MemoryTable:
 
     def largest_batch(self, job: Job) -> int:
         """The largest batch of the job's size that fits, to 1 %; 0 if none does."""
-        return self._largest(lambda batch: job.need(batch, job.size), job.batch, power=1)
+        need = job.least or job.need
+        return self._largest(lambda batch: need(batch, job.size), job.batch, power=1)
 
     def largest_cube(self, job: Job) -> int:
         """The longest side, in steps, of a cube that fits at the job's batch, to 1 %; 0 if none does."""
-        dims = len(job.size)
+        dims, need = len(job.size), job.least or job.need
         side = round(math.prod(job.size) ** (1 / dims) / job.step)
-        return job.step * self._largest(lambda n: job.need(job.batch, (n * job.step,) * dims), side, dims)
+        return job.step * self._largest(lambda n: need(job.batch, (n * job.step,) * dims), side, dims)
 
     def _largest(self, need: Callable[[int], int], start: int, power: int) -> int:
         """The largest n with need(n) <= room, to 1 %. The need is nearly affine in n^power: secants come
@@ -274,6 +293,8 @@ class MemoryTable:
             cube = self.largest_cube(job)
             side = f"{cube}^{len(job.size)}" if cube else "none"
             verdict = "" if need <= self.room else "   does not fit"
+            if job.whole and need < (whole := job.whole(job.batch, job.size)):
+                verdict = f"   in slabs, {whole / GIB:.2f} whole" + verdict.replace("  ", ";")
             batch = self.largest_batch(job) or "none"
             print(f"{what:38}{need / GIB:>8.2f}   {batch:>14}{side:>14}{verdict}", flush=True)
 

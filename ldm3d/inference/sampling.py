@@ -47,6 +47,7 @@ from ..evaluation.statistics import finite_means
 from ..guidance import active_branches, branch_weights
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
+from ..streaming import STREAMED
 from .sampling_request import Request, RequestConfig, guidance_of, read_request
 from .segmentation import check_finite, file_labels, overlay, suffix_of
 
@@ -283,7 +284,7 @@ def plan(config: SampleConfig, run: Path) -> None:
     net = model.denoiser_for(whole, config.window, config.overlap)
     latent = whole if net is model.denoiser else net.window
     table.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
-    table.inference("decoding", model.autoencoder.fresh_copy, decode, 1, size, steps[1], both)
+    table.inference("decoding", model.autoencoder.fresh_copy, decode, 1, size, steps[1], both, STREAMED)
     table.print()
 
 

@@ -1,5 +1,6 @@
 """A plan predicts the bytes of tensors that a real step needs to 20 %, and what it says fits, fits."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -11,10 +12,22 @@ from tiny import ldm_flags, vae_flags
 import sample
 import train_ldm
 import train_vae
-from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig
+from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig, normconv, streaming
 from ldm3d.config import replace
-from ldm3d.engine.memory_plan import CONTEXT, GIB, USABLE, MemoryTable, decode, encode, peak_bytes
+from ldm3d.discriminators import PatchDiscriminator
+from ldm3d.engine.memory_plan import (
+    CONTEXT,
+    GIB,
+    USABLE,
+    Job,
+    MemoryTable,
+    decode,
+    encode,
+    peak_bytes,
+    weight_bytes,
+)
 from ldm3d.engine.training import autocast
+from ldm3d.streaming import STREAMED
 
 CPU = torch.device("cpu")
 AE = VAEConfig(channels=(16, 32), num_res_blocks=(1,), num_groups=8)
@@ -97,6 +110,40 @@ def test_encoding_and_decoding_need_what_the_plan_says(call, tmp_path):
     assert need(2, size) == pytest.approx(weights + measured(work, tmp_path), rel=0.2)
 
 
+@pytest.mark.parametrize("call", [encode, decode])
+def test_what_does_not_fit_whole_needs_what_streaming_takes(call, tmp_path, monkeypatch, capsys):
+    for module, name in ((streaming, "SLAB"), (normconv, "SLAB"), (normconv, "SLICE")):
+        monkeypatch.setattr(module, name, 2**12)
+    size, net = (96, 32, 32), AutoencoderKL(AE)
+    weights = sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
+
+    def planned(room) -> tuple[MemoryTable, Job]:
+        plan = MemoryTable(16, "fp32", "cpu")
+        plan.room = room
+        return plan, plan.inference("", lambda: AutoencoderKL(AE), call, 1, size, ways=STREAMED)
+
+    needs = [planned(1e12)[1].need(1, size)]
+    for _ in STREAMED:  # a room that is a little too small for what was taken
+        needs.append(planned(needs[-1] - 1)[1].need(1, size))
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) >= 3
+    plan, job = planned(needs[-1])
+    assert plan.inference_fits
+    assert (job.whole(1, size), job.least(1, size)) == (needs[0], needs[-1])
+    assert not planned(needs[-1] - 1)[0].inference_fits
+
+    def work(mode) -> None:
+        for trunk in (net.encoder, net.decoder):
+            monkeypatch.setattr(trunk, "forward", lambda x, t=trunk: streaming.Stream(mode, CPU).run(t, x))
+        with torch.inference_mode():
+            call(net, 1, size)
+
+    assert needs[1] == pytest.approx(weights + measured(lambda: work("slabs"), tmp_path), rel=0.3)
+    monkeypatch.setattr(MemoryTable, "_largest", lambda *_, **__: 7)
+    plan.print()
+    assert f"in slabs, {needs[0] / GIB:.2f} whole" in capsys.readouterr().out
+
+
 def test_checkpointing_and_smaller_batches_need_less_and_a_gpu_in_bf16_less_than_fp32():
     def need(batch=2, amp="fp32", device="cpu", **more):
         make = lambda: AutoencoderKL(dataclasses.replace(AE, **more))  # noqa: E731
@@ -177,6 +224,17 @@ def test_plans_hold_the_discriminator_and_know_codebooks(heads, tmp_path, capsys
     train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "ldm", 2))
     sample.main([str(tmp_path / "ldm"), "--plan", "--memory", "1"])
     assert capsys.readouterr().out.count("decoding 1 x 16x20") == 2
+
+
+def test_the_discriminator_takes_no_gradients_in_the_step_of_the_autoencoder(monkeypatch):
+    flags = {"disc_weight": 0.1, "disc.channels": 64, "data.size": (32, 32, 32), "memory": 16}
+    needs = []
+    for _ in ("frozen", "not"):
+        training = train_vae.memory_table(replace(train_vae.Config(), flags)).jobs[0]
+        needs.append(training.need(1, (24, 24, 24)))
+        monkeypatch.setattr(train_vae, "frozen", lambda _: contextlib.nullcontext())
+    weights = weight_bytes(PatchDiscriminator(replace(train_vae.Config(), flags).disc))
+    assert needs[1] - needs[0] > 0.5 * weights
 
 
 def test_a_budget_that_cannot_hold_anything_is_refused_and_one_that_is_too_small_says_so(
