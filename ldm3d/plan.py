@@ -38,6 +38,7 @@ from .engine.distributed import gather, is_main, print0, setup, world_size
 from .engine.logger import WIDTH
 from .engine.memory_plan import MemoryTable
 from .engine.runs import changed_case
+from .unet import UNetConfig
 
 PLAN_FILE = "plan.json"
 VAE_PASSES = CDAL_PASSES = (2000, 5000)  # most passes over the training cases, least steps; see `plan_length`
@@ -550,16 +551,20 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
         widths = {1: (48,), 2: (48, 96), 3: (48, 96, 96)}[num]
     if gpu:
         widths = {1: (256,), 2: (256, 256), 3: (256, 256, 512)}[num]
-        plan.set("unet.head_channels", 64, "a GPU: as many channels to a head as is usual")
     plan.set("unet.dims", len(z.size), "as the latents")
     plan.set("unet.strides", factors, f"{by(z.size)} positions, {coarse:.0f} on the coarsest level")
-    plan.set(
-        "unet.channels",
-        widths,
-        "a GPU: wide networks" if gpu else f"CPUs: narrow for {'fine' if fine else 'coarse'} latents",
-    )
+    why = "a GPU: wide networks" if gpu else f"CPUs: narrow for {'fine' if fine else 'coarse'} latents"
+    widths = plan.set("unet.channels", widths, why)
     attention = (False,) * len(factors) + (coarse <= (4096 if gpu else 1024),)
-    plan.set("unet.attention_levels", attention, "where the positions are few")
+    attention = plan.set("unet.attention_levels", attention, "where the positions are few")
+    attention = attention * len(widths) if len(attention) == 1 else attention
+    usual = 64 if gpu else UNetConfig.head_channels
+    head = math.gcd(usual, widths[-1], *(w for w, attend in zip(widths, attention, strict=False) if attend))
+    if gpu or head != usual:
+        why = (
+            "as many channels to a head as is usual" if head == usual else "divides the widths with attention"
+        )
+        plan.set("unet.head_channels", head, why)
     blocks = (1,) if (fine or short) and not gpu else (2,)
     plan.set("unet.num_res_blocks", blocks, "fewer on CPUs with fine latents or a short time")
     batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2

@@ -410,6 +410,17 @@ def test_a_denoiser_on_a_gpu_is_wide_and_its_batch_fits():
     assert values["optim.lr"] < planned_ldm()["optim.lr"]
 
 
+@pytest.mark.parametrize("machine", [CPU, dataclasses.replace(CPU, hours=0.2), GPU])
+@pytest.mark.parametrize("given", [(), (96,), (80, 160), (100, 200, 300), (48, 40)])
+@pytest.mark.parametrize("size", [(4, 6, 4), (12, 16, 12)])
+def test_heads_divide_the_widths_that_attend(machine, given, size):
+    values = planned_ldm(machine, {"unet.channels": given} if given else {}, size=size)
+    names = ("dims", "strides", "channels", "attention_levels", "num_res_blocks", "head_channels")
+    UNetConfig(num_groups=4, **{n: values[f"unet.{n}"] for n in names if f"unet.{n}" in values})
+    if not given and not machine.short:
+        assert values.get("unet.head_channels") == (64 if machine.gpu else None)
+
+
 def test_a_short_run_of_a_denoiser_encodes_each_case_once_and_keeps_the_long_average_of_gradients():
     short = planned_ldm(Machine(False, 0.25, fits, fits), seconds=0.001)
     assert short["data.num_variants"] == 1

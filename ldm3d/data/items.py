@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from ..config import InputError
 from ..engine.distributed import print0
 from ..engine.logger import progress
-from .volumes import NoFile, _Opened, spacing_affine
+from .volumes import NoFile, OpenedFile, spacing_affine
 
 ROLES = ("image", "mask", "source")
 READING = threading.Lock()  # volumes are read by threads, which a data set need not be made for
@@ -58,7 +58,7 @@ class ItemVolume(NoFile):
     def __str__(self) -> str:
         return f"{self.role} of item {self.index}"
 
-    def open(self, dims: int | None) -> _Opened:
+    def open(self, dims: int | None) -> OpenedFile:
         item = self.items[self.index]
         array = np.asarray(torch.as_tensor(item[self.role]).detach().cpu())
         dims = dims or min(array.ndim, 3)
@@ -72,7 +72,7 @@ class ItemVolume(NoFile):
         def load(picks: tuple[int, ...]) -> np.ndarray:
             return array if picks == every else array[list(picks)]
 
-        return _Opened(len(array), array.shape[1:], array.dtype, affine, None, load)
+        return OpenedFile(len(array), array.shape[1:], array.dtype, affine, None, load)
 
 
 def _cell(value: Any) -> str | None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ NO_IMAGE = (
         rb"\x02\x00\x02\x00UI..1\.2\.840\.10008\.5\.1\.4\.1\.1\.(11|66|67|88|104|481)\b", re.S
     )
 )
+FIRST = 32  # files of a folder that are looked at to know what it holds
 UNEVEN = 0.1  # part of the slice distance by which a slice may lie off the even grid: positions are rounded
 
 
@@ -138,7 +140,7 @@ def is_dicom_folder(path: str | Path) -> bool:
     try:
         with os.scandir(path) as entries:
             files = (e.path for e in entries if not e.name.startswith(".") and e.is_file())
-            return any(map(is_dicom_file, itertools.islice(files, 32)))
+            return any(map(is_dicom_file, itertools.islice(files, FIRST)))
     except (OSError, ValueError):  # ValueError: no path can have this name
         return False
 
@@ -150,11 +152,18 @@ def _dicom_files(folder: str | Path) -> Iterator[str]:
 
 
 def is_series_folder(path: str | Path) -> bool:
-    """Are the first two DICOM files of the folder slices of one series? Radiographs in a folder are not."""
+    """Are most of the first DICOM files of the folder slices of a series, of one or of several? Radiographs
+    are not: each is a series of its own. A scout may lie beside the slices."""
     if not is_dicom_folder(path):
         return False
-    first = [_information(file, dicom=True) for file in itertools.islice(_dicom_files(path), 2)]
-    return len(first) == 2 and len({_text(reader, UID) for reader in first}) == 1
+    images = (file for file in _dicom_files(path) if not _holds_no_image(file))
+    counts: Counter[str] = Counter()
+    for file in itertools.islice(images, FIRST):
+        counts[_text(_information(file, dicom=True), UID)] += 1
+        alone = sum(num == 1 for num in counts.values())
+        if counts.total() >= 2 and 2 * alone < counts.total():
+            return True
+    return False
 
 
 def modality(path: str | Path) -> str:

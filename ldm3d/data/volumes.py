@@ -99,7 +99,7 @@ class Header:
     slope_inter: tuple[float, float] = (1.0, 0.0)  # value = stored * slope + inter, see `values_of`
 
 
-class _Opened(NamedTuple):
+class OpenedFile(NamedTuple):
     """A file of which only the header was read. `load((2, 0))` reads channels 2 and 0, as (2, *shape)."""
 
     channels: int
@@ -115,7 +115,7 @@ class _Opened(NamedTuple):
 class NoFile:
     """What stands where the path of a file does, and is none: a volume in memory (items.py)."""
 
-    def open(self, dims: int | None) -> _Opened:
+    def open(self, dims: int | None) -> OpenedFile:
         """What the `open` of a format gives for a file."""
         raise NotImplementedError
 
@@ -204,7 +204,7 @@ def _in_ras(
     affine: np.ndarray,
     load: Callable[[tuple[int, ...]], np.ndarray],
     dims: int | None,
-) -> _Opened:
+) -> OpenedFile:
     """A file with axes in any order and direction, in RAS+ order. shape: as stored, of 2 or 3 axes; affine
     (4, 4); load((2, 0)): channels 2 and 0 as (x, y, z, 2). dims 2 drops an axis of one voxel."""
     _check_affine(affine, path)
@@ -225,7 +225,7 @@ def _in_ras(
         data = np.moveaxis(apply_orientation(load(picks).reshape(*grid, -1), to_ras), -1, 0)
         return data if dropped is None else data.squeeze(dropped + 1)
 
-    return _Opened(channels, tuple(ras_grid[axis] for axis in keep), dtype, affine, "".join(codes), in_ras)
+    return OpenedFile(channels, tuple(ras_grid[axis] for axis in keep), dtype, affine, "".join(codes), in_ras)
 
 
 def take_slice(volume: Volume, axis: int, number: int) -> Volume:
@@ -258,7 +258,7 @@ def _nifti_voxels(path: Path, image: nib.Nifti1Pair, channel: int | None) -> np.
     return data
 
 
-def _open_nifti(path: Path, dims: int | None) -> _Opened:
+def _open_nifti(path: Path, dims: int | None) -> OpenedFile:
     image = _load_nifti(nib.load, path, path)
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"{path}: a {type(image).__name__} file, not an image on a voxel grid")
@@ -308,7 +308,7 @@ def _check_tiff(records: list[logging.LogRecord], path: Path) -> None:
         raise InputError(f"{path}: the file is damaged ({errors[0].splitlines()[0]})")
 
 
-def _open_tiff(path: Path, dims: int | None) -> _Opened:
+def _open_tiff(path: Path, dims: int | None) -> OpenedFile:
     with _logged("tifffile") as records, tifffile.TiffFile(path) as file:
         if len(file.series) != 1:
             raise InputError(f"{path}: holds {len(file.series)} images of different shape, expected one")
@@ -347,10 +347,10 @@ def _open_tiff(path: Path, dims: int | None) -> _Opened:
         return (~data if data.dtype.kind == "b" else 2**bits - 1 - data) if inverted else data
 
     palette = photometric == tifffile.PHOTOMETRIC.PALETTE
-    return _Opened(channels, out, dtype, affine, None, load, palette)
+    return OpenedFile(channels, out, dtype, affine, None, load, palette)
 
 
-def _open_numpy(path: Path, dims: int | None) -> _Opened:
+def _open_numpy(path: Path, dims: int | None) -> OpenedFile:
     data = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
     if not isinstance(data, np.ndarray):
         with data:
@@ -364,10 +364,10 @@ def _open_numpy(path: Path, dims: int | None) -> _Opened:
     if data.ndim not in (dims, dims + 1) or dims < 2:
         raise InputError(f"{path}: an array of shape {data.shape}, expected (*S) or (C, *S), *S of 2 or 3")
     data = data.reshape(-1, *data.shape[-dims:]) if data.size else data[None]
-    return _Opened(len(data), data.shape[-dims:], data.dtype, None, None, lambda picks: data[list(picks)])
+    return OpenedFile(len(data), data.shape[-dims:], data.dtype, None, None, lambda picks: data[list(picks)])
 
 
-def _open_picture(path: Path, dims: int | None) -> _Opened:
+def _open_picture(path: Path, dims: int | None) -> OpenedFile:
     try:
         from PIL import Image, ImageMode
     except ImportError as error:
@@ -390,10 +390,10 @@ def _open_picture(path: Path, dims: int | None) -> _Opened:
         return (data[None] if data.ndim == 2 else np.moveaxis(data, -1, 0))[list(picks)]
 
     palette = mode.mode in ("P", "PA")
-    return _Opened(len(mode.bands), shape, np.dtype(mode.typestr), None, None, load, palette)
+    return OpenedFile(len(mode.bands), shape, np.dtype(mode.typestr), None, None, load, palette)
 
 
-def _of_grid(grid: Grid, path: Path, dims: int | None) -> _Opened:
+def _of_grid(grid: Grid, path: Path, dims: int | None) -> OpenedFile:
     """What SimpleITK has opened: a picture as it is stored, all else in RAS+ order."""
 
     def load(picks: tuple[int, ...]) -> np.ndarray:
@@ -408,14 +408,14 @@ def _of_grid(grid: Grid, path: Path, dims: int | None) -> _Opened:
     def picture(picks: tuple[int, ...]) -> np.ndarray:
         return np.moveaxis(load(picks), -1, 0)
 
-    return _Opened(grid.channels, grid.shape, grid.dtype, grid.affine, None, picture)
+    return OpenedFile(grid.channels, grid.shape, grid.dtype, grid.affine, None, picture)
 
 
-def _open_dicom(path: Path, dims: int | None, series: str | None) -> _Opened:
+def _open_dicom(path: Path, dims: int | None, series: str | None) -> OpenedFile:
     return _of_grid(open_dicom(path, series), path, dims)
 
 
-def _open_itk(path: Path, dims: int | None) -> _Opened:
+def _open_itk(path: Path, dims: int | None) -> OpenedFile:
     return _of_grid(open_itk(path), path, dims)
 
 
@@ -482,7 +482,7 @@ class Format(NamedTuple):
     """A kind of file. To add one, write its `open` (and `write`) above and a row in `FORMATS`."""
 
     suffixes: tuple[str, ...]  # the end of the name, lower case
-    open: Callable[..., _Opened]  # (path, dims) or, of several, (path, dims, series); voxels only of .npz
+    open: Callable[..., OpenedFile]  # (path, dims) or, of several, (path, dims, series); voxels only of .npz
     write: Callable[[BinaryIO, Volume, str], None] | None = None  # (file, volume, suffix); None: is only read
     states_spacing: bool = False  # the spacing that a file states is true: a setting does not replace it
     several: bool = False  # one path may hold several images, of which one is chosen by name
@@ -586,7 +586,7 @@ def _reading(path: str | Path | NoFile) -> Iterator[None]:
         raise InputError(f"cannot read {path}: {reason or type(error).__name__}{extra}") from error
 
 
-def _opened(path: Path, dims: int | None, series: str | None) -> tuple[_Opened, bool]:
+def _opened(path: Path, dims: int | None, series: str | None) -> tuple[OpenedFile, bool]:
     """(The opened file, does every file of its kind state its spacing?)."""
     check_file(path)
     suffix = DICOM[0] if os.path.isdir(path) else volume_suffix(path)

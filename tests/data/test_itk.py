@@ -19,7 +19,7 @@ from ldm3d.data import DataConfig, read
 from ldm3d.data.cases import find_cases
 from ldm3d.data.fingerprint import take
 from ldm3d.data.images import find_images, own_images
-from ldm3d.data.itk import is_dicom_folder
+from ldm3d.data.itk import is_dicom_folder, is_series_folder
 from ldm3d.data.layouts import recognise
 from ldm3d.data.volumes import read_header, stamp
 
@@ -350,6 +350,15 @@ def test_radiographs_in_a_folder_are_images_of_their_own(tmp_path) -> None:
     layout = recognise(tmp_path / "data")
     assert layout.settings == {"image": "*.dcm"}
     assert take(tmp_path / "data", {"data.cache_dir": str(tmp_path / "cache")}).dims == 2
+
+
+def test_a_scout_before_the_slices_does_not_make_radiographs_of_them(tmp_path) -> None:
+    folder = write_series(tmp_path / "p0", hounsfield((16, 16, 3)), np.eye(4))
+    assert is_series_folder(folder)
+    scout = write_series(tmp_path / "scout", hounsfield((16, 16, 1)), np.eye(4), "1.2.77")
+    (next(scout.iterdir())).rename(folder / "000.dcm")
+    assert is_series_folder(folder)
+    assert not is_series_folder(scout)
 
 
 def test_sampling_takes_one_series_or_a_folder_of_them(patients) -> None:
