@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import KeysValues
+from .config import InputError
 from .normconv import Conv
 from .unet import UNet, UNetConfig, UNetEncoder
 
@@ -63,15 +64,23 @@ class ControlNet(UNetEncoder):
     middle's last.
 
     config: of the U-Net that is controlled. in_channels: of the map. embedding_channels: the widths within
-    `ControlEmbedding`; none = the U-Net's finest width, for a map as fine as x.
+    `ControlEmbedding`; none = the U-Net's finest width, for a map as fine as x. num_classes: of an embedding
+    of classes of its own, as MONAI's ControlNets have; ours receive the U-Net's by `emb`.
     """
 
-    def __init__(self, config: UNetConfig, in_channels: int, embedding_channels: Sequence[int] = ()):
+    def __init__(
+        self,
+        config: UNetConfig,
+        in_channels: int,
+        embedding_channels: Sequence[int] = (),
+        num_classes: int | None = None,
+    ):
         super().__init__(config)
         dims, width = config.dims, config.channels[0]
         self.embedding = ControlEmbedding(dims, in_channels, embedding_channels or (width,), width)
         widths = *self.skip_channels, config.channels[-1]
         self.zero_convs = nn.ModuleList(Conv(dims, n, n, kernel=1, zero_init=True) for n in widths)
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, config.emb_dim)
 
     def copy_weights(self, unet: UNet) -> None:
         """Start from the U-Net's own encoder half."""
@@ -86,9 +95,17 @@ class ControlNet(UNetEncoder):
         context: Tensor | tuple[KeysValues, ...] | None = None,
         context_mask: Tensor | None = None,
         emb: Tensor | None = None,
+        classes: Tensor | None = None,
     ) -> list[Tensor]:
-        """hint: `embedding(map)` (B, channels[0], *s), which all steps of sampling have in common."""
+        """hint: `embedding(map)` (B, channels[0], *s), which all steps of sampling have in common. classes:
+        (B,) int64, where there is an embedding of classes."""
         self._check(x, context)
+        if (classes is None) != (self.class_embedding is None):
+            wanted = "no classes" if self.class_embedding is None else "classes (B,)"
+            raise InputError(f"classes: this ControlNet wants {wanted}")
+        if self.class_embedding is not None:
+            own = self.class_embedding(classes)
+            emb = own if emb is None else own + emb
         h, skips = self.encode(x, self.embed(t, emb), context, context_mask, hint=hint)
         return [conv(h) for conv, h in zip(self.zero_convs, [*skips, h], strict=True)]
 

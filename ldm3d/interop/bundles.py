@@ -22,6 +22,8 @@ ARGUMENTS = {  # of the classes of other libraries -> our settings
     **dict.fromkeys(("num_res_blocks", "layers_per_block"), "num_res_blocks"),
     **{"attention_levels": "attention_levels", "resblock_updown": "resblock_updown"},
     **{"cross_attention_dim": "context_dim", "num_class_embeds": "num_classes"},
+    "conditioning_embedding_in_channels": "map_channels",
+    "conditioning_embedding_num_channels": "embedding_channels",
     **{"norm_num_groups": "num_groups", "norm_eps": "gn_eps", "num_head_channels": "head_channels"},
     **{"num_res_layers": "num_res_blocks", "num_res_channels": "res_channels"},
     **{"embedding_dim": "latent_channels", "num_embeddings": "codebook_size"},
@@ -91,7 +93,9 @@ def read_description(path: str | Path, classes: tuple[str, ...]) -> Described:
     if "VQVAE" in classes:
         check_vqvae(given, str(path))
     settings = {ours: given[name] for name, ours in ARGUMENTS.items() if name in given}
-    if "head_channels" not in settings and any(name.startswith("DiffusionModelUNet") for name in classes):
+    if "head_channels" not in settings and any(
+        name.startswith(("DiffusionModelUNet", "ControlNet")) for name in classes
+    ):
         settings["head_channels"] = 8  # the default of the class
     if given.get("use_convtranspose"):
         words = given["use_convtranspose"]
@@ -191,6 +195,7 @@ def check_agreement(described: dict[str, Any], inferred: dict[str, Any], where: 
         if name == "res_channels" and ours is None:
             ours = inferred["channels"]
         if isinstance(ours, tuple):
-            value = per_level(value if isinstance(value, list) else [value], levels)
+            value = value if isinstance(value, list) else [value]
+            value = tuple(value) if len(value) == len(ours) else per_level(value, levels)
         if value != ours:
             raise InputError(f"{where}: {name} is {value} there, but {ours} in the weights")

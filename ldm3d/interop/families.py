@@ -32,7 +32,7 @@ class Family:
     """One way in which weights are stored. A file is of the first family whose `sign` is a name in it."""
 
     name: str
-    kind: str  # "autoencoder" or "unet"
+    kind: str  # "autoencoder", "unet" or "controlnet"
     layout: str
     library: Library | None  # whose class makes the network today
     sign: str  # regular expression that must match one of the names
@@ -54,7 +54,24 @@ OLD_ATTENTION = tuple(
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
 )
 
+OLD_UNET = (  # monai-generative's spelling of U-Nets
+    SELF_ATTENTION,
+    (r"\.(attn[12])\.to_out\.0\.", r".\1.out_proj."),
+    (r"\.upsampler\.conv\.conv\.", ".upsampler.postconv.conv."),
+)
+
 FAMILIES = (
+    Family(
+        name="MONAI ControlNet",  # MAISI's and monai-generative's too
+        kind="controlnet",
+        layout="monai",
+        library="monai",
+        sign=r"^controlnet_cond_embedding\.conv_in\.conv\.weight$",
+        renames=OLD_UNET,
+        unused=r"\.proj_attn\.",
+        usual=NORM,
+        classes=("ControlNet", "ControlNetMaisi"),
+    ),
     Family(
         name="MONAI VQVAE",  # named alike in monai-generative
         kind="autoencoder",
@@ -112,11 +129,7 @@ FAMILIES = (
         library="monai",
         sign=r"^((down|up)_blocks\.\d+\.attentions\.\d+\.to_q|middle_block\.attention\.to_q"
         r"|.*\.attn1\.to_out\.0)\.weight$",
-        renames=(
-            SELF_ATTENTION,
-            (r"\.(attn[12])\.to_out\.0\.", r".\1.out_proj."),
-            (r"\.upsampler\.conv\.conv\.", ".upsampler.postconv.conv."),
-        ),
+        renames=OLD_UNET,
         unused=r"\.proj_attn\.",
         fixed={"attn_out_proj": False},
         usual=NORM,
@@ -154,7 +167,6 @@ FAMILIES = (
 )
 OTHERS = {  # recognised, to be refused by name
     r"(^|\.)initial_conv\.conv\.weight$": "a PatchDiscriminator of MONAI",
-    r"^controlnet_cond_embedding\.": "a ControlNet of MONAI",
     r"^quantize\.embedding\.": "a VQ autoencoder of CompVis",
     r"^(model\.diffusion_model\.|input_blocks\.)": "a U-Net of CompVis",
 }
@@ -326,8 +338,8 @@ def levels_autoencoder(shapes: Shapes, layout: str) -> dict[str, Any]:
     }
 
 
-def unet(shapes: Shapes) -> dict[str, Any]:
-    """The settings (UNetConfig) of MONAI's U-Nets."""
+def unet(shapes: Shapes, whole: bool = True) -> dict[str, Any]:
+    """The settings (UNetConfig) of MONAI's U-Nets, and of the half that a ControlNet is."""
     levels = range(numbers(shapes.state, r"down_blocks\.(\d+)\."))
     stem = shapes("conv_in.conv.weight")
     context = "middle_block.attention.transformer_blocks.0.attn2.to_k.weight"
@@ -336,7 +348,7 @@ def unet(shapes: Shapes) -> dict[str, Any]:
     settings = {
         "dims": len(stem) - 2,
         "in_channels": stem[1],
-        "out_channels": shapes("out.2.conv.weight")[0],
+        "out_channels": shapes("out.2.conv.weight")[0] if whole else stem[1],
         "channels": tuple(shapes(f"down_blocks.{i}.resnets.0.conv1.conv.weight")[0] for i in levels),
         "num_res_blocks": tuple(
             numbers(shapes.state, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in levels
@@ -348,6 +360,21 @@ def unet(shapes: Shapes) -> dict[str, Any]:
     if settings["context_dim"] is None:
         settings["attn_out_proj"] = shapes.has(r"middle_block\.attention\.attn\.out_proj\.")
     return settings
+
+
+def controlnet(shapes: Shapes) -> dict[str, Any]:
+    """The settings of a ControlNet: those of its U-Net, and CONTROL."""
+    embedding, name = "controlnet_cond_embedding", "class_embedding.weight"
+    num = numbers(shapes.state, rf"{embedding}\.blocks\.(\d+)\.")
+    first = shapes(f"{embedding}.conv_in.conv.weight")
+    wider = (
+        shapes(f"{embedding}.blocks.{n}.conv.weight")[0] for n in range(1, min(num, len(shapes.state)), 2)
+    )
+    return unet(shapes, whole=False) | {
+        "map_channels": first[1],
+        "embedding_channels": (first[0], *wider),
+        "num_classes": shapes(name)[0] if name in shapes.state else None,
+    }
 
 
 def with_identity_projections(state: State) -> State:
@@ -367,6 +394,8 @@ def configuration(state: State, family: Family, where: str) -> dict[str, Any]:
     shapes = Shapes(state, where)
     if family.kind == "unet":
         return unet(shapes)
+    if family.kind == "controlnet":
+        return controlnet(shapes)
     if family.layout == "monai":
         return monai_autoencoder(shapes)
     if family.layout == "monai_vq":

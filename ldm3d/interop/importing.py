@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..conditions import Condition, ConditionConfig
 from ..config import InputError, at_least, convert, field_types, from_dict, read_json, to_dict
+from ..control import ControlNet
 from ..data import DataConfig, DataSpec
 from ..denoiser import Denoiser
 from ..diffusion_kernel import KernelConfig
@@ -73,6 +74,9 @@ class ImportConfig:
             raise InputError(f"scale_factor: expected a number above 0, got {self.scale_factor}")
 
 
+Network = Autoencoder | Denoiser | ControlNet
+
+
 @dataclass(frozen=True)
 class Report:
     """Where every setting of an imported network comes from."""
@@ -101,7 +105,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Imported:
-    net: Autoencoder | Denoiser
+    net: Network
     family: Family
     report: Report
     state: dict[str, Tensor]  # the weights as the newest class of that library names them
@@ -151,7 +155,7 @@ def hints_of(
             f"num_groups: {where} has levels of {inferred['channels']} channels, which {groups} groups of "
             "norms do not divide; give the number with --num_groups or --config"
         )
-    if family.kind == "unet" and "head_channels" not in given:
+    if family.kind != "autoencoder" and "head_channels" not in given:
         raise InputError(
             f"head_channels: the weights of {where} do not tell the width of attention heads; give it with "
             "--head_channels (MONAI: num_head_channels) or --config"
@@ -164,7 +168,7 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
     source, where = read_weights(file), str(file)
     family = recognise(source.tensors, where)
     state, unused = rewrite(source.tensors, family, where)
-    if family.kind == "unet":
+    if family.kind != "autoencoder":
         state = with_identity_projections(state)
     theirs = source.tensors if family.name == "MAISI autoencoder" else state
     inferred = family.fixed | configuration(state, family, where)
@@ -174,9 +178,11 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
     settings = inferred | assumed | given
     if family.layout == "monai_vq":
         quantizer = {name: settings.pop(name) for name in field_types(QuantizerConfig) if name in settings}
-        net: Autoencoder | Denoiser = VQVAE(
-            from_dict(VAEConfig, settings), from_dict(QuantizerConfig, quantizer)
-        )
+        net: Network = VQVAE(from_dict(VAEConfig, settings), from_dict(QuantizerConfig, quantizer))
+    elif family.kind == "controlnet":
+        names = ("map_channels", "embedding_channels", "num_classes")
+        arguments = [settings.pop(name) for name in names]
+        net = ControlNet(from_dict(UNetConfig, settings), *arguments)
     elif family.kind == "autoencoder":
         if settings.get("upsample", "").startswith("deconv"):
             state = {name.replace(".postconv.conv.", ".deconv."): value for name, value in state.items()}
@@ -233,11 +239,12 @@ def make_denoiser(
     return net, state
 
 
-def load(file: str | Path, config: str | Path | None = None, **hints: Any) -> Autoencoder | Denoiser:
+def load(file: str | Path, config: str | Path | None = None, **hints: Any) -> Network:
     """The network in a file of another library, frozen and in eval mode on the CPU.
 
     An autoencoder takes and gives intensities in [-1, 1], whatever range it was trained on (`image_range`). A
     U-Net comes as a Denoiser: net(x_t, t), net(x_t, t, {"class": ...}) or net(x_t, t, Conditioned(context)).
+    A ControlNet's residuals go to a U-Net: unet.features(x_t, t, residuals=net(x_t, t, net.embedding(map))).
     hints: what shapes cannot tell, such as num_groups=16 or head_channels=64.
     """
     return open_weights(file, config, **hints).net
@@ -373,6 +380,11 @@ def import_file(config: ImportConfig, file: str) -> Path:
         raise InputError(f"to: {folder} is there already, expected a new folder")
     imported = open_weights(file, config.config, **{name: getattr(config, name) for name in HINTS})
     net, report = imported.net, imported.report
+    if isinstance(net, ControlNet):
+        raise InputError(
+            f"{file}: holds a {imported.family.name}, of which no run folder can be made; "
+            "ldm3d.interop.load(FILE) gives the network"
+        )
     if isinstance(net, Denoiser):
         report = dataclasses.replace(report, facts=factors_of(config.vae) | report.facts)
     facts = report.facts

@@ -37,9 +37,10 @@ from ..blocks import (
     per_level,
 )
 from ..config import InputError
+from ..control import ControlNet
 from ..denoiser import Denoiser
 from ..engine.checkpoint import load_weights
-from ..unet import Stage, UNet
+from ..unet import Stage, UNet, UNetEncoder
 from ..vae import Autoencoder, VAEConfig
 from ..vqvae import VQVAE
 
@@ -203,8 +204,8 @@ def autoencoder_entries(net: Autoencoder, layout: str) -> Iterator[Entry]:
             yield Entry(f"quantizer.{own}", (f"quantizer.quantizer.{theirs}",))
 
 
-def unet_entries(net: UNet, own: str = "") -> Iterator[Entry]:
-    """Every tensor of a U-Net in MONAI's layout; `own` stands before our names."""
+def unet_entries(net: UNetEncoder, own: str = "") -> Iterator[Entry]:
+    """Every tensor of a U-Net or of its half that reads, in MONAI's layout; `own` stands before our names."""
 
     def of(block: nn.Module, here: str, there: str) -> Iterator[Entry]:
         return block_entries(block, own + here, there, MONAI_UNET)
@@ -227,8 +228,25 @@ def unet_entries(net: UNet, own: str = "") -> Iterator[Entry]:
     yield from of(net.mid[0].res, "mid.0.res", "middle_block.resnet_1")
     yield from of(net.mid[0].attention, "mid.0.attention", "middle_block.attention")
     yield from of(net.mid[1].res, "mid.1.res", "middle_block.resnet_2")
-    yield from of(net.norm_out, "norm_out", "out.0")
-    yield from of(net.conv_out, "conv_out", "out.2")
+    if isinstance(net, UNet):
+        yield from of(net.norm_out, "norm_out", "out.0")
+        yield from of(net.conv_out, "conv_out", "out.2")
+
+
+def controlnet_entries(net: ControlNet) -> Iterator[Entry]:
+    """Every tensor of a ControlNet in MONAI's layout, where the first zero convolution is not wrapped."""
+    yield from unet_entries(net)
+    embedding = {"conv_in": "conv_in", "conv_out": "conv_out"}
+    embedding |= {f"convs.{n}": f"blocks.{n}" for n in range(len(net.embedding.convs))}
+    where = {f"embedding.{own}": f"controlnet_cond_embedding.{to}.conv" for own, to in embedding.items()}
+    *skips, middle = (f"zero_convs.{n}" for n in range(len(net.zero_convs)))
+    where |= {own: f"controlnet_down_blocks.{n}{'.conv' if n else ''}" for n, own in enumerate(skips)}
+    where[middle] = "controlnet_mid_block.conv"
+    for own, there in where.items():
+        for leaf in ("weight", "bias"):
+            yield Entry(f"{own}.{leaf}", (f"{there}.{leaf}",))
+    if net.class_embedding is not None:
+        yield Entry("class_embedding.weight", ("class_embedding.weight",))
 
 
 NUMBERS = ("top_region_index", "bottom_region_index", "spacing")  # that MAISI's U-Net takes
@@ -254,6 +272,8 @@ def entries(net: nn.Module, layout: str) -> list[Entry]:
         return list(denoiser_entries(net))
     if isinstance(net, Autoencoder):
         return list(autoencoder_entries(net, layout))
+    if isinstance(net, ControlNet):
+        return list(controlnet_entries(net))
     raise TypeError(type(net))
 
 

@@ -27,6 +27,7 @@ def main() -> None:
             (test_import.AUTOENCODERS, test_import.autoencoder_errors),
             (test_import.CODES, test_import.vqvae_errors),
             (test_import.U_NETS, test_import.unet_errors),
+            (test_import.CONTROL_NETS, test_import.controlnet_errors),
         ):
             for name in names:
                 found, outputs, gradients = errors(name, Path(folder))

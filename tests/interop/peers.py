@@ -8,8 +8,9 @@ import re
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
-from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
+from monai.networks.nets import VQVAE, AutoencoderKL, ControlNet, DiffusionModelUNet
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -84,6 +85,15 @@ def vqvae(dims: int, **changes) -> nn.Module:
 
 def unet(dims: int, **changes) -> nn.Module:
     return randomised(DiffusionModelUNet(dims, **{**UNET, **changes}))
+
+
+def controlnet(dims: int, maisi: bool = False, **changes) -> nn.Module:
+    small = {name: value for name, value in UNET.items() if name != "out_channels"}
+    small |= {"conditioning_embedding_in_channels": 2, "conditioning_embedding_num_channels": (4, 6)}
+    small |= changes
+    if maisi:
+        small["num_channels"] = small.pop("channels")
+    return randomised((ControlNetMaisi if maisi else ControlNet)(dims, **small))
 
 
 def maisi_unet(dims: int, **changes) -> nn.Module:

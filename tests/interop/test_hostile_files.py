@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ldm3d import VQVAE, AutoencoderKL, Denoiser, QuantizerConfig, UNetConfig, VAEConfig
+from ldm3d.control import ControlNet
 from ldm3d.interop.__main__ import main
 from ldm3d.interop.files import read_safetensors, write_safetensors
 from ldm3d.interop.layouts import extract
@@ -37,6 +38,10 @@ def vqvae() -> dict[str, torch.Tensor]:
     return extract(VQVAE(config, QuantizerConfig(8)), "monai_vq")
 
 
+def controlnet() -> dict[str, torch.Tensor]:
+    return extract(ControlNet(UNET, 2, (4, 6), num_classes=3), "monai")
+
+
 class Code:
     """A pickle that would run code."""
 
@@ -44,21 +49,11 @@ class Code:
         return os.system, ("touch /tmp/ldm3d-was-here",)
 
 
-def spoiled(change):
+def spoiled(change, make=sound):
     """A file whose state `change` has changed in place, or replaced."""
 
     def write(path: Path) -> None:
-        state = sound()
-        torch.save(change(state) or state, path)
-
-    return write
-
-
-def spoiled_vqvae(change):
-    """`spoiled`, of a VQVAE."""
-
-    def write(path: Path) -> None:
-        state = vqvae()
+        state = make()
         torch.save(change(state) or state, path)
 
     return write
@@ -170,32 +165,59 @@ HOSTILE = {  # what is wrong -> (how the file is written, what the line says)
     ),
     "a U-Net without its autoencoder": (lambda path: torch.save(unet(), path), "head_channels"),
     "a VQVAE without its running means": (
-        spoiled_vqvae(lambda state: {k: v for k, v in state.items() if "ema_w" not in k}),
+        spoiled(lambda state: {k: v for k, v in state.items() if "ema_w" not in k}, vqvae),
         "quantizer.quantizer.ema_w is missing",
     ),
     "a VQVAE with blocks in disorder": (
-        spoiled_vqvae(lambda state: {k: v for k, v in state.items() if "encoder.blocks.4" not in k}),
+        spoiled(lambda state: {k: v for k, v in state.items() if "encoder.blocks.4" not in k}, vqvae),
         "in an order that no VQVAE has",
     ),
     "a VQVAE without decoder": (
-        spoiled_vqvae(lambda state: {k: v for k, v in state.items() if not k.startswith("decoder")}),
+        spoiled(lambda state: {k: v for k, v in state.items() if not k.startswith("decoder")}, vqvae),
         "decoder.blocks.0.conv.weight is missing",
     ),
     "a VQVAE with kernels of 3": (
-        spoiled_vqvae(lambda state: cut(state, "encoder.blocks.0.conv.weight", ..., slice(3))),
+        spoiled(lambda state: cut(state, "encoder.blocks.0.conv.weight", ..., slice(3)), vqvae),
         "encoder.blocks.0.conv.weight is (4, 1, 4, 3), which does not fit",
     ),
     "a VQVAE with codes of two widths": (
-        spoiled_vqvae(lambda state: cut(state, "quantizer.quantizer.ema_w", slice(None), slice(2))),
+        spoiled(lambda state: cut(state, "quantizer.quantizer.ema_w", slice(None), slice(2)), vqvae),
         "quantizer.quantizer.ema_w is (8, 2), which does not fit",
     ),
     "a VQVAE with a learned slope": (
-        spoiled_vqvae(lambda state: state.update({"encoder.blocks.0.adn.A.weight": torch.ones(1)})),
+        spoiled(lambda state: state.update({"encoder.blocks.0.adn.A.weight": torch.ones(1)}), vqvae),
         "encoder.blocks.0.adn.A.weight is left over",
     ),
     "a VQVAE whose codes are one number": (
-        spoiled_vqvae(lambda state: state.update({"quantizer.quantizer.embedding.weight": torch.ones(())})),
+        spoiled(lambda state: state.update({"quantizer.quantizer.embedding.weight": torch.ones(())}), vqvae),
         "quantizer.quantizer.embedding.weight",
+    ),
+    "a ControlNet is no run": (
+        lambda path: torch.save({"controlnet_state_dict": controlnet()}, path),
+        "holds a MONAI ControlNet, of which no run folder can be made",
+    ),
+    "a ControlNet without a zero convolution": (
+        spoiled(lambda state: {k: v for k, v in state.items() if "down_blocks.2.conv" not in k}, controlnet),
+        "controlnet_down_blocks.2.conv.weight is missing",
+    ),
+    "a ControlNet without its embedding's blocks": (
+        spoiled(
+            lambda state: {k: v for k, v in state.items() if "blocks.1.conv.weight" not in k}, controlnet
+        ),
+        "controlnet_cond_embedding.blocks.1.conv.weight is missing",
+    ),
+    "a ControlNet with a way up": (
+        spoiled(lambda state: state.update({"out.0.weight": torch.ones(8)}), controlnet),
+        "out.0.weight is left over",
+    ),
+    "a ControlNet with blocks beyond all": (
+        spoiled(
+            lambda state: state.update(
+                {"controlnet_cond_embedding.blocks.99999999.conv.weight": torch.ones(2, 2)}
+            ),
+            controlnet,
+        ),
+        "controlnet_cond_embedding.blocks.3.conv.weight is missing",
     ),
     "safetensors: huge header": (safe(lambda content: b"\xff" * 8 + content[8:]), "header"),
     "safetensors: no JSON": (safe(lambda content: content[:8] + b"{!" + content[10:]), "not JSON"),
@@ -233,6 +255,7 @@ def test_a_hostile_file_is_one_line(name, tmp_path, mistake):
     write, says = HOSTILE[name]
     write(tmp_path / "model.pt")
     flags = () if "VQVAE" in name else ("--num_groups", "2")
+    flags = ("--num_groups", "4", "--head_channels", "8") if "ControlNet" in name else flags
     line = mistake(main, run(tmp_path / "model.pt", tmp_path, *flags))
     assert says in line, line
     assert not (tmp_path / "run").exists()

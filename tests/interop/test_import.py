@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ldm3d.conditioner import Conditioned
+from ldm3d.config import InputError
 from ldm3d.interop.families import rewrite
 from ldm3d.interop.importing import Imported, open_weights
 from ldm3d.interop.layouts import extract
@@ -148,6 +149,26 @@ U_NETS = {  # name -> arguments, how it is spelled, what shapes cannot tell
 }
 
 
+CONTROL_NETS = {  # rows as in U_NETS
+    "2d": ({}, same, {}),
+    "3d": ({"dims": 3}, same, {}),
+    "three levels": ({**WIDER, "conditioning_embedding_num_channels": (2, 4, 6)}, same, {}),
+    "a map as fine as the latent": ({"conditioning_embedding_num_channels": (5,)}, same, {}),
+    "context": (CONTEXT, same, {}),
+    "classes, residual down": ({"num_class_embeds": 3, "resblock_updown": True}, ddp, {}),
+    "maisi": (
+        {
+            **{"maisi": True, "dims": 3, "num_class_embeds": 5, "conditioning_embedding_in_channels": 8},
+            "conditioning_embedding_num_channels": (8, 4, 6),
+        },
+        same,
+        {},
+    ),
+    "generative": ({"include_fc": False}, lambda state: peers.old_names(state), {}),
+    "generative context": (CONTEXT, lambda state: peers.old_names(state), {}),
+}
+
+
 def imported(state, folder: Path, **hints) -> Imported:
     """The network that a file with this state holds, its gradients on."""
     torch.save({"state_dict": state, "epoch": 7}, folder / "weights.pt")
@@ -258,6 +279,65 @@ def test_an_imported_autoencoder_computes_what_its_own_class_does(name, tmp_path
     _, outputs, gradients = autoencoder_errors(name, tmp_path)
     assert outputs < 1e-5
     assert gradients < 1e-4
+
+
+def controlnet_errors(name: str, folder: Path) -> tuple[Imported, float, float]:
+    """`autoencoder_errors` of a ControlNet: of all residuals."""
+    arguments, spelled, hints = CONTROL_NETS[name]
+    arguments = {"dims": 2, **arguments}
+    net = peers.controlnet(**arguments)
+    found = imported(spelled(net.state_dict()), folder, num_groups=4, **{"head_channels": 8, **hints})
+    draw, dims = torch.Generator().manual_seed(0), arguments["dims"]
+    size = (8, 12, 8)[:dims]
+    embedding, t, more = found.net.embedding, torch.tensor([3, 700]), {}
+    finer = 2 ** (len(embedding.convs) // 2)
+    x = torch.randn(2, 3, *size, generator=draw)
+    cond = torch.rand(2, embedding.conv_in.weight.shape[1], *(finer * n for n in size), generator=draw)
+    if "with_conditioning" in arguments:
+        more["context"] = torch.randn(2, 5, 6, generator=draw)
+    classes = torch.tensor([1, 0]) if "num_class_embeds" in arguments else None
+    ours = found.net(x, t.float(), embedding(cond), **more, classes=classes)
+    if classes is not None:
+        more["class_labels"] = classes
+    skips, middle = net(x, t, cond, **more)
+    pairs = list(zip(ours, [*skips, middle], strict=True))
+    error = max(relative_error(mine.detach(), other.detach()) for mine, other in pairs)
+    sum(mine.square().mean() for mine, _ in pairs).backward()
+    sum(other.square().mean() for _, other in pairs).backward()
+    return found, error, gradient_error(found, net, spelled)
+
+
+@pytest.mark.parametrize("name", CONTROL_NETS)
+def test_an_imported_controlnet_computes_what_its_own_class_does(name, tmp_path):
+    _, outputs, gradients = controlnet_errors(name, tmp_path)
+    assert outputs < 1e-5
+    assert gradients < 1e-4
+
+
+@torch.no_grad()
+def test_an_imported_controlnet_steers_an_imported_u_net_as_the_two_do_in_monai(tmp_path):
+    unet, control = peers.unet(2), peers.controlnet(2)
+    ours = imported(unet.state_dict(), tmp_path, num_groups=4, head_channels=8).net.unet
+    ours_control = imported(control.state_dict(), tmp_path, num_groups=4, head_channels=8).net
+    draw, t = torch.Generator().manual_seed(0), torch.tensor([3, 700])
+    x, cond = torch.randn(2, 3, 8, 12, generator=draw), torch.rand(2, 2, 16, 24, generator=draw)
+    skips, middle = control(x, t, cond)
+    theirs = unet(x, t, down_block_additional_residuals=skips, mid_block_additional_residual=middle)
+    residuals = ours_control(x, t.float(), ours_control.embedding(cond))
+    found = ours.output(ours.features(x, t.float(), residuals=residuals), x.shape[2:])
+    assert relative_error(found, theirs) < 1e-5
+    assert relative_error(unet(x, t), theirs) > 1e-2
+
+
+def test_a_controlnet_comes_back_to_the_bit_and_wants_classes_only_if_it_has_them(tmp_path):
+    net = peers.controlnet(2, num_class_embeds=3)
+    found = imported(net.state_dict(), tmp_path, num_groups=4, head_channels=8).net
+    state = extract(found, "monai")
+    assert state.keys() == net.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    x, t, hint = torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 8, 8, 8)
+    with pytest.raises(InputError, match=r"classes: this ControlNet wants classes \(B,\)"):
+        found(x, t, hint)
 
 
 @pytest.mark.parametrize("name", CODES)
