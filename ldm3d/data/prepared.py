@@ -130,7 +130,8 @@ class PreparedVolume:
             raise ValueError(f"{self.path}: damaged")
         header = json.loads(text)
         self.shape, self.dtype = tuple(header["shape"]), np.dtype(header["dtype"])
-        self.slope_inter, self.checksums = header["slope_inter"], header["checksums"]
+        self.slope_inter = header["slope_inter"] and tuple(header["slope_inter"])
+        self.checksums = header["checksums"]
         self.labelled = np.array(header.get("labelled", ()))  # as of a DecodedVolume
 
     def __getitem__(self, window: tuple[slice, ...]) -> np.ndarray:

@@ -50,6 +50,7 @@ NIFTI, TIFF = (".nii.gz", ".nii"), (".tiff", ".tif")
 NUMPY, PICTURE = (".npy", ".npz"), (".png", ".jpg", ".jpeg")
 DICOM, ITK = (".dcm",), (".nrrd", ".nhdr", ".mha", ".mhd")
 FLOAT = np.dtype(np.float32)  # of intensities
+PLANES = 16  # across the first axis, converted at a time
 SCREEN_DPI = {72, 96}  # what programs write as the resolution of a TIFF where they know none
 MM_PER_UNIT = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "inch": 25.4}
 
@@ -651,6 +652,18 @@ def read_header(
     return _open(path, channel, spacing, dims, series)[0]
 
 
+def values_of(stored: np.ndarray, slope_inter: tuple[float, float]) -> np.ndarray:
+    """What `read` makes of voxels (C, *S) as they are stored, of a whole volume or a part: float32."""
+    if slope_inter == (1, 0) and stored.dtype == np.float32:
+        return stored
+    out = np.empty(stored.shape, np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite, which is looked for elsewhere
+        for i in range(0, out.shape[1], PLANES):  # nibabel scales in float64, four times the size of 16 bits
+            part = (slice(None), slice(i, i + PLANES))
+            out[part] = apply_read_scaling(stored[part], *slope_inter)
+    return out
+
+
 def read(
     path: str | Path | NoFile,
     channel: int | tuple[int, ...] | None = None,
@@ -672,14 +685,11 @@ def read(
     """
     header, load = _open(path, channel, spacing, dims, series)
     with _reading(path):
-        array = _cast(apply_read_scaling(load(), *header.slope_inter), np.dtype(dtype), path)
+        if np.dtype(dtype) == np.float32:
+            array = values_of(load(), header.slope_inter)
+        else:
+            array = _cast(apply_read_scaling(load(), *header.slope_inter), np.dtype(dtype), path)
     return Volume(np.ascontiguousarray(array), header.affine, header.orientation)
-
-
-def values_of(stored: np.ndarray, slope_inter: tuple[float, float]) -> np.ndarray:
-    """What `read` makes of voxels as they are stored, of a whole volume or a part: float32."""
-    with np.errstate(over="ignore"):  # becomes infinite, as in `read`
-        return apply_read_scaling(stored, *slope_inter).astype(np.float32, copy=False)
 
 
 def read_stored(path: str | Path | NoFile, **options: Any) -> tuple[Volume, tuple[float, float]]:
