@@ -2,8 +2,8 @@
 
 Headers are read at every start. Voxels are read once: what was found in a file is kept in a cache, by path,
 size and modification time (of a DICOM folder: of all its files). All problems end in one InputError. Reading
-many files takes long: the cache is written every few seconds, so that an inspection that was interrupted goes
-on where it was.
+many files takes long: ranks read a share each, and write what they found every few seconds, so that an
+inspection that was interrupted goes on where it was.
 
 Besides the checks, the inspection measures what later steps need: the two scaling numbers of each channel
 (transforms.py), the labels that occur, and a few facts from which a plan is made (fingerprint.py). The
@@ -13,6 +13,7 @@ intensities that the whole volume would have at this place.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import InputError
-from ..engine.distributed import main_first, print0
+from ..engine.distributed import broadcast, gather, is_main, main_first, print0, rank, world_size
 from ..engine.logger import progress
 from .cases import ROLES, Case, raise_all
 from .loading import read_options, training_grid
@@ -317,17 +318,27 @@ def _write_cache(cache: Path, files: dict[str, list]) -> None:
         print0(f"note: what was found in the files cannot be kept in {cache} ({e.strerror})")
 
 
-def _inspect_voxels(
-    cases: list[Case], config: DataConfig, cache: Path | None, with_facts: bool
-) -> dict[tuple[Path, str], dict]:
-    """`_measure` of all files, from the cache where neither the file nor the rule has changed. with_facts: an
-    entry of an older version, which lacks them, is measured again."""
-    cached, found, new = _read_cache(cache), {}, {}
+def _part_of(cache: Path) -> Path:
+    """Where this rank keeps what it has found until all ranks have found their share."""
+    return cache.with_name(f"{cache.name}.rank{rank()}") if rank() else cache
+
+
+def _known_and_new(
+    jobs: list[tuple[Path, str]], config: DataConfig, cache: Path | None, with_facts: bool
+) -> tuple[dict[int, dict], dict[int, list]]:
+    """({number of the job: what is known of the file}, {number: the key and state of a file that is not known
+    by this rule}), from the cache and what ranks have left that were interrupted."""
+    if cache is None:
+        return {}, {i: [] for i in range(len(jobs))}
+    parts = sorted(cache.parent.glob(f"{glob.escape(cache.name)}.rank*[0-9]"))
+    cached = {key: kept for part in (cache, *parts) for key, kept in _read_cache(part).items()}
+    if parts:
+        _write_cache(cache, cached)
+        for part in parts:
+            part.unlink(missing_ok=True)
+    found, new = {}, {}
     first = DataConfig()  # the rule by which a plan looks at the files
-    for path, role in _jobs(cases):
-        if cache is None:
-            new[path, role] = ()
-            continue
+    for i, (path, role) in enumerate(jobs):
         options, is_mask = read_options(role, config), role == "mask"
         rules = [(c.scaling, c.percentiles, c.window, options) for c in (config, first)]
         rules[0] += ("shown",) if config.unbounded else ()  # what older versions found lacks it
@@ -339,19 +350,44 @@ def _inspect_voxels(
         if entry is None and not is_mask and other and "facts" in other:
             entry = _by_facts(other, config)
         if entry is not None and (not with_facts or "centres" in entry or "facts" in entry):
-            found[path, role] = entry
+            found[i] = entry
         else:
-            new[path, role] = (key, *now)
+            new[i] = [key, *now]
+    return found, new
+
+
+def _inspect_voxels(
+    cases: list[Case], config: DataConfig, cache: Path | None, with_facts: bool
+) -> dict[tuple[Path, str], dict]:
+    """`_measure` of all files, from the cache where neither the file nor the rule has changed. with_facts: an
+    entry of an older version, which lacks them, is measured again. Ranks measure a share each."""
+    jobs = _jobs(cases)
+    found, new = broadcast(_known_and_new(jobs, config, cache, with_facts) if is_main() else None)
+    share = {jobs[i]: i for i in list(new)[rank() :: world_size()]}
     problems: list[str] = []
+    part = cache and _part_of(cache)
+    before = _read_cache(part)
 
-    def keep(measured: dict[tuple[Path, str], dict]) -> None:
+    def keep(part: Path, measured: dict[int, dict]) -> None:
         if measured and cache is not None:
-            entries = {key: [*then, measured[job]] for job, (key, *then) in new.items() if job in measured}
-            _write_cache(cache, cached | entries)
+            _write_cache(part, before | {new[i][0]: [*new[i][1:], entry] for i, entry in measured.items()})
 
-    measured = _each(lambda *job: _measure(*job, config), new, "reading every voxel once", problems, keep)
-    raise_all(problems)
-    return found | measured
+    def keep_share(measured: dict[tuple[Path, str], dict]) -> None:
+        keep(part, {share[job]: entry for job, entry in measured.items()})
+
+    def measure(path: Path, role: str) -> dict[str, Any]:
+        return _measure(path, role, config)
+
+    measured = _each(measure, share, "reading every voxel once", problems, keep_share)
+    shares = gather(({share[job]: entry for job, entry in measured.items()}, problems))
+    everything = {i: entry for entries, _ in shares for i, entry in entries.items()}
+    with main_first():
+        if is_main() and len(shares) > 1:
+            keep(cache, everything)
+        elif not is_main() and cache is not None:
+            part.unlink(missing_ok=True)
+        raise_all([problem for _, theirs in shares for problem in theirs])
+    return {jobs[i]: entry for i, entry in (found | everything).items()}
 
 
 def _above(numbers: dict[str, list]) -> tuple[float, ...]:
@@ -395,15 +431,15 @@ def inspect_cases(
 ) -> dict[str, CaseInfo]:
     """Case id -> CaseInfo, after a look into every file; one InputError for everything that is wrong.
 
-    `cache`: JSON file of what was found in voxels, see above. Rank 0 goes first, so that the other ranks find
-    the cache filled. with_facts: the facts that a plan is made from must be among what was found. The volumes
-    of slices are looked into as well.
+    `cache`: JSON file of what was found in voxels, see above. Ranks read a share of the voxels each, and tell
+    each other what they found. with_facts: the facts that a plan is made from must be among what was found.
+    The volumes of slices are looked into as well.
     """
     volumes = {case.volume.id: case.volume for case in cases if case.volume}
     whole = inspect_cases(list(volumes.values()), of_volumes(config), cache) if volumes else {}
     with main_first():
         headers = _inspect_headers(cases, config)
-        found = _inspect_voxels(cases, config, cache, with_facts)
+    found = _inspect_voxels(cases, config, cache, with_facts)
     infos, problems = {}, []
     nothing = {"low": (), "high": (), "content": ""}
     for case in cases:

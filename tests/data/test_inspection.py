@@ -1,8 +1,11 @@
 """Whatever is wrong with the files is one line naming the file, within a second, before training starts."""
 
+import contextlib
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -321,3 +324,66 @@ def test_a_cache_folder_that_cannot_be_written_costs_nothing_but_time(fresh, cap
     (fresh.parent / "cache").write_text("a file")
     assert len(open_data(fresh_settings(fresh), "heads", seed=0).cases) == 4
     assert "cannot be kept" in capsys.readouterr().out
+
+
+# --- ranks --------------------------------------------------------------------------------------------------
+
+
+def on_two_ranks(monkeypatch, function):
+    """What function() returns on two ranks, which are threads here: a value or an exception for each."""
+    here, meeting, box = threading.local(), threading.Barrier(2, timeout=60), {}
+
+    def gather(value):
+        box[here.rank] = value
+        meeting.wait()
+        values = [box[0], box[1]]
+        meeting.wait()
+        return values
+
+    @contextlib.contextmanager
+    def main_first():
+        if here.rank:
+            meeting.wait()
+        yield
+        if not here.rank:
+            meeting.wait()
+
+    def run(number):
+        here.rank = number
+        try:
+            return function()
+        except Exception as e:
+            meeting.abort()  # the others lose their connection
+            return e
+
+    fakes = {"rank": lambda: here.rank, "world_size": lambda: 2, "is_main": lambda: here.rank == 0}
+    fakes |= {"gather": gather, "broadcast": lambda value: gather(value)[0], "main_first": main_first}
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        for name, fake in fakes.items():
+            patch.setattr(inspection, name, fake)
+        return list(pool.map(run, range(2)))
+
+
+def test_ranks_read_a_share_of_the_voxels_each_and_know_all(fresh, tmp_path, monkeypatch):
+    config, cache, measure, seen = fresh_settings(fresh), tmp_path / "scan.json", inspection._measure, []
+    cases = find_cases(config, fresh)
+    alone = inspect_cases(cases, config)
+    monkeypatch.setattr(inspection, "_measure", lambda *job: seen.append(job) or measure(*job))
+    assert on_two_ranks(monkeypatch, lambda: inspect_cases(cases, config, cache)) == [alone, alone]
+    assert len(seen) == 8  # four images and four masks, each once
+    assert on_two_ranks(monkeypatch, lambda: inspect_cases(cases, config, cache)) == [alone, alone]
+    cache.rename(tmp_path / "scan.json.rank1")  # as if killed before all had found their share
+    assert inspect_cases(cases, config, cache) == alone
+    assert len(seen) == 8
+    assert [path.name for path in tmp_path.glob("scan*")] == ["scan.json"]
+
+
+def test_a_fault_that_another_rank_finds_is_said_by_the_first(fresh, monkeypatch):
+    config = fresh_settings(fresh)
+    cases = find_cases(config, fresh)
+    for case in cases:
+        with_value(np.nan)(case.image)
+    first, second = on_two_ranks(monkeypatch, lambda: inspect_cases(cases, config))
+    assert isinstance(first, InputError)
+    assert "3 more" in str(first)
+    assert isinstance(second, threading.BrokenBarrierError)
