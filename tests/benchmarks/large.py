@@ -6,7 +6,7 @@
 Writes `--num` "CTs" to FOLDER/images, unless they are there: synthetic heads, enlarged to --size voxels of
 0.7 x 0.7 x 1.25 mm, with noise of 20 HU, as int16 NIfTI files with slope 1 and intercept -1024, compressed.
 Then it opens them as a training does, and takes `--steps` batches of one patch of 96^3 beside a step of
-`--step` seconds, which computes on one core, for each way to keep volumes. `data_wait` is the share of the
+`--step` seconds, which leaves this core alone, as on a GPU, for each way to keep volumes. `data_wait` is the share of the
 time of the steps that is spent waiting, as in the log of a training, after as many steps that do not count.
 Each row is a process of its own; memory is the peak of the process, and of its largest worker.
 """
@@ -57,13 +57,6 @@ def peaks() -> tuple[float, float]:
     return tuple(resource.getrusage(one).ru_maxrss * 1024 / GIB for one in who)
 
 
-def compute(seconds: float) -> None:
-    """A step of a network, on one core."""
-    end, a = time.perf_counter() + seconds, torch.ones(256, 256)
-    while time.perf_counter() < end:
-        a = (a @ a).clamp(0, 1)
-
-
 def row(args: argparse.Namespace, cache: str, workers: int) -> dict[str, float]:
     """Figures of one way to keep volumes."""
     torch.set_num_threads(1)
@@ -82,7 +75,7 @@ def row(args: argparse.Namespace, cache: str, workers: int) -> dict[str, float]:
     for step, _ in enumerate(speed.watch(batches(dataset, 1, 1, 0, 0, 2 * args.steps, workers))):
         if step == args.steps:
             speed.pop()
-        compute(args.step)
+        time.sleep(args.step)
         speed.stop()
     figures["data_wait"] = speed.pop()["data_wait"]
     for process in multiprocessing.active_children():
