@@ -6,9 +6,9 @@
 Writes `--num` "CTs" to FOLDER/images, unless they are there: synthetic heads, enlarged to --size voxels of
 0.7 x 0.7 x 1.25 mm, with noise of 20 HU, as int16 NIfTI files with slope 1 and intercept -1024, compressed.
 Then it opens them as a training does, and takes `--steps` batches of one patch of 96^3 beside a step of
-`--step` seconds, which leaves this core alone, as on a GPU, for each way to keep volumes. `data_wait` is the share of the
-time of the steps that is spent waiting, as in the log of a training, after as many steps that do not count.
-Each row is a process of its own; memory is the peak of the process, and of its largest worker.
+`--step` seconds, which leaves the cores alone, as on a GPU, for each way to keep volumes. `data_wait` is the
+share of the time of the steps that is spent waiting, as in the log of a training, after as many steps that do
+not count. Each row is a process of its own; memory is the peak of the process, and of its largest worker.
 """
 
 from __future__ import annotations
