@@ -137,6 +137,21 @@ class LatentDiffusion(nn.Module):
         """Normalised latent (B, C_z, *s) -> x (B, C, *size); size: voxels, none = the training size."""
         return self.autoencoder.decode(z * self.latent_std + self.latent_mean, self.volume_size(size))
 
+    def decode_planes(
+        self, z: Tensor, size: Sequence[int] | None = None, amp: str = "fp32"
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`decode` of one latent z (1, C_z, *s), some planes of the first axis at a time: (first plane,
+        planes (C, n, ...) float32 on the CPU)."""
+        planes = self.autoencoder.decode_planes(
+            z * self.latent_std + self.latent_mean, self.volume_size(size)
+        )
+        while True:
+            with torch.inference_mode(), autocast(amp, self.device):  # not while the caller works
+                start, part = next(planes, (0, None))
+            if part is None:
+                return
+            yield start, part[0].float().cpu()
+
     def volume_size(self, size: Sequence[int] | None = None) -> tuple[int, ...]:
         """The size of samples in voxels: `size`, or the training size if it is None.
 
@@ -349,13 +364,15 @@ class LatentDiffusion(nn.Module):
         progress: bool = False,
         window: Sequence[int] | None = None,
         overlap: float = 0.5,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        decoded: bool = True,
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """`sample` batch by batch, for the samples numbered `indices`: (volumes on the CPU, their normalised
         latents). conditions: tensors with one entry for each index. progress: a bar for the steps of each
         batch, on a terminal. window: voxels of a volume that are denoised at once, none = as many as in
         training; overlap: the share of a window that its neighbour covers at least. A volume that is larger
         than a window is made alone, `batch_size` windows at a time. Noise is drawn for the whole latent and
-        cut into windows, so a sample does not depend on how many windows are denoised at once."""
+        cut into windows, so a sample does not depend on how many windows are denoised at once.
+        decoded: False gives None in place of the volumes, for callers that decode in planes."""
         sampler, size = sampler or self.kernel.default_sampler, self.volume_size(size)
         self.kernel.check_sampler(sampler, eta)
         guidance.check(self.denoiser.conditions)
@@ -384,8 +401,10 @@ class LatentDiffusion(nn.Module):
                 predict = edit.around(predict)
                 how = {"eta": eta, "draw": draw, "resample": edit.resample, "progress": progress}
                 z = self.kernel.sample(predict, x_t, times, sampler, **how)
-                x = [self.decode(one, size).float().cpu() for one in z.split(1)]  # one by one: least memory
-                x = edit.finish(torch.cat(x))
+                x = None
+                if decoded:  # one by one: least memory
+                    x = torch.cat([self.decode(one, size).float().cpu() for one in z.split(1)])
+                    x = edit.finish(x)
             yield x, z
 
     # Label maps of bound registers

@@ -540,6 +540,15 @@ def note(name: str, size: str, mode: Mode, need: dict[Mode, int], room: float) -
         print0(f"note: {name} on {size}: {whole} GiB whole, {most} to use; {WORDS[mode]}, {least} GiB")
 
 
+def choose(trunk: Trunk, x: Tensor, room: float) -> Mode:
+    """The first mode whose need for one sample is no more than `room` bytes, else "offload"; noted."""
+    need = peaks(trunk, x)
+    mode = next((mode for mode, size in need.items() if size <= room), "offload")
+    if mode != "whole":
+        note(type(trunk).__name__.lower(), "x".join(map(str, x.shape[2:])), mode, need, room)
+    return mode
+
+
 def run_trunk(trunk: Trunk, x: Tensor, memory: float | None = None) -> Tensor:
     """trunk(x), whole if that fits into `memory` GiB, else slab by slab: (B, C, *S) -> (B, C', *S').
 
@@ -550,15 +559,27 @@ def run_trunk(trunk: Trunk, x: Tensor, memory: float | None = None) -> Tensor:
         return rehearse(trunk, x, *rehearsed)
     if not is_eager(x) or needs_gradient(trunk, x):
         return trunk(x)
-    need = peaks(trunk, x)
     room = USABLE * free_bytes(x.device) if memory is None else memory * GIB
-    if len(x) * need["whole"] <= room:
+    if len(x) * peaks(trunk, x)["whole"] <= room:
         return trunk(x)
-    mode = next((mode for mode, size in need.items() if size <= room), "offload")
-    if mode != "whole":
-        note(type(trunk).__name__.lower(), "x".join(map(str, x.shape[2:])), mode, need, room)
+    mode = choose(trunk, x, room)
     with torch.no_grad():
         parts = [
             trunk(one) if mode == "whole" else Stream(mode, x.device).run(trunk, one) for one in x.split(1)
         ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@torch.no_grad()
+def trunk_planes(trunk: Trunk, x: Tensor, memory: float | None = None) -> Iterator[tuple[int, Tensor]]:
+    """`run_trunk` of one sample x (1, C, *S), some planes of the result at a time: (first plane, planes
+    (1, C', n, ...)). The result as a whole takes no memory, unless it is computed whole."""
+    room = USABLE * free_bytes(x.device) if memory is None else memory * GIB
+    mode = choose(trunk, x, room)
+    if mode == "whole":
+        yield 0, trunk(x)
+        return
+    stream = Stream(mode, x.device)
+    last = stream.walk(trunk, Input(x))
+    for start, stop in stream.slabs(last):
+        yield start, last.read(start, stop)

@@ -35,7 +35,7 @@ are encoded and decoded in slabs, exactly (streaming.py). Not here: losses and t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -58,7 +58,7 @@ from .blocks import (
     trunk_options,
 )
 from .config import InputError, at_least
-from .streaming import run_trunk
+from .streaming import run_trunk, trunk_planes
 
 PLAIN_ONLY = ("res_channels",)  # settings of one kind of trunk alone
 NORM_ONLY = (
@@ -240,6 +240,19 @@ class Autoencoder(nn.Module):
         x = run_trunk(self.decoder, z, self.memory if memory is None else memory)
         return x if size is None else crop_to(x, size)
 
+    def decode_planes(
+        self, z: Tensor, size: Sequence[int] | None = None, memory: float | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`decode` of one latent z (1, C_z, *s), some planes of the first axis at a time: (first plane,
+        planes (1, C, n, ...)), without gradients. So an image need not fit the memory as a whole."""
+        self._check(z, self.config.latent_channels, "latent")
+        z = self.post_quant_conv(z.to(next(self.decoder.parameters()).dtype))
+        for start, part in trunk_planes(self.decoder, z, self.memory if memory is None else memory):
+            if size is None:
+                yield start, part
+            elif start < size[0]:
+                yield start, crop_to(part, (min(part.shape[2], size[0] - start), *size[1:]))
+
     def _check(self, x: Tensor, channels: int, what: str) -> None:
         if x.ndim != self.config.dims + 2 or x.shape[1] != channels:
             raise InputError(
@@ -275,6 +288,11 @@ class PixelStem(Autoencoder):
         self._check(z, self.config.latent_channels, "latent")
         x = self.up(z)
         return x if size is None else crop_to(x, size)
+
+    def decode_planes(
+        self, z: Tensor, size: Sequence[int] | None = None, memory: float | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.decode(z, size)
 
 
 class AutoencoderKL(Autoencoder):

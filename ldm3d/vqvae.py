@@ -30,7 +30,7 @@ al. 2020, arXiv 2005.00341, sec. 3.1. [4] Rombach et al. 2022, arXiv 2112.10752,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -245,6 +245,11 @@ class VQVAE(Autoencoder):
         """Quantise z (B, C_z, *s), then decode to (B, C, *(s * downsampling)), cropped to `size` if any."""
         self._check(z, self.config.latent_channels, "latent")
         return super().decode(self.quantizer.quantise(z)[0], size, memory)
+
+    def decode_planes(
+        self, z: Tensor, size: Sequence[int] | None = None, memory: float | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        return super().decode_planes(self.quantizer.quantise(z)[0], size, memory)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
         """Image to codes and back: (recon, quantized), all that the loss and `quantizer.update` need.

@@ -13,6 +13,7 @@ from ldm3d import VQVAE, AutoencoderKL, InputError, QuantizerConfig, VAEConfig, 
 from ldm3d.config import replace
 from ldm3d.engine.memory_plan import LiveBytes
 from ldm3d.streaming import GIB, Stream, peaks, run_trunk
+from ldm3d.vae import PixelStem
 
 MODES = ("slabs", "recompute", "offload")
 CPU = torch.device("cpu")
@@ -272,3 +273,19 @@ def test_a_computed_map_computes_no_plane_twice(step):
         assert m.read(start, stop).flatten().tolist() == list(range(start, stop))
     assert [i for start, stop in asked for i in range(start, stop)] == list(range(10))
     assert all(start % step == 0 for start, _ in asked)
+
+
+@pytest.mark.parametrize("memory", [0, 100])
+@pytest.mark.parametrize("name", ["kl", "vq", "pixels"])
+def test_decoded_planes_one_after_the_other_are_the_volume(name, memory, monkeypatch):
+    monkeypatch.setattr(streaming, "SLAB", 64)
+    net = PixelStem(PixelStem.config_of(2, 1, 2)) if name == "pixels" else autoencoder(name, 2)
+    shape = net.latent_shape((13, 11))
+    z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x, end = net.decode(z, (13, 11)), 0
+    for start, part in net.decode_planes(z, (13, 11), memory):
+        assert start == end
+        end = start + part.shape[2]
+        torch.testing.assert_close(part, x[:, :, start:end], rtol=2e-5, atol=2e-5)
+    assert end == 13

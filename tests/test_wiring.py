@@ -36,7 +36,7 @@ from ldm3d.engine.distributed import keyed_generator
 from ldm3d.evaluation import pairs
 from ldm3d.evaluation import reconstruction as evaluation_of_reconstructions
 from ldm3d.evaluation.__main__ import main as evaluation_main
-from ldm3d.inference import reconstruction, sampling, segmentation
+from ldm3d.inference import reconstruction, sampling, sampling_request, segmentation
 from ldm3d.inference.segmentation import overlay
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.losses import PerceptualConfig, PerceptualLoss, gradient_loss
@@ -979,6 +979,34 @@ def test_a_larger_sample_has_its_size_its_spacing_and_its_labels(bound_run, tmp_
         assert volume.shape == (23, 40)
         assert volume.spacing == pytest.approx((12.0, 11.0))
     assert json.loads((tmp_path / "out" / "samples.json").read_text())["size"] == [23, 40]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "nii.gz"])
+def test_a_large_sample_is_decoded_and_written_in_planes(conditional_run, tmp_path, monkeypatch, suffix):
+    """The same voxels and geometry as written whole, of a sample and of one with the geometry of a source."""
+    no_pictures(monkeypatch, sampling)
+    source = tmp_path / "source.tif"
+    write(
+        source, Volume(np.eye(26, 40, dtype=np.float32)[None], np.array([[9.0, 0, 5], [0, 7, -3], [0, 0, 1]]))
+    )
+    for flags in ("--num 2", f"--condition image={source}"):
+        words = [str(conditional_run), "--steps", "1", "--size", "28,32", "--format", suffix, *flags.split()]
+        sample.main([*words, "--out", str(tmp_path / "whole" / flags[:5])])
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "IN_MEMORY", 0)
+            patch.setattr(segmentation, "IN_MEMORY", 0)
+            patch.setattr(streaming, "SLAB", 64)
+            whole = spy(patch, LatentDiffusion, "decode")
+            arrays = spy(patch, sampling_request, "large_array")
+            sample.main([*words, "--memory", "0", "--out", str(tmp_path / "planes" / flags[:5])])
+            assert not whole
+            assert all(isinstance(array, np.memmap) for _, _, array in arrays)
+        a, b = (
+            read(tmp_path / name / flags[:5] / f"sample_0000.{suffix}", dims=2)
+            for name in ("whole", "planes")
+        )
+        assert np.abs(a.array - b.array).max() < 2e-5 * np.abs(a.array).max()
+        assert np.array_equal(a.affine, b.affine)
 
 
 @pytest.mark.parametrize("kind", ["ldm", "vae", "cdal"])

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,11 +45,12 @@ from ..engine.memory_plan import MemoryTable, decode, weight_bytes
 from ..evaluation.results import new_folder, table, write_report
 from ..evaluation.statistics import finite_means
 from ..guidance import active_branches, branch_weights
+from ..latent_diffusion import NO_EDIT
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
 from ..streaming import STREAMED
 from .sampling_request import Request, RequestConfig, guidance_of, read_request
-from .segmentation import check_finite, file_labels, overlay, suffix_of
+from .segmentation import IN_MEMORY, check_finite, file_labels, overlay, suffix_of
 
 SamplerName = Literal[("auto", *SAMPLERS)]  # a tuple, since Python 3.10 knows no star here
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
@@ -102,20 +103,28 @@ class Results:
         self.size = pipeline.model.volume_size(config.size)
         self.suffix = suffix_of(config.format, self.spec.dims)
         self.summed = self.each > 1 and (config.maps or request.has_targets)
+        # Samples that are large are decoded, written and shown plane by plane, and not compared as wholes
+        large = math.prod((self.spec.channels, *self.size)) > IN_MEMORY
+        self.in_planes = large and not self.summed and request.edit is NO_EDIT
         self.shown: dict[int, Tensor] = {}
         self.shown_labels: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}  # set -> (2, C, *size), of the samples and of their squares
         self.scores: dict[str, dict[str, float]] = {}
 
-    def add(self, i: int, x: Tensor, label_map: Tensor | None = None) -> None:
-        """Write sample i, x (C, *size), with its label map (*size), and keep what the report needs."""
+    def add(self, i: int, x: Tensor | Iterable[tuple[int, Tensor]], label_map: Tensor | None = None) -> None:
+        """Write sample i, x (C, *size) or its planes (`decode_planes`), with its label map (*size), and keep
+        what the report needs."""
         number, name = i // self.each, f"sample_{i:04d}"
         if self.config.conditions or self.request.has_targets:
             name = self.request.names[number] + (f"_{i % self.each:02d}" if self.each > 1 else "")
-        self.write(name, number, x)
+        if self.in_planes:
+            x = self.write_planes(name, number, x)
+        else:
+            self.write(name, number, x)
         if label_map is not None:
             self.write_label_map(name, number, label_map)
-            self.shown_labels |= {i: label_map} if i < 4 else {}
+            shown = self.thinned(label_map[None])[0] if self.in_planes else label_map
+            self.shown_labels |= {i: shown} if i < 4 else {}
         if i < SHOWN or (self.request.has_targets and number < 4 and i % self.each == 0):
             self.shown[i] = x
         if self.summed:
@@ -134,6 +143,25 @@ class Results:
         if folder != MAPS:  # a mean lies between the values of 8 bits
             volume = self.request.as_file(number, volume, self.spec)
         write(self.folder / folder / f"{file_name(name)}{self.suffix}", volume)
+
+    def write_planes(self, name: str, number: int, planes: Iterable[tuple[int, Tensor]]) -> Tensor:
+        """Write a sample that comes plane by plane. Returns a thinned copy of the sample, for the sheet."""
+        kept = []
+
+        def seen() -> Iterator[tuple[int, Tensor]]:
+            for start, part in planes:
+                check_finite(part, name)
+                kept.append(self.thinned(part, start))
+                yield start, part
+
+        volume = self.request.large_volume(number, seen(), self.size, self.spec)
+        write(self.folder / f"{file_name(name)}{self.suffix}", volume)
+        return torch.cat(kept, 1)
+
+    def thinned(self, x: Tensor, start: int = 0) -> Tensor:
+        """Every k-th voxel of planes x (C, n, ...) from plane `start` on, about as many as in training."""
+        k, *others = (max(1, round(n / m)) for n, m in zip(self.size, self.spec.size, strict=True))
+        return x[(slice(None), slice(-start % k, None, k), *(slice(None, None, k) for k in others))].clone()
 
     def sheet(self, name: str, x: Tensor, number: int) -> None:
         """sheets/NAME.tif: source, target and sample side by side, first channels, scaled, float32."""
@@ -221,10 +249,12 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
     """preview.png, samples.json, and on the console the scores of the first samples. facts: what only the
     sampling knows: sampler, network calls, seconds."""
     config, request, spec = results.config, results.request, results.spec
-    x = torch.stack([results.shown[i] for i in sorted(results.shown)])
-    scores = {"generated": set_statistics(x)}
-    if spec.reference is not None:  # an imported run has seen no data here
-        scores["real (validation)"] = spec.reference
+    scores = {}
+    if not results.in_planes:
+        x = torch.stack([results.shown[i] for i in sorted(results.shown)])
+        scores = {"generated": set_statistics(x)}
+        if spec.reference is not None:  # an imported run has seen no data here
+            scores["real (validation)"] = spec.reference
     picture = save_sheet(results.folder / "preview.png", results.rows(), spec.display)
     total, seconds = results.each * len(request.names), facts["seconds"]
     content = {
@@ -241,7 +271,8 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
         "cases_scores": results.scores,
     }
     write_report(results.folder / "samples.json", content)
-    print(table([["", *scores["generated"]], *([name, *row.values()] for name, row in scores.items())]))
+    if scores:
+        print(table([["", *scores["generated"]], *([name, *row.values()] for name, row in scores.items())]))
     print_target_scores(results.scores)
     print(f"{total} volumes in {seconds:.1f} s: {results.folder}" + (f", {picture}" if picture else ""))
 
@@ -334,14 +365,24 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     cond = {name: value[sets] for name, value in request.conditions.items()}
     start, results = time.perf_counter(), Results(config, pipeline, request, folder)
     settings = (config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp)
-    stream = model.stream(indices, *settings, cond, guidance, request.edit, progress=is_main(), **how)
+    stream = model.stream(
+        indices,
+        *settings,
+        cond,
+        guidance,
+        request.edit,
+        progress=is_main(),
+        decoded=not results.in_planes,
+        **how,
+    )
     batches, done = -(-len(indices) // (1 if windows else config.batch_size)), 0
     for x, z in progress(stream, "sampling", batches):
-        own = {name: value[done : done + len(x)] for name, value in cond.items()}
-        label_maps = model.label_maps(z, own, config.amp, **how) if config.with_labels else [None] * len(x)
+        own = {name: value[done : done + len(z)] for name, value in cond.items()}
+        label_maps = model.label_maps(z, own, config.amp, **how) if config.with_labels else [None] * len(z)
+        x = [model.decode_planes(one, size, config.amp) for one in z.split(1)] if x is None else x
         for i, volume, label_map in zip(indices[done:], x, label_maps, strict=False):
             results.add(i, volume, label_map)
-        done += len(x)
+        done += len(z)
     results.close()
     if is_main():
         seconds = round(time.perf_counter() - start, 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,10 @@ from ..conditions import Condition, absent, check_names, split_words
 from ..config import InputError, at_least
 from ..data import CaseInfo, DataSpec, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
+from ..data.geometry import centred
 from ..data.inspection import voxels_off
 from ..data.loading import keeps_grid, load_role
-from ..data.volumes import file_name
+from ..data.volumes import centred_affine, file_name
 from ..engine.distributed import print0
 from ..engine.training import to_device
 from ..guidance import Guidance
@@ -33,6 +34,7 @@ from ..latent_diffusion import NO_EDIT, Edit
 from ..latents import WithConditions, encode_batch
 from ..pipeline import LatentDiffusionPipeline
 from .editing import ImageEdit, Interpolation
+from .segmentation import large_array
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class Request:
     edit: Edit = NO_EDIT
     paste: bool = False  # write the sampled region into the edited image's own volume
 
-    def volume(self, number: int, x: Tensor, spec: DataSpec) -> Volume:
+    def volume(self, number: int, x: Tensor, spec: DataSpec, start: tuple[int, ...] | None = None) -> Volume:
         """A sample of set `number` as a volume, in the units of the training data or, if an image is edited,
-        of that image."""
+        of that image. start: where x begins in the file whose geometry it takes; None: in its middle."""
         info, spacing = self.infos[number], self.conditions.get("spacing")
         if info is None and spacing is not None and not absent(spacing)[number]:
             return dataclasses.replace(spec, spacing=tuple(spacing[number].tolist())).to_volume(x)
@@ -95,7 +97,29 @@ class Request:
             return spec.to_volume(x)
         if not isinstance(self.edit, ImageEdit):
             info = dataclasses.replace(info, low=spec.low, high=spec.high)
-        return restore(x, spec, info)
+        return restore(x, spec, info, start)
+
+    def large_volume(
+        self, number: int, planes: Iterable[tuple[int, Tensor]], size: tuple[int, ...], spec: DataSpec
+    ) -> Volume:
+        """`volume`, in the type of the files, of a sample of `size` that comes in planes of its first axis,
+        (first plane, planes (C, n, ...)). A large one lies in a file, not in memory."""
+        info, array, affine = self.infos[number], None, None
+        corner = (0,) * len(size) if info is None else centred(info.shape, size)
+        whole = size if info is None else info.shape
+        shape = [min(n, c + m) - max(0, c) for n, c, m in zip(whole, corner, size, strict=True)]
+        for first, part in planes:
+            start = corner[0] + first
+            if start >= whole[0] or start + part.shape[1] <= 0:
+                continue  # beyond the file
+            volume = self.volume(number, part, spec, (start, *corner[1:]))
+            volume = self.as_file(number, volume, spec)
+            if array is None:
+                array = large_array((volume.channels, *shape), volume.array.dtype)
+                affine = centred_affine(size, volume.spacing) if info is None else volume.affine
+            at = max(0, start) - max(0, corner[0])
+            array[:, at : at + volume.shape[0]] = volume.array
+        return Volume(array, affine, volume.orientation)
 
     def as_file(self, number: int, volume: Volume, spec: DataSpec) -> Volume:
         """A sample of `volume` in the type of the files whose units it has."""

@@ -145,11 +145,11 @@ def label_map_of(slabs: Iterable[tuple[int, Tensor]], size: Sequence[int]) -> tu
     return label_map, doubt
 
 
-def large_array(shape: tuple[int, ...]) -> np.ndarray:
-    """An empty array of float32; a large one lies in a nameless file of the temporary folder."""
+def large_array(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """An empty array; a large one lies in a nameless file of the temporary folder."""
     if math.prod(shape) <= IN_MEMORY:
-        return np.empty(shape, np.float32)
-    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
+        return np.empty(shape, dtype)
+    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=shape)
 
 
 def file_labels(label_map: np.ndarray, layout: DataConfig, num_labels: int) -> np.ndarray:
