@@ -42,9 +42,13 @@ def test_the_whole_table_is_made_tiny_and_nothing_is_done_twice(tmp_path, monkey
         assert ours["vae"] == drop["vae"]
         assert ours["ldm"] != drop["ldm"]
     assert (tmp_path / "quality.png").exists()
-    first = capsys.readouterr().out
-    assert "| heun | 3 | 5 |" in first
-    assert "| ab2 | 5 | 5 |" in first
+
+    def table_lines():
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+
+    first = table_lines()
+    for sampler in ("| heun | 3 | 5 |", "| ab2 | 5 | 5 |"):
+        assert any(line.startswith(sampler) for line in first)
 
     def refuse(*_):
         raise AssertionError("done twice")
@@ -54,7 +58,7 @@ def test_the_whole_table_is_made_tiny_and_nothing_is_done_twice(tmp_path, monkey
             monkeypatch.setattr(cls, name, refuse)
     monkeypatch.setattr(quality.Judge, "score", refuse)
     quality.main(flags)
-    assert first.split("\ntiny\n")[-1] in capsys.readouterr().out  # the same table
+    assert table_lines() == first
     with pytest.raises(InputError, match="choose another name"):
         quality.main([*flags[:3], "--lever", LEVER.replace("0.1", "0.2")])
 

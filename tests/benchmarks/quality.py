@@ -165,7 +165,7 @@ SMALL = "--unet.channels 8,16 --unet.num_groups 4".split()
 TINY = Task(
     lambda folder: heads(folder, 18, (24, 24, 24)),
     ["phantom", *"--data.patch none --vae.channels 8,16 --vae.num_groups 4 --vae.latent_channels 2".split()],
-    ["phantom", *SMALL, "--unet.head_channels", "8", "--sample_steps", "2", "--batch_size", "2"],
+    ["phantom", *SMALL, "--unet.head_channels", "8", "--batch_size", "2"],
     ["phantom", *SMALL, *"--data.patch none --generator.encoder_channels 8 --batch_size 2".split()],
 )
 
@@ -252,7 +252,7 @@ class Ours:
         with measured_in_cpu_seconds():
             if script is train_ldm:
                 variants, before = self.encodings(words, seconds)
-                words += ["--data.num_variants", str(variants)]
+                words += ["--data.num_variants", str(variants), "--sample_steps", "2"]  # of previews
             steps = int(SLACK * (seconds - before) / seconds_of_step(script, words))
         steps = max(self.bench.args.fewest_steps, steps)
         words += words_of_length(script, words[0], steps, VALIDATIONS[stage])
