@@ -48,7 +48,7 @@ from .volumes import file_name, stamp, strip_suffix
 BRICK = {2: 256, 3: 32}  # voxels along each axis
 SUFFIX = ".bricks"
 END = struct.Struct("<QI")  # length and CRC-32 of the header
-SPEED = 3e7  # voxels of a .nii.gz that a core prepares in a second (tests/benchmarks/large.py: 3.9e7)
+SPEED = 3e7  # voxels of a .nii.gz that a core prepares in a second (tests/benchmarks/large.py: 3.4e7)
 STALE = 3600.0  # seconds, after which nobody writes to a temporary file any more
 GIB = 2**30
 
