@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from closeness import close
-from tiny import RUN, assert_equal, ldm_flags, lines, start, torchrun, vae_flags
+from tiny import RUN, assert_equal, ldm_flags, lines, on_two_ranks, vae_flags
 
 import ldm3d
 import sample
@@ -255,10 +255,13 @@ def test_what_the_frozen_denoiser_brings_along_cannot_be_changed(plain, vae_run,
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_train_as_one(way, plain, tmp_path):
-    command = [str(train_ldm.__file__), *flags_of(plain, tmp_path / "two", 10, *WAYS[way])]
-    for name, run in (("one", start), ("two", torchrun)):
-        process = run(*(str(tmp_path / name) if part == str(tmp_path / "two") else part for part in command))
-        assert process.wait() == 0, process.communicate()[1][-2000:]
+    """Every parameter that is trained takes part in every step, as DDP demands."""
+
+    def train(folder):
+        train_ldm.main(flags_of(plain, folder, 10, *WAYS[way]))
+
+    train(tmp_path / "one")
+    assert on_two_ranks(train, tmp_path / "two") == [0, 0]
     one, two = (load_run(tmp_path / name)["ema"] for name in ("one", "two"))
     for key, value in one.items():
-        close(two[key], value, 1e-4)
+        close(two[key], value, 1e-3)
