@@ -11,7 +11,8 @@ PatchDiscriminator judges images patch by patch (stage one):
 Every logit judges one patch: 70 voxels wide with three layers (Isola et al. 2017, arXiv 1611.07004, appendix
 6.1.2; widths and order of strides as in MONAI's PatchDiscriminator). An image of 64 x 64 voxels and three
 layers give 6 x 6 logits. `num_scales` such networks look at the image itself and at the image averaged over
-2, 4, ... voxels (Wang et al. 2018, arXiv 1711.11585, section 3.2). Spectral norm: Miyato et al. 2018 (arXiv
+2, 4, ... voxels (Wang et al. 2018, arXiv 1711.11585, section 3.2); MONAI's look at one image, each deeper
+than the one before (`scale_by`). Spectral norm: Miyato et al. 2018 (arXiv
 1802.05957). There is no batch norm, so real and fake images may share a batch.
 
 TimeDiscriminator judges one step of a diffusion (cdal.py): whether x_t is a plausible successor of the
@@ -55,6 +56,11 @@ class DiscriminatorOutput(NamedTuple):
         return DiscriminatorOutput(*first), DiscriminatorOutput(*second)
 
 
+def strides_of(num_layers: int) -> tuple[int, ...]:
+    """The strides of all layers but the last."""
+    return (2,) * num_layers + (1,)
+
+
 @dataclass(frozen=True)
 class PatchDiscriminatorConfig:
     dims: Literal[2, 3] = 3  # spatial axes of the images
@@ -63,12 +69,22 @@ class PatchDiscriminatorConfig:
     num_layers: int = 3  # layers after the first; 3: patches 70 voxels wide, 2: 34, 1: 16
     norm: Literal["instance", "group", "none"] = "instance"  # in the layers between the first and the last
     num_scales: int = 1  # discriminators, each on an image half as fine as that of the one before
+    scale_by: Literal["image", "depth"] = "image"  # depth: all see one image, each with num_layers more
+    last_kernel: Literal[1, 4] = 4  # of the last convolution
     spectral_norm: bool = False  # divide every weight by its largest singular value
 
     def __post_init__(self) -> None:
         at_least(self, 1, "in_channels", "channels", "num_layers", "num_scales")
         if self.num_layers > 7:  # 128 times the width of the first
             raise InputError(f"num_layers: expected 1 to 7, got {self.num_layers}")
+        if max(self.depths) > 7:
+            raise InputError(f"num_scales: the last scale has {max(self.depths)} layers, expected at most 7")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """`num_layers` of each scale."""
+        deeper = self.scale_by == "depth"
+        return tuple(self.num_layers * (i + 1 if deeper else 1) for i in range(self.num_scales))
 
     @property
     def min_size(self) -> int:
@@ -78,14 +94,9 @@ class PatchDiscriminatorConfig:
         layer of stride 2 doubles the size and every layer of stride 1 adds one (kernel 4, padding 1).
         """
         size = 2
-        for stride in reversed(self.strides):
+        for stride in reversed(strides_of(max(self.depths))):
             size = size * 2 if stride == 2 else size + 1
-        return size * 2 ** (self.num_scales - 1)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """The strides of all layers but the last."""
-        return (2,) * self.num_layers + (1,)
+        return size * 2 ** (self.num_scales - 1 if self.scale_by == "image" else 0)
 
     def check_size(self, size: Sequence[int]) -> None:
         """Raise InputError if images of `size` voxels are too small for the layers."""
@@ -97,17 +108,18 @@ class PatchDiscriminatorConfig:
             )
 
 
-def make_layers(config: PatchDiscriminatorConfig) -> nn.ModuleList:
+def make_layers(config: PatchDiscriminatorConfig, num_layers: int) -> nn.ModuleList:
     """The hidden layers, without their LeakyReLU, and the last convolution; weights are N(0, 0.02^2)."""
-    c = config
+    c, strides = config, strides_of(num_layers)
     conv, instance = (nn.Conv2d, nn.InstanceNorm2d) if c.dims == 2 else (nn.Conv3d, nn.InstanceNorm3d)
     layers, width = [], c.in_channels
-    for i, stride in enumerate((*c.strides, 1)):
-        last = i == len(c.strides)
+    for i, stride in enumerate((*strides, 1)):
+        last = i == len(strides)
+        kernel, padding = (1, 0) if last and c.last_kernel == 1 else (4, 1)
         out = 1 if last else c.channels * 2**i
         norm = "none" if i == 0 or last else c.norm
         # The norm after the convolution subtracts the channel's mean, and with it any bias
-        layer = conv(width, out, 4, stride, 1, bias=norm == "none")
+        layer = conv(width, out, kernel, stride, padding, bias=norm == "none")
         nn.init.normal_(layer.weight, 0.0, 0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
@@ -124,7 +136,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, config: PatchDiscriminatorConfig):
         super().__init__()
         self.config = config
-        self.scales = nn.ModuleList(make_layers(config) for _ in range(config.num_scales))
+        self.scales = nn.ModuleList(make_layers(config, num) for num in config.depths)
 
     def forward(self, x: Tensor) -> DiscriminatorOutput:
         c = self.config
@@ -135,7 +147,7 @@ class PatchDiscriminator(nn.Module):
         c.check_size(x.shape[2:])
         logits, features = [], []
         for i, layers in enumerate(self.scales):
-            if i > 0:
+            if i > 0 and c.scale_by == "image":
                 x = halve(x)
             h = x
             for layer in layers[:-1]:

@@ -205,6 +205,7 @@ def test_help_lists_every_field_with_type_default_and_comment(help_of):
 
 SCRIPTS = {"vae": train_vae, "ldm": train_ldm, "cdal": train_cdal}
 OF_CHECKPOINTS = {  # switches for the weights of other libraries
+    *("disc.scale_by", "disc.last_kernel"),
     *("vae.gn_eps", "vae.final_silu", "vae.attn_out_proj", "vae.down_pad", "vae.double_z"),
     *(
         "vae.extra_up_block",

@@ -112,6 +112,19 @@ def test_the_trunk_of_an_autoencoder_is_the_one_that_is_asked_for(vae):
         assert math.isfinite(run.lines[0]["loss"])
 
 
+def test_scales_of_a_discriminator_are_coarser_images_or_deeper_networks(vae):
+    flags = "--disc_weight 0.1 --disc_start 0 --disc.num_layers 1 --disc.num_scales 2 --disc.channels 4"
+    for more, layers, kernel in (
+        ("", 3, 4),
+        (" --disc.scale_by depth", 4, 4),
+        (" --disc.scale_by depth --disc.last_kernel 1", 4, 1),
+    ):
+        weights = vae(flags + more).content["others"]["discriminator"]
+        names = [name for name in weights if name.startswith("scales.1.") and name.endswith("0.weight")]
+        assert len(names) == layers
+        assert weights[names[-1]].shape[2:] == (kernel, kernel)
+
+
 def l1(run: SimpleNamespace) -> Tensor:
     return (run.recon - run.x).abs().mean()
 

@@ -187,6 +187,8 @@ def described_kernel(scheduler: dict[str, Any]) -> dict[str, Any]:
 
 def check_agreement(described: dict[str, Any], inferred: dict[str, Any], where: str) -> None:
     """InputError if a configuration file describes another network than the shapes do."""
+    if not described:
+        return
     levels = len(inferred["channels"])
     for name, value in described.items():
         if name not in inferred or value is None:

@@ -32,7 +32,7 @@ class Family:
     """One way in which weights are stored. A file is of the first family whose `sign` is a name in it."""
 
     name: str
-    kind: str  # "autoencoder", "unet" or "controlnet"
+    kind: str  # "autoencoder", "unet", "controlnet" or "discriminator"
     layout: str
     library: Library | None  # whose class makes the network today
     sign: str  # regular expression that must match one of the names
@@ -61,6 +61,14 @@ OLD_UNET = (  # monai-generative's spelling of U-Nets
 )
 
 FAMILIES = (
+    Family(
+        name="MONAI PatchDiscriminator",  # named alike in monai-generative; of one or more scales
+        kind="discriminator",
+        layout="monai",
+        library="monai",
+        sign=r"^(discriminator_0\.)?initial_conv\.conv\.weight$",
+        usual={"norm": "instance"},
+    ),
     Family(
         name="MONAI ControlNet",  # MAISI's and monai-generative's too
         kind="controlnet",
@@ -166,7 +174,6 @@ FAMILIES = (
     ),
 )
 OTHERS = {  # recognised, to be refused by name
-    r"(^|\.)initial_conv\.conv\.weight$": "a PatchDiscriminator of MONAI",
     r"^quantize\.embedding\.": "a VQ autoencoder of CompVis",
     r"^(model\.diffusion_model\.|input_blocks\.)": "a U-Net of CompVis",
 }
@@ -377,6 +384,51 @@ def controlnet(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def discriminator(shapes: Shapes) -> dict[str, Any]:
+    """The settings (PatchDiscriminatorConfig) of MONAI's discriminators, batch norms folded."""
+    several = shapes.has(r"discriminator_\d+\.")
+    num = numbers(shapes.state, r"discriminator_(\d+)\.") if several else 1
+    at = [f"discriminator_{i}." if several else "" for i in range(min(num, len(shapes.state)))]
+    depths = [numbers(shapes.state, rf"{re.escape(start)}(\d+)\.conv\.") for start in at]
+    if depths != [depths[0] * (i + 1) for i in range(len(at))]:
+        raise InputError(f"{shapes.where}: {depths} layers at the scales, expected multiples of the first")
+    first = shapes(f"{at[0]}initial_conv.conv.weight")
+    found = {
+        "dims": len(first) - 2,
+        "in_channels": first[1],
+        "channels": first[0],
+        "num_layers": depths[0],
+        "num_scales": len(at),
+        "scale_by": "depth" if len(at) > 1 else "image",
+        "last_kernel": shapes(f"{at[0]}final_conv.conv.weight")[-1],
+    }
+    return found | ({"norm": "none"} if shapes.has(rf"{re.escape(at[0])}0\.conv\.bias") else {})
+
+
+def without_batch_norm(state: State, where: str) -> tuple[State, int]:
+    """(a state whose batch norms are folded into the convolutions before them, how many they were).
+
+    In eval mode a batch norm is y (x - mean) / sqrt(var + eps) + b for each channel, which the weights and a
+    bias of the convolution take in.
+    """
+    state = dict(state)
+    bases = [name.removesuffix("running_mean") for name in state if name.endswith(".adn.N.running_mean")]
+    for base in bases:
+        conv = base.removesuffix("adn.N.") + "conv."
+        names = ("weight", "bias", "running_mean", "running_var")
+        parts = [state.pop(f"{base}{name}", None) for name in names]
+        state.pop(f"{base}num_batches_tracked", None)
+        weight = state.get(f"{conv}weight")
+        shapes = {None if part is None else tuple(part.shape) for part in parts}
+        if weight is None or shapes != {tuple(weight.shape[:1])}:
+            raise InputError(f"{where}: {base}* is not a whole batch norm of {conv}weight")
+        scale, bias, mean, var = parts
+        scale = scale * (var + 1e-5).rsqrt()
+        state[f"{conv}weight"] = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
+        state[f"{conv}bias"] = bias + (state.get(f"{conv}bias", 0.0) - mean) * scale
+    return state, len(bases)
+
+
 def with_identity_projections(state: State) -> State:
     """A state in which every self-attention of a transformer has a projection: MONAI leaves it out with
     include_fc=False, which is the same as an identity."""
@@ -396,6 +448,8 @@ def configuration(state: State, family: Family, where: str) -> dict[str, Any]:
         return unet(shapes)
     if family.kind == "controlnet":
         return controlnet(shapes)
+    if family.kind == "discriminator":
+        return discriminator(shapes)
     if family.layout == "monai":
         return monai_autoencoder(shapes)
     if family.layout == "monai_vq":

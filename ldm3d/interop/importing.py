@@ -29,6 +29,7 @@ from ..control import ControlNet
 from ..data import DataConfig, DataSpec
 from ..denoiser import Denoiser
 from ..diffusion_kernel import KernelConfig
+from ..discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ..engine.checkpoint import is_occupied, load_run, save, weights, write_text
 from ..engine.distributed import print0
 from ..pipeline import copy_autoencoder, load_autoencoder
@@ -36,7 +37,14 @@ from ..unet import UNetConfig
 from ..vae import Autoencoder, AutoencoderKL, VAEConfig
 from ..vqvae import VQVAE, QuantizerConfig
 from .bundles import Described, check_agreement, read_description
-from .families import Family, configuration, recognise, rewrite, with_identity_projections
+from .families import (
+    Family,
+    configuration,
+    recognise,
+    rewrite,
+    with_identity_projections,
+    without_batch_norm,
+)
 from .files import read_weights
 from .layouts import EMBEDDINGS, NUMBERS, fill
 from .peers import build, compare, describe
@@ -74,7 +82,7 @@ class ImportConfig:
             raise InputError(f"scale_factor: expected a number above 0, got {self.scale_factor}")
 
 
-Network = Autoencoder | Denoiser | ControlNet
+Network = Autoencoder | Denoiser | ControlNet | PatchDiscriminator
 
 
 @dataclass(frozen=True)
@@ -121,10 +129,24 @@ def ask_for(name: str, unclear: dict[str, str]) -> None:
         raise InputError(f"{name}: the configuration file says {unclear[name]}; give the value with --{name}")
 
 
+def norm_of(
+    family: Family, inferred: dict[str, Any], flags: dict[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`hints_of` a discriminator: instance norms have no weights, so only a bias of convolutions tells that
+    there are none."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in given:
+        if name != "norm" or "norm" in inferred:
+            raise InputError(f"{name}: has no effect, {where} holds a {family.name}")
+    return given, family.usual if "norm" not in given and "norm" not in inferred else {}
+
+
 def hints_of(
     family: Family, inferred: dict[str, Any], described: Described, flags: dict[str, Any], where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What shapes cannot tell: (given, assumed). A flag counts more than the configuration file."""
+    if family.kind == "discriminator":
+        return norm_of(family, inferred, flags, where)
     settings = VAEConfig if family.kind == "autoencoder" else UNetConfig
     types = field_types(settings)
     if family.layout == "monai_vq":
@@ -168,8 +190,11 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
     source, where = read_weights(file), str(file)
     family = recognise(source.tensors, where)
     state, unused = rewrite(source.tensors, family, where)
-    if family.kind != "autoencoder":
+    if family.kind in ("unet", "controlnet"):
         state = with_identity_projections(state)
+    folded = 0
+    if family.kind == "discriminator":
+        state, folded = without_batch_norm(state, where)
     theirs = source.tensors if family.name == "MAISI autoencoder" else state
     inferred = family.fixed | configuration(state, family, where)
     described = read_description(config, family.classes) if config else Described({}, {}, {})
@@ -183,6 +208,8 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
         names = ("map_channels", "embedding_channels", "num_classes")
         arguments = [settings.pop(name) for name in names]
         net = ControlNet(from_dict(UNetConfig, settings), *arguments)
+    elif family.kind == "discriminator":
+        net = PatchDiscriminator(from_dict(PatchDiscriminatorConfig, settings))
     elif family.kind == "autoencoder":
         if settings.get("upsample", "").startswith("deconv"):
             state = {name.replace(".postconv.conv.", ".deconv."): value for name, value in state.items()}
@@ -193,6 +220,8 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
     dropped = dict(source.dropped)
     if unused:
         dropped["proj_attn, stored and never applied"] = len(unused)
+    if folded:
+        dropped["batch norms, folded into convolutions"] = folded
     beside = {k: number(v) for k, v in source.beside.items() if number(v) is not None}
     report = Report(
         *(where, family.name, sum(p.numel() for p in net.parameters()), inferred, given, assumed, dropped),
@@ -245,7 +274,7 @@ def load(file: str | Path, config: str | Path | None = None, **hints: Any) -> Ne
     An autoencoder takes and gives intensities in [-1, 1], whatever range it was trained on (`image_range`). A
     U-Net comes as a Denoiser: net(x_t, t), net(x_t, t, {"class": ...}) or net(x_t, t, Conditioned(context)).
     A ControlNet's residuals go to a U-Net: unet.features(x_t, t, residuals=net(x_t, t, net.embedding(map))).
-    hints: what shapes cannot tell, such as num_groups=16 or head_channels=64.
+    hints: what shapes cannot tell, such as num_groups=16 or head_channels=64; norm="none" (discriminators).
     """
     return open_weights(file, config, **hints).net
 
@@ -380,7 +409,7 @@ def import_file(config: ImportConfig, file: str) -> Path:
         raise InputError(f"to: {folder} is there already, expected a new folder")
     imported = open_weights(file, config.config, **{name: getattr(config, name) for name in HINTS})
     net, report = imported.net, imported.report
-    if isinstance(net, ControlNet):
+    if isinstance(net, (ControlNet, PatchDiscriminator)):
         raise InputError(
             f"{file}: holds a {imported.family.name}, of which no run folder can be made; "
             "ldm3d.interop.load(FILE) gives the network"

@@ -39,6 +39,7 @@ from ..blocks import (
 from ..config import InputError
 from ..control import ControlNet
 from ..denoiser import Denoiser
+from ..discriminators import PatchDiscriminator
 from ..engine.checkpoint import load_weights
 from ..unet import Stage, UNet, UNetEncoder
 from ..vae import Autoencoder, VAEConfig
@@ -266,6 +267,16 @@ def denoiser_entries(net: Denoiser) -> Iterator[Entry]:
             yield Entry(f"{own}.mlp.{leaf}", (f"{there}.{leaf}",))
 
 
+def discriminator_entries(net: PatchDiscriminator) -> Iterator[Entry]:
+    """Every tensor of a discriminator in MONAI's layout."""
+    for i, layers in enumerate(net.scales):
+        start = f"discriminator_{i}." if len(net.scales) > 1 else ""
+        names = ["initial_conv", *map(str, range(len(layers) - 2)), "final_conv"]
+        for n, (layer, name) in enumerate(zip(layers, names, strict=True)):
+            for leaf, _ in layer[0].named_parameters():
+                yield Entry(f"scales.{i}.{n}.0.{leaf}", (f"{start}{name}.conv.{leaf}",))
+
+
 def entries(net: nn.Module, layout: str) -> list[Entry]:
     """Every tensor of one of our networks and the names of the tensors that make it in a layout."""
     if isinstance(net, Denoiser):
@@ -274,6 +285,8 @@ def entries(net: nn.Module, layout: str) -> list[Entry]:
         return list(autoencoder_entries(net, layout))
     if isinstance(net, ControlNet):
         return list(controlnet_entries(net))
+    if isinstance(net, PatchDiscriminator):
+        return list(discriminator_entries(net))
     raise TypeError(type(net))
 
 

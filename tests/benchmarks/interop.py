@@ -28,6 +28,7 @@ def main() -> None:
             (test_import.CODES, test_import.vqvae_errors),
             (test_import.U_NETS, test_import.unet_errors),
             (test_import.CONTROL_NETS, test_import.controlnet_errors),
+            (test_import.DISCRIMINATORS, test_import.discriminator_errors),
         ):
             for name in names:
                 found, outputs, gradients = errors(name, Path(folder))

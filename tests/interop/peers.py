@@ -10,7 +10,14 @@ import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
-from monai.networks.nets import VQVAE, AutoencoderKL, ControlNet, DiffusionModelUNet
+from monai.networks.nets import (
+    VQVAE,
+    AutoencoderKL,
+    ControlNet,
+    DiffusionModelUNet,
+    MultiScalePatchDiscriminator,
+    PatchDiscriminator,
+)
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -85,6 +92,22 @@ def vqvae(dims: int, **changes) -> nn.Module:
 
 def unet(dims: int, **changes) -> nn.Module:
     return randomised(DiffusionModelUNet(dims, **{**UNET, **changes}))
+
+
+def discriminator(dims: int, scales: int = 1, **changes) -> nn.Module:
+    """A discriminator whose batch norms have seen images."""
+    small = {"channels": 4, "in_channels": 1, "num_layers_d": 2, **changes}
+    if scales > 1:
+        net = randomised(MultiScalePatchDiscriminator(scales, spatial_dims=dims, minimum_size_im=64, **small))
+    else:
+        net = randomised(PatchDiscriminator(dims, **small))
+    draw = torch.Generator().manual_seed(2)
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=draw))
+        elif name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=draw))
+    return net
 
 
 def controlnet(dims: int, maisi: bool = False, **changes) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 
 from ldm3d import VQVAE, AutoencoderKL, Denoiser, QuantizerConfig, UNetConfig, VAEConfig
 from ldm3d.control import ControlNet
+from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.interop.__main__ import main
 from ldm3d.interop.files import read_safetensors, write_safetensors
 from ldm3d.interop.layouts import extract
@@ -40,6 +41,11 @@ def vqvae() -> dict[str, torch.Tensor]:
 
 def controlnet() -> dict[str, torch.Tensor]:
     return extract(ControlNet(UNET, 2, (4, 6), num_classes=3), "monai")
+
+
+def discriminator() -> dict[str, torch.Tensor]:
+    config = PatchDiscriminatorConfig(2, 1, 4, 2, num_scales=2, scale_by="depth", last_kernel=1)
+    return extract(PatchDiscriminator(config), "monai")
 
 
 class Code:
@@ -219,6 +225,28 @@ HOSTILE = {  # what is wrong -> (how the file is written, what the line says)
         ),
         "controlnet_cond_embedding.blocks.3.conv.weight is missing",
     ),
+    "a PatchDiscriminator is no run": (
+        spoiled(lambda state: None, discriminator),
+        "holds a MONAI PatchDiscriminator, of which no run folder can be made",
+    ),
+    "a PatchDiscriminator without its last layer": (
+        spoiled(lambda state: {k: v for k, v in state.items() if "0.final_conv" not in k}, discriminator),
+        "discriminator_0.final_conv.conv.weight is missing",
+    ),
+    "a PatchDiscriminator with scales of other depths": (
+        spoiled(lambda state: {k: v for k, v in state.items() if "_1.3.conv" not in k}, discriminator),
+        "[2, 3] layers at the scales",
+    ),
+    "a PatchDiscriminator with half a batch norm": (
+        spoiled(
+            lambda state: state.update({"discriminator_0.0.adn.N.running_mean": torch.ones(8)}), discriminator
+        ),
+        "is not a whole batch norm of discriminator_0.0.conv.weight",
+    ),
+    "a PatchDiscriminator with affine norms": (
+        spoiled(lambda state: state.update({"discriminator_0.0.adn.N.weight": torch.ones(8)}), discriminator),
+        "discriminator_0.0.adn.N.weight is left over",
+    ),
     "safetensors: huge header": (safe(lambda content: b"\xff" * 8 + content[8:]), "header"),
     "safetensors: no JSON": (safe(lambda content: content[:8] + b"{!" + content[10:]), "not JSON"),
     "safetensors: cut": (safe(lambda content: content[:-50]), "does not fit the file"),
@@ -254,7 +282,7 @@ def test_the_sound_file_is_imported(tmp_path):
 def test_a_hostile_file_is_one_line(name, tmp_path, mistake):
     write, says = HOSTILE[name]
     write(tmp_path / "model.pt")
-    flags = () if "VQVAE" in name else ("--num_groups", "2")
+    flags = () if "VQVAE" in name or "PatchDisc" in name else ("--num_groups", "2")
     flags = ("--num_groups", "4", "--head_channels", "8") if "ControlNet" in name else flags
     line = mistake(main, run(tmp_path / "model.pt", tmp_path, *flags))
     assert says in line, line

@@ -169,6 +169,18 @@ CONTROL_NETS = {  # rows as in U_NETS
 }
 
 
+DISCRIMINATORS = {  # arguments, how it is spelled, what shapes cannot tell
+    "batch 2d": ({"dims": 2}, same, {}),
+    "batch 3d": ({"dims": 3}, same, {}),
+    "instance": ({"dims": 3, "norm": "INSTANCE"}, same, {}),
+    "no norm": ({"dims": 2, "norm": None, "bias": True}, same, {}),
+    "three layers": ({"dims": 2, "num_layers_d": 3, "in_channels": 3}, ddp, {}),
+    "a last kernel of 1": ({"dims": 2, "last_conv_kernel_size": 1, "norm": "INSTANCE"}, same, {}),
+    "two scales": ({"dims": 2, "scales": 2}, same, {}),
+    "two scales, instance": ({"dims": 2, "scales": 2, "num_layers_d": 1, "norm": "INSTANCE"}, same, {}),
+}
+
+
 def imported(state, folder: Path, **hints) -> Imported:
     """The network that a file with this state holds, its gradients on."""
     torch.save({"state_dict": state, "epoch": 7}, folder / "weights.pt")
@@ -305,6 +317,32 @@ def controlnet_errors(name: str, folder: Path) -> tuple[Imported, float, float]:
     sum(mine.square().mean() for mine, _ in pairs).backward()
     sum(other.square().mean() for _, other in pairs).backward()
     return found, error, gradient_error(found, net, spelled)
+
+
+def discriminator_errors(name: str, folder: Path) -> tuple[Imported, float, float]:
+    """`autoencoder_errors` of a discriminator: of logits and hidden maps, and of the gradient at the image,
+    since folded norms have no weights of their own."""
+    arguments, spelled, hints = DISCRIMINATORS[name]
+    net = peers.discriminator(**arguments)
+    found = imported(spelled(net.state_dict()), folder, **hints)
+    size = (64,) * 2 if arguments["dims"] == 2 else (32,) * 3
+    x = torch.rand(2, arguments.get("in_channels", 1), *size, generator=torch.Generator().manual_seed(0))
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours, theirs = found.net(mine), net(other)
+    logits, maps = theirs if arguments.get("scales", 1) > 1 else ([theirs[-1]], [theirs[:-1]])
+    maps = [h for scale in maps for h in scale]
+    pairs = list(zip([*ours.logits, *ours.features], [*logits, *maps], strict=True))
+    error = max(relative_error(a.detach(), b.detach()) for a, b in pairs)
+    sum(a.square().mean() for a, _ in pairs).backward()
+    sum(b.square().mean() for _, b in pairs).backward()
+    return found, error, relative_error(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_an_imported_discriminator_judges_as_its_own_class_does(name, tmp_path):
+    _, outputs, gradients = discriminator_errors(name, tmp_path)
+    assert outputs < 1e-5
+    assert gradients < 1e-4
 
 
 @pytest.mark.parametrize("name", CONTROL_NETS)
