@@ -14,6 +14,10 @@ import tifffile
 from folders import oblique_affine, opened, save, world_image
 from PIL import Image
 
+import sample
+import train_cdal
+import train_ldm
+import train_vae
 from ldm3d.config import InputError
 from ldm3d.data import DataConfig, read
 from ldm3d.data.cases import find_cases
@@ -503,3 +507,48 @@ def test_nifti_needs_no_extra(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000])
 def test_a_name_that_no_path_can_have_is_no_folder(name) -> None:
     assert not is_dicom_folder(name)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+def scans(root):
+    """Four subjects: thick, oblique slices of CT as a DICOM series each, with a label map as NIfTI."""
+    affine, grid = oblique_affine("LPS", (1.5, 1.5, 4.0), 0.1), np.indices((24, 26, 8))
+    for i in range(4):
+        distance = [((g - c) / r) ** 2 for g, c, r in zip(grid, (11 + i, 13, 4), (8, 9, 3), strict=True)]
+        organ = sum(distance) < 1
+        noise = np.random.default_rng(i).integers(-20, 20, organ.shape)
+        array = (np.where(organ, 60 + 10 * i, -1000) + noise).astype(np.int16)
+        write_series(root / f"p{i}" / "ct", array, affine, f"1.2.{i}")
+        save(root / f"p{i}" / "organ.nii.gz", organ.astype(np.uint8), affine)
+    return root
+
+
+def check_results(place) -> None:
+    """What the runs of the test below have written lies where the scans lie, in their units."""
+    scan = read(place / "scans/p0/ct")
+    for name in ("vae-scans/reconstructions-001/p0", "cdal-scans/segmentations-001/labels/ct"):
+        volume = read(place / f"runs/{name}.nii.gz")
+        assert (volume.shape, volume.orientation) == (scan.shape, scan.orientation)
+        assert np.allclose(volume.affine, scan.affine, atol=1e-3)
+    assert set(np.unique(volume.array)) <= {0, 1}
+    made = read(place / "runs/ldm-scans/samples-001/sample_0000.nii.gz")
+    assert (made.shape, made.orientation) == ((24, 28, 8), "LPS")  # padded to what the networks can halve
+    assert made.spacing == pytest.approx((1.5, 1.5, 4.0))
+    assert -1025 <= made.array.min() < -500 < made.array.max() < 200  # HU
+
+
+@pytest.mark.slow
+def test_a_folder_of_series_and_masks_goes_through_all_stages_without_a_setting(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root, tiny = str(scans(tmp_path / "scans")), ["--run.steps", "3", "--run.eval_every", "3"]
+    train_vae.main([root, *tiny])
+    train_ldm.main(["runs/vae-scans", *tiny, "--data.num_variants", "1"])
+    train_cdal.main([root, *tiny])
+    sample.main(["runs/ldm-scans", "--num", "1", "--steps", "2"])
+    sample.main(["runs/vae-scans", root])
+    sample.main(["runs/cdal-scans", f"{root}/p0/ct", "--votes", "1"])  # named by its folder, ct
+    check_results(tmp_path)
