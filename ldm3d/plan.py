@@ -764,10 +764,12 @@ class Planner:
     def __init__(self, kind: str, cls: type, make: Callable[..., Plan], word: str = "data.root"):
         self.kind, self.cls, self.make, self.word = kind, cls, make, word
         self.plan: Plan | None = None
+        self.is_preset = True  # until `config.parse` calls: the first word is a folder
 
     def __call__(
         self, folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Any]
     ) -> dict[str, Any]:
+        self.is_preset = False
         is_run, name = (folder / "config.json").is_file(), folder.resolve().name
         word = self.word if is_run else "data.root"
         if is_run and word != "vae":
@@ -815,10 +817,10 @@ class Planner:
         return True
 
     def check(self, flags: dict[str, Any]) -> None:
-        """Refuse flags of planning where nothing is planned."""
-        if self.plan is None and flags.get("hours") is not None:
+        """Refuse flags of planning beside a preset. A planned run that goes on takes them again."""
+        if self.is_preset and flags.get("hours") is not None:
             raise InputError("hours: has no effect with a preset, which has a number of steps (run.steps)")
-        if self.plan is None and flags.get("memory") is not None and not flags.get("plan"):
+        if self.is_preset and flags.get("memory") is not None and not flags.get("plan"):
             raise InputError("memory: has no effect with a preset, but with --plan")
 
     def write(self, folder: Path) -> None:

@@ -625,6 +625,17 @@ def test_a_run_that_goes_on_does_not_plan_again(folder, tmp_path, monkeypatch):
         train_vae.main([str(folder), *SHORT, "--run.dir", "half", "--run.fresh"])
 
 
+def test_the_same_command_goes_on_with_the_flags_of_planning_too(folder, tmp_path, capsys, mistake):
+    command = [str(folder), *SHORT, "--hours", "0.01", "--memory", "4"]
+    train_vae.main([*command, "--run.steps", "4"])
+    train_vae.main([*command, "--run.steps", "6"])
+    assert "going on from step 4" in capsys.readouterr().out
+    train_vae.main([*command, "--memory", "8"])
+    assert "finished at step 6" in capsys.readouterr().out
+    line = mistake(train_vae.main, [str(folder), *SHORT, "--hours", "2"])
+    assert "hours" in line and "2" in line and "0.01" in line
+
+
 def test_two_folders_of_one_name_do_not_share_a_run(folder, tmp_path, capsys, mistake):
     other = tmp_path / "other" / "heads"
     write_phantoms(other, 12, seed=7, dims=2, size=(16, 20), spacing=(12.0, 11.0))

@@ -85,7 +85,7 @@ MAY_CHANGE = {  # settings that a resumed run may change; any other difference i
     *("run.dir", "run.fresh", "run.device", "run.workers", "run.compile", "run.tensorboard", "run.profile"),
     # where the data lie: the cases are compared by what they hold (`Run.check_data`)
     *("data.root", "data.cache", "data.cache_gb", "data.cache_dir"),
-    "micro_batch_size",
+    *("micro_batch_size", "memory"),
 }
 
 

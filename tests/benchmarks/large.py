@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--step", type=float, default=0.3, help="seconds")
-    parser.add_argument("--rows", nargs="+", default=["none,0", "none,1", "disk,0", "disk,1"])
+    parser.add_argument("--rows", nargs="*", default=["none,0", "none,1", "disk,0", "disk,1"])
     args = parser.parse_args()
     size = tuple(map(int, args.size.split(",")))
     (args.root / "images").mkdir(parents=True, exist_ok=True)
