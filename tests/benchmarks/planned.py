@@ -7,8 +7,8 @@ Each preset and each planned run trains for the same minutes: the steps follow f
 is measured in the same way for both. Planned runs get the folder of the data, and the preset's split, so that
 both are scored on the same cases. All else is planned. Scores are the best of each run's validations: PSNR,
 diffusion loss, Dice. For autoencoders "whole cases" is the PSNR on the grid of the planned run, of cases of
-their own size, whatever sizes the two runs validate on. Diffusion losses are comparable as far as the latents
-are.
+their own size, whatever sizes and spacings the two runs validate on. Diffusion losses are comparable as far
+as the latents are.
 
 Runs and figures (planned.json) are kept: what is there is not trained again.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
@@ -35,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 from budgets import seconds_of_step, words_of_length  # noqa: E402
 
 from ldm3d.config import show  # noqa: E402
-from ldm3d.data import open_stored  # noqa: E402
+from ldm3d.data import VolumeDataset, open_stored  # noqa: E402
 from ldm3d.data.cases import resolve_root  # noqa: E402
 from ldm3d.data.phantoms import phantom_folder  # noqa: E402
 from ldm3d.data.settings import DataConfig  # noqa: E402
@@ -108,18 +109,33 @@ def train(name: str, kind: str, which: str, minutes: float, work: Path) -> dict[
     return {"score": best, "steps": log[-1]["step"], "cpu_minutes": cpu / 60}
 
 
+def whole_validation(run: Path, other: Path) -> VolumeDataset:
+    """The whole validation cases of the run `other`, on the spacing of `run`."""
+    spacing = load(run / "best.pt", "vae")["config"]["data"]["spacing"]
+    content = load(other / "best.pt", "vae")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return open_stored(content, patch=None, spacing=spacing).dataset("val", own_size=True)
+
+
 @torch.inference_mode()
 def whole_cases(name: str, which: str, work: Path) -> float:
-    """The mean PSNR of the reconstructions of the planned run's validation cases, in their own size."""
+    """The mean PSNR of the reconstructions of the planned run's validation cases, in their own size.
+
+    Each run reconstructs the cases on its own grid. If the grid has another spacing, reconstructions are
+    resampled to that of the planned run: what a run throws away by resampling counts as lost.
+    """
     net, _ = load_autoencoder(run_of(name, "vae", which, work))
-    content = load(run_of(name, "vae", "planned", work) / "best.pt", "vae")
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = open_stored(content, patch=None).dataset("val", own_size=True)
+    seen, wanted = (
+        whole_validation(run_of(name, "vae", one, work), run_of(name, "vae", "planned", work))
+        for one in (which, "planned")
+    )
     scores = []
-    for i in range(len(dataset)):
-        x = dataset[i, i]["image"][None]
+    for i in range(len(wanted)):
+        x, target = seen[i, i]["image"][None], wanted[i, i]["image"][None]
         recon = net.decode(net.encode(x).mode(), x.shape[2:])
-        scores.append(psnr(recon, x, data_range=2.0).item())
+        if recon.shape != target.shape:
+            recon = F.interpolate(recon, target.shape[2:], mode=("bilinear", "trilinear")[x.ndim == 5])
+        scores.append(psnr(recon, target, data_range=2.0).item())
     return sum(scores) / len(scores)
 
 
