@@ -7,8 +7,8 @@ Each preset and each planned run trains for the same minutes: the steps follow f
 is measured in the same way for both. Planned runs get the folder of the data, and the preset's split, so that
 both are scored on the same cases. All else is planned. Scores are the best of each run's validations: PSNR,
 diffusion loss, Dice. For autoencoders "whole cases" is the PSNR on the grid of the planned run, of cases of
-their own size, whatever sizes and spacings the two runs validate on. Diffusion losses are comparable as far
-as the latents are.
+their own size, whatever sizes and spacings the two runs validate on. Diffusion losses are comparable on the
+same latents only, so both denoisers are trained on those of the preset's autoencoder.
 
 Runs and figures (planned.json) are kept: what is there is not trained again.
 """
@@ -77,7 +77,7 @@ def command(name: str, kind: str, which: str, minutes: float, work: Path) -> lis
     preset, folder = TASKS[name][kind], folder_of(name, work)
     place = ["--run.dir", str(run_of(name, kind, which, work)), "--run.device", "cpu"]
     if which == "planned":
-        first = run_of(name, "vae", which, work) if kind == "ldm" else folder
+        first = run_of(name, "vae", "preset", work) if kind == "ldm" else folder
         chosen = script.PRESETS[preset] if kind != "ldm" else {}
         given = [(key, chosen[key]) for key in SPLIT if key in chosen]
         split = [word for key, value in given for word in (f"--{key}", show(value))]
