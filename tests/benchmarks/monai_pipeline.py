@@ -54,7 +54,8 @@ ARCHITECTURE: dict[str, Any] = {  # of MONAI's AutoencoderKL
     "with_decoder_nonlocal_attn": False,
 }
 GROUPS = ARCHITECTURE["norm_num_groups"]
-DATA = DataConfig(subject="subjects.csv", patch=(32, 32, 32))
+SIZE = 44, 60, 48  # the largest case, in multiples of 4, which MONAI wants
+DATA = DataConfig(subject="subjects.csv", size=SIZE, patch=(32, 32, 32))
 KL_WEIGHT = 1e-3  # of the KL in nats per latent element
 LR = 5e-4
 Reconstruct = Callable[[Tensor], Tensor]  # (1, 1, *S) from -1 to 1 -> the same
