@@ -88,7 +88,7 @@ class Config:
     batch_size: int = 2  # samples per optimizer step, over all ranks
     micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
     votes: int = 1  # votes for every validation case
-    window: tuple[int, ...] | None = None  # size of validation's windows in voxels; none = whole cases
+    window: tuple[int, ...] | None = None  # voxels of validation's windows; none = whole cases that fit
     hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
     plan: bool = False  # only print the plan, and the memory that it needs
     memory: float | None = None  # GiB of the device to plan for; none = what is free
@@ -290,8 +290,11 @@ def evaluate(
     means, sheet = Mean(), {"truth": [], "prediction": []}
     for case in cases:
         with autocast(config.run.amp, device):
-            settings = {"key": case["id"], "batch_size": config.votes}  # a window at a time, as planned
-            p = cdal.segment(net, case["image"].to(device), config.votes, config.window, **settings)
+            image, votes = case["image"].to(device), config.votes
+            window = config.window or cdal.window_in_memory(net, image, votes, config.data.patch)
+            p = cdal.segment(
+                net, image, votes, window, key=case["id"], batch_size=votes
+            )  # a window at a time
         label_map = p.argmax(0)
         scores = dice(label_map[None], case["mask"][None], cdal.num_labels)[0]
         means.add(dice=scores.nanmean(), **{f"dice_{k}": score for k, score in enumerate(scores, start=1)})

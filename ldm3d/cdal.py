@@ -51,7 +51,9 @@ from torch import Tensor, nn
 from .blocks import DepthToSpace, Encoder, SpaceToDepth, crop_to, pad_to_multiple, per_level
 from .config import InputError, at_least
 from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .engine.distributed import keyed_generator
+from .engine.distributed import keyed_generator, print0
+from .engine.machine import free_bytes
+from .engine.memory_plan import GIB, USABLE, peak_bytes
 from .losses import (
     cross_entropy_loss,
     dice_loss,
@@ -62,6 +64,8 @@ from .losses import (
 )
 from .unet import UNet, UNetConfig
 from .windows import check_window, window_starts, window_weight
+
+FEW = 8  # training patches that are segmented as one image without a look at the memory
 
 # draw(purpose, *shape) -> (B, *shape) Gaussian, each sample's own. The purpose is part of the seed: another
 # word for it would make other numbers. So the noise of x_prev keeps its first purpose, "x_next".
@@ -276,6 +280,8 @@ class CDAL:
         self.kernel = DiffusionKernel(kind, betas)  # adds noise; its timestep i is level i, 0 to T
         # Without beta_0, so that clean comes right after level 1; its timestep t is level t + 1
         self.posterior = DiffusionKernel(kind, betas[1:])
+        self.counted: dict[tuple, int] = {}  # votes and patch -> bytes, of `window_in_memory`
+        self.noted: set[tuple[int, ...]] = set()  # sizes of images that it has told of
 
     # Parts
 
@@ -455,6 +461,37 @@ class CDAL:
             noise[v].normal_(generator=generator)
             z[v].normal_(generator=generator)
         return noise, z
+
+    def window_in_memory(
+        self, net: Generator, image: Tensor, votes: int, patch: Sequence[int] | None
+    ) -> tuple[int, ...] | None:
+        """The window to segment an image (C, *S) in where none is asked for: none if the memory holds the
+        whole image, else the training patch; with a note, since windows give other numbers than the whole.
+
+        The memory is counted on a patch, once, and grows with the voxels. An image of a few patches always
+        fits: training keeps more of a patch than inference does.
+        """
+        size = tuple(image.shape[1:])
+        patches = math.prod(size) / math.prod(patch or size)
+        if patches <= FEW:
+            return None
+
+        def vote(net: Generator) -> Tensor:
+            noise = image.new_zeros(votes, self.num_timesteps, self.num_labels, *patch)
+            z = image.new_zeros(votes, self.num_timesteps, net.config.latent_dim)
+            return self.vote(net, net.encode(image.new_zeros(1, len(image), *patch)), noise, z)
+
+        key = votes, tuple(patch)
+        if key not in self.counted:
+            _, self.counted[key] = peak_bytes(lambda: net, vote, gpu=False)
+        need, room = patches * self.counted[key] / GIB, USABLE * free_bytes(image.device) / GIB
+        if need <= room:
+            return None
+        if size not in self.noted:
+            self.noted.add(size)
+            whole, window = ("x".join(map(str, v)) for v in (size, patch))
+            print0(f"note: {whole} voxels whole take {need:.2g} GiB, {room:.2g} to use; windows of {window}")
+        return tuple(patch)
 
     def segment_planes(
         self,

@@ -149,8 +149,8 @@ class SegmentationPipeline(Pipeline):
         amp: str = "fp32",
     ) -> Tensor:
         """x: an image file, or (C, *S) in scaled intensities, of any size -> the mean probability (K, *S) of
-        the votes, on the CPU. The label map is its argmax over K. window: none = as in the run's validation.
-        The other settings: `CDAL.segment`."""
+        the votes, on the CPU. The label map is its argmax over K. window: none = as in the run's validation,
+        which takes whole images if the memory holds them. The other settings: `CDAL.segment`."""
         x = self.own_size(x)
         p = torch.empty(self.method.num_labels, *x.shape[1:])
         for start, part in self.segment_planes(x, votes, window, overlap, seed, key, batch_size, amp):
@@ -169,8 +169,10 @@ class SegmentationPipeline(Pipeline):
         amp: str = "fp32",
     ) -> Iterator[tuple[int, Tensor]]:
         """`segment` some planes at a time, as `CDAL.segment_planes` yields them."""
-        window = window or self.content["config"]["window"]
-        x = x.to(self.device)
+        x, window = x.to(self.device), window or self.content["config"]["window"]
+        if window is None:
+            patch = self.layout.patch or self.spec.size
+            window = self.method.window_in_memory(self.net, x, min(votes, batch_size), patch)
         planes = self.method.segment_planes(self.net, x, votes, window, overlap, seed, key, batch_size)
         while True:
             with torch.inference_mode(), autocast(amp, self.device):  # not while the caller works

@@ -1109,6 +1109,23 @@ def test_votes_windows_and_overlap_are_those_asked_for(segmented):
     assert segmented("--window 8,8 --votes 2 --batch_size 5 --overlap 0")[0] == [4, 2] * 2
 
 
+def test_what_the_memory_does_not_hold_whole_is_segmented_in_windows_of_the_training_patch(
+    segmented, cdal, monkeypatch, capsys
+):
+    monkeypatch.setattr("ldm3d.cdal.FEW", 1)
+    counted = [2]  # a call that computes nothing
+    assert segmented("--votes 2")[0] == [*counted, 2]
+    monkeypatch.setattr("ldm3d.cdal.free_bytes", lambda device: 0)
+    windows = [2] * 2 * 2  # of 12 x 12 voxels
+    assert segmented("--votes 2 --batch_size 2 --overlap 0")[0] == [*counted, *windows]
+    assert "16x20 voxels whole take" in capsys.readouterr().out
+    assert segmented("--votes 2 --window 16,20")[0] == [2]
+    assert cdal(f"{ALONE} --votes 2").votes == [
+        *counted,
+        *[2] * 2 * 3 * 2,
+    ]  # these overlap by half; two cases
+
+
 def test_the_probability_is_the_mean_of_all_votes_and_depends_on_the_seed(segmented, monkeypatch):
     with monkeypatch.context() as patch:
         votes = spy(patch, CDAL, "vote")

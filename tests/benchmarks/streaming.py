@@ -40,7 +40,7 @@ NETS = {
     "plain": VAEConfig(channels=(32, 64, 64), latent_channels=3),
     "stem": VAEConfig(channels=(32, 128), num_res_blocks=(1,), num_groups=8, stem=(2,), latent_channels=8),
 }
-GIB_TO_USE = {"plain": 1.5, "stem": 8.0}  # of the side "ours", beside input and result
+GIB_TO_USE = {"plain": 1.5, "stem": 6.0}  # of the side "ours", beside input and result
 SIDES = ("monai", "ours", "whole", "slabs", "recompute", "offload")
 LINES = {("plain", "monai"): "MONAI", ("plain", "ours"): "ours", ("stem", "ours"): "ours, with stem"}  # drawn
 GIB = 2**30
@@ -113,16 +113,17 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     keys = ("net", "what", "side", "size", "round")
     have = {tuple(row[k] for k in keys) for row in rows}
-    failed = {(row["net"], row["what"], row["side"]) for row in rows if "error" in row}
+    failed = {(row["net"], row["what"], row["side"]): row["size"] for row in rows if "error" in row}
     wanted = itertools.product(args.sizes, args.nets, args.what, range(args.rounds), args.sides)
     for size, net, what, number, side in wanted:
         case = (net, what, side, size, number)
         absent = (side == "monai" and net != "plain") or (number > 0 and size > 128)
-        if absent or case in have or case[:3] in failed or too_long(case, rows, args.minutes):
+        hopeless = size >= failed.get(case[:3], size + 1) or too_long(case, rows, args.minutes)
+        if absent or case in have or hopeless:
             continue
         row = dict(zip(keys, case, strict=True)) | in_a_process(case, args)
         row |= {"threads": args.threads, "cpu_time": args.cpu_time}
-        failed |= {case[:3]} if "error" in row else set()
+        failed |= {case[:3]: size} if "error" in row else {}
         rows.append(row)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
