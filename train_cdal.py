@@ -27,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import is_main, print0, rank, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet
+from ldm3d.engine.machine import cores_of_rank
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
 from ldm3d.engine.runs import Run
 from ldm3d.engine.training import (
@@ -374,7 +374,7 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     print0(f"{folder}: {describe(found)}")
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
-        plan = plan_cdal(found, able, flags, os.cpu_count() or 1)
+        plan = plan_cdal(found, able, flags, cores_of_rank())
         config = merge(plan.values)
         data, table = open_labelled(config), memory_table(config, own_estimate=True)
     seconds = seconds_per_step(table, config, device, data)

@@ -30,7 +30,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,6 +56,7 @@ from ldm3d.engine.distributed import (
     wrap,
 )
 from ldm3d.engine.logger import save_sheet, visible
+from ldm3d.engine.machine import cores_of_rank
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
 from ldm3d.engine.runs import Run
 from ldm3d.engine.training import (
@@ -525,7 +525,7 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     print0(f"{folder}: {describe(found)}")
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
-        plan = plan_vae(found, able, flags, os.cpu_count() or 1)
+        plan = plan_vae(found, able, flags, cores_of_rank())
         config = merge(plan.values)
         data = open_volumes(config)
     seconds = seconds_per_step(memory_table(config), config, device, data)

@@ -27,11 +27,10 @@ from torch.utils.data import Dataset
 from ..config import InputError
 from ..engine.distributed import keyed_generator, print0, rank, ranks_here, world_size
 from ..engine.logger import progress
-from ..engine.machine import usable_cores
 from .cases import Case
 from .geometry import centred, cut
 from .inspection import CaseInfo
-from .loading import DecodedVolume, decode, stored_type
+from .loading import DecodedVolume, decode, num_reading_threads, stored_type
 from .prepared import PreparedVolume, announce, prepared_file
 from .settings import DataConfig
 from .spec import DataSpec, restore
@@ -56,11 +55,6 @@ def _named(path: Path | NoFile) -> Iterator[None]:
             f"{path}: is gone since the data was checked; put it back, then the same command "
             "goes on from the last checkpoint"
         ) from None
-
-
-def num_reading_threads() -> int:
-    """Threads that decode files at a time: each holds a volume, so there are at most 8."""
-    return max(1, min(8, int(usable_cores() / ranks_here())))
 
 
 class VolumeDataset(Dataset):

@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..engine.machine import cores_of_rank, free_bytes
 from .geometry import resample, resampled_grid
 from .settings import DataConfig
 from .volumes import Header, NoFile, Volume, read, read_header, read_stored, values_of
+
+
+def num_reading_threads(num_bytes: float = 0.0) -> int:
+    """Threads that read files at a time: one for each core of this rank, at most 8, and no more than half of
+    the free memory holds where each needs `num_bytes`."""
+    num = min(8, cores_of_rank())
+    return max(1, min(num, int(free_bytes(torch.device("cpu")) / 2 / num_bytes))) if num_bytes else num
 
 
 def read_options(role: str, config: DataConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ..config import InputError
 from ..engine.distributed import main_first, print0
 from ..engine.logger import progress
 from .cases import ROLES, Case, find_cases
-from .loading import read_options
+from .loading import num_reading_threads, read_options
 from .settings import DataConfig, of_volumes
 from .volumes import file_name, is_file, read, stamp, strip_suffix, take_slice, write
 
@@ -99,7 +99,7 @@ def slice_cases(cases: list[Case], config: DataConfig) -> list[Case]:
     for path, _ in jobs:
         if not is_file(path):
             raise InputError(f"{path}: no such file")
-    with main_first(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with main_first(), ThreadPoolExecutor(min(4, num_reading_threads())) as pool:
         results = pool.map(lambda job: _write_slices(*job, config), jobs)
         found = dict(zip(jobs, progress(results, "slicing", len(jobs)), strict=True))
     slices, left_out = [], 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .distributed import why_no_cuda, world_size
+from .distributed import ranks_here, why_no_cuda, world_size
 from .training import amp_dtype
 
 EXTRAS = {  # of setup.py: what else can be installed, and what for
@@ -62,6 +62,11 @@ def usable_cores() -> float:
         quota, period = (CGROUP / "cpu.max").read_text().split()
         return min(num, int(quota) / int(period))
     return num
+
+
+def cores_of_rank() -> int:
+    """Whole CPU cores for this process, which shares the machine with its other ranks."""
+    return max(1, int(usable_cores() / ranks_here()))
 
 
 def memory() -> tuple[int, int] | None:

@@ -1,10 +1,12 @@
 """Whatever is wrong with the files is one line naming the file, within a second, before training starts."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,10 +16,12 @@ import tifffile
 from folders import SHAPE, fresh_settings, image, mask, oblique_affine, opened, refused, save
 
 import ldm3d.data.inspection as inspection
+import ldm3d.data.loading as loading
 from ldm3d.config import InputError
 from ldm3d.data import Case, DataConfig, open_data
 from ldm3d.data.cases import find_cases
 from ldm3d.data.inspection import inspect_cases
+from ldm3d.data.loading import num_reading_threads
 from ldm3d.engine import logger
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -266,6 +270,26 @@ def test_files_that_were_fine_are_not_read_again_after_a_bad_one_is_mended(fresh
     assert measured == ["c.nii.gz"]
 
 
+def test_threads_that_read_share_the_cores_of_the_machine_and_its_memory(monkeypatch):
+    monkeypatch.setattr(loading, "cores_of_rank", lambda: 64)
+    monkeypatch.setattr(loading, "free_bytes", lambda _: 6e9)
+    assert num_reading_threads() == 8
+    assert num_reading_threads(1e9) == 3
+    assert num_reading_threads(1e10) == 1
+    monkeypatch.setattr(loading, "cores_of_rank", lambda: 2)
+    assert num_reading_threads(1e9) == 2
+
+
+def test_what_a_voxel_takes_while_it_is_measured_is_no_more_than_said(tmp_path):
+    size = (64, 64, 64)
+    for role, dtype in (("image", np.int16), ("mask", np.uint8)):
+        path = save(tmp_path / f"{role}.nii.gz", np.random.default_rng(0).integers(0, 9, size).astype(dtype))
+        tracemalloc.start()
+        inspection._measure(path, role, DataConfig())
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * inspection.MEASURED[role] * math.prod(size)
+        tracemalloc.stop()
+
+
 def test_an_inspection_that_is_interrupted_begins_no_other_file_and_keeps_what_it_has(tmp_path, monkeypatch):
     for i in range(40):
         save(tmp_path / f"data/{i:02d}.nii.gz", image(seed=i))
@@ -284,7 +308,7 @@ def test_an_inspection_that_is_interrupted_begins_no_other_file_and_keeps_what_i
     with pytest.raises(KeyboardInterrupt):
         inspect_cases(cases, config, cache)
     first = set(begun)
-    assert 6 <= len(first) < 6 + 2 * min(8, os.cpu_count())
+    assert 6 <= len(first) < 6 + 2 * num_reading_threads()
     begun.clear()
     monkeypatch.setattr(inspection, "_measure", lambda path, *a: begun.append(path.name) or measure(path, *a))
     assert len(inspect_cases(cases, config, cache)) == 40
@@ -298,7 +322,7 @@ def test_an_inspection_writes_what_it_finds_and_says_how_far_it_is_while_it_goes
     measure, cache, seen = inspection._measure, tmp_path / "scan.json", []
     monkeypatch.setattr(inspection, "KEEP_EVERY", 0.0)
     monkeypatch.setattr(logger, "SAY_EVERY", 0.0)
-    monkeypatch.setattr(inspection.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(inspection, "num_reading_threads", lambda _: 1)
 
     def look(path, *rest):
         time.sleep(0.1)

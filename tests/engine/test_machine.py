@@ -65,6 +65,7 @@ def test_the_limits_of_a_container_hold(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{64 * 2**20}\n")
     (tmp_path / "memory.current").write_text(f"{48 * 2**20}\n")
     assert machine.usable_cores() == 0.5
+    assert machine.cores_of_rank() == 1
     assert machine.memory() == (16 * 2**20, 64 * 2**20)
     (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {8 * 2**20}\nactive_file 3\n")
     assert machine.memory() == (24 * 2**20, 64 * 2**20)
@@ -75,6 +76,11 @@ def test_the_limits_of_a_container_hold(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.usable_cores() == len(os.sched_getaffinity(0))
     assert machine.memory()[1] > 64 * 2**20
+    (tmp_path / "cpu.max").write_text("1600000 100000\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert machine.cores_of_rank() == 16
+    monkeypatch.setattr(machine, "ranks_here", lambda: 4)
+    assert machine.cores_of_rank() == 4
 
 
 def test_the_extras_are_those_of_setup_and_a_missing_package_names_the_line_that_installs_it(
