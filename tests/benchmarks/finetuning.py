@@ -1,6 +1,6 @@
 """Twenty volumes and 300 steps: what is a denoiser worth that is trained already? The table in README.md.
 
-    python tests/benchmarks/finetuning.py phantom hippocampus       # about 25 CPU minutes
+    python tests/benchmarks/finetuning.py phantom hippocampus       # about 20 CPU minutes
     python tests/benchmarks/finetuning.py phantom --try             # a try, whose figures mean nothing
 
 The training cases of a set are divided by subject: 20 of them are the new data, all others have trained the
@@ -40,7 +40,7 @@ import ldm3d  # noqa: E402
 import train_cdal  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
-from ldm3d.data import Data, DataConfig, VolumeDataset, open_data  # noqa: E402
+from ldm3d.data import Data, DataConfig, DataSpec, VolumeDataset, open_data  # noqa: E402
 from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.engine.checkpoint import load, step_files, write_atomically  # noqa: E402
 from ldm3d.engine.logger import read_log  # noqa: E402
@@ -55,7 +55,7 @@ WAYS = {  # flags beside the network; {base} is the run of the pretrained denois
     "from nothing": "--optim.lr 1e-3",
     "all weights": "--optim.lr 3e-4 --run.init {base}",
     "adapters": "--optim.lr 1e-3 --run.init {base} --lora.rank 4",
-    "control": "--optim.lr 1e-3 --run.init {base} --control labels",
+    "control": "--optim.lr 2e-3 --optim.schedule constant --run.init {base} --control labels",
 }
 Figures = dict[str, float]
 
@@ -100,10 +100,12 @@ def flags_of(folder: Path, run: Path, steps: int, validations: int = 1) -> list[
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace, folders: dict[str, Path], num_labels: int, out: Path) -> dict[str, Path]:
-    """The run folder of each row, and of the segmentation network."""
-    many, few, labels = folders["many"], folders["few"], ["--data.num_labels", str(num_labels)]
-    train_vae.main(["phantom", *flags_of(many, out / "vae", args.vae_steps)])
+def train(args: argparse.Namespace, folders: dict[str, Path], spec: DataSpec, out: Path) -> dict[str, Path]:
+    """The run folder of each row, and of the segmentation network. All have the grid of the whole data set:
+    validation cases look the same to all."""
+    many, few, size = folders["many"], folders["few"], ["--data.size", ",".join(map(str, spec.size))]
+    labels = ["--data.num_labels", str(spec.num_labels), *size]
+    train_vae.main(["phantom", *size, *flags_of(many, out / "vae", args.vae_steps)])
     runs = {"pretrained": out / "base"}
     network = [*NETWORK, "--vae", str(out / "vae"), *labels]
     train_ldm.main(["phantom", *network, *flags_of(many, runs["pretrained"], args.base_steps, 4)])
@@ -171,7 +173,7 @@ def figures_of(args: argparse.Namespace, name: str) -> dict[str, Figures]:
     """All rows of one data set."""
     out = (args.out / name).resolve()
     data = open_whole(name, args.heads, out)
-    runs = train(args, divide(data, args.volumes, out), data.spec.num_labels, out)
+    runs = train(args, divide(data, args.volumes, out), data.spec, out)
     images, masks = first_cases(data.dataset("val"), args.samples)
     judge = Judge(runs.pop("segment"), data, out / "cache")
     rows = {"real": once(out / "real.json", lambda: judge(images, masks))}
@@ -204,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=120, help="phantoms to write")
     parser.add_argument("--volumes", type=int, default=20, help="of the new data")
     parser.add_argument("--steps", type=int, default=300, help="of training on these")
-    parser.add_argument("--base_steps", type=int, default=800, help="of the denoiser to start from")
-    parser.add_argument("--vae_steps", type=int, default=600, help="of the autoencoder")
+    parser.add_argument("--base_steps", type=int, default=2000, help="of the denoiser to start from")
+    parser.add_argument("--vae_steps", type=int, default=1200, help="of the autoencoder")
     parser.add_argument("--segment_steps", type=int, default=300, help="of the segmentation network")
     parser.add_argument("--samples", type=int, default=24, help="of every row, at most one a validation case")
     parser.add_argument("--out", type=Path, default=Path("runs/finetuning"), help="folder of everything")
