@@ -251,7 +251,14 @@ def _recognised(
         given = given | {"dims": 2}
         reading["dims"], settings["dims"], why["dims"] = 2, 2, "slices of volumes (data.slices)"
     config = dataclasses.replace(DataConfig(root=str(root), **reading), **settings)
-    cases = find_cases(config, root)
+    guessed = config.subject is None and "subject" not in given
+    look = dataclasses.replace(config, participants=None) if guessed else config  # it names subjects
+    cases = find_cases(look, root)
+    if guessed and (found := _find_subjects(root, cases)):
+        settings["subject"], why["subject"] = found
+        config = dataclasses.replace(config, subject=settings["subject"])
+    if config != look:
+        cases = find_cases(config, root)
     if "dims" not in given:
         settings["dims"] = dimensions(cases[0].image, config.series)
         why["dims"] = "volumes" if settings["dims"] == 3 else "slices"
@@ -264,10 +271,6 @@ def take(root: Path, flags: dict[str, Any]) -> Fingerprint:
     without images, and for every fault in the files."""
     given = {key.removeprefix("data."): value for key, value in flags.items() if key.startswith("data.")}
     config, cases, settings, why = _recognised(root, given)
-    if config.subject is None and "subject" not in given and (found := _find_subjects(root, cases)):
-        settings["subject"], why["subject"] = found
-        config = dataclasses.replace(config, subject=settings["subject"])
-        cases = find_cases(config, root)
     cases = slice_cases(cases, config)
     infos = inspect_cases(cases, config, inspection_cache(config, root), with_facts=True)
     notes = _note_participants(config.participants, root, cases) if config.participants else []

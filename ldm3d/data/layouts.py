@@ -348,6 +348,11 @@ def recognise(root: Path) -> Layout:
         raise InputError(f"{root}: holds no images (.nii .nii.gz .tif .npy .png ...) and no table of cases")
     kinds, name = _candidates(root, files)
     num = sum(not _is_derived(pattern) for pattern in kinds)
+    if not num:
+        raise InputError(
+            f"{root}: all images lie in {DERIVED}/, a place for what is made from images; if these are the "
+            f"data, give {root / DERIVED}"
+        )
     if num > MOST_KINDS:
         raise InputError(f"{root}: {num} kinds of files, and which are images? {SAY_IT}")
     layout = _of_kinds(root, kinds, name)

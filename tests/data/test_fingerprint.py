@@ -190,6 +190,21 @@ def test_a_table_of_subjects_that_is_of_no_use_is_named(tmp_path, rows, words):
     assert words in layout.why["others"]
 
 
+def test_a_given_table_of_subjects_is_read_with_the_subjects_that_names_tell(tmp_path):
+    for name in ("p01_a", "p01_b", "p02_a", "p02_b"):
+        save(tmp_path / "images" / f"{name}.nii.gz", image())
+    (tmp_path / "people.csv").write_text("participant_id,age\np01,30\np02,40\n")
+    found = take(tmp_path, {"data.participants": "people.csv", "data.cache_dir": str(tmp_path / "c")})
+    assert found.num_subjects == 2
+    assert found.notes[0].startswith("people.csv: stage two can learn number:age (30 to 40)")
+
+
+def test_a_folder_of_nothing_but_derivatives_is_refused_with_the_folder_to_give(tmp_path):
+    save(tmp_path / "derivatives" / "a.nii.gz", image())
+    with pytest.raises(InputError, match=f"give {tmp_path}/derivatives$"):
+        recognise(tmp_path)
+
+
 def test_names_that_begin_with_the_name_of_the_folder_are_of_one_kind(tmp_path):
     for i, case in enumerate(CASES):
         save(tmp_path / case / f"{case}_flair.nii.gz", image(seed=i))
