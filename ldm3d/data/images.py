@@ -76,7 +76,8 @@ def find_images(
     `subject`, a rule for these images, has to fit. Samples of a run hold the run's channels only, so no
     channels are picked from them.
     """
-    layout = replace(layout, cache="none", mask=None, source=None, split=None, allow_missing_mask=True)
+    layout = replace(layout, cache="none", mask=None, source=None, split=None, participants=None)
+    layout = replace(layout, allow_missing_mask=True)
     series, layout = layout.series, replace(layout, series=None, source_series=None)
     path = Path(location).expanduser()
     if os.path.isfile(path) or (layout.dims == 3 and is_dicom_folder(path)):

@@ -39,6 +39,16 @@ def test_another_folder_is_read_as_the_training_data_was_with_every_case_at_its_
     assert len(open_images(content, opened_data.root)) == 6  # laid out like the training data
 
 
+def test_another_folder_needs_no_table_of_subjects(settings, tmp_path):
+    first = min(opened(settings).cases)
+    rows = f"participant_id\tage\nsub-{first}\t30\n"
+    (table := tmp_path / "participants.tsv").write_text(rows)
+    data = opened(replace(settings, subject=None, participants=str(table)))
+    assert data.cases[first].columns["age"] == "30"
+    save(tmp_path / "other/new.nii.gz", np.random.default_rng(9).random((5, 30, 6), dtype=np.float32))
+    assert [case.id for case in open_images(content_of(data), tmp_path / "other").cases] == ["new"]
+
+
 def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
     content = content_of(opened(settings))
     values = np.random.default_rng(9).random((5, 30, 6), dtype=np.float32)
