@@ -348,10 +348,10 @@ BASE = (
 FREE = ("unet.dropout", "unet.checkpointing", "condition.dropout", "anatomy.weights", "anatomy.phases")
 
 
-def with_base(config: Config, flags: dict[str, Any]) -> Config:
-    """The configuration with the network and the diffusion of run.init, where its denoiser stays frozen."""
-    if not config.frozen or (step_files(config.folder) and not config.run.fresh):  # resumed: these are stored
-        return config
+def base_of(config: Config, flags: dict[str, Any]) -> dict[str, Any]:
+    """The network and the diffusion of run.init as settings, where its denoiser stays frozen; else {}."""
+    if not config.frozen:
+        return {}
     try:
         stored = flatten(from_dict(Config, load_run(config.run.init, "ldm")["config"]))
     except InputError as e:
@@ -361,7 +361,13 @@ def with_base(config: Config, flags: dict[str, Any]) -> Config:
         if flags.get(key, value) != value:
             frozen = "whose denoiser stays frozen"
             raise InputError(f"{key}: is {value} in {config.run.init}, {frozen}; got {flags[key]}")
-    return replace(config, base)
+    return base
+
+
+def with_base(config: Config, flags: dict[str, Any]) -> Config:
+    """The configuration with the settings of `base_of`, which a run that is resumed has stored."""
+    resumed = step_files(config.folder) and not config.run.fresh
+    return config if resumed else replace(config, base_of(config, flags))
 
 
 def check_base(run: Run, stage_one: dict[str, Any]) -> None:
@@ -821,6 +827,7 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     plan, dims = Plan(flags), load_run(flags["vae"], "vae")["config"]["vae"]["dims"]
     plan.set("data.dims", dims, f"the autoencoder is of {dims}-D images")
     config = merge(plan.values)
+    plan.base = base_of(config, flags)
     content, autoencoder = stage_one = stage_one_of(config)
     before = from_dict(DataConfig, content["config"]["data"], "data")
     if has_other_data(config, content):

@@ -58,23 +58,28 @@ class Choice:
 
 
 class Plan:
-    """The choices so far. given: the person's own settings, by dotted key, which no rule overrides."""
+    """The choices so far. given: the person's own settings, by dotted key, which no rule overrides; base: the
+    same of a run whose network is taken over."""
 
-    def __init__(self, given: dict[str, Any]):
-        self.given, self.choices, self.notes = given, [], []
+    def __init__(self, given: dict[str, Any], base: dict[str, Any] | None = None):
+        self.given, self.base = given, base or {}
+        self.choices, self.notes = [], []
 
     def set(self, key: str, value: Any, why: str) -> Any:
         """Add a choice, and return the value in force: the given one, where there is one."""
         if key in self.given:
             value, why = self.given[key], "given"
+        elif key in self.base:
+            value, why = self.base[key], "of the run that is taken over"
         self.choices = [choice for choice in self.choices if choice.key != key]
         self.choices.append(Choice(key, value, why))
         return value
 
     @property
     def values(self) -> dict[str, Any]:
-        """The planned settings by dotted key, without the given ones."""
-        return {choice.key: choice.value for choice in self.choices if choice.key not in self.given}
+        """The settings by dotted key, without the given ones."""
+        planned = {choice.key: choice.value for choice in self.choices if choice.key not in self.given}
+        return self.base | planned
 
     def table(self) -> str:
         """The notes, then setting, value and reason, a choice a line, or more where the reason is long."""
@@ -278,8 +283,8 @@ def levels(
     """`num` halvings or fewer, and one down-sampling at least with a stem. Where a person gives the setting
     `widths`, as many as these need: one between two levels, and one before the first with a stem."""
     least = int(stem)
-    if widths in plan.given:
-        num = least = max(least, len(plan.given[widths]) - (not stem))
+    if fixed := (plan.base | plan.given).get(widths):
+        num = least = max(least, len(fixed) - (not stem))
     found = halvings(size, spacing, num)
     return found + ((1,) * len(size),) * (least - len(found))
 

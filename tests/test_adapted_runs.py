@@ -2,6 +2,7 @@
 predictions to the bit, resume, are sampled like any other, and hold all that they need."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ import sample
 import train_ldm
 import train_vae
 from ldm3d.conditions import ConditionConfig, absent
+from ldm3d.config import flatten, from_dict
 from ldm3d.engine.checkpoint import load, load_run, step_files
 from ldm3d.lora import ORIGINAL, LowRank, add_adapters, merge
 from ldm3d.pipeline import build_autoencoder
@@ -265,3 +267,17 @@ def test_two_ranks_train_as_one(way, plain, tmp_path):
     one, two = (load_run(tmp_path / name)["ema"] for name in ("one", "two"))
     for key, value in one.items():
         close(two[key], value, 1e-3)
+
+
+def test_a_plan_takes_the_network_of_the_run_whose_denoiser_stays_frozen(vae_run, plain, tmp_path, capsys):
+    flags = ["--run.init", plain, *WAYS["adapters"], "--run.dir", tmp_path / "run", "--run.steps", 2]
+    train_ldm.main([str(word) for word in (vae_run, *flags, *RUN, "--run.device", "cpu")])
+    contents = (load_run(run, "ldm")["config"] for run in (tmp_path / "run", plain))
+    stored, theirs = (flatten(from_dict(train_ldm.Config, content)) for content in contents)
+    rows = {row["key"]: row for row in json.loads((tmp_path / "run/plan.json").read_text())}
+    assert rows["unet.channels"]["why"] == "of the run that is taken over"
+    for key, row in rows.items():
+        assert row["value"] == json.loads(json.dumps(stored[key]))
+        if key.startswith("unet."):
+            assert stored[key] == theirs[key]
+    assert "of the run that is taken over" in capsys.readouterr().out

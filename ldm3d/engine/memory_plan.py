@@ -226,8 +226,10 @@ class MemoryTable:
         needs = [in_way(way) for way in (lambda _: nullcontext(), *ways)]
 
         def need(batch: int, size: Size) -> int:
-            found = (way(batch, size) for way in needs)
-            return next((n for n in found if n <= self.room), needs[-1](batch, size))
+            for way in needs:
+                if (num_bytes := way(batch, size)) <= self.room:
+                    break
+            return num_bytes
 
         def least(batch: int, size: Size) -> int:
             n = needs[-1](batch, size)
