@@ -338,13 +338,8 @@ def with_autoencoder(config: Config) -> Config:
     )
 
 
-BASE = (
-    "unet.",
-    "condition.",
-    "anatomy.",
-    "patch.",
-    "kernel.",
-)  # the settings that a frozen denoiser brings along
+# the settings that a frozen denoiser brings along, and those of them that may differ
+BASE = ("unet.", "condition.", "anatomy.", "patch.", "kernel.")
 FREE = ("unet.dropout", "unet.checkpointing", "condition.dropout", "anatomy.weights", "anatomy.phases")
 
 
@@ -767,10 +762,9 @@ def memory_table(config: Config, stage_one: tuple[dict[str, Any], Autoencoder] |
 
     table = MemoryTable(config.memory, config.run.amp, config.run.device)
     rounds, beside = -(-config.batch_size // micro), weight_bytes(autoencoder)
-    seen = config.patch.window or latent
-    table.training(
-        "training, latents", make, loss, micro, seen, max(config.unet.downsampling), rounds, beside
-    )
+    seen, multiple = config.patch.window or latent, max(config.unet.downsampling)
+    mix = config.patch.mix(latent)
+    table.training("training, latents", make, loss, micro, seen, multiple, rounds, beside, mix)
     table.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step, ways=STREAMED)
     beside = 4 * weight_bytes(make())
     table.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside, STREAMED)

@@ -61,6 +61,12 @@ class PatchConfig:
         """The most that the denoiser sees at once: None = whole latents."""
         return self.size if self.size and self.share == 0 else None
 
+    def mix(self, latent: Sequence[int]) -> list[tuple[float, tuple[int, ...]]]:
+        """(the fraction of the steps, the size that these take) of whole latents and of patches."""
+        share, num = (self.share, len(self.sizes)) if self.size else (1.0, 1)
+        each = [((1 - share) / num, size) for size in self.sizes]
+        return [(share, tuple(latent)), *each] if share else each
+
     def check(self, latent: Sequence[int], downsampling: Sequence[int]) -> None:
         """InputError unless latents of spatial shape `latent` have such patches, and the smallest of them as
         many voxels as a U-Net of this down-sampling needs."""

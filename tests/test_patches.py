@@ -45,8 +45,11 @@ def test_sizes_are_drawn_with_the_shares_asked_for():
     drawn = [draw_size(config, 3, step) for step in range(2000)]
     for size, share in {None: 0.4, (8, 12): 0.2, (4, 6): 0.2, (2, 3): 0.2}.items():
         assert drawn.count(size) / 2000 == pytest.approx(share, abs=0.035)
+        assert (pytest.approx(share), size or (16, 20)) in config.mix((16, 20))
     assert drawn[:50] != [draw_size(config, 4, step) for step in range(50)]
     assert draw_size(PatchConfig(), 3, 0) is None
+    assert PatchConfig().mix((16, 20)) == [(1, (16, 20))]
+    assert PatchConfig((8, 12), share=0).mix((16, 20)) == [(0.5, (8, 12)), (0.5, (4, 6))]
 
 
 def test_corners_are_everywhere_and_belong_to_the_sample():

@@ -120,7 +120,7 @@ Size = tuple[int, ...]
 @dataclass(frozen=True)
 class Job:
     """One row of a plan. need(batch, size): bytes. batch, size (*S): what the run asks for. step: the sides
-    of a size are multiples of this number. make, loss, rounds: of training, see `MemoryTable.training`.
+    of a size are multiples of this number. make, loss, rounds, mix: of training, `MemoryTable.training`.
     whole, least: of inference in several ways, the bytes of the first and of the leanest."""
 
     name: str
@@ -131,19 +131,26 @@ class Job:
     make: Make | None = None
     loss: Callable[[Any, int, Size], Tensor] | None = None
     rounds: int = 1
+    mix: Sequence[tuple[float, Size]] = ()
     whole: Callable[[int, Size], int] | None = None
     least: Callable[[int, Size], int] | None = None
 
     def seconds(self, optim: OptimConfig, run: RunConfig, device: torch.device, num: int = 3) -> float:
         """How long an optimizer step of this training takes on `device`: the median of `num`, after a first
-        one that warms up; the longest over the ranks."""
+        one that warms up; the longest over the ranks. With a mix of sizes: their mean."""
+        sizes = self.mix or [(1.0, self.size)]
+        return sum(share * self._seconds(size, optim, run, device, num) for share, size in sizes)
+
+    def _seconds(
+        self, size: Size, optim: OptimConfig, run: RunConfig, device: torch.device, num: int
+    ) -> float:
         net = self.make().to(device)
         stepper, ema, taken = Stepper(net, optim, run, 1, device), EMA(net, run.ema_decay), []
         for step in range(1 + num):
             start = time.perf_counter()
             for _ in range(self.rounds):
                 with torch.device(device), autocast(run.amp, device):
-                    value = self.loss(net, self.batch, self.size)
+                    value = self.loss(net, self.batch, size)
                 stepper.backward(value / self.rounds)
             stepper.step(step)
             ema.update(net, step)
@@ -180,9 +187,10 @@ class MemoryTable:
         step: int = 1,
         rounds: int = 1,
         beside: int = 0,
+        mix: Sequence[tuple[float, Size]] = (),
     ) -> Job:
         """Add training on loss(net, batch, size), a scalar, in steps of `rounds` micro-batches. beside: bytes
-        that other things take."""
+        that other things take. mix: (fraction of the steps, their size), where not all have the largest."""
 
         def need(batch: int, size: Size) -> int:
             frozen: list[int] = []  # bytes of the weights that have neither EMA nor moments
@@ -197,7 +205,7 @@ class MemoryTable:
             weights, rest = peak_bytes(make, work, self.gpu)
             return 4 * weights - 3 * frozen[-1] + rest + beside
 
-        return self._add(Job(name, need, batch, size, step, make, loss, rounds))
+        return self._add(Job(name, need, batch, size, step, make, loss, rounds, mix))
 
     def inference(
         self,

@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 
 import pytest
 import torch
 from tiny import ldm_flags, vae_flags
+from torch import nn
 
 import sample
 import train_ldm
@@ -26,7 +28,7 @@ from ldm3d.engine.memory_plan import (
     peak_bytes,
     weight_bytes,
 )
-from ldm3d.engine.training import autocast
+from ldm3d.engine.training import OptimConfig, RunConfig, autocast
 from ldm3d.streaming import STREAMED
 
 CPU = torch.device("cpu")
@@ -184,6 +186,21 @@ def test_the_largest_batch_and_cube_fit_and_the_next_ones_do_not(budget, size):
     assert job.need(batch + 1, job.size) > room
     assert side == 0 or job.need(1, (side,) * 3) <= room
     assert job.need(1, (side + 2,) * 3) > room
+
+
+def test_the_seconds_of_a_step_are_the_mean_over_the_sizes_of_the_steps(monkeypatch):
+    """A clock that goes on by the voxels of each loss: a quarter of 100 and three quarters of 20."""
+    now, table = [0.0], MemoryTable(4, "fp32", "cpu")
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def loss(net, batch, size):
+        now[0] += batch * math.prod(size)
+        return net.weight.sum()
+
+    for mix, seconds in (((), 2 * 100), ([(0.25, (10, 10)), (0.75, (4, 5))], 2 * (25 + 15))):
+        table.jobs.clear()
+        table.training("training", lambda: nn.Linear(1, 1), loss, 1, (10, 10), rounds=2, mix=mix)
+        assert table.seconds_per_step(OptimConfig(), RunConfig(), CPU) == pytest.approx(seconds)
 
 
 def test_the_device_auto_is_the_one_that_a_run_would_take():
