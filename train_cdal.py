@@ -292,9 +292,8 @@ def evaluate(
         with autocast(config.run.amp, device):
             image, votes = case["image"].to(device), config.votes
             window = config.window or cdal.window_in_memory(net, image, votes, config.data.patch)
-            p = cdal.segment(
-                net, image, votes, window, key=case["id"], batch_size=votes
-            )  # a window at a time
+            how = {"key": case["id"], "batch_size": votes}  # a window at a time
+            p = cdal.segment(net, image, votes, window, **how)
         label_map = p.argmax(0)
         scores = dice(label_map[None], case["mask"][None], cdal.num_labels)[0]
         means.add(dice=scores.nanmean(), **{f"dice_{k}": score for k, score in enumerate(scores, start=1)})

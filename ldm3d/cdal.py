@@ -281,7 +281,7 @@ class CDAL:
         # Without beta_0, so that clean comes right after level 1; its timestep t is level t + 1
         self.posterior = DiffusionKernel(kind, betas[1:])
         self.counted: dict[tuple, int] = {}  # votes and patch -> bytes, of `window_in_memory`
-        self.noted: set[tuple[int, ...]] = set()  # sizes of images that it has told of
+        self.too_large: set[tuple[int, ...]] = set()  # sizes of images that memory did not hold whole
 
     # Parts
 
@@ -469,7 +469,8 @@ class CDAL:
         whole image, else the training patch; with a note, since windows give other numbers than the whole.
 
         The memory is counted on a patch, once, and grows with the voxels. An image of a few patches always
-        fits: training keeps more of a patch than inference does.
+        fits: training keeps more of a patch than inference does. A size that was once too large stays so,
+        since the scores of a run's validations are compared with each other.
         """
         size = tuple(image.shape[1:])
         patches = math.prod(size) / math.prod(patch or size)
@@ -485,10 +486,10 @@ class CDAL:
         if key not in self.counted:
             _, self.counted[key] = peak_bytes(lambda: net, vote, gpu=False)
         need, room = patches * self.counted[key] / GIB, USABLE * free_bytes(image.device) / GIB
-        if need <= room:
+        if need <= room and size not in self.too_large:
             return None
-        if size not in self.noted:
-            self.noted.add(size)
+        if size not in self.too_large:
+            self.too_large.add(size)
             whole, window = ("x".join(map(str, v)) for v in (size, patch))
             print0(f"note: {whole} voxels whole take {need:.2g} GiB, {room:.2g} to use; windows of {window}")
         return tuple(patch)

@@ -418,6 +418,17 @@ class Pointwise:
         return 2 * features * torch.arange(K).view(1, -1, 1, 1) + 0.3 * x + 0.1 * z[:, :1, None, None]
 
 
+def test_a_size_that_memory_did_not_hold_whole_stays_in_windows_of_the_training_patch(monkeypatch, capsys):
+    monkeypatch.setattr("ldm3d.cdal.peak_bytes", lambda *_, **more: (0, 2**20))  # of a patch
+    method, image, free = make_method(2), torch.zeros(1, 16, 16), []
+    monkeypatch.setattr("ldm3d.cdal.free_bytes", lambda device: free[-1])
+    for mib, window in ((1000, None), (10, (4, 4)), (1000, (4, 4))):
+        free.append(mib * 2**20)
+        assert method.window_in_memory(None, image, 1, (4, 4)) == window
+    assert capsys.readouterr().out.count("16x16 voxels whole take") == 1
+    assert method.window_in_memory(None, torch.zeros(1, 16, 12), 1, (4, 4)) is None
+
+
 def test_windows_of_a_pointwise_network_give_the_whole_image_and_seams_do_not_show():
     image, method = torch.randn(1, 13, 11), make_method(1)
     method.draw_votes = lambda net, votes, size, seed, key: (

@@ -1120,10 +1120,8 @@ def test_what_the_memory_does_not_hold_whole_is_segmented_in_windows_of_the_trai
     assert segmented("--votes 2 --batch_size 2 --overlap 0")[0] == [*counted, *windows]
     assert "16x20 voxels whole take" in capsys.readouterr().out
     assert segmented("--votes 2 --window 16,20")[0] == [2]
-    assert cdal(f"{ALONE} --votes 2").votes == [
-        *counted,
-        *[2] * 2 * 3 * 2,
-    ]  # these overlap by half; two cases
+    overlapping = [2] * 2 * 3  # by half
+    assert cdal(f"{ALONE} --votes 2").votes == [*counted, *overlapping * 2]  # two cases
 
 
 def test_the_probability_is_the_mean_of_all_votes_and_depends_on_the_seed(segmented, monkeypatch):
