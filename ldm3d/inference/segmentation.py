@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,33 +108,34 @@ def keep(planes: Iterable[tuple[int, Tensor]], num_labels: int, size: Sequence[i
     return kept
 
 
-class FileGrid:
-    """Values (K, *S) on the grid that training sees, put onto the grid of the file, in RAS, some planes of
+def slabs_of(values: Map) -> Iterator[tuple[int, Tensor]]:
+    """All of some values, some planes of the first axis at a time: (start, planes (K, n, ...) from there)."""
+    step, depth = max(1, SLAB // values.plane), values.size[0]
+    for start in range(0, depth, step):
+        yield start, values.read(start, min(start + step, depth))[0]
+
+
+class FileGrid(Map):
+    """Values (1, K, *S) on the grid that training sees, put onto the grid of the file, in RAS, some planes of
     the first axis at a time."""
 
     def __init__(self, kept: Map, info: CaseInfo, header: Header):
-        self.kept, self.shape = kept, header.shape
+        super().__init__(kept.channels, header.shape)
+        self.kept = kept
         self.same = info.shape == header.shape and np.allclose(info.spacing, header.spacing, rtol=1e-4)
         affine = np.array(info.affine)
         self.ratios = np.asarray(header.spacing, dtype=np.float64) / affine_spacing(affine)
         self.depth = resampled_grid(info.shape, affine, header.spacing)[0][0]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Planes start .. stop - 1: (K, planes, ...)."""
         if self.same:
-            return self.kept.read(start, stop)[0]
+            return self.kept.read(start, stop)
         first, last = min(start, self.depth - 1), min(stop, self.depth)  # the far end may be a voxel off
         array = resampled_planes(
             lambda a, b: self.kept.read(a, b)[0].numpy(), self.kept.size, self.ratios, first, last
         )
-        size = (stop - start, *self.shape[1:])
-        return torch.from_numpy(cut(array, (0,) * len(size), size))
-
-    def slabs(self) -> Iterator[tuple[int, Tensor]]:
-        """(start, planes from `start` on) of all of it."""
-        step = max(1, SLAB // (self.kept.channels * math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], step):
-            yield start, self.read(start, min(start + step, self.shape[0]))
+        size = (stop - start, *self.size[1:])
+        return torch.from_numpy(cut(array, (0,) * len(size), size))[None]
 
 
 def label_map_of(slabs: Iterable[tuple[int, Tensor]], size: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -146,10 +148,18 @@ def label_map_of(slabs: Iterable[tuple[int, Tensor]], size: Sequence[int]) -> tu
 
 
 def large_array(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """An empty array; a large one lies in a nameless file of the temporary folder."""
+    """An empty array; a large one lies in a nameless file of the temporary folder. InputError if the disk is
+    too full: the room is reserved, as in latents.py, and for the same reason."""
     if math.prod(shape) <= IN_MEMORY:
         return np.empty(shape, dtype)
-    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=shape)
+    file, size = tempfile.TemporaryFile(), math.prod(shape) * np.dtype(dtype).itemsize  # noqa: SIM115
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as e:
+        folder, gib, why = tempfile.gettempdir(), size / 2**30, e.strerror or e
+        raise InputError(f"{folder}: no room for an array of {gib:.2g} GiB ({why}); see TMPDIR") from None
+    return np.memmap(file, dtype, "w+", shape=shape)
 
 
 def file_labels(label_map: np.ndarray, layout: DataConfig, num_labels: int) -> np.ndarray:
@@ -285,9 +295,9 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
         kept = keep(planes, pipeline.method.num_labels, x.shape[1:], case.id)
         seconds = time.perf_counter() - start
         grid = FileGrid(kept, dataset.infos[case.id], header_of(dataset, i))
-        found = label_map_of(grid.slabs(), grid.shape)
+        found = label_map_of(slabs_of(grid), grid.size)
         reference = item["mask"] if config.reference else None
-        own = found if grid.same else label_map_of([(0, kept.read(0, kept.size[0])[0])], kept.size)
+        own = found if grid.same else label_map_of(slabs_of(kept), kept.size)
         pictures = pictures_of(x, reference, *own, dataset.spec.display)
         del item, x, reference
         scores, counted = write_case(grid, *found, dataset, i, config, folder)
@@ -330,7 +340,7 @@ def write_case(
 ) -> tuple[dict[str, float], Tensor | int]:
     """Write label map, uncertainty and probabilities of a case on its file's grid; returns the case's scores
     and the bins of `reliability`, ({}, 0) without a reference."""
-    case, layout, num_labels = dataset.cases[index], dataset.config, grid.kept.channels
+    case, layout, num_labels = dataset.cases[index], dataset.config, grid.channels
     header = header_of(dataset, index)
     name = file_name(case.id) + suffix_of(config.format, layout.dims, case.image)
 
@@ -340,8 +350,8 @@ def write_case(
     write_values("labels", file_labels(label_map.numpy()[None], layout, num_labels))
     write_values("uncertainty", doubt.numpy()[None])
     if config.probabilities:
-        values = large_array((num_labels, *grid.shape))
-        for start, p in grid.slabs():
+        values = large_array((num_labels, *grid.size))
+        for start, p in slabs_of(grid):
             values[:, start : start + p.shape[1]] = p
         write_values("probability", values)
         del values
@@ -349,7 +359,7 @@ def write_case(
         return {}, 0
     truth = load_role(case.mask, "mask", dataclasses.replace(layout, spacing=None, resize=False)).array[0]
     truth = torch.from_numpy(truth)
-    scores, bins = certainty(grid.slabs(), label_map, doubt, truth)
+    scores, bins = certainty(slabs_of(grid), label_map, doubt, truth)
     return score(label_map, truth, num_labels, header.spacing) | scores, bins
 
 

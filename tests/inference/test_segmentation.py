@@ -1,8 +1,10 @@
 """train_cdal.py and `sample.py RUN FOLDER` do the whole job: train, segment images, score the label maps."""
 
 import csv
+import errno
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tiny import cdal_flags, lines, read_csv
 import sample
 import train_cdal
 from ldm3d.cdal import uncertainty
-from ldm3d.config import replace, show
+from ldm3d.config import InputError, replace, show
 from ldm3d.data import CaseInfo, read
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.data.volumes import Header
@@ -239,10 +241,10 @@ def test_values_on_the_grid_of_training_come_onto_the_grid_of_the_file():
     info = CaseInfo(shape, spacing, tuple(map(tuple, affine)), "RAS", (0.0,), (1.0,))
     header = Header(grids[1][0], 1, grids[1][1], np.diag([*grids[1][1], 1.0]), "RAS", np.dtype(np.int16))
     grid = FileGrid(Input(torch.from_numpy(ramp).float()[None]), info, header)
-    found = grid.read(0, 9).numpy()
+    found = grid.read(0, 9)[0].numpy()
     inner = (slice(None), *(slice(1, -1),) * 3)  # beyond the outermost centres the border goes on
     assert np.allclose(found[inner], wanted[inner], atol=1e-4)
-    slabs = [grid.read(i, min(i + 2, 9)).numpy() for i in range(0, 9, 2)]
+    slabs = [grid.read(i, min(i + 2, 9))[0].numpy() for i in range(0, 9, 2)]
     assert np.array_equal(np.concatenate(slabs, 1), found)
 
 
@@ -280,6 +282,16 @@ def test_probabilities_in_a_file_worked_on_plane_by_plane_give_the_same_results(
     one, other = (read_csv(tmp_path / folder / "cases.csv")[0] for folder in ("whole", "planes"))
     for name in one.keys() - {"case", "seconds"}:
         assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-9, nan_ok=True), name
+
+
+def test_a_disk_without_room_for_a_large_array_is_named_before_the_array_is_filled(monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(segmentation, "IN_MEMORY", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(InputError, match=r"no room for an array of 0.031 GiB \(No space left.*TMPDIR"):
+        segmentation.large_array((2, 2**22))
 
 
 def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, heads, tmp_path, capsys):
