@@ -54,6 +54,7 @@ from .segmentation import IN_MEMORY, check_finite, file_labels, overlay, suffix_
 
 SamplerName = Literal[("auto", *SAMPLERS)]  # a tuple, since Python 3.10 knows no star here
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
+THINNED = 128  # voxels along an axis, at most, of a large sample on the sheet
 MAPS = "maps"  # the folder of means and standard deviations
 
 
@@ -105,7 +106,8 @@ class Results:
         self.summed = self.each > 1 and (config.maps or request.has_targets)
         # Samples that are large are decoded, written and shown plane by plane, and not compared as wholes
         large = math.prod((self.spec.channels, *self.size)) > IN_MEMORY
-        self.in_planes = large and not self.summed and request.edit is NO_EDIT
+        compared = self.summed or request.has_targets
+        self.in_planes = large and not compared and request.edit is NO_EDIT
         self.shown: dict[int, Tensor] = {}
         self.shown_labels: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}  # set -> (2, C, *size), of the samples and of their squares
@@ -159,9 +161,11 @@ class Results:
         return torch.cat(kept, 1)
 
     def thinned(self, x: Tensor, start: int = 0) -> Tensor:
-        """Every k-th voxel of planes x (C, n, ...) from plane `start` on, about as many as in training."""
-        k, *others = (max(1, round(n / m)) for n, m in zip(self.size, self.spec.size, strict=True))
-        return x[(slice(None), slice(-start % k, None, k), *(slice(None, None, k) for k in others))].clone()
+        """Every k-th voxel, along every axis, of planes x (C, n, ...) from plane `start` on: no more than in
+        training, and no more than THINNED along an axis."""
+        most = [min(m, THINNED) for m in self.spec.size]
+        k = max(math.ceil(n / m) for n, m in zip(self.size, most, strict=True))
+        return x[(slice(None), slice(-start % k, None, k), *[slice(None, None, k)] * (x.ndim - 2))].clone()
 
     def sheet(self, name: str, x: Tensor, number: int) -> None:
         """sheets/NAME.tif: source, target and sample side by side, first channels, scaled, float32."""
