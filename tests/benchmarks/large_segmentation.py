@@ -50,16 +50,7 @@ def measure(folder: Path, size: int, window: int, flags: list[str]) -> dict[str,
     image = write_volume(folder / "cube.nii", size)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     start = time.perf_counter()
-    words = [
-        "--window",
-        ",".join([str(window)] * 3),
-        "--overlap",
-        "0.25",
-        "--votes",
-        "1",
-        "--batch_size",
-        "1",
-    ]
+    words = f"--window {window},{window},{window} --overlap 0.25 --votes 1 --batch_size 1".split()
     sample.main([str(folder / "run"), str(image), *words, *flags])
     seconds = time.perf_counter() - start
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20

@@ -46,11 +46,7 @@ from ldm3d.evaluation.results import table  # noqa: E402
 from ldm3d.evaluation.sets import SetsConfig, compare_sets  # noqa: E402
 from ldm3d.pipeline import load_autoencoder  # noqa: E402
 
-NUM, SIZE, SPACING = (
-    48,
-    (96, 112, 96),
-    (2.0, 2.0, 2.0),
-)  # of --large: twice the preset's, along each axis
+NUM, SIZE, SPACING = 48, (96, 112, 96), (2.0, 2.0, 2.0)  # of --large: twice the preset's, along each axis
 FIGURES = ("whole/frechet", "planes/frechet")
 
 

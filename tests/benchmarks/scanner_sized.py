@@ -108,7 +108,7 @@ def commands(args: argparse.Namespace, root: Path, work: Path) -> list[tuple[str
             ["train_vae.py", str(root), "--run.dir", "vae", *both, *steps[0], *data],
             [
                 lambda: files(work / "cache/volumes", "*.bricks", half),
-                lambda: files(work / "vae", "ch*.pt", 1),
+                lambda: files(work / "vae", "checkpoint_*.pt", 1),
             ],
         ),
         (
