@@ -139,7 +139,7 @@ def whole_cases(name: str, which: str, work: Path) -> float:
     return sum(scores) / len(scores)
 
 
-def rows_of(figures: dict[str, dict[str, float]]) -> list[list[str]]:
+def rows_of(figures: dict[str, Any]) -> list[list[str]]:
     """One row for each pair of runs that is complete."""
     rows = [["data", "run", "score", "preset", "planned", "planned / preset", "steps", "CPU min"]]
     for name, kinds in TASKS.items():
@@ -174,6 +174,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     file = work / "planned.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
+    if figures.setdefault("minutes", args.minutes) != args.minutes:
+        parser.error(f"{file} holds figures of {figures['minutes']:g} minutes; choose another --work")
 
     def keep(key: str, figure: dict[str, float]) -> None:
         figures[key] = figures.get(key, {}) | figure
