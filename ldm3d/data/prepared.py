@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import threading
@@ -174,7 +175,8 @@ class PreparedVolume:
 
 def announce(folder: Path, num_bytes: int, num_volumes: int, num_voxels: int, num_cores: float) -> None:
     """Says what preparing these volumes takes of disk and time, where it is not little. InputError if the
-    disk has no room for them. What processes that were killed have left in the folder is removed.
+    disk has no room for them. What processes that were killed have left in the folder is removed; what older
+    versions have prepared is named.
 
     num_cores: those of all ranks together.
     """
@@ -183,6 +185,13 @@ def announce(folder: Path, num_bytes: int, num_volumes: int, num_voxels: int, nu
         with suppress(OSError):
             if time.time() - temporary.stat().st_mtime > STALE:
                 temporary.unlink()
+    older = [p for p in folder.parent.glob("*.npy") if re.fullmatch(r"[0-9a-f]{24}\.npy", p.name)]
+    if older:
+        gib = sum(path.stat().st_size for path in older) / GIB
+        print0(
+            f"note: {len(older)} files *.npy in {folder.parent}, {gib:.2g} GiB, are what older versions have "
+            "prepared; they are not read any more and may be deleted"
+        )
     free, seconds = shutil.disk_usage(there).free, num_voxels / SPEED / num_cores
     if num_bytes > free:
         raise InputError(

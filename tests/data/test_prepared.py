@@ -217,6 +217,16 @@ def test_disk_and_time_are_told_beforehand(folder, monkeypatch, capsys):
     assert "prepared once" not in capsys.readouterr().out
 
 
+def test_what_older_versions_have_prepared_is_named_and_left(folder, capsys):
+    old = Path(folder.cache_dir) / f"{'a' * 24}.npy"
+    for path in (old, old.with_name("mine.npy")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"0" * 2**20)
+    opened(replace(folder, cache="disk")).dataset("train")
+    assert f"note: 1 files *.npy in {old.parent}, 0.00098 GiB, are what older" in capsys.readouterr().out
+    assert old.exists()
+
+
 def test_ranks_prepare_their_share_and_ranks_of_one_machine_hold_no_volumes(folder, monkeypatch):
     for name, value in (("rank", 0), ("world_size", 2), ("ranks_here", 2)):
         monkeypatch.setattr(f"ldm3d.data.dataset.{name}", lambda value=value: value)
