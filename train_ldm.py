@@ -129,7 +129,7 @@ class Config:
     sample_steps: int = 20  # steps of the preview samples
     hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
     plan: bool = False  # only print the plan, and the memory that it needs
-    memory: float | None = None  # GiB of the device to plan for; none = what is free
+    memory: float | None = None  # GiB that validation may use; none = what is free
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -652,7 +652,8 @@ def denoise_once(
     with autocast(config.run.amp, model.device):
         pred = model.denoiser_for(z_t.shape[2:])(z_t, kernel.to_network_time(t).to(z.device), cond)
         estimate = kernel.convert(pred.float(), z_t, t, kernel.config.prediction, "x_start")
-        return model.decode(z_t).float().cpu(), model.decode(estimate).float().cpu()
+        one_by_one = [[model.decode(z[None]).float().cpu() for z in part] for part in (z_t, estimate)]
+    return torch.cat(one_by_one[0]), torch.cat(one_by_one[1])
 
 
 def preview(
@@ -871,7 +872,7 @@ def train(
     autoencoder = build_autoencoder(stage_one, source)
     check_settings(config, stage_one)
     check_base(run, stage_one)
-    autoencoder.to(device)
+    autoencoder.to(device).memory = config.memory
     data, measured = open_latent_data(config, autoencoder, stage_one, run, dataset)
     run.check_data(measured, data.contents, "measured")
     theirs = {k: v for k, v in stage_one["state"]["data"].items() if k not in ("size", "num_labels")}

@@ -124,7 +124,7 @@ class Config:
     r1_every: int = 16  # steps between two R1 penalties, each multiplied by this number
     hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
     plan: bool = False  # only print the plan, and the memory that it needs
-    memory: float | None = None  # GiB of the device to plan for; none = what is free
+    memory: float | None = None  # GiB that validation may use; none = what is free
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -569,6 +569,7 @@ def train(
     if planner:
         planner.write(run.dir)
     ema, mean = EMA(net, config.run.ema_decay), Mean()
+    ema.net.memory = config.memory
     stepper = Stepper(net, config.optim, config.run, config.batch_size, device)
     steppers, others = {"autoencoder": stepper}, {}
     if discriminator is not None:

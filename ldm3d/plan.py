@@ -825,7 +825,8 @@ class Planner:
         """Refuse flags of planning beside a preset. A planned run that goes on takes them again."""
         if self.is_preset and flags.get("hours") is not None:
             raise InputError("hours: has no effect with a preset, which has a number of steps (run.steps)")
-        if self.is_preset and flags.get("memory") is not None and not flags.get("plan"):
+        unread = self.kind == "cdal" and not flags.get("plan")  # autoencoders keep to it in validation
+        if self.is_preset and flags.get("memory") is not None and unread:
             raise InputError("memory: has no effect with a preset, but with --plan")
 
     def write(self, folder: Path) -> None:

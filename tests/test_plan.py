@@ -707,7 +707,7 @@ def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
     ("script", "flags", "words"),
     [
         (train_vae, "phantom --hours 1", "hours: has no effect with a preset"),
-        (train_vae, "phantom --memory 8", "memory: has no effect with a preset, but with --plan"),
+        (train_cdal, "phantom --memory 8", "memory: has no effect with a preset, but with --plan"),
         (train_vae, "nothing", "nothing: holds no images"),
         (train_vae, "run", "run: a run folder, expected a folder of images"),
         (train_vae, "nothing --data.root /tmp", "data.root: /tmp, but the first word is the folder nothing"),

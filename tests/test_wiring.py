@@ -1071,6 +1071,9 @@ def test_training_without_free_memory_encodes_and_validates_in_slabs(
     calls = spy(monkeypatch, streaming.Stream, "run")
     main(flags(data, tmp_path / "whole", 2, "--run.eval_every", "2"))
     assert not calls
+    main(flags(data, tmp_path / "asked", 2, "--run.eval_every", "2", "--memory", "0"))
+    assert {type(args[1]).__name__ for args, _, _ in calls} == {"Encoder", "Decoder"}
+    calls.clear()
     monkeypatch.setattr(streaming, "free_bytes", lambda device: 0)
     main(flags(data, tmp_path / "slabs", 2, "--run.eval_every", "2"))
     assert {type(args[1]).__name__ for args, _, _ in calls} == {"Encoder", "Decoder"}
