@@ -41,6 +41,7 @@ FACTORS = {  # of latents, as a U-Net receives them: (z - shift_factor) * scale_
     **dict.fromkeys(("scale_factor", "scaling_factor"), "scale_factor"),
     "shift_factor": "shift_factor",
 }
+STATISTICS = ("latents_mean", "latents_std")  # the same for each channel: (z - mean) / std * scale_factor
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "RFlowScheduler")
 
 
@@ -127,11 +128,16 @@ def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list
         value = resolved(network.get(name, content.get(name)), content)
         if isinstance(value, (int, float)):
             facts[fact] = [float(value)]
+    for name in STATISTICS:
+        if isinstance(value := resolved(network.get(name), content), list):
+            facts[name] = [tuple(value)]
+    samplers = []
     for value in objects(content):
         name = class_of(value).removesuffix("d")
         if name in SCHEDULERS:
             kernel = described_kernel({key: resolved(v, content) for key, v in value.items()})
             facts.setdefault("kernel", []).append(kernel)
+            samplers += [kernel] * (name == "DDIMScheduler")
         if name in SCALINGS:
             ends = (value.get(key, usual) for key, usual in zip(SCALINGS[name], (0, 1), strict=True))
             low, high = (resolved(end, content) for end in ends)
@@ -140,6 +146,11 @@ def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list
         pixdim = resolved(value.get("pixdim"), content)
         if name == "Spacing" and isinstance(pixdim, list):
             facts.setdefault("spacing", []).append(tuple(pixdim))
+    for kernel in facts.get("kernel", ()):
+        if samplers and kernel["process"] == "vp" and not any(kernel is one for one in samplers):
+            kernel["clip_x_start"] = samplers[0][
+                "clip_x_start"
+            ]  # a scheduler beside DDIM is that of training
     return facts
 
 
@@ -163,6 +174,19 @@ def described_flow(scheduler: dict[str, Any]) -> dict[str, Any]:
     return times
 
 
+def described_clip(scheduler: dict[str, Any]) -> Any:
+    """At which values a scheduler of MONAI clamps estimates of the clean latent: 1 if nothing is said. An
+    expression, and two ends that are not opposites, come as they are, which no kernel takes."""
+    clips = scheduler.get("clip_sample", True)
+    if isinstance(clips, str):
+        return clips
+    if class_of(scheduler) == "PNDMScheduler" or not clips:
+        return None
+    low, high = scheduler.get("clip_sample_min", -1.0), scheduler.get("clip_sample_max", 1.0)
+    opposite = isinstance(low, (int, float)) and low == -high
+    return float(high) if opposite else (low, high)
+
+
 def described_kernel(scheduler: dict[str, Any]) -> dict[str, Any]:
     """A scheduler of MONAI as the settings of our diffusion kernel; defaults are those of its class."""
     steps = {"num_timesteps": scheduler.get("num_train_timesteps", 1000)}
@@ -175,6 +199,7 @@ def described_kernel(scheduler: dict[str, Any]) -> dict[str, Any]:
             prediction, prediction
         ),
         "schedule": str(scheduler.get("schedule", "linear_beta")).removesuffix("_beta"),
+        "clip_x_start": described_clip(scheduler),
         **steps,
     }
     if kernel["schedule"] != "cosine":

@@ -36,7 +36,7 @@ from ..pipeline import copy_autoencoder, load_autoencoder
 from ..unet import UNetConfig
 from ..vae import Autoencoder, AutoencoderKL, VAEConfig
 from ..vqvae import VQVAE, QuantizerConfig
-from .bundles import Described, check_agreement, read_description
+from .bundles import FACTORS, STATISTICS, Described, check_agreement, read_description
 from .families import (
     Family,
     configuration,
@@ -338,19 +338,33 @@ def autoencoder_content(config: ImportConfig, net: Autoencoder) -> dict[str, Any
     return {"kind": "vae", "config": settings, "state": state}
 
 
-def factors_of(vae: str | None) -> dict[str, float]:
-    """scale_factor and shift_factor that the configuration file of an imported autoencoder told."""
+def factors_of(vae: str | None) -> dict[str, Any]:
+    """What the configuration file of an imported autoencoder told of the normalisation of latents."""
     path = Path(vae or ".") / "import.json"
     facts = read_json(path).get("facts", {}) if vae and path.is_file() else {}
-    return {name: facts[name] for name in ("scale_factor", "shift_factor") if name in facts}
+    return {name: facts[name] for name in (*FACTORS.values(), *STATISTICS) if name in facts}
+
+
+def latent_statistics(config: ImportConfig, facts: dict[str, Any], width: int) -> dict[str, Tensor]:
+    """latent_mean and latent_std, (width,), of the latents that a U-Net was trained on.
+
+    MONAI trains U-Nets on z * scale_factor, which is a latent_std of 1 / scale_factor and a latent_mean of 0;
+    diffusers on (z - shift_factor) * scale_factor, or on (z - latents_mean) / latents_std * scale_factor.
+    """
+    shift = facts.get("shift_factor", 0.0) if config.shift_factor is None else config.shift_factor
+    mean, std = torch.full((width,), float(shift)), torch.ones(width)
+    given = [facts[name] for name in STATISTICS if name in facts]
+    if given and config.shift_factor is None:
+        given = [torch.tensor(convert(v, tuple[float, ...], " and ".join(STATISTICS))) for v in given]
+        if [len(values) for values in given] != [width] * 2 or given[1].min() <= 0:
+            raise InputError(f"{' and '.join(STATISTICS)}: expected {width} numbers each, the latter above 0")
+        mean, std = given
+    factor = config.scale_factor or facts.get("scale_factor", 1.0)
+    return {"latent_mean": mean, "latent_std": std / factor}
 
 
 def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dict[str, Any]:
-    """The checkpoint of an imported U-Net, with the data settings of its autoencoder.
-
-    MONAI trains U-Nets on z * scale_factor, which is a latent_std of 1 / scale_factor and a latent_mean of 0;
-    diffusers on (z - shift_factor) * scale_factor.
-    """
+    """The checkpoint of an imported U-Net, with the data settings of its autoencoder."""
     if config.vae is None:
         raise InputError("vae: a U-Net needs its autoencoder; import it first and give its run with --vae")
     autoencoder, content = load_autoencoder(config.vae)
@@ -365,8 +379,6 @@ def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dic
             f"{report.file}: its context comes from another network, so no run folder can be made; "
             "ldm3d.interop.load(FILE) gives the network"
         )
-    factor = config.scale_factor or report.facts.get("scale_factor", 1.0)
-    shift = report.facts.get("shift_factor", 0.0) if config.shift_factor is None else config.shift_factor
     settings = {
         "data": content["config"]["data"],
         "unet": to_dict(unet),
@@ -377,8 +389,7 @@ def denoiser_content(config: ImportConfig, net: Denoiser, report: Report) -> dic
         "data": content["state"]["data"],
         "split": content["state"]["split"],
         "conditions": [c.to_dict() for c in net.conditions],
-        "latent_mean": torch.full((width,), float(shift)),
-        "latent_std": torch.full((width,), 1 / factor),
+        **latent_statistics(config, report.facts, width),
     }
     return {"kind": "ldm", "config": settings, "state": state}
 
@@ -389,11 +400,15 @@ def expectations(content: dict[str, Any], assumed: list[str]) -> list[str]:
     spacing = "as the files have it" if data["spacing"] is None else f"{tuple(data['spacing'])} mm"
     lines = [f"    {'images:':<20}{spec['channels']} channels, scaling {data['scaling']}, spacing {spacing}"]
     if content["kind"] == "ldm":
-        kernel, factor = content["config"]["kernel"], 1 / float(content["state"]["latent_std"][0])
+        kernel, state = content["config"]["kernel"], content["state"]
         how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
-        shift = float(content["state"]["latent_mean"][0])
-        beside = f", shift_factor {shift:g}" if shift else ""
-        lines.append(f"    {'diffusion:':<20}{how}, scale_factor {factor:g}{beside}")
+        if (clip := kernel["clip_x_start"]) is not None:
+            how += f", estimates clamped to {clip:g}"
+        factor, shift = (1 / state["latent_std"]).tolist(), state["latent_mean"].tolist()
+        for name, values in (("scale_factor", factor), ("shift_factor", shift if any(shift) else [])):
+            if values:
+                how += f", {name} {', '.join(f'{v:g}' for v in dict.fromkeys(values))}"
+        lines.append(f"    {'diffusion:':<20}{how}")
         if assumed:
             flags = "--kernel.*, --scale_factor or --config"
             lines.append(f"    note: {' and '.join(assumed)} assumed; {flags} says how it was trained")
