@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm3d.conditions import Condition, ConditionConfig, absent, fit_conditions, hide
-from ldm3d.config import InputError, flatten, from_dict, parse, replace, to_dict
+from ldm3d.config import InputError, from_dict, parse, replace, to_dict
 from ldm3d.data import (
     AugmentConfig,
     Data,
@@ -62,11 +62,11 @@ from ldm3d.data.phantoms import phantom_folder
 from ldm3d.data.slices import find_all_cases
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.engine.checkpoint import load_run, step_files
+from ldm3d.engine.checkpoint import load_run
 from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet, visible
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
-from ldm3d.engine.runs import Run, difference
+from ldm3d.engine.runs import Run, difference, settings_of_init, with_settings_of_init
 from ldm3d.engine.training import (
     EMA,
     Mean,
@@ -338,31 +338,26 @@ def with_autoencoder(config: Config) -> Config:
     )
 
 
-# the settings that a frozen denoiser brings along, and those of them that may differ
-BASE = ("unet.", "condition.", "anatomy.", "patch.", "kernel.")
+NETWORK = "unet.", "kernel."  # what a run takes over from run.init, where no flag says otherwise
+# the settings that a frozen denoiser brings along, and those of all of them that stay the run's own
+BASE = *NETWORK, "condition.", "anatomy.", "patch."
 FREE = ("unet.dropout", "unet.checkpointing", "condition.dropout", "anatomy.weights", "anatomy.phases")
 
 
 def base_of(config: Config, flags: dict[str, Any]) -> dict[str, Any]:
-    """The network and the diffusion of run.init as settings, where its denoiser stays frozen; else {}."""
-    if not config.frozen:
-        return {}
-    try:
-        stored = flatten(from_dict(Config, load_run(config.run.init, "ldm")["config"]))
-    except InputError as e:
-        raise InputError(f"run.init: {e}") from None
-    base = {k: v for k, v in stored.items() if k.startswith(BASE) and not k.startswith(FREE)}
-    for key, value in base.items():
+    """The network and the diffusion of run.init as settings. Flags count more, and are refused where they
+    would change a denoiser that stays frozen."""
+    base = settings_of_init("ldm", config, BASE if config.frozen else NETWORK, FREE)
+    for key, value in base.items() if config.frozen else ():
         if flags.get(key, value) != value:
             frozen = "whose denoiser stays frozen"
             raise InputError(f"{key}: is {value} in {config.run.init}, {frozen}; got {flags[key]}")
-    return base
+    return {key: value for key, value in base.items() if key not in flags}
 
 
 def with_base(config: Config, flags: dict[str, Any]) -> Config:
-    """The configuration with the settings of `base_of`, which a run that is resumed has stored."""
-    resumed = step_files(config.folder) and not config.run.fresh
-    return config if resumed else replace(config, base_of(config, flags))
+    """The configuration with the settings of `base_of`."""
+    return with_settings_of_init(config, base_of(config, flags))
 
 
 def check_base(run: Run, stage_one: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ from ldm3d.engine.distributed import (
 from ldm3d.engine.logger import save_sheet, visible
 from ldm3d.engine.machine import cores_of_rank
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
-from ldm3d.engine.runs import Run
+from ldm3d.engine.runs import Run, settings_of_init, with_settings_of_init
 from ldm3d.engine.training import (
     EMA,
     Mean,
@@ -306,6 +306,16 @@ def with_data(config: Config) -> Config:
     return Config(vae=VAEConfig(**shape), disc=PatchDiscriminatorConfig(**shape))
 
 
+NETWORK = "autoencoder", "vae.", "quantizer."  # what a run takes over from run.init, where no flag says else
+FREE = ("vae.checkpointing",)
+
+
+def with_init(config: Config, flags: dict[str, Any]) -> Config:
+    """The configuration with the autoencoder of run.init."""
+    theirs = settings_of_init("vae", config, NETWORK, FREE)
+    return with_settings_of_init(config, {k: v for k, v in theirs.items() if k not in flags})
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 
@@ -523,6 +533,7 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     """The settings of a run on the images of a folder, by the rules of ldm3d/plan.py."""
     device, found = setup(flags.get("run.device", "auto")), take(folder, flags)
     print0(f"{folder}: {describe(found)}")
+    flags |= settings_of_init("vae", merge({}), NETWORK, FREE) | flags
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
         plan = plan_vae(found, able, flags, cores_of_rank())
@@ -542,7 +553,7 @@ def train(
     """flags: what the command line sets. planner: of a command that names a folder. dataset: in place of
     files, dicts with the tensor "image" (ldm3d/data/items.py)."""
     device = setup(config.run.device)
-    run = Run("vae", config, flags)
+    run = Run("vae", with_init(config, flags or {}), flags)
     config, seed = run.config, run.config.run.seed
     if run.finished:
         return run
@@ -659,6 +670,7 @@ def train(
 def main(argv: list[str] | None = None) -> None:
     planner = Planner("vae", Config, make_plan)
     config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON, planner)
+    config = with_init(config, flags)
     check_flags(config, flags)
     planner.check(flags)
     if config.plan:

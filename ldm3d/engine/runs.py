@@ -51,7 +51,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-from ..config import InputError, flatten, from_dict, read_json, replace, to_dict
+from ..config import InputError, flatten, from_dict, read_json, replace, show, to_dict
 from .checkpoint import (
     TRAINING,
     Newer,
@@ -61,6 +61,7 @@ from .checkpoint import (
     load_weights,
     prune,
     save,
+    step_files,
     sweep,
     weights,
     write_text,
@@ -151,6 +152,33 @@ def changed_case(before: dict[str, dict[str, str]], now: dict[str, dict[str, str
             if value != old[what]:
                 return f"the {what} of case {case} is another one"
     return None
+
+
+def settings_of_init(kind: str, config: Any, start: tuple[str, ...], but: tuple[str, ...]) -> dict[str, Any]:
+    """What the run of --run.init has for the settings that start with `start` and not with `but`, by dotted
+    key; none for a run that starts from nothing, or is resumed.
+
+    Weights alone do not make a network: groups of norms, heads of attention or the range of intensities do
+    not show in their shapes, so weights would fit a network that does something else.
+    """
+    run = config.run
+    resumed = step_files(Path(run.dir or f"runs/{kind}-{config.preset}")) and not run.fresh
+    if not run.init or resumed:
+        return {}
+    try:
+        theirs = flatten(from_dict(type(config), load_run(run.init, kind)["config"]))
+    except InputError as e:
+        raise InputError(f"run.init: {e}") from None
+    return {key: value for key, value in theirs.items() if key.startswith(start) and not key.startswith(but)}
+
+
+def with_settings_of_init(config: Any, theirs: dict[str, Any]) -> Any:
+    """The configuration with these settings of the run of --run.init; those that change are printed."""
+    ours = flatten(config)
+    changed = [f"{key} {show(value) or 'none'}" for key, value in theirs.items() if ours[key] != value]
+    if changed:
+        print0(f"run.init: as in {config.run.init}: {', '.join(changed)}")
+    return replace(config, theirs)
 
 
 class Run:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,26 +82,20 @@ def train_monai(path: Path, data: Data, steps: int) -> None:
     write_atomically(path, lambda file: torch.save(net.state_dict(), file))
 
 
-def flag(value: Any) -> str:
-    """A value from JSON as it is typed."""
-    return show(tuple(value) if isinstance(value, list) else value)
-
-
 def fine_tune(start: Path, run: Path, steps: int) -> None:
     """Go on with train_vae.py from the run folder `start`, on the same data."""
-    vae = json.loads((start / "config.json").read_text())["vae"]
-    settings = {f"vae.{name}": value for name, value in vae.items()} | {
-        "run.init": str(start),
-        "run.dir": str(run),
+    settings = {
+        "run.init": start,
+        "run.dir": run,
         "run.steps": steps,
         "run.eval_every": steps,
         "run.save_every": max(1, steps // 4),
         "run.ema_decay": 0.98,
         "optim.lr": LR,
         "optim.warmup_steps": min(20, max(1, steps // 10)),
-        "data.patch": DATA.patch,
+        "data.patch": show(DATA.patch),
     }
-    words = [word for key, value in settings.items() for word in (f"--{key}", flag(value))]
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     train_vae.main(["hippocampus", *words])
 
 

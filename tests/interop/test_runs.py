@@ -1,5 +1,6 @@
 """What is imported is an ordinary run: it reconstructs, samples, and training goes on from it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from closeness import close
-from tiny import VAE
 
 import ldm3d
 import sample
@@ -125,10 +125,11 @@ def test_an_imported_vqvae_reconstructs_files_and_its_codes_are_kept_when_traini
     before = ldm3d.load(codes / "vq").net
     assert (before.quantizer.config.decay, before.quantizer.config.codebook_size) == (0.5, 8)
     data = f"--data.root {heads} --data.cache_dir {codes / 'cache'} --run.steps 1 --optim.warmup_steps 0"
-    net = "--autoencoder vq --vae.trunk plain --vae.quant_conv false --vae.stem 1 --vae.num_groups 32"
-    more = "--vae.image_range 0,1 --quantizer.codebook_size 8 --quantizer.revive_below 0 --optim.lr 1e-9"
+    more = (
+        "--data.dims 2 --data.val_fraction 0.2 --data.patch none --quantizer.revive_below 0 --optim.lr 1e-9"
+    )
     start = f"--run.ema_decay 0 --run.init {codes / 'vq'} --run.dir {codes / 'vq2'}"
-    train_vae.main(["phantom", *VAE, *f"{data} {net} {more} {start}".split()])
+    train_vae.main(["phantom", *f"{data} {more} {start}".split()])
     after = ldm3d.load(codes / "vq2").net.quantizer
     assert after.initialised
     near = torch.cdist(after.codebook, before.quantizer.codebook).argmin(1)
@@ -203,23 +204,33 @@ def test_an_imported_maisi_u_net_samples_with_its_numbers(runs, tmp_path):
     assert torch.equal(ours.weight, -theirs.weight)  # MAISI's velocity is x_start - noise
 
 
-def test_training_goes_on_from_an_imported_autoencoder(runs, heads):
-    data = [
-        "--data.root",
-        heads,
-        "--data.cache_dir",
-        runs / "cache",
-        "--run.steps",
-        1,
-        "--optim.warmup_steps",
-        0,
-    ]
-    net = ["--vae.stem", 1, "--vae.image_range", "0,1", "--optim.lr", "1e-9", "--run.ema_decay", "0"]
-    start = ["--run.init", runs / "vae", "--run.dir", runs / "vae2"]
-    train_vae.main(["phantom", *map(str, [*VAE, *data, *net, *start])])
-    before, after = (ldm3d.load(runs / name).net.state_dict() for name in ("vae", "vae2"))
-    for name, value in before.items():
-        assert torch.allclose(after[name], value, atol=1e-6)
+def test_training_goes_on_from_an_imported_autoencoder_with_its_own_network(runs, heads, monkeypatch, capsys):
+    """Neither the preset's nor a planned network is taken: shapes would not tell the difference of some."""
+    monkeypatch.chdir(runs)
+    one = "--run.steps 1 --optim.warmup_steps 0 --optim.lr 1e-9 --run.ema_decay 0 --run.init vae".split()
+    data = f"--data.root {heads} --data.cache_dir cache --data.val_fraction 0.2 --data.patch none".split()
+    train_vae.main(["phantom", *data, "--data.dims", "2", "--run.dir", "vae2", *one])
+    assert "run.init: as in vae: vae.latent_channels 3, vae.channels 8,16" in capsys.readouterr().out
+    train_vae.main([str(heads), "--run.dir", "vae3", *one])
+    before = ldm3d.load("vae").net
+    for name in ("vae2", "vae3"):
+        after = ldm3d.load(name).net
+        assert after.config == CONFIG
+        for key, value in before.state_dict().items():
+            assert torch.allclose(after.state_dict()[key], value, atol=1e-6)
+
+
+def test_training_goes_on_from_an_imported_u_net_with_its_own_network_and_diffusion(runs, heads):
+    torch.save(extract(Denoiser(UNET), "monai"), runs / "plain.pt")
+    unet = ["import", runs / "plain.pt", "--vae", runs / "vae", "--to", runs / "ldm3", "--head_channels", 8]
+    main([*map(str, unet), "--num_groups", "4", "--kernel.beta_end", "0.0205"])
+    data = ["--data.root", heads, "--data.cache_dir", runs / "cache", "--run.steps", 1, "--sample_steps", 2]
+    start = ["--vae", runs / "vae", "--run.init", runs / "ldm3", "--run.dir", runs / "ldm4"]
+    train_ldm.main(["phantom", *map(str, [*data, *start, "--kernel.loss", "l1"])])
+    model = ldm3d.load(runs / "ldm4").model
+    assert model.denoiser.unet.config == dataclasses.replace(UNET, num_res_blocks=(1, 1))
+    kernel = model.kernel.config
+    assert (kernel.process, kernel.prediction, kernel.beta_end, kernel.loss) == ("vp", "eps", 0.0205, "l1")
 
 
 @pytest.mark.slow
@@ -286,6 +297,14 @@ def test_factors_of_latents_come_from_the_configuration_of_the_autoencoder_where
         model = ldm3d.load(tmp_path / name).model
         assert model.latent_mean.flatten().tolist() == [mean] * 3
         assert model.latent_std.flatten().tolist() == [std] * 3
+    described |= {"latents_mean": [0, 1, 2], "latents_std": [1.0, 2.0, 4.0]}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    main(["import", *map(str, flags[:-3]), str(tmp_path / "vae4"), *map(str, flags[-2:])])
+    unet = [tmp_path / "alone.pt", "--vae", tmp_path / "vae4", "--num_groups", 4, "--head_channels", 8]
+    main(["import", *map(str, [*unet, "--to", tmp_path / "three"])])
+    model = ldm3d.load(tmp_path / "three").model
+    assert model.latent_mean.flatten().tolist() == [0.0, 1.0, 2.0]
+    assert model.latent_std.flatten().tolist() == [4.0, 8.0, 16.0]
 
 
 @pytest.mark.parity
@@ -362,11 +381,30 @@ DESCRIBED = {"_target_": "DiffusionModelUNet", "norm_num_groups": 4, "num_head_c
     [
         (
             {"_target_": "DDPMScheduler", "schedule": "scaled_linear_beta", "beta_end": "@end"},
-            {"process": "vp", "prediction": "eps", "schedule": "scaled_linear", "beta_end": 0.0205},
+            {
+                "process": "vp",
+                "prediction": "eps",
+                "schedule": "scaled_linear",
+                "beta_end": 0.0205,
+                "clip_x_start": 1.0,
+            },
         ),
         (
-            {"_target_": "generative.networks.schedulers.DDIMScheduler", "prediction_type": "v_prediction"},
-            {"process": "vp", "prediction": "v", "schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2},
+            [
+                {"_target_": "DDPMScheduler", "prediction_type": "v_prediction"},
+                {
+                    "_target_": "generative.networks.schedulers.DDIMScheduler",
+                    "prediction_type": "v_prediction",
+                    "clip_sample": False,
+                },
+            ],
+            {
+                "prediction": "v",
+                "schedule": "linear",
+                "beta_start": 1e-4,
+                "beta_end": 2e-2,
+                "clip_x_start": None,
+            },
         ),
         (
             {"_target_": "monai.networks.schedulers.RFlowScheduler", "num_train_timesteps": 500},
