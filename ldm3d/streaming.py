@@ -555,6 +555,8 @@ def run_trunk(trunk: Trunk, x: Tensor, memory: float | None = None) -> Tensor:
     memory: beside x and the result; none = 9 tenths of what is free. A note tells what is not whole. What
     needs gradients, or is compiled or traced, is always whole.
     """
+    if torch.compiler.is_compiling():  # a graph cannot ask for the context below
+        return trunk(x)
     if rehearsed := REHEARSED.get():
         return rehearse(trunk, x, *rehearsed)
     if not is_eager(x) or needs_gradient(trunk, x):
