@@ -30,9 +30,7 @@ from .config import at_least
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    rank: int = (
-        0  # of low-rank adapters, which train in place of the weights of run.init; 0 = all weights train
-    )
+    rank: int = 0  # of low-rank adapters, which train in place of run.init's weights; 0 = all train
 
     def __post_init__(self) -> None:
         at_least(self, 0, "rank")
