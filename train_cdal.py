@@ -65,10 +65,10 @@ from ldm3d.engine.training import (
     samples_per_forward,
 )
 from ldm3d.inference.segmentation import overlay
+from ldm3d.large.windows import check_window
 from ldm3d.metrics import dice
 from ldm3d.plan import CDAL_PASSES, Plan, Planner, machine, plan_cdal, plan_length, seconds_per_step
 from ldm3d.unet import UNetConfig
-from ldm3d.windows import check_window
 
 # --- Config and presets -------------------------------------------------------------------------------------
 

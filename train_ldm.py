@@ -22,8 +22,8 @@ frozen autoencoder and normalised, noise of a random time t is added, and the de
     loss = |denoiser(z_t, t, conditions) - target|^2,      z_t and target as in diffusion_kernel.py
            + w(step) signal_share(t) (head + binding_weight binding)   with --anatomy.registers bound
 
-The second line is explained in ldm3d/registers.py, patches in ldm3d/patches.py. Data settings and split are
-the autoencoder's; flags override them. To resume a run, give the same command again.
+The second line is explained in ldm3d/registers.py, patches in ldm3d/large/patches.py. Data settings and split
+are the autoencoder's; flags override them. To resume a run, give the same command again.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ from ldm3d.engine.training import (
     to_device,
 )
 from ldm3d.inference.segmentation import overlay
+from ldm3d.large.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
+from ldm3d.large.streaming import STREAMED
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.latents import (
     LatentDataset,
@@ -96,7 +98,6 @@ from ldm3d.latents import (
 )
 from ldm3d.lora import LoRAConfig, add_adapters
 from ldm3d.metrics import dice, set_statistics
-from ldm3d.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
 from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of
 from ldm3d.plan import (
     LDM_PASSES,
@@ -111,7 +112,6 @@ from ldm3d.plan import (
     seconds_per_step,
 )
 from ldm3d.registers import AnatomyConfig, anatomy_weight
-from ldm3d.streaming import STREAMED
 from ldm3d.unet import UNetConfig
 from ldm3d.vae import Autoencoder, PixelStem
 
@@ -883,7 +883,7 @@ def train(
     latent = autoencoder.latent_shape(data.spec.size)[1:]
     config.patch.check(latent, config.unet.downsampling)
     reseed(seed, 0)
-    step = position_step(config.patch, data.spec, autoencoder.downsampling)
+    step = position_step(config.patch, data.spec.size, data.spec.spacing, autoencoder.downsampling)
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder, step).to(device)
     kernel = DiffusionKernel(config.kernel)
     base = run.initial["state"] if run.initial and config.frozen else None

@@ -74,6 +74,7 @@ from ldm3d.engine.training import (
     samples_per_forward,
     to_device,
 )
+from ldm3d.large.streaming import STREAMED
 from ldm3d.lora import LoRAConfig, add_adapters
 from ldm3d.losses import (
     AdversarialKind,
@@ -93,7 +94,6 @@ from ldm3d.losses import (
 )
 from ldm3d.metrics import ms_ssim, psnr, ssim
 from ldm3d.plan import PLAN_FILE, VAE_PASSES, Plan, Planner, machine, plan_length, plan_vae, seconds_per_step
-from ldm3d.streaming import STREAMED
 from ldm3d.vae import Autoencoder, Posterior, VAEConfig
 from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_loss
 

@@ -6,11 +6,8 @@ folders. README.md beside this file gives the order in which to read them.
 
     blocks, normconv                          what the networks are made of
     vae, vqvae, discriminators, losses        stage one: image <-> latent
-    streaming                                 the same for volumes larger than memory, exactly
     metrics                                   PSNR, SSIM and others, of batches
     diffusion_kernel, unet, denoiser          stage two: noise -> latent
-    windows                                   predictions for latents larger than in training
-    patches                                   training on parts of latents that know their place
     conditions, conditioner, guidance         what a sample shall show, and how strongly
     registers                                 learned tokens that stand for labels of a mask
     lora                                      low-rank adapters: fine-tuning with few weights
@@ -23,6 +20,7 @@ folders. README.md beside this file gives the order in which to read them.
 
     data/         files to batches
     engine/       how training runs: processes, checkpoints, logs, the run folder
+    large/        volumes larger than memory, or than in training
     inference/    what a trained run is used for: conditional samples, editing, segmentation
     evaluation/   figures of quality                     python -m ldm3d.evaluation
     reports/      pages and maps that show a run         python -m ldm3d.reports

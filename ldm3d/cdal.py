@@ -54,6 +54,7 @@ from .diffusion_kernel import DiffusionKernel, KernelConfig
 from .engine.distributed import keyed_generator, print0
 from .engine.machine import free_bytes
 from .engine.memory_plan import GIB, USABLE, peak_bytes
+from .large.windows import check_window, window_starts, window_weight
 from .losses import (
     cross_entropy_loss,
     dice_loss,
@@ -63,7 +64,6 @@ from .losses import (
     r1_penalty,
 )
 from .unet import UNet, UNetConfig
-from .windows import check_window, window_starts, window_weight
 
 FEW = 8  # training patches that are segmented as one image without a look at the memory
 

@@ -29,9 +29,9 @@ from .conditioner import Conditioned, Conditioner, Hint
 from .conditions import Condition, ConditionConfig, absent, check_names, value_of
 from .config import InputError
 from .control import ControlNet, where
+from .large.windows import coordinates
 from .registers import AnatomyConfig, LabelHead, Registers, binding_loss, by_label, head_loss
 from .unet import UNet, UNetConfig
-from .windows import coordinates
 
 
 class Arguments(NamedTuple):
@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
     `num_labels` labels; if they are bound, a head predicts label maps that are `factor` times as fine as x_t.
     control: "labels" or "image", the kind of the last condition, which then steers the U-Net by a ControlNet.
     position_step: the difference in position of two neighbours along each axis, if coordinates stand beside
-    x_t as further channels (patches.py).
+    x_t as further channels (large/patches.py).
     """
 
     def __init__(

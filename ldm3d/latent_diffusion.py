@@ -47,8 +47,8 @@ from .diffusion_kernel import DiffusionKernel
 from .engine.distributed import keyed_generator
 from .engine.training import autocast
 from .guidance import Guidance, guided
+from .large.windows import Windows, check_window
 from .vae import Autoencoder
-from .windows import Windows, check_window
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) on 0..T) -> prediction
 
@@ -88,8 +88,8 @@ class LatentDiffusion(nn.Module):
 
     latent_mean, latent_std: (C_z,), kept as buffers that broadcast against latents. spec: size, spacing and
     intensities of the training volumes, which samples have too. patch: the latent voxels that the denoiser
-    sees at once at most, if it has never seen whole latents (patches.py). The caller decides what is frozen
-    and in eval mode; `ldm3d.load` gives a model that is ready to sample.
+    sees at once at most, if it has never seen whole latents (large/patches.py). The caller decides what is
+    frozen and in eval mode; `ldm3d.load` gives a model that is ready to sample.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class LatentDiffusion(nn.Module):
         batch_size: int = 1,
     ) -> Denoiser | Windows:
         """The denoiser, as it is for latents of spatial shape `size` that are no larger than a window; else
-        in `Windows` (windows.py), `batch_size` of them at once.
+        in `Windows` (large/windows.py), `batch_size` of them at once.
 
         window: voxels of the volume that are denoised at once; none = as many as in training.
         """

@@ -33,8 +33,8 @@ from .engine.checkpoint import load_run, load_weights, save
 from .engine.distributed import is_main, print0
 from .engine.runs import changed_case, read_split
 from .engine.training import autocast
+from .large.patches import PatchConfig, position_step
 from .latent_diffusion import LatentDiffusion
-from .patches import PatchConfig, position_step
 from .registers import AnatomyConfig
 from .unet import UNetConfig
 from .vae import Autoencoder, VAEConfig
@@ -199,7 +199,7 @@ class LatentDiffusionPipeline(Pipeline):
             self.spec.num_labels or 0,
             autoencoder.downsampling,
             config.get("control", "off"),
-            position_step(patch, self.spec, autoencoder.downsampling),
+            position_step(patch, self.spec.size, self.spec.spacing, autoencoder.downsampling),
         )
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, config["kernel"], "kernel"))

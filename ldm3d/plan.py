@@ -410,8 +410,8 @@ def plan_validation(
     multiple: tuple[int, ...],
     machine: Machine,
 ) -> None:
-    """Whole cases are validated, slab by slab where they need it (streaming.py). Where even that does not fit
-    into the memory, their middle is, and that is said."""
+    """Whole cases are validated, slab by slab where they need it (large/streaming.py). Where even that does
+    not fit into the memory, their middle is, and that is said."""
     size = whole
     while not machine.validation_fits(plan.values) and "data.size" not in plan.given:
         smaller = shrink(size, spacing, multiple, math.prod(size) * 3 // 4)

@@ -27,7 +27,7 @@ as 5 x 8 x 8.
 The architecture is the first stage of Rombach et al. 2022 [2], with MONAI's choices as defaults: no SiLU
 before the last convolutions, down-sampling padded at the end of each axis. `trunk="plain"` is the older and
 cheaper one of the first VQ-VAE [3], without norms and attention. Volumes that memory does not hold
-are encoded and decoded in slabs, exactly (streaming.py). Not here: losses and training.
+are encoded and decoded in slabs, exactly (large/streaming.py). Not here: losses and training.
 
 [1] Kingma & Welling 2014, arXiv 1312.6114. [2] arXiv 2112.10752. [3] arXiv 1711.00937.
 """
@@ -58,7 +58,7 @@ from .blocks import (
     trunk_options,
 )
 from .config import InputError, at_least
-from .streaming import run_trunk, trunk_planes
+from .large.streaming import run_trunk, trunk_planes
 
 PLAIN_ONLY = ("res_channels",)  # settings of one kind of trunk alone
 NORM_ONLY = (
@@ -224,7 +224,8 @@ class Autoencoder(nn.Module):
         """Image x (B, C, *S) of any size -> posterior of its latent, (B, C_z, *s).
 
         memory: GiB that may be used beside image and latent; none = `self.memory`, and if that is none too,
-        what is free. An image that needs more is encoded slab by slab, with the same result (streaming.py).
+        what is free. An image that needs more is encoded slab by slab, with the same result
+        (large/streaming.py).
         """
         self._check(x, self.config.in_channels, "image")
         x, memory = pad_to_multiple(x, self.downsampling), self.memory if memory is None else memory

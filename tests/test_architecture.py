@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # a folder has one floor: "data" stands for all of data/
     ["config"],
-    ["normconv", "metrics", "diffusion_kernel", "lora", "windows"],
+    ["normconv", "metrics", "diffusion_kernel", "lora"],
     ["blocks", "engine"],
-    ["streaming"],
+    ["large"],
     ["vae", "discriminators", "unet", "losses", "conditions", "data"],
-    ["vqvae", "guidance", "conditioner", "registers", "control", "cdal", "latents", "patches", "plan"],
+    ["vqvae", "guidance", "conditioner", "registers", "control", "cdal", "latents", "plan"],
     ["denoiser"],
     ["latent_diffusion"],
     ["pipeline"],

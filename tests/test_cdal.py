@@ -29,9 +29,9 @@ from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import keyed_generator, rank, wrap
 from ldm3d.engine.memory_plan import LiveBytes
 from ldm3d.engine.training import autocast, keyed_normal
+from ldm3d.large.windows import window_starts, window_weight
 from ldm3d.metrics import dice
 from ldm3d.unet import UNetConfig
-from ldm3d.windows import window_starts, window_weight
 
 CPU = torch.device("cpu")
 K = 3

@@ -16,7 +16,7 @@ from ldm3d import AutoencoderKL, UNet, UNetConfig, VAEConfig
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.memory_plan import MemoryTable, decode
 from ldm3d.engine.training import EMA, autocast
-from ldm3d.streaming import Stream, peaks
+from ldm3d.large.streaming import Stream, peaks
 
 pytestmark = pytest.mark.gpu
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

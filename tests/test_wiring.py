@@ -22,7 +22,7 @@ import sample
 import train_cdal
 import train_ldm
 import train_vae
-from ldm3d import read, streaming
+from ldm3d import read
 from ldm3d.cdal import CDAL, Generator
 from ldm3d.conditions import absent
 from ldm3d.config import parse
@@ -38,6 +38,7 @@ from ldm3d.evaluation import reconstruction as evaluation_of_reconstructions
 from ldm3d.evaluation.__main__ import main as evaluation_main
 from ldm3d.inference import reconstruction, sampling, sampling_request, segmentation
 from ldm3d.inference.segmentation import overlay
+from ldm3d.large import streaming
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.losses import PerceptualConfig, PerceptualLoss, gradient_loss
 from ldm3d.metrics import ms_ssim

@@ -45,10 +45,10 @@ from ..engine.memory_plan import MemoryTable, decode, weight_bytes
 from ..evaluation.results import new_folder, table, write_report
 from ..evaluation.statistics import finite_means
 from ..guidance import active_branches, branch_weights
+from ..large.streaming import STREAMED
 from ..latent_diffusion import NO_EDIT
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
-from ..streaming import STREAMED
 from .sampling_request import Request, RequestConfig, guidance_of, read_request
 from .segmentation import IN_MEMORY, check_finite, file_labels, overlay, suffix_of
 

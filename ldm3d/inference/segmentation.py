@@ -61,10 +61,10 @@ from ..engine.distributed import gather, is_main, print0, rank, setup, world_siz
 from ..engine.logger import mid_slices, new_figure, progress, save_figure, save_sheet
 from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
 from ..evaluation.statistics import interval_words, summarise
+from ..large.streaming import Filed, Map, Stored
+from ..large.windows import check_window
 from ..metrics import dice, hd95, iou, precision, sensitivity
 from ..pipeline import SegmentationPipeline
-from ..streaming import Filed, Map, Stored
-from ..windows import check_window
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
 SHOWN, RESAMPLES = 8, 2000  # cases in the picture; of the bootstrap

@@ -67,9 +67,9 @@ from ldm3d.engine.logger import new_figure, save_figure  # noqa: E402
 from ldm3d.evaluation.openers import volumes_of  # noqa: E402
 from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.inference.sampling import SampleConfig  # noqa: E402
+from ldm3d.large.windows import window_starts  # noqa: E402
 from ldm3d.pipeline import AutoencoderPipeline, LatentDiffusionPipeline, build_autoencoder  # noqa: E402
 from ldm3d.plan import seconds_to_read  # noqa: E402
-from ldm3d.windows import window_starts  # noqa: E402
 
 CALLS = (5, 10, 20, 40)  # network calls of --samplers
 VALIDATIONS = {"vae": 1, "ldm": 4}  # of each training; the best one is kept

@@ -5,7 +5,7 @@
     python tests/benchmarks/streaming.py --sizes 128 --sides monai whole slabs recompute offload --rounds 3
 
 Networks: "plain" is the autoencoder (32, 64, 64), "stem" that of the preset hippocampus. The side "ours" is
-what `run_trunk` chooses for the memory of GIB_TO_USE; the others are named in ldm3d/streaming.py. Each
+what `run_trunk` chooses for the memory of GIB_TO_USE; the others are named in ldm3d/large/streaming.py. Each
 measurement is a process of its own, and the sides take turns. Memory is the peak of the process (VmHWM) above
 what it held before, input included, less the result. A process may take --limit GiB; a side that needs more
 has failed at that size and is not tried at larger ones. What would take more than --minutes, by the size
@@ -33,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from monai_weights import twin_autoencoder  # noqa: E402
 
-from ldm3d.streaming import NOTED, Stream, run_trunk  # noqa: E402
+from ldm3d.large.streaming import NOTED, Stream, run_trunk  # noqa: E402
 from ldm3d.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 NETS = {

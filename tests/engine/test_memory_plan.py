@@ -14,7 +14,7 @@ from torch import nn
 import sample
 import train_ldm
 import train_vae
-from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig, normconv, streaming
+from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig, normconv
 from ldm3d.config import replace
 from ldm3d.discriminators import PatchDiscriminator
 from ldm3d.engine.memory_plan import (
@@ -29,7 +29,8 @@ from ldm3d.engine.memory_plan import (
     weight_bytes,
 )
 from ldm3d.engine.training import OptimConfig, RunConfig, autocast
-from ldm3d.streaming import STREAMED
+from ldm3d.large import streaming
+from ldm3d.large.streaming import STREAMED
 
 CPU = torch.device("cpu")
 AE = VAEConfig(channels=(16, 32), num_res_blocks=(1,), num_groups=8)

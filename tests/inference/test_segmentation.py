@@ -36,7 +36,7 @@ from ldm3d.inference.segmentation import (
     reliability,
     score,
 )
-from ldm3d.streaming import Input
+from ldm3d.large.streaming import Input
 
 STEPS = 60
 

@@ -9,10 +9,11 @@ from closeness import close
 from torch import nn
 
 import train_vae
-from ldm3d import VQVAE, AutoencoderKL, InputError, QuantizerConfig, VAEConfig, normconv, streaming
+from ldm3d import VQVAE, AutoencoderKL, InputError, QuantizerConfig, VAEConfig, normconv
 from ldm3d.config import replace
 from ldm3d.engine.memory_plan import LiveBytes
-from ldm3d.streaming import GIB, Stream, peaks, run_trunk
+from ldm3d.large import streaming
+from ldm3d.large.streaming import GIB, Stream, peaks, run_trunk
 from ldm3d.vae import PixelStem
 
 MODES = ("slabs", "recompute", "offload")

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import InputError, show
+from ..config import InputError, show
 
 
 def check_window(window: Sequence[int] | None, dims: int) -> None:

@@ -1,7 +1,6 @@
 """Patches of latents know their place: each is a part of its latent, and so are its coordinates."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,10 +13,10 @@ import train_ldm
 from ldm3d.config import InputError
 from ldm3d.denoiser import Denoiser
 from ldm3d.engine.checkpoint import load, step_files
-from ldm3d.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
-from ldm3d.windows import Windows
+from ldm3d.large.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
+from ldm3d.large.windows import Windows
 
-SPEC = SimpleNamespace(size=(128, 160, 100), spacing=(1.0, 1.0, 2.0))  # the longest side is 200 mm
+SIZE, SPACING = (128, 160, 100), (1.0, 1.0, 2.0)  # the longest side is 200 mm
 
 
 def placed() -> Denoiser:
@@ -30,14 +29,14 @@ def placed() -> Denoiser:
 
 
 def test_positions_are_mm_from_the_middle_over_half_of_the_longest_side():
-    step = position_step(PatchConfig((8, 8, 8)), SPEC, (4, 4, 2))
+    step = position_step(PatchConfig((8, 8, 8)), SIZE, SPACING, (4, 4, 2))
     net = Denoiser(UNET, position_step=step)
     where = net.coordinates(torch.zeros(2, 4, 32, 40, 50))
     for axis, n in enumerate((32, 40, 50)):
         mm = (torch.arange(n) + 0.5) * 4 - n * 4 / 2  # the middles of latent voxels, of 4 mm on each axis
         expected = (mm / 100).view([n if a == axis else 1 for a in range(3)]).expand(32, 40, 50)
         torch.testing.assert_close(where[1, axis], expected, atol=1e-6, rtol=0)
-    assert position_step(PatchConfig(), SPEC, (4, 4, 2)) == ()
+    assert position_step(PatchConfig(), SIZE, SPACING, (4, 4, 2)) == ()
 
 
 def test_sizes_are_drawn_with_the_shares_asked_for():

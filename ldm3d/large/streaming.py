@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import (
+from ..blocks import (
     AttentionBlock,
     Decoder,
     DepthToSpace,
@@ -59,11 +59,11 @@ from .blocks import (
     SpaceToDepth,
     Upsample,
 )
-from .config import InputError
-from .engine.distributed import print0
-from .engine.logger import progress
-from .engine.machine import free_bytes
-from .normconv import Conv, GroupNorm, GroupStatistics, channels_last, is_eager
+from ..config import InputError
+from ..engine.distributed import print0
+from ..engine.logger import progress
+from ..engine.machine import free_bytes
+from ..normconv import Conv, GroupNorm, GroupStatistics, channels_last, is_eager
 
 GIB = 2**30
 SLAB = 2**21  # elements of a map that are computed at a time: few enough to stay in the cache

@@ -10,7 +10,7 @@ from networks import NETWORKS
 from torch import nn
 
 from ldm3d.guidance import Guidance, guided
-from ldm3d.windows import Windows, window_starts
+from ldm3d.large.windows import Windows, window_starts
 
 
 class Local(nn.Module):

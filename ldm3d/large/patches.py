@@ -27,10 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import pad_to_multiple
-from .config import InputError, at_least, show
-from .data import DataSpec
-from .engine.training import keyed_uniform
+from ..blocks import pad_to_multiple
+from ..config import InputError, at_least, show
+from ..engine.training import keyed_uniform
 
 CUT = ("mean", "logvar", "source", "labels")  # what has a value at every latent voxel
 
@@ -81,12 +80,16 @@ class PatchConfig:
             raise InputError(f"patch.size: expected {expected}, got {show(self.size)}")
 
 
-def position_step(config: PatchConfig, spec: DataSpec, factor: Sequence[int]) -> tuple[float, ...]:
-    """The difference in position of two neighbours along each axis of a latent; empty without patches."""
+def position_step(
+    config: PatchConfig, size: Sequence[int], spacing: Sequence[float], factor: Sequence[int]
+) -> tuple[float, ...]:
+    """The difference in position of two neighbours along each axis of a latent; empty without patches.
+
+    size, spacing: voxels and mm of the training volumes; factor: voxels in a latent voxel."""
     if config.size is None:
         return ()
-    longest = max(n * mm for n, mm in zip(spec.size, spec.spacing, strict=True))
-    return tuple(f * mm / (longest / 2) for f, mm in zip(factor, spec.spacing, strict=True))
+    longest = max(n * mm for n, mm in zip(size, spacing, strict=True))
+    return tuple(f * mm / (longest / 2) for f, mm in zip(factor, spacing, strict=True))
 
 
 def draw_size(config: PatchConfig, seed: int, step: int) -> tuple[int, ...] | None:
