@@ -57,11 +57,14 @@ MORE = {  # expression found in a line -> more flags of its program
     r"train_vae.* --autoencoder vq": "--quantizer.codebook_size 16",
     r"train_ldm.*-anatomy|train_ldm.*--anatomy": "--anatomy.dim 16 --anatomy.head_width 8",
     r"train_ldm.*--condition.use": "--condition.context_dim 16",
+    r"train_ldm.* --patch.size": "--patch.size 4,4,4",
     r"train_.*--plan": "--memory 1",
     r"--method umap": "--method pca",  # compiles for a minute; tests/reports/test_projections.py runs it
     r"train_ldm.*--run.compile": "--run.compile false",  # tests/test_compile.py compiles
     r"train_cdal(?!.*--cdal.diffusion false)": "--disc.channels 8,16 --disc.emb_dim 8",
     r"sample\.py (?!runs/(vae|cdal)|.*autoencoder.pt)": "--steps 2",
+    r"sample\.py .*--size": "--size 24,28,24",
+    r"sample\.py .*--window": "--window 16,20,16",
 }
 RANKS = 2  # in place of those of a torchrun line
 PLACES = {  # expression found in a line -> what is there
