@@ -158,8 +158,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def convert_tuple(source: Any, args: tuple, kind: Any, key: str) -> tuple:
-    """Text is JSON ("[[1,2,2],[2,2,2]]") or a list with commas, spaces or x ("48,64,48", "48x64x48"); "none"
-    and an empty word are the empty tuple."""
+    """Text is JSON ("[[1,2,2],[2,2,2]]", '["words, with commas"]') or a list with commas, spaces or x
+    ("48,64,48", "48x64x48"); "none" and an empty word are the empty tuple."""
     value = source
     if isinstance(source, str):
         text = source.strip()
@@ -167,7 +167,7 @@ def convert_tuple(source: Any, args: tuple, kind: Any, key: str) -> tuple:
             value = []
         elif text[:1] in "[(":
             try:
-                value = json.loads(text.replace("(", "[").replace(")", "]"))
+                value = json.loads(text if '"' in text else text.replace("(", "[").replace(")", "]"))
             except (json.JSONDecodeError, RecursionError):
                 raise wrong(source, kind, key) from None
             if too_deep(value):

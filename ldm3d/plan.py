@@ -775,6 +775,8 @@ class Planner:
         self, folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Any]
     ) -> dict[str, Any]:
         self.is_preset = False
+        if flags.get("hours") is not None and flags["hours"] <= 0:
+            raise InputError(f"hours: expected more than 0, got {flags['hours']:g}")
         is_run, name = (folder / "config.json").is_file(), folder.resolve().name
         word = self.word if is_run else "data.root"
         if is_run and word != "vae":

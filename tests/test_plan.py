@@ -632,6 +632,8 @@ def test_the_same_command_goes_on_with_the_flags_of_planning_too(folder, tmp_pat
     assert "going on from step 4" in capsys.readouterr().out
     train_vae.main([*command, "--memory", "8"])
     assert "finished at step 6" in capsys.readouterr().out
+    line = mistake(train_vae.main, [str(folder), *SHORT, "--hours", "0"])
+    assert "hours: expected more than 0, got 0" in line
     line = mistake(train_vae.main, [str(folder), *SHORT, "--hours", "2"])
     assert "hours was 0.01, now 2.0" in line
 
@@ -709,6 +711,7 @@ def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
         (train_vae, "phantom --hours 1", "hours: has no effect with a preset"),
         (train_cdal, "phantom --memory 8", "memory: has no effect with a preset, but with --plan"),
         (train_vae, "nothing", "nothing: holds no images"),
+        (train_vae, "images --hours -1", "hours: expected more than 0, got -1"),
         (train_vae, "run", "run: a run folder, expected a folder of images"),
         (train_vae, "nothing --data.root /tmp", "data.root: /tmp, but the first word is the folder nothing"),
         (train_vae, "nowhere", "nowhere: no such preset or folder"),

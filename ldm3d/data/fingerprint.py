@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.logger import plural
 from .cases import Case, find_cases, participant_of, participants
 from .inspection import THUMBNAIL, CaseInfo, inspect_cases
 from .itk import modality
@@ -124,17 +126,24 @@ def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
 MOST_CLASSES = 10  # values of a column, with more of which it is no class; half as many numbers
 
 
-def _condition(column: str, cells: list[str]) -> str | None:
-    """How stage two can be told a column, of the cells that subjects have there: "class:sex (F 12, M 8)", or
-    "number:age (21 to 80)". None where all are alike, or all different words."""
+def _condition(column: str, cells: list[str]) -> tuple[str, str] | None:
+    """How stage two can be told a column, of the cells that subjects have there, and its values: "class:sex"
+    and "F 12, M 8", or "number:age" and "21 to 80". None where all are alike, or all different words."""
     counts = Counter(cells)
     numbers = sorted(map(float, counts)) if all(re.fullmatch(r"-?\d+(\.\d+)?", c) for c in counts) else []
     alone = len(counts) == len(cells)  # every cell is another one
     if len(counts) > 1 and numbers and (alone or len(counts) > MOST_CLASSES // 2):
-        return f"number:{column} ({numbers[0]:g} to {numbers[-1]:g})"
+        return f"number:{column}", f"{numbers[0]:g} to {numbers[-1]:g}"
     if alone or not 1 < len(counts) <= MOST_CLASSES:
         return None
-    return f"class:{column} ({', '.join(f'{value} {num}' for value, num in sorted(counts.items()))})"
+    return f"class:{column}", ", ".join(f"{value} {num}" for value, num in sorted(counts.items()))
+
+
+def _typed(words: list[str]) -> str:
+    """Words as the value of a flag: with commas, or as JSON in quotes if one holds a comma or a space."""
+    if any(re.search(r"[\s,]", word) for word in words):
+        return shlex.quote(json.dumps(words, ensure_ascii=False))
+    return shlex.quote(",".join(words))
 
 
 def _note_participants(table: str, root: Path, cases: list[Case]) -> list[str]:
@@ -143,12 +152,14 @@ def _note_participants(table: str, root: Path, cases: list[Case]) -> list[str]:
     subjects = {participant_of(case.subject): case for case in cases}
     columns = dict.fromkeys(column for row in listed.values() for column in row)
     cells = {name: [c.columns[name] for c in subjects.values() if c.columns.get(name)] for name in columns}
-    words = [word for name, found in cells.items() if (word := _condition(name, found))]
-    use = f"{table}: stage two can learn {', '.join(words)}, by train_ldm.py ... --condition.use "
-    notes = [use + ",".join(word.split(" (")[0] for word in words)] if words else []
+    told = dict(word for name, found in cells.items() if (word := _condition(name, found)))
+    learn = ", ".join(f"{use} ({values})" for use, values in told.items())
+    by = f"by train_ldm.py ... --condition.use {_typed(list(told))}"
+    notes = [f"{table}: stage two can learn {learn}, {by}"] if told else []
     for lacking, what in ((subjects.keys() - listed, "no row"), (listed.keys() - subjects, "no image")):
         if lacking:
-            notes.append(f"{table}: {len(lacking)} subjects have {what}, such as {min(lacking)}")
+            have = "subject has" if len(lacking) == 1 else "subjects have"
+            notes.append(f"{table}: {len(lacking)} {have} {what}, such as {min(lacking)}")
     return notes
 
 
@@ -329,8 +340,12 @@ def describe(f: Fingerprint) -> str:
     shapes = Counter(f.shapes)
     sizes = "x".join(map(str, f.shapes[0])) if len(shapes) == 1 else f"up to {'x'.join(map(str, f.largest))}"
     spacing = " x ".join(f"{mm:.3g}" for mm in f.spacing)
-    masks = f", {f.num_masks} masks of labels {', '.join(map(str, f.labels[:8]))}" if f.num_masks else ""
+    masks = (
+        f", {plural(f.num_masks, 'mask')} of labels {', '.join(map(str, f.labels[:8]))}"
+        if f.num_masks
+        else ""
+    )
     return (
-        f"{f.num_cases} cases of {f.num_subjects} subjects, {sizes} voxels of {spacing} mm, "
-        f"{f.channels} channel{'s' * (f.channels > 1)}{masks}"
+        f"{plural(f.num_cases, 'case')} of {plural(f.num_subjects, 'subject')}, {sizes} voxels of "
+        f"{spacing} mm, {plural(f.channels, 'channel')}{masks}"
     )

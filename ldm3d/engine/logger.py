@@ -56,6 +56,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
+def plural(num: int, noun: str) -> str:
+    """ "1 case", "3 cases"."""
+    return f"{num} {noun}{'s' * (num != 1)}"
+
+
 def say(text: str) -> None:
     """Print above the bars, at once. A standard output that is a file, as batch systems make it, would
     otherwise be written in blocks of some hundred lines."""

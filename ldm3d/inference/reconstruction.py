@@ -19,7 +19,7 @@ from ..config import at_least, to_dict
 from ..data import open_images, write
 from ..data.volumes import file_name
 from ..engine.distributed import barrier, gather, is_main, rank, setup, world_size
-from ..engine.logger import progress, save_sheet, visible
+from ..engine.logger import plural, progress, save_sheet, visible
 from ..evaluation.results import new_folder, table, write_report
 from ..metrics import psnr, ssim
 from ..pipeline import AutoencoderPipeline
@@ -65,6 +65,6 @@ def reconstruct_files(config: ReconstructConfig, run: Path, images: Path) -> Pat
         report = {**to_dict(config), **facts, "mean": mean, "cases": rows}
         write_report(folder / "reconstructions.json", report)
         print(table([["", *mean], [f"mean of {len(rows)}", *mean.values()]]))
-        print(f"{len(rows)} volumes: {folder}")
+        print(f"{plural(len(rows), 'volume')}: {folder}")
     barrier()
     return folder

@@ -40,7 +40,7 @@ from ..data.volumes import file_name, spacing_affine
 from ..denoiser import Denoiser
 from ..diffusion_kernel import SAMPLERS
 from ..engine.distributed import all_reduce_sum, barrier, gather, is_main, print0, rank, setup, world_size
-from ..engine.logger import progress, save_sheet, visible
+from ..engine.logger import plural, progress, save_sheet, visible
 from ..engine.memory_plan import MemoryTable, decode, weight_bytes
 from ..evaluation.results import new_folder, table, write_report
 from ..evaluation.statistics import finite_means
@@ -278,7 +278,10 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
     if scores:
         print(table([["", *scores["generated"]], *([name, *row.values()] for name, row in scores.items())]))
     print_target_scores(results.scores)
-    print(f"{total} volumes in {seconds:.1f} s: {results.folder}" + (f", {picture}" if picture else ""))
+    print(
+        f"{plural(total, 'volume')} in {seconds:.1f} s: {results.folder}"
+        + (f", {picture}" if picture else "")
+    )
 
 
 def print_target_scores(scores: dict[str, dict[str, float]]) -> None:
@@ -357,12 +360,12 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     if windows := [] if net is model.denoiser else net.boxes:
         print0(f"each in {len(windows)} windows of {by(net.window)} latent voxels, averaged at every step")
     times = model.kernel.sampling_times(sampler, config.steps, model.window, strength)
-    calls = model.kernel.num_network_calls(sampler, times, request.edit.resample)
+    calls = model.kernel.num_network_calls(sampler, times, request.edit.resample) * max(1, len(windows))
     total = config.samples * len(request.names)
     folder = new_folder(run, config.out, "samples")
     mm = by(f"{n * length:.4g}" for n, length in zip(size, model.spec.spacing, strict=True))
-    steps = f"{len(times)} steps = {calls} network calls each"
-    print0(f"{total} volumes of {by(size)} ({mm} mm), {sampler}, {steps}")
+    steps = f"{plural(len(times), 'step')} = {plural(calls, 'network call')} each"
+    print0(f"{plural(total, 'volume')} of {by(size)} ({mm} mm), {sampler}, {steps}")
 
     indices = list(range(total))[rank() :: world_size()]
     sets = torch.tensor(indices, dtype=torch.long) // config.samples

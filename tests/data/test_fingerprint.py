@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +11,8 @@ import tifffile
 from folders import image, mask, save
 from scipy import ndimage
 
-from ldm3d.config import InputError
+from ldm3d.conditions import parse_use
+from ldm3d.config import InputError, convert
 from ldm3d.data import DataConfig, inspection
 from ldm3d.data.cases import find_cases
 from ldm3d.data.fingerprint import pose_and_mirrored, take, thumbnails
@@ -163,8 +165,8 @@ def test_what_bids_knows_of_its_subjects_becomes_columns_of_the_cases_and_is_tol
         "train_ldm.py ... --condition.use number:age,class:sex"
     )
     assert found.notes[1:3] == (
-        "participants.tsv: 1 subjects have no row, such as sub-04",
-        "participants.tsv: 1 subjects have no image, such as sub-9",
+        "participants.tsv: 1 subject has no row, such as sub-04",
+        "participants.tsv: 1 subject has no image, such as sub-9",
     )
     settings = {key.removeprefix("data."): value for key, value in found.settings.items()}
     cases = {case.id: case.columns for case in find_cases(DataConfig(**settings), root)}
@@ -172,6 +174,17 @@ def test_what_bids_knows_of_its_subjects_becomes_columns_of_the_cases_and_is_tol
     assert cases["sub-02_ses-1"]["age"] == "32"
     assert "split" not in cases["sub-02_ses-1"]
     assert "age" not in cases["sub-04_ses-1"]
+
+
+def test_columns_of_any_name_are_suggested_as_a_shell_and_the_flag_take_them(tmp_path):
+    root = bids(tmp_path)
+    names = ["age at scan", "weight (kg), dry", "score:a", "it's"]
+    rows = [["participant_id", *names], *([f"sub-0{i}", *(str(i + k) for k in range(4))] for i in (1, 2))]
+    (root / "participants.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    note = take(root, {"data.cache_dir": str(tmp_path / "c")}).notes[0]
+    _, flag = shlex.split(note[note.index("--condition.use") :])
+    use = convert(flag, tuple[str, ...], "condition.use")
+    assert [parse_use(word) for word in use] == [("number", name) for name in names]
 
 
 @pytest.mark.parametrize(
