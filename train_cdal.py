@@ -48,7 +48,7 @@ from ldm3d.engine.distributed import is_main, print0, rank, run_script, setup, w
 from ldm3d.engine.logger import save_sheet
 from ldm3d.engine.machine import cores_of_rank
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
-from ldm3d.engine.runs import Run
+from ldm3d.engine.runs import Run, settings_of_init, with_settings_of_init
 from ldm3d.engine.training import (
     EMA,
     Mean,
@@ -236,6 +236,17 @@ def with_data(config: Config) -> Config:
     return Config(unet=unet, disc=TimeDiscriminatorConfig(dims=config.data.dims))
 
 
+# what a run takes over from run.init, where no flag says else: its network, and the times that it knows
+NETWORK = "unet.", "generator.", "cdal.kernel.", "cdal.diffusion"
+FREE = "unet.dropout", "unet.checkpointing"
+
+
+def with_init(config: Config, flags: dict[str, Any]) -> Config:
+    """The configuration with the generator of run.init."""
+    theirs = settings_of_init("cdal", config, NETWORK, FREE)
+    return with_settings_of_init(config, {k: v for k, v in theirs.items() if k not in flags})
+
+
 def open_labelled(
     config: Config, split: dict[str, list[str]] | None = None, dataset: Dataset | None = None
 ) -> Data:
@@ -371,6 +382,7 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
             "with --data.mask, or in a cases.csv with the columns image and mask"
         )
     print0(f"{folder}: {describe(found)}")
+    flags |= settings_of_init("cdal", merge({}), NETWORK, FREE) | flags
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
         plan = plan_cdal(found, able, flags, cores_of_rank())
@@ -390,7 +402,7 @@ def train(
     """flags: what the command line sets. planner: of a command that names a folder. dataset: in place of
     files, dicts with the tensors "image" and "mask" (ldm3d/data/items.py)."""
     device = setup(config.run.device)
-    run = Run("cdal", config, flags)
+    run = Run("cdal", with_init(config, flags or {}), flags)
     config, seed = run.config, run.config.run.seed
     if run.finished:
         return run
@@ -464,6 +476,7 @@ def train(
 def main(argv: list[str] | None = None) -> None:
     planner = Planner("cdal", Config, make_plan)
     config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON, planner)
+    config = with_init(config, flags)
     check_schedule(flags, "optim", config.optim)
     check_schedule(flags, "disc_optim", config.disc_optim)
     planner.check(flags)

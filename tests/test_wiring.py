@@ -841,6 +841,25 @@ def test_validation_takes_votes_and_windows_as_asked(cdal):
     assert cdal(f"{ALONE} --window 16,12").votes == [1] * 3 * cases
 
 
+def test_a_segmentation_goes_on_with_the_network_of_another_run(heads, tmp_path, monkeypatch, capsys):
+    """Not with the preset's or a planned one: shapes would not tell groups, times and outputs."""
+    monkeypatch.chdir(tmp_path)
+    odd = "--unet.num_groups 2 --unet.head_channels 4 --generator.output tanh --cdal.kernel.num_timesteps 3"
+    train_cdal.main(tiny.cdal_flags(heads, tmp_path / "one", 1, *f"{odd} {ALONE}".split()))
+    data = f"--data.root {heads} --data.cache_dir {heads.parent / 'cache'} --data.patch 12,12".split()
+    start = "--run.steps 1 --optim.warmup_steps 0 --optim.lr 1e-9 --run.ema_decay 0 --run.init one".split()
+    train_cdal.main(["phantom", *data, "--data.dims", "2", *start, "--run.dir", "two"])
+    assert "run.init: as in one: unet.channels 8,16" in capsys.readouterr().out
+    train_cdal.main([str(heads), *start, "--run.dir", "three", "--unet.dropout", "0.1"])
+    one, *others = (load(Path(name) / "best.pt") for name in ("one", "two", "three"))
+    for other in others:
+        assert other["config"]["generator"] == one["config"]["generator"]
+        assert other["config"]["cdal"]["kernel"] == one["config"]["cdal"]["kernel"]
+        assert {**other["config"]["unet"], "dropout": 0.0} == one["config"]["unet"]
+        for name, value in one["ema"].items():
+            assert torch.allclose(other["ema"][name], value, atol=1e-6)
+
+
 # --- optimizers of all scripts ------------------------------------------------------------------------------
 
 
@@ -954,7 +973,7 @@ def test_samplers_steps_and_seeds_are_those_asked_for(drawn, vp_run, monkeypatch
 LARGE = "--num 2 --steps 2 --size 28,32"  # latents of 7 x 8, windows of 4 x 5
 
 
-def test_larger_samples_are_denoised_in_as_many_windows_as_asked(drawn, vp_run, monkeypatch):
+def test_larger_samples_are_denoised_in_as_many_windows_as_asked(drawn, vp_run, monkeypatch, capsys):
     calls, plain = spy(monkeypatch, Denoiser, "forward"), drawn(vp_run, "--num 2 --steps 2")
     assert torch.equal(plain, drawn(vp_run, "--num 2 --steps 2 --size 16,20"))
     calls.clear()
@@ -969,6 +988,7 @@ def test_larger_samples_are_denoised_in_as_many_windows_as_asked(drawn, vp_run, 
         calls.clear()
         other = drawn(vp_run, f"{LARGE} {flags} --batch_size 1")
         assert len(calls) == 4 * max(1, windows)
+        assert f"2 steps = {2 * max(1, windows)} network calls each" in capsys.readouterr().out
         assert not torch.allclose(other, first, atol=1e-3)
 
 
