@@ -3,10 +3,16 @@
 `open_images` opens whole sets for an autoencoder or a segmentation network: `open_images(content)` the run's
 own cases, `open_images(content, FOLDER)` all images there. `open_files` opens the few files that a sample is
 conditioned on. `content` is always what the run's checkpoint holds.
+
+Which files of a folder are images, and which are their masks? As the run's training data say, where the
+folder is laid out like these; else as layouts.py recognises it, which planned the training. A folder that
+simply holds images, such as one of samples, needs neither.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +25,7 @@ from .cases import Case, find_cases, listed_cases, resolve_root
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
 from .itk import is_dicom_folder
-from .layouts import dimensions
+from .layouts import MASK_NAMES, dimensions, recognise
 from .opening import check_files, inspection_cache
 from .settings import DataConfig
 from .slices import slice_cases
@@ -84,10 +90,14 @@ def find_images(
         root, cases = path.parent, [Case(strip_suffix(path), path, subject=strip_suffix(path))]
     else:
         root, pattern = locate(location)
-        pattern = pattern or own_images(root)  # none: laid out like the training data
-        if pattern is not None:
-            layout = replace(layout, image=pattern, table=None)
-        cases = _find(layout, root, location, subject)
+        try:
+            if pattern is None:
+                layout, cases = _find_in_folder(layout, root, subject)
+            else:
+                layout = replace(layout, image=pattern, table=None)
+                cases = _find(layout, root, subject)
+        except InputError as e:
+            raise InputError(f"{location}: {e}") from e
     layout = replace(layout, root=str(root), subject=None)
     if series and cases[0].image.is_dir():
         layout = _with_series(layout, cases[0].image, series)
@@ -98,17 +108,52 @@ def find_images(
     return _with_own_channels(layout, cases[0].image), cases
 
 
-def _find(layout: DataConfig, root: Path, location: str | Path, subject: str | None) -> list[Case]:
+def _find(layout: DataConfig, root: Path, subject: str | None) -> list[Case]:
+    if subject is None and layout.subject is not None:
+        try:
+            return find_cases(layout, root)
+        except InputError:  # the run's rule of subjects need not fit another folder
+            pass
+    return find_cases(replace(layout, subject=subject), root)
+
+
+def _find_in_folder(layout: DataConfig, root: Path, subject: str | None) -> tuple[DataConfig, list[Case]]:
+    """(how they are read, the images of a folder): those in the folder itself, else those in its subfolders.
+
+    The training data may have lain in their folder itself, beside their masks; then this one is read like
+    them. Otherwise their pattern is for subfolders alone: "*/*.nii.gz" would find labels/ beside samples.
+    """
+    own = own_images(root)
+    beside = layout.image is None or "/" not in layout.image
+    preview = volume_suffix(own or "") in PICTURE and volume_suffix(layout.image or "") not in PICTURE
+    if own is None or beside or preview:
+        try:
+            return layout, _find(layout, root, subject)
+        except InputError as e:
+            hint = f"a pattern in quotes names them, such as '{root}/*/t1.nii.gz'"
+            why = f"holds no images, and is not laid out like the training data: {e}; {hint}"
+    if own is not None:
+        read = replace(layout, image=own, table=None)
+        cases = _find(read, root, subject)
+        if not 0 < len(masks := [case.id for case in cases if MASK_NAMES.search(case.id)]) < len(cases):
+            return read, cases
+        why = (
+            f"images and masks, such as {masks[0]}, lie in one folder; list the images in a cases.csv there "
+            f"(column image), or give their pattern in quotes, such as '{root}/*_t1{volume_suffix(own)}'"
+        )
     try:
-        if subject is None and layout.subject is not None:
-            try:
-                return find_cases(layout, root)
-            except InputError:  # the run's rule of subjects need not fit another folder
-                pass
-        return find_cases(replace(layout, subject=subject), root)
-    except InputError as e:
-        why = "" if layout.image else "holds no images, and is not laid out like the training data: "
-        raise InputError(f"{location}: {why}{e}") from e
+        layout = replace(_recognised(layout, root), mask=None)
+        cases = _find(layout, root, subject)
+    except InputError:
+        raise InputError(why) from None
+    print0(f"note: in {root} the images are {layout.image or f'listed in {layout.table}'}")
+    return layout, cases
+
+
+def _recognised(layout: DataConfig, root: Path) -> DataConfig:
+    """How the files of a folder are read that is not laid out like the training data."""
+    found = recognise(root).settings
+    return replace(layout, **{role: found.get(role) for role in ("image", "mask", "table", "subject")})
 
 
 def _with_series(layout: DataConfig, image: Path, series: str) -> DataConfig:
@@ -162,19 +207,38 @@ def own_cases(
     return layout, listed_cases(slice_cases(cases, layout), listed, root)
 
 
-def with_references(cases: list[Case], folder: Path) -> list[Case]:
-    """The cases with their label maps: the files of `folder` named like the image, or like the case."""
+def with_references(cases: list[Case], folder: Path, layout: DataConfig) -> list[Case]:
+    """The cases with their label maps: those that belong to these very images where `folder` holds images and
+    masks, else the files of `folder` named like the image, or like the case. layout: of the training data."""
     if not os.path.isdir(folder):
         raise InputError(f"reference: {folder} is not a folder")
     files = {strip_suffix(path): path for path in sorted(folder.iterdir()) if is_volume_file(path)}
-    found = []
+    masks, found = _masks_in(folder, layout), []
     for case in cases:
-        of_image = None if case.volume else files.get(strip_suffix(case.image))
-        path = of_image or files.get(file_name(case.id))
-        if path is None:
+        image = case.image.resolve()
+        named = [] if case.volume else [files.get(strip_suffix(case.image))]
+        named += [files.get(file_name(case.id)), masks.get(case.id)]
+        named = [path for path in named if path is not None and path.resolve() != image]
+        if (path := masks.get(image) or next(iter(named), None)) is None:
             raise InputError(f"reference: {folder} holds no label map of {case.image}")
         found.append(replace(case, mask=path))
     return found
+
+
+def _masks_in(folder: Path, layout: DataConfig) -> dict[str | Path, Path]:
+    """{case id, and path of the image: mask} of a folder that is laid out like the training data, or whose
+    images and masks can be told apart; {} of others, such as a folder of label maps alone."""
+    own = dict.fromkeys(("source", "subject", "split", "participants", "series", "source_series", "subset"))
+    layout = replace(layout, cache="none", allow_missing_mask=True, **own)
+    for read in (lambda: layout, lambda: _recognised(layout, folder)):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # what is said of the images, they say themselves
+                found = slice_cases(find_cases(read(), folder), layout)
+        except InputError:
+            continue
+        if masks := [(key, c.mask) for c in found if c.mask for key in (c.id, c.image.resolve())]:
+            return dict(masks)
+    return {}
 
 
 # --- opened -------------------------------------------------------------------------------------------------
@@ -192,9 +256,9 @@ def open_images(
     """Images for the network whose checkpoint is `content`, read and scaled as in training.
 
     location: folder, glob or file; None opens the run's own cases. part: only these cases of the run's split,
-    see `own_cases`. references: folder of label maps, which items then hold as "mask". subject: rule of the
-    subjects instead of the run's. own_size: every case at its own size, else at the size of the run's
-    samples. InputError names the file that is missing or does not fit.
+    see `own_cases`. references: folder of label maps, see `with_references`; items then hold them as "mask".
+    subject: rule of the subjects instead of the run's. own_size: every case at its own size, else at the size
+    of the run's samples. InputError names the file that is missing or does not fit.
     """
     cache = None
     if location is None:
@@ -211,7 +275,8 @@ def open_images(
     cases = cases[:max_cases]
     spec = DataSpec.from_dict(content["state"]["data"])
     if references is not None:
-        cases = with_references(cases, Path(references))
+        trained = from_dict(DataConfig, content["config"]["data"], "data")
+        cases = with_references(cases, Path(references), trained)
     if not layout.label_values:
         layout = replace(layout, num_labels=spec.num_labels)
     infos = inspect_cases(cases, layout, cache)

@@ -3,6 +3,7 @@
 a folder          python sample.py runs/cdal-hippocampus FOLDER --votes 5
 one image         python sample.py runs/cdal-hippocampus IMAGE --probabilities
 with scores       python sample.py runs/cdal-hippocampus FOLDER --reference LABELS --part test
+masks beside      python sample.py runs/cdal-hippocampus FOLDER --reference FOLDER
 
 The new folder holds labels/ and uncertainty/ (and probability/), whose files have the names and the geometry
 of the images; cases.csv, a row for each case with its seconds and, with --reference, its scores; report.json,
@@ -58,7 +59,7 @@ from ..data.geometry import cut, resampled_grid, resampled_planes
 from ..data.loading import load_role
 from ..data.volumes import NIFTI, TIFF, Header, affine_spacing, file_name, read_header, volume_suffix
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
-from ..engine.logger import mid_slices, new_figure, progress, save_figure, save_sheet
+from ..engine.logger import mid_slices, new_figure, plural, progress, save_figure, save_sheet
 from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
 from ..evaluation.statistics import interval_words, summarise
 from ..large.streaming import Filed, Map, Stored
@@ -75,7 +76,9 @@ BAND, CONFIDENCES = 5, 15  # voxels around labels whose uncertainty is judged; b
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    reference: str | None = None  # folder of label maps of the same names, to score against
+    reference: str | None = (
+        None  # to score against: folder of label maps named as the images, or of images with masks
+    )
     part: Literal["all", "train", "val", "test"] = "all"  # only these cases of the run's split
     votes: int = 5  # segmentations of a case, whose mean is taken
     window: tuple[int, ...] | None = None  # voxels that are segmented at once; none = as in validation
@@ -286,7 +289,8 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     dataset = open_images(pipeline.content, images, config.part, config.reference)
     folder = new_folder(run, config.out, "segmentations")
     rows, worst, bins = {}, WorstPictures(SHOWN), torch.zeros(3, CONFIDENCES, dtype=torch.float64)
-    print0(f"{len(dataset)} cases, T = {pipeline.method.num_timesteps}, {config.votes} votes")
+    num, votes = plural(len(dataset), "case"), plural(config.votes, "vote")
+    print0(f"{num}, T = {pipeline.method.num_timesteps}, {votes}")
     settings = (config.votes, config.window, config.overlap, config.seed)
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
         case, item = dataset.cases[i], dataset[i, i]
@@ -418,4 +422,4 @@ def report(
     picture = save_sheet(folder / "overlays.png", sheet)
     columns = ("mean", "low", "high", "cases")
     print(table([["", *columns], *([name, *(m[c] for c in columns)] for name, m in metrics.items())]))
-    print(f"{len(rows)} cases: {folder}" + (f", {picture}" if picture else ""))
+    print(f"{plural(len(rows), 'case')}: {folder}" + (f", {picture}" if picture else ""))

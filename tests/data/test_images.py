@@ -1,16 +1,18 @@
 """Images are opened for a run as its training data was: its own cases, other folders, and its own samples."""
 
+import json
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from folders import OBLIQUE, opened, save
+from folders import OBLIQUE, image, mask, opened, save
 
 from ldm3d.config import InputError, to_dict
 from ldm3d.data import DataConfig, Volume, open_images, open_stored, write
 from ldm3d.data.images import locate, own_cases
+from ldm3d.data.layouts import recognise
 
 
 def content_of(data):
@@ -71,6 +73,64 @@ def test_scaling_by_data_set_scales_another_folder_by_the_numbers_of_the_trainin
     item = open_images(content, save(tmp_path / "other/new.nii.gz", values).parent)[0, 0]
     expected = 2 * (values - spec.low[0]) / (spec.high[0] - spec.low[0]) - 1
     np.testing.assert_allclose(item["image"][0], expected, atol=1e-4)
+
+
+def table(root):
+    rows = "".join(f"p{i}.nii.gz,p{i}_seg.nii.gz\n" for i in range(3))
+    (root / "cases.csv").write_text("image,mask\n" + rows)
+
+
+def msd(root):
+    listed = [{"image": f"imagesTr/p{i}.nii.gz", "label": f"labelsTr/p{i}.nii.gz"} for i in range(3)]
+    (root / "dataset.json").write_text(json.dumps({"training": listed}))
+
+
+LAYOUTS = {  # the places of image and mask of a case, and what else lies there
+    "a folder a case": ("p{i}/t1", "p{i}/seg", None),
+    "a folder a role": ("images/p{i}", "masks/p{i}", None),
+    "MSD": ("imagesTr/p{i}", "labelsTr/p{i}", msd),
+    "BIDS": ("sub-{i}/anat/sub-{i}_T1w", "derivatives/manual/sub-{i}/anat/sub-{i}_label-lesion_mask", None),
+    "a table": ("p{i}", "p{i}_seg", table),
+}
+
+
+def laid_out(root, name):
+    """(images, masks) of a folder of three cases."""
+    places = *_, more = LAYOUTS[name]
+    for i in range(3):
+        save(root / f"{places[0]}.nii.gz".format(i=i), image(seed=i))
+        save(root / f"{places[1]}.nii.gz".format(i=i), mask())
+    if more:
+        more(root)
+    return [[root / f"{place}.nii.gz".format(i=i) for i in range(3)] for place in places[:2]]
+
+
+@pytest.mark.parametrize("trained", LAYOUTS)
+def test_images_and_masks_of_other_folders_are_told_apart_as_in_training(tmp_path, trained):
+    """Whatever the layout of the training data is, and that of the other folder."""
+    laid_out(tmp_path / "data", trained)
+    given = {"root": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}
+    data = opened(DataConfig(**given, **recognise(tmp_path / "data").settings, val_fraction=0.3))
+    for name in LAYOUTS:
+        folder = tmp_path / name
+        images, masks = laid_out(folder, name)
+        found = open_images(content_of(data), folder, references=folder)
+        assert [case.image for case in found.cases] == images
+        assert [case.mask for case in found.cases] == masks
+        assert [case.mask for case in open_images(content_of(data), folder).cases] == [None] * 3
+
+
+def test_masks_that_nothing_tells_from_images_are_no_images(settings, tmp_path):
+    content = content_of(opened(settings))
+    laid_out(tmp_path / "d", "a table")
+    (tmp_path / "d/cases.csv").unlink()
+    with pytest.raises(InputError, match="images and masks, such as p0_seg, lie in one folder; list the"):
+        open_images(content, tmp_path / "d")
+    (tmp_path / "d/labels").mkdir()
+    for i in range(3):
+        (tmp_path / f"d/p{i}_seg.nii.gz").rename(tmp_path / f"d/labels/p{i}.nii.gz")
+    found = open_images(content, tmp_path / "d", references=tmp_path / "d")  # an image is not its own mask
+    assert [case.mask for case in found.cases] == sorted((tmp_path / "d/labels").iterdir())
 
 
 @pytest.fixture

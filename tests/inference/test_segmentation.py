@@ -321,10 +321,12 @@ def test_references_that_do_not_belong_are_named_with_their_image(run, volumes, 
     assert str(volumes / "images" / broken.name) in capsys.readouterr().err
 
 
-def test_a_run_segments_its_validation_cases_as_in_training(run, heads):
-    place = [str(heads / "images"), "--reference", str(heads / "labels"), "--part", "val"]
-    sample.main([str(run), *place, "--votes", "1", "--out", str(run / "again")])
-    report, step = json.loads((run / "again/report.json").read_text()), load(run / "best.pt")["best"]["step"]
+@pytest.mark.parametrize(("images", "labels"), [("images", "labels"), (".", ".")])
+def test_a_run_segments_its_validation_cases_as_in_training(run, heads, tmp_path, images, labels):
+    place = [str(heads / images), "--reference", str(heads / labels), "--part", "val"]
+    sample.main([str(run), *place, "--votes", "1", "--out", str(tmp_path / "again")])
+    report = json.loads((tmp_path / "again/report.json").read_text())
+    step = load(run / "best.pt")["best"]["step"]
     (logged,) = (line for line in lines(run, "val") if line["step"] == step)
     assert report["step"] == step
     for k in range(1, 5):
