@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import sys
@@ -84,7 +85,7 @@ from ldm3d.engine.training import (
     to_device,
 )
 from ldm3d.inference.segmentation import overlay
-from ldm3d.large.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
+from ldm3d.large.patches import PatchConfig, cut, cut_batch, draw_box, draw_boxes, draw_size, position_step
 from ldm3d.large.streaming import STREAMED
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.latents import (
@@ -568,7 +569,9 @@ def open_latents(
     key = cache_key(autoencoder, config.data, data.spec, contents, precision, config.run.seed)
     how = variants, device, config.run.amp, conditions, config.masks
     tables = cache_latents(autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", *how)
-    latents = LatentDataset(tables, config.run.seed)
+    drawn = config.patch, autoencoder.latent_shape(data.spec.size)[1:], config.run.seed, config.batch_size
+    box = functools.partial(draw_box, *drawn) if part == "train" else None
+    latents = LatentDataset(tables, config.run.seed, box, autoencoder.downsampling)
     return WithConditions(latents, conditions, dataset.cases, data.folder), tables
 
 
@@ -953,9 +956,10 @@ def train(
                 batch |= encode_batch(autoencoder, batch, conditions, config.run.amp, config.masks)
             positions, places = batch["position"], None
             if size := draw_size(config.patch, seed, run.step):
-                corners = draw_corners(size, latent, seed, positions)
-                places = cut(net.coordinates(batch["mean"]), corners, size)
-                batch |= cut_batch(batch, corners, size, autoencoder.downsampling)
+                boxes = draw_boxes(size, latent, seed, positions)
+                places = cut(net.coordinates(torch.empty(1, 1, *latent, device=device)), boxes)
+                if not config.latent_cache:  # a cached latent is cut where it is read
+                    batch |= cut_batch(batch, boxes, autoencoder.downsampling)
             shape = batch["mean"].shape[1:]
             cond = hide_some(ldm.conditions_of(batch), config.condition, seed, positions)
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)

@@ -10,6 +10,8 @@ in every latent voxel, its voxel size. Masks are cached too if registers learn t
 
     mean, logvar, source    (200, 8, 4, 16, 16, 16) float32, 105 MB each, read as memory maps
 
+Of a large latent a training on patches (large/patches.py) reads the pages of its patch alone.
+
 Each of them lies in up to 32 files: mean-000000.npy holds the first seven cases, and so on. A file is written
 by one process and takes its name when it is whole, so an encoding that was interrupted goes on where it was.
 
@@ -23,8 +25,9 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .blocks import pad_to_multiple
 from .conditions import Condition, label_shares
 from .config import InputError
 from .data import Case, DataConfig, DataSpec, VolumeDataset, collate
@@ -48,6 +52,7 @@ from .engine.distributed import (
 )
 from .engine.logger import progress
 from .engine.training import autocast, to_device
+from .large.patches import CUT, Box, voxels_of
 from .vae import Autoencoder
 
 
@@ -141,6 +146,34 @@ class Table:
         return self.files[i // self.per_file][(i % self.per_file, *rest)]
 
 
+def page_ranges(part: np.ndarray, base: int) -> list[tuple[int, int]]:
+    """(first byte, number of bytes) of the pages that hold a part of a memory map, a range for every slice of
+    its last two axes. base: the address of the memory map."""
+    ranges = []
+    for index in np.ndindex(part.shape[:-2]):
+        piece = part[index]
+        first = piece.ctypes.data - base
+        last = first + sum((n - 1) * step for n, step in zip(piece.shape, piece.strides, strict=True))
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        ranges.append((start, last + piece.itemsize - start))
+    return ranges
+
+
+def read_box(value: np.ndarray, box: Box | None) -> Tensor:
+    """A copy of a memory map (..., *s), or of its part in a box.
+
+    Left to itself, the system reads far ahead of every page that is touched: all of a large latent, whatever
+    the part. Told that pages are touched at random, it reads these alone, but one after the other, which
+    takes ten times as long. So it is also asked for all of them beforehand.
+    """
+    part, mapped = value if box is None else value[(..., *box)], getattr(value, "_mmap", None)
+    if hasattr(mapped, "madvise"):  # a memory map, and not on Windows
+        mapped.madvise(mmap.MADV_NORMAL if box is None else mmap.MADV_RANDOM)
+        for pages in [] if box is None else page_ranges(part, np.frombuffer(mapped, np.uint8).ctypes.data):
+            mapped.madvise(mmap.MADV_WILLNEED, *pages)
+    return torch.from_numpy(np.array(part))
+
+
 NUM_FILES = 32  # of one name at most: what is lost by an interruption is what was being written
 
 
@@ -223,10 +256,20 @@ def cache_latents(
 
 class LatentDataset(Dataset):
     """Cached latents as a data set. Item (position, index) holds mean and logvar (C_z, *s) of case `index`,
-    and whatever else is cached, from one variant. The variant is random, keyed by (seed, position)."""
+    and whatever else is cached, from one variant. The variant is random, keyed by (seed, position).
 
-    def __init__(self, tables: dict[str, Table], seed: int):
-        self.tables, self.seed = tables, seed
+    box: the part of its latent that the sample at a position takes (large/patches.py); without one, all of
+    it. factor: voxels of a mask in a latent voxel.
+    """
+
+    def __init__(
+        self,
+        tables: dict[str, Table],
+        seed: int,
+        box: Callable[[int], Box | None] | None = None,
+        factor: Sequence[int] = (),
+    ):
+        self.tables, self.seed, self.box, self.factor = tables, seed, box, factor
 
     def __len__(self) -> int:
         return len(self.tables["mean"])
@@ -236,7 +279,13 @@ class LatentDataset(Dataset):
         variants = self.tables["mean"].shape[1]
         draw = keyed_generator(self.seed, position, "variant")
         v = int(torch.randint(variants, (1,), generator=draw)) if variants > 1 else 0
-        values = {name: torch.from_numpy(np.array(table[index, v])) for name, table in self.tables.items()}
+        box, values = self.box and self.box(position), {}
+        for name, table in self.tables.items():
+            if name == "mask" and box is not None:
+                own = read_box(table[index, v], voxels_of(box, self.factor))
+                values[name] = pad_to_multiple(own[None, None], self.factor)[0, 0]
+            else:
+                values[name] = read_box(table[index, v], box if name in CUT else None)
         return {**values, "position": position, "index": index}
 
 

@@ -1004,15 +1004,19 @@ def test_a_larger_sample_follows_a_source_and_a_mask_of_its_size(drawn, conditio
     assert not torch.allclose(one, other, atol=1e-5)
 
 
-def test_a_larger_sample_has_its_size_its_spacing_and_its_labels(bound_run, tmp_path, monkeypatch):
+def test_a_larger_sample_has_its_size_its_spacing_and_its_labels(bound_run, tmp_path, monkeypatch, capsys):
     no_pictures(monkeypatch, sampling)
-    flags = "--num 1 --steps 1 --size 23,40 --with-labels --maps --num 2 --format nii.gz"
+    # in mm, of voxels of 12 x 11 mm: 23.4 x 39.6 voxels
+    flags = "--num 1 --steps 1 --size 281mm,435.5mm --with-labels --maps --num 2 --format nii.gz"
     sample.main([str(bound_run), "--out", str(tmp_path / "out"), *flags.split()])
     for name in ("sample_0001", "labels/sample_0001", "maps/set_0000_mean"):
         volume = read(tmp_path / "out" / f"{name}.nii.gz", dims=2)
         assert volume.shape == (23, 40)
         assert volume.spacing == pytest.approx((12.0, 11.0))
     assert json.loads((tmp_path / "out" / "samples.json").read_text())["size"] == [23, 40]
+    assert "2 volumes of 23x40 (276x440 mm)" in capsys.readouterr().out
+    sample.main([str(bound_run), "--plan", "--size", "1mm,435.5mm"])
+    assert "1x40" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["tif", "nii.gz"])

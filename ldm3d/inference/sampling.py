@@ -10,7 +10,7 @@ editing           python sample.py RUN --inpaint IMAGE --region MASK
                   python sample.py RUN --edit IMAGE --strength 0.5
                   python sample.py RUN --interpolate 3,7          or two images
 with labels       python sample.py runs/ldm-phantom-anatomy --with-labels
-larger volumes    python sample.py runs/ldm-hippocampus --size 80,112,80
+larger volumes    python sample.py runs/ldm-hippocampus --size 80,112,80 (or 80mm,112mm,80mm)
 
 Volumes are written as NIfTI (2-D: TIFF), with the spacing, orientation and median intensity range of the
 training data, or with the geometry of the source or of the edited image. Beside them are a preview sheet, and
@@ -317,7 +317,7 @@ def plan(config: SampleConfig, run: Path) -> None:
 
     table = MemoryTable(config.memory, config.amp, config.device)
     steps = max(model.denoiser.unet.config.downsampling), max(model.autoencoder.downsampling)
-    size = model.volume_size(config.size)
+    size = model.volume_size(config.in_voxels(model.spec.spacing).size)
     whole = model.autoencoder.latent_shape(size)[1:]
     net = model.denoiser_for(whole, config.window, config.overlap)
     latent = whole if net is model.denoiser else net.window
@@ -351,7 +351,7 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     model.kernel.check_sampler(sampler, config.eta)
     guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
-    request = read_request(config, pipeline, config.amp)
+    request, config = read_request(config, pipeline, config.amp), config.in_voxels(model.spec.spacing)
     guidance.note_idle(request.conditions)
     size, strength = model.volume_size(config.size), request.edit.strength
     how = {"size": size, "window": config.window, "overlap": config.overlap}

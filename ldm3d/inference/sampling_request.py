@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..conditions import Condition, absent, check_names, split_words
-from ..config import InputError, at_least
+from ..config import InputError, at_least, show
 from ..data import CaseInfo, DataSpec, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
 from ..data.geometry import centred
@@ -37,6 +38,11 @@ from .editing import ImageEdit, Interpolation
 from .segmentation import large_array
 
 
+def is_length(n: int | str) -> bool:
+    """True for a number of voxels, and for a length in mm above 0 as text, such as 180mm or 0.5mm."""
+    return isinstance(n, int) or (bool(re.fullmatch(r"\d*\.?\d+mm", n)) and float(n[:-2]) > 0)
+
+
 @dataclass(frozen=True)
 class RequestConfig:
     num: int | None = None  # samples of each set of conditions; none = 16, or 1 with conditions or cases
@@ -47,7 +53,7 @@ class RequestConfig:
     guidance: tuple[str, ...] = field(default=("1",), metadata={"repeat": True})  # scale; or class=3,text=2
     guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions regain their deviation
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
-    size: tuple[int, ...] | None = None  # voxels of a sample; none = as in training
+    size: tuple[int | str, ...] | None = None  # voxels of a sample, or mm as 180mm,220mm; none = training's
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
     region: str | None = None  # mask of the region to inpaint: all that is not 0
     edit: str | None = None  # image to start from instead of from noise
@@ -67,11 +73,27 @@ class RequestConfig:
             raise InputError("resample: needs inpaint")
         if self.strength is not None and not (self.inpaint or self.edit or self.interpolate):
             raise InputError("strength: needs inpaint, edit or interpolate")
+        if (self.size and len({type(n) for n in self.size}) > 1) or not all(map(is_length, self.size or ())):
+            expected = "whole voxels, such as 64,80,64, or mm, such as 180mm,220mm,180mm"
+            raise InputError(f"size: expected {expected}, got {show(self.size)}")
 
     @property
     def samples(self) -> int:
         """Samples of each set of conditions."""
         return self.num or (1 if self.conditions or self.cases else 16)
+
+    @property
+    def size_in_mm(self) -> bool:
+        return bool(self.size) and isinstance(self.size[0], str)
+
+    def in_voxels(self, spacing: Sequence[float]) -> RequestConfig:
+        """The same request with `size` in voxels. Each length in mm is rounded to the nearest number of
+        voxels of this spacing, one at least: 180 mm of 1.25 mm are 144 voxels."""
+        if not self.size_in_mm or len(self.size) != len(spacing):
+            return self
+        mm = [float(length.removesuffix("mm")) for length in self.size]
+        size = tuple(max(1, round(n / each)) for n, each in zip(mm, spacing, strict=True))
+        return dataclasses.replace(self, size=size)
 
 
 @dataclass
@@ -135,6 +157,9 @@ def read_request(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: 
     if config.conditions:
         names, rows = read_rows(config.conditions, [c.name for c in conditions if c.may_be_file])
     check_names([name for row in rows for name in row], conditions)
+    if config.size_in_mm and any("spacing" in row for row in rows):
+        raise InputError("size: expected voxels, since the condition spacing says how many mm they have")
+    config = config.in_voxels(pipeline.spec.spacing)
     note_captions(rows, conditions)
     infos, values = with_sources(rows, pipeline, config.size)
     used = {name for row in rows for name in row}

@@ -15,8 +15,9 @@ Example: volumes of 128 x 160 x 128 voxels of 1 mm and an autoencoder of factor 
 32 x 40 x 32. Half of 160 mm is 1, so neighbours along each axis are 4 / 80 = 0.05 apart, in patches and in
 larger samples alike, and the positions along the second axis go from -0.975 to 0.975.
 
-All samples of a step have patches of one size, drawn from (seed, step); each sample has its own corner, drawn
-from (seed, position of the sample).
+All samples of a step have patches of one size, drawn from (seed, step); each sample has its own place, drawn
+from (seed, position of the sample). So a data set of cached latents knows which part of a latent a sample
+takes, and reads that part alone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..config import InputError, at_least, show
 from ..engine.training import keyed_uniform
 
 CUT = ("mean", "logvar", "source", "labels")  # what has a value at every latent voxel
+Box = tuple[slice, ...]  # the part of a latent that a patch shows
 
 
 @dataclass(frozen=True)
@@ -102,33 +104,38 @@ def draw_size(config: PatchConfig, seed: int, step: int) -> tuple[int, ...] | No
     return config.sizes[int((u - config.share) / (1 - config.share) * len(config.sizes))]
 
 
-def draw_corners(
-    size: Sequence[int], latent: Sequence[int], seed: int, positions: Tensor
-) -> list[tuple[int, ...]]:
-    """The first latent voxel of each sample's patch, all places equally likely."""
+def draw_boxes(size: Sequence[int], latent: Sequence[int], seed: int, positions: Tensor) -> list[Box]:
+    """Where each sample's patch lies in its latent, all places equally likely."""
     u = [keyed_uniform(seed, positions, f"patch axis {axis}") for axis in range(len(size))]
     room = [m - n + 1 for n, m in zip(size, latent, strict=True)]
-    return [tuple(int(v * r) for v, r in zip(own, room, strict=True)) for own in zip(*u, strict=True)]
+    corners = [[int(v * r) for v, r in zip(own, room, strict=True)] for own in zip(*u, strict=True)]
+    return [tuple(slice(c, c + n) for c, n in zip(corner, size, strict=True)) for corner in corners]
 
 
-def cut(x: Tensor, corners: Sequence[Sequence[int]], size: Sequence[int]) -> Tensor:
+def draw_box(
+    config: PatchConfig, latent: Sequence[int], seed: int, batch_size: int, position: int
+) -> Box | None:
+    """The part of its latent that the sample at this position of the run takes; None: all of it."""
+    size = draw_size(config, seed, position // batch_size)
+    return draw_boxes(size, latent, seed, torch.tensor([position]))[0] if size else None
+
+
+def voxels_of(box: Box, factor: Sequence[int]) -> Box:
+    """The box in the volume, whose voxels are finer by `factor`."""
+    return tuple(slice(f * b.start, f * b.stop) for b, f in zip(box, factor, strict=True))
+
+
+def cut(x: Tensor, boxes: Sequence[Box]) -> Tensor:
     """The patches (B, C, *size) of x (B, C, *s), or of (1, C, *s) the same for all."""
-    boxes = [[slice(c, c + n) for c, n in zip(corner, size, strict=True)] for corner in corners]
     x = x.expand(len(boxes), *x.shape[1:])
     return torch.stack([one[(..., *box)] for one, box in zip(x, boxes, strict=True)])
 
 
-def cut_batch(
-    batch: dict[str, Tensor],
-    corners: Sequence[Sequence[int]],
-    size: Sequence[int],
-    factor: Sequence[int],
-) -> dict[str, Tensor]:
-    """What changes in a batch of latents (`LatentDataset`) when patches are cut from it. factor: voxels of a
-    mask in a latent voxel."""
-    own = {name: cut(batch[name], corners, size) for name in CUT if name in batch}
+def cut_batch(batch: dict[str, Tensor], boxes: Sequence[Box], factor: Sequence[int]) -> dict[str, Tensor]:
+    """What changes in a batch of whole latents (`encode_batch`) when patches are cut from it. factor: voxels
+    of a mask in a latent voxel."""
+    own = {name: cut(batch[name], boxes) for name in CUT if name in batch}
     if "mask" in batch:
-        voxels = [[c * f for c, f in zip(corner, factor, strict=True)] for corner in corners]
         mask = pad_to_multiple(batch["mask"][:, None], factor)
-        own["mask"] = cut(mask, voxels, [n * f for n, f in zip(size, factor, strict=True)])[:, 0]
+        own["mask"] = cut(mask, [voxels_of(box, factor) for box in boxes])[:, 0]
     return own

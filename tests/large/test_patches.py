@@ -1,7 +1,10 @@
 """Patches of latents know their place: each is a part of its latent, and so are its coordinates."""
 
 import dataclasses
+import functools
+import mmap
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -10,11 +13,22 @@ from torch import nn
 
 import ldm3d
 import train_ldm
+from ldm3d import latents
 from ldm3d.config import InputError
+from ldm3d.data import collate
 from ldm3d.denoiser import Denoiser
 from ldm3d.engine.checkpoint import load, step_files
-from ldm3d.large.patches import PatchConfig, cut, cut_batch, draw_corners, draw_size, position_step
+from ldm3d.large.patches import (
+    PatchConfig,
+    cut,
+    cut_batch,
+    draw_box,
+    draw_boxes,
+    draw_size,
+    position_step,
+)
 from ldm3d.large.windows import Windows
+from ldm3d.latents import LatentDataset, page_ranges
 
 SIZE, SPACING = (128, 160, 100), (1.0, 1.0, 2.0)  # the longest side is 200 mm
 
@@ -51,19 +65,20 @@ def test_sizes_are_drawn_with_the_shares_asked_for():
     assert PatchConfig((8, 12), share=0).mix((16, 20)) == [(0.5, (8, 12)), (0.5, (4, 6))]
 
 
-def test_corners_are_everywhere_and_belong_to_the_sample():
+def test_patches_are_everywhere_and_belong_to_the_sample():
     positions = torch.arange(600)
-    corners = draw_corners((2, 3), (4, 5), 1, positions)
-    counts = [corners.count((i, j)) for i in range(3) for j in range(3)]
+    boxes = draw_boxes((2, 3), (4, 5), 1, positions)
+    places = [(slice(i, i + 2), slice(j, j + 3)) for i in range(3) for j in range(3)]
+    counts = [boxes.count(place) for place in places]
     assert sum(counts) == 600
     assert min(counts) > 40
-    assert draw_corners((2, 3), (4, 5), 1, positions[7:9]) == corners[7:9]
+    assert draw_boxes((2, 3), (4, 5), 1, positions[7:9]) == boxes[7:9]
 
 
 def test_all_that_has_a_place_is_cut_alike():
     latent, mask = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5), torch.arange(2 * 11 * 14).view(2, 11, 14)
     batch = {"mean": latent, "source": -latent, "mask": mask, "class": torch.tensor([0, 1])}
-    own = cut_batch(batch, [(0, 1), (2, 2)], (2, 3), (3, 3))
+    own = cut_batch(batch, [(slice(0, 2), slice(1, 4)), (slice(2, 4), slice(2, 5))], (3, 3))
     assert own.keys() == {"mean", "source", "mask"}
     assert torch.equal(own["mean"][1], latent[1, :, 2:4, 2:5])
     assert torch.equal(own["source"], -own["mean"])
@@ -89,7 +104,42 @@ def test_a_window_has_the_coordinates_of_its_place():
 
 def test_patches_of_all_of_a_latent_are_the_latent():
     x = torch.randn(2, 3, 4, 5)
-    assert torch.equal(cut(x, draw_corners((4, 5), (4, 5), 0, torch.arange(2)), (4, 5)), x)
+    assert torch.equal(cut(x, draw_boxes((4, 5), (4, 5), 0, torch.arange(2))), x)
+
+
+def test_a_cached_latent_is_cut_where_it_is_read(tmp_path):
+    """The same patches as of whole latents, of memory maps and of masks that are no multiple of a latent
+    voxel; some steps are whole."""
+    draw, tables = np.random.default_rng(0), {}
+    for name, shape in {"mean": (3, 2, 3, 4, 5), "labels": (3, 2, 2, 4, 5), "mask": (3, 2, 11, 14)}.items():
+        np.save(tmp_path / f"{name}.npy", draw.normal(size=shape).astype(np.float32))
+        tables[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+    config = PatchConfig((2, 3), halvings=0, share=0.4)
+    whole = LatentDataset(tables, 7)
+    own = LatentDataset(tables, 7, functools.partial(draw_box, config, (4, 5), 7, 2), (3, 3))
+    sizes = set()
+    for step in range(12):
+        positions = torch.arange(2) + 2 * step
+        batch = collate([whole[int(p), int(p) % 3] for p in positions])
+        if size := draw_size(config, 7, step):
+            batch |= cut_batch(batch, draw_boxes(size, (4, 5), 7, positions), (3, 3))
+        found = collate([own[int(p), int(p) % 3] for p in positions])
+        assert found.keys() == batch.keys()
+        assert all(torch.equal(found[name], batch[name]) for name in batch)
+        sizes.add(size)
+    assert sizes == {None, (2, 3)}
+
+
+def test_pages_that_are_asked_for_hold_the_patch_and_little_else():
+    x = np.arange(2 * 4 * 16 * 64 * 64, dtype=np.int32).reshape(2, 4, 16, 64, 64)  # planes of four pages
+    part = x[1, :, 3:9, 20:40, 30:50]
+    ranges, asked = page_ranges(part, x.ctypes.data), np.zeros(x.nbytes, bool)
+    for start, num in ranges:
+        assert start % mmap.PAGESIZE == 0
+        asked[start : start + num] = True
+    assert asked[4 * part].all()
+    assert asked[4 * part + 3].all()
+    assert asked.sum() < 4 * part.nbytes + len(ranges) * mmap.PAGESIZE < x.nbytes / 4
 
 
 @pytest.mark.parametrize(
@@ -120,10 +170,14 @@ def test_a_run_on_patches_that_was_stopped_goes_on_bit_for_bit_and_is_loaded(vae
     assert model.sample(1, steps=1).shape == (1, 1, 16, 20)
 
 
-def test_masks_of_patches_teach_registers(vae_run, tmp_path):
+def test_masks_of_patches_teach_registers(vae_run, tmp_path, monkeypatch):
+    reads, read_box = [], latents.read_box
+    monkeypatch.setattr(latents, "read_box", lambda value, box: reads.append(box) or read_box(value, box))
     flags = ["--patch.size", "4,4", "--patch.share", "0", *tiny.BOUND]
     train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 1, *flags))
     (line,) = tiny.lines(tmp_path / "run")
     assert line["head"] > 0
     assert line["binding"] > 0
     assert "dice_1_u0.05" in tiny.lines(tmp_path / "run", "val")[0]
+    assert any(reads)  # the training read patches, the validation whole latents
+    assert None in reads
