@@ -10,7 +10,7 @@ editing           python sample.py RUN --inpaint IMAGE --region MASK
                   python sample.py RUN --edit IMAGE --strength 0.5
                   python sample.py RUN --interpolate 3,7          or two images
 with labels       python sample.py runs/ldm-phantom-anatomy --with-labels
-larger volumes    python sample.py runs/ldm-hippocampus --size 80,112,80 (or 80mm,112mm,80mm)
+larger volumes    python sample.py runs/ldm-hippocampus --size 80,112,80      or 80mm,112mm,80mm
 
 Volumes are written as NIfTI (2-D: TIFF), with the spacing, orientation and median intensity range of the
 training data, or with the geometry of the source or of the edited image. Beside them are a preview sheet, and
