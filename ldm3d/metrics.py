@@ -201,6 +201,17 @@ def iou(pred: Tensor, target: Tensor, num_labels: int) -> Tensor:
     return both / (num_pred + num_target - both)
 
 
+def near_labels(labels: Tensor, truth: Tensor, reach: int) -> Tensor:
+    """The voxels (*S) bool within `reach` voxels, along each axis, of a label of either map (*S)."""
+    near = (labels > 0) | (truth > 0)
+    for axis, n in enumerate(near.shape):
+        line = near.clone()
+        for step in range(1, min(reach, n - 1) + 1):
+            near.narrow(axis, step, n - step).logical_or_(line.narrow(axis, 0, n - step))
+            near.narrow(axis, 0, n - step).logical_or_(line.narrow(axis, step, n - step))
+    return near
+
+
 def sharpness(x: Tensor) -> float:
     """Mean absolute difference of neighbouring voxels of x (B, C, *S), averaged over axes."""
     steps = [x.diff(dim=axis).abs().double().mean() for axis in range(2, x.ndim) if x.shape[axis] > 1]

@@ -167,13 +167,15 @@ class SegmentationPipeline(Pipeline):
         key: str = "",
         batch_size: int = 8,
         amp: str = "fp32",
+        separate: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """`segment` some planes at a time, as `CDAL.segment_planes` yields them."""
         x, window = x.to(self.device), window or self.content["config"]["window"]
         if window is None:
             patch = self.layout.patch or self.spec.size
             window = self.method.window_in_memory(self.net, x, min(votes, batch_size), patch)
-        planes = self.method.segment_planes(self.net, x, votes, window, overlap, seed, key, batch_size)
+        how = (votes, window, overlap, seed, key, batch_size, separate)
+        planes = self.method.segment_planes(self.net, x, *how)
         while True:
             with torch.inference_mode(), autocast(amp, self.device):  # not while the caller works
                 part = next(planes, None)

@@ -164,7 +164,8 @@ def test_a_stored_setting_of_the_old_name_is_read():
 @pytest.mark.parametrize(
     ("make_config", "word"),
     [
-        (lambda: FewStepConfig(num_timesteps=9), "num_timesteps"),
+        (lambda: FewStepConfig(num_timesteps=65), "num_timesteps"),
+        (lambda: FewStepConfig(input_scale=1.5), "input_scale"),
         (lambda: FewStepConfig(schedule="geometric"), "beta_max"),
         (lambda: CDALConfig(ce_weight=0, dice_weight=0), "mse_weight"),
         (lambda: CDALConfig(adversarial_weight=-0.1), "adversarial_weight"),
@@ -646,3 +647,69 @@ def test_gradients_of_two_ranks_are_those_of_one_process_on_the_joined_batch(tmp
     for alone, a, b in zip(one_step(slice(0, 4)), *ranks, strict=True):
         assert torch.equal(a, b)
         assert float((alone - a).abs().max()) <= 1e-4 * float(alone.abs().max()) + 1e-7
+
+
+# --- votes that are samples ---------------------------------------------------------------------------------
+
+
+class TwoMasks:
+    """A network that knows the answer: whatever the image, the mask is all 0 with probability 0.7, else 1.
+
+    By Bayes the logarithm of the odds, given x_prev of any level, is log(0.3 / 0.7) plus the difference of
+    the squared distances of x_prev to the two noised masks, over twice the variance of the noise.
+    """
+
+    mapping, config = None, GeneratorConfig()
+
+    def __init__(self, method: CDAL):
+        self.method = method
+
+    def predict(self, x, t, features, z):
+        level = int(t[0]) + 1
+        signal = self.method.kernel.alphas_cumprod[level].item()
+        scale = self.method.config.kernel.input_scale
+        x = x * (1 if scale == 1 else math.sqrt(scale**2 * signal + 1 - signal))  # undoes CDAL.unit
+        masks = scale * math.sqrt(signal) * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        far = [(x - mask.view(1, 2, 1, 1)).square().flatten(1).sum(1) for mask in masks]
+        odds = math.log(0.3 / 0.7) + (far[0] - far[1]) / (2 * (1 - signal))
+        return torch.stack([torch.zeros_like(odds), odds], 1)[:, :, None, None].expand_as(x)
+
+    def to_x_start(self, output):
+        return 2 * output.double().softmax(1) - 1
+
+
+@pytest.mark.parametrize(("steps", "scale", "close"), [(32, 0.2, True), (2, 1.0, False)])
+def test_votes_are_samples_if_steps_are_small_beside_what_the_mask_reveals(steps, scale, close):
+    """400 votes of a perfect network are each of one label, and 30 % of them are the rarer mask. Two steps
+    without input scaling are not enough: one step has to go from noise to a mask that is decided."""
+    kernel = FewStepConfig(num_timesteps=steps, input_scale=scale)
+    method = CDAL(CDALConfig(kernel=kernel), 2)
+    noise = torch.randn(400, steps, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    p = method.vote(TwoMasks(method), torch.zeros(1, 1, 6, 6), noise, torch.zeros(400, steps, 0))
+    share = p[:, 1].flatten(1).mean(1)
+    if close:
+        assert ((share < 0.05) | (share > 0.95)).all()
+    limit = 3 * math.sqrt(0.3 * 0.7 / 400)
+    assert (abs((share > 0.5).double().mean().item() - 0.3) < limit) == close
+
+
+def test_a_scaled_mask_reaches_the_network_with_variance_one():
+    method = CDAL(CDALConfig(kernel=FewStepConfig(num_timesteps=8, input_scale=0.3)), K)
+    y = torch.randint(2, (3, K, 40, 40), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    for t in (0, 3, 7):
+        times = torch.full((3,), t)
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        x = method.unit(method.kernel.q_sample(0.3 * y, times + 1, noise), times)
+        assert x.square().mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_the_probabilities_of_every_vote_have_the_mean_that_is_given_otherwise():
+    net, method = make(), make_method(2)
+    image = torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(0))
+    for window in (None, (6, 8)):
+        mean = method.segment(net, image, 3, window, key="a", batch_size=2)
+        every = method.segment(net, image, 3, window, key="a", batch_size=2, separate=True)
+        assert every.shape == (3 * K, 9, 12)
+        torch.testing.assert_close(every.unflatten(0, (3, K)).mean(0), mean)
+    first = method.segment(net, image, 1, key="a", separate=True)
+    torch.testing.assert_close(method.segment(net, image, 3, key="a", separate=True)[:K], first)

@@ -139,7 +139,8 @@ def test_a_command_of_the_guides_is_one_that_its_program_accepts(command, name):
 def test_every_program_and_task_is_shown_somewhere():
     shown = {command.split(" ", 1)[1] for command, _ in LISTED}
     programs = [*TRAINING, "sample.py"]
-    programs += [f"-m ldm3d.evaluation {task}" for task in ("reconstruct", "samples", "compare", "copies")]
+    tasks = ("reconstruct", "samples", "compare", "copies", "raters")
+    programs += [f"-m ldm3d.evaluation {task}" for task in tasks]
     programs += [f"-m ldm3d.reports {task}" for task in ("run", "latents", "registers")]
     programs += [f"-m ldm3d.interop {task}" for task in ("import", "export")]
     programs += [

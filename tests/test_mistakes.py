@@ -141,7 +141,9 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("ldm", "--patch.halvings 2", "patch.halvings: has no effect without patch.size"),
     ("cdal", "--cdal.attention_layer 5", "cdal.attention_layer"),
     ("cdal", "--unet.dims 3", "unet.dims"),
-    ("cdal", "--cdal.kernel.num_timesteps 9", "num_timesteps: expected 1 to 8"),
+    ("cdal", "--cdal.kernel.num_timesteps 65", "num_timesteps: expected 1 to 64"),
+    ("cdal", "--cdal.kernel.input_scale 0", "input_scale: expected 0 < input_scale <= 1, got 0.0"),
+    ("cdal", "--data.image {id}{rater}.tif", "data.image: '{id}{rater}.tif': only masks have a {rater}"),
     ("cdal", "--data.image images/*.tif --data.foreground 0", "no label map"),
     ("cdal", "--votes 0", "votes"),
 ]

@@ -23,7 +23,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import read
-from ldm3d.cdal import CDAL, Generator
+from ldm3d.cdal import CDAL, CDALConfig, FewStepConfig, Generator
 from ldm3d.conditions import absent
 from ldm3d.config import parse
 from ldm3d.data import Volume, write
@@ -802,6 +802,37 @@ def test_the_generator_trains_on_the_noised_true_mask_or_on_its_own_estimate_as_
         assert torch.equal(seen, noised) == (t == 1)  # at the noisiest time there is no own estimate
 
 
+def test_the_noised_mask_is_scaled_as_asked(cdal):
+    """The first steps of two runs differ in nothing but the scale of the mask."""
+    flags = f"{ALONE} --cdal.own_estimate false --cdal.kernel.input_scale"
+    whole, scaled = cdal(f"{flags} 1"), cdal(f"{flags} 0.25")
+    method = CDAL(CDALConfig(kernel=FewStepConfig(input_scale=0.25)), 5)
+    t = torch.tensor(scaled.times)
+    signal = method.kernel.alphas_cumprod[t + 1].view(-1, 1, 1, 1)
+    less = whole.seen.double() - 0.75 * signal.sqrt() * one_hot(whole)
+    torch.testing.assert_close(scaled.seen, method.unit(less.float(), t))
+
+
+def test_validation_scores_the_votes_against_all_raters(heads, tmp_path, monkeypatch):
+    no_pictures(monkeypatch, train_cdal)
+    raters = tmp_path / "raters"
+    raters.mkdir()
+    for path in (heads / "labels").iterdir():
+        volume, name = read(path), path.name.partition(".")[0]
+        for rater, labels in (("a", volume.array), ("b", np.minimum(volume.array, 1)), ("c", volume.array)):
+            write(raters / f"{name}__{rater}.tif", Volume(labels.astype(np.uint8), volume.affine, None))
+    images = tmp_path / "images"
+    images.symlink_to(heads / "images")
+    calls = spy(monkeypatch, train_cdal, "squared_ged")
+    flags = [*"--votes 2 --data.image images/* --data.mask".split(), "raters/{id}__{rater}.tif"]
+    run = tmp_path / "run"
+    train_cdal.main(tiny.cdal_flags(tmp_path, run, 1, *ALONE.split(), *flags, "--run.eval_every", "1"))
+    (line,) = tiny.lines(run, "val")
+    assert [(len(votes), len(masks)) for (votes, masks), _, _ in calls] == [(2, 3)] * 2
+    assert line["ged"] == pytest.approx(np.mean([found for _, _, found in calls]))
+    assert load(run / "best.pt")["best"]["name"] == "ged"
+
+
 def test_the_share_of_patches_asked_for_lies_around_a_voxel_of_the_mask(cdal):
     def share(fraction: float) -> float:
         masks = cdal(f"{ALONE} --batch_size 32 --data.patch 4,4 --data.foreground {fraction}").step["mask"]
@@ -1125,6 +1156,22 @@ def segmented(heads, cdal_run, tmp_path, monkeypatch) -> Callable[[str], tuple[l
         return [len(args[3]) for args, _, _ in calls], torch.from_numpy(array)
 
     return run
+
+
+def test_every_vote_is_written_if_asked(heads, cdal_run, tmp_path, monkeypatch):
+    no_pictures(monkeypatch, segmentation)
+    image = min((heads / "images").iterdir())
+    calls = spy(monkeypatch, CDAL, "vote")
+    for flags in ("", "--every_vote"):
+        out = tmp_path / f"out{flags}"
+        sample.main([str(cdal_run), str(image), "--votes", "3", "--out", str(out), *flags.split()])
+        assert (out / "votes").exists() == bool(flags)
+    name = image.name.partition(".")[0]
+    found = sorted((out / "votes").iterdir())
+    assert [path.name for path in found] == [f"{name}__{v:02d}.tif" for v in (1, 2, 3)]
+    expected = calls[-1][2].argmax(1)
+    assert [read(path).array[0].tolist() for path in found] == [vote.tolist() for vote in expected]
+    assert np.array_equal(*(read(tmp_path / d / "labels" / f"{name}.tif").array for d in ("out", out.name)))
 
 
 def test_votes_windows_and_overlap_are_those_asked_for(segmented):

@@ -5,11 +5,14 @@ A case is one image with what belongs to it: a label map (role "mask"), a volume
 
     globs          data.image, data.mask, data.source, paired by what their first * matches: the case id
     a CSV          columns image, and any of mask, source, class, text, subject, split, id
+                   (mask:anna, mask:ben in place of mask: the masks of several raters)
     dataset.json   as the Medical Segmentation Decathlon (MSD) has it
     a Dataset      from Python (items.py)
 
 Example: with data.image "images/*_t1.nii.gz" and data.mask "labels/*.nii.gz" the files images/p01_t1.nii.gz
 and labels/p01.nii.gz are case "p01". A case that lacks a file of a role is an error that names the case.
+With data.mask "raters/{id}__{rater}.tif" the files raters/p01__anna.tif and raters/p01__ben.tif are two masks
+of case "p01", by the raters "anna" and "ben".
 
 The split is drawn by subject, so that two scans of one patient never stand on both sides of it. Example:
 twenty cases p01_a, p01_b ... p10_b are ten subjects by data.subject "(p..)_". With val_fraction 0.2,
@@ -27,7 +30,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from .settings import DataConfig
 from .volumes import NoFile, is_file, volume_suffix
 
 SPLITS = ("train", "val", "test")
+RATER = "mask:"  # begins the name of a column of masks; the name of the rater follows
 
 
 # --- the table ----------------------------------------------------------------------------------------------
@@ -54,7 +58,7 @@ class Case:
 
     id: str
     image: Path | NoFile
-    mask: Path | NoFile | None = None
+    mask: Path | NoFile | None = None  # of several raters the first
     source: Path | NoFile | None = None
     subject: str = ""
     split: str | None = None  # "train", "val", "test"; None: to be drawn
@@ -62,6 +66,22 @@ class Case:
     text: str = ""
     columns: dict[str, str] = field(default_factory=dict)  # the cells that name no file of a role
     volume: Case | None = None  # the case that this one is a slice of (slices.py)
+    raters: dict[str, Path] = field(default_factory=dict)  # rater -> mask, where masks are by several raters
+
+    @property
+    def masks(self) -> list[Path | NoFile]:
+        """The masks of all raters."""
+        return list(self.raters.values()) or [path for path in (self.mask,) if path is not None]
+
+    @property
+    def files(self) -> list[tuple[Path | NoFile, str]]:
+        """(file, role) of all files of the case."""
+        files = {"image": [self.image], "mask": self.masks, "source": [self.source]}
+        return [(path, role) for role in ROLES for path in files[role] if path is not None]
+
+    def image_alone(self) -> Case:
+        """The case without its masks and its source."""
+        return replace(self, mask=None, source=None, raters={})
 
 
 def resolve_root(config: DataConfig, preset: str) -> Path:
@@ -99,8 +119,9 @@ def _stem(name: str) -> str:
     return re.sub(r"(?i)(\.nii)?\.\w+$", "", name)
 
 
-def files_by_id(pattern: str, root: Path, key: str) -> dict[str, Path]:
-    """{case id: file}. The id is what the first * matches, or what the {id}s match, joined by "_".
+def files_by_rater(pattern: str, root: Path, key: str) -> dict[str, dict[str, Path]]:
+    """{case id: {rater: file}}. The id is what the first * matches, or what the {id}s match, joined by "_".
+    The rater is what {rater} matches; "" in a pattern without.
 
     "*/t1_*.nii" makes p01/t1_x.nii the case "p01"; "{id}/{id}.tif" makes p01/a.tif the case "p01_a". The
     other * match anything, but only one file may be left for an id. Where the pattern ends in *, the suffix
@@ -111,16 +132,20 @@ def files_by_id(pattern: str, root: Path, key: str) -> dict[str, Path]:
     fits = is_dicom_folder if pattern.endswith("/") else is_file
     pattern = pattern.rstrip("/")
     marked = pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
+    if pattern.count("{rater}") > 1:
+        raise InputError(f"{key}: {pattern!r} has {{rater}} twice")
     if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise InputError(f"{key}: expected a pattern below the root with * for the case id, got {pattern!r}")
-    meaning = {"{id}": "([^/]+)", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    meaning = {"{id}": "([^/]+)", "{rater}": "([^/]+)", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
     end = volume_suffix(pattern)
-    parts = re.split(r"(\{id\}|\*\*/|\*|\?)", marked[: len(marked) - len(end)])
+    parts = re.split(r"(\{id\}|\{rater\}|\*\*/|\*|\?)", marked[: len(marked) - len(end)])
+    groups = [part for part in parts if part in ("{id}", "{rater}")]
     parts = [meaning.get(part, re.escape(part)) for part in parts]
     expression = re.compile(f"{''.join(parts)}(?i:{re.escape(end)})")
     any_case = "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in end)
-    pattern_of_glob = pattern[: len(pattern) - len(end)].replace("[", "[[]").replace("{id}", "*") + any_case
-    files: dict[str, Path] = {}
+    stars = re.sub(r"\{id\}|\{rater\}", "*", pattern[: len(pattern) - len(end)])
+    pattern_of_glob = stars.replace("[", "[[]") + any_case
+    files: dict[str, dict[str, Path]] = {}
     dangling: list[Path] = []
     try:
         found = sorted(root.glob(pattern_of_glob))
@@ -132,14 +157,18 @@ def files_by_id(pattern: str, root: Path, key: str) -> dict[str, Path]:
             dangling.append(path)
         if not match or path.name.startswith(".") or not fits(path):
             continue
-        name = "_".join(match.groups())
-        name = _stem(name) if pattern.endswith(("*", "{id}")) and not path.is_dir() else name
-        if name in files:
+        found_in = list(zip(groups, match.groups(), strict=True))
+        name, rater = ("_".join(text for g, text in found_in if g == group) for group in ("{id}", "{rater}"))
+        if not path.is_dir():
+            name = _stem(name) if pattern.endswith(("*", "{id}")) else name
+            rater = _stem(rater) if pattern.endswith("{rater}") else rater
+        own = files.setdefault(name, {})
+        if rater in own:
             raise InputError(
-                f"{key}: case {name} has two files, {files[name]} and {path}; make the pattern {pattern!r} "
+                f"{key}: case {name} has two files, {own[rater]} and {path}; make the pattern {pattern!r} "
                 "narrower, or write {id} for each part of the path that names the case"
             )
-        files[name] = path
+        own[rater] = path
     if dangling:
         raise InputError(
             f"{key}: {len(dangling)} links lead to files that are not there, such as {dangling[0]}; get the "
@@ -150,13 +179,26 @@ def files_by_id(pattern: str, root: Path, key: str) -> dict[str, Path]:
     return files
 
 
+def files_by_id(pattern: str, root: Path, key: str) -> dict[str, Path]:
+    """{case id: file} of a pattern without {rater}, as in `files_by_rater`."""
+    return {name: files[""] for name, files in files_by_rater(pattern, root, key).items()}
+
+
 def _rows_of_globs(globs: dict[str, str], root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
-    """({case id: {role: file, or None}}, {role: its pattern}) of the globs in the settings."""
-    found = {role: files_by_id(pattern, root, f"data.{role}") for role, pattern in globs.items()}
-    rows = {name: {role: files.get(name) for role, files in found.items()} for name in found["image"]}
-    for role, files in found.items():
-        for name in files.keys() - rows.keys():
-            problems.append(f"{files[name]}: {role} of case {name}, which has no image ({globs['image']})")
+    """({case id: {role: file, or None}}, {role: its pattern}) of the globs in the settings. The masks of
+    raters also stand in columns of their own, "mask:anna", as in a table."""
+    if other := next((role for role in globs if role != "mask" and "{rater}" in globs[role]), None):
+        raise InputError(f"data.{other}: {globs[other]!r}: only masks have a {{rater}}")
+    found = {role: files_by_rater(pattern, root, f"data.{role}") for role, pattern in globs.items()}
+    rows: dict[str, dict] = {name: {} for name in found["image"]}
+    for role, of_case in found.items():
+        for name in rows:
+            files = of_case.get(name, {})
+            rows[name][role] = next(iter(files.values()), None)
+            rows[name] |= {f"{RATER}{rater}": path for rater, path in files.items() if rater}
+        for name in of_case.keys() - rows.keys():
+            path = next(iter(of_case[name].values()))
+            problems.append(f"{path}: {role} of case {name}, which has no image ({globs['image']})")
     problems.sort()
     return rows, globs
 
@@ -242,6 +284,9 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
     listed = _read_msd(table) if table.suffix == ".json" else read_csv(table, ["image"])
     if not listed:
         raise InputError(f"{table}: lists no case")
+    rated = next((column for column in listed[0] if column.startswith(RATER)), None)
+    if rated and "mask" in listed[0]:
+        raise InputError(f"{table}: columns mask and {rated}; name the rater of every mask, or of none")
     images = [row["image"] for row in listed]
     paths = [Path(name if os.path.isdir(table.parent / name) else _stem(name)) for name in images]
     stems = [path.name for path in paths]
@@ -252,12 +297,15 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
         case = row.get("id") or stem
         if case in rows:
             problems.append(f"{table}: case {case} is listed twice")
-        files = {role: table.parent / row[role] if row.get(role) else None for role in ROLES}
+        named = [column for column in row if column.startswith(RATER)]
+        files = {c: table.parent / row[c] if row.get(c) else None for c in (*ROLES, *named)}
+        if named:
+            files["mask"] = next((files[column] for column in named if files[column]), None)
         for role, path in files.items():
             if path is not None and not is_file(path):
                 problems.append(f"{table}: {role} of case {case}: no file {path}")
         rows[case] = row | files
-    return rows, {role: str(table) for role in ROLES if role in listed[0]}
+    return rows, {role: str(table) for role in ROLES if role in listed[0] or (rated and role == "mask")}
 
 
 def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems: list[str]) -> None:
@@ -330,7 +378,8 @@ def _case(name: str, row: dict, origin: dict[str, str], config: DataConfig, prob
         split=split,
         class_idx=int(cell) if re.fullmatch("[0-9]{1,9}", cell) else None,
         text=row.get("text") or "",
-        columns={k: v or "" for k, v in row.items() if k not in ROLES},
+        columns={k: v or "" for k, v in row.items() if k not in ROLES and not k.startswith(RATER)},
+        raters={k.removeprefix(RATER): v for k, v in row.items() if k.startswith(RATER) and v},
     )
 
 
@@ -369,6 +418,8 @@ def find_cases(config: DataConfig, root: Path, items: Dataset | None = None) -> 
         for name, is_set in {"split": config.split, "slices": slices, "cache": disk}.items():
             if is_set:
                 raise InputError(f"data.{name}: is for files, and these are items of a dataset in Python")
+    if config.slices != "none" and any(key.startswith(RATER) for row in rows.values() for key in row):
+        raise InputError("data.slices: masks of several raters (data.mask) are of whole images alone")
     for column in ("subject", "split"):
         if getattr(config, column):
             _assign(getattr(config, column), column, rows, root, problems)

@@ -37,6 +37,14 @@ from .spec import DataSpec, restore
 from .transforms import augment, scale
 from .volumes import NoFile, Volume
 
+Job = tuple[int, Path | NoFile, str]  # the number of a case, one of its files, and the role of the file
+
+
+def majority(masks: Tensor) -> Tensor:
+    """The label that most raters give: masks (R, *S) -> (*S). Of labels with as many raters, the lowest."""
+    counts = torch.stack([(masks == k).sum(0) for k in range(int(masks.max()) + 1)])
+    return counts.argmax(0)
+
 
 def channels_of(spec: DataSpec) -> dict[str, int]:
     """The channels of the files of each role."""
@@ -62,7 +70,9 @@ class VolumeDataset(Dataset):
 
     image        (C, *size) float32, scaled
     source       (C', *size) float32, scaled; only in a data set with sources
-    mask         (*size) int64, all -1 for a case without mask; only in a data set with masks
+    mask         (*size) int64, all -1 for a case without mask; only in a data set with masks. Of several
+                 raters: in training the mask of one rater, drawn by (seed, position); else what most say
+    raters       (R, *size) int64, the masks of all raters; with own_size alone, of a case that has several
     spacing      (dims,) mm
     start        (dims,) voxel of the case at which the window begins, negative = padding
     class        the class of the case, -1 = none
@@ -87,8 +97,8 @@ class VolumeDataset(Dataset):
         self.size = config.patch if training and config.patch else spec.size
         has = {"image": True, "source": spec.source_channels > 0, "mask": spec.num_labels is not None}
         self.roles = [role for role in has if has[role]]
-        self._ram: dict[tuple[int, str], DecodedVolume] = {}
-        jobs = [(i, role) for i, case in enumerate(cases) for role in self.roles if getattr(case, role)]
+        self._ram: dict[Job, DecodedVolume] = {}
+        jobs = [(i, *file) for i, case in enumerate(cases) for file in case.files if file[1] in self.roles]
         # Any rank may need any case. Ranks of one machine share the files of cache "disk", which the system
         # keeps in memory once, where each rank would hold all volumes for itself
         shared = config.cache == "ram" and ranks_here() > 1 and not isinstance(cases[0].image, NoFile)
@@ -129,7 +139,10 @@ class VolumeDataset(Dataset):
         info = self.infos[case.id]
         draw = keyed_generator(self.seed, position, "augment")
         size = info.shape if self.own_size else self.size
-        volumes = {role: self._volume(index, role) for role in self.roles if getattr(case, role)}
+        files = {role: path for path, role in case.files if role in self.roles}
+        if "mask" in files:
+            files["mask"] = case.masks[self._rater(position, len(case.masks))]
+        volumes = {role: self._volume(index, path, role) for role, path in files.items()}
         start = self._start(volumes.get("mask"), info.shape, size, draw)
         images, mask, spacing = [], None, torch.tensor(info.spacing)
         for role in (role for role in self.roles if role != "mask"):
@@ -143,6 +156,10 @@ class VolumeDataset(Dataset):
             images, mask, spacing = augment(images, mask, spacing, config.augment, draw)
             images = [x.clamp(-1, 1) for x in images] if self.spec.clipped else images
         tensors = dict(zip(self.roles, [*images, mask], strict=False))
+        if "mask" in files and case.raters and not self.training:
+            windows = [cut(self._volume(index, path, "mask"), start, size)[0] for path in case.masks]
+            raters = torch.from_numpy(np.stack(windows).astype(np.int64))
+            tensors |= {"mask": majority(raters)} | ({"raters": raters} if self.own_size else {})
         return {
             **{role: tensor.contiguous() for role, tensor in tensors.items()},
             "spacing": spacing,
@@ -188,35 +205,41 @@ class VolumeDataset(Dataset):
             first = [min(max(0, int(v) - m // 2), r) for v, m, r in zip(voxel, size, room, strict=True)]
         return tuple(f if r else s for f, r, s in zip(first, room, start, strict=True))
 
-    def _volume(self, index: int, role: str) -> DecodedVolume | PreparedVolume:
-        """A volume of a case on the training grid, not scaled, from the cache or the file."""
-        if (index, role) in self._ram:
-            return self._ram[index, role]
-        with _named(getattr(self.cases[index], role)):
-            if not self.on_disk:
-                return self._load(index, role)
-            return PreparedVolume(self._prepared_file(index, role), lambda: self._load(index, role))
+    def _rater(self, position: int, num: int) -> int:
+        """Whose mask sample `position` has, of `num` raters. A generator of its own, so that windows and
+        augmentation are those of a data set with one rater."""
+        if num == 1 or not self.training:
+            return 0
+        return int(torch.randint(num, (), generator=keyed_generator(self.seed, position, "rater")))
 
-    def _load(self, index: int, role: str) -> DecodedVolume:
-        case = self.cases[index]
-        volume = decode(getattr(case, role), role, self.config, self.spec.num_labels)
-        if volume.shape[1:] != self.infos[case.id].shape:
-            raise InputError(f"{getattr(case, role)}: has changed since it was checked; start again")
+    def _volume(self, *job: Any) -> DecodedVolume | PreparedVolume:
+        """A volume of a case on the training grid, not scaled, from the cache or the file. job: a `Job`."""
+        if job in self._ram:
+            return self._ram[job]
+        with _named(job[1]):
+            if not self.on_disk:
+                return self._load(*job)
+            return PreparedVolume(self._prepared_file(*job), lambda: self._load(*job))
+
+    def _load(self, index: int, path: Path | NoFile, role: str) -> DecodedVolume:
+        volume = decode(path, role, self.config, self.spec.num_labels)
+        if volume.shape[1:] != self.infos[self.cases[index].id].shape:
+            raise InputError(f"{path}: has changed since it was checked; start again")
         return volume
 
-    def _prepared_file(self, index: int, role: str) -> Path:
-        case = self.cases[index]
-        path, shape = getattr(case, role), self.infos[case.id].shape
+    def _prepared_file(self, index: int, path: Path, role: str) -> Path:
+        shape = self.infos[self.cases[index].id].shape
         with _named(path):
             return prepared_file(path, role, self.config, shape, self.spec.num_labels)
 
-    def _num_bytes(self, index: int, role: str) -> int:
+    def _num_bytes(self, index: int, path: Path | NoFile, role: str) -> int:
         """What `_load` keeps of a volume."""
-        case = self.cases[index]
-        dtype = stored_type(getattr(case, role), role, self.config, self.spec.num_labels)
-        return dtype.itemsize * channels_of(self.spec)[role] * math.prod(self.infos[case.id].shape)
+        dtype = stored_type(path, role, self.config, self.spec.num_labels)
+        return (
+            dtype.itemsize * channels_of(self.spec)[role] * math.prod(self.infos[self.cases[index].id].shape)
+        )
 
-    def _fill(self, jobs: list[tuple[int, str]]) -> None:
+    def _fill(self, jobs: list[Job]) -> None:
         """Reads volumes into memory, until data.cache_gb is full. Forked workers use the same memory."""
         sizes = np.cumsum([self._num_bytes(*job) for job in jobs])
         jobs = jobs[: int(np.searchsorted(sizes, self.config.cache_gb * 2**30, "right"))]
@@ -229,12 +252,12 @@ class VolumeDataset(Dataset):
                 "from their files each time; --data.cache disk would keep them decoded"
             )
 
-    def _prepare(self, jobs: list[tuple[int, str]]) -> None:
+    def _prepare(self, jobs: list[Job]) -> None:
         """Prepares the volumes that data.cache_dir lacks, before they are needed one by one: this rank its
         share. What another rank has not finished is prepared by whoever needs it first."""
         missing = [job for job in jobs if not self._prepared_file(*job).is_file()]
         if missing:
-            num_voxels = sum(math.prod(self.infos[self.cases[i].id].shape) for i, _ in missing)
+            num_voxels = sum(math.prod(self.infos[self.cases[i].id].shape) for i, *_ in missing)
             num_bytes = sum(self._num_bytes(*job) for job in missing)
             num_cores = num_reading_threads() * world_size()
             folder = self._prepared_file(*missing[0]).parent

@@ -101,7 +101,7 @@ def find_images(
     layout = replace(layout, root=str(root), subject=None)
     if series and cases[0].image.is_dir():
         layout = _with_series(layout, cases[0].image, series)
-    cases = [replace(case, mask=None, source=None) for case in cases]
+    cases = [case.image_alone() for case in cases]
     if layout.slices != "none" and dimensions(cases[0].image, layout.series) == 2:
         layout = replace(layout, slices="none")  # such as samples of a run that was trained on slices
     cases = slice_cases(cases, layout)
@@ -203,7 +203,7 @@ def own_cases(
     root, listed = resolve_root(layout, content["config"]["preset"]), _names_of(content, part)
     layout = replace(layout, root=str(root), cache="none", subset=None, allow_missing_mask=True)
     layout = replace(layout, subject=subject or layout.subject)
-    cases = [replace(case, mask=None, source=None) for case in find_cases(layout, root)]
+    cases = [case.image_alone() for case in find_cases(layout, root)]
     return layout, listed_cases(slice_cases(cases, layout), listed, root)
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from ..config import InputError
 from ..engine.distributed import broadcast, gather, is_main, main_first, print0, rank, world_size
 from ..engine.logger import progress
-from .cases import ROLES, Case, raise_all
+from .cases import Case, raise_all
 from .loading import num_reading_threads, read_options, training_grid
 from .settings import MAX_VOXELS, DataConfig, of_volumes
 from .transforms import scaling_numbers
@@ -89,8 +89,7 @@ class CaseInfo:
 
 def _jobs(cases: list[Case]) -> list[tuple[Path, str]]:
     """(file, role) of all files of the cases, each once."""
-    pairs = ((getattr(case, role), role) for case in cases for role in ROLES)
-    return list(dict.fromkeys((path, role) for path, role in pairs if path is not None))
+    return list(dict.fromkeys(job for case in cases for job in case.files))
 
 
 def _each(
@@ -142,8 +141,7 @@ def _inspect_headers(cases: list[Case], config: DataConfig) -> dict[tuple[Path, 
     first: dict[str, tuple[Path, Header]] = {}
     for case in cases:
         image = headers.get((case.image, "image"))
-        for role in ROLES:
-            path = getattr(case, role)
+        for path, role in case.files:
             header = headers.get((path, role))
             if header is not None:
                 other, reference = first.setdefault(role, (path, header))
@@ -414,6 +412,17 @@ def _labels(path: Path, found: dict, config: DataConfig, problems: list[str]) ->
     return tuple(allowed.index(value) for value in values if value in allowed)
 
 
+def _of_raters(masks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was found in the masks of several raters, or of none, as if it were one mask."""
+    if not masks:
+        return {}
+    content = _hash(np.frombuffer("".join(mask["content"] for mask in masks).encode(), np.uint8))
+    both = {"content": content, "centres": masks[0].get("centres", ())}
+    if all("labelled" in mask for mask in masks):  # an older version found none
+        both["labelled"] = float(np.mean([mask["labelled"] for mask in masks]))
+    return both
+
+
 def _facts_of(image: dict[str, Any]) -> ImageFacts | None:
     """None where an older version has found none. Facts that only older versions wanted are left out."""
     facts = {k: tuple(v) if isinstance(v, list) else v for k, v in image.get("facts", {}).items()}
@@ -451,7 +460,8 @@ def inspect_cases(
         header, image = headers[case.image, "image"], found[case.image, "image"]
         source = found[case.source, "source"] if case.source else nothing
         source_content = source["content"]
-        mask = found[case.mask, "mask"] if case.mask else {}
+        masks = [found[path, "mask"] for path in case.masks]
+        mask = masks[0] if len(masks) == 1 else _of_raters(masks)
         if case.source and config.paired_scaling == "shared":
             if len(source["low"]) != len(image["low"]):
                 problems.append(f"{case.source}: paired_scaling shared needs the channels of {case.image}")
@@ -463,7 +473,9 @@ def inspect_cases(
             high=_above(image),
             source_low=tuple(source["low"]),
             source_high=_above(source),
-            labels=_labels(case.mask, found, config, problems) if case.mask else (),
+            labels=tuple(
+                dict.fromkeys(k for path in case.masks for k in _labels(path, found, config, problems))
+            ),
             shown=tuple(map(tuple, image.get("shown", ()))),
             content=image["content"],
             source_content=source_content,

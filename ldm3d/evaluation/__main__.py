@@ -1,9 +1,11 @@
-"""Figures of quality: an autoencoder's reconstructions, generated sets, pairs, copies of training cases.
+"""Figures of quality: an autoencoder's reconstructions, generated sets, pairs, copies of training cases,
+segmentations beside several raters.
 
 python -m ldm3d.evaluation reconstruct RUN               reconstruction.py: how good is an autoencoder?
 python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are samples distributed like real cases?
 python -m ldm3d.evaluation compare GENERATED TARGET      pairs.py: how near is each image to its target?
 python -m ldm3d.evaluation copies GENERATED TRAIN        copies.py: are samples copies of training cases?
+python -m ldm3d.evaluation raters SAMPLES MASKS          raters.py: do segmentations differ as raters do?
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from ..config import run_task
 from ..engine.distributed import run_script
 from .copies import CopiesConfig, find_copies
 from .pairs import PairsConfig, compare_pairs
+from .raters import RatersConfig, compare_raters
 from .reconstruction import ReconstructionConfig, reconstruct
 from .sets import SetsConfig, compare_sets
 
@@ -25,11 +28,16 @@ def main(argv: list[str] | None = None) -> None:
     real = {"REAL": "real volumes: their folder, a pattern in quotes, or a run folder"}
     target = {"TARGET": "folder of the volumes that they should be, or a pattern in quotes"}
     train = {"TRAIN": "training cases: their folder, a pattern in quotes, or the run folder"}
+    several = {
+        "SAMPLES": "folder of segmentations ID__NAME, or a pattern with {id} and {rater} in quotes",
+        "MASKS": "folder of the raters' masks ID__NAME, or a pattern with {id} and {rater} in quotes",
+    }
     tasks = {
         "reconstruct": (ReconstructionConfig, run, lambda config, run: reconstruct(config, Path(run))),
         "samples": (SetsConfig, generated | real, compare_sets),
         "compare": (PairsConfig, generated | target, compare_pairs),
         "copies": (CopiesConfig, generated | train, find_copies),
+        "raters": (RatersConfig, several, compare_raters),
     }
     run_task(tasks, argv, "python -m ldm3d.evaluation", __doc__)
 

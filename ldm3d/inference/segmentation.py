@@ -4,10 +4,12 @@ a folder          python sample.py runs/cdal-hippocampus FOLDER --votes 5
 one image         python sample.py runs/cdal-hippocampus IMAGE --probabilities
 with scores       python sample.py runs/cdal-hippocampus FOLDER --reference LABELS --part test
 masks beside      python sample.py runs/cdal-hippocampus FOLDER --reference FOLDER
+every vote        python sample.py runs/cdal-cells FOLDER --votes 16 --every_vote
 
 The new folder holds labels/ and uncertainty/ (and probability/), whose files have the names and the geometry
-of the images; cases.csv, a row for each case with its seconds and, with --reference, its scores; report.json,
-the settings and the means with bootstrap confidence intervals; and overlays.png, lowest Dice first.
+of the images; with --every_vote also votes/, the label map of each vote, NAME__01, NAME__02 ...; cases.csv, a
+row for each case with its seconds and, with --reference, its scores; report.json, the settings and the means
+with bootstrap confidence intervals; and overlays.png, lowest Dice first.
 
 Scores are computed for each label but the background, on the grid of the files: Dice, IoU, precision,
 sensitivity, and HD95 in mm (metrics.py). A label that is in neither map has no score. A label that is in one
@@ -64,7 +66,7 @@ from ..evaluation.results import WorstPictures, new_folder, table, write_csv, wr
 from ..evaluation.statistics import interval_words, summarise
 from ..large.streaming import Filed, Map, Stored
 from ..large.windows import check_window
-from ..metrics import dice, hd95, iou, precision, sensitivity
+from ..metrics import dice, hd95, iou, near_labels, precision, sensitivity
 from ..pipeline import SegmentationPipeline
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
@@ -84,6 +86,7 @@ class SegmentConfig:
     window: tuple[int, ...] | None = None  # voxels that are segmented at once; none = as in validation
     overlap: float = 0.5  # part of a window that it shares with the next, at least
     probabilities: bool = False  # write the probability of every label too
+    every_vote: bool = False  # write the label map of every vote too
     seed: int = 0  # of the votes
     batch_size: int = 8  # votes at once, of one window or several
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -100,22 +103,29 @@ class SegmentConfig:
 # --- cases --------------------------------------------------------------------------------------------------
 
 
-def keep(planes: Iterable[tuple[int, Tensor]], num_labels: int, size: Sequence[int], name: str) -> Map:
-    """The probabilities (K, *size) of a case, from first planes and planes (K, n, ...): in memory or, where
-    they are large, in a file of the temporary folder. InputError names the case if any is not finite."""
-    large = num_labels * math.prod(size) > IN_MEMORY
-    kept = Filed(num_labels, size) if large else Stored(num_labels, size, torch.device("cpu"))
+def keep(planes: Iterable[tuple[int, Tensor]], channels: int, size: Sequence[int], name: str) -> Map:
+    """The probabilities (channels, *size) of a case, from first planes and planes (channels, n, ...): in
+    memory or, where they are large, in a file of the temporary folder. channels: the labels, or those of
+    every vote. InputError names the case if any is not finite."""
+    large = channels * math.prod(size) > IN_MEMORY
+    kept = Filed(channels, size) if large else Stored(channels, size, torch.device("cpu"))
     for start, p in planes:
         check_finite(p, name)
         kept.write(start, p[None])
     return kept
 
 
-def slabs_of(values: Map) -> Iterator[tuple[int, Tensor]]:
-    """All of some values, some planes of the first axis at a time: (start, planes (K, n, ...) from there)."""
+def votes_of(values: Map, num_labels: int) -> Iterator[tuple[int, Tensor]]:
+    """All of the probabilities of V votes, or of their mean (V = 1), some planes of the first axis at a time:
+    (start, planes (V, K, n, ...) from there)."""
     step, depth = max(1, SLAB // values.plane), values.size[0]
     for start in range(0, depth, step):
-        yield start, values.read(start, min(start + step, depth))[0]
+        yield start, values.read(start, min(start + step, depth))[0].unflatten(0, (-1, num_labels))
+
+
+def slabs_of(values: Map, num_labels: int) -> Iterator[tuple[int, Tensor]]:
+    """The mean of `votes_of`: (start, planes (K, n, ...) from there)."""
+    return ((start, p.mean(0)) for start, p in votes_of(values, num_labels))
 
 
 class FileGrid(Map):
@@ -208,17 +218,6 @@ def calibration(doubt: Tensor, wrong: Tensor) -> dict[str, float]:
     }
 
 
-def near_labels(labels: Tensor, truth: Tensor, reach: int = BAND) -> Tensor:
-    """The voxels (*S) bool within `reach` voxels, along each axis, of a label of either map (*S)."""
-    near = (labels > 0) | (truth > 0)
-    for axis, n in enumerate(near.shape):
-        line = near.clone()
-        for step in range(1, min(reach, n - 1) + 1):
-            near.narrow(axis, step, n - step).logical_or_(line.narrow(axis, 0, n - step))
-            near.narrow(axis, 0, n - step).logical_or_(line.narrow(axis, step, n - step))
-    return near
-
-
 def borders(labels: Tensor) -> Tensor:
     """The voxels (*S) bool with a neighbour of another label, across a face."""
     found = torch.zeros_like(labels, dtype=torch.bool)
@@ -251,7 +250,7 @@ def certainty(
 ) -> tuple[dict[str, float], Tensor]:
     """(every score of uncertainty and probabilities; bins as in `reliability`) of probabilities p, their
     label map, their uncertainty and the true labels, all (*S). slabs: (first plane, p (K, planes, ...))."""
-    band, wrong = near_labels(labels, truth), labels != truth
+    band, wrong = near_labels(labels, truth, BAND), labels != truth
     scores = calibration(doubt[band], wrong[band])
     scores["retention_border"] = calibration(borders(labels)[band], wrong[band])["retention_ratio"]
     planes = ((slice(start, start + p.shape[1]), p) for start, p in slabs)
@@ -292,19 +291,21 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     num, votes = plural(len(dataset), "case"), plural(config.votes, "vote")
     print0(f"{num}, T = {pipeline.method.num_timesteps}, {votes}")
     settings = (config.votes, config.window, config.overlap, config.seed)
+    num_labels = pipeline.method.num_labels
+    channels = num_labels * (config.votes if config.every_vote and pipeline.method.config.diffusion else 1)
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
         case, item = dataset.cases[i], dataset[i, i]
         x, start = item["image"], time.perf_counter()
-        planes = pipeline.segment_planes(x, *settings, case.id, config.batch_size, config.amp)
-        kept = keep(planes, pipeline.method.num_labels, x.shape[1:], case.id)
+        how = (case.id, config.batch_size, config.amp, config.every_vote)
+        kept = keep(pipeline.segment_planes(x, *settings, *how), channels, x.shape[1:], case.id)
         seconds = time.perf_counter() - start
         grid = FileGrid(kept, dataset.infos[case.id], header_of(dataset, i))
-        found = label_map_of(slabs_of(grid), grid.size)
+        found = label_map_of(slabs_of(grid, num_labels), grid.size)
         reference = item["mask"] if config.reference else None
-        own = found if grid.same else label_map_of(slabs_of(kept), kept.size)
+        own = found if grid.same else label_map_of(slabs_of(kept, num_labels), kept.size)
         pictures = pictures_of(x, reference, *own, dataset.spec.display)
         del item, x, reference
-        scores, counted = write_case(grid, *found, dataset, i, config, folder)
+        scores, counted = write_case(grid, num_labels, *found, dataset, i, config, folder)
         rows[case.id], bins = {"seconds": seconds, **scores}, bins + counted
         worst.add(case.id, rows[case.id].get("dice", 0.0), pictures)
     rows = dict(sorted((k, v) for part in gather(rows) for k, v in part.items()))
@@ -335,6 +336,7 @@ def pictures_of(
 
 def write_case(
     grid: FileGrid,
+    num_labels: int,
     label_map: Tensor,
     doubt: Tensor,
     dataset: VolumeDataset,
@@ -342,28 +344,35 @@ def write_case(
     config: SegmentConfig,
     folder: Path,
 ) -> tuple[dict[str, float], Tensor | int]:
-    """Write label map, uncertainty and probabilities of a case on its file's grid; returns the case's scores
-    and the bins of `reliability`, ({}, 0) without a reference."""
-    case, layout, num_labels = dataset.cases[index], dataset.config, grid.channels
+    """Write label map, uncertainty, probabilities and votes of a case on its file's grid; returns the case's
+    scores and the bins of `reliability`, ({}, 0) without a reference."""
+    case, layout = dataset.cases[index], dataset.config
     header = header_of(dataset, index)
-    name = file_name(case.id) + suffix_of(config.format, layout.dims, case.image)
+    suffix = suffix_of(config.format, layout.dims, case.image)
 
-    def write_values(kind: str, array: np.ndarray) -> None:
+    def write_values(kind: str, array: np.ndarray, end: str = "") -> None:
+        name = file_name(case.id) + end + suffix
         write(folder / kind / name, Volume(array, header.affine, header.orientation))
 
     write_values("labels", file_labels(label_map.numpy()[None], layout, num_labels))
     write_values("uncertainty", doubt.numpy()[None])
     if config.probabilities:
         values = large_array((num_labels, *grid.size))
-        for start, p in slabs_of(grid):
+        for start, p in slabs_of(grid, num_labels):
             values[:, start : start + p.shape[1]] = p
         write_values("probability", values)
         del values
+    if config.every_vote:
+        votes = large_array((grid.channels // num_labels, *grid.size), np.uint16)
+        for start, p in votes_of(grid, num_labels):
+            votes[:, start : start + p.shape[2]] = p.argmax(1)
+        for v, vote in enumerate(votes, start=1):
+            write_values("votes", file_labels(vote[None], layout, num_labels), f"__{v:02d}")
     if case.mask is None:
         return {}, 0
     truth = load_role(case.mask, "mask", dataclasses.replace(layout, spacing=None, resize=False)).array[0]
     truth = torch.from_numpy(truth)
-    scores, bins = certainty(slabs_of(grid), label_map, doubt, truth)
+    scores, bins = certainty(slabs_of(grid, num_labels), label_map, doubt, truth)
     return score(label_map, truth, num_labels, header.spacing) | scores, bins
 
 

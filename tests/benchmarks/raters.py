@@ -1,0 +1,265 @@
+"""Segmentations that differ as raters do: diffusion beside four others, on the same minutes.
+
+    LDM3D_DATA=FOLDER python tests/benchmarks/raters.py --minutes 10
+
+Cells, each outlined by ten raters (FOLDER/cells), split by image. Every arm is a run of train_cdal.py with
+the preset `cells` and the same network, trained for the same CPU minutes on one thread: a step is timed
+first, the number of steps follows. Each training step sees the mask of one rater. All arms then draw 16 masks
+of every test image:
+
+    diffusion      16 votes of the preset
+    sampled        a plain network; every voxel drawn by its own probability
+    thresholded    the same network; its most likely label everywhere, 16 times
+    ensemble       4 plain networks of a quarter of the minutes each, thresholded, 4 times
+    dropout        a plain network with dropout 0.3, which stays on; 16 passes, thresholded
+    stochastic     a Gaussian of rank 10 over the logits of all voxels at once, 16 draws (stochastic
+                   segmentation networks, Monteiro et al. 2020, arXiv 2006.06015)
+
+The table has the scores of ldm3d/evaluation/raters.py with bootstrap intervals over images, and the
+difference of each arm's ged to that of diffusion, paired by image. What is there is not done again; killed at
+any point, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from budgets import measured_in_cpu_seconds, once, seconds_of_step, words_of_length
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train_cdal  # noqa: E402
+from ldm3d import pipeline  # noqa: E402
+from ldm3d.cdal import CDAL, Generator, GeneratorConfig  # noqa: E402
+from ldm3d.config import show  # noqa: E402
+from ldm3d.data import VolumeDataset, open_stored  # noqa: E402
+from ldm3d.engine.distributed import keyed_generator  # noqa: E402
+from ldm3d.engine.logger import save_sheet  # noqa: E402
+from ldm3d.evaluation.raters import (  # noqa: E402
+    calibration_error,
+    rater_scores,
+    reliability_bins,
+    shares,
+)
+from ldm3d.evaluation.results import table, with_interval  # noqa: E402
+from ldm3d.evaluation.statistics import bootstrap_interval  # noqa: E402
+from ldm3d.unet import UNet, UNetConfig  # noqa: E402
+
+VOTES, RANK, DRAWS = (
+    16,
+    10,
+    20,
+)  # masks of an image; of the stochastic head: its rank, draws of a training step
+PLAIN = {"cdal.diffusion": False, "votes": 1}
+TRAININGS: dict[str, tuple[dict[str, Any], float]] = {  # run -> (settings, share of the minutes)
+    "diffusion": ({}, 1),
+    "plain": (PLAIN, 1),
+    **{f"member-{k}": (PLAIN | {"run.seed": k}, 1 / 4) for k in range(1, 5)},
+    "dropout": (PLAIN | {"unet.dropout": 0.3}, 1),
+    "stochastic": (PLAIN, 1),
+    "diffusion-scale-1": ({"cdal.kernel.input_scale": 1.0}, 1),
+    "diffusion-own-estimate": ({"cdal.own_estimate": True}, 1),
+}
+ARMS: dict[str, list[str]] = {  # arm -> its runs
+    "diffusion": ["diffusion"],
+    "sampled": ["plain"],
+    "thresholded": ["plain"],
+    "ensemble": [f"member-{k}" for k in range(1, 5)],
+    "dropout": ["dropout"],
+    "stochastic": ["stochastic"],
+    "diffusion, mask not scaled": ["diffusion-scale-1"],
+    "diffusion, own estimate": ["diffusion-own-estimate"],
+}
+SHOWN = {"ged": "GED^2", "matched_iou": "matched IoU", "best_dice": "best Dice", "mean_dice": "mean Dice"}
+
+
+# --- stochastic segmentation networks -----------------------------------------------------------------------
+
+
+class StochasticGenerator(Generator):
+    """A plain network whose output, (B, K (2 + RANK), *S), holds the mean of the logits, the logarithm of
+    their own variances, and RANK factors P. The logits are Gaussian with the covariance P P^T + diagonal."""
+
+    def __init__(self, config: GeneratorConfig, unet: UNetConfig, image_channels: int, num_labels: int):
+        super().__init__(config, unet, image_channels, num_labels)
+        self.num_labels = num_labels
+        own = self.unet.config
+        self.unet = UNet(replace(own, out_channels=own.out_channels * (2 + RANK)))
+
+    def to_x_start(self, output: Tensor) -> Tensor:
+        return super().to_x_start(output[:, : self.num_labels])
+
+    def logits(self, output: Tensor, of_factors: Tensor, own: Tensor) -> Tensor:
+        """N draws (B, N, K, *S), from Gaussian numbers of_factors (B, N, RANK) and own (B, N, K, *S)."""
+        mean, log_variance, factors = output.float().split([own.shape[2]] * 2 + [own.shape[2] * RANK], 1)
+        moved = torch.einsum("bnr,brv->bnv", of_factors, factors.unflatten(1, (RANK, -1)).flatten(2))
+        return mean[:, None] + moved.view_as(own) + (log_variance.exp() + 1e-5).sqrt()[:, None] * own
+
+
+class StochasticCDAL(CDAL):
+    """Trains a `StochasticGenerator`: - log mean over draws of p(mask given the logits), a voxel (eq. 6)."""
+
+    def losses(self, model, net, discriminator, image, mask, u, draw):
+        y = self.one_hot(mask)
+        output = model(torch.zeros_like(y), torch.zeros(len(y), device=y.device), image, None)
+        drawn = draw("factors", DRAWS, RANK), draw("own", DRAWS, *y.shape[1:])
+        logits = net.logits(output, *drawn)  # (B, DRAWS, K, *S)
+        every = mask[:, None].expand(-1, DRAWS, *mask.shape[1:])
+        log_p = -F.cross_entropy(logits.flatten(0, 1), every.flatten(0, 1), reduction="none")
+        log_p = log_p.flatten(1).sum(1).view(len(y), DRAWS)
+        loss = (math.log(DRAWS) - log_p.logsumexp(1)) / mask[0].numel()
+        return {"ce": loss, "loss": loss}, {}
+
+
+@contextlib.contextmanager
+def networks_of(name: str) -> Any:
+    """Within the block the scripts build and train the networks of a run."""
+    with contextlib.ExitStack() as stack:
+        if name == "stochastic":
+            stack.enter_context(mock.patch.object(train_cdal, "Generator", StochasticGenerator))
+            stack.enter_context(mock.patch.object(train_cdal, "CDAL", StochasticCDAL))
+            stack.enter_context(mock.patch.object(pipeline, "Generator", StochasticGenerator))
+        yield
+
+
+# --- trainings ----------------------------------------------------------------------------------------------
+
+
+def train(name: str, minutes: float, runs: Path) -> None:
+    """Train a run to its end; a run that is there goes on."""
+    settings, share = TRAININGS[name]
+    place = {"run.dir": str(runs / name), "run.amp": "bf16", "batch_size": 4, "run.log_every": 20}
+    words = ["cells", *(w for k, v in (place | settings).items() for w in (f"--{k}", show(v)))]
+    with networks_of(name):
+
+        def measure() -> float:
+            with measured_in_cpu_seconds():
+                return seconds_of_step(train_cdal, words)
+
+        seconds = once(runs / f"{name}.json", measure)
+        steps = max(2, round(60 * minutes * share / seconds))
+        lengths = words_of_length(train_cdal, "cells", steps)
+        train_cdal.main([*words, *lengths, "--run.save_every", "50"])
+
+
+# --- 16 masks of an image -----------------------------------------------------------------------------------
+
+
+def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], x: Tensor, key: str) -> Tensor:
+    """The masks (VOTES, *S) that an arm draws of an image x (C, *S)."""
+    random = keyed_generator(0, 0, f"{arm} {key}")
+    first = opened[0]
+    if arm.startswith("diffusion"):
+        p = first.method.segment(first.net, x, VOTES, key=key, batch_size=VOTES, separate=True)
+        return p.unflatten(0, (VOTES, -1)).argmax(1)
+    if arm in ("dropout", "stochastic"):
+        zeros, t = x.new_zeros(1, first.method.num_labels, *x.shape[1:]), x.new_zeros(1)
+        if arm == "dropout":
+            first.net.unet.train()
+            return torch.cat([first.net(zeros, t, x[None]).argmax(1) for _ in range(VOTES)])
+        drawn = (torch.randn(1, VOTES, *size, generator=random) for size in ((RANK,), zeros.shape[1:]))
+        return first.net.logits(first.net(zeros, t, x[None]), *drawn)[0].argmax(1)
+    p = torch.stack([one.method.segment(one.net, x) for one in opened])  # (networks, K, *S)
+    if arm == "sampled":
+        flat = p[0].flatten(1).T.multinomial(VOTES, replacement=True, generator=random)
+        return flat.T.view(VOTES, *x.shape[1:])
+    return p.argmax(1).repeat_interleave(VOTES // len(p), 0)
+
+
+def open_runs(arm: str, runs: Path) -> list[pipeline.SegmentationPipeline]:
+    with networks_of(ARMS[arm][0]):
+        return [pipeline.SegmentationPipeline(runs / name) for name in ARMS[arm]]
+
+
+def test_cases(opened: pipeline.SegmentationPipeline) -> VolumeDataset:
+    return open_stored(opened.content).dataset("test", own_size=True)
+
+
+@torch.inference_mode()
+def test(arm: str, runs: Path) -> dict[str, Any]:
+    """An arm: {"cases": {id: scores}, "bins": of the reliability curve, "steps": of all its runs}."""
+    opened = open_runs(arm, runs)
+    cases, rows, bins = test_cases(opened[0]), {}, 0
+    torch.manual_seed(0)  # of dropout
+    for i in range(len(cases)):
+        item, start = cases[i, i], time.process_time()
+        drawn = draws_of(arm, opened, item["image"], item["id"])
+        seconds = time.process_time() - start
+        rows[item["id"]] = {"seconds": seconds, **rater_scores(drawn, item["raters"])}
+        bins = bins + reliability_bins(shares(drawn, item["raters"]))
+    return {"cases": rows, "bins": bins.tolist(), "steps": sum(one.content["step"] for one in opened)}
+
+
+# --- table and picture --------------------------------------------------------------------------------------
+
+
+def row_of(arm: str, found: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    rows, first = found["cases"], best["cases"]
+    columns = {name: np.array([row[name] for row in rows.values()]) for name in next(iter(rows.values()))}
+    texts = [with_interval(v.mean(), *bootstrap_interval(v, 2000)) for v in map(columns.get, SHOWN)]
+    apart = columns["ged"] - np.array([first[name]["ged"] for name in rows])
+    return [
+        arm,
+        *texts,
+        f"{columns['votes_dice'].mean():.3f} ({columns['raters_dice'].mean():.3f})",
+        f"{calibration_error(torch.tensor(found['bins'])):.3f}",
+        "-" if found is best else with_interval(apart.mean(), *bootstrap_interval(apart, 2000)),
+        f"{columns['seconds'].mean():.2f}",
+        str(found["steps"]),
+    ]
+
+
+@torch.inference_mode()
+def draw(arms: list[str], runs: Path, path: Path, num_cases: int = 3, num: int = 6) -> None:
+    """A picture: image and some raters of test cases, then some masks of every arm."""
+    opened = {arm: open_runs(arm, runs) for arm in arms}
+    cases, sheet = test_cases(opened[arms[0]][0]), {}
+    for i in range(0, len(cases), -(-len(cases) // num_cases)):
+        item = cases[i, i]
+        x, name = item["image"], item["id"]
+        grey = ((x[0] + 1) / 2).numpy()
+        sheet[f"{name}: image and raters"] = [grey, *item["raters"][:: 10 // num][:num].float().numpy()]
+        for arm in arms:
+            drawn = draws_of(arm, opened[arm], x, name).float()
+            sheet[f"{name}: {arm}, mean and masks"] = [drawn.mean(0).numpy(), *drawn[:num].numpy()]
+    print(save_sheet(path, sheet, (0, 1)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of training, for every arm")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:6], choices=list(ARMS))
+    parser.add_argument("--runs", type=Path, help="folder of the runs; default runs/raters-MINUTES")
+    parser.add_argument("--picture", type=Path, help="PNG of masks of every arm")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = args.runs or Path(f"runs/raters-{args.minutes:g}")
+    found = {}
+    for arm in args.arms:
+        for name in ARMS[arm]:
+            train(name, args.minutes, runs)
+        found[arm] = once(runs / f"{arm}-scores.json", lambda arm=arm: test(arm, runs))
+        head = ["", *SHOWN.values(), "Dice of two (raters)", "ECE", "GED^2 more than diffusion"]
+        lines = [row_of(name, scores, found[args.arms[0]]) for name, scores in found.items()]
+        print(f"\n{table([[*head, 's per image', 'steps'], *lines], markdown=True)}\n", flush=True)
+    if args.picture:
+        draw(args.arms, runs, args.picture)
+
+
+if __name__ == "__main__":
+    main()
