@@ -7,7 +7,7 @@ Both sets hold files ID__NAME, such as p01__03.tif and p01__anna.tif, or are pat
 Raters disagree where an image does not decide: a segmentation is then a sample of what a rater could draw.
 With N samples s and R raters' masks y of a case, and the distance d = 1 - IoU:
 
-    ged             2 mean d(s, y) - mean d(s, s') - mean d(y, y')     over all pairs, equal ones included: the
+    ged             2 mean d(s, y) - mean d(s, s') - mean d(y, y') over all pairs, equal ones included: the
                     squared generalised energy distance (Kohl et al. 2018, arXiv 1806.05034). 0 if both sets
                     are the same. Samples that all equal the mean of the raters are far off, by mean d(y, y')
     matched_iou     both sets are repeated to their least common multiple of maps and matched one to one, so

@@ -7,8 +7,10 @@ import pytest
 import torch
 from folders import equal, opened, refused, save
 
+from ldm3d.config import InputError
 from ldm3d.data import AugmentConfig, DataConfig
 from ldm3d.data.cases import find_cases
+from ldm3d.data.images import with_references
 from ldm3d.engine.distributed import keyed_generator
 
 RATERS = ("anna", "ben", "chris")
@@ -136,3 +138,10 @@ def test_raters_that_do_not_fit_are_named(root, settings):
     refused(slices, "data.slices: masks of several raters")
     save(root / "raters/p_1__ben.nii.gz", np.zeros((6, 5, 3), np.uint8))
     refused(settings, "p_1__ben.nii.gz: mask has shape (6, 5, 3)")
+
+
+def test_references_of_several_raters_are_not_taken_for_one(root, settings):
+    cases = [case.image_alone() for case in find_cases(settings, root)]
+    assert not any(case.masks for case in cases)
+    with pytest.raises(InputError, match="has masks of several raters"):
+        with_references(cases, root, settings)
