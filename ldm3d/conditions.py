@@ -481,3 +481,19 @@ def check_names(names: Iterable[str], conditions: Sequence[Condition]) -> None:
         if name not in own:
             listed = f"its conditions: {', '.join(own)}" if own else "it was trained without any"
             raise InputError(f"condition {name}: the model has no such condition, {listed}")
+
+
+def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
+    """Words NAME=VALUE as a dict: ("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}.
+
+    key: the setting that errors name.
+    """
+    values: dict[str, str] = {}
+    for word in words:
+        name, mark, value = word.partition("=")
+        if not mark:
+            raise InputError(f"{key}: expected NAME=VALUE, got {word!r}")
+        if name in values:
+            raise InputError(f"{key}: {name} is given twice")
+        values[name] = value
+    return values

@@ -50,6 +50,7 @@ from .config import InputError
 Process = Literal["vp", "flow"]
 Prediction = Literal["eps", "x_start", "v", "velocity"]
 Coefficient = float | Tensor  # a tensor broadcasts against the samples
+Estimate = tuple[Tensor, Tensor]  # (x_start, noise), as the network's output has them
 # At t = 1 of flow x_t is noise alone, from which eps says nothing of x_start
 PREDICTIONS = {"vp": ("eps", "x_start", "v"), "flow": ("velocity", "x_start", "v")}
 
@@ -668,6 +669,52 @@ class DiffusionKernel:
                     x_t, past = self.noise_again(x_next, t_next, t, draw(x_next.shape).to(x_next)), None
             x_t = x_next
         return x_t
+
+    # The probability flow
+
+    def flow_step(self, estimate: Estimate, x: Tensor, t: float, t_next: float) -> Tensor:
+        """x (B, C, *S) at time t, moved to time t_next, cleaner or noisier, along the straight line from the
+        estimated x_start to the estimated noise. One step of ddim or euler.
+
+        Divided by alpha + sigma, every process is a flow: with s = sigma / (alpha + sigma),
+        x / (alpha + sigma) = (1 - s) x_start + s noise.
+        """
+        (alpha, sigma), (alpha_next, sigma_next) = self.signal_and_noise(t), self.signal_and_noise(t_next)
+        total, total_next = alpha + sigma, alpha_next + sigma_next
+        pred_x_start, pred_noise = estimate
+        return total_next * (
+            x / total + (sigma_next / total_next - sigma / total) * (pred_noise - pred_x_start)
+        )
+
+    @torch.no_grad()
+    def invert(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        times: Sequence[float],
+        rounds: int = 3,
+        **model_kwargs,
+    ) -> Tensor:
+        """The x_t (B, C, *S) at times[0] from which ddim (eta 0) or euler, with these falling times, makes
+        x_start (B, C, *S): the noise that an image is made of.
+
+        A step of the sampler takes x_t to x_next = x_t + (change predicted at x_t). Its inverse is the x_t of
+        x_t = x_next - (change predicted at x_t), found by `rounds` fixed-point rounds. The first one, which
+        predicts at x_next, is the inversion of Song (section 5.3); more make up for that (Pan et al. 2023,
+        arXiv:2309.04907). Calls of the network: steps * rounds.
+        """
+        x_next, kind = x_start.to(_precision(x_start)), self.config.prediction
+        ends = [*self._check_times(list(times)), 0.0 if self.process == "flow" else -1][::-1]
+        for t_next, t in pairwise(ends):
+            alpha, sigma = self.signal_and_noise(t)
+            x_t = x_next * (alpha + sigma) / sum(self.signal_and_noise(t_next))
+            for _ in range(rounds):
+                time = self.to_network_time(x_t.new_full((len(x_t),), t))
+                pred = model(x_t, time, **model_kwargs).to(x_t.dtype)
+                estimate = solve_prediction(kind, pred, x_t, alpha, sigma)
+                x_t = self.flow_step(estimate, x_next, t_next, t)
+            x_next = x_t
+        return x_next
 
 
 def _precision(x: Tensor) -> torch.dtype:

@@ -64,10 +64,11 @@ class Edit:
     strength: float = 1.0  # the share of time at which sampling starts: 1 = noise alone
     resample: int = 1  # how often each step is taken (`DiffusionKernel.sample`)
 
-    def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
-        """The latent x_t (B, C_z, *s) that sampling starts from at time t.
+    def start(self, noise: Tensor, times: Sequence[float], indices: list[int]) -> Tensor:
+        """The latent x_t (B, C_z, *s) that sampling starts from at times[0].
 
-        noise (B, C_z, *s): what sampling without an edit starts from. indices: the numbers of the B samples.
+        noise (B, C_z, *s): what sampling without an edit starts from. times: the falling times of all steps.
+        indices: the numbers of the B samples.
         """
         return noise
 
@@ -397,7 +398,7 @@ class LatentDiffusion(nn.Module):
                 noise = draw((len(generators), *latent)).to(self.device)
                 cond = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
                 predict = guided(net, cond, noise, guidance, self.kernel.num_timesteps)
-                x_t = edit.start(noise, times[0], list(indices[part]))
+                x_t = edit.start(noise, times, list(indices[part]))
                 predict = edit.around(predict)
                 how = {"eta": eta, "draw": draw, "resample": edit.resample, "progress": progress}
                 z = self.kernel.sample(predict, x_t, times, sampler, **how)

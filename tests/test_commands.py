@@ -49,6 +49,9 @@ TINY = {  # of every program and task
     "samples": "--resamples 10 --pairs 12 --slices 4 --device cpu",
     "compare": "--resamples 10 --worst 1",
     "copies": "--feature_steps 2 --device cpu",
+    "anomalies": "--resamples 10 --steps 2 --draws 1 --subset 2 --device cpu",
+    "likelihood": "--resamples 10 --steps 2 --subset 2 --device cpu",
+    "edits": "--resamples 10",
     "registers": "--steps 2 --device cpu",
     "latents": "--device cpu",
 }
@@ -109,11 +112,13 @@ sample.py runs/ldm-phantom --num 4
 sample.py runs/ldm-hippocampus --num 4
 sample.py runs/ldm-mine --num 4
 sample.py runs/ldm-phantom-anatomy --num 12 --with-labels
+sample.py runs/ldm-captions --inpaint IMAGE --region MASK --num 2
 """.replace("\n ", " ")  # those that lines begin from
 
 
 COPIES = {
     "runs/ldm-hippocampus/samples-001": "SAMPLES",
+    "runs/ldm-captions/samples-001": "EDITED",
     "runs/ldm-phantom-anatomy": "runs/anatomy/hippocampus/ldm-bound-0",
     "runs/vae-mine": "runs/vae-theirs",
 }
@@ -190,7 +195,7 @@ def write_places(place: Path) -> None:
         gather(place / folder, *own)
     for folder in ("FOLDER/labels", "LABELS", "PREDICTED"):
         gather(place / folder, *masks)
-    for folder in ("REAL", "TRAIN", "OTHER/images"):
+    for folder in ("REAL", "TRAIN", "HEALTHY", "OTHER/images"):
         gather(place / folder, *images[:6])
     for tif in (place / "data/tiff_pairs/flair").iterdir():
         shutil.copy(tif, place / "FOLDER")

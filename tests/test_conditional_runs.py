@@ -263,6 +263,21 @@ def test_inpainting_leaves_the_voxels_outside_the_region_untouched(run, tmp_path
         sample.main([str(run), "--resample", "2"])
 
 
+def test_what_was_in_the_region_does_not_show_in_the_file(run, tmp_path):
+    root = ldm3d.load(run).layout.root
+    image, mask = read(f"{root}/images/phantom_0002.tif"), f"{root}/labels/phantom_0002.tif"
+    region = read(mask).array > 0
+    made = []
+    for name, factor in (("as it is", 1), ("brighter", 30)):  # which moves the percentiles of the file
+        array = np.where(region, factor * image.array, image.array)
+        write(tmp_path / f"{name}.tif", replace(image, array=array))
+        flags = ["--inpaint", str(tmp_path / f"{name}.tif"), "--region", mask, "--num", "1", "--steps", "2"]
+        sample.main([str(run), *flags, "--out", str(tmp_path / name)])
+        made.append(read(tmp_path / name / "sample_0000.tif").array)
+    assert np.array_equal(*made)
+    assert np.array_equal(made[0][~region], image.array[~region])
+
+
 def test_images_are_edited_and_interpolated(run, tmp_path):
     root = ldm3d.load(run).layout.root
     a, b = (f"{root}/images/phantom_000{i}.tif" for i in (1, 2))
@@ -279,6 +294,40 @@ def test_images_are_edited_and_interpolated(run, tmp_path):
     told = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("edit", "two")]
     # of the half of ab2's 4 steps that strength 0.5 visits, and of all 4
     assert [how["network_calls"] for how in told] == [2, 4]
+
+
+def test_a_counterfactual_starts_from_the_noise_of_the_image(run, tmp_path):
+    pipeline = ldm3d.load(run)
+    image = f"{pipeline.layout.root}/images/phantom_0001.tif"
+    edit = ["--edit", image, "--strength", "0.6", "--steps", "10", "--condition"]
+    flags = {"own": ["class=1", "--invert", "class=1"], "other": ["class=0", "--invert", "class=1"]}
+    flags["drawn"] = ["class=1", "--num", "1"]
+    for name, words in flags.items():
+        sample.main([str(run), *edit, *words, "--out", str(tmp_path / name)])
+    told = json.loads((tmp_path / "own" / "samples.json").read_text())
+    assert (told["num"], told["sampler"]) == (1, "euler")
+    model, images = pipeline.model, pipeline.open([image])
+    with torch.inference_mode():
+        back = images.restore(0, model.decode(model.encode(images[0, 0]["image"][None]))[0]).array
+    made = {name: read(tmp_path / name / "sample_0000.tif").array for name in flags}
+    error = {name: float(np.abs(x - back).mean()) for name, x in made.items()}
+    assert error["own"] < 0.2 * error["drawn"]
+    assert error["own"] < error["other"]
+
+
+def test_sets_of_conditions_get_the_same_noises_if_asked(run, tmp_path, monkeypatch):
+    keys, whole = [], ldm3d.LatentDiffusion.stream
+
+    def watched(self, indices, *more, **named):
+        keys.append(list(indices))
+        return whole(self, indices, *more, **named)
+
+    monkeypatch.setattr(ldm3d.LatentDiffusion, "stream", watched)
+    (tmp_path / "sets.csv").write_text("name,class\na,0\nb,1\n")
+    for flags in ([], ["--same_noise"]):
+        out = ["--num", "2", "--steps", "1", "--out", str(tmp_path / f"sets{len(flags)}")]
+        sample.main([str(run), "--conditions", str(tmp_path / "sets.csv"), *out, *flags])
+    assert keys == [[0, 1, 2, 3], [0, 1, 0, 1]]
 
 
 def read_table(pipeline, path, text):

@@ -9,6 +9,7 @@ import sample
 import train_cdal
 import train_ldm
 import train_vae
+from ldm3d.evaluation.__main__ import main as evaluation_main
 
 SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder of the data
     ("ldm", "--condition klass=1", "condition klass: the model has no such condition"),
@@ -27,6 +28,10 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
     ("ldm", "--edit {heads}/images/phantom_0001.tif --strength 0", "strength: expected above 0"),
     ("ldm", "--edit .", ".: a folder, expected a file"),
     ("ldm", "--inpaint a.tif", "inpaint, region: one needs the other"),
+    ("ldm", "--invert class=1", "invert: needs edit"),
+    ("ldm", "--edit a.tif --invert class=1 --sampler heun", "invert: needs sampler euler or ddim"),
+    ("ldm", "--edit {heads}/images/phantom_0001.tif --invert klass=1", "condition klass: the model has no"),
+    ("ldm", "--same_noise", "same_noise: needs conditions, a table of several sets"),
     ("ldm", "--strength 0.3", "strength: needs inpaint, edit or interpolate"),
     ("ldm", "--interpolate 0,1 --strength 0", "strength: expected above 0"),
     ("ldm", "--interpolate 3", "interpolate: expected two samples or two images, got '3'"),
@@ -161,6 +166,31 @@ def test_sampling_reconstructing_and_segmenting(runs, heads, kind, flags, words,
     arguments = [str(runs[kind]), *shlex.split(flags.format(heads=heads))]
     assert words in mistake(sample.main, arguments)
     assert sorted(runs[kind].iterdir()) == before
+
+
+EVALUATE = [  # words behind `python -m ldm3d.evaluation`, what the line says; {run} is of train_ldm.py
+    ("anomalies {run}", "which FOLDER?"),
+    ("anomalies {run} /nowhere", "/nowhere: no such folder"),
+    ("anomalies {run} {heads}/images --levels 0,2", "levels: expected numbers above 0 and up to 1"),
+    ("anomalies {run} {heads}/images --label 4", "label: needs masks"),
+    ("anomalies {run} {heads}/images --masks /nowhere", "masks: /nowhere is not a folder"),
+    (
+        "anomalies {run} {heads}/images --condition klass=0",
+        "condition klass: the model has no such condition",
+    ),
+    ("likelihood {run} --changes turn", "changes: expected"),
+    ("likelihood {run} --part test", "part: the run has no test cases"),
+    ("likelihood {vae}", "vae"),
+    ("edits {run}", "has no samples.json"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), EVALUATE)
+def test_evaluating(runs, heads, line, words, mistake):
+    before = sorted(runs["ldm"].iterdir())
+    line = line.format(run=runs["ldm"], vae=runs["vae"], heads=heads)
+    assert words in mistake(evaluation_main, shlex.split(line))
+    assert sorted(runs["ldm"].iterdir()) == before
 
 
 @pytest.mark.parametrize(("kind", "flags", "words"), TRAIN)

@@ -18,6 +18,7 @@ come texture, a bias field, noise, and a gain that differs from head to head, as
 """
 
 import csv
+import itertools
 import os
 import shutil
 from dataclasses import dataclass
@@ -294,11 +295,13 @@ def write_phantoms(
     size: tuple[int, ...] | None = None,
     spacing: tuple[float, ...] | None = None,
     seed: int = 0,
+    class_idx: Literal[0, 1] | None = None,
 ) -> Path:
     """Writes heads 0 ... num - 1 as a data set: images/, labels/, sources/ (NIfTI; 2-D: TIFF) and cases.csv.
 
-    Columns: image, mask, source, class, text, subject. The folder appears complete or not at all; if it
-    exists already, that is an `InputError`.
+    class_idx: only heads of this class, the first `num` of them: 0 = without a lesion, to train a model of
+    healthy heads. Columns: image, mask, source, class, text, subject. The folder appears complete or not at
+    all; if it exists already, that is an `InputError`.
     """
     root = Path(root)
     if root.exists():
@@ -306,8 +309,12 @@ def write_phantoms(
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     suffix, rows = ".tif" if dims == 2 else ".nii.gz", []
     try:
-        for index in range(num):
+        for index in itertools.count():
+            if len(rows) == num:
+                break
             case, name = make_phantom(index, dims, size, spacing, seed), f"phantom_{index:04d}"
+            if class_idx not in (None, case.class_idx):
+                continue
             arrays = {"images": case.image, "labels": case.mask, "sources": case.source}
             for folder, array in arrays.items():
                 _save(temporary / folder / f"{name}{suffix}", array, case.affine)

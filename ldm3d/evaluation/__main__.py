@@ -1,11 +1,14 @@
-"""Figures of quality: an autoencoder's reconstructions, generated sets, pairs, copies of training cases,
-segmentations beside several raters.
+"""Figures of quality: reconstructions, generated sets, pairs, copies; segmentations beside several raters;
+anomalies, likelihood, edits.
 
 python -m ldm3d.evaluation reconstruct RUN               reconstruction.py: how good is an autoencoder?
 python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are samples distributed like real cases?
 python -m ldm3d.evaluation compare GENERATED TARGET      pairs.py: how near is each image to its target?
 python -m ldm3d.evaluation copies GENERATED TRAIN        copies.py: are samples copies of training cases?
 python -m ldm3d.evaluation raters SAMPLES MASKS          raters.py: do segmentations differ as raters do?
+python -m ldm3d.evaluation anomalies RUN FOLDER          anomalies.py: where is an image not healthy?
+python -m ldm3d.evaluation likelihood RUN                likelihood.py: how likely are images?
+python -m ldm3d.evaluation edits EDITED                  edits.py: are edits seamless and in their place?
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from pathlib import Path
 
 from ..config import run_task
 from ..engine.distributed import run_script
+from .anomalies import AnomaliesConfig, find_anomalies
 from .copies import CopiesConfig, find_copies
+from .edits import EditsConfig, measure_edits
+from .likelihood import LikelihoodConfig, likelihood
 from .pairs import PairsConfig, compare_pairs
 from .raters import RatersConfig, compare_raters
 from .reconstruction import ReconstructionConfig, reconstruct
@@ -32,12 +38,17 @@ def main(argv: list[str] | None = None) -> None:
         "SAMPLES": "folder of segmentations ID__NAME, or a pattern with {id} and {rater} in quotes",
         "MASKS": "folder of the raters' masks ID__NAME, or a pattern with {id} and {rater} in quotes",
     }
+    images = {"FOLDER": "folder of images to search for anomalies, or a pattern in quotes"}
+    edited = {"EDITED": "folder that sample.py --inpaint or --edit has written"}
     tasks = {
         "reconstruct": (ReconstructionConfig, run, lambda config, run: reconstruct(config, Path(run))),
         "samples": (SetsConfig, generated | real, compare_sets),
         "compare": (PairsConfig, generated | target, compare_pairs),
         "copies": (CopiesConfig, generated | train, find_copies),
         "raters": (RatersConfig, several, compare_raters),
+        "anomalies": (AnomaliesConfig, run | images, find_anomalies),
+        "likelihood": (LikelihoodConfig, run, lambda config, run: likelihood(config, Path(run))),
+        "edits": (EditsConfig, edited, measure_edits),
     }
     run_task(tasks, argv, "python -m ldm3d.evaluation", __doc__)
 

@@ -8,6 +8,11 @@ Strength (Meng, section 3). Sampling starts at the time strength * T from x_t in
 noise hides the details that are to change. The grid below that time is the sampler's own, and 30 steps at
 strength 0.5 are 15: the same strength gives the same noise with every sampler.
 
+Inversion (Song, section 5.3). Noise that is drawn hides the image at random. Inversion finds the one noise
+that the image is made of: deterministic sampling, run backwards under the conditions that the image has. From
+that noise, the same conditions give the image back, and others change what differs between the conditions: a
+counterfactual. Example: an image with a lesion is inverted under class 1, and sampled under class 0.
+
 Region. A latent voxel outside the region must end at z. There the network's prediction is replaced by the
 exact one, which follows from x_start = z. So the outside follows its own noise back to z with every sampler,
 and at every step the network sees the surroundings at the right noise level. (Lugmayr replaces x_t itself.
@@ -40,13 +45,14 @@ sphere, with r the angle between a and b (Shoemake 1985):
 
 For two independent noises r is about 90 degrees, and half-way lies 0.71 a + 0.71 b, again of variance 1.
 
-Meng et al. 2022 (SDEdit) arXiv:2108.01073; Lugmayr et al. 2022 (RePaint) 2201.09865.
+Meng et al. 2022 (SDEdit) arXiv:2108.01073; Lugmayr et al. 2022 (RePaint) 2201.09865; Song et al. 2021 (DDIM)
+2010.02502.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +61,7 @@ from torch import Tensor
 from ..conditions import label_shares
 from ..config import InputError
 from ..engine.distributed import keyed_generator
+from ..guidance import Guidance, guided
 from ..latent_diffusion import Edit, LatentDiffusion, Predict
 
 
@@ -64,7 +71,8 @@ class ImageEdit(Edit):
     region (*size) bool: the part that is sampled anew, while the rest is kept exactly; None: all of the image
     changes. strength in (0, 1]: how much noise hides the image; with 1 nothing of it remains in the region.
     feather: voxels over which the autoencoder's error at the border fades. resample: how often each step is
-    taken, so that the region fits its surroundings; 1 is fastest.
+    taken, so that the region fits its surroundings; 1 is fastest. own: the image's own conditions (by name,
+    (1, ...), as `LatentDiffusion.prepare` gives them): its noise is found by inversion, and not drawn.
     """
 
     def __init__(
@@ -75,16 +83,19 @@ class ImageEdit(Edit):
         strength: float = 1.0,
         feather: int = 4,
         resample: int = 4,
+        own: dict[str, Tensor] | None = None,
     ):
         check_image(model, x)
         check_strength(strength)
+        if own is not None and region is not None:
+            raise InputError("own: the conditions of an image, expected no region")
         if resample < 1:
             raise InputError(f"resample: expected 1 or more, got {resample}")
         if region is not None and tuple(region.shape) != tuple(x.shape[1:]):
             raise InputError(f"region: expected shape {tuple(x.shape[1:])}, got {tuple(region.shape)}")
         if region is not None and not region.any():
             raise InputError("region: is empty, there is nothing to make")
-        self.model, self.x, self.strength, self.feather = model, x, strength, feather
+        self.model, self.x, self.strength, self.feather, self.own = model, x, strength, feather, own
         self.region, self.resample = None if region is None else region.bool(), 1
         self.inside = torch.ones((1, 1, *model.latent_shape[1:]), dtype=torch.bool, device=model.device)
         if region is None:
@@ -96,8 +107,11 @@ class ImageEdit(Edit):
         # What noise is added to: the old content too, if the noise is to leave something of it
         self.origin = self.z if strength == 1 or region is None else encoded(model, x)
 
-    def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
-        x_t = noisy(self.model, torch.where(self.inside, self.origin, self.z).expand_as(noise), t, noise)
+    def start(self, noise: Tensor, times: Sequence[float], indices: list[int]) -> Tensor:
+        if self.own is not None:
+            return inverted(self.model, self.z, times, self.own).expand_as(noise)
+        around = torch.where(self.inside, self.origin, self.z).expand_as(noise)
+        x_t = noisy(self.model, around, times[0], noise)
         return torch.where(self.inside, noise, x_t) if self.strength == 1 else x_t
 
     def around(self, predict: Predict) -> Predict:
@@ -155,11 +169,11 @@ class Interpolation(Edit):
         draw = keyed_generator(seed, number, "sample")
         return torch.randn(self.model.latent_shape, generator=draw).to(self.model.device)
 
-    def start(self, noise: Tensor, t: float, indices: list[int]) -> Tensor:
+    def start(self, noise: Tensor, times: Sequence[float], indices: list[int]) -> Tensor:
         if not 0 <= min(indices) <= max(indices) < self.num:
             raise InputError(f"interpolation: has samples 0 to {self.num - 1}, asked for {max(indices)}")
         between = torch.stack([slerp(*self.ends, i / (self.num - 1)) for i in indices])
-        return noisy(self.model, between, t, self.noise.expand_as(between)) if self.images else between
+        return noisy(self.model, between, times[0], self.noise.expand_as(between)) if self.images else between
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -176,6 +190,15 @@ def noisy(model: LatentDiffusion, z: Tensor, t: float, noise: Tensor) -> Tensor:
     """x_t (B, C_z, *s) of a clean latent z with this noise."""
     dtype = torch.float32 if model.kernel.process == "flow" else torch.int64
     return model.kernel.q_sample(z, torch.full((len(z),), t, dtype=dtype), noise)
+
+
+def inverted(model: LatentDiffusion, z: Tensor, times: Sequence[float], own: dict[str, Tensor]) -> Tensor:
+    """x_t (1, C_z, *s) at times[0] from which sampling at these times under the conditions `own` leads to the
+    latent z (1, C_z, *s)."""
+    net = model.denoiser_for(z.shape[2:])
+    cond = {name: value.to(model.device) for name, value in own.items()}
+    predict = guided(net, cond, z, Guidance(), model.kernel.num_timesteps)
+    return model.kernel.invert(predict, z, times)
 
 
 def encoded(model: LatentDiffusion, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ translation       python sample.py RUN --condition image=PATH --num 8 --maps
 editing           python sample.py RUN --inpaint IMAGE --region MASK
                   python sample.py RUN --edit IMAGE --strength 0.5
                   python sample.py RUN --interpolate 3,7          or two images
+counterfactuals   python sample.py RUN --edit IMAGE --invert class=1 --condition class=0 --strength 0.7
+                  python sample.py RUN --conditions FILE.csv --same_noise
 with labels       python sample.py runs/ldm-phantom-anatomy --with-labels
 larger volumes    python sample.py runs/ldm-hippocampus --size 80,112,80      or 80mm,112mm,80mm
 
@@ -55,13 +57,14 @@ from .segmentation import IN_MEMORY, check_finite, file_labels, overlay, suffix_
 SamplerName = Literal[("auto", *SAMPLERS)]  # a tuple, since Python 3.10 knows no star here
 SHOWN = 16  # volumes on the sheet and in the scores: as many as the real ones that they are compared with
 THINNED = 128  # voxels along an axis, at most, of a large sample on the sheet
+INVERTED = {"flow": "euler", "vp": "ddim"}  # the samplers that `DiffusionKernel.invert` runs backwards
 MAPS = "maps"  # the folder of means and standard deviations
 
 
 @dataclass(frozen=True)
 class SampleConfig(RequestConfig):
     steps: int = 30  # intervals of the sampling grid; network calls are printed
-    sampler: SamplerName = "auto"  # auto = ab2 or dpmpp
+    sampler: SamplerName = "auto"  # auto = ab2 or dpmpp; with --invert euler or ddim
     eta: float = 0.0  # ddim: fresh noise, 0 = none, 1 = as much as ddpm
     batch_size: int = 8  # volumes made at once, on each rank; of a volume in windows, its windows
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -85,6 +88,8 @@ class SampleConfig(RequestConfig):
             raise InputError("with_labels, inpaint: give one of the two")
         if self.interpolate and (self.sampler == "ddpm" or self.eta):
             raise InputError("interpolate: needs a sampler that draws no fresh noise, and eta 0")
+        if self.invert and (self.sampler not in ("auto", *INVERTED.values()) or self.eta):
+            raise InputError(f"invert: needs sampler {' or '.join(INVERTED.values())}, and eta 0")
         if self.maps and self.samples < 2:
             raise InputError(f"maps: need at least 2 samples, got num {self.samples}")
 
@@ -347,7 +352,8 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
         model.use_registers(False)
     if config.compile:
         model.denoiser.compile()
-    sampler = model.kernel.default_sampler if config.sampler == "auto" else config.sampler
+    usual = INVERTED[model.kernel.process] if config.invert else model.kernel.default_sampler
+    sampler = usual if config.sampler == "auto" else config.sampler
     model.kernel.check_sampler(sampler, config.eta)
     guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
@@ -372,8 +378,9 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     cond = {name: value[sets] for name, value in request.conditions.items()}
     start, results = time.perf_counter(), Results(config, pipeline, request, folder)
     settings = (config.steps, sampler, config.seed, config.batch_size, config.eta, config.amp)
+    noises = [i % config.samples for i in indices] if config.same_noise else indices
     stream = model.stream(
-        indices,
+        noises,
         *settings,
         cond,
         guidance,

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..conditions import Condition, absent, check_names, split_words
+from ..conditions import Condition, absent, check_names, pairs, split_words
 from ..config import InputError, at_least, show
 from ..data import CaseInfo, DataSpec, Volume, VolumeDataset, collate, restore
 from ..data.cases import read_csv
 from ..data.geometry import centred
 from ..data.inspection import voxels_off
 from ..data.loading import keeps_grid, load_role
+from ..data.transforms import scaling_numbers
 from ..data.volumes import centred_affine, file_name
 from ..engine.distributed import print0
 from ..engine.training import to_device
@@ -59,6 +60,8 @@ class RequestConfig:
     edit: str | None = None  # image to start from instead of from noise
     strength: float | None = None  # noise that hides the image, 0 to 1; none = inpaint 1, edit .5, else .3
     resample: int | None = None  # inpaint: how often each step is made, to fit the surroundings; none = 4
+    invert: tuple[str, ...] = field(default=(), metadata={"repeat": True})  # edit: NAME=VALUE of the image
+    same_noise: bool = False  # conditions: each set gets the noises of the first, so only conditions differ
     interpolate: str | None = None  # two samples, such as 3,7, or two images, to go from one to the other
 
     def __post_init__(self) -> None:
@@ -71,6 +74,10 @@ class RequestConfig:
             raise InputError("inpaint, region: one needs the other")
         if self.resample is not None and not self.inpaint:
             raise InputError("resample: needs inpaint")
+        if self.invert and not self.edit:
+            raise InputError("invert: needs edit")
+        if self.same_noise and not self.conditions:
+            raise InputError("same_noise: needs conditions, a table of several sets")
         if self.strength is not None and not (self.inpaint or self.edit or self.interpolate):
             raise InputError("strength: needs inpaint, edit or interpolate")
         if (self.size and len({type(n) for n in self.size}) > 1) or not all(map(is_length, self.size or ())):
@@ -80,7 +87,7 @@ class RequestConfig:
     @property
     def samples(self) -> int:
         """Samples of each set of conditions."""
-        return self.num or (1 if self.conditions or self.cases else 16)
+        return self.num or (1 if self.conditions or self.cases or self.invert else 16)
 
     @property
     def size_in_mm(self) -> bool:
@@ -181,22 +188,6 @@ def wrong_row(
         except InputError:
             return f"{config.conditions}: {name}: "
     return ""
-
-
-def pairs(words: tuple[str, ...], key: str = "condition") -> dict[str, str]:
-    """Words NAME=VALUE as a dict: ("class=1", "text=a lesion") -> {"class": "1", "text": "a lesion"}.
-
-    key: the setting that errors name.
-    """
-    values: dict[str, str] = {}
-    for word in words:
-        name, mark, value = word.partition("=")
-        if not mark:
-            raise InputError(f"{key}: expected NAME=VALUE, got {word!r}")
-        if name in values:
-            raise InputError(f"{key}: {name} is given twice")
-        values[name] = value
-    return values
 
 
 def read_rows(path: str, files: list[str]) -> tuple[list[str], list[dict[str, str]]]:
@@ -303,14 +294,17 @@ def with_edit(request: Request, config: RequestConfig, pipeline: LatentDiffusion
     region = read_region(config.region, images, pipeline) if config.region else None
     usual = 1.0 if config.inpaint else 0.5
     strength = usual if config.strength is None else config.strength
-    edit = ImageEdit(pipeline.model, images[0, 0]["image"], region, strength, resample=config.resample or 4)
+    own = pipeline.prepare(pairs(config.invert, "invert")) if config.invert else None
+    more = {"resample": config.resample or 4, "own": own}
+    edit = ImageEdit(pipeline.model, images[0, 0]["image"], region, strength, **more)
     infos = list(images.infos.values())
     return dataclasses.replace(request, infos=infos, images=images, edit=edit, paste=region is not None)
 
 
 def read_region(path: str, images: VolumeDataset, pipeline: LatentDiffusionPipeline) -> Tensor:
-    """The region (*size) bool to inpaint in the one image of `images`. The region must be on the image's
-    grid, and within the middle of the image, which is all that a sample of the run's size covers."""
+    """The region (*size) bool to inpaint in the one image of `images`, which is scaled by the voxels outside
+    from now on. The region must be on the image's grid, and within the middle of the image, which is all that
+    a sample of the run's size covers."""
     regions, file = pipeline.open([path], "region"), images.cases[0].image
     ours, theirs = (next(iter(dataset.infos.values())) for dataset in (regions, images))
     if not keeps_grid(file, "image", images.config):
@@ -324,7 +318,20 @@ def read_region(path: str, images: VolumeDataset, pipeline: LatentDiffusionPipel
     if np.count_nonzero(whole) > np.count_nonzero(seen):
         size = "x".join(map(str, pipeline.spec.size))
         raise InputError(f"region: {path} reaches beyond the middle {size} of the image, all that is made")
+    scale_by_outside(images, whole[0] != 0)
     return region
+
+
+def scale_by_outside(images: VolumeDataset, region: np.ndarray) -> None:
+    """Scale the one image of `images` by the voxels outside the region (*S) alone. A bright lesion moves the
+    percentiles of its file: through them the network would learn of what it must not see."""
+    case, config = images.cases[0], images.config
+    outside = load_role(case.image, "image", config).array[:, ~region]
+    how = (config.scaling, config.percentiles, config.window)
+    found = [scaling_numbers(values, *how) if values.size else (0.0, 0.0) for values in outside]
+    if all(low < high for low, high in found):  # else all that is left is one value, which has no scale
+        low, high = zip(*found, strict=True)
+        images.infos[case.id] = dataclasses.replace(images.infos[case.id], low=low, high=high)
 
 
 def interpolation(

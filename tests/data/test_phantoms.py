@@ -144,6 +144,18 @@ def test_a_written_set_is_read_back_as_it_was_made(dims: int, size: tuple[int, .
         assert (int(row["class"]), row["text"]) == (head.class_idx, head.caption)
 
 
+@pytest.mark.parametrize("class_idx", [0, 1])
+def test_a_set_can_hold_heads_of_one_class(class_idx: int, tmp_path: Path) -> None:
+    root = write_phantoms(tmp_path / "set", 2, dims=2, size=(28, 24), class_idx=class_idx)
+    rows = list(csv.DictReader((root / "cases.csv").read_text().splitlines()))
+    assert [int(row["class"]) for row in rows] == [class_idx] * 2
+    assert len({row["subject"] for row in rows}) == 2
+    for row in rows:
+        index = int(row["subject"][-4:])
+        assert (read(root / row["image"]).array == make_phantom(index, 2, (28, 24)).image).all()
+        assert (read(root / row["mask"]).array == 4).any() == bool(class_idx)
+
+
 def test_a_set_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*args: object) -> None:
         raise OSError("disk full")

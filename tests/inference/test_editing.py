@@ -128,6 +128,30 @@ def auc_of_a_linear_probe(features, truth):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+def test_nothing_of_the_result_depends_on_what_was_in_the_region(dims):
+    model = make_model(dims)
+    x, region = image_of(model), box_of(model)
+    other = torch.where(region, 3 - 2 * x, x)
+    a, b = (model.sample(1, steps=3, edit=ImageEdit(model, image, region)) for image in (x, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [(("flow", "velocity"), "euler"), (("vp", "v"), "ddim")])
+def test_an_image_comes_back_from_the_noise_that_inversion_finds(kind, sampler):
+    model = make_model(2, *kind)
+    for p in model.denoiser.parameters():
+        p.data *= 0.3  # a calmer network than that of the other tests
+    x, there = image_of(model), {}
+    back = model.decode(model.encode(x[None]))
+    for own in (None, {}):
+        edit = ImageEdit(model, x, strength=0.6, own=own)
+        there[own is None] = model.sample(2, steps=20, sampler=sampler, edit=edit)
+    assert torch.equal(*there[False].split(1))  # nothing is drawn
+    errors = {drawn: float((made - back).abs().mean()) for drawn, made in there.items()}
+    assert errors[False] < 0.05 * errors[True]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
 def test_the_region_in_the_latent_has_all_that_its_content_changes(dims):
     model = make_model(dims)
     x, region = image_of(model).clamp(-1, 1), box_of(model)
@@ -304,6 +328,7 @@ def test_there_is_at_least_one_sample():
         (lambda m: ImageEdit(m, image_of(m), box_of(m) & False), "region: is empty"),
         (lambda m: ImageEdit(m, image_of(m), strength=0.0), "strength"),
         (lambda m: ImageEdit(m, image_of(m), box_of(m), resample=0), "resample: expected 1 or more"),
+        (lambda m: ImageEdit(m, image_of(m), box_of(m), own={}), "own: .*expected no region"),
         (lambda m: Interpolation(m, (0, 1), 1), "num"),
     ],
 )
