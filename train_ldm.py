@@ -85,7 +85,16 @@ from ldm3d.engine.training import (
     to_device,
 )
 from ldm3d.inference.segmentation import overlay
-from ldm3d.large.patches import PatchConfig, cut, cut_batch, draw_box, draw_boxes, draw_size, position_step
+from ldm3d.large.patches import (
+    PatchConfig,
+    cut,
+    cut_batch,
+    draw_box,
+    draw_boxes,
+    draw_size,
+    longest_side,
+    position_step,
+)
 from ldm3d.large.streaming import STREAMED
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.latents import (
@@ -99,7 +108,7 @@ from ldm3d.latents import (
 )
 from ldm3d.lora import LoRAConfig, add_adapters
 from ldm3d.metrics import dice, set_statistics
-from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of
+from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of, longest_side_of
 from ldm3d.plan import (
     LDM_PASSES,
     Latents,
@@ -886,7 +895,9 @@ def train(
     latent = autoencoder.latent_shape(data.spec.size)[1:]
     config.patch.check(latent, config.unet.downsampling)
     reseed(seed, 0)
-    step = position_step(config.patch, data.spec.size, data.spec.spacing, autoencoder.downsampling)
+    before = run.resumed or run.initial
+    longest = longest_side_of(before["state"]) if before else longest_side(data.spec.size, data.spec.spacing)
+    step = position_step(config.patch, longest, data.spec.spacing, autoencoder.downsampling)
     net = make_denoiser(config, conditions, data.spec.num_labels, autoencoder, step).to(device)
     kernel = DiffusionKernel(config.kernel)
     base = run.initial["state"] if run.initial and config.frozen else None
@@ -927,6 +938,7 @@ def train(
             "latent_std": statistics[1],
             "conditions": [c.to_dict() for c in conditions],
             "cells": cells_of(data, conditions),
+            **({"longest_side": longest} if step else {}),
         }
 
     ema, mean = EMA(net, config.run.ema_decay), Mean()

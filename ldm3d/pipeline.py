@@ -33,7 +33,7 @@ from .engine.checkpoint import load_run, load_weights, save
 from .engine.distributed import is_main, print0
 from .engine.runs import changed_case, read_split
 from .engine.training import autocast
-from .large.patches import PatchConfig, position_step
+from .large.patches import PatchConfig, longest_side, position_step
 from .latent_diffusion import LatentDiffusion
 from .registers import AnatomyConfig
 from .unet import UNetConfig
@@ -81,6 +81,13 @@ def latent_statistics_of(state: dict[str, Any], channels: int, run: str | Path) 
     if not (std > 0).all():
         raise InputError(f"{run}: latent_std is not above 0; the checkpoint is damaged")
     return mean, std
+
+
+def longest_side_of(state: dict[str, Any]) -> float:
+    """The longest side, in mm, to which the positions of patches refer, of a checkpoint's state. Older ones
+    do not hold the number: there the side is that of the run's own volumes."""
+    spec = DataSpec.from_dict(state["data"])
+    return state.get("longest_side") or longest_side(spec.size, spec.spacing)
 
 
 # --- pipelines ----------------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ class LatentDiffusionPipeline(Pipeline):
             self.spec.num_labels or 0,
             autoencoder.downsampling,
             config.get("control", "off"),
-            position_step(patch, self.spec.size, self.spec.spacing, autoencoder.downsampling),
+            position_step(patch, longest_side_of(state), self.spec.spacing, autoencoder.downsampling),
         )
         load_weights(denoiser, content["ema"], str(run))
         kernel = DiffusionKernel(from_dict(KernelConfig, config["kernel"], "kernel"))

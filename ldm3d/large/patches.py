@@ -10,6 +10,8 @@ stand beside x_t as further input channels, and the denoiser learns what belongs
                 of a training volume: 0 in the middle, -1 and 1 at the ends of the longest axis
     sampling    whole, where whole latents were trained on; else in windows as large as the largest patch
                 (windows.py), each with its own coordinates
+    other data  a run that starts from another (--run.init) keeps the longest side of that one's volumes, so
+                that a place in mm has the position that the denoiser has learned for it
 
 Example: volumes of 128 x 160 x 128 voxels of 1 mm and an autoencoder of factor 4 make latents of
 32 x 40 x 32. Half of 160 mm is 1, so neighbours along each axis are 4 / 80 = 0.05 apart, in patches and in
@@ -82,15 +84,20 @@ class PatchConfig:
             raise InputError(f"patch.size: expected {expected}, got {show(self.size)}")
 
 
+def longest_side(size: Sequence[int], spacing: Sequence[float]) -> float:
+    """mm along the longest axis of volumes of these voxels."""
+    return max(n * mm for n, mm in zip(size, spacing, strict=True))
+
+
 def position_step(
-    config: PatchConfig, size: Sequence[int], spacing: Sequence[float], factor: Sequence[int]
+    config: PatchConfig, longest: float, spacing: Sequence[float], factor: Sequence[int]
 ) -> tuple[float, ...]:
     """The difference in position of two neighbours along each axis of a latent; empty without patches.
 
-    size, spacing: voxels and mm of the training volumes; factor: voxels in a latent voxel."""
+    longest: mm of the longest side of a training volume; spacing: mm of a voxel; factor: voxels in a latent
+    voxel."""
     if config.size is None:
         return ()
-    longest = max(n * mm for n, mm in zip(size, spacing, strict=True))
     return tuple(f * mm / (longest / 2) for f, mm in zip(factor, spacing, strict=True))
 
 

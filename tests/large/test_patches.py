@@ -25,6 +25,7 @@ from ldm3d.large.patches import (
     draw_box,
     draw_boxes,
     draw_size,
+    longest_side,
     position_step,
 )
 from ldm3d.large.windows import Windows
@@ -43,14 +44,15 @@ def placed() -> Denoiser:
 
 
 def test_positions_are_mm_from_the_middle_over_half_of_the_longest_side():
-    step = position_step(PatchConfig((8, 8, 8)), SIZE, SPACING, (4, 4, 2))
+    longest = longest_side(SIZE, SPACING)
+    step = position_step(PatchConfig((8, 8, 8)), longest, SPACING, (4, 4, 2))
     net = Denoiser(UNET, position_step=step)
     where = net.coordinates(torch.zeros(2, 4, 32, 40, 50))
     for axis, n in enumerate((32, 40, 50)):
         mm = (torch.arange(n) + 0.5) * 4 - n * 4 / 2  # the middles of latent voxels, of 4 mm on each axis
         expected = (mm / 100).view([n if a == axis else 1 for a in range(3)]).expand(32, 40, 50)
         torch.testing.assert_close(where[1, axis], expected, atol=1e-6, rtol=0)
-    assert position_step(PatchConfig(), SIZE, SPACING, (4, 4, 2)) == ()
+    assert position_step(PatchConfig(), longest, SPACING, (4, 4, 2)) == ()
 
 
 def test_sizes_are_drawn_with_the_shares_asked_for():
@@ -158,16 +160,38 @@ def test_patches_that_a_latent_or_a_network_cannot_have(config, words):
 PATCHES = ["--patch.size", "4,4", "--patch.share", "0.3"]
 
 
-def test_a_run_on_patches_that_was_stopped_goes_on_bit_for_bit_and_is_loaded(vae_run, tmp_path):
-    for name, steps in (("whole", 4), ("stopped", 2), ("stopped", 4)):
-        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / name, steps, *PATCHES))
-    runs = [load(step_files(tmp_path / name)[0]) for name in ("whole", "stopped")]
+@pytest.fixture(scope="module")
+def on_patches(vae_run, tmp_path_factory):
+    """The folder of a run on patches, after four steps."""
+    folder = tmp_path_factory.mktemp("patches") / "whole"
+    train_ldm.main(tiny.ldm_flags(vae_run, folder, 4, *PATCHES))
+    return folder
+
+
+def test_a_run_on_patches_that_was_stopped_goes_on_bit_for_bit_and_is_loaded(vae_run, on_patches, tmp_path):
+    for steps in (2, 4):
+        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "stopped", steps, *PATCHES))
+    runs = [load(step_files(folder)[0]) for folder in (on_patches, tmp_path / "stopped")]
     tiny.assert_equal(runs[0]["model"], runs[1]["model"])
-    model = ldm3d.load(tmp_path / "whole").model
+    model = ldm3d.load(on_patches).model
     # heads of 16 x 20 voxels of 12 x 11 mm, four voxels a latent voxel, half of 220 mm
     assert model.denoiser.arguments.position_step == pytest.approx((48 / 110, 44 / 110))
     assert model.window == (4, 5)
     assert model.sample(1, steps=1).shape == (1, 1, 16, 20)
+
+
+WAYS = {"adapters": ["--lora.rank", 2], "control": ["--control", "labels"], "all weights": PATCHES}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_run_that_starts_from_another_keeps_its_positions_in_mm(way, vae_run, on_patches, tmp_path):
+    """Volumes of 16 x 28 voxels are 308 mm long; a place in mm has the position that the base has learned."""
+    base = ["--run.init", on_patches, "--data.dims", 2, "--data.size", "16,28"]
+    for steps in (1, 2):
+        train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", steps, *base, *way))
+        model = ldm3d.load(tmp_path / "run").model
+        assert model.latent_shape == (3, 4, 7)
+        assert model.denoiser.arguments.position_step == pytest.approx((48 / 110, 44 / 110))
 
 
 def test_masks_of_patches_teach_registers(vae_run, tmp_path, monkeypatch):
