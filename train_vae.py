@@ -650,7 +650,8 @@ def train(
             latents.append(latent)
         if stepper.step(run.step):
             if config.autoencoder == "vq":
-                mean.add(**net.quantizer.update(latents, keyed_generator(seed, run.step, "codebook")))
+                draw = keyed_generator(seed, run.step, "codebook")
+                mean.add(**net.quantizer.update(latents, draw, frozen=config.lora.rank > 0))
             ema.update(net, run.step)
         if adversarial:
             for batch, fraction in micro_batches(pairs, disc_model, device, seed, run.step):

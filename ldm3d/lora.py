@@ -10,6 +10,8 @@ Since B is zero, the network starts as it was, to the bit. The kernel (C_out, C_
 counts as a matrix (C_out, C_in k^3). Example: a convolution of 128 to 128 channels with kernel 3 has 442,368
 weights; its adapter of rank 4 has 4 (128 + 3456) = 14,336.
 
+The codes of a VQ autoencoder belong to W: they stay as they are, be they parameters or running means.
+
 Adapters stand at every linear layer (attention and embeddings) and every convolution. They are
 parametrizations of PyTorch (torch.nn.utils.parametrize): whoever reads `layer.weight` gets W + B A, so no
 layer knows of them. `merge` puts W + B A in the place of all three, so a run that is opened for use is an

@@ -183,17 +183,22 @@ class VectorQuantizer(nn.Module):
         return Quantized(z, z_q, indices, codebook, commitment)
 
     @torch.no_grad()
-    def update(self, outputs: Sequence[Quantized], draw: torch.Generator) -> dict[str, Tensor]:
+    def update(
+        self, outputs: Sequence[Quantized], draw: torch.Generator, frozen: bool = False
+    ) -> dict[str, Tensor]:
         """Move the codes after an optimizer step: k-means at the first call, running means, revival.
 
         outputs: what `forward` returned for each micro-batch of this step on this rank. draw: a CPU generator
-        in the same state on all ranks. Returns the perplexity, codes_used and codes_revived over all ranks.
+        in the same state on all ranks. frozen: count only how codes are used. Returns the perplexity,
+        codes_used and codes_revived over all ranks.
         """
         c, codebook = self.config, self.codebook.detach()
         vectors = torch.cat([q.z.detach().movedim(1, -1).flatten(0, -2) for q in outputs])  # (N, C_z)
         indices = torch.cat([q.indices.flatten() for q in outputs])
         counts, sums = code_statistics(vectors, indices, c.codebook_size)
         report = {"perplexity": perplexity_of(counts), "codes_used": (counts > 0).sum()}
+        if frozen:
+            return report
         decay = c.decay
         if not self.initialised:
             self.initialised.fill_(True)

@@ -237,6 +237,19 @@ def test_an_autoencoder_learns_by_adapters_too(vae_run, heads, tmp_path):
     assert all(torch.equal(kept[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_the_codes_of_an_adapted_autoencoder_stay_as_they_are(update, heads, tmp_path):
+    codes = ["--autoencoder", "vq", "--quantizer.codebook_size", 16, "--quantizer.update", update]
+    train_vae.main(vae_flags(heads, tmp_path / "base", 2, *codes))
+    train_vae.main(vae_flags(heads, tmp_path / "run", 3, "--run.init", tmp_path / "base", "--lora.rank", 2))
+    before, content = load_run(tmp_path / "base")["ema"], load(step_files(tmp_path / "run")[0])
+    names = [name for name in before if name.startswith("quantizer.")]
+    assert len(names) == {"ema": 4, "gradient": 3}[update]
+    for part in ("model", "ema"):
+        assert all(torch.equal(content[part][name], before[name]) for name in names)
+    assert lines(tmp_path / "run")[-1]["perplexity"] > 1
+
+
 # --- what does not fit --------------------------------------------------------------------------------------
 
 
