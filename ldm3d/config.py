@@ -328,7 +328,10 @@ def read_command(
     cls: type[C], positional: dict[str, str], argv: list[str] | None, prog: str | None, doc: str | None
 ) -> tuple[C, list[str]]:
     """Read ``WORD ... --key value ...`` of a tool: (settings, the words). positional: the name of each word,
-    and what the word is; all are required."""
+    and what the word is; all are required.
+
+    A class may have a static method `defaults(flags) -> settings`, for defaults that follow from flags.
+    """
     parser = Parser(prog=prog, description=doc)
     for name, text in positional.items():
         parser.add_argument(name, nargs="?", help=text)
@@ -338,7 +341,8 @@ def read_command(
     for (name, text), word in zip(positional.items(), words, strict=True):
         if word is None:
             raise InputError(f"which {name}? give the {text}")
-    return replace(cls(), args), words
+    defaults = cls.defaults(args) if hasattr(cls, "defaults") else cls()
+    return replace(defaults, args), words
 
 
 Task = tuple[type, dict[str, str], Callable[..., Any]]  # settings, positional words, the function called

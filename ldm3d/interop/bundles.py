@@ -154,6 +154,11 @@ def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list
     return facts
 
 
+def kernels_of(path: str | Path) -> list[dict[str, Any]]:
+    """The settings of the diffusion of every scheduler that the file describes."""
+    return facts_of(read_json(path), {}).get("kernel", [])
+
+
 def described_flow(scheduler: dict[str, Any]) -> dict[str, Any]:
     """The times of MONAI's rectified flow: how they are drawn in training, and shifted towards noise.
 

@@ -36,7 +36,7 @@ from ..pipeline import copy_autoencoder, load_autoencoder
 from ..unet import UNetConfig
 from ..vae import Autoencoder, AutoencoderKL, VAEConfig
 from ..vqvae import VQVAE, QuantizerConfig
-from .bundles import FACTORS, STATISTICS, Described, check_agreement, read_description
+from .bundles import FACTORS, STATISTICS, Described, check_agreement, kernels_of, read_description
 from .families import (
     Family,
     configuration,
@@ -75,6 +75,20 @@ class ImportConfig:
     window: tuple[float, float] = (0.0, 255.0)  # values, e.g. HU, that become -1 and 1 (scaling window)
     vae: str | None = None  # run of the autoencoder that a U-Net belongs to
     kernel: KernelConfig = ASSUMED_KERNEL  # how the U-Net was trained
+
+    @staticmethod
+    def defaults(flags: dict[str, Any]) -> ImportConfig:
+        """The diffusion is the one that --config describes, where no flag says otherwise."""
+        types, file = field_types(KernelConfig), flags.get("config")
+        given = {key.removeprefix("kernel."): v for key, v in flags.items() if key.startswith("kernel.")}
+        given = {name: convert(value, types[name], f"kernel.{name}") for name, value in given.items()}
+        kernels = kernels_of(file) if file else []
+        found = [from_dict(KernelConfig, kernel | given, f"{file}: kernel") for kernel in kernels]
+        if found and all(kernel == found[0] for kernel in found):
+            return ImportConfig(kernel=found[0])
+        if given and found:
+            ask_for("kernel", {"kernel": " and ".join(str(to_dict(kernel)) for kernel in found)})
+        return ImportConfig()
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_groups")
@@ -438,10 +452,6 @@ def import_file(config: ImportConfig, file: str) -> Path:
             config = dataclasses.replace(config, spacing=facts["spacing"])
     if isinstance(net, Denoiser) and config.kernel == ASSUMED_KERNEL:
         ask_for("kernel", imported.unclear)
-    if config.kernel == ASSUMED_KERNEL and "kernel" in facts:
-        config = dataclasses.replace(
-            config, kernel=from_dict(KernelConfig, facts["kernel"], f"{config.config}: kernel")
-        )
     if isinstance(net, Autoencoder):
         content = autoencoder_content(config, net)
     else:

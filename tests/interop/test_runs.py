@@ -433,6 +433,37 @@ def test_a_bundle_tells_how_its_u_net_was_trained(scheduler, kernel, runs, tmp_p
     assert "the diffusion" not in capsys.readouterr().out
 
 
+TWO = [
+    {"_target_": "DDPMScheduler", "prediction_type": "v_prediction", "num_train_timesteps": 500},
+    {"_target_": "PNDMScheduler", "prediction_type": "v_prediction", "num_train_timesteps": 200},
+]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "flags", "kernel"),
+    [
+        (TWO[0], ["--kernel.beta_end", 0.03], {"prediction": "v", "num_timesteps": 500, "beta_end": 0.03}),
+        (TWO[0], ["--kernel.clip_x_start", "none"], {"clip_x_start": None, "schedule": "linear"}),
+        (
+            {"_target_": "RFlowScheduler", "num_train_timesteps": 500},
+            ["--kernel.prediction", "x_start"],
+            {"process": "flow", "prediction": "x_start", "flow_shift": 1.0, "num_timesteps": 500},
+        ),
+        (
+            TWO,
+            ["--kernel.num_timesteps", 300, "--kernel.clip_x_start", 2],
+            {"prediction": "v", "num_timesteps": 300, "clip_x_start": 2.0, "beta_start": 1e-4},
+        ),
+    ],
+)
+def test_a_flag_of_the_diffusion_leaves_the_rest_to_the_bundle(scheduler, flags, kernel, runs, tmp_path):
+    (tmp_path / "bundle.json").write_text(json.dumps({"unet": DESCRIBED, "noise": scheduler}))
+    flags = ["--config", tmp_path / "bundle.json", "--vae", runs / "vae", "--to", tmp_path / "run", *flags]
+    main(["import", *map(str, [runs / "unet.pt", *flags])])
+    found = ldm3d.load(tmp_path / "run").model.kernel.config
+    assert {name: getattr(found, name) for name in kernel} == kernel
+
+
 def test_a_diffusion_that_nothing_tells_is_said_to_be_assumed(runs, tmp_path, capsys):
     state = torch.load(runs / "unet.pt", weights_only=True)["unet_state_dict"]
     torch.save(state, tmp_path / "alone.pt")
@@ -500,6 +531,15 @@ def test_what_a_bundle_of_a_u_net_leaves_open_is_asked_for(content, says, runs, 
     flags = ["--config", tmp_path / "bundle.json", "--vae", runs / "vae", "--to", tmp_path / "run"]
     assert says in mistake(main, ["import", runs / "unet.pt", *flags])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_leaves_two_diffusions_is_not_enough(runs, tmp_path, mistake):
+    (tmp_path / "bundle.json").write_text(json.dumps({"unet": DESCRIBED, "noise": TWO}))
+    flags = ["--config", tmp_path / "bundle.json", "--vae", runs / "vae", "--to", tmp_path / "run"]
+    said = mistake(main, ["import", runs / "unet.pt", *flags, "--kernel.num_timesteps", 300])
+    assert "kernel: the configuration file says {'num_timesteps': 300" in said
+    said = mistake(main, ["import", runs / "unet.pt", *flags, "--kernel.beta_end", "high"])
+    assert "kernel.beta_end: expected float, got 'high'" in said
 
 
 def test_the_scaling_of_images_in_the_bundle_of_a_u_net_is_no_hindrance(runs, tmp_path):
