@@ -607,6 +607,7 @@ def hide_some(
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 EVAL_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # u of the noise levels at which validation takes the loss
+HIGH = EVAL_LEVELS[-2:]  # where the layout of a volume is decided
 
 
 @torch.inference_mode()
@@ -711,7 +712,12 @@ def validate(
     device: torch.device,
 ) -> None:
     """Scores of `model`, which holds the EMA, for the log, a picture, and best.pt if the loss is the lowest
-    so far."""
+    so far.
+
+    A ControlNet is judged at high noise. At low noise x_t itself shows what the map says, so the loss there
+    hardly tells whether the map is followed. It rises as soon as few volumes are learned by heart, and the
+    mean over all levels would pick weights from before the zero convolutions have opened.
+    """
     config = run.config
     with run.validation():
         rounds = -(-len(dataset) // (config.batch_size * world_size()))
@@ -721,7 +727,11 @@ def validate(
             picture, z = preview(model, real, dataset, config, run.preview_path)
             run.logger.picture(run.step, "samples", picture)
             run.logger.histogram(run.step, "generated latent", z)
-    run.keep_best("loss", scores["loss"])
+    judged = "loss"
+    if config.control != "off":
+        judged = "loss_high_noise"
+        scores[judged] = sum(scores[f"loss_u{level}"] for level in HIGH) / len(HIGH)
+    run.keep_best(judged, scores[judged])
     run.log("val", scores)
 
 

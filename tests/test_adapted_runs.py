@@ -136,6 +136,14 @@ def test_samples_follow_the_mask_and_without_one_they_are_those_of_the_base(cont
     assert not torch.allclose(further, under, atol=1e-6)
 
 
+def test_the_best_weights_of_a_control_run_are_those_with_the_lowest_loss_at_high_noise(control, adapters):
+    best = load(control[0] / "best.pt")["best"]
+    found = [(line["loss_u0.8"] + line["loss_u0.95"]) / 2 for line in lines(control[0], "val")]
+    assert best["name"] == "loss_high_noise"
+    assert best["value"] == pytest.approx(min(found))
+    assert load(adapters[0] / "best.pt")["best"]["name"] == "loss"
+
+
 def test_sample_takes_masks_as_those_of_the_condition(control, tmp_path):
     root = ldm3d.load(control[0]).layout.root
     flags = ["--condition", f"labels={root}/labels/phantom_0003.tif", "--steps", "2", "--num", "2"]

@@ -66,8 +66,14 @@ def thin(points: list[list[float]]) -> list[list[float]]:
 
 
 def best_validation(lines: Lines) -> str:
-    """The validation with the highest PSNR; without PSNR the highest Dice; without both the lowest loss."""
-    kinds = ("psnr", max, "PSNR {:.2f} dB"), ("dice", max, "Dice {:.3f}"), ("loss", min, "loss {:.4g}")
+    """The validation with the highest PSNR; without PSNR the highest Dice; without both the lowest loss (at
+    high noise, which judges a ControlNet)."""
+    kinds = (
+        ("psnr", max, "PSNR {:.2f} dB"),
+        ("dice", max, "Dice {:.3f}"),
+        ("loss_high_noise", min, "loss at high noise {:.4g}"),
+        ("loss", min, "loss {:.4g}"),
+    )
     for key, pick, words in kinds:
         found = [line for line in lines if line["split"] == "val" and line.get(key) is not None]
         if found:
