@@ -441,6 +441,15 @@ def with_identity_projections(state: State) -> State:
     return new
 
 
+def with_zero_biases(state: State) -> State:
+    """A state in which every convolution has a bias: where there is none, it is zero."""
+    new = dict(state)
+    for name, value in state.items():
+        if name.endswith(".conv.weight"):
+            new.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(len(value)))
+    return new
+
+
 def configuration(state: State, family: Family, where: str) -> dict[str, Any]:
     """The settings that the shapes tell. InputError if they are those of no network."""
     shapes = Shapes(state, where)

@@ -43,6 +43,7 @@ from .families import (
     recognise,
     rewrite,
     with_identity_projections,
+    with_zero_biases,
     without_batch_norm,
 )
 from .files import read_weights
@@ -82,7 +83,7 @@ class ImportConfig:
         types, file = field_types(KernelConfig), flags.get("config")
         given = {key.removeprefix("kernel."): v for key, v in flags.items() if key.startswith("kernel.")}
         given = {name: convert(value, types[name], f"kernel.{name}") for name, value in given.items()}
-        kernels = kernels_of(file) if file else []
+        kernels = kernels_of(file) if file and Path(file).is_file() else []  # else opening it says so
         found = [from_dict(KernelConfig, kernel | given, f"{file}: kernel") for kernel in kernels]
         if found and all(kernel == found[0] for kernel in found):
             return ImportConfig(kernel=found[0])
@@ -224,6 +225,7 @@ def open_weights(file: str | Path, config: str | Path | None = None, **flags: An
         net = ControlNet(from_dict(UNetConfig, settings), *arguments)
     elif family.kind == "discriminator":
         net = PatchDiscriminator(from_dict(PatchDiscriminatorConfig, settings))
+        state = with_zero_biases(state) if net.config.norm == "none" else state
     elif family.kind == "autoencoder":
         if settings.get("upsample", "").startswith("deconv"):
             state = {name.replace(".postconv.conv.", ".deconv."): value for name, value in state.items()}

@@ -174,6 +174,7 @@ DISCRIMINATORS = {  # arguments, how it is spelled, what shapes cannot tell
     "batch 3d": ({"dims": 3}, same, {}),
     "instance": ({"dims": 3, "norm": "INSTANCE"}, same, {}),
     "no norm": ({"dims": 2, "norm": None, "bias": True}, same, {}),
+    "no norm, no bias": ({"dims": 2, "norm": None}, same, {"norm": "none"}),
     "three layers": ({"dims": 2, "num_layers_d": 3, "in_channels": 3}, ddp, {}),
     "a last kernel of 1": ({"dims": 2, "last_conv_kernel_size": 1, "norm": "INSTANCE"}, same, {}),
     "two scales": ({"dims": 2, "scales": 2}, same, {}),
