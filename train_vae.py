@@ -40,12 +40,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm3d.config import InputError, at_least, parse
+from ldm3d import interop
+from ldm3d.config import InputError, at_least, parse, to_dict
 from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batches, open_data
 from ldm3d.data.dataset import BothRoles
 from ldm3d.data.fingerprint import describe, take
 from ldm3d.data.phantoms import phantom_folder
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
+from ldm3d.engine.checkpoint import load_weights
 from ldm3d.engine.distributed import (
     is_main,
     keyed_generator,
@@ -58,7 +60,7 @@ from ldm3d.engine.distributed import (
 from ldm3d.engine.logger import save_sheet, visible
 from ldm3d.engine.machine import cores_of_rank
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
-from ldm3d.engine.runs import Run, settings_of_init, with_settings_of_init
+from ldm3d.engine.runs import Run, goes_on, settings_of_init, with_settings_of_init
 from ldm3d.engine.training import (
     EMA,
     Mean,
@@ -120,6 +122,7 @@ class Config:
     disc_loss: AdversarialKind = "hinge"  # objective of discriminator and autoencoder
     disc_adaptive: bool = True  # multiply disc_weight by the ratio of gradients at the last layer
     disc_cap: float = 100.0  # largest ratio of gradients
+    disc_init: str | None = None  # file of another library with a discriminator to start from
     r1_weight: float = 0.0  # weight of the discriminator's squared gradient at real images; 0 = off
     r1_every: int = 16  # steps between two R1 penalties, each multiplied by this number
     hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
@@ -140,6 +143,8 @@ class Config:
         at_least(self, 0, *weights, "feature_weight", "r1_weight", "free_bits", "kl_warmup")
         at_least(self, 0, "disc_start", "disc_ramp", "disc_cap")
         at_least(self, 1, "batch_size", "r1_every")
+        if self.disc_init and not self.has_discriminator:
+            raise InputError("disc_init: has no effect without disc_weight or feature_weight")
         if self.lora.rank and not self.run.init:
             raise InputError("lora.rank: needs run.init, the run whose weights stay frozen")
         if self.lora.rank and self.disc_weight and self.disc_adaptive:
@@ -310,10 +315,30 @@ NETWORK = "autoencoder", "vae.", "quantizer."  # what a run takes over from run.
 FREE = ("vae.checkpointing",)
 
 
+def discriminator_of(file: str) -> PatchDiscriminator:
+    """The discriminator in a file of another library."""
+    net = interop.load(file)
+    if not isinstance(net, PatchDiscriminator):
+        raise InputError(f"disc_init: {file} holds a {type(net).__name__}, expected a PatchDiscriminator")
+    return net
+
+
+def settings_of_disc_init(config: Config, image_range: tuple[float, float]) -> dict[str, Any]:
+    """The discriminator of disc_init as settings; none for a run that has none, or is resumed. image_range:
+    of the autoencoder, since both have learned from the same images."""
+    if config.disc_init is None or goes_on("vae", config):
+        return {}
+    theirs = to_dict(discriminator_of(config.disc_init).config) | {"image_range": image_range}
+    return {f"disc.{name}": value for name, value in theirs.items()}
+
+
 def with_init(config: Config, flags: dict[str, Any]) -> Config:
-    """The configuration with the autoencoder of run.init."""
+    """The configuration with the autoencoder of run.init and the discriminator of disc_init."""
     theirs = settings_of_init("vae", config, NETWORK, FREE)
-    return with_settings_of_init(config, {k: v for k, v in theirs.items() if k not in flags})
+    config = with_settings_of_init(config, {k: v for k, v in theirs.items() if k not in flags})
+    theirs = settings_of_disc_init(config, config.vae.image_range)
+    theirs = {k: v for k, v in theirs.items() if k not in flags}
+    return with_settings_of_init(config, theirs, "disc_init")
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -533,7 +558,10 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     """The settings of a run on the images of a folder, by the rules of ldm3d/plan.py."""
     device, found = setup(flags.get("run.device", "auto")), take(folder, flags)
     print0(f"{folder}: {describe(found)}")
-    flags |= settings_of_init("vae", merge({}), NETWORK, FREE) | flags
+    bare = merge({})
+    theirs = settings_of_init("vae", bare, NETWORK, FREE)
+    image_range = theirs.get("vae.image_range", bare.vae.image_range)
+    flags |= theirs | settings_of_disc_init(bare, image_range) | flags
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
         plan = plan_vae(found, able, flags, cores_of_rank())
@@ -570,6 +598,9 @@ def train(
     if config.has_discriminator:
         config.disc.check_size(train_set.size)
         discriminator = PatchDiscriminator(config.disc).to(device)
+        if config.disc_init and not run.resumed:
+            weights = discriminator_of(config.disc_init).state_dict()
+            load_weights(discriminator, weights, f"disc_init {config.disc_init}")
     state = {"data": data.spec.to_dict(), **data.state}
     run.check_data(state["data"], data.contents)
     state |= run.resumed["state"] if run.resumed else {}

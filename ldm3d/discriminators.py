@@ -30,6 +30,7 @@ logit is a mean over voxels, not a sum, so that its scale does not depend on the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .blocks import Conv, GroupNorm, pad_to_multiple, timestep_embedding
+from .blocks import SCALED, Conv, GroupNorm, Rescale, pad_to_multiple, timestep_embedding
 from .config import InputError, at_least
 from .metrics import halve
 
@@ -72,8 +73,11 @@ class PatchDiscriminatorConfig:
     scale_by: Literal["image", "depth"] = "image"  # depth: all see one image, each with num_layers more
     last_kernel: Literal[1, 4] = 4  # of the last convolution
     spectral_norm: bool = False  # divide every weight by its largest singular value
+    image_range: tuple[float, float] = (-1.0, 1.0)  # intensities within the network, for -1 and 1 outside
 
     def __post_init__(self) -> None:
+        if not -math.inf < self.image_range[0] < self.image_range[1] < math.inf:
+            raise InputError(f"image_range: expected low < high, got {self.image_range}")
         at_least(self, 1, "in_channels", "channels", "num_layers", "num_scales")
         if self.num_layers > 7:  # 128 times the width of the first
             raise InputError(f"num_layers: expected 1 to 7, got {self.num_layers}")
@@ -137,6 +141,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         self.config = config
         self.scales = nn.ModuleList(make_layers(config, num) for num in config.depths)
+        self.rescale = nn.Identity() if config.image_range == SCALED else Rescale(SCALED, config.image_range)
 
     def forward(self, x: Tensor) -> DiscriminatorOutput:
         c = self.config
@@ -145,7 +150,7 @@ class PatchDiscriminator(nn.Module):
                 f"image: expected (B, {c.in_channels}, {c.dims} axes), got shape {tuple(x.shape)}"
             )
         c.check_size(x.shape[2:])
-        logits, features = [], []
+        x, logits, features = self.rescale(x), [], []
         for i, layers in enumerate(self.scales):
             if i > 0 and c.scale_by == "image":
                 x = halve(x)

@@ -154,6 +154,12 @@ def changed_case(before: dict[str, dict[str, str]], now: dict[str, dict[str, str
     return None
 
 
+def goes_on(kind: str, config: Any) -> bool:
+    """Is there a checkpoint in the run's folder from which the same command goes on?"""
+    run = config.run
+    return bool(step_files(Path(run.dir or f"runs/{kind}-{config.preset}"))) and not run.fresh
+
+
 def settings_of_init(kind: str, config: Any, start: tuple[str, ...], but: tuple[str, ...]) -> dict[str, Any]:
     """What the run of --run.init has for the settings that start with `start` and not with `but`, by dotted
     key; none for a run that starts from nothing, or is resumed.
@@ -161,23 +167,23 @@ def settings_of_init(kind: str, config: Any, start: tuple[str, ...], but: tuple[
     Weights alone do not make a network: groups of norms, heads of attention or the range of intensities do
     not show in their shapes, so weights would fit a network that does something else.
     """
-    run = config.run
-    resumed = step_files(Path(run.dir or f"runs/{kind}-{config.preset}")) and not run.fresh
-    if not run.init or resumed:
+    init = config.run.init
+    if not init or goes_on(kind, config):
         return {}
     try:
-        theirs = flatten(from_dict(type(config), load_run(run.init, kind)["config"]))
+        theirs = flatten(from_dict(type(config), load_run(init, kind)["config"]))
     except InputError as e:
         raise InputError(f"run.init: {e}") from None
     return {key: value for key, value in theirs.items() if key.startswith(start) and not key.startswith(but)}
 
 
-def with_settings_of_init(config: Any, theirs: dict[str, Any]) -> Any:
-    """The configuration with these settings of the run of --run.init; those that change are printed."""
+def with_settings_of_init(config: Any, theirs: dict[str, Any], flag: str = "run.init") -> Any:
+    """The configuration with these settings of the run or file that `flag` names; those that change are
+    printed."""
     ours = flatten(config)
     changed = [f"{key} {show(value) or 'none'}" for key, value in theirs.items() if ours[key] != value]
     if changed:
-        print0(f"run.init: as in {config.run.init}: {', '.join(changed)}")
+        print0(f"{flag}: as in {ours[flag]}: {', '.join(changed)}")
     return replace(config, theirs)
 
 

@@ -3,8 +3,9 @@
     python -m ldm3d.interop export runs/vae-hippocampus --as monai --to exported
     python -m ldm3d.interop export runs/ldm-hippocampus --as monai --to exported
 
-monai       a MONAI bundle: models/autoencoder.pt, for a latent diffusion run also models/unet.pt, and
-            configs/inference.json, which reconstructs the files in images/ or samples new volumes:
+monai       a MONAI bundle: models/autoencoder.pt, unet.pt, controlnet.pt and discriminator.pt, as far as the
+            run has them, and configs/inference.json, which reconstructs the files in images/ or samples new
+            volumes:
             python -m monai.bundle run --config_file exported/configs/inference.json --bundle_root exported
 maisi       the same for autoencoders that MAISI's class can be (up-sampling trilinear, or of kernel 3)
 diffusers   config.json and diffusion_pytorch_model.safetensors, for AutoencoderKL.from_pretrained (2-D)
@@ -18,6 +19,7 @@ folded into weights, where that is exact:
                                 exported autoencoder gives normalised latents, and scale_factor is 1
     velocity                    MONAI's rectified flow predicts x_start - noise, the opposite of ours: the
                                 last convolution of the U-Net changes its sign
+    classes of a ControlNet     ours receives the U-Net's embedding of a class; MONAI's gets a copy of it
 """
 
 from __future__ import annotations
@@ -32,21 +34,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import InputError
+from ..config import InputError, from_dict
+from ..control import ControlNet
 from ..data import DataConfig
 from ..data.volumes import centred_affine
 from ..denoiser import Denoiser
 from ..diffusion_kernel import KernelConfig
-from ..engine.checkpoint import is_occupied, write_text
+from ..discriminators import PatchDiscriminator, PatchDiscriminatorConfig
+from ..engine.checkpoint import is_occupied, load_latest, load_weights, write_text
+from ..engine.checkpoint import load as load_checkpoint
 from ..engine.distributed import print0
 from ..pipeline import AutoencoderPipeline, LatentDiffusionPipeline, Pipeline, load
 from ..vae import Autoencoder, AutoencoderKL
 from ..vqvae import VQVAE
 from .files import write_safetensors
 from .graphs import export_decoder
-from .layouts import extract
+from .layouts import extract, unet_conditions
 from .peers import Description, describe
 
 Target = Literal["monai", "maisi", "diffusers", "torch_export", "torchscript", "onnx"]
@@ -85,17 +90,39 @@ def with_normalised_latents(net: Autoencoder, mean: Tensor, std: Tensor) -> Auto
     return net
 
 
-def foreign_state(net: Autoencoder | Denoiser, library: str) -> dict[str, Tensor]:
+def discriminator_of(pipeline: AutoencoderPipeline) -> PatchDiscriminator | None:
+    """The discriminator of the newest checkpoint; best.pt holds none."""
+    run = pipeline.run
+    content = (load_checkpoint(run, "vae") if run.is_file() else load_latest(run, "vae")) or {}
+    state = content.get("others", {}).get("discriminator")
+    if state is None:
+        return None
+    net = PatchDiscriminator(from_dict(PatchDiscriminatorConfig, content["config"]["disc"], "disc"))
+    load_weights(net, state, f"{run}: discriminator")
+    return net
+
+
+def foreign_state(net: nn.Module, library: str) -> dict[str, Tensor]:
     """The weights of `net` under the names of the library's class."""
     layout = "monai_vq" if isinstance(net, VQVAE) else "monai"
     state = extract(net, "diffusers" if library == "diffusers" else layout)
-    if "class_embedding.weight" in state:  # the last row is the absent class, which MONAI lacks
+    if (
+        isinstance(net, Denoiser) and "class_embedding.weight" in state
+    ):  # MONAI lacks the absent class, the last
         state["class_embedding.weight"] = state["class_embedding.weight"][:-1].clone()
     if isinstance(net, AutoencoderKL) and library == "maisi":
         if net.config.mid_attention or net.config.decoder_mid_attention:
             raise InputError("mid_attention: is exported as monai, not as maisi")
         state = {wrapped(name): value for name, value in state.items()}
     return state
+
+
+def with_own_classes(net: Denoiser) -> ControlNet:
+    """The ControlNet of a denoiser with an embedding of classes of its own, where the U-Net has one."""
+    control, table = copy.deepcopy(net.control), foreign_state(net, "monai").get("class_embedding.weight")
+    if table is not None:
+        control.class_embedding = nn.Embedding.from_pretrained(table)
+    return control
 
 
 def wrapped(name: str) -> str:
@@ -218,7 +245,7 @@ def sampling_bundle(
     shift = model.kernel.flow_shift(latent[1:]) if kernel.process == "flow" else 1.0
     scheduler = scheduler_of(kernel, latent[1:], shift)
     more = f"input_img_size_numel={math.prod(latent[1:])}" if kernel.process == "flow" else ""
-    classes = bool(model.denoiser.conditions)
+    classes = bool(unet_conditions(model.denoiser))
     if model.denoiser.arguments.position_step:
         raise InputError("patch.size: a bundle that samples with coordinates is not supported")
     if model.denoiser.unet.config.emb_parts > 1:
@@ -254,6 +281,23 @@ def sampling_bundle(
 # --- export -------------------------------------------------------------------------------------------------
 
 
+def discriminator_part(
+    pipeline: AutoencoderPipeline,
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]]:
+    """What a bundle holds of the discriminator of a run: (entries of inference.json, weights by name, what a
+    user should know)."""
+    net = discriminator_of(pipeline)
+    if net is None:
+        return {}, {}, []
+    try:
+        entries = network("discriminator", describe(net, "monai"))
+    except InputError as e:
+        return {}, {}, [f"the discriminator is left out: {e}"]
+    low, high = net.config.image_range
+    note = f"intensities that the discriminator sees: {low:g} to {high:g}"
+    return entries, {"discriminator": foreign_state(net, "monai")}, [note]
+
+
 def export_monai(pipeline: Pipeline, config: ExportConfig, folder: Path) -> list[str]:
     """Write a bundle. Returns what a user should know, in lines."""
     states: dict[str, dict[str, Tensor]] = {}
@@ -271,12 +315,19 @@ def export_monai(pipeline: Pipeline, config: ExportConfig, folder: Path) -> list
             for name in ("out.2.conv.weight", "out.2.conv.bias"):
                 states["unet"][name] = -states["unet"][name]
             notes.append("the U-Net predicts x_start - noise, MONAI's sign, where ours predicts the opposite")
-        if model.denoiser.conditions:
+        if unet_conditions(model.denoiser):
             notes.append("MONAI has no absent class: its row is left out")
+        if model.denoiser.control is not None:
+            control = with_own_classes(model.denoiser)
+            inference |= network("controlnet", describe(control, "monai"))
+            states["controlnet"] = foreign_state(control, "monai")
+            notes.append("inference.json samples without a map; the ControlNet's is as fine as the latent")
     else:
         net = pipeline.net
         autoencoder = describe(net, config.as_)
         inference = reconstruction_bundle(pipeline, autoencoder)
+        entries, part, lines = discriminator_part(pipeline)
+        inference, states, notes = inference | entries, states | part, notes + lines
     states["autoencoder"] = foreign_state(net, config.as_)
     low, high = net.config.image_range
     notes.append(f"intensities within the networks: {low:g} to {high:g}")

@@ -36,6 +36,7 @@ from ..blocks import (
     Upsample,
     per_level,
 )
+from ..conditions import Condition
 from ..config import InputError
 from ..control import ControlNet
 from ..denoiser import Denoiser
@@ -250,14 +251,20 @@ def controlnet_entries(net: ControlNet) -> Iterator[Entry]:
         yield Entry("class_embedding.weight", ("class_embedding.weight",))
 
 
+def unet_conditions(net: Denoiser) -> tuple[Condition, ...]:
+    """The conditions that reach the U-Net itself: all but the map of a ControlNet."""
+    return () if net.conditioner is None else net.conditioner.conditions
+
+
 NUMBERS = ("top_region_index", "bottom_region_index", "spacing")  # that MAISI's U-Net takes
 EMBEDDINGS = {"class": "class_embedding", **{name: f"{name}_layer" for name in NUMBERS}}
 
 
 def denoiser_entries(net: Denoiser) -> Iterator[Entry]:
-    """Every tensor of a denoiser whose conditions are among EMBEDDINGS, but those for absent numbers."""
+    """Every tensor of a denoiser whose conditions are among EMBEDDINGS, but those for absent numbers, and
+    those of a ControlNet, which is a network of its own in other libraries."""
     yield from unet_entries(net.unet, "unet.")
-    for i, condition in enumerate(net.conditions):
+    for i, condition in enumerate(unet_conditions(net)):
         named = "class" if condition.kind == "class" else condition.name
         own, there = f"conditioner.parts.{i}", EMBEDDINGS[named]
         if condition.kind == "class":

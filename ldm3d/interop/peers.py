@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from ..blocks import SCALED, Rescale, level_strides, per_level
 from ..conditioner import Conditioned
 from ..config import InputError
+from ..control import ControlNet
 from ..denoiser import Denoiser
+from ..discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ..unet import UNetConfig
 from ..vae import Autoencoder, AutoencoderKL, VAEConfig
 from ..vqvae import VQVAE
-from .layouts import NUMBERS
+from .layouts import NUMBERS, unet_conditions
 
 Library = Literal["monai", "maisi", "diffusers"]
 
@@ -153,30 +155,75 @@ def describe_diffusers_autoencoder(config: VAEConfig) -> Description:
     )
 
 
-def describe_monai_unet(net: Denoiser) -> Description:
-    target, config = "monai.networks.nets.DiffusionModelUNet", net.unet.config
-    numbers = {c.name for c in net.conditions if c.kind != "class"}
-    if numbers:
-        target = "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi"
+def unet_arguments(config: UNetConfig, target: str) -> dict[str, Any]:
+    """The arguments that MONAI's U-Nets and ControlNets have in common."""
     require(config, target, adaptive_norm=False, time_embed_order="cos_sin")
-    names = [f"{c.kind} {c.name}" for c in net.conditions]
-    concat = set(net.arguments.condition.concat) if net.conditions else set()
-    known = concat == numbers <= set(NUMBERS) and len(net.conditions) - len(numbers) <= 1
-    if net.unet.registers is not None or not known:
-        raise InputError(f"condition: {', '.join(names) or 'registers'} has no counterpart in {target}")
-    arguments = shared(config) | {
-        "out_channels": config.out_channels,
+    return shared(config) | {
         "resblock_updown": config.resblock_updown,
         "num_head_channels": list(config.head_widths),
         "with_conditioning": config.context_dim is not None,
         "cross_attention_dim": config.context_dim,
-        "num_class_embeds": next((len(c.values) for c in net.conditions if c.kind == "class"), None),
         "include_fc": config.attn_out_proj or config.context_dim is not None,
+    }
+
+
+def describe_monai_unet(net: Denoiser) -> Description:
+    target, config = "monai.networks.nets.DiffusionModelUNet", net.unet.config
+    conditions = unet_conditions(net)
+    numbers = {c.name for c in conditions if c.kind != "class"}
+    if numbers:
+        target = "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi"
+    names = [f"{c.kind} {c.name}" for c in conditions]
+    concat = set(net.arguments.condition.concat) if conditions else set()
+    known = concat == numbers <= set(NUMBERS) and len(conditions) - len(numbers) <= 1
+    if net.unet.registers is not None or not known:
+        raise InputError(f"condition: {', '.join(names) or 'registers'} has no counterpart in {target}")
+    arguments = unet_arguments(config, target) | {
+        "out_channels": config.out_channels,
+        "num_class_embeds": next((len(c.values) for c in conditions if c.kind == "class"), None),
     }
     if numbers:
         arguments |= {f"include_{name}_input": name in numbers for name in NUMBERS}
         arguments["num_channels"] = arguments.pop("channels")
     return Description(target, arguments)
+
+
+def describe_monai_controlnet(net: ControlNet) -> Description:
+    target, config, embedding = "monai.networks.nets.ControlNet", net.config, net.embedding
+    if config.emb_parts > 1:
+        raise InputError(f"condition.concat: has no counterpart in {target}")
+    widest = [conv.weight.shape[0] for conv in embedding.convs[1::2]]
+    return Description(
+        target,
+        unet_arguments(config, target)
+        | {
+            "num_class_embeds": None if net.class_embedding is None else net.class_embedding.num_embeddings,
+            "conditioning_embedding_in_channels": embedding.conv_in.weight.shape[1],
+            "conditioning_embedding_num_channels": [embedding.conv_in.weight.shape[0], *widest],
+        },
+    )
+
+
+def describe_monai_discriminator(config: PatchDiscriminatorConfig) -> Description:
+    several = config.num_scales > 1
+    target = f"monai.networks.nets.{'MultiScale' if several else ''}PatchDiscriminator"
+    for name, value, other in (
+        ("norm", config.norm, "group"),
+        ("spectral_norm", config.spectral_norm, True),
+        ("scale_by", config.scale_by, "image" if several else None),
+    ):
+        if value == other:
+            raise InputError(f"disc.{name}: {value} has no counterpart in {target}")
+    arguments = {
+        "spatial_dims": config.dims,
+        "in_channels": config.in_channels,
+        "channels": config.channels,
+        "num_layers_d": config.num_layers,
+        "norm": "INSTANCE" if config.norm == "instance" else None,
+        "bias": config.norm == "none",
+        "last_conv_kernel_size": config.last_kernel,
+    }
+    return Description(target, arguments | ({"num_d": config.num_scales} if several else {}))
 
 
 def describe(net: nn.Module, library: Library) -> Description:
@@ -188,6 +235,10 @@ def describe(net: nn.Module, library: Library) -> Description:
         return describe_monai_vqvae(net)
     if isinstance(net, Denoiser) and library in ("monai", "maisi"):
         return describe_monai_unet(net)
+    if isinstance(net, ControlNet) and library == "monai":
+        return describe_monai_controlnet(net)
+    if isinstance(net, PatchDiscriminator) and library == "monai":
+        return describe_monai_discriminator(net.config)
     raise InputError(f"{library}: has no counterpart of a {type(net).__name__}")
 
 
@@ -239,9 +290,9 @@ def compare(net: Autoencoder | Denoiser, theirs: nn.Module) -> float:
         if config.context_dim is not None:
             more["context"] = torch.randn(2, 3, config.context_dim, generator=draw)
             cond = Conditioned(context=more["context"])
-        if net.conditions:
+        if conditions := unet_conditions(net):
             cond = {}
-        for c in net.conditions:
+        for c in conditions:
             if c.kind == "class":
                 cond[c.name] = more["class_labels"] = torch.tensor([0, len(c.values) - 1])
             else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import close
-from tiny import VAE, ldm_flags
+from tiny import DISCRIMINATOR, VAE, assert_equal, ldm_flags
 
 import ldm3d
 import train_ldm
@@ -19,14 +19,18 @@ from ldm3d import (
     Condition,
     ConditionConfig,
     Denoiser,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
     QuantizerConfig,
     UNetConfig,
     VAEConfig,
 )
+from ldm3d.config import from_dict
 from ldm3d.data import open_images
+from ldm3d.engine.checkpoint import load_latest
 from ldm3d.interop import load
 from ldm3d.interop.__main__ import main
-from ldm3d.interop.exporting import foreign_state
+from ldm3d.interop.exporting import foreign_state, with_own_classes
 from ldm3d.interop.importing import open_weights
 from ldm3d.interop.peers import build, compare, describe
 from ldm3d.vae import Autoencoder
@@ -130,6 +134,58 @@ def test_what_comes_back_is_the_same_to_the_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dims": 2, "norm": "none", "last_kernel": 1},
+        {"num_scales": 2, "scale_by": "depth", "num_layers": 1, "in_channels": 2},
+    ],
+)
+def test_a_discriminator_judges_alike_there_and_comes_back_bit_for_bit(changes, tmp_path):
+    pytest.importorskip("monai")
+    config = PatchDiscriminatorConfig(**{"channels": 4, "num_layers": 2, "image_range": (0, 1), **changes})
+    net = randomised(PatchDiscriminator(config))
+    theirs = build(describe(net, "monai"), foreign_state(net, "monai"))
+    x = torch.rand(2, config.in_channels, *(24, 32, 24)[: config.dims])
+    logits = theirs(x)[0] if config.num_scales > 1 else [theirs(x)[-1]]
+    for ours, other in zip(net(x * 2 - 1).logits, logits, strict=True):
+        close(ours, other)
+    torch.save(foreign_state(net, "monai"), tmp_path / "discriminator.pt")
+    back = load(tmp_path / "discriminator.pt")
+    assert replace(back.config, image_range=(0, 1)) == config
+    assert_equal(back.state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("changes", [{"norm": "group"}, {"spectral_norm": True}, {"num_scales": 2}])
+def test_a_discriminator_that_monai_lacks_is_named(changes):
+    with pytest.raises(ldm3d.InputError, match="has no counterpart in monai"):
+        describe(PatchDiscriminator(PatchDiscriminatorConfig(channels=4, num_layers=1, **changes)), "monai")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_controlnet_steers_the_u_net_of_monai_alike_and_comes_back_bit_for_bit(classes, tmp_path):
+    pytest.importorskip("monai")
+    sex, labels = Condition("class", "sex", ("F", "M", "O")), Condition("labels", "labels", width=3)
+    unet = UNetConfig(2, 4, 4, (8, 16), (1, 2), (False, True), 8, num_groups=4)
+    config = ConditionConfig(use=("class:sex",)) if classes else ConditionConfig()
+    net = Denoiser(unet, config, [sex, labels] if classes else [labels], control="labels")
+    net = randomised(net).requires_grad_(False)
+    control = with_own_classes(net)
+    theirs, other = (build(describe(n, "monai"), foreign_state(n, "monai")) for n in (net, control))
+    x, shares = torch.randn(2, 4, 8, 12), torch.rand(2, 3, 8, 12)
+    t, named = torch.tensor([3, 700]), {"class_labels": torch.tensor([2, 0])} if classes else {}
+    down, mid = other(x, t, shares, **named)
+    steered = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    values = {"labels": shares} | ({"sex": named["class_labels"]} if classes else {})
+    close(net(x, t.float(), values), theirs(x, t, **named, **steered), 1e-5)
+    assert not torch.allclose(theirs(x, t, **named, **steered), theirs(x, t, **named), atol=1e-3)
+    torch.save(foreign_state(control, "monai"), tmp_path / "controlnet.pt")
+    back = load(tmp_path / "controlnet.pt", num_groups=4, head_channels=8)
+    assert_equal(back.state_dict(), control.state_dict())
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"stem": (2,)}, "stem: 2 has no counterpart"),
@@ -153,7 +209,7 @@ def vae(heads, tmp_path_factory) -> Path:
     """A run of an autoencoder that MONAI has too."""
     place = tmp_path_factory.mktemp("export")
     flags = ["--data.root", heads, "--data.cache_dir", place / "cache", "--run.dir", place / "vae"]
-    flags += ["--run.steps", 20, "--optim.warmup_steps", 0, "--vae.stem", 1]
+    flags += ["--run.steps", 20, "--optim.warmup_steps", 0, "--vae.stem", 1, *DISCRIMINATOR]
     train_vae.main(["phantom", *map(str, [*VAE, *flags])])
     return place / "vae"
 
@@ -190,6 +246,42 @@ def test_monai_runs_the_bundle_of_an_autoencoder_to_the_same_reconstructions(vae
     image = torch.rand(1, 20, 30) * 100
     scaled = scale(image)
     assert -1 <= scaled.min() < scaled.max() <= 1
+
+
+@pytest.mark.parity
+def test_a_bundle_holds_the_discriminator_of_the_newest_checkpoint(vae, tmp_path):
+    main(["export", str(vae), "--to", str(tmp_path / "bundle")])
+    parser = bundle(tmp_path / "bundle")
+    parser.get_parsed_content("load_discriminator")
+    theirs, content = parser.get_parsed_content("discriminator"), load_latest(vae)
+    ours = PatchDiscriminator(from_dict(PatchDiscriminatorConfig, content["config"]["disc"]))
+    ours.load_state_dict(content["others"]["discriminator"])
+    x = torch.rand(1, 1, 16, 20) * 2 - 1
+    with torch.no_grad():
+        close(ours(x).logits[0], theirs(x)[-1])
+    notes = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())["notes"]
+    assert "intensities that the discriminator sees: -1 to 1" in notes
+
+
+@pytest.mark.parity
+def test_a_bundle_holds_the_controlnet_that_steers_its_u_net(ldm, tmp_path):
+    flags = ["--run.init", ldm, "--control", "labels", "--run.dir", tmp_path / "run", "--run.steps", 2]
+    flags += ["--batch_size", 4, "--sample_steps", 2, "--optim.lr", 1e-2, "--optim.warmup_steps", 0]
+    train_ldm.main(["phantom", *map(str, flags)])
+    main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "bundle")])
+    parser = bundle(tmp_path / "bundle")
+    for name in ("load_unet", "load_controlnet"):
+        parser.get_parsed_content(name)
+    unet, control = (parser.get_parsed_content(name) for name in ("unet", "controlnet"))
+    model = ldm3d.load(tmp_path / "run").model
+    x, shares = torch.randn(1, *model.latent_shape), torch.rand(1, 5, *model.latent_shape[1:])
+    t, sign = torch.tensor([4]), -1 if model.kernel.config.process == "flow" else 1
+    with torch.no_grad():
+        down, mid = control(x, t, shares)
+        theirs = unet(x, t, down_block_additional_residuals=down, mid_block_additional_residual=mid)
+        ours = model.denoiser(x, t.float(), {"labels": shares})
+        assert not torch.allclose(ours, model.denoiser(x, t.float()), atol=1e-5)
+    close(ours, sign * theirs, 1e-5)
 
 
 @pytest.mark.parity

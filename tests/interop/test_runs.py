@@ -20,11 +20,15 @@ from ldm3d import (
     Condition,
     ConditionConfig,
     Denoiser,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
     QuantizerConfig,
     UNetConfig,
     VAEConfig,
 )
+from ldm3d.config import from_dict
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
+from ldm3d.engine.checkpoint import load_latest
 from ldm3d.interop import load
 from ldm3d.interop.__main__ import main
 from ldm3d.interop.bundles import described_kernel
@@ -231,6 +235,34 @@ def test_training_goes_on_from_an_imported_u_net_with_its_own_network_and_diffus
     assert model.denoiser.unet.config == dataclasses.replace(UNET, num_res_blocks=(1, 1))
     kernel = model.kernel.config
     assert (kernel.process, kernel.prediction, kernel.beta_end, kernel.loss) == ("vp", "eps", 0.0205, "l1")
+
+
+def test_a_discriminator_of_monai_goes_on_beside_the_autoencoder_that_it_was_trained_with(
+    runs, heads, tmp_path, monkeypatch, capsys, mistake
+):
+    """It has the settings and weights of the file, and sees intensities from 0 to 1, as that one does."""
+    monkeypatch.chdir(tmp_path)
+    theirs = PatchDiscriminator(PatchDiscriminatorConfig(2, channels=4, num_layers=1, last_kernel=1))
+    torch.save(extract(theirs, "monai"), "discriminator.pt")
+    flags = ["--run.init", runs / "vae", "--run.dir", "run", "--run.save_every", 1, "--disc_weight", 0.1]
+    flags += ["--disc_optim.lr", 1e-12, "--disc_start", 0, "--disc_init", "discriminator.pt"]
+    flags += ["--data.root", heads, "--data.cache_dir", "cache", "--data.dims", 2, "--data.patch", "none"]
+    train = [*map(str, ["phantom", *flags, "--batch_size", 4, "--run.steps"])]
+    train_vae.main([*train, "1"])
+    assert "disc_init: as in discriminator.pt: disc.channels 4, disc.num_layers 1" in capsys.readouterr().out
+    Path("discriminator.pt").unlink()
+    train_vae.main([*train, "2"])
+    content = load_latest("run")
+    found = from_dict(PatchDiscriminatorConfig, content["config"]["disc"])
+    assert found == dataclasses.replace(theirs.config, image_range=ldm3d.load("run").net.config.image_range)
+    assert found.image_range == (0, 1)
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(content["others"]["discriminator"][name], value, atol=1e-6)
+    train[train.index("run")] = "other"
+    codes = VAEConfig(2, 1, 3, (8,), (1,), trunk="plain", quant_conv=False)
+    torch.save(extract(VQVAE(codes, QuantizerConfig(8)), "monai_vq"), "discriminator.pt")
+    assert "holds a VQVAE, expected a PatchDiscriminator" in mistake(train_vae.main, [*train, "1"])
+    assert "disc_init: has no effect without" in mistake(train_vae.main, [*train, "1", "--disc_weight", "0"])
 
 
 @pytest.mark.slow
