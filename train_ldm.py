@@ -51,6 +51,7 @@ from ldm3d.data import (
     Data,
     DataConfig,
     DataSpec,
+    VolumeDataset,
     batches,
     collate,
     evaluation_batches,
@@ -65,7 +66,7 @@ from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_run
 from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
-from ldm3d.engine.logger import save_sheet, visible
+from ldm3d.engine.logger import save_sheet, visible_slices
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
 from ldm3d.engine.runs import Run, difference, settings_of_init, with_settings_of_init
 from ldm3d.engine.training import (
@@ -645,12 +646,18 @@ def evaluate(
 NOISED = (0.25, 0.5, 0.75)  # u of the noise levels that previews show
 
 
+def preview_size(model: LatentDiffusion) -> tuple[int, ...] | None:
+    """The voxels of a volume that previews show; None = all."""
+    factor = model.autoencoder.downsampling
+    return tuple(n * f for n, f in zip(model.patch, factor, strict=True)) if model.patch else None
+
+
 @torch.inference_mode()
 def denoise_once(
     model: LatentDiffusion, mean: Tensor, conditions: dict[str, Tensor], config: Config
 ) -> tuple[Tensor, Tensor]:
     """What the denoiser makes of noise, for a picture: a latent, mean (1, C_z, *s), with noise of each level
-    in NOISED, and the clean latent that the denoiser estimates from each. Both decoded: (3, C, *size)."""
+    in NOISED, and the clean latent that the denoiser estimates from each: both (3, C_z, *s)."""
     kernel, num = model.kernel, len(NOISED)
     z = model.normalise(mean).repeat(num, *(1,) * (mean.ndim - 1))
     noise = keyed_normal(0, torch.zeros(1), mean.shape[1:], "preview").to(z.device).expand_as(z)
@@ -659,56 +666,73 @@ def denoise_once(
     cond = {name: value[:1].repeat(num, *(1,) * (value.ndim - 1)) for name, value in conditions.items()}
     with autocast(config.run.amp, model.device):
         pred = model.denoiser_for(z_t.shape[2:])(z_t, kernel.to_network_time(t).to(z.device), cond)
-        estimate = kernel.convert(pred.float(), z_t, t, kernel.config.prediction, "x_start")
-        one_by_one = [[model.decode(z[None]).float().cpu() for z in part] for part in (z_t, estimate)]
-    return torch.cat(one_by_one[0]), torch.cat(one_by_one[1])
+        return z_t, kernel.convert(pred.float(), z_t, t, kernel.config.prediction, "x_start")
 
 
+@torch.inference_mode()
 def preview(
-    model: LatentDiffusion, real: list[dict[str, Any]], dataset: LatentDataset, config: Config, path: Path
+    model: LatentDiffusion, cases: VolumeDataset, dataset: LatentDataset, config: Config, path: Path
 ) -> tuple[Path | None, Tensor]:
     """Draw a picture of validation: (its path, the latents (4, C_z, *s) of four samples).
 
     The rows of the picture: up to four validation cases (with sources, where these are conditions); samples
     under the same conditions; the first case with noise, and the denoiser's estimates. With masks also true
     labels and labels of the head, in colours.
+
+    Where the denoiser has learned from patches alone, all of this is the middle of the volume, as large as
+    the largest patch: a whole sample would take minutes, in hundreds of windows.
     """
-    shown = [i % len(dataset) for i in range(4)]
-    batch = to_device(collate([dataset[i, i] for i in shown]), model.device)
+    amp, display, rows, size = config.run.amp, model.spec.display, {}, preview_size(model)
+    batch = collate([dataset[i % len(dataset), i % len(dataset)] for i in range(4)])
+    corner, factor = (0,) * model.spec.dims, model.autoencoder.downsampling
+    if model.patch:
+        corner = [(n - m) // 2 for n, m in zip(batch["mean"].shape[2:], model.patch, strict=True)]
+        batch |= cut_batch(batch, [corner] * 4, model.patch, factor)
+    box = [slice(c * f, c * f + n) for c, f, n in zip(corner, factor, size or model.spec.size, strict=True)]
+    batch = to_device(batch, model.device)
     cond = model.conditions_of(batch)
-    rows: dict[str, list[Tensor]] = {}
-    if any(c.origin == "source" for c in model.denoiser.conditions):
-        rows["source"] = [case["source"] for case in real[:4]]
-    rows |= {"real (validation)": [case["image"] for case in real[:4]], "generated": []}
-    latents, settings = [], {"seed": config.run.seed, "amp": config.run.amp, "conditions": cond}
-    for x, z in model.stream(range(4), config.sample_steps, **settings):
-        rows["generated"] += list(x)
-        latents.append(z)
-    noised, estimated = denoise_once(model, batch["mean"][:1], cond, config)
-    levels = ", ".join(map(str, NOISED))
-    rows |= {f"the first with noise, u = {levels}": list(noised), "estimates from these": list(estimated)}
-    sheet = {k: [visible(x, model.spec.display) for x in v] for k, v in rows.items()}
+
+    def decoded(z: Tensor) -> Tensor:
+        with autocast(amp, model.device):
+            return model.decode(z, size)[0].float().cpu()
+
+    def show(title: str, x: Tensor, mask: Tensor | None = None) -> None:
+        slices = visible_slices(x, display) if mask is None else overlay(x, mask, display)
+        rows.setdefault(title, []).extend(slices)
+
+    how = {"conditions": cond, "amp": amp, "size": size}
     if config.masks:
-        seen = model.label_maps(model.normalise(batch["mean"]), cond, config.run.amp)
-        sampled = model.label_maps(torch.cat(latents), cond, config.run.amp)
-        images = [case["image"] for case in real[: len(shown)]]
-        truth = [case["mask"].clamp(min=0) for case in real[: len(shown)]]
-        coloured = {
-            "labels (validation)": (images, truth),
-            "labels of the head (validation)": (images, seen),
-            "labels of the head (generated)": (rows["generated"], sampled),
-        }
-        for title, pairs in coloured.items():
-            pairs = zip(*pairs, strict=False)
-            sheet[title] = [part for x, mask in pairs for part in overlay(x, mask, model.spec.display)]
-    return save_sheet(path, sheet, model.spec.display), torch.cat(latents)
+        found = model.label_maps(model.normalise(batch["mean"]), cond, amp, size=size)
+    has_source = any(c.origin == "source" for c in model.denoiser.conditions)
+    for i in range(min(4, len(cases))):
+        case = cases[i, i]
+        if has_source:
+            show("source", case["source"][(..., *box)])
+        show("real (validation)", x := case["image"][(..., *box)])
+        if config.masks:
+            show("labels (validation)", x, case["mask"][(..., *box)].clamp(min=0))
+            show("labels of the head (validation)", x, found[i])
+    ((_, latents),) = model.stream(range(4), config.sample_steps, seed=config.run.seed, decoded=False, **how)
+    for i, z in enumerate(latents.split(1)):
+        x = decoded(z)
+        show("generated", x)
+        if config.masks:
+            own = {name: value[i : i + 1] for name, value in cond.items()}
+            show("labels of the head (generated)", x, model.label_maps(z, own, amp, size=size)[0])
+    levels = ", ".join(map(str, NOISED))
+    titles = f"the first with noise, u = {levels}", "estimates from these"
+    for title, part in zip(titles, denoise_once(model, batch["mean"][:1], cond, config), strict=True):
+        for z in part.split(1):
+            show(title, decoded(z))
+    order = sorted(rows, key=lambda title: "labels" in title)  # what is in colours comes last
+    return save_sheet(path, {title: rows[title] for title in order}, display), latents
 
 
 def validate(
     run: Run,
     model: LatentDiffusion,
     dataset: LatentDataset,
-    real: list[dict[str, Any]],
+    cases: VolumeDataset,
     device: torch.device,
 ) -> None:
     """Scores of `model`, which holds the EMA, for the log, a picture, and best.pt if the loss is the lowest
@@ -724,7 +748,7 @@ def validate(
         batches = run.interruptible(evaluation_batches(dataset, config.batch_size), rounds)
         scores = evaluate(model, batches, config, device)
         if is_main():
-            picture, z = preview(model, real, dataset, config, run.preview_path)
+            picture, z = preview(model, cases, dataset, config, run.preview_path)
             run.logger.picture(run.step, "samples", picture)
             run.logger.histogram(run.step, "generated latent", z)
     judged = "loss"
@@ -784,8 +808,9 @@ def memory_table(config: Config, stage_one: tuple[dict[str, Any], Autoencoder] |
     mix = config.patch.mix(latent)
     table.training("training, latents", make, loss, micro, seen, multiple, rounds, beside, mix)
     table.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step, ways=STREAMED)
-    beside = 4 * weight_bytes(make())
-    table.inference("decoding", autoencoder.fresh_copy, decode, 1, whole, step, beside, STREAMED)
+    beside, window = 4 * weight_bytes(make()), config.patch.window  # as `preview_size`
+    shown = tuple(n * f for n, f in zip(window, autoencoder.downsampling, strict=True)) if window else whole
+    table.inference("decoding", autoencoder.fresh_copy, decode, 1, shown, step, beside, STREAMED)
     return table
 
 
@@ -931,7 +956,6 @@ def train(
     train_set, tables = open_latents("train", *opened)
     val_latents, _ = open_latents("val", *opened)
     val_set = data.dataset("val")
-    real = [val_set[i, i] for i in range(min(16, len(val_set)))]
     if run.resumed:  # stored statistics: computed by another number of ranks they differ in the last digit
         state = {"contents": data.contents, "cells": cells_of(data, conditions)} | run.resumed["state"]
         statistics = latent_statistics_of(state, autoencoder.config.latent_channels, run.dir)
@@ -939,7 +963,7 @@ def train(
         statistics = latent_statistics(tables)
         if base:  # the frozen denoiser knows latents that are normalised so
             statistics = latent_statistics_of(base, len(statistics[0]), config.run.init)
-        scores = set_statistics(torch.stack([case["image"] for case in real]))
+        scores = set_statistics(val_set[i, i]["image"] for i in range(min(16, len(val_set))))
         state = {
             "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
             "measured": measured,
@@ -971,7 +995,7 @@ def train(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )
     if run.owes_validation:
-        validate(run, ldm, val_latents, real, device)
+        validate(run, ldm, val_latents, val_set, device)
     for group in run.steps(stream):
         for batch, fraction in micro_batches(group, model, device, seed, run.step):
             if not config.latent_cache:
@@ -1000,7 +1024,7 @@ def train(
         run.end_step(**({"anatomy_weight": weight} if config.masks else {}), **stepper.report())
         run.save_if_due()
         if run.due("eval_every"):
-            validate(run, ldm, val_latents, real, device)
+            validate(run, ldm, val_latents, val_set, device)
     run.finish(["python", "sample.py", run.dir, "--num", 4])
     return run
 

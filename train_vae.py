@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -57,7 +58,7 @@ from ldm3d.engine.distributed import (
     world_size,
     wrap,
 )
-from ldm3d.engine.logger import save_sheet, visible
+from ldm3d.engine.logger import save_sheet, visible_slices
 from ldm3d.engine.machine import cores_of_rank
 from ldm3d.engine.memory_plan import MemoryTable, weight_bytes
 from ldm3d.engine.runs import Run, goes_on, settings_of_init, with_settings_of_init
@@ -94,7 +95,7 @@ from ldm3d.losses import (
     ramp,
     reconstruction_loss,
 )
-from ldm3d.metrics import ms_ssim, psnr, ssim
+from ldm3d.metrics import SLAB, SLAB_MAPS, ms_ssim, psnr, ssim
 from ldm3d.plan import PLAN_FILE, VAE_PASSES, Plan, Planner, machine, plan_length, plan_vae, seconds_per_step
 from ldm3d.vae import Autoencoder, Posterior, VAEConfig
 from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_loss
@@ -344,6 +345,22 @@ def with_init(config: Config, flags: dict[str, Any]) -> Config:
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 
+def scores_of(net: Autoencoder, x: Tensor, config: Config) -> dict[str, Tensor]:
+    """What `evaluate` takes the means of, each (B,), for images x (B, C, *S)."""
+    with autocast(config.run.amp, x.device):
+        posterior = net.encode(x)
+        recon = net.decode(posterior.mode(), x.shape[2:])
+    recon = recon.float()
+    scores = {
+        "psnr": psnr(recon, x, data_range=2.0),
+        "ssim": ssim(recon, x, data_range=2.0),
+        "reconstruction": reconstruction_loss(recon, x, config.reconstruction),
+    }
+    if config.autoencoder == "kl":
+        scores["kl"] = kl_per_element(posterior.mean, posterior.logvar)
+    return scores
+
+
 @torch.inference_mode()
 def evaluate(
     net: Autoencoder, batches: Iterable[dict[str, Any]], config: Config, device: torch.device
@@ -352,37 +369,32 @@ def evaluate(
     cases, those of all ranks. batches: this rank's."""
     means = Mean()
     for batch in batches:
-        x = to_device(batch, device)["image"]
-        with autocast(config.run.amp, device):
-            posterior = net.encode(x)
-            recon = net.decode(posterior.mode(), x.shape[2:])
-        recon = recon.float()
-        means.add(
-            psnr=psnr(recon, x, data_range=2.0),
-            ssim=ssim(recon, x, data_range=2.0),
-            reconstruction=reconstruction_loss(recon, x, config.reconstruction),
-        )
-        if config.autoencoder == "kl":
-            means.add(kl=kl_per_element(posterior.mean, posterior.logvar))
+        means.add(**scores_of(net, to_device(batch, device)["image"], config))
     return means.pop()
 
 
 @torch.inference_mode()
+def pictured(
+    net: Autoencoder, x: Tensor, config: Config, display: tuple[float, float]
+) -> tuple[dict[str, list[np.ndarray]], Tensor]:
+    """(Slices of an image x (1, C, *S), of its reconstruction, and of their difference; its latent)."""
+    with autocast(config.run.amp, x.device):
+        z = net.encode(x).mode()
+        recon = net.decode(z, x.shape[2:])
+    grey = sum(display) / 2  # where there is no difference
+    shown = {"original": x, "reconstruction": recon, "difference": recon - x + grey}
+    return {name: visible_slices(image[0], display) for name, image in shown.items()}, z
+
+
 def preview(
     net: Autoencoder, dataset: VolumeDataset, config: Config, path: Path, device: torch.device
 ) -> tuple[Path | None, Tensor]:
     """A picture of up to four validation cases and their reconstructions: (its path, the latents (B, C_z,
     *s))."""
-    rows, latents = {"original": [], "reconstruction": [], "difference": []}, []
-    grey = sum(dataset.spec.display) / 2  # where there is no difference
+    rows, latents = {}, []
     for i in range(min(4, len(dataset))):
-        x = dataset[i, i]["image"][None].to(device)
-        with autocast(config.run.amp, device):
-            z = net.encode(x).mode()
-            recon = net.decode(z, x.shape[2:])
-        shown = {"original": x, "reconstruction": recon, "difference": recon - x + grey}
-        for name, image in shown.items():
-            rows[name].append(visible(image[0], dataset.spec.display))
+        slices, z = pictured(net, dataset[i, i]["image"][None].to(device), config, dataset.spec.display)
+        rows = {name: rows.get(name, []) + own for name, own in slices.items()}
         latents.append(z)
     return save_sheet(path, rows, dataset.spec.display), torch.cat(latents)
 
@@ -530,7 +542,10 @@ def memory_table(config: Config) -> MemoryTable:
         return discriminator_terms(discriminator, x, recon, config, 0)["loss"].mean()
 
     def there_and_back(net: Autoencoder, batch: int, size: tuple[int, ...]) -> None:
-        net.decode(net.encode(torch.zeros(batch, config.vae.in_channels, *size)).mode(), size)
+        x, coming = torch.zeros(2, batch, config.vae.in_channels, *size)  # a thread reads the next case
+        recon = net.decode(net.encode(x).mode(), size)
+        torch.empty(SLAB_MAPS * min(SLAB, x.numel()), dtype=torch.float64)  # for PSNR and SSIM of x and recon
+        del recon, coming
 
     table = MemoryTable(config.memory, config.run.amp, config.run.device)
     rounds, patch, own = -(-config.batch_size // micro), config.data.patch or whole, weight_bytes(make())

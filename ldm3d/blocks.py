@@ -499,7 +499,10 @@ class SpaceToDepth(nn.Module):
         split = [n for size, f in zip(x.shape[2:], self.factor, strict=True) for n in (size // f, f)]
         x = x.reshape(*x.shape[:2], *split)  # (B, C, S_1, f_1, S_2, f_2, ...)
         factors, sizes = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
-        return x.permute(0, 1, *factors, *sizes).flatten(1, 1 + dims)  # (B, C f_1 f_2 .., S_1, S_2, ...)
+        x = x.permute(0, 1, *factors, *sizes).flatten(1, 1 + dims)  # (B, C f_1 f_2 .., S_1, S_2, ...)
+        # `flatten` gives the usual layout, and the convolutions that follow would keep it. In training that
+        # costs nothing; without gradients it costs copies of the largest maps
+        return x if torch.is_grad_enabled() else channels_last(x)
 
 
 class DepthToSpace(nn.Module):

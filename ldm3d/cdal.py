@@ -562,8 +562,10 @@ class CDAL:
                     weight[box] += votes / num_means * smooth
             n = after - at  # planes that are finished
             yield at, total[:, :n] / weight[:n]
-            total = torch.cat([total[:, n:], torch.zeros_like(total[:, :n])], 1)
-            weight = torch.cat([weight[n:], torch.zeros_like(weight[:n])])
+            for sums in (total, weight[None]):  # plane by plane, in place: a copy would take as much again
+                for i in range(window[0] - n):
+                    sums[:, i] = sums[:, i + n]
+                sums[:, window[0] - n :] = 0
 
     def _window_sums(
         self,

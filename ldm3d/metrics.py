@@ -37,12 +37,13 @@ coverage  = share of the balls of x that hold a y                        ibid. e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-SLAB = 2**22  # voxels of an image that psnr and ssim take at a time: in float64, some ten maps of them
+SLAB = 2**22  # voxels of an image that psnr and ssim take at a time
+SLAB_MAPS = 10  # maps of so many voxels, in float64, that ssim then holds at most
 
 
 def _check(x: Tensor, y: Tensor) -> None:
@@ -214,8 +215,12 @@ def near_labels(labels: Tensor, truth: Tensor, reach: int) -> Tensor:
 
 def sharpness(x: Tensor) -> float:
     """Mean absolute difference of neighbouring voxels of x (B, C, *S), averaged over axes."""
-    steps = [x.diff(dim=axis).abs().double().mean() for axis in range(2, x.ndim) if x.shape[axis] > 1]
-    return float(sum(steps) / len(steps))
+    slopes = []
+    for axis in (axis for axis in range(2, x.ndim) if x.shape[axis] > 1):
+        more = int(axis == 2)  # the first plane of the next slab
+        parts = ((x[:, :, a : b + more], share) for a, b, share in _slabs(x, x.shape[2] - more))
+        slopes.append(sum(share * part.diff(dim=axis).abs().double().mean() for part, share in parts))
+    return float(sum(slopes) / len(slopes))
 
 
 def surface(mask: Tensor) -> Tensor:
@@ -291,18 +296,29 @@ def hd95(pred: Tensor, target: Tensor, num_labels: int, spacing: Sequence[float]
     return table
 
 
-def set_statistics(x: Tensor) -> dict[str, float]:
-    """Simple numbers of a set of volumes x (N, C, *S) in [-1, 1], to compare generated with real ones.
+def set_statistics(volumes: Iterable[Tensor]) -> dict[str, float]:
+    """Simple numbers of a set of volumes (C, *S) in [-1, 1], to compare generated with real ones.
 
     mean and std of the intensities; sharpness; pair_ssim, the mean SSIM of each volume and the next one: the
-    higher, the less varied is the set (nan for a single volume).
+    higher, the less varied is the set (nan for a single volume). No more than three volumes are held at once.
     """
-    pairs = ssim(x, x.roll(1, 0), data_range=2.0).mean() if len(x) > 1 else float("nan")
+    n, total, squares, slopes, pairs = 0, 0.0, 0.0, [], []
+    first = last = None
+    for x in (volume[None] for volume in volumes):
+        for start, stop, _ in _slabs(x, x.shape[2]):
+            part = x[:, :, start:stop].double()
+            total, squares = total + float(part.sum()), squares + float(part.square().sum())
+        n += x.numel()
+        slopes.append(sharpness(x))
+        pairs += [] if last is None else [float(ssim(last, x, data_range=2.0))]
+        first, last = x if first is None else first, x
+    if len(slopes) > 1:
+        pairs.append(float(ssim(last, first, data_range=2.0)))
     return {
-        "mean": float(x.double().mean()),
-        "std": float(x.double().std()),
-        "sharpness": sharpness(x),
-        "pair_ssim": float(pairs),
+        "mean": total / n,
+        "std": math.sqrt(max(0.0, squares - total**2 / n) / (n - 1)),
+        "sharpness": sum(slopes) / len(slopes),
+        "pair_ssim": sum(pairs) / len(pairs) if pairs else math.nan,
     }
 
 

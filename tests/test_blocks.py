@@ -26,6 +26,7 @@ from ldm3d.blocks import (
     run_layer,
     timestep_embedding,
 )
+from ldm3d.normconv import channels_last, is_channels_last
 
 
 def image(*shape, seed=0, grad=False):
@@ -281,6 +282,15 @@ def test_space_to_depth_is_inverted_exactly_and_keeps_neighbours_together(factor
     assert torch.equal(DepthToSpace(factor)(packed), x)
     block = x[(1, 2, *(slice(0, f) for f in factor))].flatten()
     assert torch.equal(packed[(1, slice(2 * math.prod(factor), None), *(0,) * len(factor))], block)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_without_gradients_the_maps_behind_a_stem_keep_the_layout_that_saves_copies(dims):
+    x = channels_last(image(1, 1, *(8,) * dims))
+    with torch.no_grad():
+        packed = SpaceToDepth((2,) * dims)(x)
+    assert is_channels_last(packed)
+    assert torch.equal(packed, SpaceToDepth((2,) * dims)(x))
 
 
 # --- trunks and time ------------------------------------------------------------------------------

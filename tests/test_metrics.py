@@ -280,6 +280,13 @@ def test_the_statistics_of_a_set_are_those_of_all_its_voxels_and_of_neighbouring
     assert np.isnan(set_statistics(x[:1])["pair_ssim"])
 
 
+def test_the_sharpness_of_large_volumes_is_summed_over_slabs(monkeypatch) -> None:
+    x = pair((2, 1, 9, 10, 11))[0]
+    whole = sum(x.diff(dim=axis).abs().double().mean() for axis in (2, 3, 4)) / 3
+    monkeypatch.setattr(metrics, "SLAB", 500)
+    assert sharpness(x) == pytest.approx(float(whole), rel=1e-10)
+
+
 def test_different_shapes_are_refused() -> None:
     x = torch.zeros(1, 1, 8, 8)
     for metric in (psnr, ssim):

@@ -58,6 +58,7 @@ def test_previews_of_autoencoders_show_the_range_of_the_data(heads, tmp_path, sh
     ((_, rows, limits),) = sheets
     assert limits == display_of(tmp_path / "vae")
     assert shown(rows["original"], limits) > 0.9
+    assert all(part.base is None for row in rows.values() for part in row)  # no slice keeps its volume alive
     assert shown(rows["original"], (-1, 1)) < 0.7
     for x, recon, difference in zip(*rows.values(), strict=True):
         np.testing.assert_allclose(difference - sum(limits) / 2, recon - x, atol=1e-5)

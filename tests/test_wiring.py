@@ -464,7 +464,7 @@ def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
     content: the checkpoint. loss: of the first step, whose batch is mean, logvar, z_noise, u, noise,
     conditions. A new denoiser predicts 0, so that the loss is that of the target. latents: of the preview.
     sheets, real: its rows and cases. steps: how many its sampler took. maps: its labels of validation cases
-    and of samples.
+    and of each of four samples.
     """
     place, made = tmp_path_factory.mktemp("wires"), {}
 
@@ -485,10 +485,10 @@ def ldm(vae_run, tmp_path_factory) -> Callable[..., SimpleNamespace]:
                 loss=loss.detach(),
                 **dict(zip(names, batch, strict=False)),
                 latents=previews[0][2][1],
-                real=previews[0][0][1],
+                real=[previews[0][0][1][i, i] for i in range(len(previews[0][0][1]))],
                 sheets=sheets,
                 steps=len(sampled[0][0][3]),
-                maps=[result for _, _, result in maps[-2:]],
+                maps=[result for _, _, result in maps[-5:]],
             )
         return made[flags, autoencoder]
 
@@ -664,16 +664,34 @@ def test_a_denoiser_that_saw_patches_alone_validates_and_samples_in_windows(ldm,
     assert (right[1, 0, 0] - left[1, 0, 0]).item() == pytest.approx(44 / 110)
 
 
+def test_previews_of_a_denoiser_that_saw_patches_alone_show_the_middle_of_volumes(vae_run, ldm, monkeypatch):
+    calls = spy(monkeypatch, train_ldm, "denoise_once")
+    run = ldm(f"--patch.size 4,2 --patch.share 0 --patch.halvings 0 {' '.join(tiny.BOUND)}")
+    assert run.latents.shape == (4, 3, 4, 2)  # of latents of 4 x 5
+    (rows,), (seen, *_) = run.sheets, run.maps
+    assert {part.shape[:2] for row in rows.values() for part in row} == {(16, 8)}
+    images, masks = ([case[role][..., 4:12] for case in run.real[:4]] for role in ("image", "mask"))
+    assert np.array_equal(rows["real (validation)"], [x[0] for x in images])
+    for title, maps in (("labels (validation)", masks), ("labels of the head (validation)", seen)):
+        expected = [part for x, mask in zip(images, maps, strict=False) for part in overlay(x, mask)]
+        assert np.array_equal(rows[title], expected), title
+    (model, mean, _, _), _, _ = calls[0]
+    assert torch.equal(mean[0].double(), tables(run, "mean", "val")[0, 0][:, :, 1:3])
+    assert model.denoiser_for(mean.shape[2:]) is model.denoiser
+
+
 def test_a_plan_counts_the_patches_that_are_trained_on(vae_run):
     for share, size in (("0", (4, 4)), ("0.5", (4, 5))):
         flags = tiny.ldm_flags(vae_run, vae_run, 1, "--patch.size", "4,4", "--patch.share", share)
         config, _ = parse(train_ldm.Config, flags, train_ldm.PRESETS, "", train_ldm.with_autoencoder)
-        assert train_ldm.memory_table(config).jobs[0].size == size
+        jobs = train_ldm.memory_table(config).jobs
+        # what is encoded is whole, what previews decode is no larger than what the denoiser has seen
+        assert [job.size for job in jobs] == [size, (16, 20), (16, 4 * size[1])]
 
 
 def test_previews_show_the_labels_of_the_masks_and_of_the_head(ldm):
     run = ldm(" ".join(tiny.BOUND))
-    (rows,), (seen, sampled) = run.sheets, run.maps
+    (rows,), (seen, *sampled) = run.sheets, run.maps
     images, masks = ([case[role] for case in run.real[:4]] for role in ("image", "mask"))
     for title, maps in (("labels (validation)", masks), ("labels of the head (validation)", seen)):
         expected = [part for x, mask in zip(images, maps, strict=False) for part in overlay(x, mask)]

@@ -281,6 +281,12 @@ def visible(x: Tensor, display: tuple[float, float]) -> np.ndarray:
     return levels.round().to(torch.uint8).movedim(0, -1).numpy()
 
 
+def visible_slices(x: Tensor, display: tuple[float, float]) -> list[np.ndarray]:
+    """The middle slices of an image (C, *S) as a sheet shows them: copies, so that the image need not live
+    until the sheet is drawn."""
+    return [np.array(part) for part in mid_slices(visible(x, display))]
+
+
 def tile(slices: Sequence[np.ndarray]) -> np.ndarray:
     """Slices of any size side by side, centred in the height of the tallest, a dark column between."""
     height = max(s.shape[0] for s in slices)
@@ -317,7 +323,8 @@ def save_figure(figure: Any, path: str | Path) -> Path | None:
 def save_sheet(
     path: str | Path, rows: dict[str, Sequence[np.ndarray]], limits: tuple[float, float] | None = None
 ) -> Path | None:
-    """A picture with one titled row per entry, every volume (*S) shown by its middle slices.
+    """A picture with one titled row per entry, every volume (*S) shown by its middle slices, every slice as
+    it is.
 
     `limits` is the grey range; None takes the 1st to 99.5th percentile of each row. Without matplotlib, or
     room on the disk, nothing is written and None is returned: pictures never stop a run.

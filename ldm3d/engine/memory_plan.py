@@ -11,8 +11,12 @@ The second term holds gradients, inputs and outputs of each operator, autocast's
 the activations kept for the backward pass. The backward pass runs too, so the activations that checkpointed
 blocks compute again are counted.
 
-Not counted: workspaces inside a kernel (cuDNN, oneDNN), the CUDA context, fragmentation of the allocator, and
-DDP's buckets (one more copy of the weights). So a plan uses only 90 % of what is left after 0.7 GiB.
+An autoencoder without gradients is counted as streaming.py counts it, not on fake tensors: on a CPU its
+norms and convolutions go through a map slab by slab, which fake tensors do not.
+
+Not counted: workspaces inside a kernel (cuDNN, oneDNN), the CUDA context, on a CPU what the interpreter and
+its packages own, fragmentation of the allocator, and DDP's buckets (one more copy of the weights). So a plan
+uses only 90 % of what is left after 0.7 GiB.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from .training import EMA, OptimConfig, RunConfig, Stepper, autocast
 
 GIB = 2**30
 CPU = torch.device("cpu")
-CONTEXT = 0.7 * GIB  # of a GPU's memory, not usable for tensors
+CONTEXT = 0.7 * GIB  # of the memory, not usable for tensors
 USABLE = 0.9  # the fraction of the rest that a plan may fill
 
 
@@ -218,8 +222,9 @@ class MemoryTable:
         beside: int = 0,
         ways: Sequence[Callable[[bool], AbstractContextManager]] = (),
     ) -> Job:
-        """Add call(net, batch, size) without gradients. ways: contexts, of whether it is a GPU, in which the
-        call takes less memory and more time (streaming.STREAMED). The first that fits is taken."""
+        """Add call(net, batch, size) without gradients. ways: contexts, of whether it is a GPU, in each of
+        which the call takes less memory and more time than before (streaming.STREAMED). The first that fits
+        is taken."""
 
         def in_way(way: Callable[[bool], AbstractContextManager]) -> Callable[[int, Size], int]:
             def need(batch: int, size: Size) -> int:
@@ -231,7 +236,7 @@ class MemoryTable:
 
             return functools.cache(need)
 
-        needs = [in_way(way) for way in (lambda _: nullcontext(), *ways)]
+        needs = [in_way(way) for way in ways or (lambda _: nullcontext(),)]
 
         def need(batch: int, size: Size) -> int:
             for way in needs:

@@ -39,7 +39,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import VolumeDataset, open_images
 from ..diffusion_kernel import DiffusionKernel, KernelConfig
 from ..engine.distributed import gather, is_main, rank, setup, world_size
-from ..engine.logger import mid_slices, progress, save_sheet, visible
+from ..engine.logger import progress, save_sheet, visible_slices
 from ..engine.training import autocast
 from ..metrics import ms_ssim, ms_ssim_weights, psnr, sharpness, ssim
 from ..pipeline import load_autoencoder
@@ -171,7 +171,9 @@ def reconstruct(config: ReconstructionConfig, run: Path) -> Path:
         if isinstance(autoencoder, VQVAE):
             codes = codes + autoencoder.quantizer.usage(posterior.mean).cpu()
         rows[name] = scores_of(recon, x, dataset, i)
-        pictures = [s for v in (x, recon, 2 * (recon - x) + grey) for s in slices_of(v, dataset.spec.display)]
+        pictures = [
+            s for v in (x, recon, 2 * (recon - x) + grey) for s in visible_slices(v[0], dataset.spec.display)
+        ]
         worst.add(name, rows[name]["psnr"], pictures)
         first.add(name, 0.0, pictures)  # equal scores: the order is that of the names
     rows = {k: v for part in gather(rows) for k, v in part.items()}
@@ -232,11 +234,6 @@ def draw(path: Path, kept: WorstPictures, rows: Rows, display: tuple[float, floa
     words = "original, reconstruction, twice the difference"
     sheet = kept.sheet(lambda name, _: f"{name}: {rows[name]['psnr']:.2f} dB ({words})")
     return save_sheet(path, sheet, display) if sheet else None
-
-
-def slices_of(x: Tensor, display: tuple[float, float]) -> list[np.ndarray]:
-    """The middle slices of (1, C, *S) as a sheet shows them, see `visible`."""
-    return mid_slices(visible(x[0], display))
 
 
 def print_summary(report: dict[str, Any]) -> None:

@@ -260,8 +260,7 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
     config, request, spec = results.config, results.request, results.spec
     scores = {}
     if not results.in_planes:
-        x = torch.stack([results.shown[i] for i in sorted(results.shown)])
-        scores = {"generated": set_statistics(x)}
+        scores = {"generated": set_statistics(results.shown[i] for i in sorted(results.shown))}
         if spec.reference is not None:  # an imported run has seen no data here
             scores["real (validation)"] = spec.reference
     picture = save_sheet(results.folder / "preview.png", results.rows(), spec.display)

@@ -267,11 +267,14 @@ def overlay(
     """Image (C, *S) and mask (*S) -> middle slices, uint8 (h, w, 3), labels in colours. display: the
     intensities that are black and white."""
     black, white = display
-    grey = ((image.float().clamp(black, white) - black) * (255 / (white - black))).numpy()
-    slices = [mid_slices(grey[c]) for c in ((0, 1, 2) if len(grey) == 3 else (0, 0, 0))]
-    pictures = [np.stack(channels, axis=-1) for channels in zip(*slices, strict=True)]
+    grey = np.float32(255 / (white - black))
+    slices = [mid_slices(image[c].numpy()) for c in ((0, 1, 2) if len(image) == 3 else (0, 0, 0))]
+    pictures = [
+        (np.stack(channels, axis=-1).astype(np.float32).clip(black, white) - np.float32(black)) * grey
+        for channels in zip(*slices, strict=True)
+    ]
     if mask is not None:
-        for picture, part in zip(pictures, mid_slices(mask.float().numpy()), strict=True):
+        for picture, part in zip(pictures, mid_slices(mask.numpy()), strict=True):
             for k in range(1, int(part.max()) + 1):
                 inside = part == k
                 picture[inside] = 0.5 * picture[inside] + 0.5 * np.array(COLOURS[(k - 1) % len(COLOURS)])
