@@ -550,13 +550,34 @@ def check_conditions(run: Run, conditions: tuple[Condition, ...], data: Data) ->
             f"{run.dir}: the table of cases has changed since this run was started{where}; put it back, or "
             "start anew with --run.fresh"
         )
-    control, added = run.config.control, False  # is the map of a ControlNet new?
-    if run.initial:
-        added = control != "off" and run.initial["config"].get("control", "off") == "off"
-    ours = [c.name for c in conditions][: -1 if added else None]
-    if run.initial and (theirs := [c["name"] for c in run.initial["state"].get("conditions", [])]) != ours:
+    if not run.initial:
+        return
+    # New may be the map of a ControlNet, and maps beside x_t where all weights are trained
+    control = run.config.control != "off" and run.initial["config"].get("control", "off") == "off"
+    theirs, ours = conditions_of_init(run), [c.name for c in conditions][: -1 if control else None]
+    new = [] if run.config.frozen else ours[len(theirs) :]
+    if theirs + new != ours or not set(new) <= {"image", "labels"}:
         names = [",".join(part) or "none" for part in (theirs, ours)]
         raise InputError(f"run.init: {run.config.run.init} has conditions {names[0]}, this run {names[1]}")
+
+
+def conditions_of_init(run: Run) -> list[str]:
+    """The names of the conditions that run.init has."""
+    return [c["name"] for c in run.initial["state"].get("conditions", [])]
+
+
+def add_channels(run: Run, net: Denoiser) -> list[str]:
+    """Give the weights of run.init the input channels of the maps (image, labels) that this run adds to its
+    conditions. The channels have weights 0, so that the first step predicts what run.init predicts. Returns
+    shell patterns of the weights that are new."""
+    if not run.initial or run.config.frozen or net.conditioner is None:
+        return []
+    known, name = len(conditions_of_init(run)), "unet.conv_in.weight"
+    own, weight = net.unet.conv_in.weight, run.initial["ema"][name]
+    at = weight.shape[1] - len(net.arguments.position_step)  # coordinates stand behind the conditions
+    zeros = weight.new_zeros(len(weight), own.shape[1] - weight.shape[1], *weight.shape[2:])
+    run.initial["ema"][name] = torch.cat([weight[:, :at], zeros, weight[:, at:]], 1)
+    return [f"conditioner.parts.{i}.*" for i in range(known, len(net.conditioner.parts))]
 
 
 def open_latents(
@@ -937,7 +958,7 @@ def train(
     kernel = DiffusionKernel(config.kernel)
     base = run.initial["state"] if run.initial and config.frozen else None
     registers = () if config.anatomy.registers == "off" or config.frozen else ("unet.registers.*", "head.*")
-    freeze_base(net, config, run.initialise(net, (*registers, "control.*")))
+    freeze_base(net, config, run.initialise(net, (*registers, "control.*", *add_channels(run, net))))
     facts = {
         **data.facts(),
         "latents": f"{'x'.join(map(str, latent))} voxels of "

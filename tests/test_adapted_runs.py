@@ -302,3 +302,30 @@ def test_a_plan_takes_the_network_of_the_run_whose_denoiser_stays_frozen(vae_run
         if key.startswith("unet."):
             assert stored[key] == theirs[key]
     assert "of the run that is taken over" in capsys.readouterr().out
+
+
+# --- a map for all weights ----------------------------------------------------------------------------------
+
+
+def test_a_run_adds_a_map_to_the_conditions_of_its_base_and_starts_from_its_predictions(
+    plain, vae_run, tmp_path
+):
+    with pytest.MonkeyPatch.context() as patch:
+        first, real = [], train_ldm.freeze_base
+        patch.setattr(
+            train_ldm, "freeze_base", lambda net, *a: (real(net, *a), first.append(copy.deepcopy(net)))
+        )
+        flags = flags_of(plain, tmp_path / "run", 2, "--condition.use", "class,labels")
+        train_ldm.main([*flags, "--vae", str(vae_run)])
+    base, run = (ldm3d.load(folder).model for folder in (plain, tmp_path / "run"))
+    x_t, t, values = inputs_of(run)
+    before = base.denoiser(x_t, t, {"class": values["class"]})
+    assert torch.equal(first[0].eval()(x_t, t, values), before)
+    after = run.denoiser(x_t, t, values)
+    assert not torch.equal(after, run.denoiser(x_t, t, {"class": values["class"]}))  # the map is learned from
+
+
+def test_a_condition_that_is_no_map_cannot_be_added(plain, vae_run, tmp_path, mistake):
+    flags = flags_of(plain, tmp_path / "run", 2, "--condition.use", "class,text", "--vae", vae_run)
+    assert "has conditions class, this run class,text" in mistake(train_ldm.main, flags)
+    assert not (tmp_path / "run").exists()

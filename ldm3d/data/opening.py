@@ -218,6 +218,46 @@ def note_seen(
                 print0(f"note: {such}; {so}")
 
 
+def labelled_subjects(subjects: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """This fraction of the subjects, at least one: those of the smallest hash of (seed, subject).
+
+    A larger fraction holds all subjects of a smaller one, so that a curve over fractions adds labels and
+    exchanges none.
+    """
+    key = {name: hashlib.blake2b(f"{seed}/{name}/mask".encode()).digest() for name in subjects}
+    return set(sorted(key, key=key.get)[: max(1, round(fraction * len(key)))])
+
+
+def hide_masks(data: Data, found: list[Case]) -> Data:
+    """The data as if only data.mask_fraction of the training subjects had masks. Training cases of the others
+    take part without a mask (data.allow_missing_mask), or do not take part.
+
+    found: all cases with their masks, also those that a stored split lacks: it may have been made by this
+    function, and the fraction is that of all. The number of labels, the size and the scaling stay those of
+    all cases.
+    """
+    config, train, val = data.config, data.split["train"], data.split["val"]
+    held_out = {name for part in (val, data.split.get("test", [])) if part != train for name in part}
+    subjects = {case.subject for case in found if case.id not in held_out and case.mask}
+    shown = labelled_subjects(subjects, config.mask_fraction, data.seed)
+    hidden = {name for name in train if data.cases[name].subject in subjects - shown} - held_out
+    what = "have no mask" if config.allow_missing_mask else "are left out (data.allow_missing_mask)"
+    print0(f"data.mask_fraction: {len(hidden)} of {len(train)} training cases {what}")
+    if not config.allow_missing_mask:
+        split = {part: [name for name in ids if name not in hidden] for part, ids in data.split.items()}
+        cases, infos = (
+            {name: value for name, value in of.items() if name not in hidden}
+            for of in (data.cases, data.infos)
+        )
+        return replace(data, cases=cases, infos=infos, split=split)
+    gone = {"labels": (), "mask_content": "", "labelled": None, "centres": ()}
+    return replace(
+        data,
+        cases=data.cases | {name: replace(data.cases[name], mask=None) for name in hidden},
+        infos=data.infos | {name: replace(data.infos[name], **gone) for name in hidden},
+    )
+
+
 def inspection_cache(config: DataConfig, root: Path) -> Path:
     """The file that keeps what the inspection of the cases below `root` has found."""
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
@@ -245,7 +285,7 @@ def open_data(
         cases, cache = find_all_cases(config, root), inspection_cache(config, root)
     else:
         root, cases, cache = Path(), find_cases(config, Path(), items), None
-    infos = None
+    infos, found = None, cases
     if split is None and before is not None:
         infos = inspect_cases(cases, config, cache)
         known, alike = parts_before(infos, before)
@@ -273,7 +313,8 @@ def open_data(
         note_seen(cases, split, *parts_before(infos, before))
     note_split(cases, infos, split, config)
     spec = make_spec(cases, infos, split, config, multiple)
-    return Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
+    data = Data(config, seed, root, {case.id: case for case in cases}, infos, split, spec)
+    return hide_masks(data, found) if config.mask_fraction < 1 and spec.num_labels else data
 
 
 def check_files(content: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class DataConfig:
     fold: tuple[int, int] | None = None  # (k, n): validate on part k = 0 ... n - 1 of n parts of the subjects
     subset: int | None = None  # take only this many cases, to try things out
     allow_missing_mask: bool = False  # cases without a mask take part, their mask is -1 everywhere
+    mask_fraction: float = 1.0  # of the training subjects whose masks are used; the others count as without
     check_affine: bool = True  # mask and source must lie where their image lies, within one voxel
     dims: Literal[2, 3] = 3  # pictures or volumes
     slices: Literal["none", "axial", "coronal", "sagittal"] = "none"  # 2-D cases are the slices of volumes
@@ -83,6 +84,7 @@ class DataConfig:
             "window": (np.float32((self.window[1] - self.window[0]) / 2) > 0, "low < high"),
             "val_fraction": (0 <= self.val_fraction < 1, "0 <= fraction < 1"),
             "foreground": (0 <= self.foreground <= 1, "a fraction from 0 to 1"),
+            "mask_fraction": (0 < self.mask_fraction <= 1, "a fraction above 0, up to 1"),
             "test_fraction": (0 <= self.test_fraction < 1 - self.val_fraction, "something left to train on"),
             "val_gap": (
                 self.val_gap is None or (self.val_gap >= 0 and self.val_fraction > 0 and not self.fold),

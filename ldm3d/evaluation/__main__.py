@@ -1,5 +1,5 @@
 """Figures of quality: reconstructions, generated sets, pairs, copies; segmentations beside several raters;
-anomalies, likelihood, edits.
+anomalies, likelihood, edits; what synthetic pairs teach.
 
 python -m ldm3d.evaluation reconstruct RUN               reconstruction.py: how good is an autoencoder?
 python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are samples distributed like real cases?
@@ -9,6 +9,7 @@ python -m ldm3d.evaluation raters SAMPLES MASKS          raters.py: do segmentat
 python -m ldm3d.evaluation anomalies RUN FOLDER          anomalies.py: where is an image not healthy?
 python -m ldm3d.evaluation likelihood RUN                likelihood.py: how likely are images?
 python -m ldm3d.evaluation edits EDITED                  edits.py: are edits seamless and in their place?
+python -m ldm3d.evaluation teach RUN                     teaching.py: do synthetic pairs teach a segmenter?
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .pairs import PairsConfig, compare_pairs
 from .raters import RatersConfig, compare_raters
 from .reconstruction import ReconstructionConfig, reconstruct
 from .sets import SetsConfig, compare_sets
+from .teaching import TeachConfig, teach
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "anomalies": (AnomaliesConfig, run | images, find_anomalies),
         "likelihood": (LikelihoodConfig, run, lambda config, run: likelihood(config, Path(run))),
         "edits": (EditsConfig, edited, measure_edits),
+        "teach": (TeachConfig, {"RUN": "run folder of train_ldm.py, with masks"}, teach),
     }
     run_task(tasks, argv, "python -m ldm3d.evaluation", __doc__)
 

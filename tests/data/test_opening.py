@@ -260,3 +260,44 @@ def test_names_that_look_like_several_scans_of_a_subject_are_noted_with_a_rule_t
         data = open_data(replace(config, subject=said.split("--data.subject '")[1].split("'")[0]), "x", seed)
         assert len({case.subject for case in data.cases.values()}) == 2
         assert "look like one subject" not in capsys.readouterr().out
+
+
+# --- masks of a fraction ------------------------------------------------------------------------------------
+
+
+def labelled(data):
+    """The training subjects with masks, without checks of what else there is."""
+    return {data.cases[name].subject for name in data.split["train"] if data.cases[name].mask}
+
+
+def test_a_larger_fraction_has_the_masks_of_a_smaller_one_and_more(settings):
+    whole = opened(replace(settings, val_fraction=0.2))
+    subjects = {whole.cases[name].subject for name in whole.split["train"]}
+    found = [labelled(opened(replace(settings, val_fraction=0.2, mask_fraction=f))) for f in (0.01, 0.5, 1)]
+    assert len(found[0]) == 1
+    assert found[0] < found[1] < found[2] == subjects
+    assert len(found[1]) == round(0.5 * len(subjects))
+    other = open_data(
+        replace(settings, val_fraction=0.2, mask_fraction=0.5), "other", seed=5, split=whole.split
+    )
+    assert labelled(other) != found[1]  # another seed, others
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_cases_beyond_the_fraction_take_part_without_mask_or_not_at_all(settings, allowed):
+    whole = opened(replace(settings, val_fraction=0.2))
+    config = replace(settings, val_fraction=0.2, mask_fraction=0.4, allow_missing_mask=allowed)
+    data = opened(config)
+    kept = [name for name in whole.split["train"] if whole.cases[name].subject in labelled(data)]
+    assert data.split["train"] == (whole.split["train"] if allowed else kept)
+    assert {part: data.split[part] for part in ("val", "test")} == {
+        k: whole.split[k] for k in ("val", "test")
+    }
+    assert all(data.cases[name].mask for name in data.split["val"])
+    assert data.spec == whole.spec
+    items = [data.dataset("train")[i, i] for i in range(len(data.split["train"]))]
+    assert {item["id"] for item in items if (item["mask"] >= 0).all()} == set(kept)
+    again = open_data(config, "", 0, data.split)  # as a run that is resumed opens them
+    assert again.split == data.split
+    assert labelled(again) == labelled(data)
+    assert again.contents == data.contents
