@@ -139,6 +139,8 @@ def asked_run(vae_run):
     folder = vae_run.parent / "asked"
     flags = "--condition.use labels --data.mask_fraction 0.5 --run.eval_every 9 --run.save_every 2".split()
     train_ldm.main(tiny.ldm_flags(vae_run, folder, 2, *flags))
+    known, left = (json.loads((run / "split.json").read_text()) for run in (vae_run, folder))
+    assert len(left["train"]) == len(known["train"]) / 2
     return folder
 
 
