@@ -21,7 +21,8 @@ subject. Where an interval holds 0, the arms cannot be told apart.
 **Where synthetic pairs come from.** A run with the condition `labels` is asked for real masks of the
 fraction, each warped at random (rotated, scaled, bent, one structure made larger or smaller). So the label is
 true as far as the generator obeys. A run with bound registers makes masks of its own. The table of the pairs
-says how far a network that learned from real pairs agrees with their labels, and how large the labels are.
+says how far a network that learned from real pairs agrees with their labels (and with the real labels of the
+fraction, where only the autoencoder changed the image: the ceiling), and how large the labels are.
 
 **What the field found to help**, each one a setting:
 
@@ -61,6 +62,7 @@ from ..engine.training import EMA, OptimConfig, RunConfig, Stepper, autocast, re
 from ..metrics import dice
 from ..pipeline import LatentDiffusionPipeline
 from ..unet import UNetConfig
+from ..vae import Autoencoder
 from .results import table, with_interval, write_report
 from .statistics import bootstrap_interval
 from .validity import label_shapes
@@ -85,6 +87,7 @@ ARMS = {
     "mixed_augmented": Arm(synthetic="mixed", augmented=True),
 }
 JUDGE = "real"  # the arm whose first network judges synthetic pairs
+MOST_REAL = 50  # real pairs that are sent through the autoencoder
 
 
 @dataclass(frozen=True)
@@ -333,23 +336,33 @@ def difficulty(judge: Segmenter, pairs: Iterable[Pair]) -> Tensor:
     return torch.stack([1 - judge.dice(pair).nanmean() for pair in pairs]).nan_to_num(0.01).clamp(min=0.01)
 
 
-def describe_pairs(judge: Segmenter, pairs: Sequence[Pair], real: Sequence[Pair], spacing: Any) -> dict:
-    """By label: Dice of the judge's labels with the pairs', and ratios of mean volumes: the judge's to the
-    pairs', the pairs' to those of the real pairs."""
+def describe_pairs(
+    judge: Segmenter, pairs: Sequence[Pair], real: Sequence[Pair], autoencoder: Autoencoder, spacing: Any
+) -> dict[str, list[float]]:
+    """By label. agreement: Dice of the judge's labels with the pairs'. ceiling: the same of real pairs whose
+    images went through the autoencoder, which no sample can exceed by much. Ratios of mean volumes:
+    volume_judged, the judge's to the pairs'; volume_of_real, the pairs' to those of the real pairs."""
     num_labels = judge.method.num_labels
     found = [judge.probability(pair.image).argmax(0) for pair in pairs]
-    scores = torch.stack(
-        [dice(f[None], p.mask[None], num_labels)[0] for f, p in zip(found, pairs, strict=True)]
-    )
+    agreement = [dice(f[None], p.mask[None], num_labels)[0] for f, p in zip(found, pairs, strict=True)]
+    ceiling = [judge.dice(Pair(through(autoencoder, pair.image), pair.mask)) for pair in real[:MOST_REAL]]
     masks = ([pair.mask for pair in pairs], [pair.mask for pair in real], found)
     own, theirs, judged = (
         label_shapes((m.numpy() for m in some), spacing, num_labels)[..., 0].mean(0) for some in masks
     )
     return {
-        "agreement": scores.nanmean(0).tolist(),
+        "agreement": torch.stack(agreement).nanmean(0).tolist(),
+        "ceiling": torch.stack(ceiling).nanmean(0).tolist(),
         "volume_judged": (judged / np.maximum(own, 1e-9)).tolist(),
         "volume_of_real": (own / np.maximum(theirs, 1e-9)).tolist(),
     }
+
+
+@torch.inference_mode()
+def through(autoencoder: Autoencoder, image: Tensor) -> Tensor:
+    """The image (C, *S) after encoder and decoder, on the CPU."""
+    x = image[None].to(next(autoencoder.parameters(), image).device)
+    return autoencoder.decode(autoencoder.encode(x).mode(), x.shape[2:])[0].float().cpu()
 
 
 # --- the study ----------------------------------------------------------------------------------------------
@@ -461,7 +474,8 @@ class Study:
                 pairs = by_condition(self.pipeline, [pair.mask for pair in real], chances, config)
             else:
                 pairs = by_registers(self.pipeline, config)
-            report = describe_pairs(judge, pairs, real, self.spec.spacing)
+            autoencoder = self.pipeline.model.autoencoder
+            report = describe_pairs(judge, pairs, real, autoencoder, self.spec.spacing)
             if config.ignore is not None:
                 means = label_losses(judge, real)
                 pairs = [without_extremes(judge, pair, means, config.ignore) for pair in pairs]
@@ -542,9 +556,10 @@ def show(report: dict[str, Any]) -> None:
             cells = (with_interval(*row[k]) if k in row else "-" for k in ("dice", "to_real", "to_augmented"))
             lines.append((fraction, name, *cells))
     print0(f"\n{table(lines, markdown=True)}\n")
-    lines = [("masks of", "label", "agreement", "volume seen / asked", "volume / real", "ignored")]
+    title = "agreement", "ceiling", "volume seen / asked", "volume / real", "ignored"
+    lines = [("masks of", "label", *title)]
     for fraction, pairs in report["pairs"].items():
-        columns = (pairs[k] for k in ("agreement", "volume_judged", "volume_of_real"))
+        columns = (pairs[k] for k in ("agreement", "ceiling", "volume_judged", "volume_of_real"))
         for label, values in enumerate(zip(*columns, strict=True), start=1):
             cells = (f"{np.nan if v is None else v:.3f}" for v in (*values, pairs["ignored"]))
             lines.append((fraction, label, *cells))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ldm3d.evaluation.teaching import (
     Segmenter,
     batch_of,
     compared,
+    describe_pairs,
     difficulty,
     label_losses,
     resized,
@@ -119,6 +121,30 @@ def test_a_mask_is_as_hard_as_its_labels_are_missed(judge, pairs):
     values = difficulty(judge, [Pair(pairs[0].image, seen), pairs[0]])
     assert values[0] == pytest.approx(0.01)
     assert values[1] == pytest.approx(1 - judge.dice(pairs[0]).nanmean().item(), abs=1e-6)
+
+
+def test_pairs_are_described_by_agreement_ceiling_and_volumes(judge, pairs):
+    class Blank:
+        def parameters(self):
+            return iter([])
+
+        def encode(self, x):
+            return SimpleNamespace(mode=lambda: 0 * x)
+
+        def decode(self, z, size):
+            return z
+
+    half = [pair._replace(mask=pair.mask * (torch.arange(12) < 6)[:, None]) for pair in pairs]
+    found = describe_pairs(judge, half, pairs, Blank(), (1.0, 1.0))
+    means = torch.stack([judge.dice(pair) for pair in half]).mean(0)
+    assert found["agreement"] == pytest.approx(means.tolist())
+    blank = torch.stack([judge.dice(Pair(0 * pair.image, pair.mask)) for pair in pairs]).mean(0)
+    assert found["ceiling"] == pytest.approx(blank.tolist())
+    own, real = (np.stack([pair.mask for pair in some]) for some in (half, pairs))
+    seen = np.stack([judge.probability(pair.image).argmax(0) for pair in half])
+    for k in (1, 2):
+        assert found["volume_of_real"][k - 1] == pytest.approx((own == k).sum() / (real == k).sum())
+        assert found["volume_judged"][k - 1] == pytest.approx((seen == k).sum() / (own == k).sum())
 
 
 def test_arms_are_compared_case_by_case_and_subject_by_subject():
