@@ -6,7 +6,7 @@
 Two pairs of an autoencoder and a denoiser are trained: "healthy" has seen heads without a lesion alone, and
 "class" heads of both classes, under the condition `class`. The heads of the tests were seen by neither.
 
-anomalies        maps of lesions, of the healthy model: `python -m ldm3d.evaluation anomalies`
+anomalies        maps of lesions, of the healthy model: `python -m ldm3d.evaluation anomalies RUN FOLDER`
 likelihood       bits per dimension, and AUC of spoilt heads, of the healthy model: `... likelihood`
 inversion        encode, invert to noise, sample again: the error, as a share of the latents' deviation, and
                  PSNR beside the plain autoencoder, for numbers of steps and of fixed-point rounds
