@@ -95,6 +95,7 @@ from ldm3d.large.patches import (
     draw_size,
     longest_side,
     position_step,
+    voxels_of,
 )
 from ldm3d.large.streaming import STREAMED
 from ldm3d.latent_diffusion import LatentDiffusion
@@ -705,11 +706,11 @@ def preview(
     """
     amp, display, rows, size = config.run.amp, model.spec.display, {}, preview_size(model)
     batch = collate([dataset[i % len(dataset), i % len(dataset)] for i in range(4)])
-    corner, factor = (0,) * model.spec.dims, model.autoencoder.downsampling
+    box, factor = (slice(None),) * model.spec.dims, model.autoencoder.downsampling
     if model.patch:
         corner = [(n - m) // 2 for n, m in zip(batch["mean"].shape[2:], model.patch, strict=True)]
-        batch |= cut_batch(batch, [corner] * 4, model.patch, factor)
-    box = [slice(c * f, c * f + n) for c, f, n in zip(corner, factor, size or model.spec.size, strict=True)]
+        seen = tuple(slice(c, c + m) for c, m in zip(corner, model.patch, strict=True))
+        batch, box = batch | cut_batch(batch, [seen] * 4, factor), voxels_of(seen, factor)
     batch = to_device(batch, model.device)
     cond = model.conditions_of(batch)
 
