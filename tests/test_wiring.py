@@ -4,6 +4,7 @@ All networks start from the same weights and see the same batch, so the first st
 first step of another must be, whose flags differ.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from closeness import close
 from torch import Tensor
 
 import sample
@@ -25,12 +27,12 @@ import train_vae
 from ldm3d import read
 from ldm3d.cdal import CDAL, CDALConfig, FewStepConfig, Generator
 from ldm3d.conditions import absent
-from ldm3d.config import parse
+from ldm3d.config import from_dict, parse
 from ldm3d.data import Volume, write
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel
-from ldm3d.discriminators import TimeDiscriminator
+from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig, TimeDiscriminator
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.distributed import keyed_generator
 from ldm3d.evaluation import pairs
@@ -441,6 +443,15 @@ def test_a_discriminator_judges_as_many_scales_as_asked(vae):
     assert [len(run.real) for run in (one, two)] == [1, 2]
     assert two.real[1].shape[2:].numel() < two.real[0].shape[2:].numel()
     assert two.lines[0]["d_loss"] != pytest.approx(one.lines[0]["d_loss"], rel=1e-4)
+
+
+def test_a_discriminator_sees_intensities_in_the_range_asked_for(vae):
+    run = vae(f"{DISC_ALONE} --disc_optim.lr 1e-12 --disc.image_range 0,3")
+    config = from_dict(PatchDiscriminatorConfig, run.content["config"]["disc"])
+    net = PatchDiscriminator(dataclasses.replace(config, image_range=(-1, 1)))
+    net.load_state_dict(run.content["others"]["discriminator"])
+    with torch.no_grad():
+        close(run.real[0], net((run.x + 1) * 1.5).logits[0])
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5])

@@ -11,13 +11,15 @@ autoencoder and the denoiser to start from, "pretrained". Validation cases are n
     all weights     --run.init
     adapters        --run.init, --lora.rank 4
     control         --run.init, --control labels: the masks of the 20 volumes steer the frozen denoiser
+    guidance 2      samples of the same run, guided to the mask: sample.py --guidance labels=2
 
 Columns: parameters that are trained; the lowest validation loss of the diffusion (that of control is under
 the masks of the validation cases); the Frechet distance between samples and the training cases of both parts,
 in the fixed network of ldm3d/evaluation; and the Dice between the mask of a validation case and the labels
-that a segmentation network finds in a sample. Only "control" was asked for the mask: the Dice of the other
-rows is chance. The segmentation network has learned from the cases of the pretraining; the row "real" holds
-its Dice on real validation cases, and their Frechet distance.
+that a segmentation network finds in a sample. Samples are by the weights of best.pt: those with the lowest
+validation loss, and for control with the lowest one at high noise. Only "control" was asked for the mask: the
+Dice of the other rows is chance. The segmentation network has learned from the cases of the pretraining; the
+row "real" holds its Dice on real validation cases, and their Frechet distance.
 
 Stopped and started again it goes on where it was.
 """
@@ -132,13 +134,15 @@ def lowest_loss(run: Path) -> float:
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def samples_of(run: Path, masks: Sequence[Tensor], path: Path) -> Tensor:
+def samples_of(run: Path, masks: Sequence[Tensor], path: Path, guidance: float = 1.0) -> Tensor:
     """One sample (C, *S) for each mask, which a ControlNet is asked for."""
     if not path.exists():
         pipeline = ldm3d.load(run)
         controlled = pipeline.model.denoiser.control is not None
         conditions = {"labels": list(masks)} if controlled else {}
-        x = pipeline.sample(len(masks), tuple(masks[0].shape), conditions=conditions, steps=20)
+        scale = {"labels": guidance} if guidance != 1 else 1.0
+        how = {"conditions": conditions, "guidance_scale": scale, "steps": 20}
+        x = pipeline.sample(len(masks), tuple(masks[0].shape), **how)
         write_atomically(path, lambda file: torch.save(x, file))
     return torch.load(path, weights_only=True)
 
@@ -177,14 +181,15 @@ def figures_of(args: argparse.Namespace, name: str) -> dict[str, Figures]:
     images, masks = first_cases(data.dataset("val"), args.samples)
     judge = Judge(runs.pop("segment"), data, out / "cache")
     rows = {"real": once(out / "real.json", lambda: judge(images, masks))}
-    for row, run in runs.items():
+    asked = {row: (run, 1.0, "") for row, run in runs.items()}
+    for row, (run, guidance, name) in (asked | {"guidance 2": (runs["control"], 2.0, "-guided")}).items():
 
-        def measure(run: Path = run) -> Figures:
-            volumes = samples_of(run, masks, run / "samples.pt")
+        def measure(run: Path = run, guidance: float = guidance, name: str = name) -> Figures:
+            volumes = samples_of(run, masks, run / f"samples{name}.pt", guidance)
             counted = {} if run.name == "base" else {"trained": num_trained(run)}
             return {**counted, "loss": lowest_loss(run), **judge(list(volumes), masks)}
 
-        rows[row] = once(run / "found.json", measure)
+        rows[row] = once(run / f"found{name}.json", measure)
     return rows
 
 

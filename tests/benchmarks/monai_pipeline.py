@@ -1,6 +1,6 @@
 """An autoencoder trained by MONAI goes on here, and back: the table in README.md, in this folder.
 
-    python tests/benchmarks/monai_pipeline.py                       # about 8 CPU minutes
+    python tests/benchmarks/monai_pipeline.py                       # about 4 CPU minutes
     python tests/benchmarks/monai_pipeline.py --steps 2 --cases 1   a try
 
 1. MONAI's AutoencoderKL learns the hippocampus data (looked for in $LDM3D_DATA, else data/): L1 and KL, Adam,
