@@ -15,9 +15,11 @@ import quality
 from budgets import measured_in_cpu_seconds, once, words_of_length
 from monai_tutorial import kl_loss
 from pipeline_scores import high_frequency_gap
+from samplers import ROWS, errors
 
 import train_ldm
 from ldm3d.config import InputError
+from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.metrics import power_spectrum
 
 LEVER = "drop=ldm: --unet.dropout 0.1; sample: --steps 4"
@@ -124,3 +126,19 @@ def test_a_preset_of_another_length_validates_at_its_end_and_warms_up_in_time():
         "--run.save_every": "50",
         "--optim.warmup_steps": "5",
     }
+
+
+def test_every_sampler_and_grid_of_the_table_follows_the_path_and_ab3_has_a_higher_order():
+    """The exact network of Gaussian data of standard deviation 0.3."""
+
+    def predict(x_t, time):
+        t = time.double().view(-1, 1, 1) / 1000
+        x_start = (1 - t) * 0.09 / ((1 - t) ** 2 * 0.09 + t**2) * x_t
+        return (x_t - (1 - t) * x_start) / t - x_start
+
+    noise = torch.ones(1, 1, 1, dtype=torch.float64)
+    found = errors(DiffusionKernel(KernelConfig()), predict, noise, calls=(40, 80), limit=1000)
+    for name, (forty, eighty) in found.items():
+        assert eighty < forty < 0.03, name
+    assert found.keys() == ROWS.keys()
+    assert found["ab3"][0] < 0.2 * found["ab2"][0] < 0.02 * found["euler"][0]
