@@ -604,6 +604,15 @@ def plan_changes(plan: Plan, f: Fingerprint) -> None:
         plan.set("data.augment.colour", 0.5, "three channels: colours vary")
 
 
+def plan_raters(plan: Plan, num_raters: int) -> None:
+    """Votes that are samples of raters; cdal.py says why these settings."""
+    plan.set("votes", 8, f"up to {num_raters} raters a case: each vote is what one of them could have drawn")
+    plan.set("cdal.own_estimate", False, "the network's own estimate is the mean of the raters")
+    plan.set("cdal.kernel.num_timesteps", 16, "many steps: what raters differ in is decided bit by bit")
+    plan.set("cdal.kernel.input_scale", 0.2, "more of the true mask is hidden at every step")
+    plan.set("cdal.dice_weight", 0.0, "cross-entropy alone makes probabilities that are right")
+
+
 def plan_generator(
     plan: Plan, f: Fingerprint, size: tuple[int, ...], spacing: tuple[float, ...], machine: Machine
 ) -> tuple[tuple[int, ...], ...]:
@@ -635,6 +644,8 @@ def plan_cdal(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores
     plan = Plan(given)
     size, spacing = plan_data(plan, f, machine.gpu, num_cores)
     plan_changes(plan, f)
+    if f.num_raters > 1:
+        plan_raters(plan, f.num_raters)
     factors = plan_generator(plan, f, size, spacing, machine)
     multiple = total(factors, f.dims)
     whole = plan_size(plan, size, multiple)

@@ -440,6 +440,20 @@ def planned_cdal(machine=CPU, given=None, **facts) -> dict:
     return {choice.key: choice.value for choice in plan.choices}
 
 
+def test_votes_are_planned_to_be_samples_of_several_raters():
+    one, several = planned_cdal(), planned_cdal(num_raters=3)
+    own = {k: v for k, v in several.items() if k not in one}
+    assert own == {
+        "votes": 8,
+        "cdal.own_estimate": False,
+        "cdal.kernel.num_timesteps": 16,
+        "cdal.kernel.input_scale": 0.2,
+        "cdal.dice_weight": 0.0,
+    }
+    assert own.items() <= train_cdal.PRESETS["cells"].items()
+    assert {k: v for k, v in several.items() if k in one} == one
+
+
 @pytest.mark.parametrize("widths", [(8,), (8, 16), (8, 16, 24), (8, 16, 24, 32)])
 def test_given_widths_have_as_many_down_samplings_as_they_need(widths):
     for machine in (CPU, GPU):

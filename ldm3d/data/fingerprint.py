@@ -84,6 +84,7 @@ class Fingerprint:
     parts: dict[str, int]  # cases in train, val and test where the table states a split; else {}
     pose: float
     mirrored: tuple[float, ...]  # one for each axis
+    num_raters: int = 1  # most masks of one case
 
     @property
     def num_cases(self) -> int:
@@ -332,6 +333,7 @@ def summarise(
         parts=dict(Counter(case.split for case in cases if case.split is not None)),
         pose=pose,
         mirrored=mirrored,
+        num_raters=max([1, *(len(case.masks) for case in cases)]),
     )
 
 

@@ -270,6 +270,17 @@ def _kinds_of_images_and_masks(root: Path, kinds: Kinds) -> tuple[list[str], lis
     return images, masks
 
 
+def _of_raters(kinds: Kinds, image: str, masks: list[tuple[int, str]]) -> tuple[int, str] | None:
+    """The masks whose files are named ID__RATER, with at least one for every image and none for others: of
+    several such kinds the one with most files. None if there are no such masks."""
+    fits = [
+        (num, pattern)
+        for num, pattern in masks
+        if pattern.count("*") == 1 and {n.rpartition("__")[0] for n in kinds[pattern]} == set(kinds[image])
+    ]
+    return max(fits, key=lambda fit: len(kinds[fit[1]]), default=None)
+
+
 def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | None:
     """The pattern of all images where folders are classes, such as healthy/ and ill/: no name is in two of
     them, and all lie equally deep. None where folders are something else."""
@@ -332,7 +343,10 @@ def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
         if len(missing := kinds[image].keys() - kinds[settings["mask"]].keys()):
             settings["allow_missing_mask"] = True
             why["allow_missing_mask"] = f"{len(missing)} of {num} images have no mask"
-    why |= _rest(kinds, settings.values())
+    elif best := _of_raters(kinds, image, masks):
+        settings["mask"] = best[1].replace("*", "{id}__{rater}")
+        why["mask"] = f"beside the images, {len(kinds[best[1]])} files named by case and rater"
+    why |= _rest(kinds, [*settings.values(), *(best or ())])
     if name == "BIDS":
         settings["subject"], why["subject"] = r"^(sub-[^_]+)", "BIDS: the subject stands first in every name"
         _add_participants(root, kinds[image], settings, why)

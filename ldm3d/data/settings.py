@@ -22,7 +22,7 @@ class DataConfig:
     root: str | None = None  # folder of the data; none = $LDM3D_DATA/<name>, else data/<name>
     name: str | None = None  # name of the folder if data.root is none; none = the preset
     image: str | None = None  # glob, "images/*.nii.gz": the first * (or each {id}) is the case id
-    mask: str | None = None  # glob of the label maps, paired by case id
+    mask: str | None = None  # glob of the masks, paired by case id, and {rater}
     source: str | None = None  # glob of the source volumes, paired by case id
     table: str | None = None  # instead of globs; none = cases.csv or dataset.json, where there is one
     subject: str | None = None  # regular expression with one group on the case id, or a CSV (name, subject)

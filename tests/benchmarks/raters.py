@@ -71,7 +71,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], float]] = {  # run -> (settings, shar
     "dropout": (PLAIN | {"unet.dropout": 0.3}, 1),
     "stochastic": (PLAIN, 1),
     "diffusion-scale-1": ({"cdal.kernel.input_scale": 1.0}, 1),
-    "diffusion-own-estimate": ({"cdal.own_estimate": True}, 1),
+    "diffusion-4-steps": ({"cdal.kernel.num_timesteps": 4}, 1),
 }
 ARMS: dict[str, list[str]] = {  # arm -> its runs
     "diffusion": ["diffusion"],
@@ -81,7 +81,7 @@ ARMS: dict[str, list[str]] = {  # arm -> its runs
     "dropout": ["dropout"],
     "stochastic": ["stochastic"],
     "diffusion, mask not scaled": ["diffusion-scale-1"],
-    "diffusion, own estimate": ["diffusion-own-estimate"],
+    "diffusion, 4 steps": ["diffusion-4-steps"],
 }
 SHOWN = {"ged": "GED^2", "matched_iou": "matched IoU", "best_dice": "best Dice", "mean_dice": "mean Dice"}
 

@@ -11,6 +11,7 @@ from ldm3d.config import InputError
 from ldm3d.data import AugmentConfig, DataConfig
 from ldm3d.data.cases import find_cases
 from ldm3d.data.images import with_references
+from ldm3d.data.layouts import recognise
 from ldm3d.engine.distributed import keyed_generator
 
 RATERS = ("anna", "ben", "chris")
@@ -145,3 +146,13 @@ def test_references_of_several_raters_are_not_taken_for_one(root, settings):
     assert not any(case.masks for case in cases)
     with pytest.raises(InputError, match="has masks of several raters"):
         with_references(cases, root, settings)
+
+
+def test_a_folder_of_masks_named_by_case_and_rater_is_recognised(root, settings):
+    layout = recognise(root)
+    assert layout.settings == {"image": settings.image, "mask": settings.mask}
+    assert layout.why["mask"] == "beside the images, 11 files named by case and rater"
+    save(root / "crowd/p_1__dora.nii.gz", np.ones((6, 5, 4), np.uint8))  # not of every case
+    layout = recognise(root)
+    assert layout.settings["mask"] == settings.mask
+    assert layout.why["others"] == "crowd/*.nii.gz (1)"
