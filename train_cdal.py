@@ -8,6 +8,7 @@ several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --r
 your own data     python train_cdal.py FOLDER
 as published      python train_cdal.py published
 plain U-Net       python train_cdal.py hippocampus --cdal.diffusion false
+several raters    python train_cdal.py cells
 
 The generator learns to give the label map y (one-hot) of an image from a noisy label map: the true one,
 or the generator's own estimate, with the noise of a random step t. The loss is
