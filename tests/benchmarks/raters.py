@@ -14,8 +14,6 @@ of every test image:
     dropout        a plain network with dropout 0.3, which stays on; 16 passes, thresholded
     stochastic     a Gaussian of rank 10 over the logits of all voxels at once, 16 draws (stochastic
                    segmentation networks, Monteiro et al. 2020, arXiv 2006.06015)
-    ..., turned    every eighth of the masks from the image in another of its 8 orientations; of "sampled" the
-                   mean of the probabilities in all 8
 
 The table has the scores of ldm3d/evaluation/raters.py with bootstrap intervals over images, and the
 difference of each arm's ged to that of diffusion, paired by image. What is there is not done again; killed at
@@ -83,9 +81,6 @@ ARMS: dict[str, list[str]] = {  # arm -> its runs
     "ensemble": [f"member-{k}" for k in range(1, 5)],
     "dropout": ["dropout"],
     "stochastic": ["stochastic"],
-    "diffusion, turned": ["diffusion"],
-    "sampled, turned": ["plain"],
-    "stochastic, turned": ["stochastic"],
     "diffusion, mask not scaled": ["diffusion-scale-1"],
     "diffusion, 4 steps": ["diffusion-4-steps"],
 }
@@ -170,45 +165,25 @@ def train(name: str, minutes: float, runs: Path) -> None:
 # --- 16 masks of an image -----------------------------------------------------------------------------------
 
 
-def turn(x: Tensor, k: int) -> Tensor:
-    """x (..., H, W) in one of 8 orientations, k = 0 .. 7: quarter turns, then a flip from 4 on."""
-    x = x.rot90(k % 4, (-2, -1))
-    return x.flip(-1) if k >= 4 else x
-
-
-def turn_back(x: Tensor, k: int) -> Tensor:
-    """The inverse of `turn`."""
-    return (x.flip(-1) if k >= 4 else x).rot90(-(k % 4), (-2, -1))
-
-
-def draws_of(
-    arm: str, opened: list[pipeline.SegmentationPipeline], x: Tensor, key: str, votes: int = VOTES
-) -> Tensor:
-    """The masks (votes, *S) that an arm draws of an image x (C, *S)."""
-    arm, _, turned = arm.partition(", ")
-    if turned == "turned" and arm != "sampled":
-        parts = [draws_of(arm, opened, turn(x, k), f"{key} {k}", votes // 8) for k in range(8)]
-        return torch.cat([turn_back(part, k) for k, part in enumerate(parts)])
+def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], x: Tensor, key: str) -> Tensor:
+    """The masks (VOTES, *S) that an arm draws of an image x (C, *S)."""
     random = keyed_generator(0, 0, f"{arm} {key}")
     first = opened[0]
-    if arm == "diffusion":
-        p = first.method.segment(first.net, x, votes, key=key, batch_size=votes, separate=True)
-        return p.unflatten(0, (votes, -1)).argmax(1)
+    if arm.startswith("diffusion"):
+        p = first.method.segment(first.net, x, VOTES, key=key, batch_size=VOTES, separate=True)
+        return p.unflatten(0, (VOTES, -1)).argmax(1)
     if arm in ("dropout", "stochastic"):
         zeros, t = x.new_zeros(1, first.method.num_labels, *x.shape[1:]), x.new_zeros(1)
         if arm == "dropout":
             first.net.unet.train()
-            return torch.cat([first.net(zeros, t, x[None]).argmax(1) for _ in range(votes)])
-        drawn = (torch.randn(1, votes, *size, generator=random) for size in ((RANK,), zeros.shape[1:]))
+            return torch.cat([first.net(zeros, t, x[None]).argmax(1) for _ in range(VOTES)])
+        drawn = (torch.randn(1, VOTES, *size, generator=random) for size in ((RANK,), zeros.shape[1:]))
         return first.net.logits(first.net(zeros, t, x[None]), *drawn)[0].argmax(1)
     p = torch.stack([one.method.segment(one.net, x) for one in opened])  # (networks, K, *S)
     if arm == "sampled":
-        if turned:
-            every = [turn_back(first.method.segment(first.net, turn(x, k)), k) for k in range(8)]
-            p = torch.stack(every).mean(0)[None]
-        flat = p[0].flatten(1).T.multinomial(votes, replacement=True, generator=random)
-        return flat.T.view(votes, *x.shape[1:])
-    return p.argmax(1).repeat_interleave(votes // len(p), 0)
+        flat = p[0].flatten(1).T.multinomial(VOTES, replacement=True, generator=random)
+        return flat.T.view(VOTES, *x.shape[1:])
+    return p.argmax(1).repeat_interleave(VOTES // len(p), 0)
 
 
 def open_runs(arm: str, runs: Path) -> list[pipeline.SegmentationPipeline]:
