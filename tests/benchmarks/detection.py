@@ -6,7 +6,8 @@
 Two pairs of an autoencoder and a denoiser are trained: "healthy" has seen heads without a lesion alone, and
 "class" heads of both classes, under the condition `class`. The heads of the tests were seen by neither.
 
-anomalies        maps of lesions, of the healthy model: `python -m ldm3d.evaluation anomalies RUN FOLDER`
+anomalies        maps of lesions, of the healthy model: `python -m ldm3d.evaluation anomalies`; of the bright
+                 lesions of all synthetic heads, and of the same lesions as dark as grey matter
 likelihood       bits per dimension, and AUC of spoilt heads, of the healthy model: `... likelihood`
 inversion        encode, invert to noise, sample again: the error, as a share of the latents' deviation, and
                  PSNR beside the plain autoencoder, for numbers of steps and of fixed-point rounds
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from ldm3d.config import read_json  # noqa: E402
 from ldm3d.data import VolumeDataset, open_images  # noqa: E402
-from ldm3d.data.phantoms import write_phantoms  # noqa: E402
+from ldm3d.data.phantoms import TISSUES, make_phantom, write_phantoms  # noqa: E402
 from ldm3d.engine.logger import save_sheet  # noqa: E402
 from ldm3d.evaluation.__main__ import main as evaluation_main  # noqa: E402
 from ldm3d.evaluation.anomalies import MAPS  # noqa: E402
@@ -91,6 +93,19 @@ def write_heads(out: Path, parts: dict[str, int]) -> dict[str, Path]:
     return {name: out / name for name in chosen}
 
 
+def write_grey(out: Path, num: int) -> Path:
+    """The first heads of the tests with lesions as dark as grey matter, in a folder of their own."""
+    with open(out / "test-1" / "cases.csv", newline="") as file:
+        names = [row["subject"] for row in csv.DictReader(file)][:num]
+    for name in names:
+        with mock.patch.dict(TISSUES, lesion=TISSUES["grey"]):
+            head = make_phantom(int(name[-4:]), size=SIZE)
+        path = out / "grey" / f"{name}.nii.gz"
+        if not path.exists():
+            ldm3d.write(path, ldm3d.Volume(head.image, head.affine))
+    return out / "grey"
+
+
 def length(steps: int) -> list[str]:
     """Flags of a run's length; saved often, since it may be stopped at any time."""
     numbers = {"steps": steps, "eval_every": max(1, steps // 2), "save_every": min(100, steps)}
@@ -119,11 +134,11 @@ def train(args: argparse.Namespace, out: Path) -> dict[str, Path]:
 # --- detection ----------------------------------------------------------------------------------------------
 
 
-def evaluated(out: Path, name: str, *words: object) -> dict[str, Any]:
-    """The report of an evaluation, made once."""
+def evaluated(out: Path, name: str, task: str, *words: object) -> dict[str, Any]:
+    """The report of a task of `python -m ldm3d.evaluation`, made once."""
     folder = out / "report" / name
     if not (folder / "report.json").exists():
-        evaluation_main([name, *map(str, words), "--out", str(folder)])
+        evaluation_main([task, *map(str, words), "--out", str(folder)])
     return read_json(folder / "report.json")
 
 
@@ -221,6 +236,8 @@ def inpainting(
             x, edit = item["image"], ImageEdit(pipeline.model, item["image"], region)
             made = pipeline.sample(1, conditions={"class": wish}, edit=edit, steps=steps, seed=i)[0]
             row = edit_figures(made.numpy(), x.numpy(), region.numpy())
+            row["seam - real"] = row["seam"] - row["seam_real"]
+            row["contrast - real"] = row["seam_contrast"] - row["contrast_real"]
             white = heads[0][i]["image"]
             row["lesion before"] = float((lesion(x, white) & region).sum())
             row["lesion after"] = float((lesion(made, white) & region).sum())
@@ -316,11 +333,14 @@ def main(argv: list[str] | None = None) -> None:
         args.num, args.edits, args.sample_steps = 2, 2, 2
     out = args.out / "try" if args.tiny else args.out
     runs = train(args, out)
-    words = [out / "test-1", "--masks", out / "heads-1/labels", "--label", 4, "--steps", args.sample_steps]
-    found = evaluated(out, "anomalies", runs["healthy"], *words, "--subset", args.num)
-    texts = {"anomalies": anomaly_table(found)}
+    texts, words = {}, ["--masks", out / "heads-1/labels", "--label", 4, "--subset", args.num]
+    for name, images in {"anomalies": out / "test-1", "grey": write_grey(out, args.num)}.items():
+        how = [*words, "--steps", args.sample_steps]
+        texts[name] = anomaly_table(evaluated(out, name, "anomalies", runs["healthy"], images, *how))
     words = ["--changes", "cut,roll,flip", "--steps", args.sample_steps, "--subset", args.num]
-    texts["likelihood"] = likelihood_table(evaluated(out, "likelihood", runs["healthy"], *words))
+    texts["likelihood"] = likelihood_table(
+        evaluated(out, "likelihood", "likelihood", runs["healthy"], *words)
+    )
     pipelines = {name: ldm3d.load(run) for name, run in runs.items()}
 
     def part(name: str, make: Callable[[], Any]) -> Any:
