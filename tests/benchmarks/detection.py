@@ -1,18 +1,18 @@
 """Edits and detection on synthetic heads: the tables in README.md, in this folder.
 
-    python tests/benchmarks/detection.py --amp bf16     # about 25 CPU minutes, 20 of them training
+    python tests/benchmarks/detection.py --amp bf16     # about 17 CPU minutes
     python tests/benchmarks/detection.py --try          # a try, whose figures mean nothing
 
 Two pairs of an autoencoder and a denoiser are trained: "healthy" has seen heads without a lesion alone, and
 "class" heads of both classes, under the condition `class`. The heads of the tests were seen by neither.
 
-anomalies        maps of lesions, of the healthy model: `python -m ldm3d.evaluation anomalies`; of the bright
-                 lesions of all synthetic heads, and of the same lesions as dark as grey matter
-likelihood       bits per dimension, and AUC of spoilt heads, of the healthy model: `... likelihood`
+anomalies        maps of lesions by the healthy model (evaluation/anomalies.py): of the bright lesions of
+                 all synthetic heads, and of the same lesions as dark as grey matter
+likelihood       bits per dimension of heads, and AUC of spoilt ones, by the healthy model (likelihood.py)
 inversion        encode, invert to noise, sample again: the error, as a share of the latents' deviation, and
                  PSNR beside the plain autoencoder, for numbers of steps and of fixed-point rounds
 inpainting       lesions put into healthy heads, and taken out of others (--inpaint, class 1 and 0); a lesion
-                 is what is brighter than white matter; seams as `... edits` measures them
+                 is what is brighter than white matter; seams as edits.py measures them
 counterfactuals  heads with a lesion, inverted under class 1 and sampled under class 0; beside an edit of the
                  same strength whose noise is drawn. And samples of both classes from the same noise
 
