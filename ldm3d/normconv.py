@@ -53,6 +53,16 @@ def takes_slow_path(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def needs_fp32(x: Tensor, weight: Tensor) -> bool:
+    """True where oneDNN would give a wrong gradient of the weight: of a convolution of a thin volume, with
+    fewer planes than the kernel, in bfloat16. It reads memory that nobody has written (PyTorch 2.13).
+    Compiled networks are left to PyTorch."""
+    if x.device.type != "cpu" or x.ndim != 5 or not is_eager(x) or not 1 < x.shape[2] < weight.shape[2]:
+        return False
+    half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return half == torch.bfloat16 and torch.is_grad_enabled()
+
+
 def is_eager(x: Tensor) -> bool:
     """True for a real tensor that is neither compiled nor traced."""
     return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
@@ -95,6 +105,10 @@ class Conv(nn.Module):
         if takes_slow_path(x, self.weight):
             one = (1,) * len(self.stride)
             return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, one, 1)
+        if needs_fp32(x, self.weight):
+            with torch.autocast("cpu", enabled=False):
+                y = self.convolve(x.float(), self.weight.float(), self.bias.float(), self.stride, padding)
+            return y.to(torch.bfloat16)
         return self.convolve(x, self.weight, self.bias, self.stride, padding)
 
     def extra_repr(self) -> str:
@@ -162,7 +176,7 @@ class GroupStatistics:
     """Gathers what group norm needs to know of a map (B, C, *S), some planes at a time.
 
     Differences to the first voxel are summed, and the sums of planes are added in float64, so that a large
-    mean costs no precision, and it does not matter how many planes come at a time.
+    mean costs no precision, and it does not matter to fp32 how many planes come at a time.
     """
 
     def __init__(self) -> None:

@@ -10,6 +10,7 @@ from ldm3d import normconv
 from ldm3d.normconv import (
     Conv,
     GroupNorm,
+    GroupStatistics,
     channels_last,
     is_channels_last,
     norm_conv,
@@ -144,6 +145,32 @@ def test_inference_overwrites_nothing_that_is_not_its_own(dims, layout):
     with torch.no_grad():
         norm(x, silu=True)
     assert torch.equal(x, before)
+
+
+def test_the_gradient_of_a_thin_volume_in_bfloat16_reads_no_foreign_memory():
+    """oneDNN's own does: where that memory held numbers that are not finite, so did the gradient."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        conv, x, g = Conv(3, 64, 64), channels_last(image(4, 64, 2, 4, 4)), image(4, 64, 2, 4, 4, seed=1)
+        expected = torch.autograd.grad(conv(x), conv.weight, g)
+        junk = [torch.full((2**size,), float("nan")) for size in range(8, 21, 2)]
+        del junk
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+        assert y.dtype == torch.bfloat16
+        all_close(torch.autograd.grad(y, conv.weight, g.bfloat16()), expected, 2e-2)
+
+
+@pytest.mark.parametrize("size", [(13, 7), (9, 6, 5)])
+def test_statistics_are_the_same_bits_however_many_planes_come_at_a_time(size):
+    x, found = channels_last(image(1, 8, *size)), []
+    for step in (1, 2, 3, size[0]):
+        statistics = GroupStatistics()
+        for part in x.split(step, 2):
+            statistics.add(part)
+        found.append(statistics.mean_rstd(4, 1e-6))
+    for other in found[:-1]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[-1], strict=True))
 
 
 # --- norm and convolution together ----------------------------------------------------------------

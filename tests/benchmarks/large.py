@@ -2,6 +2,7 @@
 
     python tests/benchmarks/large.py --num 24 --root FOLDER                   # 2 GiB of files, 3 GiB prepared
     python tests/benchmarks/large.py --num 4 --size 128,128,64 --root FOLDER  # to try it
+    python tests/benchmarks/large.py --root FOLDER --rows latents             # 1 GiB of latents, no CTs
 
 Writes `--num` "CTs" to FOLDER/images, unless they are there: synthetic heads, enlarged to --size voxels of
 0.7 x 0.7 x 1.25 mm, with noise of 20 HU, as int16 NIfTI files with slope 1 and intercept -1024, compressed.
@@ -9,17 +10,24 @@ Then it opens them as a training does, and takes `--steps` batches of one patch 
 `--step` seconds, which leaves the cores alone, as on a GPU, for each way to keep volumes. `data_wait` is the
 share of the time of the steps that is spent waiting, as in the log of a training, after as many steps that do
 not count. Each row is a process of its own; memory is the peak of the process, and of its largest worker.
+
+The row "latents" is about the cache of stage two: what it takes to read the mean and logvar of --num latents,
+whole and one patch of each, when the system keeps nothing of their files in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -32,8 +40,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldm3d.data import DataConfig, batches, open_data
 from ldm3d.data.phantoms import make_phantom
 from ldm3d.engine.training import Speed
+from ldm3d.large.patches import Box, PatchConfig, draw_box
+from ldm3d.latents import LatentDataset, Table
 
 SPACING, SMALLER = (0.7, 0.7, 1.25), 4  # mm; the heads are drawn on a grid that is coarser by SMALLER
+LATENT, LATENT_PATCH = (4, 128, 128, 64), 32  # of the row "latents", in latent voxels
 GIB = 2**30
 
 
@@ -89,6 +100,29 @@ def row(args: argparse.Namespace, cache: str, workers: int) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
+def read_latents(folder: Path, num: int, box: Callable[[int], Box | None] | None) -> dict[str, float]:
+    """MiB from the disk, seconds and CPU seconds of a sample, of the part of each latent that `box` says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: [folder / f"{name}-{i:06d}.npy" for i in range(num)] for name in ("mean", "logvar")}
+    for path in itertools.chain(*paths.values()):
+        if not path.exists():
+            np.save(path, np.random.default_rng(0).standard_normal((1, 1, *LATENT), dtype=np.float32))
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    tables = {name: Table([np.load(path, mmap_mode="r") for path in own]) for name, own in paths.items()}
+    dataset = LatentDataset(tables, 0, box)
+
+    def now() -> np.ndarray:
+        read = int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0])
+        return np.array([read / 2**20, time.perf_counter(), time.process_time()])
+
+    before = now()
+    for i in range(num):
+        dataset[i, i]
+    return dict(zip(("mib", "s", "cpu_s"), ((now() - before) / num).round(4).tolist(), strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
@@ -99,6 +133,12 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=0.3, help="seconds")
     parser.add_argument("--rows", nargs="*", default=["none,0", "none,1", "disk,0", "disk,1"])
     args = parser.parse_args()
+    if args.rows == ["latents"]:
+        config = PatchConfig((LATENT_PATCH,) * 3, halvings=0, share=0)
+        boxes = {"whole": None, "patch": functools.partial(draw_box, config, LATENT[1:], 0, 1)}
+        for name, box in boxes.items():
+            print(json.dumps({"row": name, **read_latents(args.root / "latents", args.num, box)}))
+        return
     size = tuple(map(int, args.size.split(",")))
     (args.root / "images").mkdir(parents=True, exist_ok=True)
     for seed in range(args.num):

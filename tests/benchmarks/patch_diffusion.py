@@ -12,7 +12,7 @@ its measured step tells how many steps these are. The schedule ends with the run
     patches         with --patch.size of half a latent along each axis, and patches of half of that
     patches alone   the same with --patch.share 0: never a whole latent; samples are made in windows
 
-minutes    what training took, two validations included
+minutes    what all of train_ldm.py took: encoding, training, two validations
 loss       the diffusion loss of validation cases on whole latents, of the best checkpoint, with equal noise
 frechet    the Frechet distance of --num samples to the cases of --part in the library's own fixed networks,
            of whole volumes and of slices, with intervals from half-samples (nan: too few cases)
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def train(words: list[str], run: Path, minutes: float, preset: str) -> None:
 def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The figures of a finished run: steps, loss, and how far its samples are from real cases."""
     samples, report = run / "samples", run / "sets"
-    if not samples.exists():
+    if not (samples / "samples.json").exists():  # written last
+        shutil.rmtree(samples, ignore_errors=True)
         sample.main([str(run), "--num", str(args.num), "--out", str(samples)])
     config = SetsConfig(part=args.part, resamples=args.resamples, out=str(report))
     found = json.loads((compare_sets(config, str(samples), str(run)) / "report.json").read_text())["figures"]

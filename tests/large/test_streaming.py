@@ -88,7 +88,7 @@ def test_slabs_of_any_thickness_give_the_whole_result(name, dims, mode, monkeypa
             assert results[-1].is_contiguous()
             close(results[-1], whole, 2e-5)
         for other in results[:-1]:
-            close(other, results[-1], 2e-6)
+            close(other, results[-1], 1e-6)  # the statistics are equal, kernels may differ with the shape
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
