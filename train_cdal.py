@@ -69,7 +69,16 @@ from ldm3d.evaluation.raters import squared_ged
 from ldm3d.inference.segmentation import overlay
 from ldm3d.large.windows import check_window
 from ldm3d.metrics import dice
-from ldm3d.plan import CDAL_PASSES, Plan, Planner, machine, plan_cdal, plan_length, seconds_per_step
+from ldm3d.plan import (
+    CDAL_PASSES,
+    Plan,
+    Planner,
+    check_base,
+    machine,
+    plan_cdal,
+    plan_length,
+    seconds_per_step,
+)
 from ldm3d.unet import UNetConfig
 
 # --- Config and presets -------------------------------------------------------------------------------------
@@ -423,10 +432,12 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
             "with --data.mask, or in a cases.csv with the columns image and mask"
         )
     print0(f"{folder}: {describe(found)}")
-    flags |= settings_of_init("cdal", merge({}), NETWORK, FREE) | flags
+    bare = merge({"data.dims": found.dims})
+    base = settings_of_init("cdal", bare, NETWORK, FREE)
+    check_base(base, found, bare.run.init)
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
-        plan = plan_cdal(found, able, flags, cores_of_rank())
+        plan = plan_cdal(found, able, flags, cores_of_rank(), base)
         config = merge(plan.values)
         data, table = open_labelled(config), memory_table(config, own_estimate=True)
     seconds = seconds_per_step(table, config, device, data)

@@ -96,7 +96,17 @@ from ldm3d.losses import (
     reconstruction_loss,
 )
 from ldm3d.metrics import SLAB, SLAB_MAPS, ms_ssim, psnr, ssim
-from ldm3d.plan import PLAN_FILE, VAE_PASSES, Plan, Planner, machine, plan_length, plan_vae, seconds_per_step
+from ldm3d.plan import (
+    PLAN_FILE,
+    VAE_PASSES,
+    Plan,
+    Planner,
+    check_base,
+    machine,
+    plan_length,
+    plan_vae,
+    seconds_per_step,
+)
 from ldm3d.vae import Autoencoder, Posterior, VAEConfig
 from ldm3d.vqvae import Quantized, QuantizerConfig, make_autoencoder, quantizer_loss
 
@@ -573,13 +583,13 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     """The settings of a run on the images of a folder, by the rules of ldm3d/plan.py."""
     device, found = setup(flags.get("run.device", "auto")), take(folder, flags)
     print0(f"{folder}: {describe(found)}")
-    bare = merge({})
-    theirs = settings_of_init("vae", bare, NETWORK, FREE)
-    image_range = theirs.get("vae.image_range", bare.vae.image_range)
-    flags |= theirs | settings_of_disc_init(bare, image_range) | flags
+    bare = merge({"data.dims": found.dims})
+    base = settings_of_init("vae", bare, NETWORK, FREE)
+    check_base(base, found, bare.run.init)
+    base |= settings_of_disc_init(bare, base.get("vae.image_range", bare.vae.image_range))
     able = machine(device.type == "cuda", flags, lambda values: memory_table(merge(values)))
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data, training says again
-        plan = plan_vae(found, able, flags, cores_of_rank())
+        plan = plan_vae(found, able, flags, cores_of_rank(), base)
         config = merge(plan.values)
         data = open_volumes(config)
     seconds = seconds_per_step(memory_table(config), config, device, data)

@@ -441,9 +441,15 @@ def on_grid(median: tuple[int, ...], f: Fingerprint, size: tuple[int, ...]) -> t
     return tuple(round(n * new / old) for n, old, new in zip(median, f.largest, size, strict=True))
 
 
-def plan_vae(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores: int = 1) -> Plan:
-    """The plan of an autoencoder, without its length."""
-    plan = Plan(given)
+def plan_vae(
+    f: Fingerprint,
+    machine: Machine,
+    given: dict[str, Any],
+    num_cores: int = 1,
+    base: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan of an autoencoder, without its length. base: see `Plan`."""
+    plan = Plan(given, base)
     size, spacing = plan_data(plan, f, machine.gpu, num_cores)
     factors = plan_autoencoder(plan, f, size, spacing, machine)
     multiple = total(factors, f.dims)
@@ -639,9 +645,15 @@ def plan_generator(
     return factors
 
 
-def plan_cdal(f: Fingerprint, machine: Machine, given: dict[str, Any], num_cores: int = 1) -> Plan:
-    """The plan of a segmentation network, without its length."""
-    plan = Plan(given)
+def plan_cdal(
+    f: Fingerprint,
+    machine: Machine,
+    given: dict[str, Any],
+    num_cores: int = 1,
+    base: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan of a segmentation network, without its length. base: see `Plan`."""
+    plan = Plan(given, base)
     size, spacing = plan_data(plan, f, machine.gpu, num_cores)
     plan_changes(plan, f)
     if f.num_raters > 1:
@@ -721,6 +733,17 @@ def machine(gpu: bool, flags: dict[str, Any], table: Callable[[dict[str, Any]], 
     hours = flags.get("hours") or HOURS[gpu]
     fits = (lambda v: table(v).training_fits), (lambda v: table(v).inference_fits)
     return Machine(gpu, hours, *fits, world_size())
+
+
+def check_base(base: dict[str, Any], f: Fingerprint, run: str | None) -> None:
+    """InputError if the network of `run`, whose settings are `base`, is for other images than those of f."""
+    for key, value, what in (
+        ("vae.dims", f.dims, "dimensions"),
+        ("unet.dims", f.dims, "dimensions"),
+        ("vae.in_channels", f.channels, "channels"),
+    ):
+        if (theirs := base.get(key, value)) != value:
+            raise InputError(f"run.init: {run} is for images of {theirs} {what}, these have {value}")
 
 
 def seconds_to_read(data: Data, num: int = 3) -> float:

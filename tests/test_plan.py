@@ -639,6 +639,15 @@ def test_a_run_that_goes_on_does_not_plan_again(folder, tmp_path, monkeypatch):
         train_vae.main([str(folder), *SHORT, "--run.dir", "half", "--run.fresh"])
 
 
+@pytest.mark.parametrize("script", [train_vae, train_cdal])
+def test_flags_of_two_dimensions_need_not_say_that_the_images_have_two(folder, monkeypatch, script):
+    monkeypatch.setattr(script, "seconds_per_step", lambda *_: 1.0)
+    monkeypatch.setattr(script, "train", lambda config, *_: trained.append(config.data))
+    trained: list[DataConfig] = []
+    script.main([str(folder), "--data.patch", "8,8"])
+    assert [(data.dims, data.patch) for data in trained] == [(2, (8, 8))]
+
+
 def test_the_same_command_goes_on_with_the_flags_of_planning_too(folder, tmp_path, capsys, mistake):
     command = [str(folder), *SHORT, "--hours", "0.01", "--memory", "4"]
     train_vae.main([*command, "--run.steps", "4"])
