@@ -205,7 +205,7 @@ def convert_scalar(value: Any, kind: Any, key: str) -> Any:
 
 
 def wrong(value: Any, kind: Any, key: str) -> InputError:
-    return InputError(f"{key}: expected {type_name(kind)}, got {value!r}")
+    return InputError(f"{key.rstrip('_')}: expected {type_name(kind)}, got {value!r}")
 
 
 def type_name(kind: Any) -> str:
@@ -355,7 +355,8 @@ def run_task(tasks: dict[str, Task], argv: list[str] | None, prog: str, doc: str
     if task in ("-h", "--help"):
         return print(doc, f"tasks: {', '.join(tasks)}; TASK --help lists every setting", sep="\n")
     if task not in tasks:
-        raise InputError(f"which task? expected {' or '.join(tasks)}, got {task}")
+        got = f", got {task}" if task else ""
+        raise InputError(f"which task? expected {' or '.join(tasks)}{got}")
     cls, positional, do = tasks[task]
     doc = sys.modules[cls.__module__].__doc__
     config, arguments = read_command(cls, positional, words[1:], f"{prog} {task}", doc)

@@ -373,4 +373,7 @@ def export_run(config: ExportConfig, run: str) -> Path:
     else:
         notes = export_monai(pipeline, config, folder)
     print0("\n".join([f"{folder}: exported as {config.as_}", *(f"    {note}" for note in notes)]))
+    if config.as_ in ("monai", "maisi"):
+        bundle = f"--config_file {folder}/configs/inference.json --bundle_root {folder}"
+        print0(f"next, where MONAI is installed: python -m monai.bundle run {bundle}")
     return folder

@@ -32,6 +32,7 @@ from ..diffusion_kernel import KernelConfig
 from ..discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ..engine.checkpoint import is_occupied, load_run, save, weights, write_text
 from ..engine.distributed import print0
+from ..engine.logger import plural
 from ..pipeline import copy_autoencoder, load_autoencoder
 from ..unet import UNetConfig
 from ..vae import Autoencoder, AutoencoderKL, VAEConfig
@@ -414,7 +415,8 @@ def expectations(content: dict[str, Any], assumed: list[str]) -> list[str]:
     """What the network expects of images and of diffusion, in words. assumed: what of it nothing tells."""
     data, spec = content["config"]["data"], content["state"]["data"]
     spacing = "as the files have it" if data["spacing"] is None else f"{tuple(data['spacing'])} mm"
-    lines = [f"    {'images:':<20}{spec['channels']} channels, scaling {data['scaling']}, spacing {spacing}"]
+    channels = plural(spec["channels"], "channel")
+    lines = [f"    {'images:':<20}{channels}, scaling {data['scaling']}, spacing {spacing}"]
     if content["kind"] == "ldm":
         kernel, state = content["config"]["kernel"], content["state"]
         how = f"process {kernel['process']}, prediction {kernel['prediction']}, T {kernel['num_timesteps']}"
@@ -479,5 +481,8 @@ def import_file(config: ImportConfig, file: str) -> Path:
     save(folder / "best.pt", {"kind": content["kind"], **whole})
     if content["kind"] == "ldm":
         copy_autoencoder(load_run(config.vae, "vae"), folder)
-    print0("\n".join([*lines, f"{folder}: a run folder, ready to use"]))
+    how = "FOLDER_OF_IMAGES" if content["kind"] == "vae" else "--num 4"
+    print0(
+        "\n".join([*lines, f"{folder}: a run folder, ready to use", f"next: python sample.py {folder} {how}"])
+    )
     return folder

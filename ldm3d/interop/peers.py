@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..blocks import SCALED, Rescale, level_strides, per_level
 from ..conditioner import Conditioned
-from ..config import InputError
+from ..config import InputError, show
 from ..control import ControlNet
 from ..denoiser import Denoiser
 from ..discriminators import PatchDiscriminator, PatchDiscriminatorConfig
@@ -48,8 +48,12 @@ def require(config: VAEConfig | UNetConfig, target: str, **allowed: Any) -> None
             value = 2 if value == {2} else config.strides
         if name == "stem":
             value = max(value)
-        if value not in (values if isinstance(values, tuple) else (values,)):
-            raise InputError(f"{name}: {value} has no counterpart in {target}")
+        if value not in (values := values if isinstance(values, tuple) else (values,)):
+            key = f"{'vae' if isinstance(config, VAEConfig) else 'unet'}.{name}"
+            has = " or ".join(map(show, values))
+            raise InputError(
+                f"{key}: {value} has no counterpart in {target}, which has {has}; set it in training"
+            )
     if any(width % config.num_groups for width in config.channels):
         raise InputError(
             f"num_groups: {config.num_groups} does not divide {config.channels}, {target} needs it"
