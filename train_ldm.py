@@ -915,6 +915,12 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     return plan
 
 
+def asked(config: Config, in_memory: bool) -> list[str]:
+    """The flags of a first sampling: where the model follows images or masks, those of validation cases."""
+    followed = {*config.condition.use, config.control} & {"image", "tokens", "labels"}
+    return ["--cases", "val"] if followed and not in_memory else ["--num", "4"]
+
+
 def train(
     config: Config,
     flags: dict[str, Any] | None = None,
@@ -1047,7 +1053,7 @@ def train(
         run.save_if_due()
         if run.due("eval_every"):
             validate(run, ldm, val_latents, val_set, device)
-    run.finish(["python", "sample.py", run.dir, "--num", 4])
+    run.finish(["python", "sample.py", run.dir, *asked(config, dataset is not None)])
     return run
 
 

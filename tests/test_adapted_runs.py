@@ -114,7 +114,9 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(adapted, plain, tmp
     shutil.copytree(plain, tmp_path / "base")
     train_ldm.main(flags_of(tmp_path / "base", tmp_path / "run", 5, *WAYS[way]))
     trained = sum(p.numel() for p in first.parameters() if p.requires_grad)
-    assert f"({trained / 1e3:.3g} k trained; gradients, moments and averages" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"({trained / 1e3:.3g} k trained; gradients, moments and averages" in said
+    assert said.endswith({"control": "/run --cases val\n", "adapters": "/run --num 4\n"}[way])
     shutil.rmtree(tmp_path / "base")
     train_ldm.main(flags_of(tmp_path / "base", tmp_path / "run", 10, *WAYS[way]))
     one, other = (load(step_files(folder)[0]) for folder in (run, tmp_path / "run"))

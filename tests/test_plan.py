@@ -15,6 +15,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import read
+from ldm3d.config import InputError
 from ldm3d.data import AugmentConfig, DataConfig
 from ldm3d.data.fingerprint import Fingerprint
 from ldm3d.data.phantoms import write_phantoms
@@ -24,6 +25,7 @@ from ldm3d.plan import (
     Latents,
     Machine,
     Plan,
+    check_base,
     common_flips,
     halvings,
     plan_cdal,
@@ -637,6 +639,20 @@ def test_a_run_that_goes_on_does_not_plan_again(folder, tmp_path, monkeypatch):
     assert (tmp_path / "half" / "plan.json").read_text() == before
     with pytest.raises(TypeError):
         train_vae.main([str(folder), *SHORT, "--run.dir", "half", "--run.fresh"])
+
+
+def test_a_network_to_start_from_keeps_its_settings_and_is_refused_for_other_images():
+    check_base({"vae.dims": HEADS.dims, "vae.in_channels": HEADS.channels}, HEADS, "runs/a")
+    for key, words in (("vae.dims", "7 dimensions"), ("unet.dims", "7 dim"), ("vae.in_channels", "7 chan")):
+        with pytest.raises(InputError, match=f"run.init: runs/a is for images of {words}"):
+            check_base({key: 7}, HEADS, "runs/a")
+    plan = plan_vae(
+        HEADS, CPU, {"vae.latent_channels": 2}, base={"vae.channels": (8, 16), "vae.num_groups": 4}
+    )
+    whys = {choice.key: (choice.value, choice.why) for choice in plan.choices}
+    assert whys["vae.channels"] == ((8, 16), "of the run that is taken over")
+    assert whys["vae.latent_channels"] == (2, "given")
+    assert plan.values["vae.num_groups"] == 4
 
 
 @pytest.mark.parametrize("script", [train_vae, train_cdal])

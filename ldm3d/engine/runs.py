@@ -77,7 +77,7 @@ from .distributed import (
     print0,
     world_size,
 )
-from .logger import Logger, Profile, duration, progress, read_log, say
+from .logger import Logger, Profile, duration, plural, progress, read_log, say
 from .machine import describe_device
 from .training import EMA, Mean, Speed, Stepper, samples_per_forward
 
@@ -312,10 +312,10 @@ class Run:
         elif self.resumed:
             print0(f"{self.dir}: going on from step {self.step} of {self.config.run.steps}")
         elif (self.dir / "config.json").exists() and not self.config.run.fresh:
-            steps = f"{self.config.run.steps} steps"
+            steps = plural(self.config.run.steps, "step")
             print0(f"{self.dir}: nothing was saved yet: starts from the beginning, {steps}")
         else:
-            print0(f"{self.dir}: new run of {self.config.run.steps} steps")
+            print0(f"{self.dir}: new run of {plural(self.config.run.steps, 'step')}")
 
     def _introduce(
         self,
