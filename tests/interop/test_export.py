@@ -380,7 +380,7 @@ def test_diffusers_loads_the_folder(tmp_path, heads):
     [
         ("", "to: which folder?"),
         ("--to {here}", "is there already"),
-        ("--to {new} --as keras", "as_: "),
+        ("--to {new} --as keras", "error: as: expected monai"),
         ("--to {new} --as diffusers", "final_silu: False has no counterpart"),
         ("--to {new} --as maisi", "upsample: nearest has no counterpart"),
         ("--to {new} --steps 0", "steps: expected at least 1"),
