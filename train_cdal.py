@@ -408,12 +408,9 @@ def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
         return value.mean()
 
     def infer(net: Generator, batch: int, size: tuple[int, ...]) -> None:
-        cdal.vote(
-            net,
-            net.encode(torch.zeros(1, spec.channels, *size)),
-            torch.zeros(batch, cdal.num_timesteps, spec.num_labels, *size),
-            torch.zeros(batch, cdal.num_timesteps, config.generator.latent_dim),
-        )
+        image, mask = torch.zeros(spec.channels, *size), torch.zeros(*size).long()  # of a case
+        cdal.segment(net, image, batch, batch_size=batch)
+        del mask
 
     table = MemoryTable(config.memory, config.run.amp, config.run.device)
     step, rounds = max(config.unet.downsampling), -(-config.batch_size // micro)
