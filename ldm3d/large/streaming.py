@@ -279,6 +279,7 @@ class Stream:
 
     def __init__(self, mode: Mode, device: torch.device):
         self.mode, self.device = mode, device
+        self.room: Tensor | None = None
 
     def slabs(self, *maps: Map) -> Iterator[tuple[int, int]]:
         """(start, stop) of slabs of maps of one size; of two planes or more, which `overwrite` counts on."""
@@ -326,7 +327,11 @@ class Stream:
         return target
 
     def normed(self, x: Map, norm: GroupNorm, silu: bool = True) -> Callable[[Tensor], Tensor]:
-        """Group norm, then SiLU if `silu`, as a function of planes of x, with mean and std of all of x."""
+        """Group norm, then SiLU if `silu`, as a function of planes of x, with mean and std of all of x.
+
+        A result is valid until the next call, of any layer, which takes the same memory, `room`: fresh memory
+        for every slab costs as much as the arithmetic.
+        """
         if x.statistics is None:
             x.statistics = GroupStatistics()
             for start, stop in self.slabs(x):
@@ -336,7 +341,10 @@ class Stream:
         scale, shift = (v.view(1, -1, *(1,) * len(x.size)) for v in (scale, shift))
 
         def prepare(part: Tensor) -> Tensor:
-            y = torch.addcmul(shift, part.to(scale.dtype), scale)
+            if self.room is None or self.room.shape != part.shape:
+                self.room = None  # freed before the new one is made
+                self.room = torch.empty_like(part, dtype=scale.dtype)
+            y = torch.addcmul(shift, part.to(scale.dtype), scale, out=self.room)
             return (F.silu(y, inplace=True) if silu else y).to(part.dtype)
 
         return prepare
@@ -502,31 +510,23 @@ REHEARSED: ContextVar[tuple[Mode, torch.device] | None] = ContextVar("rehearsed"
 @contextmanager
 def rehearsal(mode: Mode, gpu: bool) -> Iterator[None]:
     """In this context `run_trunk` computes nothing. It takes the memory that it would take in `mode`, on a
-    GPU or a CPU, and gives a result of the right shape: on fake tensors, for engine/memory_plan.py.
-
-    Whole on a GPU is no rehearsal: fake tensors count there what real ones take. On a CPU real ones take
-    less, since norms and convolutions work slab by slab (normconv.py)."""
-    rehearsed = None if gpu and mode == "whole" else (mode, torch.device("cuda" if gpu else "cpu"))
-    token = REHEARSED.set(rehearsed)
+    GPU or a CPU, and gives a result of the right shape: on fake tensors, for engine/memory_plan.py."""
+    token = REHEARSED.set((mode, torch.device("cuda" if gpu else "cpu")))
     try:
         yield
     finally:
         REHEARSED.reset(token)
 
 
-# The ways of `MemoryTable.inference` for autoencoders, in the order of `run_trunk`
-STREAMED = tuple(functools.partial(rehearsal, mode) for mode in ("whole", "slabs", "recompute", "offload"))
+# What `MemoryTable.inference` tries where an autoencoder does not fit whole, in the order of `run_trunk`
+STREAMED = tuple(functools.partial(rehearsal, mode) for mode in ("slabs", "recompute", "offload"))
 
 
 def rehearse(trunk: Trunk, x: Tensor, mode: Mode, device: torch.device) -> Tensor:
     """What `run_trunk` does in a `rehearsal`."""
     dtype, last = dtype_of(trunk, x), Trial(mode, device).walk(trunk, Input(x[:1]))
-    need, shape = count_peaks(trunk, x, dtype, device)[mode], (len(x), last.channels, *last.size)
-    if mode == "whole":  # all samples at once; the largest layer is done before there is a result
-        x.new_empty(len(x) * need, dtype=torch.uint8)  # counted, and freed at once
-        return x.new_empty(shape, dtype=dtype)
-    result = x.new_empty(shape, dtype=dtype)
-    x.new_empty(need, dtype=torch.uint8)
+    result = x.new_empty(len(x), last.channels, *last.size, dtype=dtype)
+    x.new_empty(count_peaks(trunk, x, dtype, device)[mode], dtype=torch.uint8)  # counted, and freed at once
     return result
 
 
