@@ -518,14 +518,14 @@ class Study:
                 judge = judge or self.judge(fraction, real)
                 if ARMS[name].synthetic != "none":
                     synthetic = synthetic or self.pairs(fraction, real, judge)
-                start, arm = time.process_time(), ARMS[name]
+                arm = ARMS[name]
                 if (name, seed) == (JUDGE, self.config.seeds[0]):
                     net = judge
                 else:
                     steps = arm.length * self.config.steps
                     net = train_segmenter(arm, real, synthetic or [], seed, self, steps)
                 scores = self.score(net)
-                write_report(file, {"dice": scores, "cpu_seconds": time.process_time() - start})
+                write_report(file, {"dice": scores})
                 mean = np.nanmean([np.nanmean(values) for values in scores.values()])
                 print0(f"{fraction:g} of the masks, {name}, seed {seed}: Dice {mean:.4f}")
             scores = json.loads(file.read_text())["dice"]
