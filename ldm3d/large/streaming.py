@@ -510,23 +510,31 @@ REHEARSED: ContextVar[tuple[Mode, torch.device] | None] = ContextVar("rehearsed"
 @contextmanager
 def rehearsal(mode: Mode, gpu: bool) -> Iterator[None]:
     """In this context `run_trunk` computes nothing. It takes the memory that it would take in `mode`, on a
-    GPU or a CPU, and gives a result of the right shape: on fake tensors, for engine/memory_plan.py."""
-    token = REHEARSED.set((mode, torch.device("cuda" if gpu else "cpu")))
+    GPU or a CPU, and gives a result of the right shape: on fake tensors, for engine/memory_plan.py.
+
+    Whole on a GPU is no rehearsal: fake tensors count there what real ones take. On a CPU real ones take
+    less, since norms and convolutions work slab by slab (normconv.py)."""
+    rehearsed = None if gpu and mode == "whole" else (mode, torch.device("cuda" if gpu else "cpu"))
+    token = REHEARSED.set(rehearsed)
     try:
         yield
     finally:
         REHEARSED.reset(token)
 
 
-# What `MemoryTable.inference` tries where an autoencoder does not fit whole, in the order of `run_trunk`
-STREAMED = tuple(functools.partial(rehearsal, mode) for mode in ("slabs", "recompute", "offload"))
+# The ways of `MemoryTable.inference` for autoencoders, in the order of `run_trunk`
+STREAMED = tuple(functools.partial(rehearsal, mode) for mode in ("whole", "slabs", "recompute", "offload"))
 
 
 def rehearse(trunk: Trunk, x: Tensor, mode: Mode, device: torch.device) -> Tensor:
     """What `run_trunk` does in a `rehearsal`."""
     dtype, last = dtype_of(trunk, x), Trial(mode, device).walk(trunk, Input(x[:1]))
-    result = x.new_empty(len(x), last.channels, *last.size, dtype=dtype)
-    x.new_empty(count_peaks(trunk, x, dtype, device)[mode], dtype=torch.uint8)  # counted, and freed at once
+    need, shape = count_peaks(trunk, x, dtype, device)[mode], (len(x), last.channels, *last.size)
+    if mode == "whole":  # all samples at once; the largest layer is done before there is a result
+        x.new_empty(len(x) * need, dtype=torch.uint8)  # counted, and freed at once
+        return x.new_empty(shape, dtype=dtype)
+    result = x.new_empty(shape, dtype=dtype)
+    x.new_empty(need, dtype=torch.uint8)
     return result
 
 
