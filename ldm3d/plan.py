@@ -35,7 +35,7 @@ from .data.fingerprint import READING, Fingerprint
 from .data.opening import open_stored
 from .engine.checkpoint import load_latest, load_run, write_text
 from .engine.distributed import gather, is_main, print0, setup, world_size
-from .engine.logger import WIDTH
+from .engine.logger import WIDTH, plural
 from .engine.memory_plan import MemoryTable
 from .engine.runs import changed_case
 from .unet import UNetConfig
@@ -738,12 +738,12 @@ def machine(gpu: bool, flags: dict[str, Any], table: Callable[[dict[str, Any]], 
 def check_base(base: dict[str, Any], f: Fingerprint, run: str | None) -> None:
     """InputError if the network of `run`, whose settings are `base`, is for other images than those of f."""
     for key, value, what in (
-        ("vae.dims", f.dims, "dimensions"),
-        ("unet.dims", f.dims, "dimensions"),
-        ("vae.in_channels", f.channels, "channels"),
+        ("vae.dims", f.dims, "dimension"),
+        ("unet.dims", f.dims, "dimension"),
+        ("vae.in_channels", f.channels, "channel"),
     ):
         if (theirs := base.get(key, value)) != value:
-            raise InputError(f"run.init: {run} is for images of {theirs} {what}, these have {value}")
+            raise InputError(f"run.init: {run} is for images of {plural(theirs, what)}, these have {value}")
 
 
 def seconds_to_read(data: Data, num: int = 3) -> float:
