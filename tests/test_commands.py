@@ -9,6 +9,7 @@ files get an ending: IMAGE becomes IMAGE.nii.gz.
 import importlib
 import itertools
 import json
+import locale
 import re
 import shlex
 import shutil
@@ -54,6 +55,12 @@ TINY = {  # of every program and task
     "edits": "--resamples 10",
     "registers": "--steps 2 --device cpu",
     "latents": "--device cpu",
+    "anomalies": "--levels 0.3,0.5 --draws 1 --steps 2 --resamples 10 --device cpu --healthy HEALTHY",
+    "raters": "--resamples 10 --worst 1",
+    "likelihood": "--steps 2 --resamples 10 --device cpu",
+    "edits": "--resamples 10",
+    "teach": """--arms real,mixed --labelled 1 --seeds 0 --steps 2 --pairs 2 --sample_steps 2 --resamples 10
+ --device cpu""",
 }
 MORE = {  # expression found in a line -> more flags of its program
     r"train_vae.* --(disc|feature)_weight": "--disc.channels 4 --disc.num_layers 1 --disc_start 0",
@@ -170,6 +177,11 @@ def write_data(place: Path) -> None:
         grey, mask = (read(flat / part / f"phantom_{number:04d}.tif") for part in ("images", "labels"))
         write(place / f"data/monuseg/images/{number}.tif", Volume(np.repeat(grey.array, 3, 0), grey.affine))
         write(place / f"data/monuseg/masks/{number}.tif", Volume(mask.array.clip(0, 1), mask.affine))
+        for root in ("data/cells", "FOLDER"):
+            write(place / root / f"images/{number}.tif", grey)
+            for rater in "ab":
+                outline = Volume(mask.array.clip(0, 1), mask.affine)
+                write(place / root / f"raters/{number}__{rater}.tif", outline)
 
 
 def write_series(place: Path, volume: nib.Nifti1Image) -> None:
@@ -178,12 +190,14 @@ def write_series(place: Path, volume: nib.Nifti1Image) -> None:
     place.mkdir(parents=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    language = locale.setlocale(locale.LC_CTYPE)  # which ITK's writer of positions sets to "C"
     for k, array in enumerate(np.moveaxis(volume.get_fdata().astype(np.int16), 2, 0)):
         image = sitk.GetImageFromArray(array.T[None])
         for tag, value in {"0020|000e": "1.2.3", "0020|0032": f"0\\0\\{k}", "0008|0060": "CT"}.items():
             image.SetMetaData(tag, value)
         writer.SetFileName(str(place / f"{k:03d}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_CTYPE, language)
 
 
 def write_places(place: Path) -> None:
@@ -199,21 +213,36 @@ def write_places(place: Path) -> None:
         gather(place / folder, *images[:6])
     for tif in (place / "data/tiff_pairs/flair").iterdir():
         shutil.copy(tif, place / "FOLDER")
+    gather(place / "HEALTHY", *images[:4])
+    for rater, files in enumerate((masks[:3], masks[1:4])):
+        gather(place / "VOTES", *files, names=f"{{}}__{rater}")
+        gather(place / "MASKS", *files, names=f"{{}}__{rater}")
+        gather(place / f"RATERS/{rater}", *files, names="{}")
+        for case, file in enumerate(files):
+            gather(place / f"MODELS/{case}", file, names=str(rater))
     gather(place / "OTHER_REAL_CASES", *images[6:])
     for folder, files in (("GENERATED", images[:4]), ("TARGET", images[1:5]), ("data/flair", images[2:6])):
         gather(place / folder, *files, names="sample_{:04d}")
     gather(place / "data/lesion", *labels[:4], names="sample_{:04d}")
     for number, image in enumerate(images[:4]):
         gather(place / f"OTHER/{number}", image, names="t1")
-    files = {"IMAGE": images[0], "MASK": labels[0], "PATH": sorted((source / "sources").iterdir())[0]}
+    files = {
+        "IMAGE": images[0],
+        "MASK": labels[0],
+        "mask": labels[0],
+        "PATH": sorted((source / "sources").iterdir())[0],
+    }
     for name, file in files.items():
         shutil.copy(file, place / f"{name}.nii.gz")
-    rows = [f"{image.name},labels/{image.name},{number % 2}" for number, image in enumerate(own)]
-    (place / "FOLDER/cases.csv").write_text("\n".join(["image,mask,class", *rows]))
+    rows = [f"{image.name},labels/{image.name},{n % 2},{'FM'[n % 2]},{30 + n}" for n, image in enumerate(own)]
+    (place / "FOLDER/cases.csv").write_text("\n".join(["image,mask,class,sex,age", *rows]))
     for name in ("FILE.csv", "sets.csv"):
         (place / name).write_text("name,class,text\na,0,a small lesion\nb,1,a large lesion\n")
     tiny.vgg_weights(place / "vgg16.pth")
     torch.jit.script(Means()).save(str(place / "net.ts"))
+    nets = pytest.importorskip("monai.networks.nets")
+    theirs = nets.PatchDiscriminator(spatial_dims=3, num_layers_d=1, channels=4, in_channels=1)
+    torch.save(theirs.state_dict(), place / "discriminator.pt")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ python -m ldm3d.evaluation reconstruct RUN               reconstruction.py: how 
 python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are samples distributed like real cases?
 python -m ldm3d.evaluation compare GENERATED TARGET      pairs.py: how near is each image to its target?
 python -m ldm3d.evaluation copies GENERATED TRAIN        copies.py: are samples copies of training cases?
-python -m ldm3d.evaluation raters SAMPLES MASKS          raters.py: do segmentations differ as raters do?
+python -m ldm3d.evaluation raters VOTES MASKS            raters.py: do segmentations differ as raters do?
 python -m ldm3d.evaluation anomalies RUN FOLDER          anomalies.py: where is an image not healthy?
 python -m ldm3d.evaluation likelihood RUN                likelihood.py: how likely are images?
 python -m ldm3d.evaluation edits EDITED                  edits.py: are edits seamless and in their place?

@@ -1,7 +1,7 @@
 """Do segmentations differ as raters do? The report for several segmentations of a case and several raters.
 
     python -m ldm3d.evaluation raters runs/cdal-cells/segmentations-001/votes data/cells/raters
-    python -m ldm3d.evaluation raters VOTES "data/*/{rater}/{id}.nii.gz" --votes 16
+    python -m ldm3d.evaluation raters VOTES "RATERS/{rater}/{id}.nii.gz" --votes 16
 
 Both sets hold files ID__NAME, such as p01__03.tif and p01__anna.tif, or are patterns with {id} and {rater}.
 Raters disagree where an image does not decide: a segmentation is then a sample of what a rater could draw.
