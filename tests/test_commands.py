@@ -79,6 +79,7 @@ MORE = {  # expression found in a line -> more flags of its program
 RANKS = 2  # in place of those of a torchrun line
 PLACES = {  # expression found in a line -> what is there
     r"\b(IMAGE|MASK|PATH)\b": r"\1.nii.gz",
+    r"\bIMAGES\b": "data/cells/images",
     r"\$TMPDIR\b": "data",
     r"\bFOLDER\b(?=.*/ct\b)": "DICOM",
 }
@@ -115,6 +116,8 @@ train_ldm.py phantom --vae runs/vae-both --condition.use class,text,image --anat
  --run.dir RUN
 train_ldm.py phantom --condition.use spacing --run.dir runs/ldm-maisi
 train_cdal.py hippocampus
+train_cdal.py cells
+sample.py runs/cdal-cells data/cells/images --votes 2 --every_vote
 sample.py runs/ldm-phantom --num 4
 sample.py runs/ldm-hippocampus --num 4
 sample.py runs/ldm-mine --num 4
@@ -169,6 +172,7 @@ def write_data(place: Path) -> None:
     write_decathlon(place / "data/hippocampus", "hippocampus", *volumes)
     write_decathlon(place / "data/brats", "BRATS", *volumes, channels=4)
     flat = write_phantoms(place / "flat", 12, dims=2, size=(32, 32), spacing=(6.0, 6.0))
+    shutil.copytree(flat, place / "runs/heads")
     for number in range(12):
         for part, folder in (("images", "flair"), ("sources", "t1"), ("labels", "lesion")):
             to = place / f"data/tiff_pairs/{folder}/p{7 if number < 9 else 19:02d}_z{number:03d}.tif"
@@ -217,7 +221,7 @@ def write_places(place: Path) -> None:
     for rater, files in enumerate((masks[:3], masks[1:4])):
         gather(place / "VOTES", *files, names=f"{{}}__{rater}")
         gather(place / "MASKS", *files, names=f"{{}}__{rater}")
-        gather(place / f"RATERS/{rater}", *files, names="{}")
+        gather(place / f"RATERS/{rater}", *files, names="{:d}")
         for case, file in enumerate(files):
             gather(place / f"MODELS/{case}", file, names=str(rater))
     gather(place / "OTHER_REAL_CASES", *images[6:])

@@ -4,7 +4,7 @@ a folder          python sample.py runs/cdal-hippocampus FOLDER --votes 5
 one image         python sample.py runs/cdal-hippocampus IMAGE --probabilities
 with scores       python sample.py runs/cdal-hippocampus FOLDER --reference LABELS --part test
 masks beside      python sample.py runs/cdal-hippocampus FOLDER --reference FOLDER
-every vote        python sample.py runs/cdal-cells FOLDER --votes 16 --every_vote
+every vote        python sample.py runs/cdal-cells IMAGES --votes 16 --every_vote
 
 The new folder holds labels/ and uncertainty/ (and probability/), whose files have the names and the geometry
 of the images; with --every_vote also votes/, the label map of each vote, NAME__01, NAME__02 ...; cases.csv, a
