@@ -1,7 +1,7 @@
 """Do synthetic pairs of image and mask make a segmentation network better than real pairs alone do?
 
     python -m ldm3d.evaluation teach runs/ldm-tenth --labelled 0.1
-    python -m ldm3d.evaluation teach runs/ldm-tenth --labelled 0.1 --ignore 1.25 --hard 1 --out runs/teach-tenth
+    python -m ldm3d.evaluation teach runs/ldm-tenth --labelled 0.1 --ignore 1.25 --hard 1
 
 Masks are costly, images are not. So a generator that knows all images and the masks of a few subjects may
 know more than a segmentation network that learns from these few alone. For each fraction of the training
