@@ -52,7 +52,8 @@ TINY = {  # of every program and task
     "copies": "--feature_steps 2 --device cpu",
     "registers": "--steps 2 --device cpu",
     "latents": "--device cpu",
-    "anomalies": "--levels 0.3,0.5 --draws 1 --steps 2 --subset 2 --resamples 10 --device cpu --healthy HEALTHY",
+    "anomalies": """--levels 0.3,0.5 --draws 1 --steps 2 --subset 2 --resamples 10 --device cpu
+ --healthy HEALTHY""",
     "raters": "--resamples 10 --worst 1",
     "likelihood": "--steps 2 --subset 2 --resamples 10 --device cpu",
     "edits": "--resamples 10",
