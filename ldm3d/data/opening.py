@@ -253,7 +253,7 @@ def hide_masks(data: Data, found: list[Case]) -> Data:
     gone = {"labels": (), "mask_content": "", "labelled": None, "centres": ()}
     return replace(
         data,
-        cases=data.cases | {name: replace(data.cases[name], mask=None) for name in hidden},
+        cases=data.cases | {name: replace(data.cases[name], mask=None, raters={}) for name in hidden},
         infos=data.infos | {name: replace(data.infos[name], **gone) for name in hidden},
     )
 

@@ -108,6 +108,13 @@ def test_whole_cases_have_the_masks_of_all_raters_and_what_most_of_them_say(root
     assert item["mask"].flatten().tolist() == expected
 
 
+def test_the_masks_of_all_raters_are_hidden_from_cases_beyond_the_fraction(settings):
+    from dataclasses import replace
+
+    data = opened(replace(settings, mask_fraction=0.3, allow_missing_mask=True)).dataset("train")
+    assert sorted(int(data[i, i]["mask"].min()) for i in range(len(data))) == [-1, -1, 0]
+
+
 def test_windows_and_augmentation_are_those_of_a_data_set_with_one_rater(root, settings):
     from dataclasses import replace
 
