@@ -568,17 +568,24 @@ def conditions_of_init(run: Run) -> list[str]:
 
 
 def add_channels(run: Run, net: Denoiser) -> list[str]:
-    """Give the weights of run.init the input channels of the maps (image, labels) that this run adds to its
-    conditions. The channels have weights 0, so that the first step predicts what run.init predicts. Returns
-    shell patterns of the weights that are new."""
-    if not run.initial or run.config.frozen or net.conditioner is None:
+    """Give the weights of run.init the input channels that this run adds: of maps (image, labels) among its
+    conditions, and of the coordinates of patches. The channels have weights 0, so that the first step
+    predicts what run.init predicts. Returns shell patterns of the weights that are new."""
+    if not run.initial or run.config.frozen:
         return []
-    known, name = len(conditions_of_init(run)), "unet.conv_in.weight"
-    own, weight = net.unet.conv_in.weight, run.initial["ema"][name]
-    at = weight.shape[1] - len(net.arguments.position_step)  # coordinates stand behind the conditions
-    zeros = weight.new_zeros(len(weight), own.shape[1] - weight.shape[1], *weight.shape[2:])
-    run.initial["ema"][name] = torch.cat([weight[:, :at], zeros, weight[:, at:]], 1)
-    return [f"conditioner.parts.{i}.*" for i in range(known, len(net.conditioner.parts))]
+    patch = run.initial["config"].get("patch", {})  # older runs have none
+    coordinates = run.config.unet.dims if patch.get("size") else 0
+    if coordinates > len(net.arguments.position_step):
+        theirs = f"{run.config.run.init} was trained with {','.join(map(str, patch['size']))}"
+        raise InputError(f"patch.size: none, but {theirs}, and its denoiser needs the coordinates")
+    name = "unet.conv_in.weight"
+    weight = run.initial["ema"][name]
+    num, at = net.unet.conv_in.weight.shape[1] - weight.shape[1], weight.shape[1] - coordinates
+    if num > 0:  # coordinates stand behind the conditions
+        zeros = weight.new_zeros(len(weight), num, *weight.shape[2:])
+        run.initial["ema"][name] = torch.cat([weight[:, :at], zeros, weight[:, at:]], 1)
+    parts = net.conditioner.parts if net.conditioner else ()
+    return [f"conditioner.parts.{i}.*" for i in range(len(conditions_of_init(run)), len(parts))]
 
 
 def open_latents(
@@ -885,7 +892,8 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
     device = setup(flags.get("run.device", "auto"))
     plan, dims = Plan(flags), load_run(flags["vae"], "vae")["config"]["vae"]["dims"]
     plan.set("data.dims", dims, f"the autoencoder is of {dims}-D images")
-    config = merge(plan.values)
+    fits_all = {"unet.attention_levels": (False,), "unet.head_channels": 1}  # until levels are planned
+    config = merge(plan.values | fits_all)
     plan.base = base_of(config, flags)
     content, autoencoder = stage_one = stage_one_of(config)
     before = from_dict(DataConfig, content["config"]["data"], "data")

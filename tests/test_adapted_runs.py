@@ -263,6 +263,12 @@ def test_the_codes_of_an_adapted_autoencoder_stay_as_they_are(update, heads, tmp
 # --- what does not fit --------------------------------------------------------------------------------------
 
 
+def test_a_plan_says_what_the_frozen_denoiser_brings_along(vae_run, plain, tmp_path, mistake):
+    flags = ["--run.init", plain, *WAYS["adapters"], "--unet.channels", "24", "--run.dir", tmp_path / "run"]
+    said = mistake(train_ldm.main, list(map(str, [vae_run, *flags])))
+    assert "unet.channels: is (8, 16) in" in said
+
+
 def test_what_the_frozen_denoiser_brings_along_cannot_be_changed(plain, vae_run, heads, tmp_path, mistake):
     other = tmp_path / "vae"
     train_vae.main(vae_flags(heads, other, 1))
@@ -306,25 +312,32 @@ def test_a_plan_takes_the_network_of_the_run_whose_denoiser_stays_frozen(vae_run
     assert "of the run that is taken over" in capsys.readouterr().out
 
 
-# --- a map for all weights ----------------------------------------------------------------------------------
+# --- more input channels for all weights --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("coordinates", [(), ("--patch.size", "4,4", "--patch.halvings", "0")])
 def test_a_run_adds_a_map_to_the_conditions_of_its_base_and_starts_from_its_predictions(
-    plain, vae_run, tmp_path
+    plain, vae_run, tmp_path, coordinates, mistake
 ):
     with pytest.MonkeyPatch.context() as patch:
         first, real = [], train_ldm.freeze_base
         patch.setattr(
             train_ldm, "freeze_base", lambda net, *a: (real(net, *a), first.append(copy.deepcopy(net)))
         )
-        flags = flags_of(plain, tmp_path / "run", 2, "--condition.use", "class,labels")
-        train_ldm.main([*flags, "--vae", str(vae_run)])
+        more = ["--condition.use", "class,labels", "--vae", str(vae_run)]
+        train_ldm.main(flags_of(plain, tmp_path / "run", 2, *more, *coordinates))
     base, run = (ldm3d.load(folder).model for folder in (plain, tmp_path / "run"))
     x_t, t, values = inputs_of(run)
     before = base.denoiser(x_t, t, {"class": values["class"]})
     assert torch.equal(first[0].eval()(x_t, t, values), before)
     after = run.denoiser(x_t, t, values)
     assert not torch.equal(after, run.denoiser(x_t, t, {"class": values["class"]}))  # the map is learned from
+    if coordinates:
+        flags = flags_of(tmp_path / "run", tmp_path / "whole", 2, *more)
+        assert "run was trained with 4,4, and its denoiser needs the coordinates" in mistake(
+            train_ldm.main, flags
+        )
+        assert not (tmp_path / "whole").exists()
 
 
 def test_a_condition_that_is_no_map_cannot_be_added(plain, vae_run, tmp_path, mistake):
