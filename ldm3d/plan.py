@@ -33,11 +33,11 @@ from .config import InputError, show, stored_settings
 from .data import Data, DataConfig
 from .data.fingerprint import READING, Fingerprint
 from .data.opening import open_stored
-from .engine.checkpoint import load_latest, load_run, write_text
+from .engine.checkpoint import load_latest, load_run, step_files, write_text
 from .engine.distributed import gather, is_main, print0, setup, world_size
 from .engine.logger import WIDTH, plural
 from .engine.memory_plan import MemoryTable
-from .engine.runs import changed_case
+from .engine.runs import changed_case, load_init
 from .unet import UNetConfig
 
 PLAN_FILE = "plan.json"
@@ -576,8 +576,10 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
             "as many channels to a head as is usual" if head == usual else "divides the widths with attention"
         )
         plan.set("unet.head_channels", head, why)
-    blocks = (1,) if (fine or short) and not gpu else (2,)
-    plan.set("unet.num_res_blocks", blocks, "fewer on CPUs with fine latents or a short time")
+    blocks, why = (2,), "as is usual"
+    if (fine or short) and not gpu:
+        blocks, why = (1,), f"CPUs: one block a level for {'fine latents' if fine else 'a short time'}"
+    plan.set("unet.num_res_blocks", blocks, why)
     batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2
     plan.set("batch_size", machine.shared(batch), f"{positions} positions a sample")
 
@@ -829,6 +831,8 @@ class Planner:
             stored = stored_settings(self.cls, config)
             if self._goes_on(config.parent, stored, folder, flags):
                 return stored
+        if (init := flags.get("run.init")) and not step_files(config.parent):
+            load_init(self.kind, init)  # whether there is one shows at once, a scan of the folder takes long
         self.plan = self.make(folder, flags, lambda values: merge(values | {"preset": name}))
         if is_main():
             print(self.plan.table(), flush=True)

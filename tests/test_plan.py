@@ -751,6 +751,8 @@ def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
         (train_cdal, "phantom --memory 8", "memory: has no effect with a preset, but with --plan"),
         (train_vae, "nothing", "nothing: holds no images"),
         (train_vae, "images --hours -1", "hours: expected more than 0, got -1"),
+        (train_vae, "nothing --run.init gone", "run.init: gone: no such run folder or checkpoint"),
+        (train_cdal, "nothing --run.init gone", "run.init: gone: no such run folder or checkpoint"),
         (train_vae, "run", "run: a run folder, expected a folder of images"),
         (train_vae, "nothing --data.root /tmp", "data.root: /tmp, but the first word is the folder nothing"),
         (train_vae, "nowhere", "nowhere: no such preset or folder"),

@@ -160,6 +160,14 @@ def goes_on(kind: str, config: Any) -> bool:
     return bool(step_files(Path(run.dir or f"runs/{kind}-{config.preset}"))) and not run.fresh
 
 
+def load_init(kind: str, init: str) -> dict[str, Any]:
+    """The content of the checkpoint that --run.init names."""
+    try:
+        return load_run(init, kind)
+    except InputError as e:
+        raise InputError(f"run.init: {e}") from None
+
+
 def settings_of_init(kind: str, config: Any, start: tuple[str, ...], but: tuple[str, ...]) -> dict[str, Any]:
     """What the run of --run.init has for the settings that start with `start` and not with `but`, by dotted
     key; none for a run that starts from nothing, or is resumed.
@@ -170,8 +178,9 @@ def settings_of_init(kind: str, config: Any, start: tuple[str, ...], but: tuple[
     init = config.run.init
     if not init or goes_on(kind, config):
         return {}
+    stored = load_init(kind, init)["config"]
     try:
-        theirs = flatten(from_dict(type(config), load_run(init, kind)["config"]))
+        theirs = flatten(from_dict(type(config), stored))
     except InputError as e:
         raise InputError(f"run.init: {e}") from None
     return {key: value for key, value in theirs.items() if key.startswith(start) and not key.startswith(but)}
@@ -216,10 +225,7 @@ class Run:
             self._resume(flags if flags is not None else flatten(config))
         self.initial: dict[str, Any] | None = None
         if config.run.init and not self.resumed:
-            try:
-                self.initial = load_run(config.run.init, kind)
-            except InputError as e:
-                raise InputError(f"run.init: {e}") from None
+            self.initial = load_init(kind, config.run.init)
         self.step = self.resumed["step"] if self.resumed else 0
         self.best: dict[str, Any] | None = self._stored_best() if self.resumed else None
         self.owes_validation = bool(self.resumed) and self.due("eval_every") and not self._is_validated()
