@@ -88,8 +88,8 @@ class ImportConfig:
         found = [from_dict(KernelConfig, kernel | given, f"{file}: kernel") for kernel in kernels]
         if found and all(kernel == found[0] for kernel in found):
             return ImportConfig(kernel=found[0])
-        if given and found:
-            ask_for("kernel", {"kernel": " and ".join(str(to_dict(kernel)) for kernel in found)})
+        if found and (given or "vae" in flags):  # a U-Net; of an autoencoder the diffusion says nothing
+            ask_for("kernel", {"kernel": " and ".join(str(kernel | given) for kernel in kernels)})
         return ImportConfig()
 
     def __post_init__(self) -> None:
@@ -454,8 +454,6 @@ def import_file(config: ImportConfig, file: str) -> Path:
         ask_for("spacing", imported.unclear)
         if len(facts.get("spacing", ())) == net.config.dims:
             config = dataclasses.replace(config, spacing=facts["spacing"])
-    if isinstance(net, Denoiser) and config.kernel == ASSUMED_KERNEL:
-        ask_for("kernel", imported.unclear)
     if isinstance(net, Autoencoder):
         content = autoencoder_content(config, net)
     else:

@@ -26,12 +26,13 @@ from ldm3d import (
     UNetConfig,
     VAEConfig,
 )
-from ldm3d.config import from_dict
+from ldm3d.config import from_dict, to_dict
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
 from ldm3d.engine.checkpoint import load_latest
 from ldm3d.interop import load
 from ldm3d.interop.__main__ import main
 from ldm3d.interop.bundles import described_kernel
+from ldm3d.interop.importing import ASSUMED_KERNEL
 from ldm3d.interop.layouts import extract
 
 CONFIG = VAEConfig(
@@ -469,6 +470,7 @@ TWO = [
     {"_target_": "DDPMScheduler", "prediction_type": "v_prediction", "num_train_timesteps": 500},
     {"_target_": "PNDMScheduler", "prediction_type": "v_prediction", "num_train_timesteps": 200},
 ]
+USUAL = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
 
 
 @pytest.mark.parametrize(
@@ -485,6 +487,11 @@ TWO = [
             TWO,
             ["--kernel.num_timesteps", 300, "--kernel.clip_x_start", 2],
             {"prediction": "v", "num_timesteps": 300, "clip_x_start": 2.0, "beta_start": 1e-4},
+        ),
+        (
+            [{"_target_": "DDPMScheduler", **USUAL}, {"_target_": "PNDMScheduler", **USUAL}],
+            ["--kernel.clip_x_start", "none"],
+            to_dict(ASSUMED_KERNEL),
         ),
     ],
 )
@@ -569,7 +576,8 @@ def test_a_flag_that_leaves_two_diffusions_is_not_enough(runs, tmp_path, mistake
     (tmp_path / "bundle.json").write_text(json.dumps({"unet": DESCRIBED, "noise": TWO}))
     flags = ["--config", tmp_path / "bundle.json", "--vae", runs / "vae", "--to", tmp_path / "run"]
     said = mistake(main, ["import", runs / "unet.pt", *flags, "--kernel.num_timesteps", 300])
-    assert "kernel: the configuration file says {'num_timesteps': 300" in said
+    assert "kernel: the configuration file says {'process': 'vp'" in said
+    assert said.count("'num_timesteps': 300") == 2
     said = mistake(main, ["import", runs / "unet.pt", *flags, "--kernel.beta_end", "high"])
     assert "kernel.beta_end: expected float, got 'high'" in said
 
