@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     target = {"TARGET": "folder of the volumes that they should be, or a pattern in quotes"}
     train = {"TRAIN": "training cases: their folder, a pattern in quotes, or the run folder"}
     several = {
-        "SAMPLES": "folder of segmentations ID__NAME, or a pattern with {id} and {rater} in quotes",
+        "VOTES": "folder of segmentations ID__NAME, or a pattern with {id} and {rater} in quotes",
         "MASKS": "folder of the raters' masks ID__NAME, or a pattern with {id} and {rater} in quotes",
     }
     images = {"FOLDER": "folder of images to search for anomalies, or a pattern in quotes"}

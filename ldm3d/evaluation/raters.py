@@ -57,7 +57,7 @@ class RatersConfig:
     dims: int | None = None  # 2 or 3: pictures or volumes; none = as each file is
     worst: int = 4  # cases that are shown, highest ged first
     resamples: int = 2000  # of the bootstrap
-    out: str | None = None  # new folder for the report; none = raters-001 (-002, ...) beside SAMPLES
+    out: str | None = None  # new folder for the report; none = raters-001 (-002, ...) beside VOTES
 
     def __post_init__(self) -> None:
         at_least(self, 1, "votes", "worst", "resamples")
@@ -227,9 +227,9 @@ def draw_curve(path: Path, bins: Tensor) -> dict[str, list[float]]:
 
 def compare_raters(config: RatersConfig, samples: str, masks: str) -> Path:
     """Score the samples of all cases against the raters and write the report; returns its folder."""
-    found, raters = files_of(samples, "SAMPLES"), files_of(masks, "MASKS")
+    found, raters = files_of(samples, "VOTES"), files_of(masks, "MASKS")
     if alone := sorted(found.keys() - raters.keys()):
-        raise InputError(f"SAMPLES: case {alone[0]} has no mask in {masks} ({len(alone)} such cases)")
+        raise InputError(f"VOTES: case {alone[0]} has no mask in {masks} ({len(alone)} such cases)")
     check_out(config.out)
     rows: Rows = {}
     bins, worst = torch.zeros(3, BINS, dtype=torch.float64), WorstPictures(config.worst)
@@ -238,7 +238,7 @@ def compare_raters(config: RatersConfig, samples: str, masks: str) -> Path:
         s, y = read_maps(files, config.dims), read_maps(raters[name], config.dims)
         if s.shape[1:] != y.shape[1:]:
             shapes = f"{tuple(s.shape[1:])}, its masks {tuple(y.shape[1:])}"
-            raise InputError(f"SAMPLES: case {name} has samples of shape {shapes}")
+            raise InputError(f"VOTES: case {name} has samples of shape {shapes}")
         own = reliability_bins(shares(s, y))
         rows[name] = {"votes": len(s), "raters": len(y), **rater_scores(s, y), "ece": calibration_error(own)}
         bins += own

@@ -153,7 +153,7 @@ def test_the_command_scores_a_folder_of_samples_against_the_raters(folders):
 def test_what_does_not_fit_is_named(folders):
     votes, masks = str(folders / "votes"), str(folders / "raters/{rater}/{id}.tif")
     for arguments, message in (
-        (("/nowhere", masks), "SAMPLES: /nowhere is not a folder"),
+        (("/nowhere", masks), "VOTES: /nowhere is not a folder"),
         ((votes, str(folders / "raters/*/*.tif")), "MASKS: expected a folder of files ID__NAME"),
     ):
         with pytest.raises(InputError, match=message):
