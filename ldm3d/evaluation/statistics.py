@@ -11,7 +11,9 @@ distances from the mean are stretched by
 
 which gives normal scores the width of the t interval (Hesterberg 2015, Am. Stat. 69, section 3.2, shows why).
 Example: 1.64 for 5 cases, 1.05 for 40. Cases of one subject are alike: subjects are drawn, each with all of
-its cases, and n counts subjects. One case, or one subject, has no interval.
+its cases, and n counts subjects. One case, or one subject, has no interval. With two or three the stretch is
+so large that an interval may leave what a score can be, such as a Dice above 1. There it ends at the limit
+(`LIMITS`): only impossible values are cut off, so the interval holds the true value as often as before.
 
 A statistic of whole sets, such as the kernel distance, cannot be bootstrapped that way: a case that is drawn
 twice would be its own nearest neighbour. Instead the cases are parted into two random halves a and b, many
@@ -35,6 +37,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .results import Rows
+
+# The values that a score can have, by a word of its name; the first word here that the name holds counts
+LIMITS = {
+    **dict.fromkeys("retention brier ged".split(), (0.0, 2.0)),
+    **dict.fromkeys("dice iou precision sensitivity auroc ece share ratio".split(), (0.0, 1.0)),
+    **dict.fromkeys("ssim cosine correlation".split(), (-1.0, 1.0)),
+    **dict.fromkeys("hd95 mae mse nll seconds sharpness difference distance".split(), (0.0, math.inf)),
+    **dict.fromkeys("seam contrast outside inside voxels votes raters".split(), (0.0, math.inf)),
+}
+
+
+def limits_of(name: str) -> tuple[float, float]:
+    """The lowest and highest value of a score: (0, 1) for dice_own_model. Infinite for unknown names."""
+    words = name.split("_")
+    return next((limits for word, limits in LIMITS.items() if word in words), (-math.inf, math.inf))
+
 
 # --- intervals ----------------------------------------------------------------------------------------------
 
@@ -73,9 +91,10 @@ def _stretched(value: float, replicates: Sequence[float] | np.ndarray, subjects:
 
 
 def bootstrap_interval(
-    values: np.ndarray, resamples: int, groups: Sequence | None = None
+    values: np.ndarray, resamples: int, groups: Sequence | None = None, name: str = ""
 ) -> tuple[float, float]:
-    """The 95 % interval of the mean of values (n,). groups (n,): the subject of each, drawn as a whole.
+    """The 95 % interval of the mean of values (n,). groups (n,): the subject of each, drawn as a whole. name:
+    of the score, whose limits the interval keeps; "" for a difference, which has none.
 
     (nan, nan) for a single case or subject.
     """
@@ -84,7 +103,8 @@ def bootstrap_interval(
         return math.nan, math.nan
     sums, sizes = (np.array([f(values[m]) for m in members]) for f in (np.sum, len))
     chosen = (draw.integers(len(members), size=len(members)) for _ in range(resamples))
-    return _stretched(values.mean(), [sums[i].sum() / sizes[i].sum() for i in chosen], len(members))
+    replicates = [sums[i].sum() / sizes[i].sum() for i in chosen]
+    return tuple(np.clip(_stretched(values.mean(), replicates, len(members)), *limits_of(name)).tolist())
 
 
 def half_sample_intervals(
@@ -173,7 +193,7 @@ def summarise(
                 ("mean", "low", "high", "std", "min", "max"), math.nan
             )
             continue
-        low, high = bootstrap_interval(values, resamples, groups=groups[finite])
+        low, high = bootstrap_interval(values, resamples, groups[finite], name)
         summary[name] = {
             "cases": len(values),
             "mean": float(values.mean()),

@@ -539,7 +539,9 @@ def compared(scores: dict[str, np.ndarray], subjects: Sequence[str], resamples: 
     subject. scores: of `Study.learn`."""
     rows = {}
     for name, values in scores.items():
-        rows[name] = {"dice": [float(values.mean()), *bootstrap_interval(values, resamples, subjects)]}
+        rows[name] = {
+            "dice": [float(values.mean()), *bootstrap_interval(values, resamples, subjects, "dice")]
+        }
         for other in ("real", "augmented"):
             if other in scores and other != name:
                 difference = values - scores[other]

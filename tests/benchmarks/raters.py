@@ -216,7 +216,10 @@ def test(arm: str, runs: Path) -> dict[str, Any]:
 def row_of(arm: str, found: dict[str, Any], best: dict[str, Any]) -> list[str]:
     rows, first = found["cases"], best["cases"]
     columns = {name: np.array([row[name] for row in rows.values()]) for name in next(iter(rows.values()))}
-    texts = [with_interval(v.mean(), *bootstrap_interval(v, 2000)) for v in map(columns.get, SHOWN)]
+    texts = [
+        with_interval(columns[name].mean(), *bootstrap_interval(columns[name], 2000, name=name))
+        for name in SHOWN
+    ]
     apart = columns["ged"] - np.array([first[name]["ged"] for name in rows])
     return [
         arm,

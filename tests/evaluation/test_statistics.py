@@ -9,6 +9,7 @@ import torch
 from ldm3d.evaluation.statistics import (
     auc,
     auc_interval,
+    bootstrap_interval,
     half_sample_intervals,
     ks_distance,
     outliers,
@@ -70,6 +71,24 @@ def test_outliers_are_beyond_the_quartiles_or_three_deviations():
     values[-1] = 9.0
     assert values[outliers(values)[1]].tolist() == [9.0]
     assert not outliers(np.array([1.0]))[0].any()
+
+
+def test_an_interval_of_two_cases_stays_within_what_the_score_can_be():
+    values = {
+        "votes_dice": (0.8, 0.9),
+        "hd95_1": (2.0, 9.0),
+        "retention_ratio": (0.9, 1.2),
+        "psnr": (1.0, 9.0),
+    }
+    rows = {str(i): {name: pair[i] for name, pair in values.items()} for i in range(2)}
+    found = {name: (s["low"], s["high"]) for name, s in summarise(rows, 200).items()}
+    wide = {name: bootstrap_interval(np.array(pair), 200) for name, pair in values.items()}
+    assert wide["votes_dice"][1] > 1  # a difference of such scores keeps its width
+    assert wide["hd95_1"][0] < 0
+    assert found["votes_dice"] == (pytest.approx(wide["votes_dice"][0]), 1)
+    assert found["hd95_1"] == (0, pytest.approx(wide["hd95_1"][1]))
+    assert found["retention_ratio"] == (0, 2)
+    assert found["psnr"] == wide["psnr"]
 
 
 def test_a_summary_leaves_out_what_is_not_a_number_and_says_how_many_are_left():

@@ -150,7 +150,7 @@ def test_pairs_are_described_by_agreement_ceiling_and_volumes(judge, pairs):
 def test_arms_are_compared_case_by_case_and_subject_by_subject():
     real, subjects = np.array([0.5, 0.9, 0.7, 0.8]), ["a", "a", "b", "c"]
     rows = compared({"real": real, "mixed": real + 0.01}, subjects, 50)
-    assert rows["real"]["dice"] == pytest.approx([0.725, *bootstrap_interval(real, 50, subjects)])
+    assert rows["real"]["dice"] == pytest.approx([0.725, *bootstrap_interval(real, 50, subjects, "dice")])
     assert rows["mixed"]["to_real"] == pytest.approx([0.01] * 3)
     assert "to_real" not in rows["real"]
     assert "to_augmented" not in rows["mixed"]
