@@ -617,7 +617,7 @@ TABLES = {
     "quotes within": (row(1, "a small", 'a "small"'), "any"),
     "a line with a cell more": (row(2, "phantom_0001.tif,", "phantom_0001.tif,,"), "refuse"),
     "a line with a cell less": (row(2, ",1,", ","), "refuse"),
-    "tabs": (put(TABLE, lambda d: d.replace(b",", b"\t")), "refuse"),
+    "tabs": (put(TABLE, lambda d: d.replace(b",", b"\t")), "right"),
     "semicolons": (put(TABLE, lambda d: d.replace(b",", b";")), "right"),
     "old line ends": (put(TABLE, lambda d: d.replace(b"\r\n", b"\r")), "any"),
     "NaN for an image": (row(2, IMAGES[1], "NaN"), "refuse"),

@@ -148,7 +148,7 @@ def large(setup: Setup) -> Iterator[Row]:
 TINY = {
     "train_vae.py": "--run.steps 2 --data.subset 8 --vae.channels 8,16 --batch_size 2",
     "train_ldm.py": "--run.steps 2 --unet.channels 8,16 --unet.num_groups 4 --unet.head_channels 8 "
-    "--batch_size 2 --data.num_variants 1 --data.crop centre --sample_steps 2",
+    "--batch_size 2 --data.num_variants 2 --data.crop random --sample_steps 2",
     "train_cdal.py": "--run.steps 2 --data.subset 8 --unet.channels 8,16",
 }
 
