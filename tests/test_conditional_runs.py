@@ -384,9 +384,12 @@ def test_a_source_that_rows_of_a_table_share_is_read_and_encoded_once(run, tmp_p
     assert [info is None for info in request.infos] == [False, False, True]
 
 
-def test_a_table_of_one_row_names_the_sample(run, tmp_path):
+def test_a_table_of_one_row_names_the_sample_and_gives_its_spacing(run, tmp_path, capsys):
     (tmp_path / "sets.csv").write_text("name;spacing\nfirst;30,20\n")
     sample_main(run, tmp_path / "out", "--conditions", tmp_path / "sets.csv")
+    size = json.loads((tmp_path / "out" / "samples.json").read_text())["size"]
+    assert f"({30 * size[0]}x{20 * size[1]} mm)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["spacing"] == [30, 20]
     assert files_of(tmp_path / "out") == ["first.tif"]
     assert read(tmp_path / "out" / "first.tif").spacing == pytest.approx((30, 20))
 

@@ -265,6 +265,7 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
             scores["real (validation)"] = spec.reference
     picture = save_sheet(results.folder / "preview.png", results.rows(), spec.display)
     total, seconds = results.each * len(request.names), facts["seconds"]
+    spacings = request.spacings(spec)
     content = {
         **to_dict(config),
         "num": total,
@@ -273,7 +274,7 @@ def report(results: Results, run: Path, facts: dict[str, Any]) -> None:
         **facts,
         "seconds_per_volume": round(seconds / max(1, total), 3),
         "size": list(results.size),
-        "spacing": list(spec.spacing),
+        "spacing": spacings.pop() if len(spacings) == 1 else None,  # else `sets` holds them
         "scores": scores,
         "sets": dict(zip(request.names, request.values, strict=True)),
         "cases_scores": results.scores,
@@ -368,7 +369,10 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     calls = model.kernel.num_network_calls(sampler, times, request.edit.resample) * max(1, len(windows))
     total = config.samples * len(request.names)
     folder = new_folder(run, config.out, "samples")
-    mm = by(f"{n * length:.4g}" for n, length in zip(size, model.spec.spacing, strict=True))
+    mm = " or ".join(
+        by(f"{n * length:.4g}" for n, length in zip(size, spacing, strict=True))
+        for spacing in sorted(request.spacings(model.spec))
+    )
     steps = f"{plural(len(times), 'step')} = {plural(calls, 'network call')} each"
     print0(f"{plural(total, 'volume')} of {by(size)} ({mm} mm), {sampler}, {steps}")
 

@@ -116,14 +116,23 @@ class Request:
     edit: Edit = NO_EDIT
     paste: bool = False  # write the sampled region into the edited image's own volume
 
+    def spacing(self, number: int, spec: DataSpec) -> tuple[float, ...]:
+        """The mm of a voxel in samples of set `number`: that of the condition spacing where it is told."""
+        asked = self.conditions.get("spacing")
+        if self.infos[number] is not None or asked is None or absent(asked)[number]:
+            return spec.spacing
+        return tuple(round(mm, 6) for mm in asked[number].tolist())
+
+    def spacings(self, spec: DataSpec) -> set[tuple[float, ...]]:
+        """The different spacings of all sets."""
+        return {self.spacing(number, spec) for number in range(len(self.names))}
+
     def volume(self, number: int, x: Tensor, spec: DataSpec, start: tuple[int, ...] | None = None) -> Volume:
         """A sample of set `number` as a volume, in the units of the training data or, if an image is edited,
         of that image. start: where x begins in the file whose geometry it takes; None: in its middle."""
-        info, spacing = self.infos[number], self.conditions.get("spacing")
-        if info is None and spacing is not None and not absent(spacing)[number]:
-            return dataclasses.replace(spec, spacing=tuple(spacing[number].tolist())).to_volume(x)
+        info = self.infos[number]
         if info is None:
-            return spec.to_volume(x)
+            return dataclasses.replace(spec, spacing=self.spacing(number, spec)).to_volume(x)
         if not isinstance(self.edit, ImageEdit):
             info = dataclasses.replace(info, low=spec.low, high=spec.high)
         return restore(x, spec, info, start)
