@@ -451,18 +451,18 @@ class Study:
         )
         return minutes
 
-    def judge(self, fraction: float, real: Sequence[Pair]) -> Segmenter:
-        """The first network that learned from real pairs, trained once."""
+    def judge(self, fraction: float, real: Sequence[Pair]) -> tuple[Segmenter, int]:
+        """(The first network that learned from real pairs, trained once; its seed)."""
         file = self.place(fraction) / "judge.pt"
-        seed = self.config.seeds[0]
         if not file.exists():
+            seed = self.config.seeds[0]
             net = train_segmenter(ARMS[JUDGE], real, [], seed, self, self.config.steps)
             save(file, {"kind": "teach", "seed": seed, "model": net.net.state_dict()})
         net = Segmenter(self.spec.dims, self.spec.channels, self.spec.num_labels, self.device)
         content = load_file(file, "teach")
         net.net.load_state_dict(content["model"])
         net.net.eval().requires_grad_(False)
-        return net
+        return net, content["seed"]
 
     def pairs(self, fraction: float, real: Sequence[Pair], judge: Segmenter) -> list[Pair]:
         """The synthetic pairs of a fraction, made once, and what there is to say of them in pairs.json."""
@@ -506,32 +506,45 @@ class Study:
         return {item["id"]: net.dice(Pair(item["image"], item["mask"])).tolist() for item in items}
 
     def learn(self, fraction: float) -> dict[str, np.ndarray]:
-        """All arms of a fraction: {arm: Dice of each test case (cases,), mean over labels and seeds}."""
+        """All arms of a fraction: {arm: Dice of each test case (cases,), mean over labels and seeds}; nan for
+        a case without any label, where none was found."""
         found: dict[str, list[np.ndarray]] = {}
         place = self.place(fraction)
         place.mkdir(exist_ok=True)
         files = {key: place / f"{key[0]}-{key[1]}.json" for key in self.arms()}
-        real = synthetic = judge = None
+        real = synthetic = judge = judge_seed = None
         for (name, seed), file in files.items():
             if not file.exists():
                 real = real or real_pairs(self.data[fraction].dataset("train"))
-                judge = judge or self.judge(fraction, real)
+                if judge is None:
+                    judge, judge_seed = self.judge(fraction, real)
                 if ARMS[name].synthetic != "none":
                     synthetic = synthetic or self.pairs(fraction, real, judge)
                 arm = ARMS[name]
-                if (name, seed) == (JUDGE, self.config.seeds[0]):
+                if (name, seed) == (JUDGE, judge_seed):
                     net = judge
                 else:
                     steps = arm.length * self.config.steps
                     net = train_segmenter(arm, real, synthetic or [], seed, self, steps)
                 scores = self.score(net)
                 write_report(file, {"dice": scores})
-                mean = np.nanmean([np.nanmean(values) for values in scores.values()])
+                mean = torch.tensor(list(scores.values())).nanmean(1).nanmean()
                 print0(f"{fraction:g} of the masks, {name}, seed {seed}: Dice {mean:.4f}")
             scores = json.loads(file.read_text())["dice"]
-            cases = (np.array(scores[case.id], dtype=float) for case in self.test.cases)
-            found.setdefault(name, []).append(np.array([np.nanmean(values) for values in cases]))
-        return {name: np.mean(seeds, axis=0) for name, seeds in found.items()}
+            labels = np.array([scores[case.id] for case in self.test.cases], dtype=float)
+            found.setdefault(name, []).append(torch.from_numpy(labels).nanmean(1))
+        return {name: torch.stack(seeds).nanmean(0).numpy() for name, seeds in found.items()}
+
+
+def mean_and_interval(
+    values: np.ndarray, subjects: Sequence[str], resamples: int, name: str = ""
+) -> list[float]:
+    """[mean, low, high] of values (cases,) without those that are nan, by subject. name: of the score."""
+    fine = np.isfinite(values)
+    if not fine.any():
+        return [np.nan] * 3
+    values, groups = values[fine], np.asarray(subjects)[fine]
+    return [float(values.mean()), *bootstrap_interval(values, resamples, groups, name)]
 
 
 def compared(scores: dict[str, np.ndarray], subjects: Sequence[str], resamples: int) -> dict[str, dict]:
@@ -539,14 +552,11 @@ def compared(scores: dict[str, np.ndarray], subjects: Sequence[str], resamples: 
     subject. scores: of `Study.learn`."""
     rows = {}
     for name, values in scores.items():
-        rows[name] = {
-            "dice": [float(values.mean()), *bootstrap_interval(values, resamples, subjects, "dice")]
-        }
+        rows[name] = {"dice": mean_and_interval(values, subjects, resamples, "dice")}
         for other in ("real", "augmented"):
             if other in scores and other != name:
                 difference = values - scores[other]
-                interval = bootstrap_interval(difference, resamples, subjects)
-                rows[name][f"to_{other}"] = [float(difference.mean()), *interval]
+                rows[name][f"to_{other}"] = mean_and_interval(difference, subjects, resamples)
     return rows
 
 

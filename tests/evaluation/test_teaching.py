@@ -154,6 +154,13 @@ def test_arms_are_compared_case_by_case_and_subject_by_subject():
     assert rows["mixed"]["to_real"] == pytest.approx([0.01] * 3)
     assert "to_real" not in rows["real"]
     assert "to_augmented" not in rows["mixed"]
+    gap = np.array([np.nan, 0.9, 0.7, 0.8])  # no label in the case, and none found
+    rows = compared({"real": gap, "mixed": real}, subjects, 50)
+    assert rows["real"]["dice"] == pytest.approx(
+        [0.8, *bootstrap_interval(gap[1:], 50, subjects[1:], "dice")]
+    )
+    assert rows["mixed"]["to_real"] == pytest.approx([0] * 3)
+    assert np.isnan(compared({"real": gap[:1]}, subjects[:1], 50)["real"]["dice"]).all()
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -199,22 +206,13 @@ def test_a_study_keeps_what_is_done_and_goes_on(asked_run, tmp_path, monkeypatch
     assert 0 < report["pairs"]["0.5"]["ignored"] < 1
     assert "CPU minutes" in capsys.readouterr().out
     mixed, count = (out / "0.5" / "mixed-0.json").read_text(), len(trained)
-    again = [
-        "--ignore",
-        "0.9",
-        "--hard",
-        "1",
-        "--guidance",
-        "2",
-        "--warp",
-        "0.5",
-        "--arms",
-        "real,mixed,longer",
-    ]
-    main([*flags, *again])
+    again = "--ignore 0.9 --hard 1 --guidance 2 --warp 0.5".split()
+    main([*flags, *again, "--arms", "real,mixed,longer"])
     assert [a[0] for a, _ in trained[count + 2 :]] == [ARMS["longer"]]
     assert trained[-1][0][5] == 6
     assert (out / "0.5" / "mixed-0.json").read_text() == mixed
+    main([*flags[:-1], "1", *again, "--arms", "real"])  # another seed is another network, not the judge
+    assert (trained[-1][0][0], trained[-1][0][3], trained[-1][0][5]) == (ARMS["real"], 1, 3)
 
 
 def test_settings_of_a_study_reach_what_they_are_for(asked_run, tmp_path, monkeypatch):
