@@ -26,8 +26,9 @@ Strange images need not be unlikely. Large even areas are simple, and simple ima
 real one (Nalisnick et al. 2019). So there are two AUC beside the run's own cases: of the bits per dimension,
 and of their distance from the median of the run's cases (`atypical`), in which too likely counts as strange.
 
---changes spoils the run's own cases, which a useful model must notice: cut (the upper half is empty), roll
-(moved by half of the last axis, around its end), flip (upside down).
+--changes spoils the run's own cases along their last axis, which a useful model must notice: cut (the upper
+half is empty; in 2-D, where the last axis is the column, the right half), roll (moved by half of the axis,
+around its end), flip (upside down; in 2-D left and right).
 
 Song et al. 2021 arXiv:2011.13456; Grathwohl et al. 2019 (FFJORD) 1810.01367; Nalisnick et al. 2019
 1906.02994.

@@ -78,9 +78,7 @@ BAND, CONFIDENCES = 5, 15  # voxels around labels whose uncertainty is judged; b
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    reference: str | None = (
-        None  # to score against: folder of label maps named as the images, or of images with masks
-    )
+    reference: str | None = None  # to score against: folder of label maps, or of images with their masks
     part: Literal["all", "train", "val", "test"] = "all"  # only these cases of the run's split
     votes: int = 5  # segmentations of a case, whose mean is taken
     window: tuple[int, ...] | None = None  # voxels that are segmented at once; none = as in validation

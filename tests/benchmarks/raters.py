@@ -15,6 +15,8 @@ of every test image:
     stochastic     a Gaussian of rank 10 over the logits of all voxels at once, 16 draws (stochastic
                    segmentation networks, Monteiro et al. 2020, arXiv 2006.06015)
 
+Two more are made if --arms names them: diffusion whose mask is not scaled, and diffusion in 4 steps.
+
 The table has the scores of ldm3d/evaluation/raters.py with bootstrap intervals over images, and the
 difference of each arm's ged to that of diffusion, paired by image. What is there is not done again; killed at
 any point, the same command goes on.
@@ -59,11 +61,8 @@ from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.evaluation.statistics import bootstrap_interval  # noqa: E402
 from ldm3d.unet import UNet, UNetConfig  # noqa: E402
 
-VOTES, RANK, DRAWS = (
-    16,
-    10,
-    20,
-)  # masks of an image; of the stochastic head: its rank, draws of a training step
+VOTES = 16  # masks of an image
+RANK, DRAWS = 10, 20  # of the stochastic head: its rank, draws of a training step
 PLAIN = {"cdal.diffusion": False, "votes": 1}
 TRAININGS: dict[str, tuple[dict[str, Any], float]] = {  # run -> (settings, share of the minutes)
     "diffusion": ({}, 1),
