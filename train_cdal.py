@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from torch.utils.data import Dataset
 
 from ldm3d.cdal import CDAL, CDALConfig, Generator, GeneratorConfig
 from ldm3d.config import InputError, at_least, parse
-from ldm3d.data import Data, DataConfig, VolumeDataset, batches, open_data
+from ldm3d.data import Data, DataConfig, DataSpec, VolumeDataset, batches, open_data
 from ldm3d.data.fingerprint import describe, take
 from ldm3d.data.opening import check_numbering
 from ldm3d.data.phantoms import phantom_folder
@@ -75,6 +76,7 @@ from ldm3d.plan import (
     Planner,
     check_base,
     machine,
+    note_attention,
     plan_cdal,
     plan_length,
     seconds_per_step,
@@ -380,10 +382,20 @@ def validate(run: Run, cdal: CDAL, net: Generator, dataset: VolumeDataset, devic
 # --- train --------------------------------------------------------------------------------------------------
 
 
+def whole_case_bytes(spec: DataSpec, window: tuple[int, ...], num_means: int, gpu: bool) -> int:
+    """What validation in windows keeps of a whole case: the image, and on a CPU its mask, its probabilities
+    (`num_means` of each label), and their sums over as many planes as a window has."""
+    voxels, num = math.prod(spec.size), num_means * spec.num_labels
+    sums = (num + 1) * voxels * window[0] // spec.size[0]
+    return 4 * (spec.channels * voxels + (0 if gpu else (2 + num) * voxels + sums))
+
+
 def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
     """The memory that training and inference need, and how long a step takes. own_estimate: the generator's
     own estimates take time, but they are computed without gradients and need less memory than the rest."""
-    spec = open_labelled(config).spec
+    data = open_labelled(config)
+    spec, rated = data.spec, any(case.raters for case in data.cases.values())
+    num_means = config.votes if rated else 1
     own_estimate = own_estimate and config.cdal.own_estimate
     cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=own_estimate), spec.num_labels)
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
@@ -409,14 +421,17 @@ def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
 
     def infer(net: Generator, batch: int, size: tuple[int, ...]) -> None:
         image, mask = torch.zeros(spec.channels, *size), torch.zeros(*size).long()  # of a case
-        cdal.segment(net, image, batch, batch_size=batch)
+        cdal.segment(net, image, batch, batch_size=batch, separate=rated)
         del mask
 
     table = MemoryTable(config.memory, config.run.amp, config.run.device)
     step, rounds = max(config.unet.downsampling), -(-config.batch_size // micro)
     table.training("training", make, loss, micro, patch, step, rounds)
-    whole = config.window or spec.size
-    table.inference("validation, votes", make, infer, config.votes, whole, step, 3 * weight_bytes(make()))
+    window = tuple(map(min, config.window or spec.size, spec.size))
+    beside = 3 * weight_bytes(make())
+    if window != spec.size:
+        beside += whole_case_bytes(spec, window, num_means, table.gpu)
+    table.inference("validation, votes", make, infer, config.votes, window, step, beside)
     return table
 
 
@@ -470,6 +485,7 @@ def train(
     run.check_data(state["data"], data.contents)
     state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net)
+    note_attention(net.attended(train_set.size), device.type != "cpu", "a smaller --data.patch takes less")
     run.start(data.split, device, {"generator": net, "discriminator": discriminator}, data.facts(), SHOWN)
     if planner:
         planner.write(run.dir)

@@ -118,6 +118,7 @@ from ldm3d.plan import (
     Planner,
     common_flips,
     machine,
+    note_attention,
     plan_ldm,
     plan_length,
     plan_other_data,
@@ -965,6 +966,9 @@ def train(
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     latent = autoencoder.latent_shape(data.spec.size)[1:]
     config.patch.check(latent, config.unet.downsampling)
+    shorter = "--patch.size and --patch.share 0 train on patches alone"
+    seen = config.unet.attended(config.patch.window or latent)
+    note_attention(seen, device.type != "cpu", shorter)
     reseed(seed, 0)
     before = run.resumed or run.initial
     longest = longest_side_of(before["state"]) if before else longest_side(data.spec.size, data.spec.spacing)

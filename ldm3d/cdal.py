@@ -74,7 +74,7 @@ from .losses import (
     generator_loss,
     r1_penalty,
 )
-from .unet import UNet, UNetConfig
+from .unet import SLOW_ATTENTION, UNet, UNetConfig
 
 FEW = 8  # training patches that are segmented as one image without a look at the memory
 
@@ -196,6 +196,10 @@ class Generator(nn.Module):
         """The features of the image (B, C, *S) that `predict` gets: (B, encoder_channels, *s)."""
         return self.encoder(pad_to_multiple(image, self.stem))
 
+    def attended(self, size: Sequence[int]) -> int:
+        """`UNetConfig.attended` for images of this size."""
+        return self.unet.config.attended([-(-n // f) for n, f in zip(size, self.stem, strict=True)])
+
     def predict(self, x_prev: Tensor, t: Tensor, features: Tensor, z: Tensor | None) -> Tensor:
         """`forward` for an image that is encoded already."""
         size = x_prev.shape[2:]
@@ -295,7 +299,7 @@ class CDAL:
         # Without beta_0, so that clean comes right after level 1; its timestep t is level t + 1
         self.posterior = DiffusionKernel(kind, betas[1:])
         self.counted: dict[tuple, int] = {}  # votes and patch -> bytes, of `window_in_memory`
-        self.too_large: set[tuple[int, ...]] = set()  # sizes of images that memory did not hold whole
+        self.too_large: set[tuple[int, ...]] = set()  # sizes of images that are segmented in windows
 
     # Parts
 
@@ -491,7 +495,8 @@ class CDAL:
         self, net: Generator, image: Tensor, votes: int, patch: Sequence[int] | None
     ) -> tuple[int, ...] | None:
         """The window to segment an image (C, *S) in where none is asked for: none if the memory holds the
-        whole image, else the training patch; with a note, since windows give other numbers than the whole.
+        whole image, and attention over all of it does not take a CPU minutes. Else it is the training patch;
+        with a note, since windows give other numbers than the whole.
 
         The memory is counted on a patch, once, and grows with the voxels. An image of a few patches always
         fits: training keeps more of a patch than inference does. A size that was once too large stays so,
@@ -499,6 +504,17 @@ class CDAL:
         """
         size = tuple(image.shape[1:])
         patches = math.prod(size) / math.prod(patch or size)
+
+        def in_windows(why: str) -> tuple[int, ...]:
+            if size not in self.too_large:
+                self.too_large.add(size)
+                whole, window = ("x".join(map(str, v)) for v in (size, patch))
+                print0(f"note: {whole} voxels whole {why}; windows of {window}")
+            return tuple(patch)
+
+        slow = patches > 1 and image.device.type == "cpu" and math.prod(size) > SLOW_ATTENTION
+        if slow and (positions := net.attended(size)) > SLOW_ATTENTION:
+            return in_windows(f"are {positions} positions that attend to each other, which takes minutes")
         if patches <= FEW:
             return None
 
@@ -513,11 +529,7 @@ class CDAL:
         need, room = patches * self.counted[key] / GIB, USABLE * free_bytes(image.device) / GIB
         if need <= room and size not in self.too_large:
             return None
-        if size not in self.too_large:
-            self.too_large.add(size)
-            whole, window = ("x".join(map(str, v)) for v in (size, patch))
-            print0(f"note: {whole} voxels whole take {need:.2g} GiB, {room:.2g} to use; windows of {window}")
-        return tuple(patch)
+        return in_windows(f"take {need:.2g} GiB, {room:.2g} to use")
 
     def segment_planes(
         self,

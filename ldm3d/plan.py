@@ -38,7 +38,7 @@ from .engine.distributed import gather, is_main, print0, setup, world_size
 from .engine.logger import WIDTH, plural
 from .engine.memory_plan import MemoryTable
 from .engine.runs import changed_case, load_init
-from .unet import UNetConfig
+from .unet import SLOW_ATTENTION, UNetConfig
 
 PLAN_FILE = "plan.json"
 VAE_PASSES = CDAL_PASSES = (2000, 5000)  # most passes over the training cases, least steps; see `plan_length`
@@ -668,10 +668,13 @@ def plan_cdal(
     patch = (plan.values | plan.given)["data.patch"] or whole
     if f.labelled < RARE and math.prod(patch) < math.prod(median) / 2:
         plan.set("data.foreground", 0.5, f"{f.labelled:.1%} of the voxels have a label")
-    if not machine.validation_fits(plan.values):
-        plan.set(
-            "window", tuple(patch), "whole cases do not fit into the memory: windows as large as patches"
-        )
+    positions, why = math.prod(whole) // math.prod(multiple), ""
+    if not machine.gpu and positions > SLOW_ATTENTION:
+        why = f"attention over {positions} positions of whole cases takes CPUs minutes"
+    elif not machine.validation_fits(plan.values):
+        why = "whole cases do not fit into the memory"
+    if why and tuple(patch) != whole:
+        plan.set("window", tuple(patch), f"{why}: windows as large as patches")
     plan_optimizer(plan, 1e-3 if f.dims == 2 or machine.gpu else 2e-3, forget=not machine.gpu)
     return plan
 
@@ -746,6 +749,12 @@ def check_base(base: dict[str, Any], f: Fingerprint, run: str | None) -> None:
     ):
         if (theirs := base.get(key, value)) != value:
             raise InputError(f"run.init: {run} is for images of {plural(theirs, what)}, these have {value}")
+
+
+def note_attention(positions: int, gpu: bool, remedy: str) -> None:
+    """Say that a training step takes minutes, where so many positions attend to each other."""
+    if positions > SLOW_ATTENTION and not gpu:
+        print0(f"note: {positions} positions attend to each other: a step takes CPUs minutes; {remedy}")
 
 
 def seconds_to_read(data: Data, num: int = 3) -> float:

@@ -53,6 +53,7 @@ from .config import InputError, at_least
 from .normconv import Conv, GroupNorm, channels_last, norm_conv
 
 CHANNELS_LAST_FROM = 2**15  # voxels of the finest level on a CPU; smaller maps gain nothing
+SLOW_ATTENTION = 30_000  # positions, above which attention over all of them takes a CPU minutes
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,15 @@ class UNetConfig:
     def emb_width(self) -> int:
         """Width of the embedding that all blocks receive, and of `emb` of UNet.forward."""
         return self.emb_parts * self.emb_dim
+
+    def attended(self, size: Sequence[int]) -> int:
+        """How many positions attend to each other for x of spatial shape `size`, on the level with most."""
+        most = 0
+        attended = *per_level(self.attention_levels, len(self.channels))[:-1], True  # as in the middle
+        for attend, strides in zip(attended, (*level_strides(self), (1,) * self.dims), strict=True):
+            most = max(most, math.prod(size)) if attend else most
+            size = tuple(-(-n // f) for n, f in zip(size, strides, strict=True))
+        return most
 
     @property
     def downsampling(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import nn
 
 import train_cdal
 from ldm3d import discriminators
+from ldm3d.blocks import AttentionBlock
 from ldm3d.cdal import (
     CDAL,
     CDALConfig,
@@ -428,6 +429,27 @@ def test_a_size_that_memory_did_not_hold_whole_stays_in_windows_of_the_training_
         assert method.window_in_memory(None, image, 1, (4, 4)) == window
     assert capsys.readouterr().out.count("16x16 voxels whole take") == 1
     assert method.window_in_memory(None, torch.zeros(1, 16, 12), 1, (4, 4)) is None
+
+
+def test_images_with_more_positions_than_a_cpu_can_attend_to_are_segmented_in_windows(monkeypatch, capsys):
+    monkeypatch.setattr("ldm3d.cdal.SLOW_ATTENTION", 30)
+    config = UNetConfig(dims=2, channels=(8, 8), attention_levels=(False,), head_channels=8, num_groups=4)
+    net = Generator(GeneratorConfig(stem=(2,), encoder_channels=4), config, 1, 2)
+    for size, positions in (((20, 24), 30), ((21, 24), 36)):
+        attended = []
+        attention = next(m for m in net.modules() if isinstance(m, AttentionBlock))
+        hook = attention.register_forward_pre_hook(lambda _, x, a=attended: a.append(x[0][0, 0].numel()))
+        net(torch.zeros(1, 2, *size), torch.zeros(1), torch.zeros(1, 1, *size))
+        hook.remove()
+        assert attended == [positions] == [net.attended(size)]
+    method = make_method(1)
+    assert method.window_in_memory(net, torch.zeros(1, 20, 24), 1, (12, 24)) is None
+    for _ in range(2):
+        assert method.window_in_memory(net, torch.zeros(1, 21, 24), 1, (12, 24)) == (12, 24)
+    assert method.window_in_memory(net, torch.zeros(1, 21, 24), 1, None) is None  # trained on the whole
+    assert capsys.readouterr().out.count("21x24 voxels whole are 36 positions that attend") == 1
+    finer = dataclasses.replace(config, attention_levels=(True, False))
+    assert (finer.attended((10, 12)), config.attended((10, 12))) == (120, 30)
 
 
 def test_windows_of_a_pointwise_network_give_the_whole_image_and_seams_do_not_show():

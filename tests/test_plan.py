@@ -28,6 +28,7 @@ from ldm3d.plan import (
     check_base,
     common_flips,
     halvings,
+    note_attention,
     plan_cdal,
     plan_ldm,
     plan_length,
@@ -454,6 +455,19 @@ def test_votes_are_planned_to_be_samples_of_several_raters():
     }
     assert own.items() <= train_cdal.PRESETS["cells"].items()
     assert {k: v for k, v in several.items() if k in one} == one
+
+
+def test_cases_with_more_positions_than_a_cpu_can_attend_to_are_validated_in_windows():
+    large = {"shapes": ((256, 256, 128),) * 40}
+    assert "window" not in planned_cdal()
+    assert "window" not in planned_cdal(GPU, **large)
+    assert planned_cdal(**large)["window"] == planned_cdal(**large)["data.patch"]
+
+
+def test_a_training_whose_attention_takes_minutes_is_noted_where_there_is_no_gpu(capsys):
+    for positions, gpu in ((30_000, False), (30_001, True), (30_001, False)):
+        note_attention(positions, gpu, "do less")
+    assert capsys.readouterr().out.startswith("note: 30001 positions attend to each other: a step takes")
 
 
 @pytest.mark.parametrize("widths", [(8,), (8, 16), (8, 16, 24), (8, 16, 24, 32)])

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ldm_flags, vae_flags
+from tiny import cdal_flags, ldm_flags, vae_flags
 from torch import nn
 
 import sample
+import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig, metrics, normconv
@@ -182,6 +183,25 @@ def test_the_process_owns_what_the_plan_of_a_validation_says(monkeypatch):
     weights, image = 4 * weight_bytes(net), 4 * math.prod(job.size)
     found = owned(validate) + weights + image  # and the next case, which a thread reads meanwhile
     assert job.need(1, job.size) == pytest.approx(found, rel=0.15)
+
+
+def test_validation_in_windows_needs_what_the_plan_says(heads, tmp_path):
+    """Windows of a case and its sums: the case is sixteen times as large as a window."""
+    flags = cdal_flags(heads, tmp_path, 1, "--window", "64,80", "--data.size", "256,320", "--memory", "4")
+    config, _ = parse(train_cdal.Config, flags, train_cdal.PRESETS, "", train_cdal.with_data)
+    job = train_cdal.memory_table(config).jobs[-1]
+    net = train_cdal.Generator(config.generator, config.unet, 1, 5)
+    case = {"id": "a", "image": torch.rand(1, 256, 320), "mask": torch.zeros(256, 320, dtype=torch.long)}
+
+    @torch.inference_mode()
+    def segment() -> None:
+        image, mask = case["image"].clone(), case["mask"].clone()
+        train_cdal.CDAL(config.cdal, 5).segment(net, image, 1, config.window, batch_size=1)
+        del mask
+
+    found = 4 * weight_bytes(net) + measured(segment, tmp_path)
+    assert job.size == (64, 80)
+    assert job.need(config.votes, job.size) == pytest.approx(found, rel=0.15)
 
 
 def test_checkpointing_and_smaller_batches_need_less_and_a_gpu_in_bf16_less_than_fp32():
