@@ -147,10 +147,9 @@ def facts_of(content: dict[str, Any], network: dict[str, Any]) -> dict[str, list
         if name == "Spacing" and isinstance(pixdim, list):
             facts.setdefault("spacing", []).append(tuple(pixdim))
     for kernel in facts.get("kernel", ()):
+        # A scheduler beside DDIM is that of training: DDIM says how samples are made
         if samplers and kernel["process"] == "vp" and not any(kernel is one for one in samplers):
-            kernel["clip_x_start"] = samplers[0][
-                "clip_x_start"
-            ]  # a scheduler beside DDIM is that of training
+            kernel["clip_x_start"] = samplers[0]["clip_x_start"]
     return facts
 
 

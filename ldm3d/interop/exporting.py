@@ -106,9 +106,8 @@ def foreign_state(net: nn.Module, library: str) -> dict[str, Tensor]:
     """The weights of `net` under the names of the library's class."""
     layout = "monai_vq" if isinstance(net, VQVAE) else "monai"
     state = extract(net, "diffusers" if library == "diffusers" else layout)
-    if (
-        isinstance(net, Denoiser) and "class_embedding.weight" in state
-    ):  # MONAI lacks the absent class, the last
+    # MONAI lacks the absent class, which is the last row here
+    if isinstance(net, Denoiser) and "class_embedding.weight" in state:
         state["class_embedding.weight"] = state["class_embedding.weight"][:-1].clone()
     if isinstance(net, AutoencoderKL) and library == "maisi":
         if net.config.mid_attention or net.config.decoder_mid_attention:

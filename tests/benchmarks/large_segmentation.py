@@ -37,8 +37,6 @@ from ldm3d.pipeline import SegmentationPipeline  # noqa: E402
 TINY = """phantom --run.steps 1 --run.eval_every 1 --data.patch 16,16,16 --data.val_fraction 0.5
  --unet.channels 8,8,8,8 --unet.attention_levels false --unet.head_channels 8 --generator.encoder_channels 8
  --generator.encoder_blocks 0 --generator.stem 2 --cdal.diffusion false --window 16,16,16""".split()
-
-
 OVERLAP = 0.25
 
 
