@@ -328,7 +328,10 @@ FREE = ("vae.checkpointing",)
 
 def discriminator_of(file: str) -> PatchDiscriminator:
     """The discriminator in a file of another library."""
-    net = interop.load(file)
+    try:
+        net = interop.load(file)
+    except InputError as error:
+        raise InputError(f"disc_init: {error}") from None
     if not isinstance(net, PatchDiscriminator):
         raise InputError(f"disc_init: {file} holds a {type(net).__name__}, expected a PatchDiscriminator")
     return net

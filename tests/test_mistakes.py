@@ -138,7 +138,7 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("ldm", "--condition.use class --condition.dropout 1.5", "condition.dropout: expected probabilities"),
     ("bound", "--data.num_labels 2", "label 2, expected 0 to 1 (data.num_labels)"),
     ("bound", "--data.image images/*.tif", "anatomy.registers: needs masks (data.mask, or a column"),
-    ("ldm", "--patch.size 4,4,4", "patch.size: expected at most 4,5, the latent, got 4,4,4"),
+    ("ldm", "--patch.size 4,4,4", "patch.size: expected 2 numbers, one an axis, got 4,4,4"),
     ("ldm", "--patch.size 8,8", "patch.size: expected at most 4,5, the latent, got 8,8"),
     ("ldm", "--patch.size 2,2", "patch.size: expected at least 4,4 with patch.halvings 1, got 2,2"),
     ("ldm", "--patch.size 0,4", "patch.size: expected latent voxels from 1 on, got 0,4"),

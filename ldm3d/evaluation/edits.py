@@ -34,7 +34,7 @@ from ..config import InputError, at_least, read_json, to_dict
 from ..data import read
 from ..data.geometry import centred, cut
 from ..data.volumes import is_volume_file, strip_suffix
-from ..engine.logger import save_sheet
+from ..engine.logger import plural, save_sheet
 from .results import new_folder, table, write_csv, write_report
 from .statistics import interval_words, ks_distance, summarise
 
@@ -133,7 +133,7 @@ def measure_edits(config: EditsConfig, samples: str) -> Path:
     save_sheet(out / "edits.png", pictures)
     lines = [(name, s["mean"], s["low"], s["high"]) for name, s in report["metrics"].items()]
     print(table([("", "mean", "low", "high"), *lines]))
-    print(f"{len(rows)} samples: {out}")
+    print(f"{plural(len(rows), 'sample')}: {out}")
     return out
 
 

@@ -43,7 +43,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import read
 from ..data.cases import files_by_rater
 from ..data.dataset import majority
-from ..engine.logger import mid_slices, new_figure, progress, save_figure, save_sheet
+from ..engine.logger import mid_slices, new_figure, plural, progress, save_figure, save_sheet
 from ..metrics import near_labels
 from .results import Rows, WorstPictures, check_out, new_folder, table, write_csv, write_report
 from .statistics import interval_words, summarise
@@ -256,5 +256,5 @@ def compare_raters(config: RatersConfig, samples: str, masks: str) -> Path:
     save_sheet(folder / "cases.png", worst.sheet(lambda name, score: f"{name}: ged {-score:.3g}"))
     columns = ("mean", "low", "high", "cases")
     print(table([["", *columns], *([name, *(m[c] for c in columns)] for name, m in metrics.items())]))
-    print(f"{len(rows)} cases: {folder}")
+    print(f"{plural(len(rows), 'case')}: {folder}")
     return folder

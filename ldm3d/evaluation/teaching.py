@@ -411,7 +411,7 @@ class Study:
         stage_one = load_run(self.pipeline.folder / "autoencoder.pt", "vae")
         own, whole = content["state"]["split"], stage_one["state"]["split"]
         split = whole if set(own["train"]) <= set(whole["train"]) else own
-        layout = replace(self.layout, mask_fraction=fraction)
+        layout = replace(self.layout, mask_fraction=fraction, subset=None)  # the split says which cases
         data = open_data(layout, stage_one["config"]["preset"], content["config"]["run"]["seed"], split)
         masked = {part: [i for i in ids if data.cases[i].mask] for part, ids in data.split.items()}
         return replace(data, split=masked, spec=self.spec)

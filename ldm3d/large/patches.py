@@ -75,7 +75,11 @@ class PatchConfig:
         many voxels as a U-Net of this down-sampling needs."""
         if self.size is None:
             return
-        if len(self.size) != len(latent) or any(n > m for n, m in zip(self.size, latent, strict=True)):
+        if len(self.size) != len(latent):
+            raise InputError(
+                f"patch.size: expected {len(latent)} numbers, one an axis, got {show(self.size)}"
+            )
+        if any(n > m for n, m in zip(self.size, latent, strict=True)):
             expected = f"at most {show(tuple(latent))}, the latent"
             raise InputError(f"patch.size: expected {expected}, got {show(self.size)}")
         if any(n < f for n, f in zip(self.sizes[-1], downsampling, strict=True)):

@@ -215,6 +215,17 @@ def test_a_study_keeps_what_is_done_and_goes_on(asked_run, tmp_path, monkeypatch
     assert (trained[-1][0][0], trained[-1][0][3], trained[-1][0][5]) == (ARMS["real"], 1, 3)
 
 
+def test_a_generator_of_a_few_cases_is_studied_on_all_that_its_autoencoder_knows(
+    vae_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(teaching, "save_sheet", lambda *_: None)
+    flags = ["--condition.use", "labels", "--data.subset", "6", "--run.eval_every", "9"]
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "few", 1, *flags))
+    out = tmp_path / "study"
+    main(["teach", str(tmp_path / "few"), "--labelled", "1", "--arms", "real", "--out", str(out), *SHORT])
+    assert json.loads((out / "report.json").read_text())["cases"] == 2
+
+
 def test_settings_of_a_study_reach_what_they_are_for(asked_run, tmp_path, monkeypatch):
     monkeypatch.setattr(teaching, "save_sheet", lambda *_: None)
     drawn = calls_of(monkeypatch, teaching, "warped")

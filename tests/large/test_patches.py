@@ -147,7 +147,7 @@ def test_pages_that_are_asked_for_hold_the_patch_and_little_else():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (PatchConfig((8, 8, 8)), "patch.size: expected at most 16,20, the latent, got 8,8,8"),
+        (PatchConfig((8, 8, 8)), "patch.size: expected 2 numbers, one an axis, got 8,8,8"),
         (PatchConfig((8, 24)), "patch.size: expected at most 16,20, the latent, got 8,24"),
         (PatchConfig((8, 4), halvings=2), "patch.size: expected at least 8,8 with patch.halvings 2, got 8,4"),
     ],
