@@ -435,6 +435,13 @@ def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
     return table
 
 
+def seconds_of_validation(config: Config, data: Data, seconds: float) -> float:
+    """An estimate: a training step, of `seconds`, computes its patches forward and twice as much backward."""
+    calls = config.votes * (config.cdal.kernel.num_timesteps if config.cdal.diffusion else 1)
+    patches = math.prod(data.spec.size) / math.prod(config.data.patch or data.spec.size)
+    return seconds / (3 * config.batch_size) * len(data.split["val"]) * calls * patches
+
+
 def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, Any]], Config]) -> Plan:
     """The settings of a run on the images and masks of a folder, by the rules of ldm3d/plan.py."""
     device, found = setup(flags.get("run.device", "auto")), take(folder, flags)
@@ -453,7 +460,8 @@ def make_plan(folder: Path, flags: dict[str, Any], merge: Callable[[dict[str, An
         config = merge(plan.values)
         data, table = open_labelled(config), memory_table(config, own_estimate=True)
     seconds = seconds_per_step(table, config, device, data)
-    plan_length(plan, able.hours, seconds, CDAL_PASSES, len(data.split["train"]), ema=0.05)
+    num_train, validation = len(data.split["train"]), seconds_of_validation(config, data, seconds)
+    plan_length(plan, able.hours, seconds, CDAL_PASSES, num_train, ema=0.05, validation=validation)
     return plan
 
 

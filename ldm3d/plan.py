@@ -705,9 +705,11 @@ def plan_length(
     num_train: int,
     ema: float,
     patience: int = 0,
+    validation: float = 0.0,
 ) -> None:
     """Steps, and all that counts in steps. seconds: of a step. passes: (most over the training cases, least
     number of steps whatever their number is). ema: the averaged weights reach back over this part of the run.
+    validation: seconds of one, where it may take long.
     """
     batch = (plan.values | plan.given)["batch_size"]
     by_time = 3600 * hours / seconds * 0.85  # the rest is for validation, checkpoints and the start
@@ -718,10 +720,13 @@ def plan_length(
         why = f"{num_train} training cases ask for no more; {by_time:.0f} would fit into {hours:g} h"
     steps = plan.set("run.steps", steps, why)
     plan.set("optim.warmup_steps", min(1000, max(1, steps // 20)), "a twentieth of the steps, at most 1000")
-    num = min(8, max(1, int(60 * hours / VALIDATE_EVERY)))
-    plan.set(
-        "run.eval_every", -(-steps // num), f"validations: {num}, {VALIDATE_EVERY} minutes apart or more"
-    )
+    num, why = min(8, max(1, int(60 * hours / VALIDATE_EVERY))), f"{VALIDATE_EVERY} minutes apart or more"
+    if num * validation > 360 * hours:
+        num, why = (
+            max(1, int(360 * hours / validation)),
+            f"of some {validation:.0f} s, in a tenth of the time",
+        )
+    plan.set("run.eval_every", -(-steps // num), f"validations: {num}, {why}")
     plan.set("run.save_every", -(-steps // 8), "eight checkpoints")
     plan.set("run.log_every", max(1, min(100, steps // 60)), "sixty lines of the log, or more")
     decay = min(0.9999, max(0.5, round(1 - 1 / (ema * steps), 5)))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import read
+from ldm3d.cdal import CDALConfig, FewStepConfig
 from ldm3d.config import InputError
 from ldm3d.data import AugmentConfig, DataConfig
 from ldm3d.data.fingerprint import Fingerprint
@@ -523,9 +525,9 @@ def test_windows_validate_what_does_not_fit_whole():
 # --- length -------------------------------------------------------------------------------------------------
 
 
-def length(hours=1.0, seconds=0.5, num_train=100, passes=(1000, 100), given=None, patience=0):
+def length(hours=1.0, seconds=0.5, num_train=100, passes=(1000, 100), given=None, patience=0, validation=0.0):
     plan = Plan({"batch_size": 2} | (given or {}))
-    plan_length(plan, hours, seconds, passes, num_train, 0.05, patience)
+    plan_length(plan, hours, seconds, passes, num_train, 0.05, patience, validation)
     return {choice.key: choice.value for choice in plan.choices}
 
 
@@ -544,6 +546,8 @@ def test_all_that_counts_in_steps_follows_from_them():
     values = length(given={"run.steps": 800}, patience=4)
     assert values["run.eval_every"] == values["run.save_every"] == 100
     assert length(hours=0.25, given={"run.steps": 800})["run.eval_every"] == 267  # 5 minutes apart, or more
+    assert length(validation=40.0, given={"run.steps": 800})["run.eval_every"] == 100  # 320 of 3600 s
+    assert length(validation=364.0, given={"run.steps": 800})["run.eval_every"] == 800  # a tenth has no room
     assert values["optim.warmup_steps"] == 40
     assert length(given={"run.steps": 50_000})["optim.warmup_steps"] == 1000
     assert values["run.log_every"] == 13
@@ -746,6 +750,15 @@ def test_hours_decide_the_number_of_steps(folder, capsys, monkeypatch):
     train_vae.main([str(folder), "--plan", "--hours", "0.1"])
     out = capsys.readouterr().out
     assert "0.1 h at 2 s a step; 15 % is kept" in " ".join(out.split())
+
+
+def test_the_votes_of_a_validation_cost_what_their_network_calls_do():
+    cdal = CDALConfig(kernel=FewStepConfig(num_timesteps=16))
+    config = train_cdal.Config(cdal=cdal, votes=8, batch_size=4)
+    data = SimpleNamespace(spec=SimpleNamespace(size=(64, 64)), split={"val": ["a"] * 31})
+    assert train_cdal.seconds_of_validation(config, data, 1.2) == pytest.approx(31 * 8 * 16 * 0.1)
+    patches = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=(32, 32)))
+    assert train_cdal.seconds_of_validation(patches, data, 1.2) == pytest.approx(4 * 31 * 8 * 16 * 0.1)
 
 
 def test_measuring_speed_does_not_disturb_training(folder, tmp_path):
