@@ -722,10 +722,8 @@ def plan_length(
     plan.set("optim.warmup_steps", min(1000, max(1, steps // 20)), "a twentieth of the steps, at most 1000")
     num, why = min(8, max(1, int(60 * hours / VALIDATE_EVERY))), f"{VALIDATE_EVERY} minutes apart or more"
     if num * validation > 360 * hours:
-        num, why = (
-            max(1, int(360 * hours / validation)),
-            f"of some {validation:.0f} s, in a tenth of the time",
-        )
+        num = max(1, int(360 * hours / validation))
+        why = f"of some {validation:.0f} s, in a tenth of the time"
     plan.set("run.eval_every", -(-steps // num), f"validations: {num}, {why}")
     plan.set("run.save_every", -(-steps // 8), "eight checkpoints")
     plan.set("run.log_every", max(1, min(100, steps // 60)), "sixty lines of the log, or more")

@@ -755,9 +755,9 @@ def test_hours_decide_the_number_of_steps(folder, capsys, monkeypatch):
 def test_the_votes_of_a_validation_cost_what_their_network_calls_do():
     cdal = CDALConfig(kernel=FewStepConfig(num_timesteps=16))
     config = train_cdal.Config(cdal=cdal, votes=8, batch_size=4)
-    data = SimpleNamespace(spec=SimpleNamespace(size=(64, 64)), split={"val": ["a"] * 31})
+    data = SimpleNamespace(spec=SimpleNamespace(size=(64, 64, 64)), split={"val": ["a"] * 31})
     assert train_cdal.seconds_of_validation(config, data, 1.2) == pytest.approx(31 * 8 * 16 * 0.1)
-    patches = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=(32, 32)))
+    patches = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=(32, 32, 64)))
     assert train_cdal.seconds_of_validation(patches, data, 1.2) == pytest.approx(4 * 31 * 8 * 16 * 0.1)
 
 
