@@ -213,6 +213,21 @@ def near_labels(labels: Tensor, truth: Tensor, reach: int) -> Tensor:
     return near
 
 
+def reliability_bins(p: Tensor, q: Tensor, num: int) -> Tensor:
+    """What a reliability curve is drawn from: (3, num) float64, for each of `num` bins of p its voxels, and
+    the sums of p and of q over them. p (N,): the probability of something at N voxels. q (N,): 1 where it is
+    so, or the share of those who say so. Bins of several images add up."""
+    which = (p * num).long().clamp(max=num - 1)
+    sums = torch.ones_like(p), p, q
+    return torch.stack([which.bincount(values, num) for values in sums])
+
+
+def calibration_error(bins: Tensor) -> float:
+    """The expected calibration error (ECE), from `reliability_bins`: the mean over voxels of |mean p - mean
+    q| of a voxel's bin. Guo et al. 2017, arXiv 1706.04599, eq. 3."""
+    return float((bins[1] - bins[2]).abs().sum() / bins[0].sum().clamp(min=1))
+
+
 def sharpness(x: Tensor) -> float:
     """Mean absolute difference of neighbouring voxels of x (B, C, *S), averaged over axes."""
     slopes = []

@@ -43,9 +43,18 @@ from ..config import InputError, at_least, to_dict
 from ..data import read
 from ..data.cases import files_by_rater
 from ..data.dataset import majority
-from ..engine.logger import mid_slices, new_figure, plural, progress, save_figure, save_sheet
-from ..metrics import near_labels
-from .results import Rows, WorstPictures, check_out, new_folder, table, write_csv, write_report
+from ..engine.logger import mid_slices, plural, progress, save_sheet
+from ..metrics import calibration_error, near_labels, reliability_bins
+from .results import (
+    Rows,
+    WorstPictures,
+    check_out,
+    draw_reliability,
+    new_folder,
+    table,
+    write_csv,
+    write_report,
+)
 from .statistics import interval_words, summarise
 
 BAND, BINS = 5, 10  # voxels around labels that the reliability curve counts; bins of the curve
@@ -166,18 +175,6 @@ def shares(samples: Tensor, masks: Tensor) -> Tensor:
     return torch.cat(pairs, 1) if pairs else torch.zeros(2, 0, dtype=torch.float64)
 
 
-def reliability_bins(pairs: Tensor) -> Tensor:
-    """(3, BINS): voxels, and sums of p and of q, of the shares (p, q) (2, n) in each bin of p."""
-    which = (pairs[0] * BINS).long().clamp(max=BINS - 1)
-    sums = torch.ones_like(pairs[0]), *pairs
-    return torch.stack([which.bincount(values, BINS) for values in sums])
-
-
-def calibration_error(bins: Tensor) -> float:
-    """The mean over voxels of |p - q|, p and q the means of a voxel's bin, from `reliability_bins`."""
-    return float((bins[1] - bins[2]).abs().sum() / bins[0].sum().clamp(min=1))
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -209,19 +206,6 @@ def read_maps(files: dict[str, Path], dims: int | None) -> Tensor:
     return torch.from_numpy(np.stack(maps).astype(np.int64))
 
 
-def draw_curve(path: Path, bins: Tensor) -> dict[str, list[float]]:
-    """Draw p against q (with matplotlib); returns both, and the voxels, of the bins that have any."""
-    voxels, p, q = bins[:, bins[0] > 0]
-    curve = {"voxels": voxels.tolist(), "votes": (p / voxels).tolist(), "raters": (q / voxels).tolist()}
-    if (figure := new_figure(figsize=(4, 4), dpi=100, layout="constrained")) is not None:
-        ax = figure.subplots()
-        ax.plot([0, 1], [0, 1], "0.7")
-        ax.plot(curve["votes"], curve["raters"], "o-")
-        ax.set(title="voxels near labels", xlabel="share of the samples", ylabel="share of the raters")
-        save_figure(figure, path)
-    return curve
-
-
 # --- all cases ----------------------------------------------------------------------------------------------
 
 
@@ -239,7 +223,7 @@ def compare_raters(config: RatersConfig, samples: str, masks: str) -> Path:
         if s.shape[1:] != y.shape[1:]:
             shapes = f"{tuple(s.shape[1:])}, its masks {tuple(y.shape[1:])}"
             raise InputError(f"VOTES: case {name} has samples of shape {shapes}")
-        own = reliability_bins(shares(s, y))
+        own = reliability_bins(*shares(s, y), BINS)
         rows[name] = {"votes": len(s), "raters": len(y), **rater_scores(s, y), "ece": calibration_error(own)}
         bins += own
         p, q = ((maps > 0).float().mean(0).numpy() for maps in (s, y))
@@ -247,7 +231,8 @@ def compare_raters(config: RatersConfig, samples: str, masks: str) -> Path:
     root = Path(samples) if Path(samples).is_dir() else Path.cwd()
     folder = new_folder(root.parent, config.out, "raters")
     metrics = summarise(rows, config.resamples)
-    curve = draw_curve(folder / "reliability.png", bins)
+    labels = "share of the samples", "share of the raters"
+    curve = draw_reliability(folder / "reliability.png", bins.numpy(), ("votes", "raters"), labels)
     report = {**to_dict(config), "samples": samples, "masks": masks, "cases": len(rows)}
     report |= {"ece": calibration_error(bins), "reliability": curve}
     report |= {"interval": interval_words(config.resamples), "metrics": metrics}

@@ -19,6 +19,7 @@ import numpy as np
 from ..config import InputError
 from ..engine.checkpoint import is_occupied, write_text
 from ..engine.distributed import broadcast, gather, is_main
+from ..engine.logger import new_figure, save_figure
 
 Rows = dict[str, dict[str, Any]]  # name of a case -> column -> value
 
@@ -116,6 +117,22 @@ def with_interval(value: float, low: float, high: float, digits: int = 3) -> str
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
+
+
+def draw_reliability(
+    path: Path, bins: np.ndarray, names: tuple[str, str], labels: tuple[str, str]
+) -> dict[str, list[float]]:
+    """Draw mean q against mean p (with matplotlib), with these labels: {"voxels", names of p and q: a number
+    for each bin that has voxels}. bins (3, N): of `metrics.reliability_bins`."""
+    voxels, p, q = bins[:, bins[0] > 0]
+    curve = {"voxels": voxels.tolist(), names[0]: (p / voxels).tolist(), names[1]: (q / voxels).tolist()}
+    if (figure := new_figure(figsize=(4, 4), dpi=100, layout="constrained")) is not None:
+        ax = figure.subplots()
+        ax.plot([0, 1], [0, 1], "0.7")
+        ax.plot(curve[names[0]], curve[names[1]], "o-")
+        ax.set(title="reliability near labels", xlabel=labels[0], ylabel=labels[1])
+        save_figure(figure, path)
+    return curve
 
 
 class WorstPictures:

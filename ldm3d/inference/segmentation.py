@@ -61,12 +61,21 @@ from ..data.geometry import cut, resampled_grid, resampled_planes
 from ..data.loading import load_role
 from ..data.volumes import NIFTI, TIFF, Header, affine_spacing, file_name, read_header, volume_suffix
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
-from ..engine.logger import mid_slices, new_figure, plural, progress, save_figure, save_sheet
-from ..evaluation.results import WorstPictures, new_folder, table, write_csv, write_report
+from ..engine.logger import mid_slices, plural, progress, save_sheet
+from ..evaluation.results import WorstPictures, draw_reliability, new_folder, table, write_csv, write_report
 from ..evaluation.statistics import interval_words, summarise
 from ..large.streaming import Filed, Map, Stored
 from ..large.windows import check_window
-from ..metrics import dice, hd95, iou, near_labels, precision, sensitivity
+from ..metrics import (
+    calibration_error,
+    dice,
+    hd95,
+    iou,
+    near_labels,
+    precision,
+    reliability_bins,
+    sensitivity,
+)
 from ..pipeline import SegmentationPipeline
 
 COLOURS = ((230, 60, 60), (60, 200, 90), (80, 120, 255), (240, 200, 40), (200, 80, 220), (60, 210, 220))
@@ -233,14 +242,12 @@ def reliability(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float
     for p, truth in parts:
         p, own = p.double(), p.double().gather(0, truth[None].long())[0]
         confidence, chosen = p.max(0)
-        which = (confidence * CONFIDENCES).long().clamp(max=CONFIDENCES - 1)
-        sums = torch.ones_like(confidence), confidence, (chosen == truth).double()
-        bins += torch.stack([which.bincount(values, CONFIDENCES) for values in sums])
+        bins += reliability_bins(confidence, (chosen == truth).double(), CONFIDENCES)
         n += len(truth)
         brier += float((p.square().sum(0) - 2 * own + 1).sum())
         nll -= float(own.clamp(min=1e-6).log().sum())
     n = max(1, n)
-    return {"ece": float((bins[1] - bins[2]).abs().sum() / n), "brier": brier / n, "nll": nll / n}, bins
+    return {"ece": calibration_error(bins), "brier": brier / n, "nll": nll / n}, bins
 
 
 def certainty(
@@ -315,7 +322,9 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     if is_main():
         facts = {"run": str(run), "images": str(images), "step": pipeline.content["step"]}
         if config.reference:
-            facts["reliability"] = draw_reliability(folder / "reliability.png", bins)
+            names, labels = ("confidence", "right"), ("confidence", "share that is right")
+            curve = draw_reliability(folder / "reliability.png", bins.numpy(), names, labels)
+            facts["reliability"] = curve
         report(config, facts, folder, rows, worst, {case.id: case.subject for case in dataset.cases})
     return folder
 
@@ -390,21 +399,6 @@ def suffix_of(format: str, dims: int, image: Path | None = None) -> str:
         return f".{format}"
     own = volume_suffix(image) if image else ""
     return own if own in NIFTI + TIFF else {2: ".tif", 3: ".nii.gz"}[dims]
-
-
-def draw_reliability(path: Path, bins: Tensor) -> dict[str, list[float]]:
-    """Draw confidence against the share that is right (with matplotlib); returns both, and the voxels, of the
-    bins that have any."""
-    voxels, confidence, right = bins[:, bins[0] > 0]
-    curve = {"voxels": voxels, "confidence": confidence / voxels, "right": right / voxels}
-    curve = {name: values.tolist() for name, values in curve.items()}
-    if (figure := new_figure(figsize=(4, 4), dpi=100, layout="constrained")) is not None:
-        ax = figure.subplots()
-        ax.plot([0, 1], [0, 1], "0.7")
-        ax.plot(curve["confidence"], curve["right"], "o-")
-        ax.set(title="reliability near labels", xlabel="confidence", ylabel="share that is right")
-        save_figure(figure, path)
-    return curve
 
 
 def report(

@@ -52,13 +52,13 @@ from ldm3d.data import VolumeDataset, open_stored  # noqa: E402
 from ldm3d.engine.distributed import keyed_generator  # noqa: E402
 from ldm3d.engine.logger import save_sheet  # noqa: E402
 from ldm3d.evaluation.raters import (  # noqa: E402
-    calibration_error,
+    BINS,
     rater_scores,
-    reliability_bins,
     shares,
 )
 from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.evaluation.statistics import bootstrap_interval  # noqa: E402
+from ldm3d.metrics import calibration_error, reliability_bins  # noqa: E402
 from ldm3d.unet import UNet, UNetConfig  # noqa: E402
 
 VOTES = 16  # masks of an image
@@ -205,7 +205,7 @@ def test(arm: str, runs: Path) -> dict[str, Any]:
         drawn = draws_of(arm, opened, item["image"], item["id"])
         seconds = time.process_time() - start
         rows[item["id"]] = {"seconds": seconds, **rater_scores(drawn, item["raters"])}
-        bins = bins + reliability_bins(shares(drawn, item["raters"]))
+        bins = bins + reliability_bins(*shares(drawn, item["raters"]), BINS)
     return {"cases": rows, "bins": bins.tolist(), "steps": sum(one.content["step"] for one in opened)}
 
 

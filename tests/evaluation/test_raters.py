@@ -12,17 +12,17 @@ from tiny import read_csv
 
 from ldm3d.config import InputError
 from ldm3d.evaluation.raters import (
+    BINS,
     RatersConfig,
     assignment,
-    calibration_error,
     compare_raters,
     matched_iou,
     overlaps,
     rater_scores,
-    reliability_bins,
     shares,
     squared_ged,
 )
+from ldm3d.metrics import calibration_error, reliability_bins
 
 
 def maps(num: int, seed: int, labels: int = 3, size: int = 7) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_the_reliability_curve_counts_voxels_near_labels_by_the_share_of_the_sam
     s, y = maps(4, 8, labels=2), maps(5, 9, labels=2)
     pairs = shares(s, y)
     assert pairs.shape == (2, 49)  # every voxel is near a label
-    bins = reliability_bins(pairs)
+    bins = reliability_bins(*pairs, BINS)
     p, q = s.double().mean(0), y.double().mean(0)
     for k in range(10):
         inside = (p * 10).long().clamp(max=9) == k
