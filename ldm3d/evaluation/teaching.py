@@ -424,8 +424,8 @@ class Study:
     def place(self, fraction: float) -> Path:
         return self.folder / f"{fraction:g}"
 
-    def cost(self) -> float:
-        """Prints what is still to be done and its CPU minutes; returns these. A few steps are measured."""
+    def cost(self) -> None:
+        """Print what is still to be done, and its CPU minutes. A few steps are measured."""
         todo = [
             (fraction, name)
             for fraction in self.config.labelled
@@ -449,7 +449,6 @@ class Study:
             f"to do: {len(todo)} networks ({steps} steps), {len(fresh) * self.config.pairs} pairs: about "
             f"{minutes:.1f} CPU minutes, beside testing"
         )
-        return minutes
 
     def judge(self, fraction: float, real: Sequence[Pair]) -> tuple[Segmenter, int]:
         """(The first network that learned from real pairs, trained once; its seed)."""
