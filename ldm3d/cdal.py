@@ -52,7 +52,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any, Literal
 
 import torch
@@ -542,11 +542,12 @@ class CDAL:
         key: str = "",
         batch_size: int = 8,
         separate: bool = False,
+        flip_axes: Sequence[int] = (),
     ) -> Iterator[tuple[int, Tensor]]:
         """`segment` for images whose result memory should not hold: yields (start, p), first plane and mean
         probability (K, planes, ...) of some planes along the first axis, from the first plane to the last.
         separate: not the mean, but the probabilities of every vote, (votes * K, planes, ...), one after the
-        other.
+        other. flip_axes: a vote is the mean over all mirrored windows, eight for three axes, mirrored back.
 
         Windows advance along the first axis. Planes that no later window touches are finished and are
         yielded, so that no more planes than a window has are kept.
@@ -560,15 +561,15 @@ class CDAL:
         smooth = torch.ones(window) if single else window_weight(window)
         noise, z = self.draw_votes(net, votes, window, seed, key)
         num_means = votes if separate else 1
+        flips = [some for n in range(len(flip_axes) + 1) for some in combinations(flip_axes, n)]
         total = torch.zeros(num_means * self.num_labels, window[0], *size[1:])
         weight = torch.zeros(window[0], *size[1:])
         for at, after in zip(first, [*first[1:], size[0]], strict=True):
             row = list(product([at], *others))
             num = max(1, batch_size // votes)  # windows at once
             for some in (row[i : i + num] for i in range(0, len(row), num)):
-                for start, p in zip(
-                    some, self._window_sums(net, image, some, noise, z, batch_size, separate), strict=True
-                ):
+                sums = self._window_sums(net, image, some, noise, z, batch_size, separate, flips)
+                for start, p in zip(some, sums, strict=True):
                     box = tuple(slice(s, s + m) for s, m in zip((0, *start[1:]), window, strict=True))
                     total[(slice(None), *box)] += smooth * p
                     weight[box] += votes / num_means * smooth
@@ -588,28 +589,32 @@ class CDAL:
         z: Tensor,
         batch_size: int,
         separate: bool,
+        flips: Sequence[tuple[int, ...]],
     ) -> Tensor:
         """The sum of the probabilities of all votes in each window: (W, K, *window), on the CPU; `separate`:
         those of every vote, (W, votes * K, *window).
 
         starts: the first voxels of the W windows. noise, z: `draw_votes`. A voxel has the same noise in every
         window that holds it: the noise repeats with the period of a window, so that within one window all
-        values are independent.
+        values are independent. flips: the axes of each mirrored copy of a window, () for the window itself.
+        Its noise is mirrored too, so that a voxel has the same noise in every copy.
         """
         window, axes = noise.shape[3:], tuple(range(3, noise.ndim))
         boxes = [tuple(slice(s, s + m) for s, m in zip(start, window, strict=True)) for start in starts]
-        features = net.encode(torch.stack([image[(slice(None), *box)] for box in boxes]))
-        total, every = torch.zeros(len(starts), self.num_labels, *window), []
-        for some, some_z in zip(noise.split(batch_size), z.split(batch_size), strict=True):
-            own = torch.cat([some.roll([-s for s in start], axes) for start in starts])
-            own_z = some_z.repeat(len(starts), 1, 1)
-            p = self.vote(net, features, own.to(image.device), own_z.to(image.device))
-            p = p.unflatten(0, (len(starts), -1))  # (W, votes, K, *window)
-            if separate:
-                every.append(p.cpu())
-            else:
-                total += p.sum(1).cpu()
-        return torch.cat(every, 1).flatten(1, 2) if separate else total
+        windows = torch.stack([image[(slice(None), *box)] for box in boxes])
+        total: Tensor | float = 0.0
+        for flip in flips:
+            features, every = net.encode(windows.flip([2 + axis for axis in flip])), []
+            for some, some_z in zip(noise.split(batch_size), z.split(batch_size), strict=True):
+                own = torch.cat([some.roll([-s for s in start], axes) for start in starts])
+                own = own.flip([3 + axis for axis in flip])
+                own_z = some_z.repeat(len(starts), 1, 1)
+                p = self.vote(net, features, own.to(image.device), own_z.to(image.device))
+                p = p.flip([2 + axis for axis in flip]).unflatten(0, (len(starts), -1))
+                every.append((p if separate else p.sum(1, keepdim=True)).cpu())  # (W, votes or 1, K, *window)
+            votes = torch.cat(every, 1) if separate else sum(every)
+            total = total + votes / len(flips)
+        return total.flatten(1, 2)
 
     def segment(
         self,
@@ -622,6 +627,7 @@ class CDAL:
         key: str = "",
         batch_size: int = 8,
         separate: bool = False,
+        flip_axes: Sequence[int] = (),
     ) -> Tensor:
         """Image (C, *S) of any size -> mean probability (K, *S) of the votes, on the CPU; `separate`: the
         probabilities of every vote, (votes * K, *S).
@@ -629,10 +635,11 @@ class CDAL:
         An image larger than `window` is covered by windows that overlap by at least the share `overlap` of
         their length; where windows overlap, their probabilities are averaged, with more weight on the middle
         of a window. `key` names the case. `batch_size` votes run at once, those of several windows where one
-        window has fewer.
+        window has fewer. `flip_axes`: every window is also segmented mirrored along each of these axes, and
+        each combination of them, and a vote is the mean.
         """
         p = torch.empty(0)
-        how = (votes, window, overlap, seed, key, batch_size, separate)
+        how = (votes, window, overlap, seed, key, batch_size, separate, flip_axes)
         for start, part in self.segment_planes(net, image, *how):
             p = p if len(p) else torch.empty(len(part), *image.shape[1:])
             p[:, start : start + part.shape[1]] = part

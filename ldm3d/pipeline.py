@@ -144,6 +144,11 @@ class SegmentationPipeline(Pipeline):
         load_weights(net, content["ema"], str(run))
         self.net = net.to(device).eval().requires_grad_(False)
 
+    def check_flips(self) -> None:
+        """InputError if training mirrored no axis: such a network may tell left from right."""
+        if not self.layout.augment.flip_axes:
+            raise InputError(f"flips: {self.run} has not learned mirrored images (data.augment.flip_axes)")
+
     def segment(
         self,
         x: Tensor | str | Path,
@@ -154,13 +159,16 @@ class SegmentationPipeline(Pipeline):
         key: str = "",
         batch_size: int = 8,
         amp: str = "fp32",
+        flips: bool = False,
     ) -> Tensor:
         """x: an image file, or (C, *S) in scaled intensities, of any size -> the mean probability (K, *S) of
         the votes, on the CPU. The label map is its argmax over K. window: none = as in the run's validation,
-        which takes whole images if the memory holds them. The other settings: `CDAL.segment`."""
+        which takes whole images if the memory holds them. flips: also segment the image mirrored along the
+        axes that training mirrored. The other settings: `CDAL.segment`."""
         x = self.own_size(x)
         p = torch.empty(self.method.num_labels, *x.shape[1:])
-        for start, part in self.segment_planes(x, votes, window, overlap, seed, key, batch_size, amp):
+        how = (votes, window, overlap, seed, key, batch_size, amp)
+        for start, part in self.segment_planes(x, *how, flips=flips):
             p[:, start : start + part.shape[1]] = part
         return p
 
@@ -175,13 +183,17 @@ class SegmentationPipeline(Pipeline):
         batch_size: int = 8,
         amp: str = "fp32",
         separate: bool = False,
+        flips: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """`segment` some planes at a time, as `CDAL.segment_planes` yields them."""
+        if flips:
+            self.check_flips()
+        axes = self.layout.augment.flip_axes if flips else ()
         x, window = x.to(self.device), window or self.content["config"]["window"]
         if window is None:
             patch = self.layout.patch or self.spec.size
             window = self.method.window_in_memory(self.net, x, min(votes, batch_size), patch)
-        how = (votes, window, overlap, seed, key, batch_size, separate)
+        how = (votes, window, overlap, seed, key, batch_size, separate, axes)
         planes = self.method.segment_planes(self.net, x, *how)
         while True:
             with torch.inference_mode(), autocast(amp, self.device):  # not while the caller works

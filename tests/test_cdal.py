@@ -495,6 +495,29 @@ def test_the_noise_of_a_vote_is_the_same_at_a_voxel_in_every_window_that_holds_i
     assert len(seen) == 72
 
 
+@pytest.mark.parametrize(("axes", "copies"), [((0,), 2), ((1,), 2), ((0, 1), 4)])
+@pytest.mark.parametrize("window", [None, (5, 8)])
+def test_flips_give_the_mean_over_mirrored_images(axes, copies, window):
+    net, method, image = make().eval(), make_method(diffusion=False), torch.randn(1, 9, 12)
+    flips = [flip for n in range(3) for flip in itertools.combinations((0, 1), n) if set(flip) <= set(axes)]
+    assert len(flips) == copies
+    with torch.no_grad():
+        found = method.segment(net, image, window=window, flip_axes=axes)
+        turned = [[1 + axis for axis in flip] for flip in flips]
+        each = [method.segment(net, image.flip(f), window=window).flip(f) for f in turned]
+    torch.testing.assert_close(found, torch.stack(each).mean(0))
+    assert not torch.allclose(found, each[0], atol=1e-4)
+
+
+def test_flips_of_a_volume_are_of_all_combinations_of_axes_and_leave_noise_in_its_place():
+    net, method, image = Pointwise(), make_method(2), torch.randn(1, 5, 4, 3)
+    net.predict = lambda x, t, features, z: features * torch.arange(K).view(1, -1, 1, 1, 1) + 0.3 * x
+    found = method.segment(net, image, votes=2, flip_axes=(0, 1, 2), separate=True)
+    assert net.encoded == 8
+    own = method.segment(net, image, votes=2, separate=True)
+    torch.testing.assert_close(found, own)
+
+
 def blended_whole(net, method, image, votes, window, overlap):
     """The windows of `segment` one after the other, one vote at a time, in one buffer for all of it."""
     size = image.shape[1:]

@@ -33,7 +33,7 @@ from ldm3d.data.phantoms import write_phantoms
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig, TimeDiscriminator
-from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.checkpoint import load, save, step_files
 from ldm3d.engine.distributed import keyed_generator
 from ldm3d.evaluation import pairs
 from ldm3d.evaluation import reconstruction as evaluation_of_reconstructions
@@ -1235,6 +1235,83 @@ def test_the_probability_is_the_mean_of_all_votes_and_depends_on_the_seed(segmen
     torch.testing.assert_close(p, votes[0][2].mean(0), rtol=1e-4, atol=1e-5)
     assert torch.equal(segmented("--window 16,20 --votes 4 --seed 0")[1], p)
     assert not torch.equal(segmented("--window 16,20 --votes 4 --seed 1")[1], p)
+
+
+@pytest.fixture
+def other_cdal(cdal_run, tmp_path) -> Callable[..., str]:
+    """other_cdal(**settings of the data): the checkpoint of another network, with these settings."""
+
+    def make(flip_axes: tuple[int, ...] = (), split: dict[str, Any] | None = None, **settings: Any) -> str:
+        content, path = load(cdal_run / "best.pt"), tmp_path / f"other-{len(list(tmp_path.iterdir()))}.pt"
+        content["config"]["data"] |= settings
+        content["config"]["data"]["augment"]["flip_axes"] = list(flip_axes)
+        content["state"]["split"] |= split or {}
+        for name, weights in content["ema"].items():
+            content["ema"][name] = 1.5 * weights if name.endswith("conv_out.weight") else weights
+        save(path, content)
+        return str(path)
+
+    return make
+
+
+def segment_with(heads: Path, out: Path, run: object, *flags: str) -> Tensor:
+    """The probabilities (K, 16, 20) of one head, by `sample.py RUN`."""
+    image = min((heads / "images").iterdir())
+    words = [str(run), str(image), "--probabilities", "--votes", "2", "--out", str(out), *flags]
+    sample.main(words)
+    return torch.from_numpy(read(next((out / "probability").iterdir())).array)
+
+
+def test_images_are_mirrored_along_the_axes_of_the_training(heads, other_cdal, tmp_path, monkeypatch):
+    no_pictures(monkeypatch, segmentation)
+    run = other_cdal(flip_axes=(1,))
+    calls = spy(monkeypatch, CDAL, "vote")
+    p = segment_with(heads, tmp_path / "flips", run, "--flips")
+    assert len(calls) == 2
+    votes = [result.mean(0) for _, _, result in calls]
+    torch.testing.assert_close(p, (votes[0] + votes[1].flip(-1)) / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_an_ensemble_has_the_mean_probability_of_its_runs(
+    heads, cdal_run, other_cdal, tmp_path, monkeypatch, in_file
+):
+    no_pictures(monkeypatch, segmentation)
+    if in_file:
+        monkeypatch.setattr(segmentation, "IN_MEMORY", 0)
+    runs = [str(cdal_run), other_cdal(), other_cdal(num_variants=1)]
+    each = [segment_with(heads, tmp_path / f"one-{k}", run) for k, run in enumerate(runs[:2])]
+    assert not torch.allclose(*each, atol=1e-3)
+    p = segment_with(heads, tmp_path / "all", runs[0], "--ensemble", ",".join(runs[1:]))
+    torch.testing.assert_close(p, (each[0] + 2 * each[1]) / 3, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "line"),
+    [
+        ({"spacing": [2.0, 2.0]}, "", "data.spacing is 2.0,2.0, that of"),
+        ({"label_values": [0, 1, 2, 5, 7]}, "", "data.label_values is 0,1,2,5,7, that of"),
+        ({}, "--flips", "has not learned mirrored images (data.augment.flip_axes)"),
+        ({}, "--every_vote", "every_vote: the votes are those of one run without ensemble"),
+    ],
+)
+def test_runs_that_see_other_voxels_are_no_ensemble(
+    heads, cdal_run, other_cdal, tmp_path, mistake, settings, flags, line
+):
+    words = [str(cdal_run), str(heads / "images"), "--out", str(tmp_path / "out"), *flags.split()]
+    assert line in mistake(sample.main, [*words, "--ensemble", other_cdal(**settings)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ensemble_is_not_scored_on_cases_that_one_run_has_learned(
+    heads, cdal_run, other_cdal, tmp_path, mistake
+):
+    split = load(cdal_run / "best.pt")["state"]["split"]
+    other = other_cdal(split={"train": [*split["train"], *split["val"]]})
+    words = [str(cdal_run), str(heads / "images"), "--part", "val", "--out", str(tmp_path / "out")]
+    assert f"was trained on {min(split['val'])} of part val" in mistake(
+        sample.main, [*words, "--ensemble", other]
+    )
 
 
 # --- python -m ldm3d.evaluation compare ---------------------------------------------------------------------

@@ -5,11 +5,16 @@ one image         python sample.py runs/cdal-hippocampus IMAGE --probabilities
 with scores       python sample.py runs/cdal-hippocampus FOLDER --reference LABELS --part test
 masks beside      python sample.py runs/cdal-hippocampus FOLDER --reference FOLDER
 every vote        python sample.py runs/cdal-cells IMAGES --votes 16 --every_vote
+mirrored too      python sample.py runs/cdal-monuseg data/monuseg/images --flips
+several runs      python sample.py runs/cdal-hippocampus FOLDER --ensemble runs/cdal-plain
 
 The new folder holds labels/ and uncertainty/ (and probability/), whose files have the names and the geometry
 of the images; with --every_vote also votes/, the label map of each vote, NAME__01, NAME__02 ...; cases.csv, a
 row for each case with its seconds and, with --reference, its scores; report.json, the settings and the means
 with bootstrap confidence intervals; and overlays.png, lowest Dice first.
+
+Probabilities are means over the votes; with --flips also over mirrored copies of the image, mirrored back;
+with --ensemble over runs, each with all of this. Networks err differently, and the errors average out.
 
 Scores are computed for each label but the background, on the grid of the files: Dice, IoU, precision,
 sensitivity, and HD95 in mm (metrics.py). A label that is in neither map has no score. A label that is in one
@@ -55,7 +60,7 @@ import torch
 from torch import Tensor
 
 from ..cdal import uncertainty
-from ..config import InputError, at_least, to_dict
+from ..config import InputError, at_least, show, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import cut, resampled_grid, resampled_planes
 from ..data.loading import load_role
@@ -84,12 +89,17 @@ IN_MEMORY = 2**26  # probabilities of a case up to this number are kept in memor
 SLAB = 2**24  # probabilities that are worked on at a time
 BAND, CONFIDENCES = 5, 15  # voxels around labels whose uncertainty is judged; bins of the reliability curve
 
+# Settings of the data that all runs of an ensemble share
+SEEN = "dims slices channel series spacing resize label_values scaling percentiles window".split()
+
 
 @dataclass(frozen=True)
 class SegmentConfig:
     reference: str | None = None  # to score against: folder of label maps, or of images with their masks
     part: Literal["all", "train", "val", "test"] = "all"  # only these cases of the run's split
     votes: int = 5  # segmentations of a case, whose mean is taken
+    flips: bool = False  # also segment mirrored images, along the axes that training mirrored
+    ensemble: tuple[str, ...] = ()  # more runs of train_cdal.py; the mean with theirs is taken
     window: tuple[int, ...] | None = None  # voxels that are segmented at once; none = as in validation
     overlap: float = 0.5  # part of a window that it shares with the next, at least
     probabilities: bool = False  # write the probability of every label too
@@ -105,20 +115,57 @@ class SegmentConfig:
         at_least(self, 1, "votes", "batch_size")
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap: expected 0 <= overlap < 1, got {self.overlap}")
+        for name in ("flips", "ensemble"):  # their mean is no sample any more
+            if self.every_vote and getattr(self, name):
+                raise InputError(f"every_vote: the votes are those of one run without {name}")
 
 
 # --- cases --------------------------------------------------------------------------------------------------
 
 
-def keep(planes: Iterable[tuple[int, Tensor]], channels: int, size: Sequence[int], name: str) -> Map:
-    """The probabilities (channels, *size) of a case, from first planes and planes (channels, n, ...): in
-    memory or, where they are large, in a file of the temporary folder. channels: the labels, or those of
-    every vote. InputError names the case if any is not finite."""
+def open_runs(config: SegmentConfig, run: Path) -> list[SegmentationPipeline]:
+    """The run and those of config.ensemble. InputError names what they do not share, or a case of config.part
+    that one of them was trained on."""
+    device = setup(config.device)
+    first, *others = opened = [SegmentationPipeline(path, device) for path in (run, *config.ensemble)]
+    check_window(config.window, first.layout.dims)
+    asked = first.content["state"]["split"].get(config.part, ()) if config.part in ("val", "test") else ()
+    for other in others:
+        for (name, own), theirs in zip(
+            what_is_seen(first).items(), what_is_seen(other).values(), strict=True
+        ):
+            if own != theirs:
+                got = f"{show(theirs)}, that of {first.run} {show(own)}"
+                raise InputError(f"ensemble: {other.run}: {name} is {got}")
+        if learned := set(asked) & set(other.content["state"]["split"].get("train", ())):
+            raise InputError(f"ensemble: {other.run} was trained on {min(learned)} of part {config.part}")
+    for one in opened if config.flips else ():
+        one.check_flips()
+    return opened
+
+
+def what_is_seen(run: SegmentationPipeline) -> dict[str, Any]:
+    """What runs share that see the same voxels of an image in the same units and mean the same labels."""
+    layout, spec = run.layout, run.spec
+    found = {f"data.{name}": getattr(layout, name) for name in SEEN}
+    found["data.size"] = layout.size if layout.resize else None
+    found |= {"labels": spec.num_labels, "channels": spec.channels}
+    return found | {"intensities": (spec.low, spec.high) if layout.scaling == "dataset" else None}
+
+
+def keep(runs: Iterable[Iterable[tuple[int, Tensor]]], channels: int, size: Sequence[int], name: str) -> Map:
+    """The mean over runs of the probabilities (channels, *size) of a case, each given as first planes and
+    planes (channels, n, ...): in memory or, where they are large, in a file of the temporary folder.
+    channels: the labels, or those of every vote. InputError names the case if any is not finite."""
     large = channels * math.prod(size) > IN_MEMORY
     kept = Filed(channels, size) if large else Stored(channels, size, torch.device("cpu"))
-    for start, p in planes:
-        check_finite(p, name)
-        kept.write(start, p[None])
+    for num, planes in enumerate(runs):
+        for start, p in planes:
+            check_finite(p, name)
+            if num:  # the mean of the runs before moves towards this one
+                before = kept.read(start, start + p.shape[1])[0]
+                p = before + (p - before) / (num + 1)
+            kept.write(start, p[None])
     return kept
 
 
@@ -291,21 +338,22 @@ def overlay(
 
 def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     """Segment one image or all images of a folder; returns the new folder."""
-    pipeline = SegmentationPipeline(run, setup(config.device))
-    check_window(config.window, pipeline.layout.dims)
+    pipeline, *_ = opened = open_runs(config, run)
     dataset = open_images(pipeline.content, images, config.part, config.reference)
     folder = new_folder(run, config.out, "segmentations")
     rows, worst, bins = {}, WorstPictures(SHOWN), torch.zeros(3, CONFIDENCES, dtype=torch.float64)
     num, votes = plural(len(dataset), "case"), plural(config.votes, "vote")
-    print0(f"{num}, T = {pipeline.method.num_timesteps}, {votes}")
+    steps = ", ".join(str(one.method.num_timesteps) for one in opened)
+    print0(f"{num}, T = {steps}, {votes}")
     settings = (config.votes, config.window, config.overlap, config.seed)
     num_labels = pipeline.method.num_labels
     channels = num_labels * (config.votes if config.every_vote and pipeline.method.config.diffusion else 1)
     for i in progress(range(rank(), len(dataset), world_size()), "segmenting"):
         case, item = dataset.cases[i], dataset[i, i]
         x, start = item["image"], time.perf_counter()
-        how = (case.id, config.batch_size, config.amp, config.every_vote)
-        kept = keep(pipeline.segment_planes(x, *settings, *how), channels, x.shape[1:], case.id)
+        how = (case.id, config.batch_size, config.amp, config.every_vote, config.flips)
+        planes = (one.segment_planes(x, *settings, *how) for one in opened)
+        kept = keep(planes, channels, x.shape[1:], case.id)
         seconds = time.perf_counter() - start
         grid = FileGrid(kept, dataset.infos[case.id], header_of(dataset, i))
         found = label_map_of(slabs_of(grid, num_labels), grid.size)
