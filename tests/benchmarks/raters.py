@@ -142,7 +142,7 @@ def train(name: str, minutes: float, runs: Path) -> None:
     """Train a run to its end; a run that is there goes on."""
     settings, share = TRAININGS[name]
     if "run.seed" in settings:  # which also draws the split: it stays that of the other arms
-        split = json.loads((runs / "diffusion" / "split.json").read_text())
+        split = json.loads((runs / "plain" / "split.json").read_text())
         rows = [("name", "split"), *((case, part) for part, ids in split.items() for case in ids)]
         path = (runs / "split.csv").resolve()
         path.write_text("".join(f"{a},{b}\n" for a, b in rows))
