@@ -19,7 +19,7 @@ from ldm3d import read
 from ldm3d.cdal import CDALConfig, FewStepConfig
 from ldm3d.config import InputError
 from ldm3d.data import AugmentConfig, DataConfig
-from ldm3d.data.fingerprint import Fingerprint, take
+from ldm3d.data.fingerprint import Fingerprint
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.engine.checkpoint import load, step_files
 from ldm3d.engine.memory_plan import MemoryTable, free_memory
@@ -129,20 +129,6 @@ def test_a_split_that_is_given_is_kept():
         assert plan.notes == ["the table states the split: train 30, val 10"]
     assert "data.val_fraction" not in planned(given={"data.fold": (0, 5)})
     assert "data.val_gap" not in planned(given={"data.test_fraction": 0.1}, subjects=("p01",) * 40)
-
-
-@pytest.mark.parametrize(
-    ("names", "subjects"),
-    [
-        (("p1_a", "p1_b", "p2_a", "p3_a"), 3),
-        (("cells1_B02", "cells1_B05", "cells3_m01", "cells3_m02"), 4),  # two kinds of images
-        (("day1_p1a", "day1_p1b", "day2_p2a", "day2_p3a"), 3),  # the end of the names tells subjects
-    ],
-)
-def test_names_that_begin_in_two_ways_only_do_not_tell_subjects(names, subjects, tmp_path):
-    for i, name in enumerate(names):
-        tifffile.imwrite(tmp_path / f"{name}.tif", np.random.default_rng(i).random((8, 8), np.float32))
-    assert take(tmp_path, {}).num_subjects == subjects
 
 
 def test_spacings_that_differ_much_are_made_equal():

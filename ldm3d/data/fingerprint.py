@@ -116,8 +116,9 @@ class Fingerprint:
 def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
     """(data.subject, why) where files or names say that several cases are of one subject.
 
-    Names that begin in two ways only are not taken for two subjects: most often they are two kinds of
-    images, such as cells1_B02 and cells3_m04, and a split would train on one kind and validate on the other.
+    Names that begin in two ways only are not taken for two subjects, unless they say so by "sub-": often they
+    are two kinds of images, such as cells1_B02 and cells3_m04, and a split would train on one kind and
+    validate on the other.
     """
     if (root / "subjects.csv").is_file():
         return "subjects.csv", "the table of subjects in the folder"
@@ -125,7 +126,7 @@ def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
         return None
     for rule, subject_of in groupings([case.id for case in cases]):
         found = set(subject_of.values())
-        if len(found) > 2:
+        if len(found) > 2 or min(found).startswith("sub-"):
             return rule, f"the names begin alike: {len(found)} subjects, such as {min(found)}"
     return None
 

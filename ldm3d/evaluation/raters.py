@@ -10,6 +10,8 @@ With N samples s and R raters' masks y of a case, and the distance d = 1 - IoU:
     ged             2 mean d(s, y) - mean d(s, s') - mean d(y, y') over all pairs, equal ones included: the
                     squared generalised energy distance (Kohl et al. 2018, arXiv 1806.05034). 0 if both sets
                     are the same. Samples that all equal the mean of the raters are far off, by mean d(y, y')
+    to_raters, votes_apart, raters_apart    its three means: do the samples miss the raters, or are they too
+                    much alike? ged = 2 to_raters - votes_apart - raters_apart
     matched_iou     both sets are repeated to their least common multiple of maps and matched one to one, so
                     that the mean IoU is the highest: is every rater found as often as there are such raters?
     best_dice       mean over raters of the Dice of the best sample: is every rater found at all?
@@ -95,14 +97,19 @@ def overlaps(a: Tensor, b: Tensor, labels: Sequence[int]) -> tuple[Tensor, Tenso
     return iou, dice
 
 
-def squared_ged(samples: Tensor, masks: Tensor) -> float:
-    """The squared generalised energy distance of samples (N, *S) and raters' masks (R, *S), 0 to 2."""
+def distances(samples: Tensor, masks: Tensor) -> dict[str, float]:
+    """`ged`, from 0 to 2, of samples (N, *S) and raters' masks (R, *S), and the three means that it is made
+    of: of samples and raters, of two samples, of two raters. Equal ones are included."""
     labels = labels_in(samples, masks)
-    cross, within, between = (
-        1 - overlaps(a, b, labels)[0].mean()
-        for a, b in ((samples, masks), (samples, samples), (masks, masks))
-    )
-    return float(2 * cross - within - between)
+    pairs = ((samples, masks), (samples, samples), (masks, masks))
+    cross, within, between = (1 - float(overlaps(a, b, labels)[0].mean()) for a, b in pairs)
+    ged = 2 * cross - within - between
+    return {"ged": ged, "to_raters": cross, "votes_apart": within, "raters_apart": between}
+
+
+def squared_ged(samples: Tensor, masks: Tensor) -> float:
+    """The squared generalised energy distance of `distances`."""
+    return distances(samples, masks)["ged"]
 
 
 def assignment(cost: np.ndarray) -> np.ndarray:
@@ -155,7 +162,7 @@ def rater_scores(samples: Tensor, masks: Tensor) -> dict[str, float]:
     labels = labels_in(samples, masks)
     iou, dice = overlaps(samples, masks, labels)
     return {
-        "ged": squared_ged(samples, masks),
+        **distances(samples, masks),
         "matched_iou": matched_iou(iou),
         "best_dice": float(dice.max(0).values.mean()),
         "votes_dice": mean_of_pairs(overlaps(samples, samples, labels)[1]),

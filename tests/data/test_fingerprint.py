@@ -204,11 +204,11 @@ def test_a_table_of_subjects_that_is_of_no_use_is_named(tmp_path, rows, words):
 
 
 def test_a_given_table_of_subjects_is_read_with_the_subjects_that_names_tell(tmp_path):
-    for name in ("p01_a", "p01_b", "p02_a", "p02_b"):
+    for name in ("p01_a", "p01_b", "p02_a", "p03_a"):
         save(tmp_path / "images" / f"{name}.nii.gz", image())
-    (tmp_path / "people.csv").write_text("participant_id,age\np01,30\np02,40\n")
+    (tmp_path / "people.csv").write_text("participant_id,age\np01,30\np02,40\np03,35\n")
     found = take(tmp_path, {"data.participants": "people.csv", "data.cache_dir": str(tmp_path / "c")})
-    assert found.num_subjects == 2
+    assert found.num_subjects == 3
     assert found.notes[0].startswith("people.csv: stage two can learn number:age (30 to 40)")
 
 
@@ -409,6 +409,21 @@ def test_subjects_are_guessed_from_names_that_begin_alike(names, rule, num):
     found = next(groupings(names), None)
     assert (found and found[0]) == rule
     assert len(set(found[1].values()) if found else names) == num
+
+
+@pytest.mark.parametrize(
+    ("names", "num"),
+    [
+        (["p1_a", "p1_b", "p2_a", "p3_a"], 3),
+        (["cells1_B02", "cells1_B05", "cells3_m01", "cells3_m02"], 4),  # two kinds of images
+        (["day1_p1a", "day1_p1b", "day2_p2a", "day2_p3a"], 3),  # two days, three subjects
+        (["sub-01_a", "sub-01_b", "sub-02_a"], 2),
+    ],
+)
+def test_names_that_begin_in_two_ways_only_do_not_tell_subjects(names, num, tmp_path):
+    for i, name in enumerate(names):
+        save(tmp_path / f"{name}.nii.gz", image(seed=i))
+    assert take(tmp_path, {"data.cache_dir": str(tmp_path / "c")}).num_subjects == num
 
 
 def test_subjects_of_a_table_beside_the_images_are_taken(tmp_path):

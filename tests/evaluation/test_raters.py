@@ -45,6 +45,9 @@ def test_the_energy_distance_is_the_mean_over_all_pairs():
         for sets in ((s, y), (s, s), (y, y))
     ]
     assert squared_ged(s, y) == pytest.approx(2 * d[0] - d[1] - d[2], abs=1e-12)
+    scores = rater_scores(s, y)
+    parts = [scores[name] for name in ("ged", "to_raters", "votes_apart", "raters_apart")]
+    assert parts == pytest.approx([squared_ged(s, y), *d], abs=1e-12)
 
 
 def test_the_energy_distance_is_zero_for_the_raters_themselves_and_larger_for_their_mean():
