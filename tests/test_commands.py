@@ -55,6 +55,7 @@ TINY = {  # of every program and task
     "anomalies": """--levels 0.3,0.5 --draws 1 --steps 2 --subset 2 --resamples 10 --device cpu
  --healthy HEALTHY""",
     "raters": "--resamples 10 --worst 1",
+    "difference": "--resamples 10",
     "likelihood": "--steps 2 --subset 2 --resamples 10 --device cpu",
     "edits": "--resamples 10",
     "teach": """--arms real,mixed --labelled 1 --seeds 0 --steps 2 --pairs 2 --sample_steps 2 --resamples 10
@@ -226,6 +227,9 @@ def write_places(place: Path) -> None:
     for folder, files in (("GENERATED", images[:4]), ("TARGET", images[1:5]), ("data/flair", images[2:6])):
         gather(place / folder, *files, names="sample_{:04d}")
     gather(place / "data/lesion", *labels[:4], names="sample_{:04d}")
+    for folder in ("FIRST", "SECOND"):
+        (place / folder).mkdir()
+        (place / folder / "cases.csv").write_text("case,dice\na,0.8\nb,0.9\n")
     for number, image in enumerate(images[:4]):
         gather(place / f"OTHER/{number}", image, names="t1")
     files = {

@@ -1,5 +1,5 @@
 """Figures of quality: reconstructions, generated sets, pairs, copies; segmentations beside several raters;
-anomalies, likelihood, edits; what synthetic pairs teach.
+two results on the same cases; anomalies, likelihood, edits; what synthetic pairs teach.
 
 python -m ldm3d.evaluation reconstruct RUN               reconstruction.py: how good is an autoencoder?
 python -m ldm3d.evaluation samples GENERATED REAL        sets.py: are samples distributed like real cases?
@@ -8,6 +8,7 @@ python -m ldm3d.evaluation copies GENERATED TRAIN        copies.py: are samples 
 python -m ldm3d.evaluation raters VOTES MASKS            raters.py: do segmentations differ as raters do?
 python -m ldm3d.evaluation anomalies RUN FOLDER          anomalies.py: where is an image not healthy?
 python -m ldm3d.evaluation likelihood RUN                likelihood.py: how likely are images?
+python -m ldm3d.evaluation difference FIRST SECOND       differences.py: is the second result really better?
 python -m ldm3d.evaluation edits EDITED                  edits.py: are edits seamless and in their place?
 python -m ldm3d.evaluation teach RUN                     teaching.py: do synthetic pairs teach a segmenter?
 """
@@ -21,6 +22,7 @@ from ..config import run_task
 from ..engine.distributed import run_script
 from .anomalies import AnomaliesConfig, find_anomalies
 from .copies import CopiesConfig, find_copies
+from .differences import DifferenceConfig, compare_results
 from .edits import EditsConfig, measure_edits
 from .likelihood import LikelihoodConfig, likelihood
 from .pairs import PairsConfig, compare_pairs
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "MASKS": "folder of the raters' masks ID__NAME, or a pattern with {id} and {rater} in quotes",
     }
     images = {"FOLDER": "folder of images to search for anomalies, or a pattern in quotes"}
+    both = {"FIRST": "folder of results with a cases.csv", "SECOND": "another, of the same cases"}
     edited = {"EDITED": "folder that sample.py --inpaint or --edit has written"}
     tasks = {
         "reconstruct": (ReconstructionConfig, run, lambda config, run: reconstruct(config, Path(run))),
@@ -50,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         "raters": (RatersConfig, several, compare_raters),
         "anomalies": (AnomaliesConfig, run | images, find_anomalies),
         "likelihood": (LikelihoodConfig, run, lambda config, run: likelihood(config, Path(run))),
+        "difference": (DifferenceConfig, both, compare_results),
         "edits": (EditsConfig, edited, measure_edits),
         "teach": (TeachConfig, {"RUN": "run folder of train_ldm.py, with masks"}, teach),
     }

@@ -107,6 +107,27 @@ def bootstrap_interval(
     return tuple(np.clip(_stretched(values.mean(), replicates, len(members)), *limits_of(name)).tolist())
 
 
+def sign_flip_test(values: np.ndarray, groups: Sequence | None = None, draws: int = 20000) -> float:
+    """Two-sided p of paired differences (n,), if either sign were as likely: the share of all 2^n choices of
+    their signs whose mean is as far from 0 as the mean of `values`, or further.
+
+    groups (n,): the subject of each, whose differences change sign together. Above 16 subjects `draws`
+    choices are drawn; that of `values` itself is one of them, so that p is never 0. nan for no values.
+    """
+    sums = np.array([values[m].sum() for m in _members(groups, len(values))]) if len(values) else values
+    if not len(sums):
+        return math.nan
+    limit = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()  # rounding: equal sums count
+    if len(sums) <= 16:
+        signs = 1 - 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
+        return float((np.abs(signs @ sums) >= limit).mean())
+    draw, further = np.random.default_rng(0), 1
+    for some in np.array_split(np.arange(draws), -(-draws // 1000)):
+        signs = 1 - 2 * draw.integers(2, size=(len(some), len(sums)))
+        further += int((np.abs(signs @ sums) >= limit).sum())
+    return further / (draws + 1)
+
+
 def half_sample_intervals(
     statistic: Callable[..., dict[str, float]],
     counts: Sequence[int],

@@ -465,6 +465,7 @@ def report(
         **to_dict(config),
         **facts,
         "weights": "EMA",
+        "subjects": subjects,
         "cases": len(rows),
         "interval": interval_words(RESAMPLES),
         "metrics": metrics,

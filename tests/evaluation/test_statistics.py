@@ -13,6 +13,7 @@ from ldm3d.evaluation.statistics import (
     half_sample_intervals,
     ks_distance,
     outliers,
+    sign_flip_test,
     summarise,
     wasserstein_distance,
 )
@@ -141,3 +142,30 @@ def test_distances_of_two_samples_are_scipys(sizes):
     a, b = draw.integers(0, 9, sizes[0]).astype(float), draw.normal(4, 2, sizes[1])
     assert wasserstein_distance(a, b) == pytest.approx(stats.wasserstein_distance(a, b))
     assert ks_distance(a, b) == pytest.approx(stats.ks_2samp(a, b).statistic)
+
+
+def test_the_sign_flip_test_is_scipys_for_few_and_for_many_cases():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(3)
+    for n in (2, 5, 11):
+        values = rng.normal(0.4, 1, n).round(1)  # rounded: sums that are equal but for rounding errors
+        values[0] = 0.0
+        theirs = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        assert sign_flip_test(values) == pytest.approx(theirs.pvalue, abs=1e-12)
+    values = rng.normal(0.3, 1, 60)
+    found, expected = sign_flip_test(values), stats.ttest_1samp(values, 0).pvalue  # nearly the same law
+    assert found == pytest.approx(expected, abs=0.01)
+    assert sign_flip_test(np.full(60, 0.1)) == pytest.approx(1 / 20001)
+
+
+def test_cases_of_one_subject_change_sign_together():
+    values, subjects = np.array([1.0, 2.0, 3.0, -0.5]), ["a", "a", "b", "c"]
+    assert sign_flip_test(values, subjects) == sign_flip_test(np.array([3.0, 3.0, -0.5]))
+    assert sign_flip_test(np.repeat(values, 9), np.repeat(range(4), 9)) == sign_flip_test(values)
+    assert math.isnan(sign_flip_test(np.array([])))
+
+
+def test_a_true_hypothesis_is_rejected_as_often_as_p_says():
+    rng = np.random.default_rng(0)
+    found = [sign_flip_test(rng.normal(size=20) ** 3, draws=400) for _ in range(400)]
+    assert np.mean(np.array(found) <= 0.1) == pytest.approx(0.1, abs=0.04)
