@@ -5,6 +5,7 @@ The words stand in the first lines of a run and in the page of ``python -m ldm3d
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import multiprocessing
@@ -29,6 +30,8 @@ EXTRAS = {  # of setup.py: what else can be installed, and what for
 NEEDED = ("torch", "numpy", "nibabel", "tifffile", "tqdm")
 CGROUP = Path("/sys/fs/cgroup")  # the limits of a container
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+MALLOC_SETTINGS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"
 
 
 def precision_of(amp: str, device: torch.device) -> str:
@@ -96,6 +99,24 @@ def free_bytes(device: torch.device) -> float:
     found = memory()
     free = found[0] if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory of tensors that were freed, for the next ones; returns whether the
+    system's allocator can.
+
+    By default glibc returns a large tensor to the system and asks for its memory again at the next step, which
+    the system then fills with zeros: about a tenth of the time of training 3-D networks on a CPU. Tensors
+    above 2 GiB are still returned. The process holds its peak until it ends. Settings of the user (the
+    variables in MALLOC_SETTINGS) count more, and other allocators than glibc's stay as they are.
+    """
+    if any(name in os.environ for name in MALLOC_SETTINGS):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # macOS, Windows, musl
+        return False
+    return all([mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_MMAP_THRESHOLD, 2**31 - 1)])  # -1: never
 
 
 def version_of(package: str) -> str | None:

@@ -78,7 +78,7 @@ from .distributed import (
     world_size,
 )
 from .logger import Logger, Profile, duration, plural, progress, read_log, say
-from .machine import describe_device
+from .machine import describe_device, keep_freed_memory
 from .training import EMA, Mean, Speed, Stepper, samples_per_forward
 
 MAY_CHANGE = {  # settings that a resumed run may change; any other difference is an error
@@ -429,6 +429,8 @@ class Run:
             except OSError as e:
                 raise InputError(f"{self.dir}: cannot be written ({e.strerror})") from None
         barrier()
+        if device.type == "cpu":
+            keep_freed_memory()
         if self.config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.config.run.deterministic)

@@ -135,3 +135,42 @@ def test_gpus_have_a_line_each_and_one_that_torch_cannot_use_is_said_with_the_re
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "why_no_cuda", lambda: "the driver is too old")
     assert page()["GPU"] == "there is one, but torch cannot use it: the driver is too old"
+
+
+FAULTS = """
+import resource, torch
+from ldm3d.engine.machine import keep_freed_memory
+
+def asked_for():
+    torch.ones(10_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10_000_000)  # 40 MB: more than glibc keeps by itself
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+
+print(asked_for(), keep_freed_memory(), asked_for())
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="this machine has another allocator than glibc's"
+)
+def test_freed_memory_is_used_again_and_not_asked_for_anew():
+    env = {k: v for k, v in os.environ.items() if k not in machine.MALLOC_SETTINGS}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True)
+    before, kept, after = done.stdout.split()
+    everything = 10 * 40_000_000
+    assert int(before) > 0.9 * everything
+    assert kept == "True" and int(after) < 0.1 * everything
+
+
+def test_settings_of_the_user_and_another_allocator_stay_as_they_are(monkeypatch):
+    def load(name):
+        raise AssertionError("changed")
+
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    monkeypatch.setattr(machine.ctypes, "CDLL", load)
+    assert machine.keep_freed_memory() is False
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace())  # no mallopt
+    assert machine.keep_freed_memory() is False

@@ -305,6 +305,15 @@ def test_a_folder_of_another_kind_of_run_is_refused(tmp_path):
         Run("other", replace(Config(), {"run.dir": str(tmp_path / "run")}), {})
 
 
+@pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("cuda", 0)])
+def test_a_run_on_a_cpu_keeps_freed_memory(device, times, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ldm3d.engine.runs.keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(Run, "_introduce", lambda *_: None)  # names the GPU
+    open_run(tmp_path).start(SPLIT, torch.device(device))
+    assert len(calls) == times
+
+
 def test_init_takes_the_weights_of_another_run_and_starts_at_zero(tmp_path):
     weight = saved_run(tmp_path, 7).net.weight
     config = replace(Config(), {"run.dir": str(tmp_path / "new"), "run.init": str(tmp_path / "run")})
