@@ -105,8 +105,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory of tensors that were freed, for the next ones; returns whether the
     system's allocator can.
 
-    By default glibc returns a large tensor to the system and asks for its memory again at the next step, which
-    the system then fills with zeros: about a tenth of the time of training 3-D networks on a CPU. Tensors
+    By default glibc returns a large tensor to the system and asks for its memory again at the next step,
+    which the system fills with zeros: about a tenth of the time of training 3-D networks on a CPU. Tensors
     above 2 GiB are still returned. The process holds its peak until it ends. Settings of the user (the
     variables in MALLOC_SETTINGS) count more, and other allocators than glibc's stay as they are.
     """

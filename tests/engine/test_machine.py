@@ -161,7 +161,8 @@ def test_freed_memory_is_used_again_and_not_asked_for_anew():
     before, kept, after = done.stdout.split()
     everything = 10 * 40_000_000
     assert int(before) > 0.9 * everything
-    assert kept == "True" and int(after) < 0.1 * everything
+    assert kept == "True"
+    assert int(after) < 0.1 * everything
 
 
 def test_settings_of_the_user_and_another_allocator_stay_as_they_are(monkeypatch):
