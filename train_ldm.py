@@ -85,6 +85,7 @@ from ldm3d.engine.training import (
     samples_per_forward,
     to_device,
 )
+from ldm3d.inference.grain import measure_grain
 from ldm3d.inference.segmentation import overlay
 from ldm3d.large.patches import (
     PatchConfig,
@@ -1013,6 +1014,7 @@ def train(
             "conditions": [c.to_dict() for c in conditions],
             "cells": cells_of(data, conditions),
             **({"longest_side": longest} if step else {}),
+            "grain": measure_grain(autoencoder, val_latents, val_set, config.run.amp, device),
         }
 
     ema, mean = EMA(net, config.run.ema_decay), Mean()

@@ -28,6 +28,7 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
     ("ldm", "--edit {heads}/images/phantom_0001.tif --strength 0", "strength: expected above 0"),
     ("ldm", "--edit .", ".: a folder, expected a file"),
     ("ldm", "--inpaint a.tif", "inpaint, region: one needs the other"),
+    ("ldm", "--edit a.tif --grain", "grain: cannot be added to an edited image"),
     ("ldm", "--invert class=1", "invert: needs edit"),
     ("ldm", "--edit a.tif --invert class=1 --sampler heun", "invert: needs sampler euler or ddim"),
     ("ldm", "--edit {heads}/images/phantom_0001.tif --invert klass=1", "condition klass: the model has no"),

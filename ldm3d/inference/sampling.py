@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,7 @@ from ..large.streaming import STREAMED
 from ..latent_diffusion import NO_EDIT
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
+from .grain import Grain
 from .sampling_request import Request, RequestConfig, guidance_of, read_request
 from .segmentation import IN_MEMORY, check_finite, file_labels, overlay, suffix_of
 
@@ -71,6 +72,7 @@ class SampleConfig(RequestConfig):
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto = bf16 on a GPU that has it, fp32 on CPU
     compile: bool = False  # torch.compile the denoiser: pays on a GPU, where many volumes are made
     maps: bool = False  # write the voxel-wise mean and standard deviation of each set's samples, into maps/
+    grain: bool = False  # add the grain that the autoencoder leaves out, as strong as in real images
     with_labels: bool = False  # write label maps too, into labels/ (runs with --anatomy.registers bound)
     window: tuple[int, ...] | None = None  # voxels denoised at once; none = as in training
     overlap: float = 0.5  # share of a window that its neighbour covers at least
@@ -86,6 +88,8 @@ class SampleConfig(RequestConfig):
         at_least(self, 0, "memory", "overlap")
         if self.with_labels and self.inpaint:
             raise InputError("with_labels, inpaint: give one of the two")
+        if self.grain and (self.inpaint or self.edit):
+            raise InputError("grain: cannot be added to an edited image, whose voxels have their own")
         if self.interpolate and (self.sampler == "ddpm" or self.eta):
             raise InputError("interpolate: needs a sampler that draws no fresh noise, and eta 0")
         if self.invert and (self.sampler not in ("auto", *INVERTED.values()) or self.eta):
@@ -336,6 +340,15 @@ def by(numbers: Iterable[object]) -> str:
     return "x".join(map(str, numbers))
 
 
+def with_grain(
+    grain: Grain, x: Tensor | Iterable[tuple[int, Tensor]], size: Sequence[int], seed: int, index: int
+) -> Tensor | Iterable[tuple[int, Tensor]]:
+    """Sample `index`, x (C, *size) or its planes (`decode_planes`), with its grain."""
+    if isinstance(x, Tensor):
+        return grain.add(x, size, seed, index)
+    return ((start, grain.add(part, size, seed, index, start)) for start, part in x)
+
+
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
@@ -346,6 +359,7 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     pipeline = LatentDiffusionPipeline(run, setup(config.device))
     model = pipeline.model
     model.autoencoder.memory = config.memory
+    grain = Grain.of(pipeline) if config.grain else None
     if config.with_labels:
         model.check_labels()
     if not config.registers:
@@ -397,7 +411,9 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
         own = {name: value[done : done + len(z)] for name, value in cond.items()}
         label_maps = model.label_maps(z, own, config.amp, **how) if config.with_labels else [None] * len(z)
         x = [model.decode_planes(one, size, config.amp) for one in z.split(1)] if x is None else x
-        for i, volume, label_map in zip(indices[done:], x, label_maps, strict=False):
+        for i, number, volume, label_map in zip(indices[done:], noises[done:], x, label_maps, strict=False):
+            if grain is not None:
+                volume = with_grain(grain, volume, size, config.seed, number)
             results.add(i, volume, label_map)
         done += len(z)
     results.close()
