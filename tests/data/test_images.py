@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from folders import OBLIQUE, image, mask, opened, save
+from folders import OBLIQUE, ROLES, image, mask, opened, save
 
 from ldm3d.config import InputError, to_dict
 from ldm3d.data import DataConfig, Volume, open_images, open_stored, write
@@ -49,6 +49,17 @@ def test_another_folder_needs_no_table_of_subjects(settings, tmp_path):
     assert data.cases[first].columns["age"] == "30"
     save(tmp_path / "other/new.nii.gz", np.random.default_rng(9).random((5, 30, 6), dtype=np.float32))
     assert [case.id for case in open_images(content_of(data), tmp_path / "other").cases] == ["new"]
+
+
+def test_a_table_of_subjects_beside_the_folder_of_images_holds_for_the_folder_alone(fresh, tmp_path):
+    (fresh / "subjects.csv").write_text("name,subject\na,1\nb,1\nc,2\nd,3\n")
+    config = DataConfig(
+        root=str(fresh), cache_dir=str(tmp_path / "cache"), subject="subjects.csv", **ROLES | {"source": None}
+    )
+    content = content_of(opened(config))
+    assert [case.subject for case in open_images(content, fresh / "images").cases] == list("1123")
+    save(fresh / "images/new.nii.gz", image())  # of no subject that is known
+    assert [case.subject for case in open_images(content, fresh / "images").cases] == [*"abcd", "new"]
 
 
 def test_one_file_is_read_like_a_folder_that_holds_it(settings, tmp_path):
