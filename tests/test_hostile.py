@@ -1065,7 +1065,8 @@ CDAL_USE_FLAGS = """
 --votes 0 | --votes 1000000000000 | --window 0,0 | --window 3 | --window 100000,100000 | --window ()
 --overlap 1 | --overlap -1 | --overlap nan | --overlap 0.999999 | --reference nowhere
 --reference data/images | --reference data/labels | --reference data/cases.csv | --part test | --part train
---part all --seed -1 | --batch_size 0 | --seed 99999999999999999999999 | --probabilities maybe"""
+--part all --seed -1 | --batch_size 0 | --seed 99999999999999999999999 | --probabilities maybe
+--flips | --ensemble nowhere | --ensemble () | --every_vote --flips"""
 FIRST_WORDS = (
     [],
     [""],

@@ -2,12 +2,15 @@
 
     python tests/benchmarks/segmentation.py hippocampus --minutes 30 --amp bf16 --rows plain default published
     python tests/benchmarks/segmentation.py hippocampus --minutes 6 --rows ablation
-    python tests/benchmarks/segmentation.py monuseg --minutes 10 --amp bf16 --rows plain default published
+    python tests/benchmarks/segmentation.py monuseg --minutes 10 --amp bf16 --rows plain "plain, flips"
+    python tests/benchmarks/segmentation.py hippocampus --minutes 5 --rows plain default "plain and default"
 
-Every row is a run of train_cdal.py of the same preset with some flags changed, trained for the same minutes
-of wall-clock time: its speed is measured on 20 steps first, the number of steps follows. best.pt, chosen on
-validation subjects, then segments the test subjects. Rows that differ in votes alone share a run. "plain" is
-the same network without diffusion. A run that is there is gone on with, or scored only.
+Every row is a run of train_cdal.py of the same preset with some flags changed, trained for the same CPU
+minutes: a step is timed first, the number of steps follows. best.pt, chosen on validation subjects, then
+segments the test subjects. Rows that differ in votes alone share a run. "plain" is the same network without
+diffusion. "A and B" is the ensemble of two rows, and "A, flips" takes the mean over mirrored images. The
+column "more than" is the difference to the first row, case by case, with p of the sign-flip test. A run that
+is there is gone on with, or scored only.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from budgets import measured_in_cpu_seconds, once, seconds_of_step
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,14 +31,15 @@ sys.path.insert(0, str(ROOT))
 import train_cdal  # noqa: E402
 from ldm3d.config import replace, show  # noqa: E402
 from ldm3d.data.cases import resolve_root  # noqa: E402
-from ldm3d.engine.logger import read_log  # noqa: E402
+from ldm3d.evaluation.differences import DifferenceConfig, read_scores, summary_of  # noqa: E402
 from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.inference.segmentation import SegmentConfig, segment_files  # noqa: E402
 from ldm3d.pipeline import SegmentationPipeline  # noqa: E402
 
+PLAIN = {"cdal.diffusion": False}
 Z = {"generator.latent_dim": 64}  # the ablation's own rows have it: each changes one thing of "z"
 ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
-    "plain": ({"cdal.diffusion": False}, 1),
+    "plain": (PLAIN, 1),
     "default": ({}, 5),
     "published": (train_cdal.PUBLISHED, 5),
     "votes 1": ({}, 1),
@@ -60,14 +65,13 @@ def flags_of(preset: str, settings: dict, folder: Path, steps: int, every: int) 
 
 
 def steps_for(minutes: float, preset: str, settings: dict, folder: Path) -> int:
-    """How many steps the minutes hold, by the last 10 of 20."""
-    speed = folder.with_name(f"{folder.name}-speed")
-    if not (speed / "checkpoint_0000020.pt").exists():
-        train_cdal.main([*flags_of(preset, settings, speed, 20, 10_000), "--run.log_every", "10"])
-    logged = read_log(speed / "log.jsonl")
-    rate = next(line["samples_per_s"] for line in logged if line["step"] == 20)
-    config = replace(train_cdal.Config(), train_cdal.PRESETS[preset] | settings)
-    return max(20, int(60 * minutes * rate / config.batch_size))
+    """How many steps the CPU minutes hold, by the time of one step."""
+
+    def measure() -> float:
+        with measured_in_cpu_seconds():
+            return seconds_of_step(train_cdal, flags_of(preset, settings, folder, 1, 1))
+
+    return max(20, int(60 * minutes / once(folder.with_name(f"{folder.name}-seconds.json"), measure)))
 
 
 def train(minutes: float, preset: str, settings: dict, folder: Path) -> None:
@@ -76,23 +80,53 @@ def train(minutes: float, preset: str, settings: dict, folder: Path) -> None:
         steps = json.loads(stored.read_text())["run"]["steps"]
     else:
         steps = steps_for(minutes, preset, settings, folder)
-    train_cdal.main(flags_of(preset, settings, folder, steps, max(1, steps // 8)))
+    train_cdal.main(flags_of(preset, settings, folder, steps, max(1, steps // 4)))
 
 
-def test(preset: str, run: Path, votes: int) -> dict:
-    """The report of segmenting the test subjects."""
-    out = run / f"test-votes-{votes}"
+def run_of(name: str, args: argparse.Namespace) -> Path:
+    """The folder of the run of a row; rows of the same flags share one."""
+    same = next(other for other, (flags, _) in ROWS.items() if flags == ROWS[name][0])
+    words = [args.preset, f"{args.minutes:g}min", args.amp, *re.findall(r"\w+", same)]
+    return args.runs / "-".join(words)
+
+
+def parts_of(row: str) -> tuple[list[str], bool]:
+    """(The rows that a row is the ensemble of, whether images are mirrored): of "A and B, flips"."""
+    return row.removesuffix(", flips").split(" and "), row.endswith(", flips")
+
+
+def test(row: str, args: argparse.Namespace) -> tuple[Path, int, dict]:
+    """The test subjects segmented: (folder of the scores, votes, report)."""
+    names, flips = parts_of(row)
+    (run, *others), votes = [run_of(name, args) for name in names], max(ROWS[name][1] for name in names)
+    words = ["test", "votes", str(votes), *(other.name for other in others), *(["flips"] if flips else [])]
+    out = run / "-".join(words)
     if not (out / "report.json").exists():
-        root = resolve_root(SegmentationPipeline(run).layout, preset)
-        images, masks = FOLDERS[preset]
+        root = resolve_root(SegmentationPipeline(run).layout, args.preset)
+        images, masks = FOLDERS[args.preset]
         config = SegmentConfig(
-            reference=str(root / masks), part="test", votes=votes, batch_size=votes, out=str(out)
+            reference=str(root / masks),
+            part="test",
+            votes=votes,
+            batch_size=votes,
+            flips=flips,
+            ensemble=tuple(map(str, others)),
+            out=str(out),
         )
         segment_files(config, run, root / images)
-    return json.loads((out / "report.json").read_text())
+    return out, votes, json.loads((out / "report.json").read_text())
 
 
-def row_of(name: str, run: Path, votes: int, report: dict) -> list[str]:
+def more_than(first: Path, out: Path) -> str:
+    """The difference of the Dice to that of the first row."""
+    if first == out:
+        return "-"
+    (rows, subjects), (others, _) = (read_scores(str(folder), "") for folder in (first, out))
+    d = summary_of(rows, others, subjects, DifferenceConfig())["dice"]
+    return f"{with_interval(d['difference'], d['low'], d['high'], 4)}, p {d['p']:.2g}"
+
+
+def row_of(name: str, run: Path, votes: int, report: dict, more: str) -> list[str]:
     metrics, config = report["metrics"], json.loads((run / "config.json").read_text())
     labels = sorted(int(key[5:]) for key in metrics if key.startswith("dice_"))
 
@@ -105,6 +139,7 @@ def row_of(name: str, run: Path, votes: int, report: dict) -> list[str]:
     return [
         name,
         with_interval(dice["mean"], dice["low"], dice["high"]),
+        more,
         " / ".join(mean(f"dice_{k}") for k in labels),
         " / ".join(mean(f"hd95_{k}", 2) for k in labels),
         mean("seconds", 2),
@@ -116,9 +151,10 @@ def row_of(name: str, run: Path, votes: int, report: dict) -> list[str]:
     ]
 
 
-HEAD = "row|mean Dice (95 %)|Dice per label|HD95, mm|s per case|T|votes|corr|retention (border)|steps".split(
-    "|"
-)
+HEAD = [
+    *("row", "mean Dice (95 %)", "more than the first", "Dice per label", "HD95, mm", "s per case"),
+    *("T", "votes", "corr", "retention (border)", "steps"),
+]
 
 
 def cost(run: Path, rounds: int = 3) -> str:
@@ -159,17 +195,17 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     chosen = ABLATION if args.rows == ["ablation"] else args.rows
-    unknown = sorted(set(chosen) - ROWS.keys())
+    unknown = sorted({name for row in chosen for name in parts_of(row)[0]} - ROWS.keys())
     if unknown:
         parser.error(f"--rows: no row {unknown[0]!r}; known are {', '.join(ROWS)}")
-    lines = []
-    for name in chosen:
-        settings, votes = ROWS[name]
-        same = next(other for other, (flags, _) in ROWS.items() if flags == settings)
-        words = [args.preset, f"{args.minutes:g}min", args.amp, *re.findall(r"\w+", same)]
-        run, settings = args.runs / "-".join(words), settings | {"run.amp": args.amp}
-        train(args.minutes, args.preset, settings, run)
-        lines.append(row_of(name, run, votes, test(args.preset, run, votes)))
+    lines, first = [], None
+    for row in chosen:
+        names = parts_of(row)[0]
+        for name in names:
+            train(args.minutes, args.preset, ROWS[name][0] | {"run.amp": args.amp}, run_of(name, args))
+        run, (out, votes, report) = run_of(names[0], args), test(row, args)
+        first = first or out
+        lines.append(row_of(row, run, votes, report, more_than(first, out)))
         print(f"\n{table([HEAD, *lines], markdown=True)}\n", flush=True)
     print(cost(run))
 
