@@ -103,6 +103,8 @@ class Pipeline:
         self.content = {k: content[k] for k in ("kind", "config", "state", "step")}
         self.spec = DataSpec.from_dict(content["state"]["data"])
         self.layout = from_dict(DataConfig, content["config"]["data"], "data")
+        if self.run.is_dir() and not (self.run / "best.pt").exists():
+            print0(f"note: {run} has no best.pt yet; its weights are those of step {content['step']}")
 
     def own_size(self, x: Tensor | str | Path) -> Tensor:
         """An image (C, *S), scaled as in training, in its own size; x: this tensor itself, or its file."""

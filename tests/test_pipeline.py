@@ -43,6 +43,15 @@ def test_a_checkpoint_opens_as_its_run_does_and_a_run_without_settings_too(runs,
     assert torch.equal(inner.reconstruct(x), ldm3d.load(runs["ldm"].parent / "vae").reconstruct(x))
 
 
+def test_a_run_that_was_not_validated_yet_says_whose_weights_it_has(runs, tmp_path, capsys):
+    ldm3d.load(runs["vae"])
+    assert "note:" not in capsys.readouterr().out
+    shutil.copytree(runs["vae"], tmp_path / "vae")
+    (tmp_path / "vae" / "best.pt").unlink()
+    step = ldm3d.load(tmp_path / "vae").content["step"]
+    assert f"vae has no best.pt yet; its weights are those of step {step}" in capsys.readouterr().out
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"kind": "gan"}')
     with pytest.raises(InputError, match="is a 'gan' run, expected one of vae, ldm, cdal"):

@@ -437,16 +437,19 @@ def import_file(config: ImportConfig, file: str) -> Path:
     """Import a file into a new run folder, and print where every setting comes from."""
     if config.to is None:
         raise InputError("to: which run folder? give a new one, such as --to runs/vae-theirs")
+    if config.kernel is ASSUMED_KERNEL:  # neither a flag nor a caller said otherwise
+        told = ImportConfig.defaults({name: v for name in ("config", "vae") if (v := getattr(config, name))})
+        config = dataclasses.replace(config, kernel=told.kernel)
     folder = Path(config.to)
     if is_occupied(folder):
         raise InputError(f"to: {folder} is there already, expected a new folder")
     imported = open_weights(file, config.config, **{name: getattr(config, name) for name in HINTS})
     net, report = imported.net, imported.report
     if isinstance(net, (ControlNet, PatchDiscriminator)):
-        raise InputError(
-            f"{file}: holds a {imported.family.name}, of which no run folder can be made; "
-            "ldm3d.interop.load(FILE) gives the network"
-        )
+        use = "ldm3d.interop.load(FILE) gives the network"
+        if isinstance(net, PatchDiscriminator):
+            use += ", train_vae.py --disc_init FILE goes on with it"
+        raise InputError(f"{file}: holds a {imported.family.name}, of which no run folder can be made; {use}")
     if isinstance(net, Denoiser):
         report = dataclasses.replace(report, facts=factors_of(config.vae) | report.facts)
     facts = report.facts

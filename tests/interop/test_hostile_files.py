@@ -227,7 +227,7 @@ HOSTILE = {  # what is wrong -> (how the file is written, what the line says)
     ),
     "a PatchDiscriminator is no run": (
         spoiled(lambda state: None, discriminator),
-        "holds a MONAI PatchDiscriminator, of which no run folder can be made",
+        "ldm3d.interop.load(FILE) gives the network, train_vae.py --disc_init FILE goes on with it",
     ),
     "a PatchDiscriminator without its last layer": (
         spoiled(lambda state: {k: v for k, v in state.items() if "0.final_conv" not in k}, discriminator),

@@ -32,7 +32,7 @@ from ldm3d.engine.checkpoint import load_latest
 from ldm3d.interop import load
 from ldm3d.interop.__main__ import main
 from ldm3d.interop.bundles import described_kernel
-from ldm3d.interop.importing import ASSUMED_KERNEL
+from ldm3d.interop.importing import ASSUMED_KERNEL, ImportConfig, import_file
 from ldm3d.interop.layouts import extract
 
 CONFIG = VAEConfig(
@@ -464,6 +464,9 @@ def test_a_bundle_tells_how_its_u_net_was_trained(scheduler, kernel, runs, tmp_p
     found = ldm3d.load(tmp_path / "run").model.kernel.config
     assert {name: getattr(found, name) for name in kernel} == kernel
     assert "the diffusion" not in capsys.readouterr().out
+    from_python = ImportConfig(str(tmp_path / "again"), str(tmp_path / "bundle.json"), vae=str(runs / "vae"))
+    import_file(from_python, str(runs / "unet.pt"))
+    assert ldm3d.load(tmp_path / "again").model.kernel.config == found
 
 
 TWO = [
