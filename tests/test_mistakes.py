@@ -194,6 +194,13 @@ def test_evaluating(runs, heads, line, words, mistake):
     assert sorted(runs["ldm"].iterdir()) == before
 
 
+def test_torchrun_is_refused_where_every_rank_would_do_all_the_work(mistake, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for line in ("teach RUN", "anomalies RUN FOLDER", "edits FOLDER"):
+        words = line.split()
+        assert f"{words[0]}: works in one process, and 2 were started" in mistake(evaluation_main, words)
+
+
 @pytest.mark.parametrize(("kind", "flags", "words"), TRAIN)
 def test_training(vae_run, heads, tmp_path, kind, flags, words, mistake):
     folder, more = tmp_path / "run", shlex.split(flags)

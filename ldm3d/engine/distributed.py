@@ -123,6 +123,13 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def refuse_ranks(what: str) -> None:
+    """InputError if torchrun or srun started several processes: `what` would do all of its work in each."""
+    num = int((os.environ | ranks_of_srun(os.environ)).get("WORLD_SIZE", 1))
+    if num > 1:
+        raise InputError(f"{what}: works in one process, and {num} were started (torchrun or srun)")
+
+
 NVIDIA = ("/dev/nvidiactl", "/proc/driver/nvidia/version")  # there where a driver is loaded
 
 

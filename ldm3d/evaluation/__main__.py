@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from ..config import run_task
-from ..engine.distributed import run_script
+from ..engine.distributed import refuse_ranks, run_script
 from .anomalies import AnomaliesConfig, find_anomalies
 from .copies import CopiesConfig, find_copies
 from .differences import DifferenceConfig, compare_results
@@ -30,6 +30,8 @@ from .raters import RatersConfig, compare_raters
 from .reconstruction import ReconstructionConfig, reconstruct
 from .sets import SetsConfig, compare_sets
 from .teaching import TeachConfig, teach
+
+SHARED = ("reconstruct", "likelihood")  # tasks whose cases are shared by the ranks of torchrun
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         "edits": (EditsConfig, edited, measure_edits),
         "teach": (TeachConfig, {"RUN": "run folder of train_ldm.py, with masks"}, teach),
     }
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in tasks.keys() - SHARED:
+        refuse_ranks(words[0])
     run_task(tasks, argv, "python -m ldm3d.evaluation", __doc__)
 
 

@@ -56,7 +56,7 @@ from ..data import AugmentConfig, Data, VolumeDataset, open_data
 from ..data.opening import check_files
 from ..data.transforms import augment
 from ..engine.checkpoint import load_file, load_run, save, write_text
-from ..engine.distributed import keyed_generator, print0, setup
+from ..engine.distributed import choose_device, keyed_generator, print0
 from ..engine.logger import mid_slices, progress, save_sheet, visible
 from ..engine.training import EMA, OptimConfig, RunConfig, Stepper, autocast, reseed
 from ..metrics import dice
@@ -372,7 +372,7 @@ class Study:
     """The settings, the generator and its data, and the folder that keeps what is done."""
 
     def __init__(self, config: TeachConfig, run: Path):
-        self.config, self.device = config, setup(config.device)
+        self.config, self.device = config, choose_device(config.device)
         self.pipeline = LatentDiffusionPipeline(run, self.device)
         self.spec, self.layout = self.pipeline.spec, self.pipeline.layout
         self.asked = asks_by_condition(self.pipeline)
