@@ -352,10 +352,14 @@ def with_autoencoder(config: Config) -> Config:
     )
 
 
-NETWORK = "unet.", "kernel."  # what a run takes over from run.init, where no flag says otherwise
+# what a run takes over from run.init, where no flag says otherwise
+NETWORK = "unet.", "kernel.", "condition.label_moments"
 # the settings that a frozen denoiser brings along, and those of all of them that stay the run's own
 BASE = *NETWORK, "condition.", "anatomy.", "patch."
-FREE = ("unet.dropout", "unet.checkpointing", "condition.dropout", "anatomy.weights", "anatomy.phases")
+FREE = (
+    *("unet.dropout", "unet.checkpointing", "condition.dropout", "condition.label_moments"),
+    *("anatomy.weights", "anatomy.phases"),
+)
 
 
 def base_of(config: Config, flags: dict[str, Any]) -> dict[str, Any]:
@@ -547,7 +551,8 @@ def check_conditions(run: Run, conditions: tuple[Condition, ...], data: Data) ->
     state, cells = run.resumed["state"] if run.resumed else {}, cells_of(data, conditions)
     held = state.get("cells", cells)  # older checkpoints hold none
     other = next((name for name in cells if cells[name] != held.get(name)), None)
-    if run.resumed and ([c.to_dict() for c in conditions] != state.get("conditions", []) or other):
+    before = tuple(map(Condition.from_dict, state.get("conditions", [])))
+    if run.resumed and (conditions != before or other):
         where = f" (case {other})" if other else ""
         raise InputError(
             f"{run.dir}: the table of cases has changed since this run was started{where}; put it back, or "

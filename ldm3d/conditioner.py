@@ -165,12 +165,12 @@ def fill(value: Tensor, null: Tensor) -> Tensor:
 
 
 class ChannelPart(Part):
-    """A latent (B, C, *s) -> the same as input channels; blank: one learned constant per channel."""
+    """A map (B, C, *s) -> the same as input channels; blank: one learned constant per channel."""
 
     def __init__(self, condition: Condition, config: ConditionConfig, dims: int, emb_dim: int):
         super().__init__()
-        self.num_channels = condition.width
-        self.null = nn.Parameter(torch.zeros(condition.width, *(1,) * dims))
+        self.num_channels = condition.num_channels(dims)
+        self.null = nn.Parameter(torch.zeros(self.num_channels, *(1,) * dims))
 
     def forward(self, value: Tensor) -> Conditioned:
         return Conditioned(channels=fill(value, self.null))

@@ -12,7 +12,8 @@ conditioner.py turns the tensors into inputs of the U-Net.
     embedding:column   (B, L, E) float, NaN = none        NaN      context tokens; their mean as embedding
     image              (B, C, *s) latent of the source    NaN      input channels beside x_t
     tokens             (B, C, *s) latent of the source    NaN      context tokens with positions
-    labels             (B, K, *s) share of each label     NaN      input channels beside x_t
+    labels             (B, K (1 + dims), *s) shares of    NaN      input channels beside x_t
+                       the labels, and their places
 
 Example: two cases under `--condition.use class:sex,number:age,text`, with the vocabulary (a, left, lesion):
 
@@ -92,12 +93,14 @@ class ConditionConfig:
     text_layers: int = 2  # transformer layers of the text encoder
     text_length: int = 64  # words of a caption that are read; fewer if the training captions are shorter
     text_min_count: int = 2  # a word that fewer training captions hold is an unknown word
+    label_moments: bool = True  # labels say where in a latent voxel a label lies, beside its share
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-        """A stored configuration from before there was dropout_last goes on without it."""
+        """A stored configuration from before there were dropout_last and label_moments goes on without."""
         if {"use", "dropout", "dropout_all", "text_min_count"} <= values.keys():
             values.setdefault("dropout_last", 0.0)
+            values.setdefault("label_moments", False)
         return values
 
     def __post_init__(self) -> None:
@@ -166,6 +169,7 @@ class Condition:
     std: tuple[float, ...] = ()  # number, spacing: standard deviation over the training cases
     length: int = 0  # text, embedding: L, the longest sequence
     width: int = 0  # image, tokens: latent channels; labels: K; embedding: E
+    moments: bool = False  # labels: with their first moments (`label_shares`)
 
     @property
     def origin(self) -> str:
@@ -176,6 +180,10 @@ class Condition:
     def may_be_file(self) -> bool:
         """Whether a value may be the path of a file."""
         return KINDS[self.kind].file
+
+    def num_channels(self, dims: int) -> int:
+        """Channels of a value that is a map of the latent's shape."""
+        return self.width * (1 + dims) if self.moments else self.width
 
     def to_dict(self) -> dict[str, Any]:
         return to_dict(self)
@@ -333,7 +341,7 @@ def fit_conditions(
         if origin == "source":
             condition = Condition(kind, name, width=latent_channels)
         elif origin == "mask":
-            condition = Condition(kind, name, width=num_labels)
+            condition = Condition(kind, name, width=num_labels, moments=config.label_moments)
         elif origin == "spacing":
             condition = Condition(kind, name, **_moments(torch.tensor(spacings, dtype=torch.float64)))
         else:
@@ -417,7 +425,7 @@ def absent(value: Tensor) -> Tensor:
     return gone.flatten(1).all(1) if value.ndim > 1 else gone
 
 
-def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int]) -> Tensor:
+def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int], moments: bool = False) -> Tensor:
     """Masks (B, *S) -> (B, K, *s): the share that each label has in every latent voxel.
 
     A latent voxel covers `factor` voxels of the mask on each axis. With factor 2, the block [[0, 0], [0, 3]]
@@ -425,12 +433,23 @@ def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int]) -> Tensor
     [-1, 3]] becomes (0.5, 0, 0, 0.5), and a block of -1 alone (0, 0, 0, 0). A sample without a mask, -1
     everywhere, becomes NaN. Where the factor does not divide an axis, the edge is repeated at its end, as in
     the autoencoder.
+
+    moments: (B, K (1 + dims), *s). A share alone does not say on which side of a latent voxel a label lies,
+    and a thin structure is lost by that. So the shares are followed, for each axis, by the first moments of
+    the labels, twice the mean of u [label]: u runs from -1 to 1 along the latent voxel. In the block above u
+    is -0.5 and 0.5 on each axis, and label 3 has the moments 2 * 0.25 * 0.5 = 0.25.
     """
     pool = F.avg_pool2d if len(factor) == 2 else F.avg_pool3d
     known = (mask >= 0)[:, None].float()
     one_hot = F.one_hot(mask.clamp(min=0), num_labels).movedim(-1, 1) * known
-    shares, counted = (pool(pad_to_multiple(x, factor), factor) for x in (one_hot, known))
-    shares = shares / torch.where(counted > 0, counted, 1.0)
+    one_hot, counted = pad_to_multiple(one_hot, factor), pool(pad_to_multiple(known, factor), factor)
+    maps = [pool(one_hot, factor)]
+    for axis, f in enumerate(factor if moments else ()):
+        n = one_hot.shape[2 + axis]
+        u = ((torch.arange(n, device=mask.device) % f + 0.5) * (2 / f) - 1)
+        u = u.view(*(n if a == axis else 1 for a in range(len(factor))))
+        maps.append(2 * pool(one_hot * u, factor))
+    shares = torch.cat(maps, 1) / torch.where(counted > 0, counted, 1.0)
     return hide(shares, (mask < 0).flatten(1).all(1))
 
 
@@ -443,7 +462,8 @@ def shape_of(condition: Condition, like: Tensor) -> tuple[int, ...]:
         "text": (condition.length,),
         "embedding": (condition.length, condition.width),
     }
-    return (len(like), *inner.get(condition.kind, (condition.width, *like.shape[2:])))
+    maps = condition.num_channels(like.ndim - 2), *like.shape[2:]
+    return (len(like), *inner.get(condition.kind, maps))
 
 
 def blank(condition: Condition, like: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Denoiser(nn.Module):
             make_registers = partial(Registers, self.anatomy, unet, num_labels)
         self.unet = UNet(unet, make_registers)
         self.head = LabelHead(self.anatomy, unet, num_labels, factor) if mode == "bound" else None
-        self.control = ControlNet(unet, of_map.width) if of_map else None
+        self.control = ControlNet(unet, of_map.num_channels(unet.dims)) if of_map else None
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

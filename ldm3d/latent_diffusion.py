@@ -22,7 +22,7 @@ one number, the standard deviation of the first batch (section G).
 
 With a VQ autoencoder the posterior has no width, z is the latent before quantisation, and `decode` quantises.
 Volumes that serve as conditions enter as latents too: a source image by its posterior's mean, normalised like
-z; a mask by the share of each label in every latent voxel. A denoiser with bound registers (registers.py)
+z; a mask by the share and the place of each label in every latent voxel. A denoiser with bound registers (registers.py)
 also predicts a label map of every sample, from the sample's own clean latent.
 
 Not here: files and run folders (pipeline.py), cached latents (latents.py), edits (inference/editing.py).
@@ -282,7 +282,8 @@ class LatentDiffusion(nn.Module):
             return c.encode(value)
         size, is_mask = self.volume_size(size), c.origin == "mask"
         if value is None or (isinstance(value, str) and not value.strip()):
-            return torch.full((c.width, *self.autoencoder.latent_shape(size)[1:]), math.nan)
+            shape = c.num_channels(len(size)), *self.autoencoder.latent_shape(size)[1:]
+            return torch.full(shape, math.nan)
         if isinstance(value, (str, Path)):
             raise InputError(f"condition {c.name}: {value} is a file; use ldm3d.load(RUN).sample")
         value = torch.as_tensor(value)
@@ -294,7 +295,7 @@ class LatentDiffusion(nn.Module):
             if not (0 <= low <= high < c.width or low == high == -1):
                 expected = f"labels from 0 to {c.width - 1}, or -1 everywhere"
                 raise InputError(f"condition {c.name}: expected {expected}, got {low} to {high}")
-            return label_shares(value[None].long(), c.width, self.autoencoder.downsampling)[0]
+            return label_shares(value[None].long(), c.width, self.autoencoder.downsampling, c.moments)[0]
         with torch.inference_mode(), autocast(amp, self.device):
             return self.encode(value[None].float().to(self.device))[0].float().cpu()
 

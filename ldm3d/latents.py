@@ -92,8 +92,8 @@ def encode_batch(
     """A batch of volumes -> what stage two trains on, by name.
 
     "mean" and "logvar" (B, C_z, *s): the image's posterior. As far as the conditions need them: "source"
-    (B, C_z, *s), the posterior mean of the source; "labels" (B, K, *s), the share of each label in every
-    latent voxel; "spacing" (B, dims) in mm. With masks: "mask" (B, *S), -1 in samples without one.
+    (B, C_z, *s), the posterior mean of the source; "labels" (B, K, *s) or (B, K (1 + dims), *s), the mask by
+    `label_shares`; "spacing" (B, dims) in mm. With masks: "mask" (B, *S), -1 in samples without one.
     """
     origins = {c.origin: c for c in conditions}
     with autocast(amp, batch["image"].device):
@@ -103,7 +103,8 @@ def encode_batch(
     if source is not None:
         tensors["source"] = source.float()
     if "mask" in origins:
-        tensors["labels"] = label_shares(batch["mask"], origins["mask"].width, autoencoder.downsampling)
+        c = origins["mask"]
+        tensors["labels"] = label_shares(batch["mask"], c.width, autoencoder.downsampling, c.moments)
     if masks:
         tensors["mask"] = batch["mask"].int()
     return tensors | ({"spacing": batch["spacing"]} if "spacing" in origins else {})

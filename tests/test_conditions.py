@@ -1,6 +1,7 @@
 """Cells of a table and masks become tensors, fitted to the training cases; mistakes name the condition."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,9 @@ def test_conditions_are_fitted_to_the_training_cases(folder):
     assert fitted["text"].length == 4
     assert (fitted["report"].length, fitted["report"].width) == (4, 5)
     assert (fitted["image"].width, fitted["labels"].width) == (3, 4)
+    for moments in (True, False):
+        (labels,) = fit(folder, "labels", label_moments=moments)
+        assert labels.num_channels(3) == (16 if moments else 4)
     again = {c.name: Condition.from_dict(c.to_dict()) for c in fitted.values()}
     assert again == fitted
 
@@ -194,7 +198,8 @@ def test_label_shares_are_the_count_of_each_label_in_each_latent_voxel(size, fac
     mask = torch.randint(0, 3, (2, *size))
     mask[1] = -1
     latent = [math.ceil(n / f) for n, f in zip(size, factor, strict=True)]
-    shares = label_shares(mask, 3, factor)
+    shares, known = label_shares(mask, 3, factor), label_shares(mask, 3, factor, moments=True)
+    assert torch.equal(known[:1, :3], shares[:1])
     for index in np.ndindex(*latent):
         block = mask[0]
         for axis, (i, f) in enumerate(zip(index, factor, strict=True)):
@@ -202,12 +207,20 @@ def test_label_shares_are_the_count_of_each_label_in_each_latent_voxel(size, fac
             block = block.index_select(axis, torch.tensor(picks))
         expected = [(block == k).float().mean().item() for k in range(3)]
         assert shares[0][(slice(None), *index)].tolist() == pytest.approx(expected)
-    assert shares[1].isnan().all()
+        for axis, f in enumerate(factor):
+            u = [(2 * k + 1) / f - 1 for k in range(f)]  # the middles of f voxels from -1 to 1
+            rows = [block.select(axis, k) for k in range(f)]
+            for k in range(3):
+                moment = 2 * sum(v * (row == k).float().mean() for v, row in zip(u, rows, strict=True)) / f
+                assert known[0][(3 + 3 * axis + k, *index)].item() == pytest.approx(float(moment), abs=1e-6)
+    assert shares[1].isnan().all() and known[1].isnan().all()
 
 
 def test_a_block_of_the_mask_becomes_its_shares():
     block = torch.tensor([[[0, 0], [0, 3]]])
     assert label_shares(block, 4, (2, 2)).flatten().tolist() == [0.75, 0.0, 0.0, 0.25]
+    moments = [-0.25, 0.0, 0.0, 0.25]  # of both axes
+    assert label_shares(block, 4, (2, 2), moments=True).flatten()[4:].tolist() == 2 * moments
 
 
 def test_voxels_without_a_label_are_no_background():
@@ -276,8 +289,11 @@ def test_a_single_condition_has_no_branch_between():
     assert not absent(hide_some(values, config, 0, torch.arange(100))["class"]).any()
 
 
-def test_a_run_of_before_goes_on_without_the_new_dropout():
+def test_a_run_of_before_goes_on_without_the_new_dropout_and_the_moments_of_labels():
     stored = to_dict(ConditionConfig(use=("class", "text")))
-    del stored["dropout_last"]
-    assert from_dict(ConditionConfig, stored).dropout_last == 0
-    assert from_dict(ConditionConfig, {"use": ["class", "text"]}).dropout_last > 0
+    del stored["dropout_last"], stored["label_moments"]
+    old, new = (from_dict(ConditionConfig, values) for values in (stored, {"use": ["class", "text"]}))
+    assert (old.dropout_last, old.label_moments) == (0, False)
+    assert new.dropout_last > 0 and new.label_moments
+    before = Condition.from_dict({"kind": "labels", "name": "labels", "width": 5})
+    assert before.num_channels(3) == 5 and replace(before, moments=True).num_channels(3) == 20
