@@ -446,7 +446,7 @@ def label_shares(mask: Tensor, num_labels: int, factor: Sequence[int], moments: 
     maps = [pool(one_hot, factor)]
     for axis, f in enumerate(factor if moments else ()):
         n = one_hot.shape[2 + axis]
-        u = ((torch.arange(n, device=mask.device) % f + 0.5) * (2 / f) - 1)
+        u = (torch.arange(n, device=mask.device) % f + 0.5) * (2 / f) - 1
         u = u.view(*(n if a == axis else 1 for a in range(len(factor))))
         maps.append(2 * pool(one_hot * u, factor))
     shares = torch.cat(maps, 1) / torch.where(counted > 0, counted, 1.0)

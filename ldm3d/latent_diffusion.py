@@ -22,8 +22,8 @@ one number, the standard deviation of the first batch (section G).
 
 With a VQ autoencoder the posterior has no width, z is the latent before quantisation, and `decode` quantises.
 Volumes that serve as conditions enter as latents too: a source image by its posterior's mean, normalised like
-z; a mask by the share and the place of each label in every latent voxel. A denoiser with bound registers (registers.py)
-also predicts a label map of every sample, from the sample's own clean latent.
+z; a mask by the share and the place of each label in every latent voxel. A denoiser with bound registers
+(registers.py) also predicts a label map of every sample, from the sample's own clean latent.
 
 Not here: files and run folders (pipeline.py), cached latents (latents.py), edits (inference/editing.py).
 """
