@@ -15,11 +15,16 @@ of every test image:
     stochastic     a Gaussian of rank 10 over the logits of all voxels at once, 16 draws (stochastic
                    segmentation networks, Monteiro et al. 2020, arXiv 2006.06015)
 
+    shares         no network: every voxel drawn by the share of the raters who take it
+    majority       no network: the majority of the raters, 16 times
+
+The last two know the answer: their scores are what independent voxels, and a single mask, can reach at best.
 Two more are made if --arms names them: diffusion whose mask is not scaled, and diffusion in 4 steps.
 
-The table has the scores of ldm3d/evaluation/raters.py with bootstrap intervals over images, and the
-difference of each arm's ged to that of diffusion, paired by image. What is there is not done again; killed at
-any point, the same command goes on.
+One table has the scores of ldm3d/evaluation/raters.py with bootstrap intervals over images, and the
+difference of each arm's ged to that of the first, paired by image; the other has the three means that ged is
+made of. Other words, such as --batch_size 2, are settings of every training; --part val scores the images
+that settings are chosen by. What is there is not done again; killed at any point, the same command goes on.
 """
 
 from __future__ import annotations
@@ -38,11 +43,12 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from budgets import measured_in_cpu_seconds, once, seconds_of_step, words_of_length
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+
+from budgets import measured_in_cpu_seconds, once, seconds_of_step, words_of_length  # noqa: E402
 
 import train_cdal  # noqa: E402
 from ldm3d import pipeline  # noqa: E402
@@ -80,9 +86,12 @@ ARMS: dict[str, list[str]] = {  # arm -> its runs
     "ensemble": [f"member-{k}" for k in range(1, 5)],
     "dropout": ["dropout"],
     "stochastic": ["stochastic"],
+    "shares": [],
+    "majority": [],
     "diffusion, mask not scaled": ["diffusion-scale-1"],
     "diffusion, 4 steps": ["diffusion-4-steps"],
 }
+PARTS = {"to_raters": "vote to rater", "votes_apart": "two votes", "raters_apart": "two raters"}
 SHOWN = {"ged": "GED^2", "matched_iou": "matched IoU", "best_dice": "best Dice", "mean_dice": "mean Dice"}
 
 
@@ -138,8 +147,8 @@ def networks_of(name: str) -> Any:
 # --- trainings ----------------------------------------------------------------------------------------------
 
 
-def train(name: str, minutes: float, runs: Path) -> None:
-    """Train a run to its end; a run that is there goes on."""
+def train(name: str, minutes: float, runs: Path, others: list[str]) -> None:
+    """Train a run to its end; a run that is there goes on. others: words of settings for every run."""
     settings, share = TRAININGS[name]
     if "run.seed" in settings:  # which also draws the split: it stays that of the other arms
         split = json.loads((runs / "plain" / "split.json").read_text())
@@ -148,7 +157,7 @@ def train(name: str, minutes: float, runs: Path) -> None:
         path.write_text("".join(f"{a},{b}\n" for a, b in rows))
         settings = settings | {"data.split": str(path), "data.test_fraction": 0.0}
     place = {"run.dir": str(runs / name), "run.amp": "bf16", "batch_size": 4, "run.log_every": 20}
-    words = ["cells", *(w for k, v in (place | settings).items() for w in (f"--{k}", show(v)))]
+    words = ["cells", *(w for k, v in (place | settings).items() for w in (f"--{k}", show(v))), *others]
     with networks_of(name):
 
         def measure() -> float:
@@ -164,9 +173,19 @@ def train(name: str, minutes: float, runs: Path) -> None:
 # --- 16 masks of an image -----------------------------------------------------------------------------------
 
 
-def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], x: Tensor, key: str) -> Tensor:
-    """The masks (VOTES, *S) that an arm draws of an image x (C, *S)."""
+def sampled(p: Tensor, random: torch.Generator) -> Tensor:
+    """VOTES maps (VOTES, *S) whose voxels are drawn each by its own probabilities p (K, *S)."""
+    flat = p.flatten(1).T.multinomial(VOTES, replacement=True, generator=random)
+    return flat.T.view(VOTES, *p.shape[1:])
+
+
+def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], item: dict[str, Any]) -> Tensor:
+    """The masks (VOTES, *S) that an arm draws of a case."""
+    x, key = item["image"], item["id"]
     random = keyed_generator(0, 0, f"{arm} {key}")
+    if not opened:
+        p = F.one_hot(item["raters"]).movedim(-1, 1).float().mean(0)
+        return sampled(p, random) if arm == "shares" else p.argmax(0).expand(VOTES, -1, -1)
     first = opened[0]
     if arm.startswith("diffusion"):
         p = first.method.segment(first.net, x, VOTES, key=key, batch_size=VOTES, separate=True)
@@ -180,29 +199,30 @@ def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], x: Tensor, k
         return first.net.logits(first.net(zeros, t, x[None]), *drawn)[0].argmax(1)
     p = torch.stack([one.method.segment(one.net, x) for one in opened])  # (networks, K, *S)
     if arm == "sampled":
-        flat = p[0].flatten(1).T.multinomial(VOTES, replacement=True, generator=random)
-        return flat.T.view(VOTES, *x.shape[1:])
+        return sampled(p[0], random)
     return p.argmax(1).repeat_interleave(VOTES // len(p), 0)
 
 
 def open_runs(arm: str, runs: Path) -> list[pipeline.SegmentationPipeline]:
-    with networks_of(ARMS[arm][0]):
+    with networks_of(arm):
         return [pipeline.SegmentationPipeline(runs / name) for name in ARMS[arm]]
 
 
-def test_cases(opened: pipeline.SegmentationPipeline) -> VolumeDataset:
-    return open_stored(opened.content).dataset("test", own_size=True)
+def cases_of(runs: Path, part: str) -> VolumeDataset:
+    """The images of a part of the split that all runs share."""
+    run = next(runs / name for name in TRAININGS if (runs / name).is_dir())
+    return open_stored(pipeline.SegmentationPipeline(run).content).dataset(part, own_size=True)
 
 
 @torch.inference_mode()
-def test(arm: str, runs: Path) -> dict[str, Any]:
+def test(arm: str, runs: Path, part: str) -> dict[str, Any]:
     """An arm: {"cases": {id: scores}, "bins": of the reliability curve, "steps": of all its runs}."""
     opened = open_runs(arm, runs)
-    cases, rows, bins = test_cases(opened[0]), {}, 0
+    cases, rows, bins = cases_of(runs, part), {}, 0
     torch.manual_seed(0)  # of dropout
     for i in range(len(cases)):
         item, start = cases[i, i], time.process_time()
-        drawn = draws_of(arm, opened, item["image"], item["id"])
+        drawn = draws_of(arm, opened, item)
         seconds = time.process_time() - start
         rows[item["id"]] = {"seconds": seconds, **rater_scores(drawn, item["raters"])}
         bins = bins + reliability_bins(*shares(drawn, item["raters"]), BINS)
@@ -227,22 +247,30 @@ def row_of(arm: str, found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"{calibration_error(torch.tensor(found['bins'])):.3f}",
         "-" if found is best else with_interval(apart.mean(), *bootstrap_interval(apart, 2000)),
         f"{columns['seconds'].mean():.2f}",
-        str(found["steps"]),
+        str(found["steps"] or "-"),
     ]
+
+
+def parts_of(arm: str, found: dict[str, Any]) -> list[str]:
+    """The row of an arm in the table of the means that ged is made of."""
+    rows = found["cases"].values()
+    means = [np.mean([row[name] for row in rows]) for name in PARTS]
+    worst = max(rows, key=lambda row: row["ged"])["ged"]
+    median = np.median([row["ged"] for row in rows])
+    return [arm, *(f"{v:.3f}" for v in (*means, median, worst))]
 
 
 @torch.inference_mode()
 def draw(arms: list[str], runs: Path, path: Path, num_cases: int = 3, num: int = 6) -> None:
     """A picture: image and some raters of test cases, then some masks of every arm."""
     opened = {arm: open_runs(arm, runs) for arm in arms}
-    cases, sheet = test_cases(opened[arms[0]][0]), {}
+    cases, sheet = cases_of(runs, "test"), {}
     for i in range(0, len(cases), -(-len(cases) // num_cases)):
         item = cases[i, i]
-        x, name = item["image"], item["id"]
-        grey = ((x[0] + 1) / 2).numpy()
+        name, grey = item["id"], ((item["image"][0] + 1) / 2).numpy()
         sheet[f"{name}: image and raters"] = [grey, *item["raters"][:: 10 // num][:num].float().numpy()]
         for arm in arms:
-            drawn = draws_of(arm, opened[arm], x, name).float()
+            drawn = draws_of(arm, opened[arm], item).float()
             sheet[f"{name}: {arm}, mean and masks"] = [drawn.mean(0).numpy(), *drawn[:num].numpy()]
     print(save_sheet(path, sheet, (0, 1)))
 
@@ -252,20 +280,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of training, for every arm")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:6], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:8], choices=list(ARMS))
+    parser.add_argument("--part", choices=("train", "val", "test"), default="test", help="images to score")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default runs/raters-MINUTES")
     parser.add_argument("--picture", type=Path, help="PNG of masks of every arm")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
     torch.set_num_threads(1)
     runs = args.runs or Path(f"runs/raters-{args.minutes:g}")
     found = {}
     for arm in args.arms:
         for name in ARMS[arm]:
-            train(name, args.minutes, runs)
-        found[arm] = once(runs / f"{arm}-scores.json", lambda arm=arm: test(arm, runs))
-        head = ["", *SHOWN.values(), "Dice of two (raters)", "ECE", "GED^2 more than diffusion"]
+            train(name, args.minutes, runs, others)
+        path = runs / f"{arm}-scores{'' if args.part == 'test' else f'-{args.part}'}.json"
+        found[arm] = once(path, lambda arm=arm: test(arm, runs, args.part))
+        head = ["", *SHOWN.values(), "Dice of two (raters)", "ECE", f"GED^2 more than {args.arms[0]}"]
         lines = [row_of(name, scores, found[args.arms[0]]) for name, scores in found.items()]
         print(f"\n{table([[*head, 's per image', 'steps'], *lines], markdown=True)}\n", flush=True)
+    head = ["1 - IoU of", *PARTS.values(), "GED^2: median", "worst image"]
+    print(table([head, *(parts_of(*item) for item in found.items())], markdown=True))
     if args.picture:
         draw(args.arms, runs, args.picture)
 
