@@ -22,7 +22,11 @@ from ldm3d.engine import training
 
 ROOT = Path(__file__).parents[1]
 TRAINING = {"train_vae.py": train_vae, "train_ldm.py": train_ldm, "train_cdal.py": train_cdal}
-MORE_FLAGS = {"--vae": train_vae, "--ldm": train_ldm}  # of benchmarks, which hand them on
+MORE_FLAGS = {
+    "--vae": train_vae,
+    "--ldm": train_ldm,
+    "--cdal": train_cdal,
+}  # of benchmarks, which hand them on
 PROGRAM = r"(?:\b(?:python|torchrun)|(?<=`)(?:train_\w+|sample)\.py)\s[^`]*"
 
 

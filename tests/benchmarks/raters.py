@@ -23,8 +23,8 @@ Two more are made if --arms names them: diffusion whose mask is not scaled, and 
 
 One table has the scores of ldm3d/evaluation/raters.py with bootstrap intervals over images, and the
 difference of each arm's ged to that of the first, paired by image; the other has the three means that ged is
-made of. Other words, such as --batch_size 2, are settings of every training; --part val scores the images
-that settings are chosen by. What is there is not done again; killed at any point, the same command goes on.
+made of. --cdal "--batch_size 2" hands settings to every training, and --part val scores the images that they
+are chosen by. What is there is not done again; killed at any point, the same command goes on.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def networks_of(name: str) -> Any:
 # --- trainings ----------------------------------------------------------------------------------------------
 
 
-def train(name: str, minutes: float, runs: Path, others: list[str]) -> None:
-    """Train a run to its end; a run that is there goes on. others: words of settings for every run."""
+def train(name: str, minutes: float, runs: Path, more: list[str]) -> None:
+    """Train a run to its end; a run that is there goes on. more: flags of every run."""
     settings, share = TRAININGS[name]
     if "run.seed" in settings:  # which also draws the split: it stays that of the other arms
         split = json.loads((runs / "plain" / "split.json").read_text())
@@ -157,7 +157,7 @@ def train(name: str, minutes: float, runs: Path, others: list[str]) -> None:
         path.write_text("".join(f"{a},{b}\n" for a, b in rows))
         settings = settings | {"data.split": str(path), "data.test_fraction": 0.0}
     place = {"run.dir": str(runs / name), "run.amp": "bf16", "batch_size": 4, "run.log_every": 20}
-    words = ["cells", *(w for k, v in (place | settings).items() for w in (f"--{k}", show(v))), *others]
+    words = ["cells", *(w for k, v in (place | settings).items() for w in (f"--{k}", show(v))), *more]
     with networks_of(name):
 
         def measure() -> float:
@@ -281,16 +281,17 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of training, for every arm")
     parser.add_argument("--arms", nargs="+", default=list(ARMS)[:8], choices=list(ARMS))
+    parser.add_argument("--cdal", default="", help="more flags of train_cdal.py for every run, in quotes")
     parser.add_argument("--part", choices=("train", "val", "test"), default="test", help="images to score")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default runs/raters-MINUTES")
     parser.add_argument("--picture", type=Path, help="PNG of masks of every arm")
-    args, others = parser.parse_known_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     runs = args.runs or Path(f"runs/raters-{args.minutes:g}")
     found = {}
     for arm in args.arms:
         for name in ARMS[arm]:
-            train(name, args.minutes, runs, others)
+            train(name, args.minutes, runs, args.cdal.split())
         path = runs / f"{arm}-scores{'' if args.part == 'test' else f'-{args.part}'}.json"
         found[arm] = once(path, lambda arm=arm: test(arm, runs, args.part))
         head = ["", *SHOWN.values(), "Dice of two (raters)", "ECE", f"GED^2 more than {args.arms[0]}"]
