@@ -44,6 +44,7 @@ def test_the_whole_table_is_made_tiny_and_nothing_is_done_twice(tmp_path, monkey
         assert ours["vae"] == drop["vae"]
         assert ours["ldm"] != drop["ldm"]
     assert (tmp_path / "quality.png").exists()
+    assert (tmp_path / "tiny.png").exists()
 
     def table_lines():
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

@@ -32,6 +32,7 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import shlex
 import shutil
@@ -51,7 +52,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 from budgets import measured_in_cpu_seconds, once, read_config, seconds_of_step, words_of_length  # noqa: E402
 from monai_tutorial import Tutorial  # noqa: E402
-from pipeline_scores import Judge, Scores, write_set  # noqa: E402
+from pipeline_scores import Judge, Scores, read_set, write_set  # noqa: E402
 
 import sample  # noqa: E402
 import train_cdal  # noqa: E402
@@ -63,7 +64,7 @@ from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.data.volumes import centred_affine  # noqa: E402
 from ldm3d.diffusion_kernel import SAMPLERS, DiffusionKernel  # noqa: E402
 from ldm3d.engine.distributed import run_script  # noqa: E402
-from ldm3d.engine.logger import new_figure, save_figure  # noqa: E402
+from ldm3d.engine.logger import new_figure, save_figure, save_sheet, visible  # noqa: E402
 from ldm3d.evaluation.openers import volumes_of  # noqa: E402
 from ldm3d.evaluation.results import table, with_interval  # noqa: E402
 from ldm3d.inference.sampling import SampleConfig  # noqa: E402
@@ -74,8 +75,9 @@ from ldm3d.plan import seconds_to_read  # noqa: E402
 CALLS = (5, 10, 20, 40)  # network calls of --samplers
 VALIDATIONS = {"vae": 1, "ldm": 4}  # of each training; the best one is kept
 SLACK = 0.95  # the part of the time that is planned: validations take the rest
-ENCODING = 0.25  # at most this part of stage two's time goes into its latents
+ENCODING = 0.1  # at most this part of stage two's time goes into its latents
 PATCH = 48  # voxels of a side
+SHOWN = 4  # samples of each row in the picture
 PATCHES = {"train": 64, "val": 16, "test": 64}  # of a head, at most
 
 # --- the data -----------------------------------------------------------------------------------------------
@@ -486,6 +488,16 @@ def draw(path: Path, found: dict[str, tuple[Results, Scores]]) -> Path | None:
     return save_figure(figure, path)
 
 
+def draw_samples(path: Path, bench: Bench, rows: list[Row], minutes: float, seed: int) -> Path | None:
+    """The middle planes of test cases, and of samples of each row, all on one grey scale."""
+    places = {f"{row.name}, {minutes:g} min": bench.place(row.name, minutes, seed) for row in rows}
+    sets = {"real (test)": bench.judge.test}
+    sets |= {name: read_set(place / "samples", bench.data) for name, place in places.items()}
+    display = bench.data.spec.display
+    first = {name: itertools.islice(volumes_of(volumes), SHOWN) for name, volumes in sets.items()}
+    return save_sheet(path, {name: [visible(x, display) for x in v] for name, v in first.items()}, display)
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -547,6 +559,7 @@ def main(argv: list[str] | None = None) -> None:
                 results[row.name, minutes] = [bench.score(row, minutes, seed) for seed in args.seeds]
                 print(f"\n{name}\n\n{tables(results, real)}\n", flush=True)
                 draw(work / "quality.png", found)
+        draw_samples(work / f"{name}.png", bench, args.rows, max(args.minutes), args.seeds[0])
         if args.samplers:
             rows = bench.samplers(max(args.minutes), args.seeds[0])
             print(f"\n{name}, samplers\n\n{table(rows, markdown=True)}\n", flush=True)
