@@ -2,9 +2,9 @@
 """Train a denoiser on the latents of an autoencoder: stage two of latent diffusion.
 
 CPU or one GPU    python train_ldm.py hippocampus
-one node          torchrun --nproc_per_node 4 train_ldm.py hippocampus
+one node          torchrun --nproc_per_node 4 train_ldm.py hippocampus --batch_size 4
 several nodes     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-                      train_ldm.py hippocampus
+                      train_ldm.py hippocampus --batch_size 8
 your own data     python train_ldm.py runs/vae-FOLDER
 other data        python train_ldm.py FOLDER --vae runs/vae-mine
 
