@@ -77,7 +77,7 @@ VALIDATIONS = {"vae": 1, "ldm": 4}  # of each training; the best one is kept
 SLACK = 0.95  # the part of the time that is planned: validations take the rest
 ENCODING = 0.1  # at most this part of stage two's time goes into its latents
 PATCH = 48  # voxels of a side
-SHOWN = 4  # samples of each row in the picture
+SHOWN = 3  # samples of each row in the picture
 PATCHES = {"train": 64, "val": 16, "test": 64}  # of a head, at most
 
 # --- the data -----------------------------------------------------------------------------------------------
