@@ -40,6 +40,7 @@ from ..vae import Autoencoder
 RADIUS = 8  # voxels that the filter reaches
 LEVELS = 16  # intensities at which the standard deviation is measured
 CASES = 16  # validation cases to measure on, at most
+SIDE = 96  # voxels of a case that are decoded along each axis, at most
 
 
 @dataclass(frozen=True)
@@ -128,18 +129,34 @@ def _deviations(squares: np.ndarray, counts: np.ndarray) -> Tensor:
     return torch.tensor(np.array(rows), dtype=torch.float32)
 
 
+def _middle(x: Tensor, z: Tensor, factors: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """An image (C, *S) and its latent (1, C_z, *s), cut to the same middle of SIDE voxels where an axis is
+    longer: decoding whole volumes may take hours, and there is as much to learn from a part."""
+    for axis, (n, factor) in enumerate(zip(z.shape[2:], factors, strict=True)):
+        if x.shape[1 + axis] > SIDE:
+            length = SIDE // factor
+            start = (n - length) // 2
+            z = z.narrow(2 + axis, start, length)
+            x = x.narrow(1 + axis, start * factor, length * factor)
+    return x, z
+
+
 @torch.inference_mode()
 def measure_grain(
     autoencoder: Autoencoder, latents: Dataset, images: Dataset, amp: str, device: torch.device
 ) -> dict[str, Any] | None:
-    """`grain_of_residuals` of the first CASES cases. latents, images: data sets of the same cases, with
-    "mean" and "image"."""
+    """`grain_of_residuals` of the middle of the first CASES cases. latents, images: data sets of the same
+    cases, with "mean" and "image"."""
 
     def pairs() -> Iterable[tuple[Tensor, Tensor]]:
         for i in range(min(CASES, len(images))):
-            x, z = images[i, i]["image"], torch.as_tensor(latents[i, i]["mean"])[None].to(device)
-            with autocast(amp, device):  # in planes: a whole volume may need more memory than there is
-                parts = [part[0].float().cpu() for _, part in autoencoder.decode_planes(z, x.shape[1:])]
-            yield x.float(), torch.cat(parts, 1)
+            whole = images[i, i]["image"].float()
+            x, z = _middle(whole, torch.as_tensor(latents[i, i]["mean"])[None], autoencoder.downsampling)
+            with autocast(amp, device):
+                recon = autoencoder.decode(z.to(device), x.shape[1:])[0].float().cpu()
+            for axis, (n, length) in enumerate(zip(x.shape[1:], whole.shape[1:], strict=True), start=1):
+                if n < length:  # at a cut the decoder lacks the neighbours
+                    x, recon = (t.narrow(axis, RADIUS, n - 2 * RADIUS) for t in (x, recon))
+            yield x, recon
 
     return grain_of_residuals(pairs())

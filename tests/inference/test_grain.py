@@ -13,6 +13,7 @@ from ldm3d import load, read
 from ldm3d.config import InputError
 from ldm3d.inference import grain, sampling
 from ldm3d.inference.grain import Grain, grain_of_residuals
+from ldm3d.vae import AutoencoderKL, VAEConfig
 
 
 def residuals(num: int, size: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -62,6 +63,20 @@ def test_an_intensity_that_no_voxel_has_gets_the_grain_between_those_of_its_neig
     assert ends[1] == pytest.approx(((ends[0] + ends[2]) / 2).item())
     assert grain_of_residuals([(recon, recon)]) is None
     assert grain_of_residuals([]) is None
+
+
+def test_of_a_large_case_the_middle_is_decoded_and_the_planes_at_its_cuts_are_left_out():
+    config = VAEConfig(dims=2, channels=(4, 8), num_res_blocks=(1,), num_groups=2)
+    seen, net = [], AutoencoderKL(config).eval()
+    net.decode = lambda z, size: (
+        seen.append(tuple(z.shape)) or torch.nn.functional.interpolate(z[:, :1], size)
+    )
+    image = torch.full((1, 300, 40), 100.0)  # far from what is decoded, but in the middle
+    image[:, 110:190] = 1 + 0.3 * torch.randn(80, 40, generator=torch.Generator().manual_seed(0))
+    cases = {(0, 0): {"image": image, "mean": torch.ones(config.latent_channels, 150, 20)}}  # one case
+    found = grain.measure_grain(net, cases, cases, "fp32", torch.device("cpu"))
+    assert seen == [(1, config.latent_channels, 48, 20)]
+    assert found["std"].max() == pytest.approx(0.3, abs=0.02)
 
 
 def test_samples_get_the_grain_that_the_run_has_measured_on_validation_cases(vae_run, tmp_path, monkeypatch):
