@@ -232,12 +232,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # rater could have drawn: many steps, the true mask noised, and a mask so small beside the noise that
     # outlines stay open until late.
     "cells": {
-        "batch_size": 8,
+        "batch_size": 2,
         "votes": 8,
-        "run.steps": 2000,
-        "run.eval_every": 500,
-        "run.save_every": 500,
-        "run.log_every": 50,
+        "run.steps": 8000,
+        "run.eval_every": 2000,
+        "run.save_every": 1000,
+        "run.log_every": 100,
         "run.ema_decay": 0.995,
         "data.dims": 2,
         "data.image": "images/*.tif",
@@ -257,7 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "generator.stem": (2,),
         "generator.encoder_channels": 32,
         "unet.channels": (32, 64, 96, 128),
-        "optim.lr": 2e-3,
+        "optim.lr": 1e-3,
         "optim.warmup_steps": 50,
         "optim.schedule": "cosine",
     },

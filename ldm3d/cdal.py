@@ -650,3 +650,15 @@ def uncertainty(probability: Tensor) -> Tensor:
     """How far the votes differ: probability (K, *S) -> (*S) entropy / log K, 0 certain, 1 all alike."""
     p = probability.clamp(min=1e-12)
     return -(p * p.log()).sum(0) / math.log(len(p))
+
+
+def level_sets(probability: Tensor, num: int) -> Tensor:
+    """`num` label maps (num, *S), from the widest to the narrowest, of probabilities (K, *S): as raters draw
+    who differ in how much they count as an object.
+
+    Map v has an object where 1 - probability[0] > (v + 1/2) / num, and there the most probable label. So the
+    share of the maps with an object is the probability of an object, rounded to 1 / num.
+    """
+    thresholds = (torch.arange(num, device=probability.device) + 0.5) / num
+    inside = 1 - probability[0] > thresholds.view(-1, *(1,) * (probability.ndim - 1))
+    return inside * (probability[1:].argmax(0) + 1)

@@ -22,6 +22,7 @@ from ldm3d.cdal import (
     GeneratorConfig,
     attention_map,
     few_step_betas,
+    level_sets,
     uncertainty,
 )
 from ldm3d.config import InputError, from_dict, parse
@@ -758,3 +759,16 @@ def test_the_probabilities_of_every_vote_have_the_mean_that_is_given_otherwise()
         torch.testing.assert_close(every.unflatten(0, (3, K)).mean(0), mean)
     first = method.segment(net, image, 1, key="a", separate=True)
     torch.testing.assert_close(method.segment(net, image, 3, key="a", separate=True)[:K], first)
+
+
+def test_the_share_of_level_sets_with_an_object_is_its_probability_and_each_holds_the_next():
+    p = torch.rand(K, 6, 5, 4).softmax(0)
+    maps = level_sets(p, 50)
+    close = (maps > 0).float().mean(0) - (1 - p[0])
+    assert close.abs().max() <= 0.5 / 50 + 1e-6
+    assert ((maps[1:] > 0) <= (maps[:-1] > 0)).all()
+    for v in (0, 20, 49):
+        for voxel in ((0, 0, 0), (3, 2, 1), (5, 4, 3)):
+            labels = p[(slice(None), *voxel)].tolist()
+            expected = max(range(1, K), key=labels.__getitem__) if 1 - labels[0] > (v + 0.5) / 50 else 0
+            assert maps[(v, *voxel)] == expected

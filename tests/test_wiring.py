@@ -25,7 +25,7 @@ import train_cdal
 import train_ldm
 import train_vae
 from ldm3d import read
-from ldm3d.cdal import CDAL, CDALConfig, FewStepConfig, Generator
+from ldm3d.cdal import CDAL, CDALConfig, FewStepConfig, Generator, level_sets
 from ldm3d.conditions import absent
 from ldm3d.config import from_dict, parse
 from ldm3d.data import Volume, write
@@ -1201,6 +1201,24 @@ def test_every_vote_is_written_if_asked(heads, cdal_run, tmp_path, monkeypatch):
     expected = calls[-1][2].argmax(1)
     assert [read(path).array[0].tolist() for path in found] == [vote.tolist() for vote in expected]
     assert np.array_equal(*(read(tmp_path / d / "labels" / f"{name}.tif").array for d in ("out", out.name)))
+
+
+def test_level_sets_of_the_mean_are_written_if_asked(heads, cdal_run, tmp_path, monkeypatch, mistake):
+    no_pictures(monkeypatch, segmentation)
+    image, out = min((heads / "images").iterdir()), tmp_path / "out"
+    words = [str(cdal_run), str(image), *"--votes 4 --level_sets --probabilities".split(), "--out", str(out)]
+    sample.main(words)
+    name = image.name.partition(".")[0]
+    found = [read(path).array[0] for path in sorted((out / "votes").iterdir())]
+    (probability,) = (out / "probability").iterdir()
+    expected = level_sets(torch.from_numpy(read(probability).array), 4)
+    assert [path.name for path in sorted((out / "votes").iterdir())] == [
+        f"{name}__0{v}.tif" for v in (1, 2, 3, 4)
+    ]
+    assert np.array_equal(np.stack(found), expected.numpy())
+    assert "every_vote asks for those of the run" in mistake(
+        sample.main, [*words[:-1], "new", "--every_vote"]
+    )
 
 
 def test_votes_windows_and_overlap_are_those_asked_for(segmented):

@@ -5,11 +5,12 @@ one image         python sample.py runs/cdal-hippocampus IMAGE --probabilities
 with scores       python sample.py runs/cdal-hippocampus FOLDER --reference LABELS --part test
 masks beside      python sample.py runs/cdal-hippocampus FOLDER --reference FOLDER
 every vote        python sample.py runs/cdal-cells IMAGES --votes 16 --every_vote
+nested masks      python sample.py runs/cdal-cells IMAGES --votes 16 --level_sets
 mirrored too      python sample.py runs/cdal-monuseg data/monuseg/images --flips
 several runs      python sample.py runs/cdal-hippocampus FOLDER --ensemble runs/cdal-plain
 
 The new folder holds labels/ and uncertainty/ (and probability/), whose files have the names and the geometry
-of the images; with --every_vote also votes/, the label map of each vote, NAME__01, NAME__02 ...; cases.csv, a
+of the images; with --every_vote or --level_sets also votes/, label maps NAME__01, NAME__02 ...; cases.csv, a
 row for each case with its seconds and, with --reference, its scores; report.json, the settings and the means
 with bootstrap confidence intervals; and overlays.png, lowest Dice first.
 
@@ -59,7 +60,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cdal import uncertainty
+from ..cdal import level_sets, uncertainty
 from ..config import InputError, at_least, show, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import cut, resampled_grid, resampled_planes
@@ -104,6 +105,7 @@ class SegmentConfig:
     overlap: float = 0.5  # part of a window that it shares with the next, at least
     probabilities: bool = False  # write the probability of every label too
     every_vote: bool = False  # write the label map of every vote too
+    level_sets: bool = False  # write votes that are level sets of the mean probability, of any run
     seed: int = 0  # of the votes
     batch_size: int = 8  # votes at once, of one window or several
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -115,6 +117,8 @@ class SegmentConfig:
         at_least(self, 1, "votes", "batch_size")
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap: expected 0 <= overlap < 1, got {self.overlap}")
+        if self.every_vote and self.level_sets:
+            raise InputError("level_sets: are votes of the mean, and every_vote asks for those of the run")
         for name in ("flips", "ensemble"):  # their mean is no sample any more
             if self.every_vote and getattr(self, name):
                 raise InputError(f"every_vote: the votes are those of one run without {name}")
@@ -420,10 +424,12 @@ def write_case(
             values[:, start : start + p.shape[1]] = p
         write_values("probability", values)
         del values
-    if config.every_vote:
-        votes = large_array((grid.channels // num_labels, *grid.size), np.uint16)
+    if config.every_vote or config.level_sets:
+        num_votes = config.votes if config.level_sets else grid.channels // num_labels
+        votes = large_array((num_votes, *grid.size), np.uint16)
         for start, p in votes_of(grid, num_labels):
-            votes[:, start : start + p.shape[2]] = p.argmax(1)
+            some = level_sets(p[0], num_votes) if config.level_sets else p.argmax(1)
+            votes[:, start : start + p.shape[2]] = some
         for v, vote in enumerate(votes, start=1):
             write_values("votes", file_labels(vote[None], layout, num_labels), f"__{v:02d}")
     if case.mask is None:

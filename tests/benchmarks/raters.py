@@ -1,4 +1,4 @@
-"""Segmentations that differ as raters do: diffusion beside four others, on the same minutes.
+"""Segmentations that differ as raters do: diffusion beside six others, on the same minutes.
 
     LDM3D_DATA=FOLDER python tests/benchmarks/raters.py --minutes 10
 
@@ -15,15 +15,20 @@ of every test image:
     stochastic     a Gaussian of rank 10 over the logits of all voxels at once, 16 draws (stochastic
                    segmentation networks, Monteiro et al. 2020, arXiv 2006.06015)
 
+    level sets     the network of `sampled`; each mask holds the voxels whose probability is above its own
+                   threshold, 1/32, 3/32 ... 31/32
+    diffusion, level sets    votes of the first nine of the 16 steps, each with a threshold of its own
     shares         no network: every voxel drawn by the share of the raters who take it
+    level sets of shares     no network: the voxels whose share is above thresholds
     majority       no network: the majority of the raters, 16 times
 
-The last two know the answer: their scores are what independent voxels, and a single mask, can reach at best.
+The last three know the answer: their scores are what independent voxels, nested masks, and a single mask, can
+reach at best.
 Two more are made if --arms names them: diffusion whose mask is not scaled, and diffusion in 4 steps.
 
 One table has the scores of ldm3d/evaluation/raters.py with bootstrap intervals over images, and the
 difference of each arm's ged to that of the first, paired by image; the other has the three means that ged is
-made of. --cdal "--batch_size 2" hands settings to every training, and --part val scores the images that they
+made of. --cdal "--batch_size 4" hands settings to every training, and --part val scores the images that they
 are chosen by. What is there is not done again; killed at any point, the same command goes on.
 """
 
@@ -68,6 +73,7 @@ from ldm3d.metrics import calibration_error, reliability_bins  # noqa: E402
 from ldm3d.unet import UNet, UNetConfig  # noqa: E402
 
 VOTES = 16  # masks of an image
+LAST = 7  # step t that votes with thresholds of their own end at: later ones only sharpen outlines
 RANK, DRAWS = 10, 20  # of the stochastic head: its rank, draws of a training step
 PLAIN = {"cdal.diffusion": False, "votes": 1}
 TRAININGS: dict[str, tuple[dict[str, Any], float]] = {  # run -> (settings, share of the minutes)
@@ -86,7 +92,10 @@ ARMS: dict[str, list[str]] = {  # arm -> its runs
     "ensemble": [f"member-{k}" for k in range(1, 5)],
     "dropout": ["dropout"],
     "stochastic": ["stochastic"],
+    "level sets": ["plain"],
+    "diffusion, level sets": ["diffusion"],
     "shares": [],
+    "level sets of shares": [],
     "majority": [],
     "diffusion, mask not scaled": ["diffusion-scale-1"],
     "diffusion, 4 steps": ["diffusion-4-steps"],
@@ -156,7 +165,7 @@ def train(name: str, minutes: float, runs: Path, more: list[str]) -> None:
         path = (runs / "split.csv").resolve()
         path.write_text("".join(f"{a},{b}\n" for a, b in rows))
         settings = settings | {"data.split": str(path), "data.test_fraction": 0.0}
-    place = {"run.dir": str(runs / name), "run.amp": "bf16", "batch_size": 4, "run.log_every": 20}
+    place = {"run.dir": str(runs / name), "run.amp": "bf16", "run.log_every": 20}
     words = ["cells", *(w for k, v in (place | settings).items() for w in (f"--{k}", show(v))), *more]
     with networks_of(name):
 
@@ -179,14 +188,36 @@ def sampled(p: Tensor, random: torch.Generator) -> Tensor:
     return flat.T.view(VOTES, *p.shape[1:])
 
 
+def level_sets(p: Tensor, random: torch.Generator) -> Tensor:
+    """Masks (VOTES, *S) of foreground probabilities p (*S) or (VOTES, *S): where p > (v + 1/2) / VOTES,
+    in random order."""
+    thresholds = (torch.randperm(VOTES, generator=random) + 0.5) / VOTES
+    return (p > thresholds.view(-1, 1, 1)).long()
+
+
+def first_steps(opened: pipeline.SegmentationPipeline, x: Tensor, key: str) -> Tensor:
+    """The probabilities (VOTES, K, *S) of votes that end at step LAST."""
+    cdal, net = opened.method, opened.net
+    noise, _ = cdal.draw_votes(net, VOTES, x.shape[1:], 0, key)
+    features, x_t = net.encode(x[None]).expand(VOTES, -1, -1, -1), noise[:, 0]
+    for i, t in enumerate(range(cdal.num_timesteps - 1, LAST - 1, -1)):
+        times = torch.full((VOTES,), t)
+        x_start = net.to_x_start(net.predict(cdal.unit(x_t, times), times.float(), features, None))
+        x_t = cdal.step(x_start, x_t, times, noise[:, i + 1])
+    return cdal.probability(x_start)
+
+
 def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], item: dict[str, Any]) -> Tensor:
     """The masks (VOTES, *S) that an arm draws of a case."""
     x, key = item["image"], item["id"]
     random = keyed_generator(0, 0, f"{arm} {key}")
     if not opened:
         p = F.one_hot(item["raters"]).movedim(-1, 1).float().mean(0)
-        return sampled(p, random) if arm == "shares" else p.argmax(0).expand(VOTES, -1, -1)
+        drawn = {"shares": sampled, "level sets of shares": lambda p, random: level_sets(p[1], random)}
+        return drawn[arm](p, random) if arm in drawn else p.argmax(0).expand(VOTES, -1, -1)
     first = opened[0]
+    if arm == "diffusion, level sets":
+        return level_sets(first_steps(first, x, key)[:, 1], random)
     if arm.startswith("diffusion"):
         p = first.method.segment(first.net, x, VOTES, key=key, batch_size=VOTES, separate=True)
         return p.unflatten(0, (VOTES, -1)).argmax(1)
@@ -200,6 +231,8 @@ def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], item: dict[s
     p = torch.stack([one.method.segment(one.net, x) for one in opened])  # (networks, K, *S)
     if arm == "sampled":
         return sampled(p[0], random)
+    if arm == "level sets":
+        return level_sets(p[0, 1], random)
     return p.argmax(1).repeat_interleave(VOTES // len(p), 0)
 
 
@@ -280,7 +313,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of training, for every arm")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:8], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:11], choices=list(ARMS))
     parser.add_argument("--cdal", default="", help="more flags of train_cdal.py for every run, in quotes")
     parser.add_argument("--part", choices=("train", "val", "test"), default="test", help="images to score")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default runs/raters-MINUTES")
