@@ -43,8 +43,9 @@ over many steps: x_t = q_sample(b y, t), and G sees x_prev at variance 1.
 
 [1] Xiao et al. 2022 (denoising diffusion GANs), arXiv 2112.07804, the posterior is eq. 6. [2] Hejrati et al.
 2025, arXiv 2502.06997. [3] Song et al. 2021, arXiv 2011.13456. [4] Input scaling: Chen 2023, arXiv
-2301.10972, eq. 2; of masks, arXiv 2504.05977. Left out: FIR re-sampling and progressive
-inputs of the generator of [2]; the blocks here are the library's own.
+2301.10972, eq. 2; of masks, arXiv 2504.05977. [5] Lee et al. 2015, arXiv 1409.5185; as in nnU-Net, Isensee
+et al. 2021. Left out: FIR re-sampling and progressive inputs of the generator of [2]; the blocks here are the
+library's own.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ from .losses import (
     generator_loss,
     r1_penalty,
 )
+from .normconv import Conv
 from .unet import SLOW_ATTENTION, UNet, UNetConfig
 
 FEW = 8  # training patches that are segmented as one image without a look at the memory
@@ -133,6 +135,7 @@ class GeneratorConfig:
     latent_dim: int = 0  # length of the random vector z; 0 = no z
     mapping_layers: int = 3  # layers from z to the embedding, beside the first
     output: Literal["softmax", "tanh"] = "softmax"  # how the output becomes x_start; tanh: as published
+    deep_supervision: bool = False  # coarser levels of the U-Net also learn to give the mask
 
     def __post_init__(self) -> None:
         at_least(self, 1, "encoder_channels")
@@ -190,6 +193,8 @@ class Generator(nn.Module):
         self.unet = UNet(unet)
         with torch.no_grad():  # at first only the image counts: the noise would slow learning down
             self.unet.conv_in.weight[:, :parts] = 0
+        widths = reversed(unet.channels[1:]) if c.deep_supervision else ()
+        self.heads = nn.ModuleList(Conv(dims, width, num_labels, kernel=1) for width in widths)
         self.to_parts, self.from_parts = SpaceToDepth(self.stem), DepthToSpace(self.stem)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -200,18 +205,31 @@ class Generator(nn.Module):
         """`UNetConfig.attended` for images of this size."""
         return self.unet.config.attended([-(-n // f) for n, f in zip(size, self.stem, strict=True)])
 
-    def predict(self, x_prev: Tensor, t: Tensor, features: Tensor, z: Tensor | None) -> Tensor:
-        """`forward` for an image that is encoded already."""
-        size = x_prev.shape[2:]
+    def predict(
+        self,
+        x_prev: Tensor,
+        t: Tensor,
+        features: Tensor,
+        z: Tensor | None,
+        coarse: list[Tensor] | None = None,
+    ) -> Tensor:
+        """`forward` for an image that is encoded already. A list `coarse` is filled as by `UNet.features`."""
         emb = None if self.mapping is None else self.mapping(z)
-        if max(self.stem) == 1:
-            return self.unet(torch.cat([x_prev, features], dim=1), t, emb=emb)
-        parts = self.to_parts(pad_to_multiple(x_prev, self.stem))
-        h = self.unet(torch.cat([parts, features], dim=1), t, emb=emb)
-        return crop_to(self.from_parts(h), size)
+        parts = x_prev if max(self.stem) == 1 else self.to_parts(pad_to_multiple(x_prev, self.stem))
+        h = self.unet.features(torch.cat([parts, features], dim=1), t, emb=emb, coarse=coarse)
+        output = self.unet.output(h, parts.shape[2:])
+        return output if max(self.stem) == 1 else crop_to(self.from_parts(output), x_prev.shape[2:])
 
-    def forward(self, x_prev: Tensor, t: Tensor, image: Tensor, z: Tensor | None = None) -> Tensor:
-        return self.predict(x_prev, t, self.encode(image), z)
+    def forward(
+        self, x_prev: Tensor, t: Tensor, image: Tensor, z: Tensor | None = None, deep: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """deep: also the outputs of the coarser levels, (B, K, *s) each, coarsest first; none without
+        deep_supervision."""
+        if not deep:
+            return self.predict(x_prev, t, self.encode(image), z)
+        coarse: list[Tensor] = []
+        output = self.predict(x_prev, t, self.encode(image), z, coarse)
+        return output, [head(h) for head, h in zip(self.heads, coarse if self.heads else (), strict=True)]
 
     def to_x_start(self, output: Tensor) -> Tensor:
         """The output (B, K, *S) as pred_x_start in [-1, 1], float32."""
@@ -350,6 +368,23 @@ class CDAL:
         loss = c.mse_weight * terms["mse"] + c.ce_weight * terms["ce"] + c.dice_weight * terms["dice"]
         return {**terms, "loss": loss}
 
+    def add_coarse(
+        self, terms: dict[str, Tensor], net: Generator, coarse: Sequence[Tensor], mask: Tensor
+    ) -> None:
+        """Deep supervision [5]: `loss` gets the losses of the coarser levels too, 1/2 of that of the second
+        finest level, 1/4 of the third, and so on; their sum is the term `coarse`. coarse: the outputs (B, K,
+        *s) of the levels, coarsest first. A level learns the mask at the middles of its own voxels.
+        """
+        if not coarse:
+            return
+        steps = [a * b for a, b in zip(net.stem, net.unet.config.downsampling, strict=True)]
+        whole, losses = pad_to_multiple(mask[:, None].float(), steps), []
+        for level, output in enumerate(reversed(coarse), start=1):
+            own = F.interpolate(whole, output.shape[2:], mode="nearest-exact")[:, 0].long()
+            losses.append(self.overlap_terms(output, net.to_x_start(output), own)["loss"] / 2**level)
+        terms["coarse"] = sum(losses)
+        terms["loss"] = terms["loss"] + terms["coarse"]
+
     # Training
 
     def losses(
@@ -372,8 +407,11 @@ class CDAL:
         times = t.to(image.device)
         z = draw("z", net.config.latent_dim) if net.mapping is not None else None
         if not c.diffusion:
-            output = model(torch.zeros_like(y), times.float(), image, None if z is None else 0 * z)
-            return self.overlap_terms(output, net.to_x_start(output), mask), {}
+            z = None if z is None else 0 * z
+            output, coarse = model(torch.zeros_like(y), times.float(), image, z, deep=True)
+            terms = self.overlap_terms(output, net.to_x_start(output), mask)
+            self.add_coarse(terms, net, coarse, mask)
+            return terms, {}
         shape, y = y.shape[1:], self.scale * y
         x_t = self.kernel.q_sample(y, t, draw("x_t", *shape))
         x_prev = self.kernel.q_step(x_t, t + 1, draw("x_next", *shape))
@@ -389,9 +427,10 @@ class CDAL:
                 weight = a[:, 0]
         if c.own_estimate:
             seen = self._own_estimate(net, image, seen, t, draw)
-        output = model(self.unit(seen, t), times.float(), image, z)
+        output, coarse = model(self.unit(seen, t), times.float(), image, z, deep=True)
         x_start = net.to_x_start(output)
         terms = self.overlap_terms(output, x_start, mask, weight)
+        self.add_coarse(terms, net, coarse, mask)
         if not c.has_discriminator:
             return terms, {}
         # The real and the fake pair share x_prev, so that the discriminator has to look at x_t

@@ -350,10 +350,12 @@ class UNet(UNetEncoder):
         emb: Tensor | None = None,
         maps: list[Tensor] | None = None,
         residuals: Sequence[Tensor] | None = None,
+        coarse: list[Tensor] | None = None,
     ) -> Tensor:
         """The finest features of the decoder (B, channels[0], *s), s being S padded to `downsampling`.
 
-        A list `maps` is filled with the attention that the registers receive, one map for each layer.
+        A list `maps` is filled with the attention that the registers receive, one map for each layer. A list
+        `coarse` is filled with the features at the end of every other level of the decoder, coarsest first.
         residuals: of a ControlNet, added to the skips, and the last one to the result of the middle.
         """
         self._check(x, context)
@@ -364,6 +366,8 @@ class UNet(UNetEncoder):
         for layer in self.up:
             if isinstance(layer, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
+            elif coarse is not None:
+                coarse.append(h)
             h = self.run(layer, h, emb, context, context_mask, maps)
         return h
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import train_cdal
@@ -32,6 +33,7 @@ from ldm3d.engine.distributed import keyed_generator, rank, wrap
 from ldm3d.engine.memory_plan import LiveBytes
 from ldm3d.engine.training import autocast, keyed_normal
 from ldm3d.large.windows import window_starts, window_weight
+from ldm3d.losses import cross_entropy_loss, dice_loss
 from ldm3d.metrics import dice
 from ldm3d.unet import UNetConfig
 
@@ -252,6 +254,45 @@ def test_losses_are_the_plain_formulas(weighted):
     assert torch.allclose(terms["dice"], 1 - torch.stack(overlaps).mean(0), atol=1e-5)
     total = 0.5 * terms["mse"] + 2 * terms["ce"] + 3 * terms["dice"]
     assert torch.allclose(terms["loss"], total)
+
+
+@pytest.mark.parametrize("diffusion", [True, False])
+@pytest.mark.parametrize("stem", [1, 2])
+def test_deep_supervision_adds_the_losses_of_coarser_levels_on_the_thinned_mask(diffusion, stem):
+    unet = UNetConfig(
+        2, channels=(8, 8, 16), num_res_blocks=(1,), attention_levels=(False,), num_groups=4, head_channels=8
+    )
+    torch.manual_seed(0)
+    config = GeneratorConfig(encoder_channels=4, encoder_blocks=1, stem=(stem,), deep_supervision=True)
+    net = Generator(config, unet, 1, K)
+    method, (image, labels, u, draw) = make_method(diffusion=diffusion), batch(side=8 * stem)
+    coarse = []
+    net.register_forward_hook(lambda module, args, output: coarse.extend(output[1]))
+    terms, _ = method.losses(net, net, None, image, labels, u, draw)
+    assert [tuple(output.shape[2:]) for output in coarse] == [(2, 2), (4, 4)]
+    expected = terms["ce"] + terms["dice"]
+    for output, weight, step in zip(coarse, (1 / 4, 1 / 2), (4 * stem, 2 * stem), strict=True):
+        own = labels[:, step // 2 :: step, step // 2 :: step]
+        expected = expected + weight * (cross_entropy_loss(output, own))
+        expected = expected + weight * dice_loss(output.softmax(1), F.one_hot(own, K).movedim(-1, 1))
+    torch.testing.assert_close(terms["loss"], expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(terms["loss"].sum(), list(net.parameters()), allow_unused=True)
+    assert all(gradient is not None for gradient in gradients)
+
+
+@pytest.mark.parametrize("size", [(9, 6), (7, 13)])
+def test_deep_supervision_of_any_size_leaves_the_output_as_it_is(size):
+    deep, plain = make(stem=2, deep_supervision=True), make(stem=2)
+    deep.load_state_dict(plain.state_dict(), strict=False)
+    image, mask = torch.randn(1, 1, *size), torch.randint(K, (1, *size))
+    x, t = torch.zeros(1, K, *size), torch.zeros(1)
+    z = torch.zeros(1, 5)
+    output, (coarse,) = deep(x, t, image, z, deep=True)
+    assert torch.equal(output, plain(x, t, image, z))
+    assert coarse.shape[2:] == tuple(-(-n // 4) for n in size)
+    terms, _ = make_method().losses(deep, deep, None, image, mask, torch.zeros(1), batch(num=1)[3])
+    assert terms["coarse"].item() > 0
+    assert plain(x, t, image, z, deep=True)[1] == []
 
 
 class Spy(nn.Module):
@@ -666,7 +707,8 @@ def test_losses_in_half_precision_are_those_of_fp32(amp):
 def one_step(part: slice) -> list[torch.Tensor]:
     """Gradients of the generator and of the discriminator on a part of four samples, over all ranks."""
     discriminators.minibatch_statistic = lambda h, parts: 0 * h[:, :1]  # the one thing that is per rank
-    net, disc, method = make(), make_discriminator(), make_method(adversarial_weight=0.5)
+    net, disc = make(deep_supervision=True), make_discriminator()
+    method = make_method(adversarial_weight=0.5)
     model, disc_model = wrap(net, CPU), wrap(disc, CPU)
     image, labels, u, _ = batch()
     positions = torch.arange(4)[part]

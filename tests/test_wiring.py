@@ -740,7 +740,7 @@ def cdal(heads, tmp_path_factory) -> Callable[[str], SimpleNamespace]:
                 step=dict(zip(("image", "mask", "u", "draw"), steps[0][0][4:], strict=True)),
                 pair=steps[0][2][1],
                 seen=made_of[0][0][1],
-                output=made_of[0][2].detach(),
+                output=made_of[0][2][0].detach(),
                 hidden=judged[0][2].features if judged else None,
             )
         return made[flags]
@@ -765,6 +765,20 @@ def test_each_term_has_the_weight_of_its_flag_in_the_loss_of_a_segmentation_netw
     line = cdal(flags).line
     assert all(line[term] > 0.01 for term in OVERLAPS[flags])
     assert line["loss"] == pytest.approx(sum(w * line[term] for term, w in OVERLAPS[flags].items()))
+
+
+def test_coarser_levels_learn_the_mask_if_asked(cdal):
+    plain, deep = cdal(ALONE), cdal(f"{ALONE} --generator.deep_supervision true")
+    heads = {name for name in deep.content["model"] if name.startswith("heads.")}
+    assert (
+        heads
+        == {"heads.0.weight", "heads.0.bias"}
+        == deep.content["model"].keys() - plain.content["model"].keys()
+    )
+    assert deep.line["loss"] == pytest.approx(
+        sum(deep.line[name] for name in ("ce", "dice", "coarse")), rel=1e-4
+    )
+    assert "coarse" not in plain.line
 
 
 def test_attention_weighs_the_voxels_of_the_loss(cdal):

@@ -41,6 +41,7 @@ Z = {"generator.latent_dim": 64}  # the ablation's own rows have it: each change
 ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
     "plain": (PLAIN, 1),
     "default": ({}, 5),
+    "deep": (PLAIN | {"generator.deep_supervision": True}, 1),
     "published": (train_cdal.PUBLISHED, 5),
     "votes 1": ({}, 1),
     "votes 30": ({}, 30),
