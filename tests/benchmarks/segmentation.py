@@ -55,7 +55,7 @@ ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
     "z, attention on the loss": (Z | {"cdal.attention": "loss"}, 5),
 }
 FOLDERS = {"hippocampus": ("imagesTr", "labelsTr"), "monuseg": ("images", "masks")}
-ABLATION = [name for name in ROWS if name != "published"]
+ABLATION = [name for name in ROWS if name not in ("published", "deep")]
 
 
 def flags_of(preset: str, settings: dict, folder: Path, steps: int, every: int) -> list[str]:
