@@ -1,6 +1,7 @@
 """Conditions become context, channels and embeddings; what is absent is a learned null, whoever hides it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,3 +210,12 @@ def test_a_condition_that_the_model_does_not_have_is_refused():
         make_denoiser("class")(X, T, {"sex": torch.zeros(3, dtype=torch.int64)})
     with pytest.raises(InputError, match="without any"):
         Denoiser(UNET)(X, T, {"sex": torch.zeros(3, dtype=torch.int64)})
+
+
+def test_classes_are_as_loud_as_the_time_from_the_start():
+    """Rows that are far smaller than the embedding of t are not obeyed for thousands of steps."""
+    torch.manual_seed(0)
+    net = Denoiser(replace(UNET, channels=(32, 64)), CONFIG, [ALL["class"], ALL["sex"]])
+    time = net.unet.embed(torch.linspace(0, 999, 50)).std()
+    for part in net.conditioner.parts:
+        assert time < part.table.weight.std() < 4 * time
