@@ -361,19 +361,22 @@ def with_autoencoder(config: Config) -> Config:
 
 
 # what a run takes over from run.init, where no flag says otherwise
-NETWORK = "unet.", "kernel.", "condition.label_moments"
+NETWORK = "unet.", "kernel."
 # the settings that a frozen denoiser brings along, and those of all of them that stay the run's own
 BASE = *NETWORK, "condition.", "anatomy.", "patch."
-FREE = (
-    *("unet.dropout", "unet.checkpointing", "condition.dropout", "condition.label_moments"),
-    *("anatomy.weights", "anatomy.phases"),
-)
+FREE = ("unet.dropout", "unet.checkpointing", "condition.dropout", "anatomy.weights", "anatomy.phases")
+MAPS = "condition.use", "condition.label_moments"  # how the label maps are made that a denoiser knows
 
 
 def base_of(config: Config, flags: dict[str, Any]) -> dict[str, Any]:
     """The network and the diffusion of run.init as settings. Flags count more, and are refused where they
     would change a denoiser that stays frozen."""
-    base = settings_of_init("ldm", config, BASE if config.frozen else NETWORK, FREE)
+    if config.frozen:  # a ControlNet's own map may have moments where the base's has none
+        base = settings_of_init("ldm", config, BASE, (*FREE, "condition.label_moments"))
+    else:
+        base = settings_of_init("ldm", config, (*NETWORK, *MAPS), FREE)
+        if "labels" not in base.pop("condition.use", ()):
+            base.pop("condition.label_moments", None)
     for key, value in base.items() if config.frozen else ():
         if flags.get(key, value) != value:
             frozen = "whose denoiser stays frozen"
