@@ -274,7 +274,7 @@ def test_a_bundle_holds_the_controlnet_that_steers_its_u_net(ldm, tmp_path):
         parser.get_parsed_content(name)
     unet, control = (parser.get_parsed_content(name) for name in ("unet", "controlnet"))
     model = ldm3d.load(tmp_path / "run").model
-    x, shares = torch.randn(1, *model.latent_shape), torch.rand(1, 5, *model.latent_shape[1:])
+    x, shares = torch.randn(1, *model.latent_shape), torch.rand(1, 15, *model.latent_shape[1:])  # and moments
     t, sign = torch.tensor([4]), -1 if model.kernel.config.process == "flow" else 1
     with torch.no_grad():
         down, mid = control(x, t, shares)
