@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm3d.conditions import Condition, ConditionConfig, absent, fit_conditions, hide
-from ldm3d.config import InputError, from_dict, parse, replace, to_dict
+from ldm3d.config import InputError, from_dict, parse, replace, show, to_dict
 from ldm3d.data import (
     AugmentConfig,
     Data,
@@ -360,27 +360,25 @@ def with_autoencoder(config: Config) -> Config:
     )
 
 
+MOMENTS = "condition.label_moments"
 # what a run takes over from run.init, where no flag says otherwise
-NETWORK = "unet.", "kernel."
+NETWORK = "unet.", "kernel.", MOMENTS
 # the settings that a frozen denoiser brings along, and those of all of them that stay the run's own
 BASE = *NETWORK, "condition.", "anatomy.", "patch."
 FREE = ("unet.dropout", "unet.checkpointing", "condition.dropout", "anatomy.weights", "anatomy.phases")
-MAPS = "condition.use", "condition.label_moments"  # how the label maps are made that a denoiser knows
 
 
 def base_of(config: Config, flags: dict[str, Any]) -> dict[str, Any]:
     """The network and the diffusion of run.init as settings. Flags count more, and are refused where they
-    would change a denoiser that stays frozen."""
-    if config.frozen:  # a ControlNet's own map may have moments where the base's has none
-        base = settings_of_init("ldm", config, BASE, (*FREE, "condition.label_moments"))
-    else:
-        base = settings_of_init("ldm", config, (*NETWORK, *MAPS), FREE)
-        if "labels" not in base.pop("condition.use", ()):
-            base.pop("condition.label_moments", None)
-    for key, value in base.items() if config.frozen else ():
-        if flags.get(key, value) != value:
-            frozen = "whose denoiser stays frozen"
-            raise InputError(f"{key}: is {value} in {config.run.init}, {frozen}; got {flags[key]}")
+    would change a denoiser that stays frozen, or the channels of a label map."""
+    theirs, init = settings_of_init("ldm", config, (*BASE, "control"), FREE), config.run.init
+    if theirs and "labels" not in (*theirs["condition.use"], theirs["control"]):
+        del theirs[MOMENTS]  # it has no label map, and that of this run may be of either kind
+    base = {k: v for k, v in theirs.items() if k.startswith(BASE if config.frozen else NETWORK)}
+    for key, value in base.items():
+        if (config.frozen or key == MOMENTS) and flags.get(key, value) != value:
+            why = "whose denoiser stays frozen" if config.frozen else "whose weights fit nothing else"
+            raise InputError(f"{key}: is {show(value)} in {init}, {why}; got {show(flags[key])}")
     return {key: value for key, value in base.items() if key not in flags}
 
 

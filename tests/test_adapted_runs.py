@@ -16,7 +16,7 @@ import train_ldm
 import train_vae
 from ldm3d.conditions import ConditionConfig, absent
 from ldm3d.config import flatten, from_dict
-from ldm3d.engine.checkpoint import load, load_run, step_files
+from ldm3d.engine.checkpoint import load, load_run, save, step_files
 from ldm3d.lora import ORIGINAL, LowRank, add_adapters, merge
 from ldm3d.pipeline import build_autoencoder
 from ldm3d.vqvae import make_autoencoder
@@ -266,16 +266,16 @@ def test_the_codes_of_an_adapted_autoencoder_stay_as_they_are(update, heads, tmp
 def test_a_plan_says_what_the_frozen_denoiser_brings_along(vae_run, plain, tmp_path, mistake):
     flags = ["--run.init", plain, *WAYS["adapters"], "--unet.channels", "24", "--run.dir", tmp_path / "run"]
     said = mistake(train_ldm.main, list(map(str, [vae_run, *flags])))
-    assert "unet.channels: is (8, 16) in" in said
+    assert "unet.channels: is 8,16 in" in said
 
 
 def test_what_the_frozen_denoiser_brings_along_cannot_be_changed(plain, vae_run, heads, tmp_path, mistake):
     other = tmp_path / "vae"
     train_vae.main(vae_flags(heads, other, 1))
     for flags, words in (
-        (["--unet.channels", "8,32"], "unet.channels: is (8, 16) in"),
+        (["--unet.channels", "8,32"], "unet.channels: is 8,16 in"),
         (["--kernel.process", "vp", "--kernel.prediction", "eps"], "kernel.process: is flow in"),
-        (["--condition.use", "text"], "condition.use: is ('class',) in"),
+        (["--condition.use", "text"], "condition.use: is class in"),
         (["--vae", other], "vae: another autoencoder than"),
     ):
         said = mistake(train_ldm.main, flags_of(plain, tmp_path / "run", 1, *WAYS["control"], *flags))
@@ -338,6 +338,32 @@ def test_a_run_adds_a_map_to_the_conditions_of_its_base_and_starts_from_its_pred
             train_ldm.main, flags
         )
         assert not (tmp_path / "whole").exists()
+
+
+def test_label_maps_keep_the_channels_of_run_init_and_new_ones_have_moments(
+    plain, vae_run, tmp_path, mistake
+):
+    """Runs of before had no setting `label_moments`, and shares alone."""
+    labels, names = tmp_path / "labels", ("class", "class,labels")
+    train_ldm.main(
+        ldm_flags(vae_run, labels, 1, "--condition.use", "class,labels", "--condition.label_moments", "false")
+    )
+    for name, run in zip(names, (plain, labels), strict=True):
+        content = load_run(run)
+        del content["config"]["condition"]["label_moments"]
+        for condition in content["state"]["conditions"]:
+            del condition["moments"]
+        save(tmp_path / f"{name}.pt", content)
+    use = ["--condition.use", "class,labels", "--vae", str(vae_run)]
+    for name, moments in zip(names, (True, False), strict=True):
+        train_ldm.main(flags_of(tmp_path / f"{name}.pt", tmp_path / f"from {name}", 1, *use))
+        content = load_run(tmp_path / f"from {name}")
+        assert content["config"]["condition"]["label_moments"] == moments
+        assert [c["moments"] for c in content["state"]["conditions"]] == [False, moments]
+    other = flags_of(
+        tmp_path / "class,labels.pt", tmp_path / "other", 1, *use, "--condition.label_moments", "true"
+    )
+    assert "condition.label_moments: is false in" in mistake(train_ldm.main, other)
 
 
 def test_a_condition_that_is_no_map_cannot_be_added(plain, vae_run, tmp_path, mistake):

@@ -51,17 +51,6 @@ def test_the_checkpoint_knows_the_conditions(run):
     assert (run / "previews" / "step_0000010.png").exists()
 
 
-def test_who_goes_on_from_a_run_of_before_has_its_label_maps_without_moments(run, tmp_path):
-    """Only where that run knows label maps."""
-    content = torch.load(run / "best.pt", weights_only=True)
-    del content["config"]["condition"]["label_moments"]
-    for use, expected in ((["labels"], False), (["class"], None)):
-        content["config"]["condition"]["use"] = use
-        torch.save(content, tmp_path / "best.pt")
-        config = train_ldm.replace(train_ldm.Config(), {"run.init": str(tmp_path), "run.dir": "nowhere"})
-        assert train_ldm.base_of(config, {}).get("condition.label_moments") is expected
-
-
 def test_an_autoencoder_that_has_learnt_sources_serves_data_without_any(runs_folder, tmp_path):
     images = "--data.table", "none", "--data.image", "images/*.tif", "--data.source", "none"
     moved = tmp_path / "heads"  # images alone: the table of the data names sources
