@@ -73,7 +73,7 @@ SMALL_VAE = """--data.dims 2 --data.patch none --vae.dims 2 --vae.channels 16,32
 SMALL_LDM = [*HEADS, *"--unet.channels 24,48 --unet.num_groups 8".split()]
 SMALL_CDAL = "--data.dims 2 --data.patch 32,32 --unet.channels 16,32 --generator.encoder_channels 16".split()
 DATA = {  # flags of train_vae.py, train_ldm.py, train_cdal.py
-    "hippocampus": (["hippocampus", *TEST], ["hippocampus", *ATTENTION], ["hippocampus", *SPLIT]),
+    "hippocampus": (["hippocampus", *TEST], ["hippocampus-anatomy"], ["hippocampus", *SPLIT]),
     "phantom": (["phantom", *TEST], ["phantom", *ATTENTION, *HEADS], ["phantom", *SPLIT]),
     "phantom-2d": (
         ["phantom", *TEST, *SMALL_VAE],

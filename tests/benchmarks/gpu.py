@@ -259,7 +259,7 @@ PARTS: dict[str, tuple[float, Callable[[Setup], Iterator[Row]]]] = {  # name -> 
     "peer-bf16": (2.0, peer("--amp", "bf16", cases=("128^3", "96^3", "DDIM", "4096", "16^3, batch 2"))),
     "tests": (4.0, tests),
     "train-vae": (5.0, train("train_vae.py", "hippocampus")),
-    "train-ldm": (4.0, train("train_ldm.py", "hippocampus")),
+    "train-ldm": (7.0, train("train_ldm.py", "hippocampus")),
     "train-cdal": (6.0, train("train_cdal.py", "hippocampus")),
     "train-anatomy": (5.0, train("train_ldm.py", "hippocampus-anatomy")),
     "large": (3.0, large),

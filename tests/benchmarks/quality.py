@@ -22,6 +22,8 @@ patients to train, one to validate, one to test; the segmenter finds the tumour)
 
 All of it, with two seeds, takes some 30 hours. What is finished (a trained stage, samples, scores) is kept in
 --work, and not done again. A training that was stopped starts anew, so that its minutes are counted whole.
+The pictures lie there too: quality.png, the scores against minutes, and hippocampus.png (phantom.png ...),
+test cases beside samples of each row.
 """
 
 from __future__ import annotations
