@@ -492,7 +492,7 @@ def train(
     state = {"data": data.spec.to_dict(), **data.state}
     run.check_data(state["data"], data.contents)
     state |= run.resumed["state"] if run.resumed else {}
-    run.initialise(net)
+    run.initialise(net, ("heads.*",))  # a run goes on with deep supervision that began without
     note_attention(net.attended(train_set.size), device.type != "cpu", "a smaller --data.patch takes less")
     run.start(data.split, device, {"generator": net, "discriminator": discriminator}, data.facts(), SHOWN)
     if planner:

@@ -641,18 +641,20 @@ class CDAL:
         window, axes = noise.shape[3:], tuple(range(3, noise.ndim))
         boxes = [tuple(slice(s, s + m) for s, m in zip(start, window, strict=True)) for start in starts]
         windows = torch.stack([image[(slice(None), *box)] for box in boxes])
-        total: Tensor | float = 0.0
+        total = torch.zeros(len(starts), len(noise) if separate else 1, self.num_labels, *window)
         for flip in flips:
-            features, every = net.encode(windows.flip([2 + axis for axis in flip])), []
-            for some, some_z in zip(noise.split(batch_size), z.split(batch_size), strict=True):
-                own = torch.cat([some.roll([-s for s in start], axes) for start in starts])
+            features = net.encode(windows.flip([2 + axis for axis in flip]))
+            for at in range(0, len(noise), batch_size):
+                some = slice(at, at + batch_size)
+                own = torch.cat([noise[some].roll([-s for s in start], axes) for start in starts])
                 own = own.flip([3 + axis for axis in flip])
-                own_z = some_z.repeat(len(starts), 1, 1)
+                own_z = z[some].repeat(len(starts), 1, 1)
                 p = self.vote(net, features, own.to(image.device), own_z.to(image.device))
-                p = p.flip([2 + axis for axis in flip]).unflatten(0, (len(starts), -1))
-                every.append((p if separate else p.sum(1, keepdim=True)).cpu())  # (W, votes or 1, K, *window)
-            votes = torch.cat(every, 1) if separate else sum(every)
-            total = total + votes / len(flips)
+                p = p.flip([2 + axis for axis in flip]).unflatten(0, (len(starts), -1)) / len(flips)
+                if separate:
+                    total[:, some] += p.cpu()  # (W, votes, K, *window)
+                else:
+                    total += p.sum(1, keepdim=True).cpu()
         return total.flatten(1, 2)
 
     def segment(

@@ -924,10 +924,11 @@ def test_a_segmentation_goes_on_with_the_network_of_another_run(heads, tmp_path,
     start = "--run.steps 1 --optim.warmup_steps 0 --optim.lr 1e-9 --run.ema_decay 0 --run.init one".split()
     train_cdal.main(["phantom", *data, "--data.dims", "2", *start, "--run.dir", "two"])
     assert "run.init: as in one: unet.channels 8,16" in capsys.readouterr().out
-    train_cdal.main([str(heads), *start, "--run.dir", "three", "--unet.dropout", "0.1"])
+    more = "--run.dir three --unet.dropout 0.1 --generator.deep_supervision true".split()
+    train_cdal.main([str(heads), *start, *more])
     one, *others = (load(Path(name) / "best.pt") for name in ("one", "two", "three"))
     for other in others:
-        assert other["config"]["generator"] == one["config"]["generator"]
+        assert {**other["config"]["generator"], "deep_supervision": False} == one["config"]["generator"]
         assert other["config"]["cdal"]["kernel"] == one["config"]["cdal"]["kernel"]
         assert {**other["config"]["unet"], "dropout": 0.0} == one["config"]["unet"]
         for name, value in one["ema"].items():

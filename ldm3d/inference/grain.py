@@ -33,6 +33,7 @@ from torch.utils.data import Dataset
 
 from ..config import InputError
 from ..engine.distributed import keyed_generator
+from ..engine.logger import progress
 from ..engine.training import autocast
 from ..pipeline import LatentDiffusionPipeline
 from ..vae import Autoencoder
@@ -149,7 +150,7 @@ def measure_grain(
     cases, with "mean" and "image"."""
 
     def pairs() -> Iterable[tuple[Tensor, Tensor]]:
-        for i in range(min(CASES, len(images))):
+        for i in progress(range(min(CASES, len(images))), "measuring grain"):
             whole = images[i, i]["image"].float()
             x, z = _middle(whole, torch.as_tensor(latents[i, i]["mean"])[None], autoencoder.downsampling)
             with autocast(amp, device):

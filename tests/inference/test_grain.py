@@ -101,6 +101,10 @@ def test_samples_get_the_grain_that_the_run_has_measured_on_validation_cases(vae
     assert not np.allclose(plain, grainy)
     with_grain = spec.to_volume(found.add(x, spec.size, 0, 1)).array
     np.testing.assert_allclose(grainy, with_grain, rtol=1e-4, atol=1e-2)
+    monkeypatch.setattr(sampling, "IN_MEMORY", 0)
+    sample.main([str(run), "--out", str(tmp_path / "planes"), *flags, "--grain"])
+    in_planes = read(tmp_path / "planes" / "sample_0001.nii").array[..., 0]
+    np.testing.assert_allclose(in_planes, with_grain, rtol=1e-4, atol=1e-2)
 
     del pipeline.content["state"]["grain"]
     with pytest.raises(InputError, match=r"grain: .* has measured none"):
