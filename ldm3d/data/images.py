@@ -110,10 +110,8 @@ def find_images(
 
 def _find(layout: DataConfig, root: Path, subject: str | None) -> list[Case]:
     rules = [layout.subject] if subject is None and layout.subject is not None else []
-    if rules and layout.subject.endswith(".csv"):
-        rules.append(
-            f"../{layout.subject}"
-        )  # the table lies beside the folder of images, as in Decathlon sets
+    if rules and layout.subject.endswith(".csv"):  # such a table may lie beside the folder of images
+        rules.append(f"../{layout.subject}")
     for rule in rules:
         with contextlib.suppress(InputError):  # the run's rule of subjects need not fit another folder
             return find_cases(replace(layout, subject=rule), root)

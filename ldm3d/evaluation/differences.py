@@ -24,15 +24,14 @@ The new folder holds cases.csv (the differences) and report.json.
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..config import InputError, at_least, read_json, to_dict
+from ..data.cases import read_csv
 from ..engine.distributed import print0
 from ..engine.logger import plural
 from .results import Rows, check_out, new_folder, table, write_csv, write_report
@@ -56,21 +55,20 @@ def read_scores(location: str, key: str) -> tuple[Rows, dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{key}: {location}: holds no cases.csv; give a folder of results with scores")
     rows: Rows = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            name = line.pop("case", None)
-            if not name or name in rows:
-                raise InputError(f"{key}: {path}: expected a column case, and every case once")
-            rows[name] = {column: _number(cell) for column, cell in line.items()}
+    for line in read_csv(path, ["case"]):
+        name = line.pop("case")
+        if name in rows:
+            raise InputError(f"{key}: {path}: expected every case once, got {name!r} again")
+        rows[name] = {column: _number(cell) for column, cell in line.items()}
     report = Path(location) / "report.json"
     subjects = read_json(report).get("subjects") if report.is_file() else None
     return rows, subjects if isinstance(subjects, dict) else {}
 
 
-def _number(cell: Any) -> float:
+def _number(cell: str) -> float:
     try:
         return float(cell)
-    except (TypeError, ValueError):
+    except ValueError:
         return math.nan
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,14 +82,16 @@ def test_more_than_sixteen_cases_are_exchanged_as_often_as_asked(results, tmp_pa
 def test_mistakes_are_named(results, tmp_path, mistake):
     first, other = results("first", {"a": (1, 2)}), results("other", {"b": (1, 2)})
     named = results("named", {"a": (1,)}, ("iou",))
-    twice = results("twice", {"a": (1, 2)})
+    twice, binary = results("twice", {"a": (1, 2)}), results("binary", {})
+    Path(binary, "cases.csv").write_bytes(b"\xff\xfe")
     with open(f"{twice}/cases.csv", "a") as file:
         file.write("a,3,4\n")
     lines = {
         str(tmp_path): "holds no cases.csv; give a folder of results with scores",
         other: "has none of the cases of",
         named: "has none of the scores of",
-        twice: "expected a column case, and every case once",
+        twice: "expected every case once, got 'a' again",
+        binary: "cases.csv: cannot be read as a CSV",
     }
     for second, line in lines.items():
         assert line in mistake(main, ["difference", first, second])
