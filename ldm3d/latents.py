@@ -4,9 +4,9 @@ Stage two sees every case many times, but the autoencoder is frozen, so each cas
 latent is read from a cache afterwards. The cache holds the posterior (mean and logvar), and each training
 step draws a fresh z from it (latent_diffusion.py).
 
-Volumes that serve as conditions are cached with the image: the latent of its source, the share of each label
-in every latent voxel, its voxel size. Masks are cached too if registers learn them. Example: 200 cases of
-64^3 voxels with 4 latent channels at a quarter of the resolution, `num_variants` 8, one source:
+Volumes that serve as conditions are cached with the image: the latent of its source, the share and the place
+of each label in every latent voxel, its voxel size. Masks are cached too if registers learn them. Example:
+200 cases of 64^3 voxels with 4 latent channels at a quarter of the resolution, `num_variants` 8, one source:
 
     mean, logvar, source    (200, 8, 4, 16, 16, 16) float32, 105 MB each, read as memory maps
 

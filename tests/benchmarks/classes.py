@@ -120,8 +120,8 @@ def logits(nets: list[Classifier], x: Tensor) -> np.ndarray:
 
 
 def auc_row(scores: list[np.ndarray], paired: bool, resamples: int = 2000) -> dict[str, float]:
-    """The AUC of the scores of class 0 and 1, and its interval; paired: from one
-    noise, drawn again together and never compared."""
+    """The AUC of the scores of class 0 and of class 1, with its interval. paired: scores at one index are of
+    shapes from one noise, which are drawn again together and never compared."""
     low, high = auc_interval(*scores, resamples, paired)
     counts = {f"class {label}": len(s) for label, s in enumerate(scores)}
     return {"auc": auc(*scores, paired), "low": low, "high": high, **counts}
@@ -181,8 +181,7 @@ def counterfactuals(
 ) -> dict[str, list[float]]:
     """Heads x (N, 1, *S) with a lesion, from their own noise, as class 1 and as class 0: the means, with
     intervals over heads, of what the classifiers say and of what has changed."""
-    own, rows = model.prepare({"class": 1}), {}
-    guidance = Guidance(scale)
+    own, guidance, rows = model.prepare({"class": 1}), Guidance(scale), {}
     for image, mask in zip(x, masks, strict=True):
         lesion = (mask == LESION)[None, None].float()
         near = nn.functional.max_pool2d(lesion, 3, 1, 1)[0, 0] > 0
@@ -190,7 +189,8 @@ def counterfactuals(
         made = []
         for label in (1, 0):
             cond = model.prepare({"class": label})
-            made += [y for y, _ in model.stream([0], steps, "euler", 0, 1, 0, "fp32", cond, guidance, edit)]
+            stream = model.stream([0], steps, "euler", conditions=cond, guidance=guidance, edit=edit)
+            made += [y for y, _ in stream]
         with_lesion, without = (float(v) for v in logits(nets, torch.cat(made)))
         apart = (made[1] - made[0]).abs()[0, 0] / 2
         row = {"seen as class 1, made as class 1": float(with_lesion > 0)}
