@@ -134,12 +134,11 @@ def open_runs(config: SegmentConfig, run: Path) -> list[SegmentationPipeline]:
     first, *others = opened = [SegmentationPipeline(path, device) for path in (run, *config.ensemble)]
     check_window(config.window, first.layout.dims)
     asked = first.content["state"]["split"].get(config.part, ()) if config.part in ("val", "test") else ()
+    seen = what_is_seen(first)
     for other in others:
-        for (name, own), theirs in zip(
-            what_is_seen(first).items(), what_is_seen(other).values(), strict=True
-        ):
-            if own != theirs:
-                got = f"{show(theirs)}, that of {first.run} {show(own)}"
+        for name, theirs in what_is_seen(other).items():
+            if theirs != seen[name]:
+                got = f"{show(theirs)}, that of {first.run} {show(seen[name])}"
                 raise InputError(f"ensemble: {other.run}: {name} is {got}")
         if learned := set(asked) & set(other.content["state"]["split"].get("train", ())):
             raise InputError(f"ensemble: {other.run} was trained on {min(learned)} of part {config.part}")
