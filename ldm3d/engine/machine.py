@@ -105,7 +105,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns memory to the system and asks for it again at the next step, and the system fills
     it with zeros: about a tenth of the time of training small 3-D networks on a CPU. Tensors above 32 MiB are
-    still returned, as holes of that size would add to the peak, and `free_bytes` returns everything once.
+    still returned, as holes of that size would add to the peak. `free_bytes` returns the others too, before
+    it counts.
     """
     libc = allocator()
     if libc is None:
