@@ -174,6 +174,8 @@ class Generator(nn.Module):
         dims, self.stem = unet.dims, per_level(c.stem, unet.dims)
         if len(self.stem) != dims or not set(self.stem) <= {1, 2}:
             raise InputError(f"generator.stem: expected 1 or 2 for each of {dims} axes, got {c.stem}")
+        if c.deep_supervision and len(unet.channels) == 1:
+            raise InputError("generator.deep_supervision: needs unet.channels of two levels or more")
         self.encoder = Encoder(
             dims,
             image_channels,

@@ -152,6 +152,11 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("cdal", "--data.image {id}{rater}.tif", "data.image: '{id}{rater}.tif': only masks have a {rater}"),
     ("cdal", "--data.image images/*.tif --data.foreground 0", "no label map"),
     ("cdal", "--votes 0", "votes"),
+    (
+        "cdal",
+        "--generator.deep_supervision true --unet.channels 8",
+        "generator.deep_supervision: needs unet.channels of two levels",
+    ),
 ]
 
 
