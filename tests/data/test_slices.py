@@ -125,15 +125,16 @@ def test_no_volume_is_read_again_for_its_slices(volumes, monkeypatch) -> None:
 def test_a_plan_sees_slices_of_subjects_that_the_names_of_volumes_tell(volumes) -> None:
     for folder in ("images", "labels", "sources"):
         for number, name in enumerate("abcd"):
-            (volumes / f"{folder}/{name}.nii.gz").rename(volumes / f"{folder}/p0{number // 2}_{name}.nii.gz")
+            file = volumes / f"{folder}/{name}.nii.gz"
+            file.rename(file.with_name(f"sub-0{number // 2}_{file.name}"))
         (volumes / f"{folder}/e.nii.gz").unlink()
     shutil.rmtree(volumes / "sources")
     flags = {"data.slices": "axial", "data.cache_dir": str(volumes.parent / "cache")}
     seen = take(volumes, flags)
     assert seen.dims == 2
     assert seen.settings["data.dims"] == 2
-    assert re.search(seen.settings["data.subject"], "p01_d")[1] == "p01"
-    assert set(seen.shapes) == {canonical(volumes / "images/p00_a.nii.gz").shape[:2]}
+    assert re.search(seen.settings["data.subject"], "sub-01_d")[1] == "sub-01"
+    assert set(seen.shapes) == {canonical(volumes / "images/sub-00_a.nii.gz").shape[:2]}
 
 
 @pytest.mark.parametrize("kind", ["int16", "float32", "uint8"])
