@@ -239,8 +239,8 @@ def _masks_in(folder: Path, layout: DataConfig) -> dict[str | Path, Path]:
             continue
         if any(case.raters for case in found):
             raise InputError(
-                f"reference: {folder} has masks of several raters; --every_vote, and then `python -m "
-                "ldm3d.evaluation raters`, compares with all of them"
+                f"reference: {folder} has masks of several raters; --every_vote or --level_sets, and then "
+                "`python -m ldm3d.evaluation raters`, compares with all of them"
             )
         if masks := [(key, c.mask) for c in found if c.mask for key in (c.id, c.image.resolve())]:
             return dict(masks)

@@ -74,7 +74,8 @@ def _number(cell: str) -> float:
 
 def differences_of(first: Rows, second: Rows) -> Rows:
     """{case: {score: second - first}} of the cases and scores that both have."""
-    columns = [c for c in next(iter(second.values())) if c in next(iter(first.values()))]
+    shared = [c for c in next(iter(second.values())) if c in next(iter(first.values()))]
+    columns = [c for c in shared if c != "seconds"]  # how long a case took is no score
     names = [name for name in second if name in first]
     return {name: {c: second[name][c] - first[name][c] for c in columns} for name in names}
 

@@ -95,3 +95,9 @@ def test_mistakes_are_named(results, tmp_path, mistake):
     }
     for second, line in lines.items():
         assert line in mistake(main, ["difference", first, second])
+
+
+def test_how_long_cases_took_is_no_score(results, tmp_path, mistake):
+    first = results("first", {"a": (0.5, 1.0)}, ("dice", "seconds"))
+    second = results("second", {"a": (2.0,)}, ("seconds",))
+    assert "has none of the scores of" in mistake(main, ["difference", first, second])
