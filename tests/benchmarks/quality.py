@@ -60,7 +60,7 @@ import sample  # noqa: E402
 import train_cdal  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
-from ldm3d.config import InputError, Parser, add_options, convert, leaf_types  # noqa: E402
+from ldm3d.config import InputError, Parser, add_options, convert, leaf_types, show  # noqa: E402
 from ldm3d.data import Data, DataConfig, Volume, open_data, write  # noqa: E402
 from ldm3d.data.phantoms import write_phantoms  # noqa: E402
 from ldm3d.data.volumes import centred_affine  # noqa: E402
@@ -335,10 +335,15 @@ class Bench:
         self.judge = Judge(self.data, self.segmenter(), work / "judge")
 
     def segmenter(self) -> Path:
-        """The run of a plain segmentation network of the real training cases."""
+        """The run of a plain segmentation network of the real training cases.
+
+        It learns from whole cases on the grid of the samples: where this grid is larger than a case, the edges
+        of the case repeat, and a network that has never seen that finds structures there."""
         run, steps = self.work / "segmenter", self.args.segment_steps
         words = [*self.task.cdal, *self.place_of_data, "--cdal.diffusion", "false", "--run.dir", str(run)]
         words += ["--data.num_labels", str(self.data.spec.num_labels), "--run.amp", self.args.amp]
+        words += ["--data.patch", "none", "--data.size", show(self.data.spec.size)]
+        words += ["--generator.deep_supervision", "true"]
         train_cdal.main([*words, *words_of_length(train_cdal, words[0], steps, 4)])
         return run
 
@@ -520,7 +525,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.4, help="of the autoencoder in the minutes")
     parser.add_argument("--samples", type=int, default=64, help="of each pipeline")
     parser.add_argument(
-        "--segment_steps", type=int, default=1000, help="of the segmenter, which is not timed"
+        "--segment_steps", type=int, default=1500, help="of the segmenter, which is not timed"
     )
     parser.add_argument("--amp", choices=("fp32", "bf16"), default="fp32", help="precision of all pipelines")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of everything")
