@@ -39,6 +39,7 @@ from torch.utils.data import Dataset
 
 from ..config import InputError
 from ..engine.distributed import keyed_generator, print0
+from ..engine.runs import read_split
 from .download import ARCHIVES
 from .items import ROLES, rows_of_items
 from .itk import is_dicom_folder
@@ -309,7 +310,15 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
 
 
 def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems: list[str]) -> None:
-    """Fills the column subject or split from a CSV (name, column) or by an expression with one group."""
+    """Fills the column subject or split from a CSV (name, column), from the split.json of a run, or by an
+    expression with one group."""
+    if column == "split" and rule.endswith("split.json"):
+        part_of = {name: part for part, names in read_split(Path(rule)).items() for name in names}
+        for name, row in rows.items():
+            row["split"] = part_of.get(name)
+            if name not in part_of:
+                problems.append(f"{rule}: no split for case {name}")
+        return
     if rule.endswith(".csv"):
         listed = {row["name"]: row[column] for row in read_csv(root / rule, ["name", column])}
         for name, row in rows.items():

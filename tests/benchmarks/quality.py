@@ -337,8 +337,8 @@ class Bench:
     def segmenter(self) -> Path:
         """The run of a plain segmentation network of the real training cases.
 
-        It learns from whole cases on the grid of the samples: where this grid is larger than a case, the edges
-        of the case repeat, and a network that has never seen that finds structures there."""
+        It learns from whole cases on the grid of samples. Where this grid is larger than a case, the edges of
+        the case repeat, and a network that has never seen that finds structures there."""
         run, steps = self.work / "segmenter", self.args.segment_steps
         words = [*self.task.cdal, *self.place_of_data, "--cdal.diffusion", "false", "--run.dir", str(run)]
         words += ["--data.num_labels", str(self.data.spec.num_labels), "--run.amp", self.args.amp]

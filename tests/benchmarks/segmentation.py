@@ -7,10 +7,10 @@
 
 Every row is a run of train_cdal.py of the same preset with some flags changed, trained for the same CPU
 minutes: a step is timed first, the number of steps follows. best.pt, chosen on validation subjects, then
-segments the test subjects. Rows that differ in votes alone share a run. "plain" is the same network without
-diffusion. "A and B" is the ensemble of two rows, and "A, flips" takes the mean over mirrored images. The
-column "more than" is the difference to the first row, case by case, with p of the sign-flip test. A run that
-is there is gone on with, or scored only.
+segments the test subjects. All rows have the split of the first one; rows that differ in votes alone share a
+run. "plain" is the same network without diffusion. "A and B" is the ensemble of two rows, and "A, flips"
+takes the mean over mirrored images. The column "more than" is the difference to the first row, case by case,
+with p of the sign-flip test. A run that is there is gone on with, or scored only.
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ from ldm3d.inference.segmentation import SegmentConfig, segment_files  # noqa: E
 from ldm3d.pipeline import SegmentationPipeline  # noqa: E402
 
 PLAIN = {"cdal.diffusion": False}
+DEEP = PLAIN | {"generator.deep_supervision": True}
 Z = {"generator.latent_dim": 64}  # the ablation's own rows have it: each changes one thing of "z"
 ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
     "plain": (PLAIN, 1),
     "default": ({}, 5),
-    "deep": (PLAIN | {"generator.deep_supervision": True}, 1),
+    "deep": (DEEP, 1),
+    "deep, seed 1": (DEEP | {"run.seed": 1}, 1),
     "published": (train_cdal.PUBLISHED, 5),
     "votes 1": ({}, 1),
     "votes 30": ({}, 30),
+    "T = 1": ({"cdal.kernel.num_timesteps": 1}, 5),
     "z": (Z, 5),
     "z, T = 1": (Z | {"cdal.kernel.num_timesteps": 1}, 5),
     "z, T = 4": (Z | {"cdal.kernel.num_timesteps": 4}, 5),
@@ -55,7 +58,7 @@ ROWS: dict[str, tuple[dict, int]] = {  # flags beside the preset's, votes
     "z, attention on the loss": (Z | {"cdal.attention": "loss"}, 5),
 }
 FOLDERS = {"hippocampus": ("imagesTr", "labelsTr"), "monuseg": ("images", "masks")}
-ABLATION = [name for name in ROWS if name not in ("published", "deep")]
+ABLATION = [name for name in ROWS if name not in ("published", "deep", "deep, seed 1")]
 
 
 def flags_of(preset: str, settings: dict, folder: Path, steps: int, every: int) -> list[str]:
@@ -75,8 +78,11 @@ def steps_for(minutes: float, preset: str, settings: dict, folder: Path) -> int:
     return max(20, int(60 * minutes / once(folder.with_name(f"{folder.name}-seconds.json"), measure)))
 
 
-def train(minutes: float, preset: str, settings: dict, folder: Path) -> None:
+def train(minutes: float, preset: str, settings: dict, folder: Path, split: Path) -> None:
+    """Train the run of a row. split: that of the first run, which another seed takes over."""
     stored = folder / "config.json"
+    if "run.seed" in settings:
+        settings = settings | {"data.split": split, "data.test_fraction": 0}
     if stored.exists():
         steps = json.loads(stored.read_text())["run"]["steps"]
     else:
@@ -200,10 +206,11 @@ def main() -> None:
     if unknown:
         parser.error(f"--rows: no row {unknown[0]!r}; known are {', '.join(ROWS)}")
     lines, first = [], None
+    split = run_of(parts_of(chosen[0])[0][0], args) / "split.json"
     for row in chosen:
         names = parts_of(row)[0]
         for name in names:
-            train(args.minutes, args.preset, ROWS[name][0] | {"run.amp": args.amp}, run_of(name, args))
+            train(args.minutes, args.preset, ROWS[name][0] | {"run.amp": args.amp}, run_of(name, args), split)
         run, (out, votes, report) = run_of(names[0], args), test(row, args)
         first = first or out
         lines.append(row_of(row, run, votes, report, more_than(first, out)))

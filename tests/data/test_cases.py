@@ -246,6 +246,21 @@ def many(num, per_subject=2):
     return [Case(f"c{i:03d}", "x", subject=f"s{i // per_subject}") for i in range(num)]
 
 
+def test_another_seed_takes_over_the_split_of_a_run(tmp_path):
+    for folder in ("images", "run"):
+        (tmp_path / folder).mkdir()
+    for name in "abc":
+        (tmp_path / f"images/{name}.tif").touch()
+    file, split = tmp_path / "run/split.json", {"train": ["b"], "val": ["c"], "test": ["a"]}
+    file.write_text(json.dumps(split))
+    config = DataConfig(image="images/*.tif", split=str(file))
+    for seed in range(3):
+        assert split_cases(find_cases(config, tmp_path), config, seed) == split
+    file.write_text(json.dumps(split | {"test": []}))
+    with pytest.raises(InputError, match=r"split\.json: no split for case a"):
+        find_cases(config, tmp_path)
+
+
 @pytest.mark.parametrize("num", [4, 6, 40, 101])
 def test_a_drawn_split_keeps_subjects_together_and_is_repeated_by_the_seed(num):
     cases, config = many(num), DataConfig(val_fraction=0.2, test_fraction=0.1)
