@@ -13,6 +13,8 @@ subjects, a plain U-Net of fixed settings learns in several ways, the arms of th
     mixed            every second pair is synthetic
     first            synthetic pairs for N / 2 steps, then real pairs
     mixed_augmented  mixed, and strongly augmented
+    reconstructed    mixed, but the synthetic pairs are the real ones, their images through the autoencoder:
+                     what images as soft as samples do where every label is true
 
 Every arm is scored by the Dice on the same test cases. The last step counts, so no case chooses a network.
 The difference of an arm to `real` and to `augmented` is taken case by case, and its interval is drawn by
@@ -76,6 +78,12 @@ class Arm(NamedTuple):
     length: int = 1  # times N steps
     synthetic: Literal["none", "mixed", "first"] = "none"
     augmented: bool = False
+    reconstructed: bool = False  # real pairs through the autoencoder in place of synthetic ones
+
+    @property
+    def samples(self) -> bool:
+        """Does the generator have to make pairs for this arm?"""
+        return self.synthetic != "none" and not self.reconstructed
 
 
 ARMS = {
@@ -85,6 +93,7 @@ ARMS = {
     "mixed": Arm(synthetic="mixed"),
     "first": Arm(synthetic="first"),
     "mixed_augmented": Arm(synthetic="mixed", augmented=True),
+    "reconstructed": Arm(synthetic="mixed", reconstructed=True),
 }
 JUDGE = "real"  # the arm whose first network judges synthetic pairs
 MOST_REAL = 50  # real pairs that are sent through the autoencoder
@@ -433,7 +442,7 @@ class Study:
             if not (self.place(fraction) / f"{name}-{seed}.json").exists()
         ]
         fresh = [f for f in self.config.labelled if not (self.place(f) / "pairs.pt").exists()]
-        fresh = fresh if any(ARMS[name].synthetic != "none" for _, name in todo) else []
+        fresh = fresh if any(ARMS[name].samples for _, name in todo) else []
         blank = Pair(torch.zeros(self.spec.channels, *self.spec.size), torch.zeros(self.spec.size).long())
         train_segmenter(ARMS[JUDGE], [blank], [], 0, self, 1)  # the first step of a process takes longer
         start = time.process_time()
@@ -505,34 +514,36 @@ class Study:
         return {item["id"]: net.dice(Pair(item["image"], item["mask"])).tolist() for item in items}
 
     def learn(self, fraction: float) -> dict[str, np.ndarray]:
-        """All arms of a fraction: {arm: Dice of each test case (cases,), mean over labels and seeds}; nan for
-        a case without any label, where none was found."""
-        found: dict[str, list[np.ndarray]] = {}
+        """All arms of a fraction: {arm: Dice (seeds, test cases, labels but the background)}; nan for a label
+        that a case does not have, where none was found."""
+        found: dict[str, list[list[list[float]]]] = {}
         place = self.place(fraction)
         place.mkdir(exist_ok=True)
         files = {key: place / f"{key[0]}-{key[1]}.json" for key in self.arms()}
         real = synthetic = judge = judge_seed = None
+        autoencoder = self.pipeline.model.autoencoder
         for (name, seed), file in files.items():
             if not file.exists():
                 real = real or real_pairs(self.data[fraction].dataset("train"))
                 if judge is None:
                     judge, judge_seed = self.judge(fraction, real)
-                if ARMS[name].synthetic != "none":
-                    synthetic = synthetic or self.pairs(fraction, real, judge)
-                arm = ARMS[name]
+                arm, others = ARMS[name], []
+                if arm.samples:
+                    others = synthetic = synthetic or self.pairs(fraction, real, judge)
+                elif arm.reconstructed:
+                    others = [pair._replace(image=through(autoencoder, pair.image)) for pair in real]
                 if (name, seed) == (JUDGE, judge_seed):
                     net = judge
                 else:
                     steps = arm.length * self.config.steps
-                    net = train_segmenter(arm, real, synthetic or [], seed, self, steps)
+                    net = train_segmenter(arm, real, others, seed, self, steps)
                 scores = self.score(net)
                 write_report(file, {"dice": scores})
                 mean = torch.tensor(list(scores.values())).nanmean(1).nanmean()
                 print0(f"{fraction:g} of the masks, {name}, seed {seed}: Dice {mean:.4f}")
             scores = json.loads(file.read_text())["dice"]
-            labels = np.array([scores[case.id] for case in self.test.cases], dtype=float)
-            found.setdefault(name, []).append(torch.from_numpy(labels).nanmean(1))
-        return {name: torch.stack(seeds).nanmean(0).numpy() for name, seeds in found.items()}
+            found.setdefault(name, []).append([scores[case.id] for case in self.test.cases])
+        return {name: np.array(seeds, dtype=float) for name, seeds in found.items()}
 
 
 def mean_and_interval(
@@ -547,25 +558,27 @@ def mean_and_interval(
 
 
 def compared(scores: dict[str, np.ndarray], subjects: Sequence[str], resamples: int) -> dict[str, dict]:
-    """{arm: {"dice", "to_real", "to_augmented": [mean, low, high]}}, intervals of paired differences by
-    subject. scores: of `Study.learn`."""
-    rows = {}
-    for name, values in scores.items():
+    """{arm: {"dice", "to_real", "to_augmented": [mean, low, high], "by_label": means}}, intervals of paired
+    differences by subject. scores: of `Study.learn`."""
+    rows, tensors = {}, {name: torch.from_numpy(values) for name, values in scores.items()}
+    means = {name: values.nanmean(2).nanmean(0).numpy() for name, values in tensors.items()}
+    for name, values in means.items():
         rows[name] = {"dice": mean_and_interval(values, subjects, resamples, "dice")}
+        rows[name]["by_label"] = tensors[name].nanmean((0, 1)).tolist()
         for other in ("real", "augmented"):
-            if other in scores and other != name:
-                difference = values - scores[other]
+            if other in means and other != name:
+                difference = values - means[other]
                 rows[name][f"to_{other}"] = mean_and_interval(difference, subjects, resamples)
     return rows
 
 
 def show(report: dict[str, Any]) -> None:
     """The tables of arms and of pairs, in Markdown."""
-    lines = [("masks of", "arm", "test Dice", "to real", "to augmented")]
+    lines = [("masks of", "arm", "test Dice", "to real", "to augmented", "test Dice by label")]
     for fraction, arms in report["arms"].items():
         for name, row in arms.items():
             cells = (with_interval(*row[k]) if k in row else "-" for k in ("dice", "to_real", "to_augmented"))
-            lines.append((fraction, name, *cells))
+            lines.append((fraction, name, *cells, ", ".join(f"{v:.3f}" for v in row["by_label"])))
     print0(f"\n{table(lines, markdown=True)}\n")
     title = "agreement", "ceiling", "volume seen / asked", "volume / real", "ignored"
     lines = [("masks of", "label", *title)]

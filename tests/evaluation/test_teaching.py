@@ -10,6 +10,7 @@ import tiny
 import torch
 
 import train_ldm
+from ldm3d import load
 from ldm3d.data import AugmentConfig
 from ldm3d.evaluation import teaching
 from ldm3d.evaluation.__main__ import main
@@ -84,7 +85,7 @@ def test_each_arm_has_its_share_of_synthetic_pairs():
         batches = [batch_of(arm, ["real"], ["made"], step, 10, 4, 0) for step in range(10)]
         shares[name] = [batch.count("made") for batch in batches]
     assert shares["real"] == shares["longer"] == shares["augmented"] == [0] * 10
-    assert shares["mixed"] == shares["mixed_augmented"] == [2] * 10
+    assert shares["mixed"] == shares["mixed_augmented"] == shares["reconstructed"] == [2] * 10
     assert shares["first"] == [4] * 5 + [0] * 5
 
 
@@ -149,18 +150,26 @@ def test_pairs_are_described_by_agreement_ceiling_and_volumes(judge, pairs):
 
 def test_arms_are_compared_case_by_case_and_subject_by_subject():
     real, subjects = np.array([0.5, 0.9, 0.7, 0.8]), ["a", "a", "b", "c"]
-    rows = compared({"real": real, "mixed": real + 0.01}, subjects, 50)
+    scores = {"real": real[None, :, None], "mixed": real[None, :, None] + 0.01}
+    rows = compared(scores, subjects, 50)
     assert rows["real"]["dice"] == pytest.approx([0.725, *bootstrap_interval(real, 50, subjects, "dice")])
     assert rows["mixed"]["to_real"] == pytest.approx([0.01] * 3)
     assert "to_real" not in rows["real"]
     assert "to_augmented" not in rows["mixed"]
     gap = np.array([np.nan, 0.9, 0.7, 0.8])  # no label in the case, and none found
-    rows = compared({"real": gap, "mixed": real}, subjects, 50)
+    rows = compared({**scores, "real": gap[None, :, None], "mixed": real[None, :, None]}, subjects, 50)
     assert rows["real"]["dice"] == pytest.approx(
         [0.8, *bootstrap_interval(gap[1:], 50, subjects[1:], "dice")]
     )
     assert rows["mixed"]["to_real"] == pytest.approx([0] * 3)
-    assert np.isnan(compared({"real": gap[:1]}, subjects[:1], 50)["real"]["dice"]).all()
+    assert np.isnan(compared({"real": gap[None, :1, None]}, subjects[:1], 50)["real"]["dice"]).all()
+
+
+def test_an_arm_has_the_mean_of_its_labels_and_of_its_seeds():
+    values = np.array([[[0.2, 0.4], [0.6, np.nan]], [[0.4, 0.8], [0.8, 0.4]]])  # seeds, cases, labels
+    row = compared({"real": values}, ["a", "b"], 50)["real"]
+    assert row["by_label"] == pytest.approx([0.5, (0.4 + 0.8 + 0.4) / 3])
+    assert row["dice"][0] == pytest.approx((0.3 + 0.6 + 0.6 + 0.6) / 4)
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -240,6 +249,25 @@ def test_settings_of_a_study_reach_what_they_are_for(asked_run, tmp_path, monkey
     assert (chances[0][0][2] == 1).all()
     main(["teach", str(asked_run), "--out", str(tmp_path / "b"), *flags, "--hard", "2", *SHORT])
     assert not (chances[1][0][2] == 1).all()
+
+
+def test_a_study_without_samples_teaches_with_reconstructions_of_its_real_pairs(
+    asked_run, tmp_path, monkeypatch
+):
+    trained, sampled = (
+        calls_of(monkeypatch, teaching, "train_segmenter"),
+        calls_of(monkeypatch, teaching, "by_condition"),
+    )
+    flags = ["--labelled", "0.5", "--arms", "real,reconstructed", "--out", str(tmp_path)]
+    main(["teach", str(asked_run), *flags, *SHORT])
+    arm, real, others, *_ = trained[-1][0]
+    assert arm == ARMS["reconstructed"]
+    assert not sampled
+    autoencoder = load(asked_run).model.autoencoder
+    for own, other in zip(real, others, strict=True):
+        x = autoencoder.decode(autoencoder.encode(own.image[None]).mode(), own.image.shape[1:])[0]
+        torch.testing.assert_close(other.image, x)
+        assert torch.equal(other.mask, own.mask)
 
 
 def test_registers_make_masks_of_their_own(bound_run, tmp_path, monkeypatch):
