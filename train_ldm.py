@@ -68,7 +68,7 @@ from ldm3d.engine.checkpoint import load_run
 from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet, visible_slices
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
-from ldm3d.engine.runs import Run, difference, settings_of_init, with_settings_of_init
+from ldm3d.engine.runs import Run, difference, goes_on, settings_of_init, with_settings_of_init
 from ldm3d.engine.training import (
     EMA,
     Mean,
@@ -111,7 +111,13 @@ from ldm3d.latents import (
 )
 from ldm3d.lora import LoRAConfig, add_adapters
 from ldm3d.metrics import dice, set_statistics
-from ldm3d.pipeline import build_autoencoder, copy_autoencoder, latent_statistics_of, longest_side_of
+from ldm3d.pipeline import (
+    build_autoencoder,
+    copy_autoencoder,
+    latent_statistics_of,
+    longest_side_of,
+    note_unvalidated,
+)
 from ldm3d.plan import (
     LDM_PASSES,
     Latents,
@@ -120,6 +126,7 @@ from ldm3d.plan import (
     common_flips,
     machine,
     note_attention,
+    other_autoencoder,
     plan_ldm,
     plan_length,
     plan_other_data,
@@ -326,19 +333,24 @@ def autoencoder_beside(run: str) -> Path:
     return (path if path.is_dir() else path.parent) / "autoencoder.pt"
 
 
+def place_of_autoencoder(config: Config) -> Path:
+    """The run folder or checkpoint of the autoencoder that a new run takes."""
+    if config.frozen and config.vae is None:
+        return autoencoder_beside(config.run.init)
+    return Path(config.vae or f"runs/vae-{config.preset}")
+
+
 def autoencoder_of(config: Config) -> tuple[dict[str, Any], str]:
-    """(the content of the autoencoder's checkpoint, where it is from): the run folder's own copy, once there
-    is one, else that of --vae, or the stem of --pixel_stem."""
+    """(the content of the autoencoder's checkpoint, where it is from): the run folder's own copy, where the
+    run goes on, else that of --vae, or the stem of --pixel_stem."""
     own = config.folder / "autoencoder.pt"
-    if own.exists() and not config.run.fresh:
+    if own.exists() and goes_on("ldm", config):
         return load_run(own, "vae"), str(own)
     if config.pixel_stem is not None:
         run = load_run(config.vae, "vae") if config.vae else None
         return pixels(config, run), f"a stem of {config.pixel_stem}, which has no weights"
-    path = Path(config.vae or f"runs/vae-{config.preset}")
-    if config.frozen and config.vae is None:
-        path = autoencoder_beside(config.run.init)
-    elif config.vae is None and not path.exists():
+    path = place_of_autoencoder(config)
+    if config.vae is None and not config.frozen and not path.exists():
         first = f"python train_vae.py {config.preset}"
         raise InputError(f"{path}: no autoencoder; train it first ({first}), or name another with --vae")
     return load_run(path, "vae"), str(path)
@@ -396,6 +408,19 @@ def check_base(run: Run, stage_one: dict[str, Any]) -> None:
     theirs, ours = load_run(where, "vae")["ema"], stage_one["ema"]
     if theirs.keys() != ours.keys() or not all(torch.equal(theirs[k], ours[k]) for k in ours):
         raise InputError(f"vae: another autoencoder than {where}, on whose latents the frozen denoiser works")
+
+
+def note_autoencoder(run: Run, stage_one: dict[str, Any], source: str) -> None:
+    """Say so if the autoencoder has not been validated, or has other weights now than a resumed run took."""
+    note_unvalidated(Path(source), stage_one)
+    now = place_of_autoencoder(run.config)
+    if not run.resumed or run.config.pixel_stem or not now.exists() or str(now) == source:
+        return
+    if other_autoencoder(run.dir, now):
+        print0(
+            f"note: {now} has other weights than at the start of this run, which goes on with its copy, "
+            f"{source}; --run.fresh starts anew, with the new weights"
+        )
 
 
 def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
@@ -967,6 +992,7 @@ def train(
         config.kernel.check_start()
     stage_one, source = autoencoder_of(config)
     autoencoder = build_autoencoder(stage_one, source)
+    note_autoencoder(run, stage_one, source)
     check_settings(config, stage_one)
     check_base(run, stage_one)
     autoencoder.to(device).memory = config.memory
@@ -1008,7 +1034,8 @@ def train(
         planner.write(run.dir)
     if not stage_one["state"]["data"]:  # of --pixel_stem alone: the data are the run's own
         stage_one = {**stage_one, "state": {"data": data.spec.to_dict(), **data.state}}
-    copy_autoencoder(stage_one, run.dir)
+    if not run.resumed or not (run.dir / "autoencoder.pt").exists():
+        copy_autoencoder(stage_one, run.dir)
 
     opened = config, autoencoder, data, conditions, run, device
     train_set, tables = open_latents("train", *opened)

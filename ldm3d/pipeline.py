@@ -40,6 +40,13 @@ from .unet import UNetConfig
 from .vae import Autoencoder, VAEConfig
 from .vqvae import QuantizerConfig, make_autoencoder
 
+
+def note_unvalidated(run: Path, content: dict[str, Any]) -> None:
+    """Say whose weights `load_run(run)`, its `content`, has, where the run has not been validated yet."""
+    if run.is_dir() and not (run / "best.pt").exists():
+        print0(f"note: {run} has no best.pt yet; its weights are those of step {content['step']}")
+
+
 # --- autoencoders -------------------------------------------------------------------------------------------
 
 
@@ -63,13 +70,11 @@ def load_autoencoder(run: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
 
 
 def copy_autoencoder(content: dict[str, Any], run_dir: Path) -> None:
-    """Put the autoencoder's EMA weights into a stage-two folder, once, so that the folder is complete.
-    content: of a checkpoint of the autoencoder's run."""
-    target = run_dir / "autoencoder.pt"
-    if target.exists() or not is_main():
-        return
-    keep = ("kind", "config", "state", "ema", "step", "best")
-    save(target, {k: content.get(k) for k in keep})
+    """Put the autoencoder's EMA weights into a stage-two folder, so that the folder is complete. content:
+    that of a checkpoint of the autoencoder's run."""
+    if is_main():
+        keep = ("kind", "config", "state", "ema", "step", "best")
+        save(run_dir / "autoencoder.pt", {k: content.get(k) for k in keep})
 
 
 def latent_statistics_of(state: dict[str, Any], channels: int, run: str | Path) -> tuple[Tensor, Tensor]:
@@ -103,8 +108,7 @@ class Pipeline:
         self.content = {k: content[k] for k in ("kind", "config", "state", "step")}
         self.spec = DataSpec.from_dict(content["state"]["data"])
         self.layout = from_dict(DataConfig, content["config"]["data"], "data")
-        if self.run.is_dir() and not (self.run / "best.pt").exists():
-            print0(f"note: {run} has no best.pt yet; its weights are those of step {content['step']}")
+        note_unvalidated(self.run, content)
 
     def own_size(self, x: Tensor | str | Path) -> Tensor:
         """An image (C, *S), scaled as in training, in its own size; x: this tensor itself, or its file."""

@@ -15,7 +15,7 @@ import train_vae
 from ldm3d import read, write
 from ldm3d.data import Volume
 from ldm3d.data.phantoms import write_phantoms
-from ldm3d.engine.checkpoint import load, step_files
+from ldm3d.engine.checkpoint import load, save, step_files
 from ldm3d.pipeline import load as open_run
 
 
@@ -53,6 +53,33 @@ def test_without_other_data_the_split_and_the_scaling_are_the_autoencoders(vae_r
     for name in ("low", "high", "size", "spacing"):
         assert ours["data"][name] == theirs["data"][name]
     assert "the autoencoder's run knows" not in capsys.readouterr().out
+
+
+def test_an_autoencoder_that_has_not_been_validated_is_named_with_its_step(vae_run, tmp_path, capsys):
+    vae = shutil.copytree(vae_run, tmp_path / "vae")
+    (vae / "best.pt").unlink()
+    trained(vae, tmp_path / "ldm")
+    assert f"note: {vae} has no best.pt yet; its weights are those of step 10" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_copy_of_an_autoencoder_that_has_other_weights_now(vae_run, tmp_path, capsys):
+    vae, run = shutil.copytree(vae_run, tmp_path / "vae"), tmp_path / "ldm"
+    flags = tiny.ldm_flags(vae, run, 2)
+    train_ldm.main(flags)
+    assert "note: " not in capsys.readouterr().out
+    copy, content = (run / "autoencoder.pt").read_bytes(), load(vae / "best.pt")
+    for weight in content["ema"].values():
+        weight.mul_(0.5)
+    save(vae / "best.pt", content)
+    train_ldm.main([*flags, "--run.steps", "4"])
+    note = f"note: {vae} has other weights than at the start of this run, which goes on with its copy, {run}"
+    assert note in capsys.readouterr().out
+    assert (run / "autoencoder.pt").read_bytes() == copy
+    for path in step_files(run):
+        path.unlink()
+    train_ldm.main(flags)  # nothing is left to go on from: the run starts anew, and takes what --vae has now
+    assert "note: " not in capsys.readouterr().out
+    tiny.assert_equal(load(run / "autoencoder.pt")["ema"], content["ema"])
 
 
 def test_the_same_data_in_another_folder_make_the_same_run(heads, vae_run, tmp_path, capsys):
