@@ -54,12 +54,21 @@ class Grain:
     @staticmethod
     def of(pipeline: LatentDiffusionPipeline) -> Grain:
         """The grain that a run has measured; InputError if it has measured none."""
-        if (state := pipeline.content["state"].get("grain")) is None:
+        state, run = pipeline.content["state"], pipeline.run
+        if "grain" not in state:
+            remedy = f"sample without it, or train on in a new run (--run.init {run}), which measures it"
             raise InputError(
-                f"grain: {pipeline.run} has measured none: it is older than this setting, imported, "
-                "or without an autoencoder"
+                f"grain: {run} has measured none, being imported or of an older version; {remedy}"
             )
-        return Grain(state["filter"], state["std"])
+        if state["grain"] is None:
+            raise InputError(f"grain: the autoencoder of {run} leaves nothing out; sample without it")
+        return Grain(state["grain"]["filter"], state["grain"]["std"])
+
+    @property
+    def strength(self) -> str:
+        """How strong it is, in words: its standard deviation in % of the range from -1 to 1."""
+        low, high = (100 * float(value) / 2 for value in (self.std.min(), self.std.max()))
+        return f"a standard deviation of {low:.2g} to {high:.2g} % of the range, by intensity"
 
     def noise(self, size: Sequence[int], seed: int, index: int, start: int, stop: int) -> Tensor:
         """n (C, stop - start, *size[1:]): planes `start` to `stop` of the first axis, for sample `index`.

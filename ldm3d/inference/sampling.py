@@ -389,6 +389,8 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     )
     steps = f"{plural(len(times), 'step')} = {plural(calls, 'network call')} each"
     print0(f"{plural(total, 'volume')} of {by(size)} ({mm} mm), {sampler}, {steps}")
+    if grain is not None:
+        print0(f"grain: {grain.strength}")
 
     indices = list(range(total))[rank() :: world_size()]
     sets = torch.tensor(indices, dtype=torch.long) // config.samples

@@ -79,7 +79,17 @@ def test_of_a_large_case_the_middle_is_decoded_and_the_planes_at_its_cuts_are_le
     assert found["std"].max() == pytest.approx(0.3, abs=0.02)
 
 
-def test_samples_get_the_grain_that_the_run_has_measured_on_validation_cases(vae_run, tmp_path, monkeypatch):
+def test_the_first_rank_alone_measures_grain(vae_run, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(train_ldm, "measure_grain", lambda *args: measured.append(args))
+    monkeypatch.setattr(train_ldm, "is_main", lambda: False)
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 1))
+    assert not measured
+
+
+def test_samples_get_the_grain_that_the_run_has_measured_on_validation_cases(
+    vae_run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sampling, "save_sheet", lambda *args: None)
     run = tmp_path / "run"
     train_ldm.main(tiny.ldm_flags(vae_run, run, 2))
@@ -95,6 +105,9 @@ def test_samples_get_the_grain_that_the_run_has_measured_on_validation_cases(vae
     flags = ["--num", "2", "--steps", "2", "--format", "nii", "--amp", "fp32", "--device", "cpu"]
     for name, more in (("plain", []), ("grain", ["--grain"])):
         sample.main([str(run), "--out", str(tmp_path / name), *flags, *more])
+    low, high = 50 * found.std.min(), 50 * found.std.max()  # of a range of 2
+    line = f"grain: a standard deviation of {low:.2g} to {high:.2g} % of the range, by intensity\n"
+    assert capsys.readouterr().out.count(line) == 1  # not without the flag
     plain, grainy = (read(tmp_path / name / "sample_0001.nii").array[..., 0] for name in ("plain", "grain"))
     x = pipeline.sample(2, steps=2, batch_size=8)[1]
     assert np.array_equal(plain, spec.to_volume(x).array)
@@ -106,6 +119,13 @@ def test_samples_get_the_grain_that_the_run_has_measured_on_validation_cases(vae
     in_planes = read(tmp_path / "planes" / "sample_0001.nii").array[..., 0]
     np.testing.assert_allclose(in_planes, with_grain, rtol=1e-4, atol=1e-2)
 
+    pipeline.content["state"]["grain"] = None
+    with pytest.raises(
+        InputError, match=r"grain: the autoencoder of .* leaves nothing out; sample without it"
+    ):
+        Grain.of(pipeline)
     del pipeline.content["state"]["grain"]
-    with pytest.raises(InputError, match=r"grain: .* has measured none"):
+    with pytest.raises(
+        InputError, match=r"grain: .* has measured none.*; sample without it, or train on in a new run"
+    ):
         Grain.of(pipeline)
