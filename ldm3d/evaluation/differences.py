@@ -37,6 +37,8 @@ from ..engine.logger import plural
 from .results import Rows, check_out, new_folder, table, write_csv, write_report
 from .statistics import bootstrap_interval, interval_words, sign_flip_test
 
+FEW = 5  # subjects, with which no difference has a p below 0.05
+
 
 @dataclass(frozen=True)
 class DifferenceConfig:
@@ -129,5 +131,9 @@ def compare_results(config: DifferenceConfig, first: str, second: str) -> Path:
     columns = ("first", "second", "difference", "low", "high", "p", "second_higher", "cases")
     lines = [[name, *(m[c] for c in columns)] for name, m in metrics.items()]
     print(table([["", *(c.replace("_", " ") for c in columns)], *lines]))
+    if (num := report["subjects"]) <= FEW:
+        print(
+            f"note: p cannot be below {2.0 ** (1 - num):g} with {plural(num, 'subject')}, whatever the scores"
+        )
     print(f"{plural(len(shared), 'case')} of {plural(report['subjects'], 'subject')}: {folder}")
     return folder

@@ -48,17 +48,20 @@ def test_differences_are_taken_case_by_case_with_subjects_as_a_whole(results, tm
     assert found["p"] == sign_flip_test(step, groups) != sign_flip_test(step)
     assert found["second_higher"] == (step > 0).mean()
     assert report["metrics"]["hd95"]["p"] == 2 / 2**6
-    assert "12 cases of 6 subjects" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 cases of 6 subjects" in said
+    assert "note: " not in said
     lines = (tmp_path / "out" / "cases.csv").read_text().splitlines()
     assert lines[0] == "case,dice,hd95"
     assert float(lines[1].split(",")[1]) == pytest.approx(step[-1])
 
 
-def test_the_worked_example_of_five_cases(results, tmp_path):
+def test_the_worked_example_of_five_cases(results, tmp_path, capsys):
     first = results("first", {k: (0.8, 1) for k in range(5)})
     second = results("second", {k: (0.81 + k / 100, 1) for k in range(5)})
     found = report_of(first, second, tmp_path / "out")["metrics"]
     assert found["dice"]["p"] == 2 / 32
+    assert "note: p cannot be below 0.0625 with 5 subjects, whatever the scores" in capsys.readouterr().out
     assert (found["hd95"]["p"], found["hd95"]["second_higher"]) == (1, 0.5)
 
 
