@@ -125,9 +125,11 @@ def replace(config: C, changes: dict[str, Any]) -> C:
 
 
 def unknown_key(key: str, existing: list[str]) -> str:
-    """One line that names the key and the nearest existing one."""
-    near = difflib.get_close_matches(key, existing, n=1, cutoff=0.5)
-    return f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    """One line that names the key and the nearest existing one: run.steps for steps, and for run.stepz."""
+    word, names = key.lstrip("-"), {k.lstrip("-"): k for k in existing}  # dashes would make all words alike
+    near = [k for k in names if k.endswith(f".{word}")]
+    near = near or difflib.get_close_matches(word, names, n=1, cutoff=0.7)
+    return f"{key}: no such setting" + (f"; did you mean {names[near[0]]}?" if near else "")
 
 
 def convert(value: Any, kind: Any, key: str) -> Any:

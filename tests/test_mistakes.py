@@ -63,7 +63,7 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
     ("ldm", "--size 32,32 --overlap 1", "overlap: expected 0 <= overlap < 1, got 1.0"),
     ("ldm", "--size 32,32 --cases val", "size, cases: give one of the two"),
     ("ldm", "--size 32,32 --edit a.tif", "size, edit: give one of the two"),
-    ("ldm", "--votes 3", "--votes: no such setting; did you mean --"),
+    ("ldm", "--votes 3", "--votes: no such setting\n"),
     ("ldm", "{heads}/images", "images: not expected here"),
     ("bound", "--with-labels --inpaint a.tif --region b.tif", "with_labels, inpaint: give one of the two"),
     ("vae", "", "which images? give the image file, or folder of images"),
@@ -84,6 +84,8 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
 
 TRAIN = [  # kind of the run, more flags, what the line says
     ("vae", "--run.stepz 3", "--run.stepz: no such setting; did you mean --run.steps?"),
+    ("vae", "--lr 3", "--lr: no such setting; did you mean --optim.lr?"),
+    ("vae", "--kernel.process flow", "--kernel.process: no such setting\n"),
     ("vae", "--data.root /nowhere", "/nowhere"),
     ("vae", "--vae.channels none", "vae.channels: expected"),
     ("vae", "--run.device abacus", "abacus"),
