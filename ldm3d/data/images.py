@@ -221,9 +221,19 @@ def with_references(cases: list[Case], folder: Path, layout: DataConfig) -> list
         named += [files.get(file_name(case.id)), masks.get(case.id)]
         named = [path for path in named if path is not None and path.resolve() != image]
         if (path := masks.get(image) or next(iter(named), None)) is None:
+            names = {strip_suffix(case.image), file_name(case.id)}
+            if any(name.rpartition("__")[0] in names for name in files):  # ID__RATER
+                raise _several_raters(folder)
             raise InputError(f"reference: {folder} holds no label map of {case.image}")
         found.append(replace(case, mask=path))
     return found
+
+
+def _several_raters(folder: Path) -> InputError:
+    return InputError(
+        f"reference: {folder} has masks of several raters; --every_vote or --level_sets, and then "
+        "`python -m ldm3d.evaluation raters`, compares with all of them"
+    )
 
 
 def _masks_in(folder: Path, layout: DataConfig) -> dict[str | Path, Path]:
@@ -238,10 +248,7 @@ def _masks_in(folder: Path, layout: DataConfig) -> dict[str | Path, Path]:
         except InputError:
             continue
         if any(case.raters for case in found):
-            raise InputError(
-                f"reference: {folder} has masks of several raters; --every_vote or --level_sets, and then "
-                "`python -m ldm3d.evaluation raters`, compares with all of them"
-            )
+            raise _several_raters(folder)
         if masks := [(key, c.mask) for c in found if c.mask for key in (c.id, c.image.resolve())]:
             return dict(masks)
     return {}

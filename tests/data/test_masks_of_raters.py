@@ -151,8 +151,9 @@ def test_raters_that_do_not_fit_are_named(root, settings):
 def test_references_of_several_raters_are_not_taken_for_one(root, settings):
     cases = [case.image_alone() for case in find_cases(settings, root)]
     assert not any(case.masks for case in cases)
-    with pytest.raises(InputError, match="has masks of several raters"):
-        with_references(cases, root, settings)
+    for folder in (root, root / "raters"):
+        with pytest.raises(InputError, match="has masks of several raters"):
+            with_references(cases, folder, settings)
 
 
 def test_a_folder_of_masks_named_by_case_and_rater_is_recognised(root, settings):
