@@ -35,14 +35,14 @@ from .data.fingerprint import READING, Fingerprint
 from .data.opening import open_stored
 from .engine.checkpoint import load_latest, load_run, step_files, write_text
 from .engine.distributed import gather, is_main, print0, setup, world_size
-from .engine.logger import WIDTH, plural
+from .engine.logger import WIDTH, duration, plural
 from .engine.memory_plan import MemoryTable
 from .engine.runs import changed_case, load_init
 from .unet import SLOW_ATTENTION, UNetConfig
 
 PLAN_FILE = "plan.json"
 VAE_PASSES = CDAL_PASSES = (2000, 5000)  # most passes over the training cases, least steps; see `plan_length`
-VALIDATE_EVERY = 5  # minutes at least
+VALIDATE_EVERY = 5  # minutes at least, if a run takes all of its hours
 LDM_PASSES = {False: (100, 500), True: (300, 500)}  # the same, by: in variants?
 HOURS = {False: 1.0, True: 12.0}  # of training where --hours does not say it, by GPU
 SHORT = 0.5  # hours, below which a run is short: more steps teach more than wider levels and larger patches
@@ -720,7 +720,8 @@ def plan_length(
         why = f"{num_train} training cases ask for no more; {by_time:.0f} would fit into {hours:g} h"
     steps = plan.set("run.steps", steps, why)
     plan.set("optim.warmup_steps", min(1000, max(1, steps // 20)), "a twentieth of the steps, at most 1000")
-    num, why = min(8, max(1, int(60 * hours / VALIDATE_EVERY))), f"{VALIDATE_EVERY} minutes apart or more"
+    num = min(8, max(1, int(60 * hours / VALIDATE_EVERY)))  # as many where the cases make a run shorter
+    why = f"{duration(steps * seconds / 0.85 / num)} apart"
     if num * validation > 360 * hours:
         num = max(1, int(360 * hours / validation))
         why = f"of some {validation:.0f} s, in a tenth of the time"

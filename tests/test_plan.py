@@ -556,6 +556,13 @@ def test_all_that_counts_in_steps_follows_from_them():
     assert "run.patience" not in length()
 
 
+def test_how_far_apart_validations_are_is_said_of_the_steps_that_are_planned():
+    plan = Plan({"batch_size": 2})
+    plan_length(plan, 1.0, 0.5, (100, 100), 4, 0.05)  # 200 steps of an hour's 6100
+    whys = {choice.key: choice.why for choice in plan.choices}
+    assert whys["run.eval_every"] == "validations: 8, 15 s apart"  # 25 steps, and 15 % more
+
+
 @pytest.mark.parametrize(("steps", "rounded"), [(4731, 4700), (99, 99), (3, 10), (123_456, 120_000)])
 def test_steps_are_rounded_down_to_two_digits(steps, rounded):
     assert round_steps(steps) == rounded
