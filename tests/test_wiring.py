@@ -1347,6 +1347,15 @@ def test_an_ensemble_is_not_scored_on_cases_that_one_run_has_learned(
     )
 
 
+def test_an_ensemble_is_not_scored_on_subjects_that_one_run_has_learned(heads, other_cdal, tmp_path, mistake):
+    first = {"train": ["phantom_0010"], "val": ["phantom_0000"]}
+    of_both = first | {"train": ["phantom_0011", "phantom_0001"]}
+    first, other = (other_cdal(subject="phantom_(...)", split=split) for split in (first, of_both))
+    words = [first, str(heads / "images"), "--part", "val", "--out", str(tmp_path / "out")]
+    line = mistake(sample.main, [*words, "--ensemble", other])
+    assert "was trained on phantom_0001, of the subject of phantom_0000 of part val" in line
+
+
 # --- python -m ldm3d.evaluation compare ---------------------------------------------------------------------
 
 

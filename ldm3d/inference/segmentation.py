@@ -46,7 +46,9 @@ same voxels; 0 is perfect for all three:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import tempfile
@@ -64,6 +66,7 @@ from ..cdal import level_sets, uncertainty
 from ..config import InputError, at_least, show, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import cut, resampled_grid, resampled_planes
+from ..data.images import find_images
 from ..data.loading import load_role
 from ..data.volumes import NIFTI, TIFF, Header, affine_spacing, file_name, read_header, volume_suffix
 from ..engine.distributed import gather, is_main, print0, rank, setup, world_size
@@ -127,24 +130,49 @@ class SegmentConfig:
 # --- cases --------------------------------------------------------------------------------------------------
 
 
-def open_runs(config: SegmentConfig, run: Path) -> list[SegmentationPipeline]:
+def open_runs(config: SegmentConfig, run: Path, images: Path) -> list[SegmentationPipeline]:
     """The run and those of config.ensemble. InputError names what they do not share, or a case of config.part
-    that one of them was trained on."""
+    that one of them was trained on, or on whose subject."""
     device = setup(config.device)
     first, *others = opened = [SegmentationPipeline(path, device) for path in (run, *config.ensemble)]
     check_window(config.window, first.layout.dims)
     asked = first.content["state"]["split"].get(config.part, ()) if config.part in ("val", "test") else ()
+    subjects = subjects_in(images, first.layout) if asked and others else {}
     seen = what_is_seen(first)
     for other in others:
         for name, theirs in what_is_seen(other).items():
             if theirs != seen[name]:
                 got = f"{show(theirs)}, that of {first.run} {show(seen[name])}"
                 raise InputError(f"ensemble: {other.run}: {name} is {got}")
-        if learned := set(asked) & set(other.content["state"]["split"].get("train", ())):
+        trained = other.content["state"]["split"].get("train", ())
+        if learned := set(asked) & set(trained):
             raise InputError(f"ensemble: {other.run} was trained on {min(learned)} of part {config.part}")
+        case_of = {subjects[name]: name for name in trained if name in subjects}
+        for name in (name for name in asked if subjects.get(name) in case_of):
+            learned = f"{case_of[subjects[name]]}, of the subject of {name} of part {config.part}"
+            raise InputError(f"ensemble: {other.run} was trained on {learned}")
     for one in opened if config.flips else ():
         one.check_flips()
     return opened
+
+
+def subjects_in(images: Path, layout: DataConfig) -> dict[str, str]:
+    """{case: subject} of the images, as `open_images` finds them. {} where training and validation share
+    subjects (data.val_gap)."""
+    if layout.val_gap is not None:
+        return {}
+    with contextlib.redirect_stdout(io.StringIO()):  # `open_images` says the same again
+        _, cases = find_images(images, dataclasses.replace(layout, subset=None))
+    return {case.id: case.subject for case in cases}
+
+
+def ways_of(opened: Sequence[SegmentationPipeline], votes: int) -> str:
+    """How each run segments, in words. A network without diffusion has no votes that could differ."""
+    diffused = f"T = {{}}, {plural(votes, 'vote')}"
+    methods = [one.method for one in opened]
+    return "; ".join(
+        diffused.format(m.num_timesteps) if m.config.diffusion else "without diffusion" for m in methods
+    )
 
 
 def what_is_seen(run: SegmentationPipeline) -> dict[str, Any]:
@@ -341,13 +369,11 @@ def overlay(
 
 def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     """Segment one image or all images of a folder; returns the new folder."""
-    pipeline, *_ = opened = open_runs(config, run)
+    pipeline, *_ = opened = open_runs(config, run, images)
     dataset = open_images(pipeline.content, images, config.part, config.reference)
     folder = new_folder(run, config.out, "segmentations")
     rows, worst, bins = {}, WorstPictures(SHOWN), torch.zeros(3, CONFIDENCES, dtype=torch.float64)
-    num, votes = plural(len(dataset), "case"), plural(config.votes, "vote")
-    steps = ", ".join(str(one.method.num_timesteps) for one in opened)
-    print0(f"{num}, T = {steps}, {votes}")
+    print0(f"{plural(len(dataset), 'case')}, {ways_of(opened, config.votes)}")
     settings = (config.votes, config.window, config.overlap, config.seed)
     num_labels = pipeline.method.num_labels
     channels = num_labels * (config.votes if config.every_vote and pipeline.method.config.diffusion else 1)
