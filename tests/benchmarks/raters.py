@@ -57,7 +57,7 @@ from budgets import measured_in_cpu_seconds, once, seconds_of_step, words_of_len
 
 import train_cdal  # noqa: E402
 from ldm3d import pipeline  # noqa: E402
-from ldm3d.cdal import CDAL, Generator, GeneratorConfig  # noqa: E402
+from ldm3d.cdal import CDAL, Generator, GeneratorConfig, level_sets  # noqa: E402
 from ldm3d.config import show  # noqa: E402
 from ldm3d.data import VolumeDataset, open_stored  # noqa: E402
 from ldm3d.engine.distributed import keyed_generator  # noqa: E402
@@ -188,11 +188,16 @@ def sampled(p: Tensor, random: torch.Generator) -> Tensor:
     return flat.T.view(VOTES, *p.shape[1:])
 
 
-def level_sets(p: Tensor, random: torch.Generator) -> Tensor:
-    """Masks (VOTES, *S) of foreground probabilities p (*S) or (VOTES, *S): where p > (v + 1/2) / VOTES,
-    in random order."""
-    thresholds = (torch.randperm(VOTES, generator=random) + 0.5) / VOTES
-    return (p > thresholds.view(-1, 1, 1)).long()
+def shuffled_level_sets(p: Tensor, random: torch.Generator) -> Tensor:
+    """The level sets (VOTES, *S) of probabilities p (K, *S), or one of each of (VOTES, K, *S), in random
+    order."""
+    every = p if p.ndim == 4 else [p] * VOTES
+    return torch.stack(
+        [
+            level_sets(own, VOTES)[v]
+            for v, own in zip(torch.randperm(VOTES, generator=random), every, strict=True)
+        ]
+    )
 
 
 def first_steps(opened: pipeline.SegmentationPipeline, x: Tensor, key: str) -> Tensor:
@@ -213,11 +218,11 @@ def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], item: dict[s
     random = keyed_generator(0, 0, f"{arm} {key}")
     if not opened:
         p = F.one_hot(item["raters"]).movedim(-1, 1).float().mean(0)
-        drawn = {"shares": sampled, "level sets of shares": lambda p, random: level_sets(p[1], random)}
+        drawn = {"shares": sampled, "level sets of shares": shuffled_level_sets}
         return drawn[arm](p, random) if arm in drawn else p.argmax(0).expand(VOTES, -1, -1)
     first = opened[0]
     if arm == "diffusion, level sets":
-        return level_sets(first_steps(first, x, key)[:, 1], random)
+        return shuffled_level_sets(first_steps(first, x, key), random)
     if arm.startswith("diffusion"):
         p = first.method.segment(first.net, x, VOTES, key=key, batch_size=VOTES, separate=True)
         return p.unflatten(0, (VOTES, -1)).argmax(1)
@@ -232,7 +237,7 @@ def draws_of(arm: str, opened: list[pipeline.SegmentationPipeline], item: dict[s
     if arm == "sampled":
         return sampled(p[0], random)
     if arm == "level sets":
-        return level_sets(p[0, 1], random)
+        return shuffled_level_sets(p[0], random)
     return p.argmax(1).repeat_interleave(VOTES // len(p), 0)
 
 
