@@ -30,7 +30,7 @@ import dataclasses
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -382,12 +382,25 @@ def validate(run: Run, cdal: CDAL, net: Generator, dataset: VolumeDataset, devic
 # --- train --------------------------------------------------------------------------------------------------
 
 
+SMALLER = "a smaller --data.patch takes less"  # of attention
+
+
 def whole_case_bytes(spec: DataSpec, window: tuple[int, ...], num_means: int, gpu: bool) -> int:
     """What validation in windows keeps of a whole case: the image, and on a CPU its mask, its probabilities
     (`num_means` of each label), and their sums over as many planes as a window has."""
     voxels, num = math.prod(spec.size), num_means * spec.num_labels
     sums = (num + 1) * voxels * window[0] // spec.size[0]
     return 4 * (spec.channels * voxels + (0 if gpu else (2 + num) * voxels + sums))
+
+
+class Undrawn(CDAL):
+    """The method with votes that are not drawn, for counting memory: a small network has room for 100,000
+    votes, and drawing them one by one would take minutes."""
+
+    def draw_votes(
+        self, net: Generator, votes: int, size: Sequence[int], seed: int, key: str
+    ) -> tuple[Tensor, Tensor]:
+        return self.room_for_votes(net, votes, size)
 
 
 def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
@@ -397,7 +410,7 @@ def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
     spec, rated = data.spec, any(case.raters for case in data.cases.values())
     num_means = config.votes if rated else 1
     own_estimate = own_estimate and config.cdal.own_estimate
-    cdal = CDAL(dataclasses.replace(config.cdal, own_estimate=own_estimate), spec.num_labels)
+    cdal = Undrawn(dataclasses.replace(config.cdal, own_estimate=own_estimate), spec.num_labels)
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
     patch = config.data.patch or spec.size
 
@@ -427,8 +440,9 @@ def memory_table(config: Config, own_estimate: bool = False) -> MemoryTable:
     table = MemoryTable(config.memory, config.run.amp, config.run.device)
     step, rounds = max(config.unet.downsampling), -(-config.batch_size // micro)
     table.training("training", make, loss, micro, patch, step, rounds)
-    window = tuple(map(min, config.window or spec.size, spec.size))
-    beside = 3 * weight_bytes(make())
+    window, net = tuple(map(min, config.window or spec.size, spec.size)), make()
+    note_attention(net.attended(patch), table.gpu, SMALLER)
+    beside = 3 * weight_bytes(net)
     if window != spec.size:
         beside += whole_case_bytes(spec, window, num_means, table.gpu)
     table.inference("validation, votes", make, infer, config.votes, window, step, beside)
@@ -493,7 +507,7 @@ def train(
     run.check_data(state["data"], data.contents)
     state |= run.resumed["state"] if run.resumed else {}
     run.initialise(net, ("heads.*",))  # a run goes on with deep supervision that began without
-    note_attention(net.attended(train_set.size), device.type != "cpu", "a smaller --data.patch takes less")
+    note_attention(net.attended(train_set.size), device.type != "cpu", SMALLER)
     run.start(data.split, device, {"generator": net, "discriminator": discriminator}, data.facts(), SHOWN)
     if planner:
         planner.write(run.dir)

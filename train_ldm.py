@@ -769,7 +769,7 @@ def preview(
         with autocast(amp, model.device):
             return model.decode(z, size)[0].float().cpu()
 
-    def show(title: str, x: Tensor, mask: Tensor | None = None) -> None:
+    def add(title: str, x: Tensor, mask: Tensor | None = None) -> None:
         slices = visible_slices(x, display) if mask is None else overlay(x, mask, display)
         rows.setdefault(title, []).extend(slices)
 
@@ -780,23 +780,23 @@ def preview(
     for i in range(min(4, len(cases))):
         case = cases[i, i]
         if has_source:
-            show("source", case["source"][(..., *box)])
-        show("real (validation)", x := case["image"][(..., *box)])
+            add("source", case["source"][(..., *box)])
+        add("real (validation)", x := case["image"][(..., *box)])
         if config.masks:
-            show("labels (validation)", x, case["mask"][(..., *box)].clamp(min=0))
-            show("labels of the head (validation)", x, found[i])
+            add("labels (validation)", x, case["mask"][(..., *box)].clamp(min=0))
+            add("labels of the head (validation)", x, found[i])
     ((_, latents),) = model.stream(range(4), config.sample_steps, seed=config.run.seed, decoded=False, **how)
     for i, z in enumerate(latents.split(1)):
         x = decoded(z)
-        show("generated", x)
+        add("generated", x)
         if config.masks:
             own = {name: value[i : i + 1] for name, value in cond.items()}
-            show("labels of the head (generated)", x, model.label_maps(z, own, amp, size=size)[0])
+            add("labels of the head (generated)", x, model.label_maps(z, own, amp, size=size)[0])
     levels = ", ".join(map(str, NOISED))
     titles = f"the first with noise, u = {levels}", "estimates from these"
     for title, part in zip(titles, denoise_once(model, batch["mean"][:1], cond, config), strict=True):
         for z in part.split(1):
-            show(title, decoded(z))
+            add(title, decoded(z))
     order = sorted(rows, key=lambda title: "labels" in title)  # what is in colours comes last
     return save_sheet(path, {title: rows[title] for title in order}, display), latents
 
@@ -835,6 +835,9 @@ def validate(
 # --- train --------------------------------------------------------------------------------------------------
 
 
+SHORTER = "--patch.size and --patch.share 0 train on patches alone"  # what makes attention quick
+
+
 def stage_one_of(config: Config) -> tuple[dict[str, Any], Autoencoder]:
     """(the content of the autoencoder's checkpoint, the autoencoder)."""
     content, where = autoencoder_of(config)
@@ -858,6 +861,9 @@ def memory_table(config: Config, stage_one: tuple[dict[str, Any], Autoencoder] |
         num_labels = data.spec.num_labels
     latent, step = autoencoder.latent_shape(whole)[1:], max(autoencoder.downsampling)
     config.patch.check(latent, config.unet.downsampling)
+    table = MemoryTable(config.memory, config.run.amp, config.run.device)
+    seen, multiple = config.patch.window or latent, max(config.unet.downsampling)
+    note_attention(config.unet.attended(seen), table.gpu, SHORTER)
     coordinates = (1.0,) * config.unet.dims if config.patch.size else ()
     micro = samples_per_forward(config.batch_size, config.micro_batch_size)
 
@@ -875,9 +881,7 @@ def memory_table(config: Config, stage_one: tuple[dict[str, Any], Autoencoder] |
         out = net(z, torch.zeros(batch), mask=torch.zeros(batch, *volume, dtype=torch.int64))
         return (kernel.loss_of(out.pred, z, t, noise) + out.head + out.binding).mean()
 
-    table = MemoryTable(config.memory, config.run.amp, config.run.device)
     rounds, beside = -(-config.batch_size // micro), weight_bytes(autoencoder)
-    seen, multiple = config.patch.window or latent, max(config.unet.downsampling)
     mix = config.patch.mix(latent)
     table.training("training, latents", make, loss, micro, seen, multiple, rounds, beside, mix)
     table.inference("encoding", autoencoder.fresh_copy, encode, 1, whole, step, ways=STREAMED)
@@ -1010,9 +1014,7 @@ def train(
         print0("note: the autoencoder has not learnt the sources (data.learn_sources), it may not carry them")
     latent = autoencoder.latent_shape(data.spec.size)[1:]
     config.patch.check(latent, config.unet.downsampling)
-    shorter = "--patch.size and --patch.share 0 train on patches alone"
-    seen = config.unet.attended(config.patch.window or latent)
-    note_attention(seen, device.type != "cpu", shorter)
+    note_attention(config.unet.attended(config.patch.window or latent), device.type != "cpu", SHORTER)
     reseed(seed, 0)
     before = run.resumed or run.initial
     longest = longest_side_of(before["state"]) if before else longest_side(data.spec.size, data.spec.spacing)
@@ -1058,7 +1060,9 @@ def train(
             "conditions": [c.to_dict() for c in conditions],
             "cells": cells_of(data, conditions),
             **({"longest_side": longest} if step else {}),
-            "grain": measure_grain(autoencoder, val_latents, val_set, config.run.amp, device),
+            "grain": measure_grain(autoencoder, val_latents, val_set, config.run.amp, device)
+            if is_main()
+            else None,  # only rank 0 writes checkpoints
         }
 
     ema, mean = EMA(net, config.run.ema_decay), Mean()

@@ -519,13 +519,17 @@ class CDAL:
             x = self.step(x_start, x, times, noise[:, i + 1]) if t else x_start
         return self.probability(x)
 
+    def room_for_votes(self, net: Generator, votes: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Zeros of the shapes of `draw_votes`."""
+        T = self.num_timesteps
+        return torch.zeros(votes, T, self.num_labels, *size), torch.zeros(votes, T, net.config.latent_dim)
+
     def draw_votes(
         self, net: Generator, votes: int, size: Sequence[int], seed: int, key: str
     ) -> tuple[Tensor, Tensor]:
         """The random numbers of votes: (noise, z) for `vote`, on the CPU. They depend on seed, key and the
         number of the vote alone."""
-        T = self.num_timesteps
-        noise, z = torch.zeros(votes, T, self.num_labels, *size), torch.zeros(votes, T, net.config.latent_dim)
+        noise, z = self.room_for_votes(net, votes, size)
         for v in range(votes if self.config.diffusion else 0):
             generator = keyed_generator(seed, v, f"vote {key}")
             noise[v].normal_(generator=generator)

@@ -18,7 +18,7 @@ import sample
 import train_cdal
 import train_ldm
 import train_vae
-from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig, metrics, normconv
+from ldm3d import AutoencoderKL, InputError, UNet, UNetConfig, VAEConfig, metrics, normconv, plan
 from ldm3d.config import parse, replace
 from ldm3d.discriminators import PatchDiscriminator
 from ldm3d.engine.memory_plan import (
@@ -273,8 +273,11 @@ def test_the_device_auto_is_the_one_that_a_run_would_take():
 
 def test_each_script_prints_its_plan_and_touches_nothing(heads, vae_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(MemoryTable, "_largest", lambda *_, **__: 7)  # the search has its own test
+    monkeypatch.setattr(plan, "SLOW_ATTENTION", 5)
     train_vae.main(vae_flags(heads, tmp_path / "new", 10, "--plan", "--memory", "1"))
+    assert "note: " not in capsys.readouterr().out
     train_ldm.main(ldm_flags(vae_run, tmp_path / "new", 10, "--plan", "--memory", "1"))
+    assert capsys.readouterr().out.count("note: 6 positions attend to each other") == 1
     assert not (tmp_path / "new").exists()
     train_ldm.main(ldm_flags(vae_run, tmp_path / "ldm", 2))
     capsys.readouterr()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +19,7 @@ from tiny import cdal_flags, lines, read_csv
 
 import sample
 import train_cdal
-from ldm3d.cdal import uncertainty
+from ldm3d.cdal import CDAL, CDALConfig, uncertainty
 from ldm3d.config import InputError, replace, show
 from ldm3d.data import CaseInfo, read
 from ldm3d.data.phantoms import write_phantoms
@@ -35,6 +36,7 @@ from ldm3d.inference.segmentation import (
     overlay,
     reliability,
     score,
+    ways_of,
 )
 from ldm3d.large.streaming import Input
 
@@ -127,7 +129,9 @@ def test_the_published_method_and_a_plain_network_train_with_the_same_command(he
     assert np.mean([line[name] for line in steps[-4:]]) < 0.9 * steps[0][name]
 
 
-def test_the_plan_counts_generator_discriminator_and_votes_and_makes_no_run(heads, tmp_path, monkeypatch):
+def test_the_plan_counts_generator_discriminator_and_votes_and_makes_no_run(
+    heads, tmp_path, monkeypatch, capsys
+):
     def needs(self):
         found.update({job.name: job.need(job.batch, job.size) for job in self.jobs})
 
@@ -135,11 +139,26 @@ def test_the_plan_counts_generator_discriminator_and_votes_and_makes_no_run(head
     found: dict[str, int] = {}
     train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "--memory", "4"])
     with_discriminator = dict(found)
+    assert "note: " not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cdal, "Undrawn", CDAL)
+        patch.setattr("ldm3d.plan.SLOW_ATTENTION", 1)
+        train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3), "--plan", "--memory", "4"])
+    assert found == with_discriminator
+    assert "positions attend to each other" in capsys.readouterr().out
+    monkeypatch.setattr("ldm3d.cdal.keyed_generator", None)  # drawing a vote would fail
     plain = ["--cdal.adversarial_weight", 0, "--cdal.attention", "none", "--votes", 5]
     train_cdal.main([*cdal_flags(heads, tmp_path / "run", 3, *plain), "--plan", "--memory", "4"])
     assert found["training"] < with_discriminator["training"]
     assert found["validation, votes"] > with_discriminator["validation, votes"] > 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_diffusion_has_no_votes_to_speak_of():
+    plain = CDALConfig(diffusion=False, attention="none", adversarial_weight=0)
+    few, one = (SimpleNamespace(method=CDAL(config, 3)) for config in (CDALConfig(), plain))
+    assert ways_of([few, one], 5) == "T = 2, 5 votes; without diffusion"
+    assert ways_of([one], 5) == "without diffusion"
 
 
 # --- segmenting files ---------------------------------------------------------------------------------------
@@ -182,7 +201,9 @@ def test_a_folder_is_segmented_scored_and_shown(run, heads, capsys):
     assert sum(report["reliability"]["voxels"]) > 0
     assert (folder / "overlays.png").exists()
     assert (folder / "reliability.png").exists()
-    assert "error_correlation" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 cases, T = 2, 3 votes\n" in said
+    assert "error_correlation" in said
 
 
 def test_one_file_and_one_part_of_the_split_can_be_asked_for(run, heads):
