@@ -15,6 +15,8 @@ subjects, a plain U-Net of fixed settings learns in several ways, the arms of th
     mixed_augmented  mixed, and strongly augmented
     reconstructed    mixed, but the synthetic pairs are the real ones, their images through the autoencoder:
                      what images as soft as samples do where every label is true
+    limit            reconstructed, of all training subjects that have masks: what a generator could teach
+                     that obeys perfectly and makes images of all kinds
 
 Every arm is scored by the Dice on the same test cases. The last step counts, so no case chooses a network.
 The difference of an arm to `real` and to `augmented` is taken case by case, and its interval is drawn by
@@ -78,22 +80,19 @@ class Arm(NamedTuple):
     length: int = 1  # times N steps
     synthetic: Literal["none", "mixed", "first"] = "none"
     augmented: bool = False
-    reconstructed: bool = False  # real pairs through the autoencoder in place of synthetic ones
-
-    @property
-    def samples(self) -> bool:
-        """Does the generator have to make pairs for this arm?"""
-        return self.synthetic != "none" and not self.reconstructed
+    # of synthetic pairs; real, all: pairs of the fraction, or of all subjects, through the autoencoder
+    source: Literal["none", "generator", "real", "all"] = "none"
 
 
 ARMS = {
     "real": Arm(),
     "longer": Arm(length=2),
     "augmented": Arm(augmented=True),
-    "mixed": Arm(synthetic="mixed"),
-    "first": Arm(synthetic="first"),
-    "mixed_augmented": Arm(synthetic="mixed", augmented=True),
-    "reconstructed": Arm(synthetic="mixed", reconstructed=True),
+    "mixed": Arm(synthetic="mixed", source="generator"),
+    "first": Arm(synthetic="first", source="generator"),
+    "mixed_augmented": Arm(synthetic="mixed", source="generator", augmented=True),
+    "reconstructed": Arm(synthetic="mixed", source="real"),
+    "limit": Arm(synthetic="mixed", source="all"),
 }
 JUDGE = "real"  # the arm whose first network judges synthetic pairs
 MOST_REAL = 50  # real pairs that are sent through the autoencoder
@@ -442,7 +441,7 @@ class Study:
             if not (self.place(fraction) / f"{name}-{seed}.json").exists()
         ]
         fresh = [f for f in self.config.labelled if not (self.place(f) / "pairs.pt").exists()]
-        fresh = fresh if any(ARMS[name].samples for _, name in todo) else []
+        fresh = fresh if any(ARMS[name].source == "generator" for _, name in todo) else []
         blank = Pair(torch.zeros(self.spec.channels, *self.spec.size), torch.zeros(self.spec.size).long())
         train_segmenter(ARMS[JUDGE], [blank], [], 0, self, 1)  # the first step of a process takes longer
         start = time.process_time()
@@ -495,6 +494,16 @@ class Study:
         content = load_file(file, "teach")
         return list(map(Pair, content["images"].float(), content["masks"].long()))
 
+    def others(self, source: str, fraction: float, real: Sequence[Pair], judge: Segmenter) -> list[Pair]:
+        """The pairs that an arm (`Arm.source`) has beside the real ones of the fraction."""
+        if source == "none":
+            return []
+        if source == "generator":
+            return self.pairs(fraction, real, judge)
+        known = real_pairs(self._open(1.0).dataset("train")) if source == "all" else real
+        autoencoder = self.pipeline.model.autoencoder
+        return [pair._replace(image=through(autoencoder, pair.image)) for pair in known]
+
     def draw(self, fraction: float, real: Sequence[Pair], pairs: Sequence[Pair]) -> None:
         """pairs.png: a real pair and two synthetic ones in each of three rows, image and mask."""
         black, white = self.spec.display
@@ -520,18 +529,14 @@ class Study:
         place = self.place(fraction)
         place.mkdir(exist_ok=True)
         files = {key: place / f"{key[0]}-{key[1]}.json" for key in self.arms()}
-        real = synthetic = judge = judge_seed = None
-        autoencoder = self.pipeline.model.autoencoder
+        real = judge = judge_seed = None
         for (name, seed), file in files.items():
             if not file.exists():
                 real = real or real_pairs(self.data[fraction].dataset("train"))
                 if judge is None:
                     judge, judge_seed = self.judge(fraction, real)
-                arm, others = ARMS[name], []
-                if arm.samples:
-                    others = synthetic = synthetic or self.pairs(fraction, real, judge)
-                elif arm.reconstructed:
-                    others = [pair._replace(image=through(autoencoder, pair.image)) for pair in real]
+                arm = ARMS[name]
+                others = self.others(arm.source, fraction, real, judge)
                 if (name, seed) == (JUDGE, judge_seed):
                     net = judge
                 else:

@@ -85,7 +85,8 @@ def test_each_arm_has_its_share_of_synthetic_pairs():
         batches = [batch_of(arm, ["real"], ["made"], step, 10, 4, 0) for step in range(10)]
         shares[name] = [batch.count("made") for batch in batches]
     assert shares["real"] == shares["longer"] == shares["augmented"] == [0] * 10
-    assert shares["mixed"] == shares["mixed_augmented"] == shares["reconstructed"] == [2] * 10
+    for name in ("mixed", "mixed_augmented", "reconstructed", "limit"):
+        assert shares[name] == [2] * 10
     assert shares["first"] == [4] * 5 + [0] * 5
 
 
@@ -251,23 +252,23 @@ def test_settings_of_a_study_reach_what_they_are_for(asked_run, tmp_path, monkey
     assert not (chances[1][0][2] == 1).all()
 
 
-def test_a_study_without_samples_teaches_with_reconstructions_of_its_real_pairs(
+def test_reconstructions_are_of_the_real_pairs_and_of_all_subjects_and_need_no_samples(
     asked_run, tmp_path, monkeypatch
 ):
-    trained, sampled = (
-        calls_of(monkeypatch, teaching, "train_segmenter"),
-        calls_of(monkeypatch, teaching, "by_condition"),
-    )
-    flags = ["--labelled", "0.5", "--arms", "real,reconstructed", "--out", str(tmp_path)]
+    trained = calls_of(monkeypatch, teaching, "train_segmenter")
+    sampled = calls_of(monkeypatch, teaching, "by_condition")
+    flags = ["--labelled", "0.5", "--arms", "real,reconstructed,limit", "--out", str(tmp_path)]
     main(["teach", str(asked_run), *flags, *SHORT])
-    arm, real, others, *_ = trained[-1][0]
-    assert arm == ARMS["reconstructed"]
     assert not sampled
+    (_, real, own, *_), (_, _, every, *_) = (args for args, _ in trained[-2:])
+    assert [args[0] for args, _ in trained[-2:]] == [ARMS["reconstructed"], ARMS["limit"]]
+    assert len(every) == 2 * len(own)  # the fraction is a half
     autoencoder = load(asked_run).model.autoencoder
-    for own, other in zip(real, others, strict=True):
-        x = autoencoder.decode(autoencoder.encode(own.image[None]).mode(), own.image.shape[1:])[0]
+    for pair, other in zip(real, own, strict=True):
+        x = autoencoder.decode(autoencoder.encode(pair.image[None]).mode(), pair.image.shape[1:])[0]
         torch.testing.assert_close(other.image, x)
-        assert torch.equal(other.mask, own.mask)
+        assert torch.equal(other.mask, pair.mask)
+        assert any(torch.equal(other.image, found.image) for found in every)
 
 
 def test_registers_make_masks_of_their_own(bound_run, tmp_path, monkeypatch):
