@@ -3,7 +3,7 @@
     python tests/benchmarks/obey_masks.py
 
 Synthetic heads in 2-D. A denoiser learns how 104 heads look, without masks. From its weights, others learn to
-follow masks: of a tenth of the heads or of all, with and without the moments of labels
+follow masks: of a twentieth or a tenth of the heads or of all, with and without the moments of labels
 (`--condition.label_moments`), alone, beside the heads without masks, or as a ControlNet. Each is asked for
 the warped masks of 64 new heads, with and without guidance. A judge, a segmentation network that has learned
 from 800 further heads, and from these through the autoencoder, labels the samples: `agreement` is the Dice of
@@ -40,11 +40,12 @@ VAE = """phantom --data.dims 2 --data.patch none --data.test_fraction 0.25 --vae
  --vae.latent_channels 4 --batch_size 8 --run.steps 1000 --run.eval_every 150"""
 BASE = "phantom --unet.num_groups 8 --unet.head_channels 24 --unet.channels 24,48"
 VARIED = "--data.num_variants 8 --data.augment.affine 0.7"
-TENTH = f"{VARIED} --data.mask_fraction 0.1"
+TENTH, TWENTIETH = (f"{VARIED} --data.mask_fraction {fraction}" for fraction in (0.1, 0.05))
 LABELS, SHARES = "--condition.use labels", "--condition.use labels --condition.label_moments false"
 WAYS = {  # name -> flags
     "tenth-shares": f"{SHARES} {TENTH} --optim.lr 5e-4 --run.steps 400 --run.eval_every 200",
     "tenth-moments": f"{LABELS} {TENTH} --optim.lr 5e-4 --run.steps 400 --run.eval_every 200",
+    "twentieth-moments": f"{LABELS} {TWENTIETH} --optim.lr 5e-4 --run.steps 400 --run.eval_every 200",
     "tenth-beside": f"{LABELS} {TENTH} --data.allow_missing_mask true --run.steps 800 --run.eval_every 400",
     "tenth-control": f"--control labels {TENTH} --run.steps 400 --run.eval_every 200",
     "all-shares": f"{SHARES} {VARIED} --run.steps 800 --run.eval_every 400",
