@@ -465,6 +465,10 @@ def plan_vae(
 
 FEW_CASES = 300  # with fewer, a denoiser learns them by heart unless each is encoded in variants
 NUM_VARIANTS = 8
+# Positions, above which denoisers of volumes get batches of 2 on CPUs. In the same time they learn more than
+# from batches of 8: measured with 1200 and 1980 positions (tests/benchmarks/README.md, quality in given
+# minutes). With 168 positions a step of 2 takes as long as one of 8. Nothing else was tried.
+TINY_LATENT = 1000
 FINE_LATENT = 3000  # positions, above which a denoiser for CPUs is narrow where the grid is fine
 
 
@@ -580,8 +584,10 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     if (fine or short) and not gpu:
         blocks, why = (1,), f"CPUs: one block a level for {'fine latents' if fine else 'a short time'}"
     plan.set("unet.num_res_blocks", blocks, why)
-    batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2
-    plan.set("batch_size", machine.shared(batch), f"{positions} positions a sample")
+    batch, why = (16 if gpu else 4 if fine else 8), f"{positions} positions a sample"
+    if not gpu and (positions > 5 * FINE_LATENT or (len(z.size) == 3 and positions > TINY_LATENT)):
+        batch, why = 2, "CPUs: small batches learn more in the same time"
+    plan.set("batch_size", machine.shared(batch), why)
 
 
 def plan_ldm(plan: Plan, z: Latents, machine: Machine) -> None:

@@ -324,7 +324,7 @@ def test_what_does_not_fit_gets_smaller_batches_then_smaller_patches():
 def test_a_batch_can_be_divided_among_the_ranks():
     eight = dataclasses.replace(CPU, ranks=8)
     assert planned(eight)["batch_size"] == planned_cdal(eight)["batch_size"] == 8
-    assert planned_ldm(dataclasses.replace(CPU, ranks=3))["batch_size"] == 9
+    assert planned_ldm(dataclasses.replace(CPU, ranks=3))["batch_size"] == 3
     tight = Machine(False, 1.0, lambda values: np.prod(values["data.patch"]) < 20_000, fits, 4)
     assert planned(tight)["batch_size"] == 4
 
@@ -390,10 +390,19 @@ def test_variants_are_flipped_where_the_autoencoder_has_seen_flips_and_the_data_
 
 @pytest.mark.parametrize(
     ("size", "levels", "width", "batch"),
-    [((4, 6, 4), 1, 64, 8), ((12, 16, 12), 2, 64, 8), ((16, 16, 16), 2, 32, 4), ((32, 32, 32), 3, 32, 2)],
+    [
+        ((4, 6, 4), 1, 64, 8),
+        ((12, 16, 12), 2, 64, 2),
+        ((16, 16, 16), 2, 32, 2),
+        ((32, 32, 32), 3, 32, 2),
+        ((28, 24), 2, 64, 8),
+        ((48, 48), 3, 64, 8),
+        ((64, 64), 3, 32, 4),
+        ((128, 128), 3, 32, 2),
+    ],
 )
 def test_a_denoiser_has_the_levels_and_widths_that_its_latents_need(size, levels, width, batch):
-    values = planned_ldm(size=size)
+    values = planned_ldm(size=size, spacing=(4.0,) * len(size), flip_axes=())
     assert len(values["unet.channels"]) == levels == len(values["unet.strides"]) + 1
     assert values["unet.channels"][0] == width
     assert values["batch_size"] == batch
