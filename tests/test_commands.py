@@ -80,7 +80,7 @@ PLACES = {  # expression found in a line -> what is there
     r"\b(IMAGE|MASK|PATH)\b": r"\1.nii.gz",
     r"\bIMAGES\b": "data/cells/images",
     r"\$TMPDIR\b": "data",
-    r"runs/obey-masks/\w+-moments": "runs/ldm-heads-tenth",  # of a benchmark
+    r"runs/obey-(masks|16)/\w+-moments": "runs/ldm-heads-tenth",  # of a benchmark
     r"\bFOLDER\b(?=.*/ct\b)": "DICOM",
 }
 
