@@ -143,10 +143,10 @@ def plan_files(plan: Plan, f: Fingerprint) -> None:
 def plan_split(plan: Plan, f: Fingerprint) -> None:
     """A tenth of the subjects validates, a fifth of few. One subject validates on its own middle slices.
 
-    A split that the table states is kept, and so are folds. Nothing is planned beside them.
+    A split that is given or stated by the table is kept, and so are folds. Nothing is planned beside them.
     """
     n, parts = f.num_subjects, f.parts
-    if parts or plan.given.get("data.fold"):
+    if parts or plan.given.get("data.fold") or plan.given.get("data.split"):
         counts = ", ".join(f"{part} {num}" for part, num in parts.items())
         plan.notes += [f"the table states the split: {counts}"] if parts else []
     elif n == 1 and f.num_cases >= 10 and not plan.given.get("data.test_fraction"):

@@ -129,6 +129,7 @@ def test_a_split_that_is_given_is_kept():
         assert plan.notes == ["the table states the split: train 30, val 10"]
     assert "data.val_fraction" not in planned(given={"data.fold": (0, 5)})
     assert "data.val_gap" not in planned(given={"data.test_fraction": 0.1}, subjects=("p01",) * 40)
+    assert "data.val_gap" not in planned(given={"data.split": "run/split.json"}, subjects=("p01",) * 40)
 
 
 def test_spacings_that_differ_much_are_made_equal():

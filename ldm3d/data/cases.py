@@ -310,15 +310,7 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
 
 
 def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems: list[str]) -> None:
-    """Fills the column subject or split from a CSV (name, column), from the split.json of a run, or by an
-    expression with one group."""
-    if column == "split" and rule.endswith("split.json"):
-        part_of = {name: part for part, names in read_split(Path(rule)).items() for name in names}
-        for name, row in rows.items():
-            row["split"] = part_of.get(name)
-            if name not in part_of:
-                problems.append(f"{rule}: no split for case {name}")
-        return
+    """Fills the column subject or split from a CSV (name, column), or by an expression with one group."""
     if rule.endswith(".csv"):
         listed = {row["name"]: row[column] for row in read_csv(root / rule, ["name", column])}
         for name, row in rows.items():
@@ -430,7 +422,7 @@ def find_cases(config: DataConfig, root: Path, items: Dataset | None = None) -> 
     if config.slices != "none" and any(key.startswith(RATER) for row in rows.values() for key in row):
         raise InputError("data.slices: masks of several raters (data.mask) are of whole images alone")
     for column in ("subject", "split"):
-        if getattr(config, column):
+        if getattr(config, column) and not (column == "split" and names_run(config)):
             _assign(getattr(config, column), column, rows, root, problems)
     if config.participants:
         _add_participants(root / config.participants, rows)
@@ -464,10 +456,24 @@ def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, st
     return parts | dict.fromkeys(names[first : first + count], "val")
 
 
+def names_run(config: DataConfig) -> bool:
+    """Is data.split the split.json of another run?"""
+    return config.split is not None and Path(config.split).name == "split.json"
+
+
+def split_of_run(config: DataConfig) -> dict[str, list[str]]:
+    """The split of the run whose split.json data.split names, as a path from the working folder. Only a new
+    run reads it: its own split.json is what it goes on with."""
+    _check_used(config, False)
+    return read_split(Path(config.split).expanduser())
+
+
 def _check_used(config: DataConfig, of_table: bool) -> None:
     """InputError for a setting of the split that another setting, or the split of the table, replaces."""
+    drawing = ("fold", "val_gap", "test_fraction")
     replaced_by = {
-        "a split of the table": ("fold", "val_gap", "test_fraction") if of_table else (),
+        "a split of the table": drawing if of_table else (),
+        "the split of a run (data.split)": (*drawing, "test_subjects") if names_run(config) else (),
         "data.fold": ("test_fraction",) if config.fold else (),
         "data.val_gap": ("test_fraction",) if config.val_gap is not None else (),
     }

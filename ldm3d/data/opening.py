@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, find_cases, listed_cases, resolve_root, split_cases
+from .cases import Case, find_cases, listed_cases, names_run, resolve_root, split_cases, split_of_run
 from .dataset import VolumeDataset
 from .inspection import CaseInfo, inspect_cases
 from .settings import DataConfig
@@ -264,6 +264,12 @@ def inspection_cache(config: DataConfig, root: Path) -> Path:
     return Path(config.cache_dir) / f"scan-{digest}.json"
 
 
+def check_foreground(config: DataConfig, cases: list[Case]) -> None:
+    if config.foreground and (config.crop == "centre" or not any(case.mask for case in cases)):
+        reason = "with data.crop centre" if config.crop == "centre" else "without masks (--data.mask)"
+        raise InputError(f"data.foreground: has no effect {reason}")
+
+
 def open_data(
     config: DataConfig,
     preset: str,
@@ -276,9 +282,9 @@ def open_data(
     """Finds, splits and checks the data of a run. Any fault of the files is an InputError.
 
     split: the stored one, of the run that is resumed or of the autoencoder's run; cases that it does not list
-    are left out. None: as `split_cases` splits. multiple: see `make_spec`. before: the state of the
-    autoencoder's run; without a stored split, cases that it knows keep their part. items: a data set whose
-    items are the cases, in place of files (items.py).
+    are left out. None: that of the run that data.split names, else as `split_cases` splits. multiple: see
+    `make_spec`. before: the state of the autoencoder's run; without a stored split, cases that it knows keep
+    their part. items: a data set whose items are the cases, in place of files (items.py).
     """
     if items is None:
         root = resolve_root(config, preset)
@@ -286,6 +292,10 @@ def open_data(
     else:
         root, cases, cache = Path(), find_cases(config, Path(), items), None
     infos, found = None, cases
+    if split is None and before is None:
+        check_foreground(config, cases)
+    if split is None and names_run(config):
+        split = split_of_run(config)
     if split is None and before is not None:
         infos = inspect_cases(cases, config, cache)
         known, alike = parts_before(infos, before)
@@ -296,9 +306,6 @@ def open_data(
             f"their ids alone, {len(new)} are new"
         )
     elif split is None:
-        if config.foreground and (config.crop == "centre" or not any(case.mask for case in cases)):
-            reason = "with data.crop centre" if config.crop == "centre" else "without masks (--data.mask)"
-            raise InputError(f"data.foreground: has no effect {reason}")
         split = split_cases(cases, config, seed)
     else:
         parts = [split.get("train"), split.get("val"), split.get("test", [])]

@@ -246,21 +246,6 @@ def many(num, per_subject=2):
     return [Case(f"c{i:03d}", "x", subject=f"s{i // per_subject}") for i in range(num)]
 
 
-def test_another_seed_takes_over_the_split_of_a_run(tmp_path):
-    for folder in ("images", "run"):
-        (tmp_path / folder).mkdir()
-    for name in "abc":
-        (tmp_path / f"images/{name}.tif").touch()
-    file, split = tmp_path / "run/split.json", {"train": ["b"], "val": ["c"], "test": ["a"]}
-    file.write_text(json.dumps(split))
-    config = DataConfig(image="images/*.tif", split=str(file))
-    for seed in range(3):
-        assert split_cases(find_cases(config, tmp_path), config, seed) == split
-    file.write_text(json.dumps(split | {"test": []}))
-    with pytest.raises(InputError, match=r"split\.json: no split for case a"):
-        find_cases(config, tmp_path)
-
-
 @pytest.mark.parametrize("num", [4, 6, 40, 101])
 def test_a_drawn_split_keeps_subjects_together_and_is_repeated_by_the_seed(num):
     cases, config = many(num), DataConfig(val_fraction=0.2, test_fraction=0.1)
@@ -356,6 +341,11 @@ def test_hippocampus_is_split_by_subject_and_a_subject_has_two_neighbouring_file
         ({"fold": (0, 3)}, "train", "data.fold: has no effect beside a split of the table"),
         ({"val_gap": 0}, "train", "data.val_gap: has no effect beside a split of the table"),
         ({"test_fraction": 0.2}, "train", "data.test_fraction: has no effect beside a split of the table"),
+        (
+            {"split": "a/split.json", "fold": (0, 3)},
+            None,
+            "data.fold: has no effect beside the split of a run",
+        ),
     ],
 )
 def test_a_setting_of_the_split_without_effect_is_refused(changes, split, words):

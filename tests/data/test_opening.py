@@ -1,6 +1,7 @@
 """The data of a run opens from any format and layout, with the split that the run has stored."""
 
 import hashlib
+import json
 import statistics
 import typing
 from dataclasses import replace
@@ -85,6 +86,25 @@ def test_a_stored_split_is_kept_and_cases_it_lacks_are_left_out(settings):
     opened_data = opened(settings, split=stored)
     assert opened_data.split == stored
     assert sorted(opened_data.cases) == ["case_1", "case_2", "case_4"]
+
+
+def test_another_seed_takes_over_the_split_of_a_run_which_may_be_gone_later(settings, tmp_path, capsys):
+    taken = {"train": ["case_4", "case_5"], "val": ["case_2"], "test": ["case_0"]}
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps(taken))
+    config = replace(settings, split=str(file))
+    for seed in range(2):
+        assert open_data(config, "none", seed).split == taken
+    assert "note: 2 cases of " in capsys.readouterr().out
+    for name, value in (("test_fraction", 0.2), ("test_subjects", ("1",))):
+        with pytest.raises(InputError, match=f"data.{name}: has no effect beside the split of a run"):
+            opened(replace(config, **{name: value}))
+    file.write_text(json.dumps(taken | {"train": taken["val"]}))  # as of a run with data.val_fraction 0
+    assert opened(config).split["train"] == taken["val"]
+    file.unlink()
+    with pytest.raises(InputError, match=r"split\.json"):
+        opened(config)
+    assert opened(config, split=taken).split == taken  # as a run that is resumed opens them
 
 
 def test_a_case_of_the_stored_split_that_is_gone_is_named(fresh):

@@ -1,5 +1,6 @@
 """Slices of volumes are the 2-D images that nibabel cuts from them, split and scaled by the volume."""
 
+import json
 import re
 import shutil
 
@@ -68,7 +69,7 @@ def test_slices_are_those_of_nibabel_with_their_masks_and_sources(volumes, plane
         assert int(number) > 0 or not empty
 
 
-def test_the_split_is_by_volume_and_stored_ids_are_found_again(volumes) -> None:
+def test_the_split_is_by_volume_and_stored_ids_are_found_again(volumes, tmp_path) -> None:
     data = opened(settings(volumes, "axial", val_fraction=0.4))
     of = {part: {name.split("_")[0] for name in ids} for part, ids in data.split.items()}
     assert len(of["val"]) == 2
@@ -77,6 +78,9 @@ def test_the_split_is_by_volume_and_stored_ids_are_found_again(volumes) -> None:
     assert again.split == data.split
     assert {k: v.content for k, v in again.infos.items()} == {k: v.content for k, v in data.infos.items()}
     assert len({info.content for info in data.infos.values()}) == len(data.infos)
+    (tmp_path / "split.json").write_text(json.dumps(data.split))
+    other = opened(settings(volumes, "axial", split=str(tmp_path / "split.json")))  # of another run
+    assert other.split == data.split
 
 
 def test_slices_are_scaled_by_the_numbers_of_their_volume(volumes) -> None:
