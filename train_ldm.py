@@ -416,10 +416,10 @@ def note_autoencoder(run: Run, stage_one: dict[str, Any], source: str) -> None:
     now = place_of_autoencoder(run.config)
     if not run.resumed or run.config.pixel_stem or not now.exists() or str(now) == source:
         return
-    if other_autoencoder(run.dir, now):
+    if why := other_autoencoder(run.dir, now):
         print0(
-            f"note: {now} has other weights than at the start of this run, which goes on with its copy, "
-            f"{source}; --run.fresh starts anew, with the new weights"
+            f"note: {now} is not as at the start of this run ({why}), which goes on with its copy, {source}; "
+            "--run.fresh starts anew, with what is there now"
         )
 
 
@@ -1051,6 +1051,9 @@ def train(
         if base:  # the frozen denoiser knows latents that are normalised so
             statistics = latent_statistics_of(base, len(statistics[0]), config.run.init)
         scores = set_statistics(val_set[i, i]["image"] for i in range(min(16, len(val_set))))
+        grain = None  # of other ranks, which write no checkpoints
+        if is_main():
+            grain = measure_grain(autoencoder, val_latents, val_set, config.run.amp, device)
         state = {
             "data": dataclasses.replace(data.spec, reference=scores).to_dict(),
             "measured": measured,
@@ -1060,9 +1063,7 @@ def train(
             "conditions": [c.to_dict() for c in conditions],
             "cells": cells_of(data, conditions),
             **({"longest_side": longest} if step else {}),
-            "grain": measure_grain(autoencoder, val_latents, val_set, config.run.amp, device)
-            if is_main()
-            else None,  # only rank 0 writes checkpoints
+            "grain": grain,
         }
 
     ema, mean = EMA(net, config.run.ema_decay), Mean()

@@ -584,8 +584,9 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     if (fine or short) and not gpu:
         blocks, why = (1,), f"CPUs: one block a level for {'fine latents' if fine else 'a short time'}"
     plan.set("unet.num_res_blocks", blocks, why)
-    batch, why = (16 if gpu else 4 if fine else 8), f"{positions} positions a sample"
-    if not gpu and (positions > 5 * FINE_LATENT or (len(z.size) == 3 and positions > TINY_LATENT)):
+    batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2
+    why = f"{positions} positions a sample"
+    if not gpu and len(z.size) == 3 and positions > TINY_LATENT:
         batch, why = 2, "CPUs: small batches learn more in the same time"
     plan.set("batch_size", machine.shared(batch), why)
 
@@ -726,8 +727,8 @@ def plan_length(
         why = f"{num_train} training cases ask for no more; {by_time:.0f} would fit into {hours:g} h"
     steps = plan.set("run.steps", steps, why)
     plan.set("optim.warmup_steps", min(1000, max(1, steps // 20)), "a twentieth of the steps, at most 1000")
-    num = min(8, max(1, int(60 * hours / VALIDATE_EVERY)))  # as many where the cases make a run shorter
-    why = f"{duration(steps * seconds / 0.85 / num)} apart"
+    num = min(8, max(1, int(60 * hours / VALIDATE_EVERY)))  # of the hours, whether the run takes them or not
+    why = f"{duration(steps * seconds / 0.85 / num)} apart" if num > 1 else "at the end"
     if num * validation > 360 * hours:
         num = max(1, int(360 * hours / validation))
         why = f"of some {validation:.0f} s, in a tenth of the time"

@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_its_copy_of_an_autoencoder_that_has_other_weights_no
         weight.mul_(0.5)
     save(vae / "best.pt", content)
     train_ldm.main([*flags, "--run.steps", "4"])
-    note = f"note: {vae} has other weights than at the start of this run, which goes on with its copy, {run}"
+    note = f"note: {vae} is not as at the start of this run (its weights are others), which goes on with its"
     assert note in capsys.readouterr().out
     assert (run / "autoencoder.pt").read_bytes() == copy
     for path in step_files(run):

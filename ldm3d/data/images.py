@@ -222,7 +222,7 @@ def with_references(cases: list[Case], folder: Path, layout: DataConfig) -> list
         named = [path for path in named if path is not None and path.resolve() != image]
         if (path := masks.get(image) or next(iter(named), None)) is None:
             names = {strip_suffix(case.image), file_name(case.id)}
-            if any(name.rpartition("__")[0] in names for name in files):  # ID__RATER
+            if sum(name.rpartition("__")[0] in names for name in files) > 1:  # ID__RATER
                 raise _several_raters(folder)
             raise InputError(f"reference: {folder} holds no label map of {case.image}")
         found.append(replace(case, mask=path))

@@ -526,6 +526,7 @@ class Study:
         """All arms of a fraction: {arm: Dice (seeds, test cases, labels but the background)}; nan for a label
         that a case does not have, where none was found."""
         found: dict[str, list[list[list[float]]]] = {}
+        others: dict[str, list[Pair]] = {}  # by source
         place = self.place(fraction)
         place.mkdir(exist_ok=True)
         files = {key: place / f"{key[0]}-{key[1]}.json" for key in self.arms()}
@@ -536,12 +537,13 @@ class Study:
                 if judge is None:
                     judge, judge_seed = self.judge(fraction, real)
                 arm = ARMS[name]
-                others = self.others(arm.source, fraction, real, judge)
+                if arm.source not in others:
+                    others[arm.source] = self.others(arm.source, fraction, real, judge)
                 if (name, seed) == (JUDGE, judge_seed):
                     net = judge
                 else:
                     steps = arm.length * self.config.steps
-                    net = train_segmenter(arm, real, others, seed, self, steps)
+                    net = train_segmenter(arm, real, others[arm.source], seed, self, steps)
                 scores = self.score(net)
                 write_report(file, {"dice": scores})
                 mean = torch.tensor(list(scores.values())).nanmean(1).nanmean()

@@ -148,7 +148,7 @@ def open_runs(config: SegmentConfig, run: Path, images: Path) -> list[Segmentati
         if learned := set(asked) & set(trained):
             raise InputError(f"ensemble: {other.run} was trained on {min(learned)} of part {config.part}")
         case_of = {subjects[name]: name for name in trained if name in subjects}
-        for name in (name for name in asked if subjects.get(name) in case_of):
+        if name := next((name for name in asked if subjects.get(name) in case_of), None):
             learned = f"{case_of[subjects[name]]}, of the subject of {name} of part {config.part}"
             raise InputError(f"ensemble: {other.run} was trained on {learned}")
     for one in opened if config.flips else ():
@@ -168,11 +168,11 @@ def subjects_in(images: Path, layout: DataConfig) -> dict[str, str]:
 
 def ways_of(opened: Sequence[SegmentationPipeline], votes: int) -> str:
     """How each run segments, in words. A network without diffusion has no votes that could differ."""
-    diffused = f"T = {{}}, {plural(votes, 'vote')}"
-    methods = [one.method for one in opened]
-    return "; ".join(
-        diffused.format(m.num_timesteps) if m.config.diffusion else "without diffusion" for m in methods
-    )
+    words = []
+    for method in (one.method for one in opened):
+        diffused = f"T = {method.num_timesteps}, {plural(votes, 'vote')}"
+        words.append(diffused if method.config.diffusion else "without diffusion")
+    return "; ".join(words)
 
 
 def what_is_seen(run: SegmentationPipeline) -> dict[str, Any]:

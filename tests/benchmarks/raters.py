@@ -191,13 +191,10 @@ def sampled(p: Tensor, random: torch.Generator) -> Tensor:
 def shuffled_level_sets(p: Tensor, random: torch.Generator) -> Tensor:
     """The level sets (VOTES, *S) of probabilities p (K, *S), or one of each of (VOTES, K, *S), in random
     order."""
-    every = p if p.ndim == 4 else [p] * VOTES
-    return torch.stack(
-        [
-            level_sets(own, VOTES)[v]
-            for v, own in zip(torch.randperm(VOTES, generator=random), every, strict=True)
-        ]
-    )
+    order = torch.randperm(VOTES, generator=random)
+    if p.ndim == 3:
+        return level_sets(p, VOTES)[order]
+    return torch.stack([level_sets(own, VOTES)[v] for v, own in zip(order, p, strict=True)])
 
 
 def first_steps(opened: pipeline.SegmentationPipeline, x: Tensor, key: str) -> Tensor:
