@@ -62,7 +62,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cdal import level_sets, uncertainty
+from ..cdal import CDAL, level_sets, uncertainty
 from ..config import InputError, at_least, show, to_dict
 from ..data import CaseInfo, DataConfig, Volume, VolumeDataset, open_images, write
 from ..data.geometry import cut, resampled_grid, resampled_planes
@@ -168,11 +168,13 @@ def subjects_in(images: Path, layout: DataConfig) -> dict[str, str]:
 
 def ways_of(opened: Sequence[SegmentationPipeline], votes: int) -> str:
     """How each run segments, in words. A network without diffusion has no votes that could differ."""
-    words = []
-    for method in (one.method for one in opened):
-        diffused = f"T = {method.num_timesteps}, {plural(votes, 'vote')}"
-        words.append(diffused if method.config.diffusion else "without diffusion")
-    return "; ".join(words)
+
+    def way(method: CDAL) -> str:
+        if not method.config.diffusion:
+            return "without diffusion"
+        return f"T = {method.num_timesteps}, {plural(votes, 'vote')}"
+
+    return "; ".join(way(one.method) for one in opened)
 
 
 def what_is_seen(run: SegmentationPipeline) -> dict[str, Any]:
