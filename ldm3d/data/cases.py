@@ -461,11 +461,18 @@ def names_run(config: DataConfig) -> bool:
     return config.split is not None and Path(config.split).name == "split.json"
 
 
-def split_of_run(config: DataConfig) -> dict[str, list[str]]:
+def split_of_run(config: DataConfig, cases: list[Case]) -> dict[str, list[str]]:
     """The split of the run whose split.json data.split names, as a path from the working folder. Only a new
     run reads it: its own split.json is what it goes on with."""
     _check_used(config, False)
-    return read_split(Path(config.split).expanduser())
+    split = read_split(Path(config.split).expanduser())
+    drawn = config.mask_fraction < 1 and not config.allow_missing_mask  # of all cases, see `hide_masks`
+    if drawn and {case.id for case in cases} - {name for ids in split.values() for name in ids}:
+        raise InputError(
+            f"data.mask_fraction: is of all cases, and {config.split} leaves some out; give 1, which keeps "
+            "those that it lists"
+        )
+    return split
 
 
 def _check_used(config: DataConfig, of_table: bool) -> None:

@@ -295,7 +295,7 @@ def open_data(
     if split is None and before is None:
         check_foreground(config, cases)
     if split is None and names_run(config):
-        split = split_of_run(config)
+        split = split_of_run(config, cases)
     if split is None and before is not None:
         infos = inspect_cases(cases, config, cache)
         known, alike = parts_before(infos, before)

@@ -99,6 +99,10 @@ def test_another_seed_takes_over_the_split_of_a_run_which_may_be_gone_later(sett
     for name, value in (("test_fraction", 0.2), ("test_subjects", ("1",))):
         with pytest.raises(InputError, match=f"data.{name}: has no effect beside the split of a run"):
             opened(replace(config, **{name: value}))
+    with pytest.raises(
+        InputError, match=r"data.mask_fraction: is of all cases, and .*split\.json leaves some"
+    ):
+        opened(replace(config, mask_fraction=0.5))
     file.write_text(json.dumps(taken | {"train": taken["val"]}))  # as of a run with data.val_fraction 0
     assert opened(config).split["train"] == taken["val"]
     file.unlink()
