@@ -361,9 +361,14 @@ def describe_pairs(
     return {
         "agreement": torch.stack(agreement).nanmean(0).tolist(),
         "ceiling": torch.stack(ceiling).nanmean(0).tolist(),
-        "volume_judged": (judged / np.maximum(own, 1e-9)).tolist(),
-        "volume_of_real": (own / np.maximum(theirs, 1e-9)).tolist(),
+        "volume_judged": ratios(judged, own),
+        "volume_of_real": ratios(own, theirs),
     }
+
+
+def ratios(volumes: np.ndarray, others: np.ndarray) -> list[float]:
+    """volumes / others, label by label; nan for a label that the others do not have."""
+    return np.divide(volumes, others, out=np.full(len(others), np.nan), where=others > 0).tolist()
 
 
 @torch.inference_mode()
@@ -592,7 +597,8 @@ def show(report: dict[str, Any]) -> None:
     for fraction, pairs in report["pairs"].items():
         columns = (pairs[k] for k in ("agreement", "ceiling", "volume_judged", "volume_of_real"))
         for label, values in enumerate(zip(*columns, strict=True), start=1):
-            cells = (f"{np.nan if v is None else v:.3f}" for v in (*values, pairs["ignored"]))
+            known = (None if v is None or np.isnan(v) else v for v in (*values, pairs["ignored"]))
+            cells = ("-" if v is None else f"{v:.3f}" for v in known)
             lines.append((fraction, label, *cells))
     if len(lines) > 1:
         print0(f"{table(lines, markdown=True)}\n")

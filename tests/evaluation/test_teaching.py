@@ -147,6 +147,8 @@ def test_pairs_are_described_by_agreement_ceiling_and_volumes(judge, pairs):
     for k in (1, 2):
         assert found["volume_of_real"][k - 1] == pytest.approx((own == k).sum() / (real == k).sum())
         assert found["volume_judged"][k - 1] == pytest.approx((seen == k).sum() / (own == k).sum())
+    without = [pair._replace(mask=pair.mask * (pair.mask != 2)) for pair in pairs]
+    assert math.isnan(describe_pairs(judge, without, pairs, Blank(), (1.0, 1.0))["volume_judged"][1])
 
 
 def test_arms_are_compared_case_by_case_and_subject_by_subject():
