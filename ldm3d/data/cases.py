@@ -457,17 +457,20 @@ def _within(subject: str, cases: list[Case], config: DataConfig) -> dict[str, st
 
 
 def names_run(config: DataConfig) -> bool:
-    """Is data.split the split.json of another run?"""
-    return config.split is not None and Path(config.split).name == "split.json"
+    """Is data.split the split.json of another run, or a file like it?"""
+    return config.split is not None and Path(config.split).suffix == ".json"
 
 
 def split_of_run(config: DataConfig, cases: list[Case]) -> dict[str, list[str]]:
     """The split of the run whose split.json data.split names, as a path from the working folder. Only a new
-    run reads it: its own split.json is what it goes on with."""
+    run reads it: its own split.json is what it goes on with. InputError for a case in two parts."""
     _check_used(config, False)
     split = read_split(Path(config.split).expanduser())
+    counts = Counter(name for ids in split.values() for name in ids)
+    if twice := [name for name, count in counts.items() if count > 1 and split["val"] != split["train"]]:
+        raise InputError(f"data.split: {config.split} has case {min(twice)} in two parts")
     drawn = config.mask_fraction < 1 and not config.allow_missing_mask  # of all cases, see `hide_masks`
-    if drawn and {case.id for case in cases} - {name for ids in split.values() for name in ids}:
+    if drawn and {case.id for case in cases} - counts.keys():
         raise InputError(
             f"data.mask_fraction: is of all cases, and {config.split} leaves some out; give 1, which keeps "
             "those that it lists"

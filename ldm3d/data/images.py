@@ -224,7 +224,10 @@ def with_references(cases: list[Case], folder: Path, layout: DataConfig) -> list
             names = {strip_suffix(case.image), file_name(case.id)}
             if sum(name.rpartition("__")[0] in names for name in files) > 1:  # ID__RATER
                 raise _several_raters(folder)
-            raise InputError(f"reference: {folder} holds no label map of {case.image}")
+            raise InputError(
+                f"reference: {folder} holds no label map of {case.image}, and none named like it; if the run "
+                "was trained on both, give its data folder as images and as --reference"
+            )
         found.append(replace(case, mask=path))
     return found
 
@@ -284,7 +287,10 @@ def open_images(
             names = _names_of(content, part)
             cases = [case for case in cases if case.id in names]
             if not cases:
-                raise InputError(f"part: {location} holds none of the run's {part} cases")
+                raise InputError(
+                    f"part: {location} holds none of the run's {part} cases, such as {min(names)}; "
+                    "the folder that was trained on has them"
+                )
     cases = cases[:max_cases]
     spec = DataSpec.from_dict(content["state"]["data"])
     if references is not None:

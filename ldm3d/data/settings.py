@@ -27,7 +27,7 @@ class DataConfig:
     table: str | None = None  # instead of globs; none = cases.csv or dataset.json, where there is one
     subject: str | None = None  # regular expression with one group on the case id, or a CSV (name, subject)
     participants: str | None = None  # CSV or TSV of subjects (column participant_id): cells for their cases
-    split: str | None = None  # expression on an image's path, CSV (name, split), or split.json of another run
+    split: str | None = None  # expression on an image's path, CSV (name, split), or .json like a run's split
     val_fraction: float = 0.1  # fraction of the subjects for validation
     test_fraction: float = 0.0  # fraction of the subjects for testing, never looked at in training
     val_gap: int | None = None  # validate within each subject: on its middle cases, this many left out beside

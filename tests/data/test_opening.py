@@ -90,7 +90,7 @@ def test_a_stored_split_is_kept_and_cases_it_lacks_are_left_out(settings):
 
 def test_another_seed_takes_over_the_split_of_a_run_which_may_be_gone_later(settings, tmp_path, capsys):
     taken = {"train": ["case_4", "case_5"], "val": ["case_2"], "test": ["case_0"]}
-    file = tmp_path / "split.json"
+    file = tmp_path / "my split.json"
     file.write_text(json.dumps(taken))
     config = replace(settings, split=str(file))
     for seed in range(2):
@@ -105,6 +105,9 @@ def test_another_seed_takes_over_the_split_of_a_run_which_may_be_gone_later(sett
         opened(replace(config, mask_fraction=0.5))
     file.write_text(json.dumps(taken | {"train": taken["val"]}))  # as of a run with data.val_fraction 0
     assert opened(config).split["train"] == taken["val"]
+    file.write_text(json.dumps(taken | {"test": ["case_4"]}))
+    with pytest.raises(InputError, match=r"data.split: .*split\.json has case case_4 in two parts"):
+        opened(config)
     file.unlink()
     with pytest.raises(InputError, match=r"split\.json"):
         opened(config)
