@@ -81,6 +81,7 @@ PLACES = {  # expression found in a line -> what is there
     r"\bIMAGES\b": "data/cells/images",
     r"\$TMPDIR\b": "data",
     r"runs/obey-(masks|16)/\w+-moments": "runs/ldm-heads-tenth",  # of a benchmark
+    r"runs/obey-masks/((vae-)?heads)": r"runs/\1",
     r"\bFOLDER\b(?=.*/ct\b)": "DICOM",
 }
 
