@@ -310,7 +310,7 @@ def _rows_of_table(name: str | None, root: Path, problems: list[str]) -> tuple[d
 
 
 def _assign(rule: str, column: str, rows: dict[str, dict], root: Path, problems: list[str]) -> None:
-    """Fills the column subject or split from a CSV (name, column), or by an expression with one group."""
+    """Fills the column subject or split from a CSV (name, column) or by an expression with one group."""
     if rule.endswith(".csv"):
         listed = {row["name"]: row[column] for row in read_csv(root / rule, ["name", column])}
         for name, row in rows.items():
@@ -463,12 +463,13 @@ def names_run(config: DataConfig) -> bool:
 
 def split_of_run(config: DataConfig, cases: list[Case]) -> dict[str, list[str]]:
     """The split of the run whose split.json data.split names, as a path from the working folder. Only a new
-    run reads it: its own split.json is what it goes on with. InputError for a case in two parts."""
+    run reads it: its own split.json is what it goes on with. InputError for a case that is listed twice, but
+    for validation on the training cases."""
     _check_used(config, False)
     split = read_split(Path(config.split).expanduser())
-    counts = Counter(name for ids in split.values() for name in ids)
-    if twice := [name for name, count in counts.items() if count > 1 and split["val"] != split["train"]]:
-        raise InputError(f"data.split: {config.split} has case {min(twice)} in two parts")
+    counts = Counter(name for ids in set(map(tuple, split.values())) for name in ids)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise InputError(f"data.split: {config.split} lists case {min(twice)} twice")
     drawn = config.mask_fraction < 1 and not config.allow_missing_mask  # of all cases, see `hide_masks`
     if drawn and {case.id for case in cases} - counts.keys():
         raise InputError(

@@ -265,6 +265,7 @@ def inspection_cache(config: DataConfig, root: Path) -> Path:
 
 
 def check_foreground(config: DataConfig, cases: list[Case]) -> None:
+    """InputError if data.foreground would have no effect."""
     if config.foreground and (config.crop == "centre" or not any(case.mask for case in cases)):
         reason = "with data.crop centre" if config.crop == "centre" else "without masks (--data.mask)"
         raise InputError(f"data.foreground: has no effect {reason}")

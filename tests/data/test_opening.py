@@ -103,10 +103,14 @@ def test_another_seed_takes_over_the_split_of_a_run_which_may_be_gone_later(sett
         InputError, match=r"data.mask_fraction: is of all cases, and .*split\.json leaves some"
     ):
         opened(replace(config, mask_fraction=0.5))
-    file.write_text(json.dumps(taken | {"train": taken["val"]}))  # as of a run with data.val_fraction 0
+    same = taken | {"train": taken["val"]}  # as of a run with data.val_fraction 0
+    file.write_text(json.dumps(same))
     assert opened(config).split["train"] == taken["val"]
+    file.write_text(json.dumps(same | {"test": taken["val"] + ["case_0"]}))
+    with pytest.raises(InputError, match="lists case case_2 twice"):
+        opened(config)
     file.write_text(json.dumps(taken | {"test": ["case_4"]}))
-    with pytest.raises(InputError, match=r"data.split: .*split\.json has case case_4 in two parts"):
+    with pytest.raises(InputError, match=r"data.split: .*split\.json lists case case_4 twice"):
         opened(config)
     file.unlink()
     with pytest.raises(InputError, match=r"split\.json"):
