@@ -120,6 +120,18 @@ def _stem(name: str) -> str:
     return re.sub(r"(?i)(\.nii)?\.\w+$", "", name)
 
 
+def _marked(pattern: str) -> str:
+    """The pattern with {id} where the case id stands: at the first *, unless the pattern says {id} itself."""
+    return pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
+
+
+def pattern_of_names(pattern: str) -> str | None:
+    """The pattern of the files alone, for their folder: "images/*_T1w.nii.gz" -> "*_T1w.nii.gz". None where
+    folders name the case, as in "*/t1.nii.gz"."""
+    folders = _marked(pattern).rpartition("/")[0]
+    return None if "{id}" in folders else pattern.rpartition("/")[2]
+
+
 def files_by_rater(pattern: str, root: Path, key: str) -> dict[str, dict[str, Path]]:
     """{case id: {rater: file}}. The id is what the first * matches, or what the {id}s match, joined by "_".
     The rater is what {rater} matches; "" in a pattern without.
@@ -132,7 +144,7 @@ def files_by_rater(pattern: str, root: Path, key: str) -> dict[str, dict[str, Pa
     """
     fits = is_dicom_folder if pattern.endswith("/") else is_file
     pattern = pattern.rstrip("/")
-    marked = pattern if "{id}" in pattern else re.sub(r"(?<!\*)\*(?!\*)", "{id}", pattern, count=1)
+    marked = _marked(pattern)
     if pattern.count("{rater}") > 1:
         raise InputError(f"{key}: {pattern!r} has {{rater}} twice")
     if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:

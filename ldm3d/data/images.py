@@ -5,8 +5,9 @@ own cases, `open_images(content, FOLDER)` all images there. `open_files` opens t
 conditioned on. `content` is always what the run's checkpoint holds.
 
 Which files of a folder are images, and which are their masks? As the run's training data say, where the
-folder is laid out like these; else as layouts.py recognises it, which planned the training. A folder that
-simply holds images, such as one of samples, needs neither.
+folder is laid out like these, or holds files that are named like these; else as layouts.py recognises it,
+which planned the training. A folder that simply holds images, such as one of samples, needs neither.
+Example: after a training on images/*_T1w.nii.gz the file scans/p01_T1w.nii.gz is case "p01" of scans/.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, find_cases, listed_cases, resolve_root
+from .cases import Case, files_by_id, find_cases, listed_cases, pattern_of_names, resolve_root
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
 from .itk import is_dicom_folder
@@ -72,6 +73,17 @@ def locate(location: str | Path) -> tuple[Path, str | None]:
     raise InputError(f"{root}: no such folder")
 
 
+def _named_as(pattern: str | None, folder: Path) -> dict[str, Path]:
+    """{case id: file} of the files in this very folder that are named as a pattern of the training data has
+    it; {} if there are none."""
+    name = pattern_of_names(pattern) if pattern else None
+    if name is None or "{rater}" in name:
+        return {}
+    with contextlib.suppress(InputError):
+        return files_by_id(name, folder, "data.image")
+    return {}
+
+
 def find_images(
     location: str | Path, layout: DataConfig, subject: str | None = None
 ) -> tuple[DataConfig, list[Case]]:
@@ -87,7 +99,9 @@ def find_images(
     series, layout = layout.series, replace(layout, series=None, source_series=None)
     path = Path(location).expanduser()
     if os.path.isfile(path) or (layout.dims == 3 and is_dicom_folder(path)):
-        root, cases = path.parent, [Case(strip_suffix(path), path, subject=strip_suffix(path))]
+        named = (name for name, file in _named_as(layout.image, path.parent).items() if file == path)
+        name = next(named, strip_suffix(path))
+        root, cases = path.parent, [Case(name, path, subject=name)]
     else:
         root, pattern = locate(location)
         try:
@@ -122,7 +136,9 @@ def _find_in_folder(layout: DataConfig, root: Path, subject: str | None) -> tupl
     """(how they are read, the images of a folder): those in the folder itself, else those in its subfolders.
 
     The training data may have lain in their folder itself, beside their masks; then this one is read like
-    them. Otherwise their pattern is for subfolders alone: "*/*.nii.gz" would find labels/ beside samples.
+    them. Otherwise the folders of their pattern are left out, or "*/*.nii.gz" would find labels/ beside
+    samples, and the files named like theirs are taken: "*_T1w.nii.gz" of "images/*_T1w.nii.gz". Files of
+    other names are all taken.
     """
     own = own_images(root)
     beside = layout.image is None or "/" not in layout.image
@@ -134,8 +150,12 @@ def _find_in_folder(layout: DataConfig, root: Path, subject: str | None) -> tupl
             hint = f"a pattern in quotes names them, such as '{root}/*/t1.nii.gz'"
             why = f"holds no images, and is not laid out like the training data: {e}; {hint}"
     if own is not None:
-        read = replace(layout, image=own, table=None)
+        named = _named_as(layout.image, root)
+        read = replace(layout, image=pattern_of_names(layout.image) if named else own, table=None)
         cases = _find(read, root, subject)
+        if named and (others := len(files_by_id(own, root, "data.image")) - len(named)) > 0:
+            words = f"the images are {read.image}, as in training; other images there: {others}"
+            print0(f"note: in {root} {words}")
         if not 0 < len(masks := [case.id for case in cases if MASK_NAMES.search(case.id)]) < len(cases):
             return read, cases
         why = (
@@ -210,14 +230,15 @@ def own_cases(
 
 def with_references(cases: list[Case], folder: Path, layout: DataConfig) -> list[Case]:
     """The cases with their label maps: those that belong to these very images where `folder` holds images and
-    masks, else the files of `folder` named like the image, or like the case. layout: of the training data."""
+    masks, else the files of `folder` named like the image, like the masks in training, or like the case.
+    layout: of the training data."""
     if not os.path.isdir(folder):
         raise InputError(f"reference: {folder} is not a folder")
     files = {strip_suffix(path): path for path in sorted(folder.iterdir()) if is_volume_file(path)}
-    masks, found = _masks_in(folder, layout), []
+    masks, drawn, found = _masks_in(folder, layout), _named_as(layout.mask, folder), []
     for case in cases:
         image = case.image.resolve()
-        named = [] if case.volume else [files.get(strip_suffix(case.image))]
+        named = [] if case.volume else [files.get(strip_suffix(case.image)), drawn.get(case.id)]
         named += [files.get(file_name(case.id)), masks.get(case.id)]
         named = [path for path in named if path is not None and path.resolve() != image]
         if (path := masks.get(image) or next(iter(named), None)) is None:

@@ -131,6 +131,43 @@ def test_images_and_masks_of_other_folders_are_told_apart_as_in_training(tmp_pat
         assert [case.mask for case in open_images(content_of(data), folder).cases] == [None] * 3
 
 
+def named_by_role(root, images="images/p{i}_T1w", masks="masks/p{i}_mask"):
+    """Four cases whose files end with their role, and the settings of a run that learned from them."""
+    for i in range(4):
+        save(root / f"{images}.nii.gz".format(i=i), image(seed=i))
+        save(root / f"{masks}.nii.gz".format(i=i), mask())
+    patterns = {"image": images, "mask": masks}
+    patterns = {role: f"{place}.nii.gz".replace("p{i}", "*") for role, place in patterns.items()}
+    return {"root": str(root), "cache_dir": str(root.parent / "cache"), **patterns}
+
+
+def test_images_and_references_in_folders_of_their_own_meet_by_the_names_of_the_training(tmp_path, capsys):
+    data = opened(DataConfig(**named_by_role(tmp_path / "data"), val_fraction=0.5))
+    content = content_of(data)
+    named_by_role(tmp_path / "new", "T1 images/p{i}_T1w", "rois/p{i}_mask")
+    images, rois = tmp_path / "new/T1 images", tmp_path / "new/rois"
+    save(images / "p0_FLAIR.nii.gz", image())  # another contrast is no image of this run
+    found = open_images(content, images, references=rois)
+    assert [case.id for case in found.cases] == ["p0", "p1", "p2", "p3"]
+    assert [case.mask.name for case in found.cases] == [f"p{i}_mask.nii.gz" for i in range(4)]
+    said = f"note: in {images} the images are *_T1w.nii.gz, as in training; other images there: 1"
+    assert said in capsys.readouterr().out
+    assert {case.id for case in open_images(content, images, part="val").cases} == set(data.split["val"])
+    one = open_images(content, images / "p2_T1w.nii.gz", references=rois).cases
+    assert [(case.id, case.mask.name) for case in one] == [("p2", "p2_mask.nii.gz")]
+    for i in range(4):  # names of another kind are taken as they are
+        (images / f"p{i}_T1w.nii.gz").rename(images / f"p{i}_T2w.nii.gz")
+    assert [case.id for case in open_images(content, images).cases][:2] == ["p0_FLAIR", "p0_T2w"]
+
+
+def test_names_alone_do_not_make_ids_where_folders_do(tmp_path):
+    given = named_by_role(tmp_path / "data", "p{i}/t1", "p{i}/seg")
+    content = content_of(opened(DataConfig(**given | {"image": "*/t*.nii.gz"})))
+    save(tmp_path / "other/t1.nii.gz", image())
+    save(tmp_path / "other/t2.nii.gz", image())
+    assert [case.id for case in open_images(content, tmp_path / "other").cases] == ["t1", "t2"]
+
+
 def test_masks_that_nothing_tells_from_images_are_no_images(settings, tmp_path):
     content = content_of(opened(settings))
     laid_out(tmp_path / "d", "a table")
