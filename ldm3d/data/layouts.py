@@ -5,7 +5,8 @@ Four ways in which people keep their data are recognised, in this order:
     a table            cases.csv, the only CSV with a column `image`, or the dataset.json of the MSD
     BIDS               sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz, masks also in derivatives/
     a folder a case    p01/t1.nii.gz p01/seg.nii.gz, p02/t1.nii.gz p02/seg.nii.gz
-    a folder a role    images/p01.nii.gz, labels/p01.nii.gz; or one folder of images
+    a folder a role    images/p01.nii.gz, labels/p01.nii.gz, or images/p01_T1w.nii.gz, labels/p01_seg.nii.gz;
+                       or one folder of images
 
 A folder that holds the slices of one DICOM volume counts as a file. Files that stand in the same place of
 every case have one role. Example: in the third layout t1.nii.gz and seg.nii.gz are two kinds of files. A kind
@@ -281,6 +282,32 @@ def _of_raters(kinds: Kinds, image: str, masks: list[tuple[int, str]]) -> tuple[
     return max(fits, key=lambda fit: len(kinds[fit[1]]), default=None)
 
 
+def _without_ending(kinds: Kinds, pattern: str) -> tuple[str, dict[str, Path]]:
+    """(pattern, {case: its file}) of a kind without the word that all of its names end with: images/*_T1w.nii
+    for images/*.nii, and p01 for p01_T1w. As the kind is where the names have no such word."""
+    ends = {"".join(name.rpartition("_")[1:]) for name in kinds[pattern]}
+    end = ends.pop() if len(ends) == 1 else ""
+    if not end.startswith("_"):
+        return pattern, kinds[pattern]
+    return pattern.replace("*", f"*{end}"), {n.removesuffix(end): path for n, path in kinds[pattern].items()}
+
+
+def _paired_without_endings(
+    kinds: Kinds, image: str, masks: list[tuple[int, str]]
+) -> tuple[str, tuple[int, str]] | None:
+    """(pattern of images, (number of labels, pattern of masks)) where the names in a folder end with a word
+    of its own, and what stands before it gives each image one mask, and each mask one image. `kinds` then
+    has these patterns. None if there are no such masks."""
+    for num, mask in masks:
+        others, ours = _without_ending(kinds, mask)
+        for images, theirs in ((image, kinds[image]), _without_ending(kinds, image)):
+            if theirs.keys() == ours.keys():
+                del kinds[image], kinds[mask]
+                kinds |= {images: theirs, others: ours}
+                return images, (num, others)
+    return None
+
+
 def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | None:
     """The pattern of all images where folders are classes, such as healthy/ and ill/: no name is in two of
     them, and all lie equally deep. None where folders are something else."""
@@ -346,6 +373,9 @@ def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
     elif best := _of_raters(kinds, image, masks):
         settings["mask"] = best[1].replace("*", "{id}__{rater}")
         why["mask"] = f"beside the images, {len(kinds[best[1]])} files named by case and rater"
+    elif name == "a folder a role" and (pair := _paired_without_endings(kinds, image, masks)):
+        settings["image"], (num_labels, settings["mask"]) = pair
+        why["mask"] = f"one for each image, {num_labels} small integers in the first of them"
     why |= _rest(kinds, [*settings.values(), *(best or ())])
     if name == "BIDS":
         settings["subject"], why["subject"] = r"^(sub-[^_]+)", "BIDS: the subject stands first in every name"

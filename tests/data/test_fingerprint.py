@@ -92,6 +92,35 @@ def test_each_layout_is_recognised_and_can_be_opened(make, tmp_path):
     assert tuple(data.infos[name].shape for name in sorted(data.infos)) == found.shapes
 
 
+def with_endings(root, images="images/{}_T1w", masks="masks/{}_seg", cases=CASES):
+    for i, case in enumerate(cases):
+        save(root / f"{images.format(case)}.nii.gz", image(seed=i))
+        save(root / f"{masks.format(case)}.nii.gz", mask())
+    return root
+
+
+@pytest.mark.parametrize("masks", ["masks/{}_seg", "masks/{}", "masks/{}_T1w_seg"])
+def test_names_that_end_with_their_role_pair_images_and_masks(masks, tmp_path):
+    layout = recognise(with_endings(tmp_path, masks=masks))
+    shared = "_T1w" in masks  # then the images are named as they are
+    image = "images/*.nii.gz" if shared else "images/*_T1w.nii.gz"
+    mask = "masks/*.nii.gz" if masks == "masks/{}" else "masks/*_seg.nii.gz"
+    assert layout.settings == {"image": image, "mask": mask}
+    assert "others" not in layout.why
+    cases = find_cases(DataConfig(root=str(tmp_path), **layout.settings), tmp_path)
+    assert [case.id for case in cases] == [case + "_T1w" * shared for case in CASES]
+
+
+def test_names_whose_endings_leave_a_doubt_pair_nothing(tmp_path):
+    two, more = tmp_path / "two", tmp_path / "more"
+    save(with_endings(two) / "images/p01_FLAIR.nii.gz", image())  # two images for one mask
+    save(with_endings(more) / "masks/p09_seg.nii.gz", mask())  # a mask without an image
+    for root in (two, more):
+        layout = recognise(root)
+        assert layout.settings == {"image": "images/*.nii.gz"}
+        assert "masks/*.nii.gz" in layout.why["others"]
+
+
 def test_a_second_contrast_is_named_and_left_alone(tmp_path):
     assert "*/t1.nii.gz (3)" in recognise(nested(tmp_path)).why["others"]
 
