@@ -205,8 +205,12 @@ def main() -> None:
     unknown = sorted({name for row in chosen for name in parts_of(row)[0]} - ROWS.keys())
     if unknown:
         parser.error(f"--rows: no row {unknown[0]!r}; known are {', '.join(ROWS)}")
-    lines, first = [], None
-    split = run_of(parts_of(chosen[0])[0][0], args) / "split.json"
+    first = parts_of(chosen[0])[0][0]
+    if "run.seed" in ROWS[first][0]:
+        parser.error(
+            f"--rows: {first!r} takes over the split of the first row; name {first.partition(',')[0]!r} first"
+        )
+    lines, first, split = [], None, run_of(first, args) / "split.json"
     for row in chosen:
         names = parts_of(row)[0]
         for name in names:
