@@ -11,7 +11,8 @@ tables have:
     p               of all ways to exchange FIRST and SECOND in some of the cases, the share whose mean
                     difference is as far from 0 as the one found, or further: the sign-flip test of Fisher
                     1935 (The design of experiments, section 21). Between equals, names would not matter
-    second higher   the share of the cases in which SECOND has the higher score; equal scores count half
+    second is       better in this share of the cases: higher, or lower where the score is an error; equal
+                    scores count half. Of scores that are neither good nor bad, such as sharpness: higher
 
 Example: 5 cases all have a higher Dice with SECOND. There are 2^5 = 32 ways to exchange names. Only two are
 as extreme: no exchange, and that of all. So p = 2 / 32 = 0.06: five cases cannot show that SECOND is better.
@@ -27,6 +28,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +36,13 @@ from ..config import InputError, at_least, read_json, to_dict
 from ..data.cases import read_csv
 from ..engine.distributed import print0
 from ..engine.logger import plural
+from .pairs import LOWER_IS_BETTER
 from .results import Rows, check_out, new_folder, table, write_csv, write_report
 from .statistics import bootstrap_interval, interval_words, sign_flip_test
 
+# Scores by words of their names: dice_2, psnr_fitted. Of all others no direction is the better one
+ERRORS = {*LOWER_IS_BETTER, "hd95", "ece", "brier", "nll", "ged"}
+GOOD = {"dice", "iou", "psnr", "ssim", "precision", "sensitivity"}
 FEW = 5  # subjects, with which no difference has a p below 0.05
 
 
@@ -74,6 +80,16 @@ def _number(cell: str) -> float:
         return math.nan
 
 
+def better(column: str) -> str | None:
+    """Which of two scores of this name is the better one, "higher" or "lower"; None: neither."""
+    words = set(column.split("_"))
+    if words & {"votes", "raters"}:  # how alike these are among themselves
+        return None
+    if words & ERRORS or column in ("retention_area", "retention_ratio"):
+        return "lower"
+    return "higher" if words & GOOD or column == "error_correlation" else None
+
+
 def differences_of(first: Rows, second: Rows) -> Rows:
     """{case: {score: second - first}} of the cases and scores that both have."""
     shared = [c for c in next(iter(second.values())) if c in next(iter(first.values()))]
@@ -84,8 +100,8 @@ def differences_of(first: Rows, second: Rows) -> Rows:
 
 def summary_of(
     first: Rows, second: Rows, subjects: dict[str, str], config: DifferenceConfig
-) -> dict[str, dict[str, float]]:
-    """{score: cases, means of both, difference, low, high, p, second_higher}."""
+) -> dict[str, dict[str, Any]]:
+    """{score: cases, means of both, difference, low, high, p, second_higher, better (see there)}."""
     rows, found = differences_of(first, second), {}
     for column in next(iter(rows.values())):
         values = np.array([row[column] for row in rows.values()])
@@ -104,8 +120,15 @@ def summary_of(
             "high": high,
             "p": sign_flip_test(values, groups, config.exchanges),
             "second_higher": float(((values > 0) + (values == 0) / 2).mean()),
+            "better": better(column),
         }
     return found
+
+
+def second_is(m: dict[str, Any]) -> str:
+    """In how many of the cases SECOND is better, or higher, in words. m: of a score, from `summary_of`."""
+    share = 1 - m["second_higher"] if m["better"] == "lower" else m["second_higher"]
+    return f"{'better' if m['better'] else 'higher'} in {share:.3g}"
 
 
 def compare_results(config: DifferenceConfig, first: str, second: str) -> Path:
@@ -128,9 +151,9 @@ def compare_results(config: DifferenceConfig, first: str, second: str) -> Path:
     report |= {"subjects": len({subjects.get(name, name) for name in shared})}
     report |= {"interval": interval_words(config.resamples), "metrics": metrics}
     write_report(folder / "report.json", report)
-    columns = ("first", "second", "difference", "low", "high", "p", "second_higher", "cases")
-    lines = [[name, *(m[c] for c in columns)] for name, m in metrics.items()]
-    print(table([["", *(c.replace("_", " ") for c in columns)], *lines]))
+    columns = ("first", "second", "difference", "low", "high", "p")
+    lines = [[name, *(m[c] for c in columns), second_is(m), m["cases"]] for name, m in metrics.items()]
+    print(table([["", *columns, "second is", "cases"], *lines]))
     if (num := report["subjects"]) <= FEW:
         print(
             f"note: p cannot be below {2.0 ** (1 - num):g} with {plural(num, 'subject')}, whatever the scores"

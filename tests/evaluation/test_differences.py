@@ -65,6 +65,19 @@ def test_the_worked_example_of_five_cases(results, tmp_path, capsys):
     assert (found["hd95"]["p"], found["hd95"]["second_higher"]) == (1, 0.5)
 
 
+def test_an_error_that_is_lower_is_better_and_of_other_scores_the_higher_is_named(results, tmp_path, capsys):
+    columns = ("dice_1", "hd95_1", "mae", "retention_ratio", "raters_dice", "sharpness")
+    first = results("first", {k: (0.5, 2, 2, 2, 2, 2) for k in range(4)}, columns)
+    second = results("second", {k: (0.6, 1, 1, 1, 1, 3 if k else 1) for k in range(4)}, columns)
+    found = report_of(first, second, tmp_path / "out")["metrics"]
+    assert [found[name]["better"] for name in columns] == ["higher", "lower", "lower", "lower", None, None]
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name in columns[:4]:
+        assert "better in 1" in lines[name]
+    assert "higher in 0 " in lines["raters_dice"]
+    assert "higher in 0.75 " in lines["sharpness"]
+
+
 def test_cells_without_number_and_cases_of_one_table_are_left_out(results, tmp_path, capsys):
     first = results("first", {"a": (0.5, ""), "b": (0.6, 3), "c": (0.7, 4)}, ("dice", "hd95"))
     second = results("second", {"a": (0.6, 1, "x"), "b": (0.8, 5, "y")}, ("dice", "hd95", "who"))
