@@ -177,6 +177,13 @@ def ways_of(opened: Sequence[SegmentationPipeline], votes: int) -> str:
     return "; ".join(way(one.method) for one in opened)
 
 
+def votes_taken(opened: Sequence[SegmentationPipeline], config: SegmentConfig) -> int:
+    """How many votes each case has, for the report: one where no run has diffusion, but for level sets, which
+    are votes of the mean."""
+    drawn = config.level_sets or any(one.method.config.diffusion for one in opened)
+    return config.votes if drawn else 1
+
+
 def what_is_seen(run: SegmentationPipeline) -> dict[str, Any]:
     """What runs share that see the same voxels of an image in the same units and mean the same labels."""
     layout, spec = run.layout, run.spec
@@ -400,6 +407,7 @@ def segment_files(config: SegmentConfig, run: Path, images: Path) -> Path:
     bins = sum(gather(bins))
     if is_main():
         facts = {"run": str(run), "images": str(images), "step": pipeline.content["step"]}
+        facts["votes"] = votes_taken(opened, config)
         if config.reference:
             names, labels = ("confidence", "right"), ("confidence", "share that is right")
             curve = draw_reliability(folder / "reliability.png", bins.numpy(), names, labels)
@@ -490,7 +498,7 @@ def report(
     worst: WorstPictures,
     subjects: dict[str, str],
 ) -> None:
-    """cases.csv, report.json, overlays.png, and the means on the console. facts: run, images, step;
+    """cases.csv, report.json, overlays.png, and the means on the console. facts: run, images, step, votes;
     subjects: of the cases."""
     write_csv(folder / "cases.csv", rows)
     metrics = summarise(rows, RESAMPLES, subjects)

@@ -30,12 +30,14 @@ from ldm3d.evaluation.statistics import summarise
 from ldm3d.inference import segmentation
 from ldm3d.inference.segmentation import (
     FileGrid,
+    SegmentConfig,
     borders,
     calibration,
     certainty,
     overlay,
     reliability,
     score,
+    votes_taken,
     ways_of,
 )
 from ldm3d.large.streaming import Input
@@ -159,6 +161,9 @@ def test_a_run_without_diffusion_has_no_votes_to_speak_of():
     few, one = (SimpleNamespace(method=CDAL(config, 3)) for config in (CDALConfig(), plain))
     assert ways_of([few, one], 5) == "T = 2, 5 votes; without diffusion"
     assert ways_of([one], 5) == "without diffusion"
+    assert votes_taken([few, one], SegmentConfig(votes=5)) == 5
+    assert votes_taken([one], SegmentConfig(votes=5)) == 1
+    assert votes_taken([one], SegmentConfig(votes=5, level_sets=True)) == 5
 
 
 # --- segmenting files ---------------------------------------------------------------------------------------
