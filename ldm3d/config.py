@@ -161,7 +161,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
 
 def convert_tuple(source: Any, args: tuple, kind: Any, key: str) -> tuple:
     """Text is JSON ("[[1,2,2],[2,2,2]]", '["words, with commas"]') or a list with commas, spaces or x
-    ("48,64,48", "48x64x48"); "none" and an empty word are the empty tuple."""
+    ("48,64,48", "48x64x48"); "none" and an empty word are the empty tuple. Commas alone separate words, which
+    may be paths and names with spaces."""
     value = source
     if isinstance(source, str):
         text = source.strip()
@@ -175,7 +176,8 @@ def convert_tuple(source: Any, args: tuple, kind: Any, key: str) -> tuple:
             if too_deep(value):
                 raise wrong(source, kind, key)
         else:
-            value = [v for v in re.split(r"(?<=\d)x(?=\d)|[,\s]+", text) if v]
+            between = r"\s*,\s*" if args[0] is str else r"(?<=\d)x(?=\d)|[,\s]+"
+            value = [v for v in re.split(between, text) if v]
     if not isinstance(value, (list, tuple)):
         value = [value]
     if len(args) == 2 and args[1] is Ellipsis:

@@ -14,6 +14,7 @@ import train_ldm
 import train_vae
 from ldm3d.config import (
     InputError,
+    convert,
     field_comments,
     field_types,
     flatten,
@@ -101,6 +102,11 @@ def test_each_source_overrides_the_one_before(tmp_path):
 )
 def test_tuples_are_typed_in_any_common_way(text, value):
     assert read("small", "--size", text)[0].size == value
+
+
+def test_commas_alone_separate_words_which_may_be_paths_with_spaces():
+    for text in ("my runs/a 2x2,b", "my runs/a 2x2 , b", '["my runs/a 2x2", "b"]'):
+        assert convert(text, tuple[str, ...], "ensemble") == ("my runs/a 2x2", "b")
 
 
 @pytest.mark.parametrize("word", ["none", "", "()", "[]", "None"])
