@@ -64,7 +64,7 @@ from ldm3d.data.phantoms import phantom_folder
 from ldm3d.data.slices import find_all_cases
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.engine.checkpoint import load_run
+from ldm3d.engine.checkpoint import load_run, note_unvalidated
 from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet, visible_slices
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
@@ -116,7 +116,6 @@ from ldm3d.pipeline import (
     copy_autoencoder,
     latent_statistics_of,
     longest_side_of,
-    note_unvalidated,
 )
 from ldm3d.plan import (
     LDM_PASSES,

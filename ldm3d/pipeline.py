@@ -29,7 +29,7 @@ from .data import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_fil
 from .data.opening import check_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .engine.checkpoint import load_run, load_weights, save
+from .engine.checkpoint import load_run, load_weights, note_unvalidated, save
 from .engine.distributed import is_main, print0
 from .engine.runs import changed_case, read_split
 from .engine.training import autocast
@@ -39,13 +39,6 @@ from .registers import AnatomyConfig
 from .unet import UNetConfig
 from .vae import Autoencoder, VAEConfig
 from .vqvae import QuantizerConfig, make_autoencoder
-
-
-def note_unvalidated(run: Path, content: dict[str, Any]) -> None:
-    """Say whose weights `load_run(run)`, its `content`, has, where the run has not been validated yet."""
-    if run.is_dir() and not (run / "best.pt").exists():
-        print0(f"note: {run} has no best.pt yet; its weights are those of step {content['step']}")
-
 
 # --- autoencoders -------------------------------------------------------------------------------------------
 

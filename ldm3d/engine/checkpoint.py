@@ -228,6 +228,13 @@ def load_run(run: str | Path, kind: str | None = None) -> dict[str, Any]:
     return content
 
 
+def note_unvalidated(run: str | Path, content: dict[str, Any]) -> None:
+    """Say whose weights `load_run(run)`, its `content`, has, where the run has not been validated yet."""
+    run = Path(run)
+    if run.is_dir() and not (run / "best.pt").exists():
+        print0(f"note: {run} has no best.pt yet; its weights are those of step {content['step']}")
+
+
 def prune(run_dir: str | Path, keep: int, step: int) -> None:
     """Delete old numbered checkpoints: all but the `keep` newest up to `step`, the one just saved.
 

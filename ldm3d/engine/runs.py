@@ -59,6 +59,7 @@ from .checkpoint import (
     load_latest,
     load_run,
     load_weights,
+    note_unvalidated,
     prune,
     save,
     step_files,
@@ -393,6 +394,7 @@ class Run:
             return []
         where = f"run.init {self.config.run.init}"
         new = load_weights(net, self.initial["ema"], where, may_miss)
+        note_unvalidated(self.config.run.init, self.initial)
         print0(f"{where}: weights of step {self.initial['step']} copied into the new run")
         if new:
             print0(f"note: {len(new)} weights are new, such as {new[0]}")

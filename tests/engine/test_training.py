@@ -330,6 +330,18 @@ def test_init_takes_the_weights_of_another_run_and_starts_at_zero(tmp_path):
         Run("test", replace(config, {"run.init": str(tmp_path / "gone")}), {})
 
 
+def test_init_from_a_run_without_validation_says_whose_weights_it_takes(tmp_path, capsys):
+    saved_run(tmp_path, 7)
+    new = {"run.dir": str(tmp_path / "new"), "run.init": str(tmp_path / "run")}
+    Run("test", replace(Config(), new), {}).initialise(nn.Linear(2, 1))
+    said = f"note: {tmp_path / 'run'} has no best.pt yet; its weights are those of step 7"
+    assert said in capsys.readouterr().out
+    best = begin(open_run(tmp_path))
+    best.keep_best("loss", 1.0)
+    Run("test", replace(Config(), new), {}).initialise(nn.Linear(2, 1))
+    assert "note: " not in capsys.readouterr().out
+
+
 def test_the_best_is_kept_apart_and_patience_ends_a_run(tmp_path):
     run = begin(open_run(tmp_path, **{"run.patience": 2, "run.eval_every": 10}))
     run.step = 1
