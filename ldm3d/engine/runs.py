@@ -90,6 +90,8 @@ MAY_CHANGE = {  # settings that a resumed run may change; any other difference i
     *("micro_batch_size", "memory"),
 }
 
+PATHS = {"vae", "run.init", "disc_init"}  # settings that name a run or a file, which has many paths
+
 
 def lock_folder(folder: Path) -> IO[str]:
     """The folder's lock file, locked until the file is closed or this process ends, however it ends.
@@ -153,6 +155,13 @@ def changed_case(before: dict[str, dict[str, str]], now: dict[str, dict[str, str
             if value != old[what]:
                 return f"the {what} of case {case} is another one"
     return None
+
+
+def is_same(key: str, before: Any, now: Any) -> bool:
+    """Are these two values of a setting the same? Two paths are if they lead to the same file."""
+    if key in PATHS and before and now:
+        before, now = map(os.path.realpath, (before, now))
+    return before == now
 
 
 def goes_on(kind: str, config: Any) -> bool:
@@ -267,7 +276,7 @@ class Run:
         base = from_dict(type(self.config), self.resumed["config"])
         before, changed = flatten(base), []
         for key, value in {**flags, "preset": self.config.preset}.items():
-            if key not in MAY_CHANGE and before[key] != value:
+            if key not in MAY_CHANGE and not is_same(key, before[key], value):
                 changed.append(f"{key} was {before[key]!r}, now {value!r}")
         if changed:
             raise InputError(

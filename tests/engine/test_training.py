@@ -40,6 +40,7 @@ class Config:
     preset: str = "p"  # name
     batch_size: int = 4  # samples
     width: int = 2  # of the net
+    vae: str | None = None  # a run
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -281,6 +282,18 @@ def test_another_setting_on_resume_is_refused_with_the_difference_and_lengths_ma
     with pytest.raises(InputError, match="preset was 'p', now 'q'"):
         open_run(tmp_path, preset="q")
     assert open_run(tmp_path, {"run.steps": 9, "run.keep": 5}).config.run.steps == 9
+
+
+def test_another_path_to_the_same_autoencoder_is_no_other_setting(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    saved_run(tmp_path, 7, {"vae": str(tmp_path / "vae")})
+    for path in ("vae", "./vae/", "link", "run/../vae"):
+        assert open_run(tmp_path, {"vae": path}).step == 7
+    for path in ("vae2", None):
+        with pytest.raises(InputError, match=f"vae was .*, now {path!r}"):
+            open_run(tmp_path, {"vae": path})
 
 
 def test_a_finished_run_says_so(tmp_path, capsys):
