@@ -53,6 +53,7 @@ READING = {  # settings that say which files there are and how they are read
     ),
     *("slices", "series", "source_series"),
 }
+DATE = re.compile(r"(19|20)\d\d([-_.]?)[01]\d\2[0-3]\d")
 MOST_PAIRS = 200  # cases whose thumbnails are compared with each other
 SIDED = 5, 0.05  # least masks, and least distance from the middle of all labels, as a part of the axis
 NEARLY_SAME = 0.999  # correlation of thumbnails of images that are probably of one subject
@@ -113,7 +114,28 @@ class Fingerprint:
 # --- subjects -----------------------------------------------------------------------------------------------
 
 
-def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
+def _visits(root: Path, cases: list[Case], image: str | None) -> tuple[str, str] | None:
+    """(data.subject, why) where a folder for each subject holds one for each visit: p_01/visit_1/t1.nii.gz.
+    image: the pattern, "{id}/{id}/t1.nii.gz".
+
+    Visits are called alike for all subjects, and are fewer than these, or dates. Of other folders in folders
+    the outer ones may be sites or classes.
+    """
+    places = [i for i, part in enumerate((image or "").split("/")[:-1]) if part == "{id}"]
+    if len(places) != 2:
+        return None
+    parts = [case.image.relative_to(root).parts for case in cases]
+    outer, inner = ({names[i] for names in parts} for i in places)
+    if not 2 < len(outer) < len(cases) or not (len(inner) < len(outer) or all(map(DATE.search, inner))):
+        return None
+    why = f"folders of visits in folders of {len(outer)} subjects, such as {min(outer)}"
+    for names, rule in ((outer, "^({0}[^_]*)_"), (inner, "^(.*)_{0}[^_]*$")):
+        if len(marks := {name.count("_") for name in names}) == 1:  # the case id joins the folders by "_"
+            return rule.format("[^_]*_" * marks.pop()), why
+    return None
+
+
+def _find_subjects(root: Path, cases: list[Case], image: str | None) -> tuple[str, str] | None:
     """(data.subject, why) where files or names say that several cases are of one subject.
 
     Names that begin in two ways only are not taken for two subjects, unless they say so by "sub-": often they
@@ -124,6 +146,8 @@ def _find_subjects(root: Path, cases: list[Case]) -> tuple[str, str] | None:
         return "subjects.csv", "the table of subjects in the folder"
     if any(case.subject != case.id for case in cases):
         return None
+    if found := _visits(root, cases, image):
+        return found
     for rule, subject_of in groupings([case.id for case in cases]):
         found = set(subject_of.values())
         if len(found) > 2 or min(found).startswith("sub-"):
@@ -273,7 +297,7 @@ def _recognised(
     guessed = config.subject is None and "subject" not in given
     look = dataclasses.replace(config, participants=None) if guessed else config  # it names subjects
     cases = find_cases(look, root)
-    if guessed and (found := _find_subjects(root, cases)):
+    if guessed and (found := _find_subjects(root, cases, config.image)):
         settings["subject"], why["subject"] = found
         config = dataclasses.replace(config, subject=settings["subject"])
     if config != look:

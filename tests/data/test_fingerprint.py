@@ -121,6 +121,31 @@ def test_names_whose_endings_leave_a_doubt_pair_nothing(tmp_path):
         assert "masks/*.nii.gz" in layout.why["others"]
 
 
+@pytest.mark.parametrize(
+    ("places", "subjects"),
+    [
+        (
+            ["Patient 1/baseline", "Patient 1/follow up", "Patient 2/baseline", "Patient 3/baseline"],
+            "Patient #",
+        ),
+        (["p_1/visit_1", "p_1/visit_2", "p_2/visit_1", "p_3/visit_2"], "p_#"),
+        (["1/2019-03-04", "1/2020_01_02", "2/20210506", "3/2020-01-02"], "#"),
+        (["GBM/1", "GBM/2", "LGG/1", "LGG/2"], None),  # classes
+        (["Oslo/a", "Oslo/b", "Rome/c", "Lund/d"], None),  # sites
+    ],
+)
+def test_folders_of_visits_in_those_of_patients_tell_the_subjects(places, subjects, tmp_path):
+    for i, place in enumerate(places):
+        save(tmp_path / "d" / place / "t1 post.nii.gz", image(seed=i))
+        save(tmp_path / "d" / place / "seg.nii.gz", mask())
+    found = take(tmp_path / "d", {"data.cache_dir": str(tmp_path / "c")})
+    if subjects is None:
+        assert "data.subject" not in found.settings
+    else:
+        assert sorted(set(found.subjects)) == [subjects.replace("#", str(i)) for i in (1, 2, 3)]
+        assert "folders of visits in folders of 3 subjects" in found.reasons["data.subject"]
+
+
 def test_a_second_contrast_is_named_and_left_alone(tmp_path):
     assert "*/t1.nii.gz (3)" in recognise(nested(tmp_path)).why["others"]
 
