@@ -282,13 +282,17 @@ def _of_raters(kinds: Kinds, image: str, masks: list[tuple[int, str]]) -> tuple[
     return max(fits, key=lambda fit: len(kinds[fit[1]]), default=None)
 
 
+def common_ending(names: Iterable[str]) -> str:
+    """The word that all of these names end with, with its "_", such as "_T1w"; "" if there is none."""
+    ends = {"".join(name.rpartition("_")[1:]) for name in names}
+    end = ends.pop() if len(ends) == 1 else ""
+    return end if end.startswith("_") else ""
+
+
 def _without_ending(kinds: Kinds, pattern: str) -> tuple[str, dict[str, Path]]:
     """(pattern, {case: its file}) of a kind without the word that all of its names end with: images/*_T1w.nii
     for images/*.nii, and p01 for p01_T1w. As the kind is where the names have no such word."""
-    ends = {"".join(name.rpartition("_")[1:]) for name in kinds[pattern]}
-    end = ends.pop() if len(ends) == 1 else ""
-    if not end.startswith("_"):
-        return pattern, kinds[pattern]
+    end = common_ending(kinds[pattern])
     return pattern.replace("*", f"*{end}"), {n.removesuffix(end): path for n, path in kinds[pattern].items()}
 
 

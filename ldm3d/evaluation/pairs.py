@@ -4,8 +4,9 @@
     python -m ldm3d.evaluation compare GENERATED TARGET --masks data/lesion --align rigid --upright
     python -m ldm3d.evaluation compare PREDICTED LABELS --labels
 
-Files are paired by name (without folder and suffix); a file without a partner is an error. Intensities are in
-the unit of the files. For every pair:
+Files are paired by name (without folder and suffix), or, where partners lack and all names of the others end
+with one word, by what stands before: p01 and p01_T1w. A file without a partner is an error. Intensities are
+in the unit of the files. For every pair:
 
 image     PSNR (dB); PSNR after the best gain and offset (psnr_fitted: scanners differ in both, and the plain
           PSNR ranks gains more than images); SSIM, mean squared and absolute error; with --features also
@@ -45,6 +46,7 @@ from ..config import InputError, at_least, to_dict
 from ..data import Volume, read
 from ..data.images import locate, own_images
 from ..data.itk import is_dicom_folder
+from ..data.layouts import common_ending
 from ..data.volumes import is_volume_file, read_header, strip_suffix
 from ..engine.distributed import choose_device, print0
 from ..engine.logger import new_figure, progress, save_figure, save_sheet
@@ -114,9 +116,14 @@ def pair_files(locations: dict[str, str]) -> dict[str, dict[str, Path]]:
 
     Every generated file must have a partner in each other role. Other roles may hold more files, as the
     folder of all targets does when a part of them was translated: a note counts the files that are left out.
+    What a run makes has the names of its cases, p01, where the files of the training end with their role,
+    p01_T1w: a role whose names all do so is paired without this word.
     """
     roles = {role: named_files(location, role) for role, location in locations.items()}
     names = roles["generated"]
+    for role, partners in roles.items():
+        if names.keys() - partners.keys() and (end := common_ending(partners)):
+            roles[role] = {name.removesuffix(end): path for name, path in partners.items()}
     for other, partners in roles.items():
         if alone := sorted(names.keys() - partners.keys()):
             more = f" ({len(alone)} such files)" if len(alone) > 1 else ""

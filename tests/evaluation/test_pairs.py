@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from ldm3d.config import InputError
 from ldm3d.data import Volume, write
 from ldm3d.engine.distributed import run_script
 from ldm3d.evaluation import pairs as evaluation_of_pairs
 from ldm3d.evaluation.__main__ import main as evaluation_main
-from ldm3d.evaluation.pairs import describe, fitted, move
+from ldm3d.evaluation.pairs import describe, fitted, move, pair_files
 from ldm3d.metrics import psnr
 
 SHAPES = {2: (40, 36), 3: (20, 18, 22)}
@@ -290,6 +291,18 @@ def test_targets_that_nothing_was_made_for_are_left_out_with_a_note(tmp_path, ca
     note = capsys.readouterr().out
     assert "2 of 3 files, such as case_0, of target" in note
     assert "have no partner in generated and are left out" in note
+
+
+def test_targets_whose_names_end_with_their_role_are_those_of_the_cases(tmp_path):
+    for i in range(3):
+        save(tmp_path / "target", f"p{i}_T1w", blob(2, 9, 5))
+    save(tmp_path / "made", "p1", blob(2, 9, 5))
+    places = {"generated": str(tmp_path / "made"), "target": str(tmp_path / "target")}
+    (pair,) = pair_files(places).values()
+    assert [path.name for path in pair.values()] == ["p1.tif", "p1_T1w.tif"]
+    save(tmp_path / "target", "p1_FLAIR", blob(2, 9, 5))  # which of the two is meant?
+    with pytest.raises(InputError, match="no partner named p1 in target"):
+        pair_files(places)
 
 
 @pytest.mark.parametrize(
