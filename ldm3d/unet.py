@@ -48,6 +48,7 @@ from .blocks import (
     per_level,
     run_layer,
     timestep_embedding,
+    total_strides,
 )
 from .config import InputError, at_least
 from .normconv import Conv, GroupNorm, channels_last, norm_conv
@@ -120,7 +121,7 @@ class UNetConfig:
     @property
     def downsampling(self) -> tuple[int, ...]:
         """Total factor per axis between the finest and the coarsest level."""
-        return tuple(math.prod(f) for f in zip((1,) * self.dims, *level_strides(self), strict=True))
+        return total_strides((1,) * self.dims, *level_strides(self))
 
 
 def res_options(config: UNetConfig) -> dict[str, Any]:

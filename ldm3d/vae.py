@@ -55,6 +55,7 @@ from .blocks import (
     per_level,
     plain_decoder,
     plain_encoder,
+    total_strides,
     trunk_options,
 )
 from .config import InputError, at_least
@@ -63,7 +64,7 @@ from .large.streaming import run_trunk, trunk_planes
 PLAIN_ONLY = ("res_channels",)  # settings of one kind of trunk alone
 NORM_ONLY = (
     *("attention_levels", "strides", "stem", "mid_attention", "decoder_mid_attention", "num_groups"),
-    *("gn_eps", "final_silu", "attn_out_proj", "upsample", "down_pad", "extra_up_block"),
+    *("gn_eps", "final_silu", "attn_out_proj", "upsample", "down_pad", "extra_up_block", "shortcut"),
 )
 
 
@@ -91,6 +92,7 @@ class VAEConfig:
     quant_conv: bool = True  # 1x1 convolutions on both sides of the latent (without: double_z)
     extra_up_block: bool = False  # one residual block more per level in the decoder
     image_range: tuple[float, float] = (-1.0, 1.0)  # intensities within the network, for -1 and 1 outside
+    shortcut: bool = False  # a linear map beside the layers, from voxels to latent and back: learns sooner
     checkpointing: bool = False  # recompute each block in backward: less memory, more time
 
     def __post_init__(self):
@@ -117,8 +119,7 @@ class VAEConfig:
     @property
     def downsampling(self) -> tuple[int, ...]:
         """Total factor per axis between image and latent."""
-        factors = per_level(self.stem, self.dims), *level_strides(self)
-        return tuple(math.prod(f) for f in zip(*factors, strict=True))
+        return total_strides(per_level(self.stem, self.dims), *level_strides(self))
 
 
 @dataclass(frozen=True)

@@ -321,6 +321,46 @@ def test_trunks_are_one_flat_list_that_forward_walks():
     assert by_hand.shape == x.shape
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_shortcut_adds_a_linear_map_of_blocks_and_leaves_the_layers_as_they_begin(dims):
+    block = (2, 4, 2)[:dims]
+    shape = {
+        "channels": (4, 6),
+        "num_res_blocks": (1,) * 2,
+        "attention_levels": (False,) * 2,
+        "strides": ((1, 2, 2)[:dims],),
+        "stem": (2, 2, 1)[:dims],
+    }
+    for trunk, x in ((Encoder, image(2, 1, *(8, 8, 4)[:dims])), (Decoder, image(2, 3, *(4, 2, 2)[:dims]))):
+        args = (dims, 1, 3) if trunk is Encoder else (dims, 3, 1)
+        torch.manual_seed(0)
+        plain = trunk(*args, **shape)
+        torch.manual_seed(0)
+        both = trunk(*args, **shape, shortcut=True)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(both.state_dict()[name], value)
+        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        weight, bias = (p for name, p in both.named_parameters() if "shortcut" in name)
+        if trunk is Encoder:
+            linear = conv(1, 3, block, block)  # one patch of voxels after the other
+            linear.weight.data = weight.view(3, 1, *block)
+        else:
+            assert torch.equal(both(x), plain(x))  # begins as zero
+            nn.init.normal_(weight)
+            nn.init.normal_(bias)
+            linear = (nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d)(3, 1, block, block, bias=False)
+            linear.weight.data = weight.view(*block, 3).movedim(-1, 0)[:, None]
+        found = both(x) - plain(x)
+        if trunk is Encoder:
+            linear.bias.data = bias
+            close(found, linear(x))
+        else:
+            close(
+                found,
+                linear(x) + DepthToSpace(block)(bias.view(1, -1, *(1,) * dims).expand(2, -1, *x.shape[2:])),
+            )
+
+
 @pytest.mark.parametrize("cos_first", [True, False])
 @pytest.mark.parametrize("dim", [6, 7])
 def test_timestep_embedding_is_its_formula(cos_first, dim):

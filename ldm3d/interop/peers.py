@@ -78,6 +78,7 @@ def shared(config: VAEConfig | UNetConfig) -> dict[str, Any]:
 def monai_arguments(config: VAEConfig, target: str, upsample: tuple[str, str]) -> dict[str, Any]:
     """What the autoencoders of MONAI and MAISI have in common. upsample: their kinds, the plain one first."""
     plain = {"stem": 1, "final_silu": False, "down_pad": "asym", "double_z": False, "extra_up_block": False}
+    plain |= {"shortcut": False}
     require(config, target, **plain, quant_conv=True, upsample=upsample)
     middle = config.mid_attention, config.decoder_mid_attention
     return shared(config) | {
@@ -138,6 +139,7 @@ def describe_diffusers_autoencoder(config: VAEConfig) -> Description:
     blocks = per_level(config.num_res_blocks, levels)
     fixed = {"stem": 1, "final_silu": True, "down_pad": "asym", "double_z": True, "extra_up_block": True}
     fixed |= {"mid_attention": True, "decoder_mid_attention": (None, True), "upsample": "nearest"}
+    fixed |= {"shortcut": False}
     none = ((False,), (False,) * levels)
     require(config, target, **fixed, attention_levels=none, attn_out_proj=True, dims=2, gn_eps=1e-6)
     if len(set(blocks)) > 1:

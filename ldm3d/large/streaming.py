@@ -395,13 +395,17 @@ class Stream:
 
     def walk(self, trunk: Trunk, x: Map) -> Map:
         """The layers of a trunk, one after the other; the last results are computed when they are read."""
-        prepare = unchanged
+        y, prepare = x, unchanged
         for layer in self.seen(trunk):
             if isinstance(layer, GroupNorm):
-                prepare = self.normed(x, layer, trunk.final_silu)
+                prepare = self.normed(y, layer, trunk.final_silu)
             else:
-                x, prepare = self.apply(layer, x, prepare), unchanged
-        return x
+                y, prepare = self.apply(layer, y, prepare), unchanged
+        if not trunk.shortcut:
+            return y
+        for layer in trunk.shortcut:
+            x = self.apply(layer, x, unchanged)
+        return Computed(y, y.channels, y.size, lambda a, b: y.read(a, b) + x.read(a, b))
 
     def run(self, trunk: Trunk, x: Tensor) -> Tensor:
         """trunk(x) of one sample x (1, C, *S), without gradients."""

@@ -190,6 +190,7 @@ def test_a_controlnet_steers_the_u_net_of_monai_alike_and_comes_back_bit_for_bit
     [
         ({"stem": (2,)}, "stem: 2 has no counterpart"),
         ({"strides": ((1, 2),)}, "strides: ((1, 2),) has no counterpart"),
+        ({"shortcut": True}, "shortcut: True has no counterpart"),
         ({"final_silu": True}, "final_silu: True has no counterpart"),
         ({"upsample": "trilinear"}, "upsample: trilinear has no counterpart"),
         ({"num_groups": 5}, "num_groups: 5 does not divide"),

@@ -29,6 +29,8 @@ def autoencoder(kind="kl", dims=3, **changes):
     for name, parameter in net.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, 1.0, 0.3)
+        if "shortcut" in name:  # of the decoder: zero at first
+            nn.init.normal_(parameter, 0.0, 0.3)
     return net.eval().requires_grad_(False)
 
 
@@ -58,6 +60,8 @@ NETS = {
     "another range": {"image_range": (0.0, 1.0), "stem": (2,)},
     "trilinear": {"upsample": "trilinear"},
     "deconv2": {"upsample": "deconv2"},
+    "shortcut": {"shortcut": True, "stem": (2,)},
+    "shortcut, anisotropic": {"shortcut": True, "strides": ((1, 2, 2), (2, 1, 2)), "image_range": (0.0, 2.0)},
     "without norms": {"trunk": "plain", "num_groups": 32, "num_res_blocks": (1, 2, 0), "image_range": (0, 2)},
     "deconv3": {"upsample": "deconv3", "strides": ((1, 2, 2), (2, 1, 2))},
 }
