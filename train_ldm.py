@@ -83,6 +83,7 @@ from ldm3d.engine.training import (
     micro_batches,
     reseed,
     samples_per_forward,
+    stratified_uniform,
     to_device,
 )
 from ldm3d.inference.grain import measure_grain
@@ -252,6 +253,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "run.eval_every": 1500,
         "run.log_every": 100,
         "unet.num_res_blocks": (1,),
+        "optim.optimizer": "muon",
+        "optim.lr": 3e-3,
     },
     # Registers bound to the labels of the masks (registers.py), on the autoencoders of these presets.
     # Attention at every level (BRATS: but the finest), so that registers are read as finely as latents go.
@@ -834,6 +837,13 @@ def validate(
 # --- train --------------------------------------------------------------------------------------------------
 
 
+def draw_times(config: Config, seed: int, positions: Tensor) -> Tensor:
+    """u (B,) in [0, 1), from which the times of these samples follow (`LatentDiffusion.draw`)."""
+    if config.kernel.stratified_t:
+        return stratified_uniform(seed, positions, config.batch_size, "t")
+    return keyed_uniform(seed, positions, "t")
+
+
 SHORTER = "--patch.size and --patch.share 0 train on patches alone"  # what makes attention quick
 
 
@@ -1100,7 +1110,7 @@ def train(
             cond = hide_some(ldm.conditions_of(batch), config.condition, seed, positions)
             z_noise = keyed_normal(seed, positions, shape, "posterior").to(device)
             noise = keyed_normal(seed, positions, shape, "noise").to(device)
-            u = keyed_uniform(seed, positions, "t")
+            u = draw_times(config, seed, positions)
             mask = batch["mask"].long() if config.masks else None
             weight = anatomy_weight(config.anatomy, run.step, config.run.steps)
             posterior = batch["mean"], batch["logvar"], z_noise

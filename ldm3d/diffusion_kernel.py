@@ -68,6 +68,7 @@ class KernelConfig:
     loss: Literal["l1", "l2"] = "l2"  # absolute or squared error, mean over elements
     min_snr_gamma: float | None = None  # VP: min-SNR loss weight with this gamma, usually 5 (none: off)
     t_distribution: Literal["uniform", "logit_normal"] = "uniform"  # flow: density of t in training
+    stratified_t: bool = True  # in training: spread the times of a batch evenly; false: draw each by itself
     logit_mean: float = 0.0  # flow, logit_normal: mean of logit(t); above 0 favours noise
     logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
     flow_shift: float | None = None  # flow: shift of t towards noise (none: from the latent's size; 1: off)
@@ -75,7 +76,10 @@ class KernelConfig:
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-        """Settings stored when the prediction still implied the process: "flow" the flow, the others VP."""
+        """Settings stored when the prediction still implied the process: "flow" the flow, the others VP; and
+        when each time was drawn by itself."""
+        if values:
+            values.setdefault("stratified_t", False)
         if "prediction" in values and "process" not in values:
             values["process"] = "flow" if values["prediction"] in ("flow", "velocity") else "vp"
         if values.get("prediction") == "flow":

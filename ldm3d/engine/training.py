@@ -6,7 +6,7 @@ Each script owns its loop and calls these parts. One step is
         loss = ...                                            # (B,), one value a sample
         stepper.backward(loss.mean() * fraction)              # gradients add up over micro-batches and ranks
         mean.add(loss=loss)                                   # for the log
-    if stepper.step(step):                                    # AdamW; False where something was not finite
+    if stepper.step(step):                                    # False where something was not finite
         ema.update(net, step)
 
 with
@@ -47,6 +47,7 @@ from .distributed import (
     world_size,
 )
 from .logger import Profile
+from .muon import Muon, split_parameters
 
 # --- configuration ------------------------------------------------------------------------------------------
 
@@ -82,9 +83,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 1e-4  # peak learning rate of AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, beside AdamW; fewer, longer steps
+    lr: float = 1e-4  # peak learning rate
     adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's moment decays
-    weight_decay: float = 0.0  # AdamW's decoupled weight decay
+    weight_decay: float = 0.0  # decoupled weight decay
     warmup_steps: int = 0  # linear warm-up from 0
     schedule: Literal["constant", "cosine", "multistep"] = "constant"  # course of lr after the warm-up
     min_lr_ratio: float = 0.0  # cosine: last learning rate / lr
@@ -152,6 +154,17 @@ def keyed_uniform(seed: int, positions: Tensor, purpose: str) -> Tensor:
     return torch.cat([torch.rand(1, generator=keyed_generator(seed, int(p), purpose)) for p in positions])
 
 
+def stratified_uniform(seed: int, positions: Tensor, batch_size: int, purpose: str) -> Tensor:
+    """Uniform numbers (B,) in [0, 1), of which those of a batch are evenly apart: (u + i / batch_size) mod 1
+    for sample i, with one u for the batch.
+
+    Each number is as uniform as one of `keyed_uniform`. But no batch has small numbers alone, or large ones,
+    so that a mean over the batch varies less. Kingma et al. 2021 (arXiv 2107.00630), appendix I.1.
+    """
+    step, i = positions // batch_size, positions % batch_size
+    return (keyed_uniform(seed, step, purpose) + i / batch_size) % 1
+
+
 def reseed(*key: int) -> None:
     """Seed the global generators, which draw initial weights and module dropout, with any numbers."""
     seed, position, *rest = key
@@ -179,7 +192,7 @@ def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManage
 
 
 class Stepper:
-    """The optimizer step of one network: AdamW, learning rate, loss scaler, gradient clipping.
+    """The optimizer step of one network: AdamW or Muon, learning rate, loss scaler, gradient clipping.
 
     `backward` is called once a micro-batch, `step` once an optimizer step. Where the loss or the gradient is
     not finite on some rank, all ranks leave their weights alone. `run.max_bad_steps` such steps in a row
@@ -191,9 +204,15 @@ class Stepper:
     ):
         self.net, self.config, self.run, self.batch_size = net, config, run, batch_size
         self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, config.adam_betas, weight_decay=config.weight_decay, fused=True
-        )
+        muon = config.optimizer == "muon"
+        matrices, others = split_parameters(self.parameters) if muon else ([], self.parameters)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "optimizer": torch.optim.AdamW(
+                others, config.lr, config.adam_betas, weight_decay=config.weight_decay, fused=True
+            )
+        }
+        if matrices:
+            self.optimizers["muon"] = Muon(matrices, config.lr, config.weight_decay)
         scaled = amp_dtype(run.amp, device) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.device, self.bad_in_a_row, self.skipped = device, 0, 0
@@ -207,22 +226,25 @@ class Stepper:
 
     def step(self, step: int) -> bool:
         """Apply the accumulated gradient. False if it was skipped because something was not finite."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(step, self.run.steps, self.config, self.batch_size)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, self.run.steps, self.config, self.batch_size)
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.grad_norm = float(norm)
         fine = not any_rank(not (math.isfinite(self.grad_norm) and bool(self.loss_is_finite)))
         if fine:
             if self.config.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers.values():
+                self.scaler.step(optimizer)
             self.bad_in_a_row = 0
         # Halved on all ranks, whether or not they saw an overflow themselves: their scales must stay equal
         self.scaler.update(None if fine else 0.5 * self.scaler.get_scale())
         if not fine:
             self._count_bad(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         self.loss_is_finite = torch.ones_like(self.loss_is_finite)
         return fine
 
@@ -248,19 +270,20 @@ class Stepper:
 
     def report(self) -> dict[str, float]:
         """For the log: learning rate and gradient norm of the last step, non-finite steps so far."""
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizers["optimizer"].param_groups[0]["lr"]
         return {"lr": lr, "grad_norm": self.grad_norm, "skipped_steps": self.skipped}
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "optimizer": self.optimizer.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "bad_in_a_row": self.bad_in_a_row,
             "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.bad_in_a_row, self.skipped = state["bad_in_a_row"], state["skipped"]

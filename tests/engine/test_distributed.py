@@ -56,7 +56,7 @@ def train_two_steps() -> list[torch.Tensor]:
     )
     stepper = Stepper(net, OptimConfig(grad_clip=None), RunConfig(), 4, CPU)  # clipping would hide a scale
     model, grads = wrap(net, CPU), []
-    stepper.optimizer.register_step_pre_hook(
+    stepper.optimizers["optimizer"].register_step_pre_hook(
         lambda *_: grads.append([p.grad.clone() for p in net.parameters()])
     )
     for step, group in enumerate(batches(Numbers(), 4, 1, 0, 0, 2)):
@@ -89,7 +89,7 @@ def train_against_a_discriminator() -> list[torch.Tensor]:
         Stepper(n, OptimConfig(lr=1e-2, grad_clip=None), RunConfig(), 4, CPU) for n in (net, discriminator)
     ]
     for n, stepper in zip((net, discriminator), steppers, strict=True):
-        stepper.optimizer.register_step_pre_hook(
+        stepper.optimizers["optimizer"].register_step_pre_hook(
             lambda *_, n=n: grads.extend(p.grad.clone() for p in n.parameters())
         )
     for step, group in enumerate(batches(Numbers(), 4, 1, 0, 0, 2)):

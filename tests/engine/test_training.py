@@ -176,7 +176,7 @@ def test_the_gradient_is_clipped_to_its_norm():
     stepper = Stepper(net, OptimConfig(grad_clip=0.5), RunConfig(), 4, CPU)
     stepper.backward(net(torch.full((1, 2), 100.0)).sum())
     seen = []
-    stepper.optimizer.register_step_pre_hook(lambda *_: seen.append(float(net.weight.grad.norm())))
+    stepper.optimizers["optimizer"].register_step_pre_hook(lambda *_: seen.append(float(net.weight.grad.norm())))
     stepper.step(0)
     assert seen == [pytest.approx(0.5, rel=1e-4)]
     assert stepper.grad_norm == pytest.approx(math.sqrt(2) * 100, rel=1e-4)
