@@ -206,11 +206,11 @@ class Stepper:
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         muon = config.optimizer == "muon"
         matrices, others = split_parameters(self.parameters) if muon else ([], self.parameters)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "optimizer": torch.optim.AdamW(
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        if others:
+            self.optimizers["optimizer"] = torch.optim.AdamW(
                 others, config.lr, config.adam_betas, weight_decay=config.weight_decay, fused=True
             )
-        }
         if matrices:
             self.optimizers["muon"] = Muon(matrices, config.lr, config.weight_decay)
         scaled = amp_dtype(run.amp, device) == torch.float16
@@ -270,7 +270,7 @@ class Stepper:
 
     def report(self) -> dict[str, float]:
         """For the log: learning rate and gradient norm of the last step, non-finite steps so far."""
-        lr = self.optimizers["optimizer"].param_groups[0]["lr"]
+        lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         return {"lr": lr, "grad_norm": self.grad_norm, "skipped_steps": self.skipped}
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ldm3d.engine.training import (
     micro_batches,
     reseed,
     samples_per_forward,
+    stratified_uniform,
 )
 
 CPU = torch.device("cpu")
@@ -79,6 +80,17 @@ def test_randomness_depends_on_the_sample_and_the_purpose_alone():
     assert abs(float(draws.std()) - 1) < 0.02
     u = keyed_uniform(0, torch.arange(20_000), "t")
     assert float((u.sort()[0] - torch.linspace(0, 1, 20_000)).abs().max()) < 0.02  # Kolmogorov-Smirnov
+
+
+def test_the_numbers_of_a_batch_are_evenly_apart_however_it_is_spread():
+    u = stratified_uniform(0, torch.arange(20_000), 4, "t")
+    assert float((u.sort()[0] - torch.linspace(0, 1, 20_000)).abs().max()) < 0.02
+    rows = u.view(-1, 4).sort(1)[0]
+    torch.testing.assert_close(rows.diff(dim=1), torch.full((5_000, 3), 0.25))
+    assert rows.min() >= 0
+    assert rows.max() < 1
+    assert torch.equal(stratified_uniform(0, torch.tensor([9, 6]), 4, "t"), u[[9, 6]])
+    assert torch.equal(stratified_uniform(0, torch.arange(5), 1, "t"), keyed_uniform(0, torch.arange(5), "t"))
 
 
 def test_neighbouring_keys_give_unrelated_numbers():
@@ -176,7 +188,9 @@ def test_the_gradient_is_clipped_to_its_norm():
     stepper = Stepper(net, OptimConfig(grad_clip=0.5), RunConfig(), 4, CPU)
     stepper.backward(net(torch.full((1, 2), 100.0)).sum())
     seen = []
-    stepper.optimizers["optimizer"].register_step_pre_hook(lambda *_: seen.append(float(net.weight.grad.norm())))
+    stepper.optimizers["optimizer"].register_step_pre_hook(
+        lambda *_: seen.append(float(net.weight.grad.norm()))
+    )
     stepper.step(0)
     assert seen == [pytest.approx(0.5, rel=1e-4)]
     assert stepper.grad_norm == pytest.approx(math.sqrt(2) * 100, rel=1e-4)
