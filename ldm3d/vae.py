@@ -26,8 +26,11 @@ as 5 x 8 x 8.
 
 The architecture is the first stage of Rombach et al. 2022 [2], with MONAI's choices as defaults: no SiLU
 before the last convolutions, down-sampling padded at the end of each axis. `trunk="plain"` is the older and
-cheaper one of the first VQ-VAE [3], without norms and attention. Volumes that memory does not hold
-are encoded and decoded in slabs, exactly (large/streaming.py). Not here: losses and training.
+cheaper one of the first VQ-VAE [3], without norms and attention. With `shortcut` a linear map runs beside
+encoder and decoder, from the 4 x 4 x 4 voxels of a latent voxel to this voxel and back (blocks.Encoder):
+networks that train for minutes need it, since they learn slowly what a linear map learns at once. Volumes
+that memory does not hold are encoded and decoded in slabs, exactly (large/streaming.py). Not here: losses and
+training.
 
 [1] Kingma & Welling 2014, arXiv 1312.6114. [2] arXiv 2112.10752. [3] arXiv 1711.00937.
 """

@@ -242,6 +242,8 @@ def test_a_gpu_gets_the_wide_networks():
     assert settings_of(planned(GPU)).channels == (64, 128, 256)
     assert settings_of(planned()).channels == (32, 64, 128)
     assert planned(GPU)["optim.lr"] < planned()["optim.lr"]
+    assert planned()["vae.shortcut"]
+    assert "vae.shortcut" not in planned(GPU)  # MONAI has none
 
 
 def test_a_short_time_gets_narrow_networks():

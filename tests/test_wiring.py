@@ -590,6 +590,12 @@ TARGETS: dict[str, Callable[[SimpleNamespace], Tensor]] = {  # flags -> what the
 }
 
 
+def test_times_of_a_batch_are_evenly_apart_unless_drawn_one_by_one(ldm):
+    together, alone = (ldm(flags).u.sort()[0] for flags in ("", "--kernel.stratified_t false"))
+    torch.testing.assert_close(together.diff(), torch.full((len(together) - 1,), 1 / len(together)))
+    assert (alone.diff() - 1 / len(alone)).abs().max() > 0.01
+
+
 def mean_square(x: Tensor) -> Tensor:
     return x.double().square().flatten(1).mean(1)
 
@@ -959,6 +965,19 @@ def test_each_network_has_the_optimizer_of_its_flags(request, script, network, k
     assert gradient(run, network, 0.6).norm().item() == pytest.approx(1e-3, rel=1e-2)
     for name, value in run.content["model"].items():
         assert torch.equal(run.content["ema"][name], value)
+
+
+@pytest.mark.parametrize(
+    ("script", "network", "key"),
+    [("ldm", "denoiser", "optim"), ("cdal", "generator", "optim"), ("cdal", "discriminator", "disc_optim")],
+)
+def test_each_network_has_muon_for_its_matrices_if_asked_for(request, script, network, key):
+    words = f"--{key}.optimizer muon --{key}.lr 3e-4 --{key}.weight_decay 0.2"
+    content = request.getfixturevalue(script)(words).content
+    parts = {name: content["optimizers"][network][name]["param_groups"] for name in ("optimizer", "muon")}
+    for (group,) in parts.values():
+        assert (group["lr"], group["weight_decay"]) == (3e-4, 0.2)
+        assert len(group["params"]) > 1
 
 
 @pytest.mark.parametrize("script", ["ldm", "cdal"])
