@@ -5,7 +5,7 @@ A checkpoint is a dict of tensors and plain values:
     format, kind, config, step, best     what it is, how it was made, how far it came
     state                                what training does not change: data, split, conditions, ...
     model, ema                           the trained network's weights and their moving average
-    optimizers                           by name: moments of the optimizers and the loss scaler of each network
+    optimizers                           by name: the moments and the loss scaler of each network
     others                               by name: a discriminator's weights, the running means of the log
 
 best.pt lacks `model`, `optimizers` and `others`. A file is written under a temporary name, flushed and
