@@ -439,7 +439,7 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
             raise InputError(f"unet.{name}: follows from the autoencoder's {width} latent channels")
     if config.unet.dims != (dims := stage_one["config"]["vae"]["dims"]):
         raise InputError(f"unet.dims: the latents of the autoencoder are {dims}-D, got {config.unet.dims}")
-    varied = config.data.augment != AugmentConfig() or config.data.crop == "random"
+    varied = config.data.augment != AugmentConfig() or config.data.crop != "centre"
     if config.latent_cache and varied and config.data.num_variants == 1:
         raise InputError("data.augment, data.crop: need data.num_variants > 1, or latent_cache false")
     if not varied and config.data.num_variants > 1:

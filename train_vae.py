@@ -230,6 +230,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "run.ema_decay": 0.995,
         "data.subject": "subjects.csv",
         "data.patch": (32, 48, 32),
+        "data.crop": "padded",
         "vae.channels": (32, 128),
         "vae.latent_channels": 8,
     },

@@ -78,7 +78,7 @@ class KernelConfig:
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         """Settings stored when the prediction still implied the process: "flow" the flow, the others VP; and
         when each time was drawn by itself."""
-        if values:
+        if "loss" in values:  # all settings of a run, not some of a scheduler
             values.setdefault("stratified_t", False)
         if "prediction" in values and "process" not in values:
             values["process"] = "flow" if values["prediction"] in ("flow", "velocity") else "vp"

@@ -13,7 +13,7 @@ from torch.distributions import Normal, SigmoidTransform, TransformedDistributio
 
 import sample
 import train_ldm
-from ldm3d.config import InputError, from_dict, parse, to_dict
+from ldm3d.config import InputError, from_dict, parse, to_dict, upgraded
 from ldm3d.diffusion_kernel import (
     PREDICTIONS,
     SAMPLERS,
@@ -943,3 +943,9 @@ def test_inversion_finds_the_noise_from_which_the_sampler_makes_the_image(
     scale = math.sqrt(alpha**2 * DATA_STD**2 + sigma**2) / DATA_STD
     fine = kernel.sampling_times(sampler, 400, (4, 5), strength)
     assert torch.allclose(kernel.invert(model, x, fine, 5), scale * x, rtol=0.05, atol=0)
+
+
+def test_runs_of_before_go_on_with_times_that_are_drawn_one_by_one():
+    stored = {name: value for name, value in to_dict(KernelConfig()).items() if name != "stratified_t"}
+    assert not from_dict(KernelConfig, upgraded(KernelConfig, stored)).stratified_t
+    assert from_dict(KernelConfig, upgraded(KernelConfig, {"prediction": "v"})).stratified_t

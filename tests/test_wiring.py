@@ -107,7 +107,7 @@ def vae(heads, tmp_path_factory) -> Callable[..., SimpleNamespace]:
 
 
 def test_the_trunk_of_an_autoencoder_is_the_one_that_is_asked_for(vae):
-    plain = "--vae.trunk plain --vae.num_groups 32 --vae.stem 1"
+    plain = "--vae.trunk plain --vae.num_groups 32 --vae.stem 1 --vae.shortcut false --vae.upsample nearest"
     for flags, inner in ((plain, 8), (f"{plain} --vae.res_channels 5", 5)):
         run = vae(f"{flags} --autoencoder vq --disc_weight 0.1 --disc_start 0 --disc.num_layers 1")
         assert run.content["model"]["encoder.layers.2.conv1.weight"].shape == (inner, 8, 3, 3)

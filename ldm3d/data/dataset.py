@@ -180,15 +180,18 @@ class VolumeDataset(Dataset):
     ) -> tuple[int, ...]:
         """First voxel of the window: in the middle, or in training at random along the axes that have room.
 
+        With data.crop "padded" the room is that of a case that is padded to spec.size, as stage two and
+        samples have it: an autoencoder of small cases otherwise never learns their repeated edges.
+
         With probability data.foreground the window is instead placed so that a random voxel of the mask is as
         near to its middle as the case allows: lesions of a few voxels are otherwise hardly ever in a patch.
         """
         start = centred(shape, size)
         if not self.training or self.config.crop == "centre":
             return start
-        room = [max(0, n - m) for n, m in zip(shape, size, strict=True)]
+        low, high = self._ends(shape, size)
         u = torch.rand(len(start), generator=draw).tolist()
-        first = [int(v * (r + 1)) for v, r in zip(u, room, strict=True)]
+        first = [a + int(v * (b - a + 1)) for a, b, v in zip(low, high, u, strict=True)]
         p = self.config.foreground
         if (
             p
@@ -202,8 +205,22 @@ class VolumeDataset(Dataset):
             labels = mask[(slice(None), slice(plane, plane + 1), *[slice(None)] * (len(shape) - 1))]
             voxel = np.unravel_index(np.flatnonzero(labels)[number - before[plane]], (1, *shape[1:]))
             voxel = (plane, *voxel[1:])
-            first = [min(max(0, int(v) - m // 2), r) for v, m, r in zip(voxel, size, room, strict=True)]
-        return tuple(f if r else s for f, r, s in zip(first, room, start, strict=True))
+            near = [int(v) - m // 2 for v, m in zip(voxel, size, strict=True)]
+            first = [min(max(a, v), b) for a, v, b in zip(low, near, high, strict=True)]
+        return tuple(f if a < b else s for f, a, b, s in zip(first, low, high, start, strict=True))
+
+    def _ends(self, shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[list[int], list[int]]:
+        """The lowest and the highest first voxel of a training window, along each axis. A window in a padded
+        case holds a voxel of the case at least."""
+        if self.config.crop == "random":
+            return [0] * len(shape), [max(0, n - m) for n, m in zip(shape, size, strict=True)]
+        outer = [min(0, s) for s in centred(shape, self.spec.size)]
+        low = [max(a, 1 - m) for a, m in zip(outer, size, strict=True)]
+        last = [
+            min(a + max(n, whole) - m, n - 1)
+            for a, n, whole, m in zip(outer, shape, self.spec.size, size, strict=True)
+        ]
+        return low, [max(a, b) for a, b in zip(low, last, strict=True)]
 
     def _rater(self, position: int, num: int) -> int:
         """Whose mask sample `position` has, of `num` raters. A generator of its own, so that windows and

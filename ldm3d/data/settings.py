@@ -48,7 +48,7 @@ class DataConfig:
     size: tuple[int, ...] | None = None  # voxels of cases and samples; none = largest in training, rounded up
     resize: bool = False  # stretch every case to data.size instead of padding and cropping it
     patch: tuple[int, ...] | None = None  # voxels of the training patches; none = data.size
-    crop: Literal["random", "centre"] = "random"  # where training patches are taken from larger cases
+    crop: Literal["random", "padded", "centre"] = "random"  # where patches lie in a case, or in it as padded
     foreground: float = 0.0  # fraction of the random patches that are taken around a voxel of the mask
     scaling: Literal["percentile", "window", "minmax", "zscore", "dataset", "none"] = "percentile"  # kind
     percentiles: tuple[float, float] = (0.5, 99.5)  # of a volume that become -1 and 1, clipped (percentile)

@@ -43,6 +43,19 @@ def test_the_window_of_a_sample_is_the_one_of_the_docstring(tmp_path):
     assert centred[5000, 0]["start"].tolist() == [18, 18, -7]
 
 
+def test_windows_of_padded_cases_reach_into_all_of_their_padding_and_no_further(tmp_path):
+    shapes = {"a": (12, 12, 6), "b": (6, 12, 10), "c": (6, 12, 10)}
+    for name, shape in shapes.items():
+        save(tmp_path / f"{name}.nii.gz", np.random.default_rng(0).random(shape, dtype=np.float32))
+    config = DataConfig(root=str(tmp_path), image="*.nii.gz", patch=(4, 8, 4), crop="padded")
+    config = replace(config, cache_dir=str(tmp_path / "c"), val_fraction=0.3, size=(16, 8, 12))
+    dataset = opened(config).dataset("train", augment=True)
+    for index, case in enumerate(dataset.cases):
+        starts = torch.stack([dataset[position, index]["start"] for position in range(400)])
+        low, high = {"a": ([-2, 0, -3], [10, 4, 5])}.get(case.id, ([-3, 0, -1], [5, 4, 7]))
+        assert (starts.min(0)[0].tolist(), starts.max(0)[0].tolist()) == (low, high)
+
+
 def test_patches_are_for_training_and_whole_cases_for_validation(settings):
     opened_data = opened(replace(settings, patch=(4, 5, 6)))
     assert opened_data.dataset("train", augment=True)[0, 0]["mask"].shape == (4, 5, 6)

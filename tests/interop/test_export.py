@@ -36,6 +36,7 @@ from ldm3d.interop.peers import build, compare, describe
 from ldm3d.vae import Autoencoder
 
 PLAIN = VAEConfig(2, channels=(8, 16), num_res_blocks=(1, 2), attention_levels=(False, True), num_groups=4)
+MONAI_HAS = "--vae.shortcut false --vae.upsample nearest".split()
 FLOW, DDPM = "", "--kernel.process vp --kernel.prediction eps --kernel.num_timesteps 8"
 
 
@@ -210,7 +211,7 @@ def vae(heads, tmp_path_factory) -> Path:
     """A run of an autoencoder that MONAI has too."""
     place = tmp_path_factory.mktemp("export")
     flags = ["--data.root", heads, "--data.cache_dir", place / "cache", "--run.dir", place / "vae"]
-    flags += ["--run.steps", 20, "--optim.warmup_steps", 0, "--vae.stem", 1, *DISCRIMINATOR]
+    flags += ["--run.steps", 20, "--optim.warmup_steps", 0, "--vae.stem", 1, *MONAI_HAS, *DISCRIMINATOR]
     train_vae.main(["phantom", *map(str, [*VAE, *flags])])
     return place / "vae"
 
@@ -366,7 +367,17 @@ def test_onnxruntime_runs_the_decoder_to_the_same_numbers(vae, tmp_path):
 def test_diffusers_loads_the_folder(tmp_path, heads):
     diffusers = pytest.importorskip("diffusers")
     flags = ["--data.root", heads, "--data.cache_dir", tmp_path / "cache", "--run.dir", tmp_path / "vae"]
-    flags += ["--run.steps", 2, "--vae.stem", 1, "--vae.final_silu", "true", "--vae.double_z", "true"]
+    flags += [
+        "--run.steps",
+        2,
+        "--vae.stem",
+        1,
+        *MONAI_HAS,
+        "--vae.final_silu",
+        "true",
+        "--vae.double_z",
+        "true",
+    ]
     flags += ["--vae.extra_up_block", "true", "--vae.mid_attention", "true"]
     train_vae.main(["phantom", *map(str, [*VAE, *flags])])
     main(["export", str(tmp_path / "vae"), "--as", "diffusers", "--to", str(tmp_path / "out")])
