@@ -6,7 +6,7 @@ Four ways in which people keep their data are recognised, in this order:
     BIDS               sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz, masks also in derivatives/
     a folder a case    p01/t1.nii.gz p01/seg.nii.gz, p02/t1.nii.gz p02/seg.nii.gz
     a folder a role    images/p01.nii.gz, labels/p01.nii.gz, or images/p01_T1w.nii.gz, labels/p01_seg.nii.gz;
-                       or one folder of images
+                       or one folder: of images, or p01_T1w.nii.gz p01_seg.nii.gz, p02_T1w.nii.gz ...
 
 A folder that holds the slices of one DICOM volume counts as a file. Files that stand in the same place of
 every case have one role. Example: in the third layout t1.nii.gz and seg.nii.gz are two kinds of files. A kind
@@ -312,6 +312,18 @@ def _paired_without_endings(
     return None
 
 
+def _by_last_word(kinds: Kinds) -> Kinds:
+    """The files of one folder by the last word of their names, such as p01_T1w and p01_seg, where each case
+    has a file of every word; else {}."""
+    apart: Kinds = defaultdict(dict)
+    for pattern, files in kinds.items():
+        for name, path in files.items():
+            case, mark, word = name.rpartition("_")
+            apart[pattern.replace("*", f"*{mark}{word}")][case] = path
+    cases = {frozenset(files) for files in apart.values()}
+    return apart if len(cases) == 1 and "" not in cases.pop() else {}
+
+
 def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | None:
     """The pattern of all images where folders are classes, such as healthy/ and ill/: no name is in two of
     them, and all lie equally deep. None where folders are something else."""
@@ -407,6 +419,10 @@ def recognise(root: Path) -> Layout:
     images = [strip_suffix(path) for path in _matching(kinds, layout.settings["image"])]
     masks = [image for image in images if MASK_NAMES.search(image)]
     if 0 < len(masks) < len(images):
+        if name == "one folder" and (apart := _by_last_word(kinds)):
+            layout = _of_kinds(root, apart, name)
+            if MASK_NAMES.search(layout.settings.get("mask", "")):
+                return layout
         raise InputError(f"{root}: images and masks, such as {masks[0]}, lie in one folder; {SAY_IT}")
     return layout
 

@@ -356,6 +356,18 @@ def test_hidden_files_and_runs_are_no_data(tmp_path):
     assert recognise(tmp_path).settings == {"image": "*.nii.gz"}
 
 
+def test_masks_beside_their_images_are_told_apart_by_the_last_word_of_every_name(tmp_path):
+    root = with_endings(tmp_path, "{}_T1w", "{}_seg")
+    assert recognise(root).settings == {"image": "*_T1w.nii.gz", "mask": "*_seg.nii.gz"}
+    with_endings(root, "{}_FLAIR", "{}_seg")
+    layout = recognise(root)
+    assert layout.settings == {"image": "*_T1w.nii.gz", "mask": "*_seg.nii.gz"}  # by name, as with folders
+    assert "*_FLAIR.nii.gz (3)" in layout.why["others"]
+    (root / "p02_seg.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"images and masks, such as p01_seg, lie in one folder; list"):
+        recognise(root)
+
+
 def test_masks_beside_their_images_are_not_taken_for_images(tmp_path):
     for case in CASES:
         save(tmp_path / f"{case}.nii.gz", image())
