@@ -254,6 +254,7 @@ def plan_reading(plan: Plan, f: Fingerprint, gpu: bool, num_cores: int) -> None:
 STEP_VOXELS = {2: 128**2, 3: 36**3}  # of a training patch on CPUs: one step takes about half a second
 SHORT_VOXELS = {2: 128**2, 3: 32**3}  # the same for a short time
 GPU_PATCH = {2: 512**2, 3: 112 * 128 * 80}
+FILLED = 0.8  # part of a padded case that the median case fills, below which patches must show the padding
 LATENT_POSITIONS = {False: 4096, True: 65536}  # by GPU: latents with more are halved once more
 
 
@@ -457,7 +458,11 @@ def plan_vae(
     multiple = total(factors, f.dims)
     coarse = halved_once_more(size, multiple)
     whole = plan_size(plan, size, coarse)
-    plan_patch(plan, whole, size, on_grid(f.median, f, size), spacing, multiple, machine)
+    median = on_grid(f.median, f, size)
+    plan_patch(plan, whole, size, median, spacing, multiple, machine)
+    if plan.values.get("data.patch", whole) != whole and math.prod(median) < FILLED * math.prod(whole):
+        why = f"a median case of {by(median)} is padded to {by(whole)}: patches show this padding too"
+        plan.set("data.crop", "padded", why)
     plan_validation(plan, whole, spacing, coarse, machine)
     plan_optimizer(plan, 1e-4 if machine.gpu else 4e-3, forget=not machine.gpu)
     return plan

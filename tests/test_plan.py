@@ -238,6 +238,12 @@ def test_large_latents_are_halved_once_more():
     assert settings_of(planned(GPU, shapes=((256, 256, 256),) * 40)).downsampling == (8, 8, 8)
 
 
+def test_patches_show_the_padding_of_cases_of_many_sizes():
+    sizes = ((90, 110, 88),) + ((70, 90, 88),) * 39
+    assert planned(shapes=sizes)["data.crop"] == "padded"
+    assert "data.crop" not in planned()
+
+
 def test_a_gpu_gets_the_wide_networks():
     assert settings_of(planned(GPU)).channels == (64, 128, 256)
     assert settings_of(planned()).channels == (32, 64, 128)
