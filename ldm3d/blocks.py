@@ -558,20 +558,6 @@ def middle(dims: int, width: int, attn_out_proj: bool, **norm: Any) -> list[nn.M
     ]
 
 
-class Trunk(nn.Module):
-    """What encoders and decoders have in common: `layers`, one after the other, and, where there are any, the
-    layers of a `shortcut` from the input to the result, which is added."""
-
-    def __init__(self, final_silu: bool, checkpointing: bool):
-        super().__init__()
-        self.final_silu, self.checkpointing = final_silu, checkpointing
-        self.layers, self.shortcut = nn.ModuleList(), nn.ModuleList()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = walk(self.layers, x, self.final_silu, self.checkpointing)
-        return y + walk(self.shortcut, x, False, False) if self.shortcut else y
-
-
 def walk(layers: nn.ModuleList, x: Tensor, final_silu: bool, checkpointing: bool) -> Tensor:
     """Run the layers of a trunk on x; a norm is computed together with the convolution that follows it."""
     x, norm = channels_last(x), None
@@ -583,6 +569,20 @@ def walk(layers: nn.ModuleList, x: Tensor, final_silu: bool, checkpointing: bool
         else:
             x = run_layer(layer, x, checkpointing=checkpointing)
     return x.contiguous()
+
+
+class Trunk(nn.Module):
+    """What encoders and decoders have in common: a flat list of `layers`, one after the other. The layers of
+    a `shortcut`, where there are any, run from the input too, and both results are added."""
+
+    def __init__(self, final_silu: bool, checkpointing: bool):
+        super().__init__()
+        self.final_silu, self.checkpointing = final_silu, checkpointing
+        self.layers, self.shortcut = nn.ModuleList(), nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = walk(self.layers, x, self.final_silu, self.checkpointing)
+        return y + walk(self.shortcut, x, False, False) if self.shortcut else y
 
 
 class Encoder(Trunk):

@@ -460,7 +460,8 @@ def plan_vae(
     whole = plan_size(plan, size, coarse)
     median = on_grid(f.median, f, size)
     plan_patch(plan, whole, size, median, spacing, multiple, machine)
-    if plan.values.get("data.patch", whole) != whole and math.prod(median) < FILLED * math.prod(whole):
+    patch = (plan.values | plan.given)["data.patch"]
+    if patch not in (None, whole) and math.prod(median) < FILLED * math.prod(whole):
         why = f"a median case of {by(median)} is padded to {by(whole)}: patches show this padding too"
         plan.set("data.crop", "padded", why)
     plan_validation(plan, whole, spacing, coarse, machine)

@@ -242,6 +242,8 @@ def test_patches_show_the_padding_of_cases_of_many_sizes():
     sizes = ((90, 110, 88),) + ((70, 90, 88),) * 39
     assert planned(shapes=sizes)["data.crop"] == "padded"
     assert "data.crop" not in planned()
+    assert "data.crop" not in planned(shapes=((30, 30, 30),) + ((20, 20, 20),) * 39)  # seen whole
+    assert planned(given={"data.patch": (32, 32, 32)}, shapes=sizes)["data.crop"] == "padded"
 
 
 def test_a_gpu_gets_the_wide_networks():

@@ -5,7 +5,8 @@ have a shape and a type but no data, so this takes about a second on the CPU at 
 an operator makes is counted from birth to death:
 
     peak = copies * weights + max over time of the bytes of all other tensors alive
-    copies = 1, in training 4: weights, EMA, and the two moments of AdamW (all fp32); of frozen weights 1
+    copies = 1, in training 4: weights, EMA, and the two moments of AdamW (all fp32); of frozen weights 1.
+             Muon has one moment, so that a plan for Muon is on the safe side
 
 The second term holds gradients, inputs and outputs of each operator, autocast's copies of the weights, and
 the activations kept for the backward pass. The backward pass runs too, so the activations that checkpointed

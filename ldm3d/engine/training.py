@@ -192,7 +192,7 @@ def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManage
 
 
 class Stepper:
-    """The optimizer step of one network: AdamW or Muon, learning rate, loss scaler, gradient clipping.
+    """The optimizer step of one network: AdamW, or Muon beside AdamW; learning rate, loss scaler, clipping.
 
     `backward` is called once a micro-batch, `step` once an optimizer step. Where the loss or the gradient is
     not finite on some rank, all ranks leave their weights alone. `run.max_bad_steps` such steps in a row
@@ -204,8 +204,9 @@ class Stepper:
     ):
         self.net, self.config, self.run, self.batch_size = net, config, run, batch_size
         self.parameters = [p for p in net.parameters() if p.requires_grad]
-        muon = config.optimizer == "muon"
-        matrices, others = split_parameters(self.parameters) if muon else ([], self.parameters)
+        matrices, others = [], self.parameters
+        if config.optimizer == "muon":
+            matrices, others = split_parameters(net)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if others:
             self.optimizers["optimizer"] = torch.optim.AdamW(

@@ -50,15 +50,13 @@ from torch import Tensor, nn
 
 from ..blocks import (
     AttentionBlock,
-    Decoder,
     DepthToSpace,
     Downsample,
-    Encoder,
-    PlainTrunk,
     ResBlock,
     Rescale,
     ResidualUnit,
     SpaceToDepth,
+    Trunk,
     Upsample,
 )
 from ..config import InputError
@@ -72,7 +70,6 @@ SLAB = 2**21  # elements of a map that are computed at a time: few enough to sta
 USABLE = 0.9  # the fraction of the memory that a choice may fill
 
 Mode = Literal["whole", "slabs", "recompute", "offload"]
-Trunk = Encoder | Decoder | PlainTrunk
 
 # --- maps ---------------------------------------------------------------------------------------------------
 

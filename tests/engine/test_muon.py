@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from ldm3d.engine.muon import Muon, orthogonalised, split_parameters
 from ldm3d.engine.training import OptimConfig, RunConfig, Stepper
+from ldm3d.lora import add_adapters
 
 CPU = torch.device("cpu")
 
@@ -45,9 +47,21 @@ def test_a_step_is_that_of_the_recursion_and_as_large_for_any_gradient():
 
 def test_biases_norms_and_thin_matrices_are_left_to_adamw():
     net = nn.Sequential(nn.Conv3d(1, 16, 3), nn.GroupNorm(4, 16), nn.Conv3d(16, 8, 3), nn.Conv2d(2, 32, 2))
-    matrices, others = split_parameters(net.parameters())
+    matrices, others = split_parameters(net)
     assert [tuple(p.shape) for p in matrices] == [(16, 1, 3, 3, 3)]
     assert len(matrices) + len(others) == len(list(net.parameters()))
+
+
+def test_tables_codebooks_and_adapters_are_no_matrices_and_frozen_weights_are_not_trained():
+    net = nn.ModuleList([nn.Embedding(40, 24), nn.Linear(24, 32), spectral_norm(nn.Linear(32, 24))])
+    net.codebook = nn.Parameter(gaussian(64, 32))
+    matrices, others = split_parameters(net)
+    assert {id(p) for p in matrices} == {id(net[1].weight), id(net[2].parametrizations.weight.original)}
+    assert [tuple(p.shape) for p in others if p.ndim > 1] == [(64, 32), (40, 24)]
+    add_adapters(net, 16)
+    matrices, others = split_parameters(net)
+    assert not matrices
+    assert len(others) == 2
 
 
 def test_a_stepper_with_muon_goes_on_as_if_it_had_not_been_stored():
