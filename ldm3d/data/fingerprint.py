@@ -121,8 +121,9 @@ def _visits(root: Path, cases: list[Case], image: str | None) -> tuple[str, str]
     Visits are called alike for all subjects, and are fewer than these, or dates. Of other folders in folders
     the outer ones may be sites or classes.
     """
-    places = [i for i, part in enumerate((image or "").split("/")[:-1]) if part == "{id}"]
-    if len(places) != 2:
+    folders = (image or "").split("/")[:-1]
+    places = [i for i, part in enumerate(folders) if part == "{id}"]
+    if len(places) != 2 or image.count("{id}") > 2 or "**" in image:
         return None
     parts = [case.image.relative_to(root).parts for case in cases]
     outer, inner = ({names[i] for names in parts} for i in places)

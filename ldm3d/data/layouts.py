@@ -226,8 +226,8 @@ def _candidates(root: Path, files: list[Path]) -> tuple[Kinds, str]:
     folders = {path.parent for path in files}
     nested = _case_folders(files)
     numbered = [
-        len({re.sub(r"\d+", "#", name) for name in names}) == 1
-        for names in ((folder.as_posix() for folder in folders), (strip_suffix(path) for path in files))
+        len(names) > 1 and len({re.sub(r"\d+", "#", name) for name in names}) == 1
+        for names in ({folder.as_posix() for folder in folders}, {strip_suffix(path) for path in files})
     ]
     many = numbered[0] > numbered[1] or (numbered[0] == numbered[1] and len(folders) >= len(nested))
     if many and len(folders) > 1 and not any(ROLE_FOLDER.fullmatch(f.name) for f in folders):
@@ -321,13 +321,14 @@ def _by_last_word(kinds: Kinds) -> Kinds:
             case, mark, word = name.rpartition("_")
             apart[pattern.replace("*", f"*{mark}{word}")][case] = path
     cases = {frozenset(files) for files in apart.values()}
-    return apart if len(cases) == 1 and "" not in cases.pop() else {}
+    return apart if len(cases) == 1 and "" not in cases.pop() and len(apart) <= MOST_KINDS else {}
 
 
 def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | None:
     """The pattern of all images where folders are classes, such as healthy/ and ill/: no name is in two of
-    them, and all lie equally deep. None where folders are something else."""
-    names = [name for pattern in images for name in kinds[pattern]]
+    them, and all lie equally deep. None where folders are something else, such as two contrasts of the same
+    heads: T1/p01_T1.nii.gz and T2/p01_T2.nii.gz."""
+    names = [name for pattern in images for name in _without_ending(kinds, pattern)[1]]
     ends = {(pattern.rstrip("/").count("/"), _end(pattern)) for pattern in images}
     if masks or len(images) < 2 or len(ends) > 1 or len(set(names)) < len(names):
         return None

@@ -146,6 +146,33 @@ def test_folders_of_visits_in_those_of_patients_tell_the_subjects(places, subjec
         assert "folders of visits in folders of 3 subjects" in found.reasons["data.subject"]
 
 
+def with_contrasts(root):
+    for i, case in enumerate(CASES):
+        save(root / f"T1/{case}_T1.nii.gz", image(seed=i))
+        save(root / f"T2/{case}_T2.nii.gz", image(seed=9 + i))
+    return root
+
+
+def test_two_contrasts_in_folders_of_their_own_are_no_classes_and_no_masks(tmp_path):
+    layout = recognise(with_contrasts(tmp_path))
+    assert layout.settings == {"image": "T1/*.nii.gz"}
+    assert layout.why["others"] == "T2/*.nii.gz (3)"
+
+
+def test_a_folder_is_a_case_where_all_files_have_one_name_whatever_the_folders_are_called(tmp_path):
+    for i, place in enumerate(["Oslo/Berg", "Oslo/Dahl", "Rome/Rossi"]):
+        save(tmp_path / place / "t1.nii.gz", image(seed=i))
+    assert recognise(tmp_path).settings == {"image": "{id}/{id}/*.nii.gz"}
+
+
+@pytest.mark.parametrize("pattern", ["{id}/{id}/{id}_t1.nii.gz", "**/{id}/{id}/*.nii.gz"])
+def test_visits_are_not_looked_for_where_the_id_is_more_than_two_folders(pattern, tmp_path):
+    for i, place in enumerate(["p_1/a", "p_1/b", "p2/c", "p3/a", "p4/b"]):  # else the rule is ^(.*)_[^_]*$
+        save(tmp_path / "d" / place / "x_t1.nii.gz", image(seed=i))
+    found = take(tmp_path / "d", {"data.image": pattern, "data.cache_dir": str(tmp_path / "c")})
+    assert "folders of visits" not in found.reasons.get("data.subject", "")
+
+
 def test_a_second_contrast_is_named_and_left_alone(tmp_path):
     assert "*/t1.nii.gz (3)" in recognise(nested(tmp_path)).why["others"]
 
