@@ -103,6 +103,7 @@ from ldm3d.large.streaming import STREAMED
 from ldm3d.latent_diffusion import LatentDiffusion
 from ldm3d.latents import (
     LatentDataset,
+    Successive,
     Table,
     WithConditions,
     cache_key,
@@ -147,6 +148,7 @@ class Config:
     pixel_stem: Literal[1, 2] | None = None  # no autoencoder: diffusion on pixels (1) or blocks of 2
     micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
     latent_cache: bool = True  # encode every case once; false: encode and augment at every step
+    plain_end: float = 0.0  # share of the steps, the last ones, that see cases without augmentation
     sample_steps: int = 20  # steps of the preview samples
     hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
     plan: bool = False  # only print the plan, and the memory that it needs
@@ -166,6 +168,8 @@ class Config:
         if not 1 <= self.sample_steps <= self.kernel.num_timesteps:
             limit = self.kernel.num_timesteps
             raise InputError(f"sample_steps: expected 1 to {limit} (kernel), got {self.sample_steps}")
+        if not 0 <= self.plain_end <= 1:
+            raise InputError(f"plain_end: expected 0 to 1, got {self.plain_end}")
         if self.control != "off" and self.lora.rank:
             raise InputError("control, lora.rank: give one of the two")
         if self.frozen and not self.run.init:
@@ -245,11 +249,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "phantom": PHANTOM,
     # About 25 CPU minutes in bf16, encodings aside. In equal minutes batches of 2 and single blocks reach a
     # lower validation loss than batches of 8 and pairs, and Muon a lower one than AdamW. With one encoding a
-    # case the loss rises from 16,000 samples on.
+    # case the loss rises from 16,000 samples on. Turned cases are interpolated, hence a little blurred, and so
+    # would be samples: the last steps see cases as they are.
     "hippocampus": HIPPOCAMPUS
     | {
         "batch_size": 2,
         "run.steps": 6000,
+        "plain_end": 0.3,
         "run.eval_every": 1500,
         "run.log_every": 100,
         "unet.num_res_blocks": (1,),
@@ -444,6 +450,8 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
         raise InputError("data.augment, data.crop: need data.num_variants > 1, or latent_cache false")
     if not varied and config.data.num_variants > 1:
         raise InputError("data.num_variants: all would be equal; needs data.augment or data.crop random")
+    if not varied and config.plain_end:
+        raise InputError("plain_end: has no effect without data.augment")
 
 
 # the data settings that say which cases there are, and on what grid
@@ -642,22 +650,31 @@ def open_latents(
     conditions: tuple[Condition, ...],
     run: Run,
     device: torch.device,
+    plain: bool = False,
 ) -> tuple[WithConditions, dict[str, Table]]:
     """Open one part of the split for training: (data set of latents and conditions, tables of all latents).
 
-    Cases are encoded once and cached in the run folder, for training in `data.num_variants` variants.
+    Cases are encoded once and cached in the run folder, for training in `data.num_variants` variants, or, if
+    `plain`, once without augmentation.
     """
-    variants = config.data.num_variants if part == "train" and config.latent_cache else 1
+    variants = config.data.num_variants if part == "train" and config.latent_cache and not plain else 1
     dataset = data.dataset(part, augment=variants > 1)
     precision = amp_dtype(config.run.amp, device)
     contents = {name: data.contents[name] for name in data.split[part]}
     key = cache_key(autoencoder, config.data, data.spec, contents, precision, config.run.seed)
     how = variants, device, config.run.amp, conditions, config.masks
-    tables = cache_latents(autoencoder, dataset, run.dir / "latents" / f"{part}-{key}", *how)
+    folder = run.dir / "latents" / f"{part}-{'plain-' if plain else ''}{key}"
+    tables = cache_latents(autoencoder, dataset, folder, *how)
     drawn = config.patch, autoencoder.latent_shape(data.spec.size)[1:], config.run.seed, config.batch_size
     box = functools.partial(draw_box, *drawn) if part == "train" else None
     latents = LatentDataset(tables, config.run.seed, box, autoencoder.downsampling)
     return WithConditions(latents, conditions, dataset.cases, data.folder), tables
+
+
+def fresh_cases(data: Data, conditions: tuple[Condition, ...], augment: bool) -> WithConditions:
+    """The training cases themselves, which each step encodes anew."""
+    dataset = data.dataset("train", augment=augment)
+    return WithConditions(dataset, conditions, dataset.cases, data.folder)
 
 
 def hide_some(
@@ -1089,8 +1106,13 @@ def train(
     model = wrap(net, device, config.run.compile)
 
     if not config.latent_cache:
-        fresh = data.dataset("train", augment=True)
-        train_set = WithConditions(fresh, conditions, fresh.cases, data.folder)
+        train_set = fresh_cases(data, conditions, augment=True)
+    if config.plain_end:
+        plain = fresh_cases(data, conditions, augment=False)
+        if config.latent_cache:
+            plain, _ = open_latents("train", *opened, plain=True)
+        begin = round((1 - config.plain_end) * config.run.steps) * config.batch_size
+        train_set = Successive(train_set, plain, begin)
     stream = batches(
         train_set, config.batch_size, micro_batch_size, seed, run.step, config.run.steps, config.run.workers
     )

@@ -315,6 +315,20 @@ def latent_statistics(tables: dict[str, Table]) -> tuple[Tensor, Tensor]:
     return mean.float(), variance.clamp(min=1e-12).sqrt().float()
 
 
+class Successive(Dataset):
+    """`first` for the samples of a training below the position `begin`, `second` from there on. Both have the
+    same cases."""
+
+    def __init__(self, first: Dataset, second: Dataset, begin: int):
+        self.first, self.second, self.begin = first, second, begin
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        return (self.first if item[0] < self.begin else self.second)[item]
+
+
 class WithConditions(Dataset):
     """A data set whose items also hold "conditions": name -> value, for the conditions that come from columns
     of the table of cases (conditions.py). cases: the data set's cases, in order. folder: paths in the table

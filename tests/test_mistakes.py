@@ -132,6 +132,8 @@ TRAIN = [  # kind of the run, more flags, what the line says
     ("ldm", "--data.percentiles 1,99", "data.percentiles: the autoencoder was trained with"),
     ("ldm", "--data.augment.flip_axes 1", "data.num_variants > 1"),
     ("ldm", "--data.num_variants 3", "data.num_variants: all would be equal"),
+    ("ldm", "--plain_end 0.5", "plain_end: has no effect without data.augment"),
+    ("ldm", "--plain_end 1.5", "plain_end: expected 0 to 1, got 1.5"),
     ("ldm", "--unet.out_channels 7", "unet.out_channels: follows from the autoencoder's 3 latent channels"),
     ("ldm", "--condition.use klass", "is no condition"),
     ("ldm", "--condition.use class:stage", "no column 'stage'"),

@@ -596,6 +596,20 @@ def test_times_of_a_batch_are_evenly_apart_unless_drawn_one_by_one(ldm):
     assert (alone.diff() - 1 / len(alone)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("cached", ["", "--latent_cache false"])
+def test_the_last_steps_see_cases_without_augmentation(ldm, vae_run, tmp_path, monkeypatch, cached):
+    plain = tables(ldm(), "mean")[:, 0].float()
+    flags = f"--data.augment.intensity 1 --data.num_variants 2 --plain_end 0.5 {cached}".split()
+    losses = spy(monkeypatch, LatentDiffusion, "losses")
+    no_pictures(monkeypatch, train_ldm)
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 4, *flags))
+    trained = [args[2] for args, _, _ in losses if len(args) > 7 and args[7] is not None][:4]
+    assert len(trained) == 4
+    for step, mean in enumerate(trained):
+        nearest = (mean[:, None] - plain).flatten(2).abs().amax(2).amin(1)
+        assert (nearest.max() < 1e-4) == (step >= 2)
+
+
 def mean_square(x: Tensor) -> Tensor:
     return x.double().square().flatten(1).mean(1)
 
