@@ -281,7 +281,7 @@ class Ours:
             each = len(data.split["train"]) * (encoding + seconds_to_read(data))
         fewest = min(2, config.data.num_variants)  # with augmentation one is no variant
         variants = min(config.data.num_variants, max(fewest, int(ENCODING * seconds / each)))
-        return variants, variants * each
+        return variants, (variants + bool(config.plain_end)) * each
 
     def reconstruct(self, volumes: Iterable[Tensor]) -> Iterator[Tensor]:
         pipeline = AutoencoderPipeline(self.vae)
