@@ -249,8 +249,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "phantom": PHANTOM,
     # About 25 CPU minutes in bf16, encodings aside. In equal minutes batches of 2 and single blocks reach a
     # lower validation loss than batches of 8 and pairs, and Muon a lower one than AdamW. With one encoding a
-    # case the loss rises from 16,000 samples on. Turned cases are interpolated, hence a little blurred, and so
-    # would be samples: the last steps see cases as they are.
+    # case the loss rises from 16,000 samples on. Turned cases are interpolated, hence a little blurred, and
+    # samples would be so too: the last steps see cases as they are.
     "hippocampus": HIPPOCAMPUS
     | {
         "batch_size": 2,
