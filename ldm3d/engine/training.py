@@ -207,6 +207,8 @@ class Stepper:
         matrices, others = [], self.parameters
         if config.optimizer == "muon":
             matrices, others = split_parameters(net)
+            if not matrices:
+                print0("note: optim.optimizer muon has no matrix to train here, AdamW trains all weights")
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if others:
             self.optimizers["optimizer"] = torch.optim.AdamW(

@@ -64,6 +64,12 @@ def test_tables_codebooks_and_adapters_are_no_matrices_and_frozen_weights_are_no
     assert len(others) == 2
 
 
+def test_a_network_without_matrices_is_trained_by_adamw_which_is_said(capsys):
+    stepper = Stepper(nn.Linear(8, 64), OptimConfig("muon"), RunConfig(steps=1), 4, CPU)
+    assert list(stepper.optimizers) == ["optimizer"]
+    assert "AdamW trains all weights" in capsys.readouterr().out
+
+
 def test_a_stepper_with_muon_goes_on_as_if_it_had_not_been_stored():
     def make(net):
         config = OptimConfig("muon", lr=0.01, warmup_steps=2, schedule="cosine")
