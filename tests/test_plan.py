@@ -421,6 +421,16 @@ def test_a_denoiser_has_the_levels_and_widths_that_its_latents_need(size, levels
     UNetConfig(**{name: values[f"unet.{name}"] for name in names})
 
 
+def test_denoisers_of_volumes_learn_with_muon_on_cpus_and_by_its_rate():
+    values = planned_ldm(size=(12, 16, 12))
+    assert (values["optim.optimizer"], values["optim.lr"]) == ("muon", 3e-3)
+    for other in (planned_ldm(size=(4, 6, 4)), planned_ldm(GPU, size=(12, 16, 12))):
+        assert "optim.optimizer" not in other
+        assert other["optim.lr"] < 3e-3
+    chosen = planned_ldm(size=(12, 16, 12), given={"optim.optimizer": "adamw"})
+    assert chosen["optim.lr"] == 1e-3
+
+
 def test_attention_is_where_the_positions_are_few_and_thick_latents_are_halved_less():
     assert planned_ldm()["unet.attention_levels"] == (False, True)
     assert planned_ldm(size=(64, 64, 64))["unet.attention_levels"] == (False, False, False)
