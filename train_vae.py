@@ -232,7 +232,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.patch": (32, 48, 32),
         "data.crop": "padded",
         "vae.channels": (32, 128),
-        "vae.latent_channels": 8,
+        "vae.latent_channels": 12,
     },
     # Paired slices of two patients, T1 -> FLAIR. The autoencoder learns both contrasts; patient p19 is the
     # test, the middle slices of p07 are the validation, with two slices left out on both sides.
