@@ -1108,9 +1108,10 @@ def train(
     if not config.latent_cache:
         train_set = fresh_cases(data, conditions, augment=True)
     if config.plain_end:
-        plain = fresh_cases(data, conditions, augment=False)
         if config.latent_cache:
             plain, _ = open_latents("train", *opened, plain=True)
+        else:
+            plain = fresh_cases(data, conditions, augment=False)
         begin = round((1 - config.plain_end) * config.run.steps) * config.batch_size
         train_set = Successive(train_set, plain, begin)
     stream = batches(
