@@ -555,6 +555,7 @@ def plan_variants(plan: Plan, z: Latents, machine: Machine) -> None:
         plan.set("data.augment.affine", 0.7, "variants are turned, scaled and shifted a little")
         plan.set("data.augment.max_scale", 0.05, "sizes mean something")
         plan.set("data.augment.flip_axes", z.flip_axes, "as the autoencoder has seen them")
+        plan.set("plain_end", 0.3, "moved cases are a little blurred: the last steps see them as they are")
 
 
 def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:

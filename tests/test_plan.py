@@ -371,6 +371,7 @@ def planned_ldm(machine=CPU, given=None, **facts) -> dict:
 def test_few_cases_are_encoded_in_variants_as_long_as_there_is_time(facts, num):
     values = planned_ldm(**facts)
     assert values["data.num_variants"] == num
+    assert ("plain_end" in values) == (num > 1)
     assert ("data.augment.affine" in values) == (num > 1)
     assert values.get("data.augment.flip_axes") == ((0,) if num > 1 else None)
 
