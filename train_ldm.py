@@ -149,6 +149,9 @@ class Config:
     micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
     latent_cache: bool = True  # encode every case once; false: encode and augment at every step
     plain_end: float = 0.0  # share of the steps, the last ones, that see cases without augmentation
+    early: float = (
+        0.05  # share of the steps after which early.pt is kept, for sample.py --autoguidance; 0 = none
+    )
     sample_steps: int = 20  # steps of the preview samples
     hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
     plan: bool = False  # only print the plan, and the memory that it needs
@@ -168,8 +171,9 @@ class Config:
         if not 1 <= self.sample_steps <= self.kernel.num_timesteps:
             limit = self.kernel.num_timesteps
             raise InputError(f"sample_steps: expected 1 to {limit} (kernel), got {self.sample_steps}")
-        if not 0 <= self.plain_end <= 1:
-            raise InputError(f"plain_end: expected 0 to 1, got {self.plain_end}")
+        for name in ("plain_end", "early"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if self.control != "off" and self.lora.rank:
             raise InputError("control, lora.rank: give one of the two")
         if self.frozen and not self.run.init:
@@ -1145,6 +1149,8 @@ def train(
             ema.update(net, run.step)
 
         run.end_step(**({"anatomy_weight": weight} if config.masks else {}), **stepper.report())
+        if run.step == math.ceil(config.early * config.run.steps):
+            run.keep_early()
         run.save_if_due()
         if run.due("eval_every"):
             validate(run, ldm, val_latents, val_set, device)

@@ -41,7 +41,7 @@ from .discriminators import (
     TimeDiscriminator,
     TimeDiscriminatorConfig,
 )
-from .guidance import Guidance
+from .guidance import Autoguidance, Guidance
 from .inference.editing import ImageEdit, Interpolation
 from .latent_diffusion import LatentDiffusion
 from .pipeline import load
@@ -58,6 +58,7 @@ __all__ = [
     "AnatomyConfig",
     "Autoencoder",
     "AutoencoderKL",
+    "Autoguidance",
     "CDALConfig",
     "Condition",
     "ConditionConfig",

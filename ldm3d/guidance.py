@@ -1,9 +1,10 @@
-"""Classifier-free guidance: samples that follow their conditions more strongly than the data do.
+"""Guidance: samples that follow their conditions more strongly, and samples with fewer mistakes.
 
-A denoiser that was trained with conditions hidden now and then predicts with a condition and without. The
-difference between the two predictions is the direction in which the condition pulls; guidance goes further
-along it, by a scale of its own for each condition. With the conditions c_1 ... c_n in the order of the
-configuration, let p_k be the prediction under c_1 ... c_k alone, and p_0 the prediction under none:
+Classifier-free guidance. A denoiser that was trained with conditions hidden now and then predicts with a
+condition and without. The difference between the two predictions is the direction in which the condition
+pulls; guidance goes further along it, by a scale of its own for each condition. With the conditions
+c_1 ... c_n in the order of the configuration, let p_k be the prediction under c_1 ... c_k alone, and p_0 the
+prediction under none:
 
     pred = p_0 + s_1 (p_1 - p_0) + s_2 (p_2 - p_1) + ... + s_n (p_n - p_(n-1))           Brooks (3), nested
          = sum_k w_k p_k,     w_0 = 1 - s_1,   w_k = s_k - s_(k+1),   w_n = s_n
@@ -20,11 +21,20 @@ standard deviation of each sample back towards that of p_n, Lin (15), (16):
 
 An interval of noise levels, as t / T from 0 = clean to 1, limits guidance to the times inside (Kynkaanniemi).
 Outside, nothing is exaggerated: a scale above 1 acts as 1 there, and a scale below 0 as 0. So (3, 0) becomes
-(1, 0), and a condition that the scale 0 switches off is off at all times. Guidance works on whatever the
-network predicts, and with every sampler.
+(1, 0), and a condition that the scale 0 switches off is off at all times.
+
+Autoguidance, which needs no conditions. A second denoiser of the same latents, trained for less time or
+narrower, is wrong where the first one is wrong, but by more. Let p be the prediction of the first, q of the
+weaker; going on along the line from q to p, by a scale s above 1, leaves the common mistakes behind:
+
+    pred = q + s (p - q)                                                                       Karras (3)
+
+Example: p = 0.5, q = 0.4, s = 1.3 make 0.53. Both p and q are guided by their conditions, as above.
+
+Both kinds of guidance work on whatever the network predicts, and with every sampler.
 
 Ho & Salimans 2022 arXiv:2207.12598; Brooks 2023 2211.09800; Lin 2024 2305.08891; Kynkaanniemi 2024
-2404.07724.
+2404.07724; Karras 2024 2406.02507.
 """
 
 from __future__ import annotations
@@ -42,6 +52,9 @@ from .conditions import Condition, absent, check_names, hide
 from .config import InputError
 from .engine.distributed import print0
 
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) on 0..T, the same for all samples) -> prediction
+INTERVAL = (0.0, 0.7)  # of autoguidance; at higher noise levels it makes samples alike
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -58,9 +71,7 @@ class Guidance:
         scales = self.scale.values() if isinstance(self.scale, dict) else [self.scale]
         if not all(isinstance(s, Real) and math.isfinite(s) for s in scales):
             raise InputError(f"guidance: expected a finite number, or one for each name, got {self.scale!r}")
-        low, high = self.interval
-        if not 0 <= low < high <= 1:
-            raise InputError(f"guidance_interval: expected 0 <= low < high <= 1, got {low:g},{high:g}")
+        check_interval("guidance_interval", self.interval)
         if not 0 <= self.rescale <= 1:
             raise InputError(f"guidance_rescale: expected a number from 0 to 1, got {self.rescale:g}")
 
@@ -84,6 +95,44 @@ class Guidance:
             print0(f"note: guidance has no effect, no sample has a value of {', '.join(idle)}")
 
 
+@dataclass(frozen=True)
+class Autoguidance:
+    """How far samples go away from what a weaker denoiser of the same latents predicts."""
+
+    denoiser: torch.nn.Module  # the weaker one; it takes the same conditions
+    scale: float  # s; 1 = no autoguidance
+    interval: tuple[float, float] = INTERVAL  # lowest and highest t / T that are guided
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.scale, Real) and 1 <= self.scale < math.inf):
+            raise InputError(f"autoguidance: expected a number from 1 on, got {self.scale!r}")
+        check_interval("autoguidance_interval", self.interval)
+
+    def around(self, predict: Predict, weaker: Predict, num_timesteps: int) -> Predict:
+        """The prediction to sample with, of those of the two denoisers."""
+
+        def autoguided(x_t: Tensor, t: Tensor) -> Tensor:
+            p = predict(x_t, t)
+            if not is_inside(self.interval, t, num_timesteps):
+                return p
+            q = weaker(x_t, t).float()
+            return q + self.scale * (p.float() - q)
+
+        return autoguided
+
+
+def check_interval(name: str, interval: tuple[float, float]) -> None:
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise InputError(f"{name}: expected 0 <= low < high <= 1, got {low:g},{high:g}")
+
+
+def is_inside(interval: tuple[float, float], t: Tensor, num_timesteps: int) -> bool:
+    """Whether the time t (B,) on 0..T, the same for all samples, lies in an interval of t / T."""
+    low, high = interval
+    return low <= float(t[0]) / num_timesteps <= high
+
+
 def branch_weights(scales: Sequence[float]) -> list[float]:
     """w_0 ... w_n of s_1 ... s_n: (3, 1) -> (-2, 2, 1)."""
     ends = [1.0, *scales, 0.0]
@@ -102,8 +151,8 @@ def guided(
     like: Tensor,
     guidance: Guidance,
     num_timesteps: int,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The guided denoiser, a function (x_t, t (B,) on 0..T, the same for all samples) -> prediction.
+) -> Predict:
+    """The guided denoiser.
 
     conditions: the values of these samples; conditions that are missing take no part. They are encoded here,
     once for all steps. like: any tensor of the shape and device of x_t.
@@ -120,7 +169,7 @@ def guided(
         }
         return denoiser.encode_conditions(values, torch.cat([like] * len(branches)))
 
-    def combination(scales: list[float], phi: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def combination(scales: list[float], phi: float) -> Predict:
         """sum_k w_k p_k of these scales, rescaled by phi, as a function of (x_t, t)."""
         weights = branch_weights(scales)
         active = active_branches(weights, phi)
@@ -138,12 +187,12 @@ def guided(
 
         return predict
 
-    scales, (low, high) = guidance.scales(present), guidance.interval
+    scales, interval = guidance.scales(present), guidance.interval
     inside = combination(scales, guidance.rescale)
-    if (low, high) == (0, 1):
+    if interval == (0, 1):
         return inside
     outside = combination([min(max(s, 0.0), 1.0) for s in scales], phi=0.0)
-    return lambda x_t, t: (inside if low <= float(t[0]) / num_timesteps <= high else outside)(x_t, t)
+    return lambda x_t, t: (inside if is_inside(interval, t, num_timesteps) else outside)(x_t, t)
 
 
 def deviation(x: Tensor) -> Tensor:

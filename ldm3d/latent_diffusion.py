@@ -31,7 +31,7 @@ Not here: files and run folders (pipeline.py), cached latents (latents.py), edit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,9 @@ from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel
 from .engine.distributed import keyed_generator
 from .engine.training import autocast
-from .guidance import Guidance, guided
+from .guidance import Autoguidance, Guidance, Predict, guided
 from .large.windows import Windows, check_window
 from .vae import Autoencoder
-
-Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) on 0..T) -> prediction
 
 
 class Edit:
@@ -170,19 +168,22 @@ class LatentDiffusion(nn.Module):
         window: Sequence[int] | None = None,
         overlap: float = 0.5,
         batch_size: int = 1,
+        denoiser: Denoiser | None = None,
     ) -> Denoiser | Windows:
         """The denoiser, as it is for latents of spatial shape `size` that are no larger than a window; else
         in `Windows` (large/windows.py), `batch_size` of them at once.
 
-        window: voxels of the volume that are denoised at once; none = as many as in training.
+        window: voxels of the volume that are denoised at once; none = as many as in training. denoiser:
+        another one in place of the model's own.
         """
+        denoiser = denoiser or self.denoiser
         check_window(window, len(size))
         if not 0 <= overlap < 1:
             raise InputError(f"overlap: expected 0 <= overlap < 1, got {overlap}")
         seen = self.window if window is None else self.autoencoder.latent_shape(window)[1:]
         if all(n <= m for n, m in zip(size, seen, strict=True)):
-            return self.denoiser
-        return Windows(self.denoiser, size, seen, overlap, batch_size)
+            return denoiser
+        return Windows(denoiser, size, seen, overlap, batch_size)
 
     # Training
 
@@ -321,6 +322,7 @@ class LatentDiffusion(nn.Module):
         with_labels: bool = False,
         window: Sequence[int] | None = None,
         overlap: float = 0.5,
+        autoguidance: Autoguidance | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """New volumes (num, C, *size) on the CPU, in scaled intensities.
 
@@ -329,7 +331,7 @@ class LatentDiffusion(nn.Module):
         size: voxels; none = the training size. Sample i has its own CPU generator keyed by (seed, i), so the
         sample does not depend on batch size, rank or device (to rounding). `first` numbers the first sample:
         sample(2, first=4) gives samples 4 and 5. conditions: see `prepare`; those not named are absent.
-        guidance: see guidance.py. window, overlap: see `stream`.
+        guidance, autoguidance: see guidance.py. window, overlap: see `stream`.
         """
         if with_labels:
             self.check_labels()
@@ -342,7 +344,7 @@ class LatentDiffusion(nn.Module):
         indices, settings = range(first, first + num), (steps, sampler, seed, batch_size, eta, amp)
         volumes, label_maps, done = [], [], 0
         how = {"size": size, "window": window, "overlap": overlap}
-        for x, z in self.stream(indices, *settings, cond, guidance, edit, **how):
+        for x, z in self.stream(indices, *settings, cond, guidance, edit, autoguidance=autoguidance, **how):
             volumes.append(x)
             if with_labels:
                 own = {name: value[done : done + len(x)] for name, value in cond.items()}
@@ -367,6 +369,7 @@ class LatentDiffusion(nn.Module):
         window: Sequence[int] | None = None,
         overlap: float = 0.5,
         decoded: bool = True,
+        autoguidance: Autoguidance | None = None,
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """`sample` batch by batch, for the samples numbered `indices`: (volumes on the CPU, their normalised
         latents). conditions: tensors with one entry for each index. progress: a bar for the steps of each
@@ -399,6 +402,10 @@ class LatentDiffusion(nn.Module):
                 noise = draw((len(generators), *latent)).to(self.device)
                 cond = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
                 predict = guided(net, cond, noise, guidance, self.kernel.num_timesteps)
+                if autoguidance is not None:
+                    weaker = self.denoiser_for(latent[1:], window, overlap, batch_size, autoguidance.denoiser)
+                    weaker = guided(weaker, cond, noise, guidance, self.kernel.num_timesteps)
+                    predict = autoguidance.around(predict, weaker, self.kernel.num_timesteps)
                 x_t = edit.start(noise, times, list(indices[part]))
                 predict = edit.around(predict)
                 how = {"eta": eta, "draw": draw, "resample": edit.resample, "progress": progress}

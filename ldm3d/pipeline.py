@@ -33,6 +33,7 @@ from .engine.checkpoint import load_run, load_weights, note_unvalidated, save
 from .engine.distributed import is_main, print0
 from .engine.runs import changed_case, read_split
 from .engine.training import autocast
+from .guidance import INTERVAL, Autoguidance
 from .large.patches import PatchConfig, longest_side, position_step
 from .latent_diffusion import LatentDiffusion
 from .registers import AnatomyConfig
@@ -86,6 +87,30 @@ def longest_side_of(state: dict[str, Any]) -> float:
     do not hold the number: there the side is that of the run's own volumes."""
     spec = DataSpec.from_dict(state["data"])
     return state.get("longest_side") or longest_side(spec.size, spec.spacing)
+
+
+def check_weaker(model: LatentDiffusion, weaker: LatentDiffusion, run: str | Path) -> None:
+    """InputError unless the denoisers of two models predict the same quantity of the same latents. run: the
+    one of the weaker, for messages."""
+    ours, other = (m.autoencoder.state_dict() for m in (model, weaker))
+    same = ours.keys() == other.keys() and all(torch.equal(ours[k], other[k]) for k in ours)
+    if not same or model.autoencoder.config != weaker.autoencoder.config:
+        raise InputError(f"autoguidance: {run} has another autoencoder; both runs need the same --vae")
+    for name in ("process", "prediction", "num_timesteps", "schedule", "beta_start", "beta_end"):
+        a, b = (getattr(m.kernel.config, name) for m in (model, weaker))
+        if a != b:
+            raise InputError(f"autoguidance: {run} has kernel.{name} {b}, expected {a}")
+    if model.denoiser.conditions != weaker.denoiser.conditions:
+        raise InputError(f"autoguidance: {run} has other conditions, or other values of them")
+    if model.window != weaker.window:
+        raise InputError(f"autoguidance: {run} has seen latents of {weaker.window}, expected {model.window}")
+    shift = (weaker.latent_mean - model.latent_mean) / model.latent_std
+    ratio = weaker.latent_std / model.latent_std
+    if shift.abs().max() > 0.1 or (ratio - 1).abs().max() > 0.1:
+        raise InputError(f"autoguidance: {run} was trained on other data, latent_mean or latent_std differ")
+    ours, other = (m.denoiser.state_dict() for m in (model, weaker))
+    if ours.keys() == other.keys() and all(torch.equal(ours[k], other[k]) for k in ours):
+        raise InputError(f"autoguidance: {run} has the same weights as the run itself, expected a weaker one")
 
 
 # --- pipelines ----------------------------------------------------------------------------------------------
@@ -282,6 +307,19 @@ class LatentDiffusionPipeline(Pipeline):
         with_labels their label maps. settings: steps, sampler, seed, guidance_scale ... of that method."""
         cond = self.read_conditions(conditions or {}, size)
         return self.model.sample(num, size, conditions=cond, **settings)
+
+    def autoguidance(
+        self, scale: float, run: str | Path | None = None, interval: tuple[float, float] = INTERVAL
+    ) -> Autoguidance:
+        """Autoguidance (guidance.py) by the denoiser of `run`: another run on the same autoencoder, or a
+        checkpoint; none = early.pt, what this run's denoiser was after the first steps of its training.
+        InputError if the two do not predict the same."""
+        run = run or self.folder / "early.pt"
+        if not Path(run).exists():
+            raise InputError(f"autoguidance: no {run}; name a weaker run on the same autoencoder")
+        weaker = LatentDiffusionPipeline(run, self.device).model
+        check_weaker(self.model, weaker, run)
+        return Autoguidance(weaker.denoiser, scale, interval)
 
     def data(self) -> Data:
         """The run's own cases in the run's split, opened anew and read as in training."""

@@ -8,7 +8,7 @@ import torch
 from ldm3d import Denoiser, DiffusionKernel, InputError, KernelConfig, UNetConfig
 from ldm3d.conditions import Condition, ConditionConfig, hide
 from ldm3d.diffusion_kernel import SAMPLERS
-from ldm3d.guidance import Guidance, active_branches, branch_weights, guided
+from ldm3d.guidance import Autoguidance, Guidance, active_branches, branch_weights, guided
 
 CONDITIONS = [
     Condition("class", "class", ("0", "1")),
@@ -154,6 +154,32 @@ def test_outside_the_interval_no_scale_goes_beyond_0_or_1(net, values):
     assert torch.allclose(half, (net(X, T + 300) + net(X, T + 300, values)) / 2, atol=1e-5)
 
 
+def test_autoguidance_goes_on_along_the_line_from_the_weaker_prediction_to_the_stronger():
+    def strong(x_t, t):
+        return 0.5 * x_t
+
+    def weaker(x_t, t):
+        return 0.4 * x_t
+
+    for scale, expected in ((1.0, 0.5), (1.3, 0.53), (3.0, 0.7)):
+        predict = Autoguidance(torch.nn.Identity(), scale).around(strong, weaker, 1000)
+        torch.testing.assert_close(predict(X, T), expected * X)
+
+
+def test_autoguidance_acts_in_its_interval_and_calls_the_weaker_denoiser_there_alone():
+    called = []
+
+    def weaker(x_t, t):
+        called.append(float(t[0]))
+        return 0 * x_t
+
+    auto = Autoguidance(torch.nn.Identity(), 2.0, (0.2, 0.6))
+    predict = auto.around(lambda x_t, t: x_t, weaker, 1000)
+    scales = [float((predict(X, T * 0 + t) / X).mean()) for t in (100.0, 200.0, 400.0, 600.0, 700.0)]
+    assert scales == pytest.approx([1, 2, 2, 2, 1])
+    assert called == [200, 400, 600]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_takes_it(net, values, sampler):
     kernel = DiffusionKernel(KernelConfig(process=SAMPLERS[sampler].process, prediction="v"))
@@ -191,6 +217,11 @@ def test_wrong_settings_are_refused():
         Guidance(interval=(0.5, 0.5))
     with pytest.raises(InputError, match="guidance_rescale"):
         Guidance(rescale=2.0)
+    with pytest.raises(InputError, match="autoguidance_interval"):
+        Autoguidance(torch.nn.Identity(), 2.0, (0.7, 0.2))
+    for scale in (0.5, math.nan, math.inf, "2", None):
+        with pytest.raises(InputError, match="autoguidance: expected a number from 1 on"):
+            Autoguidance(torch.nn.Identity(), scale)
     for scale in (math.nan, math.inf, [3, 2], "3", {"class": math.nan}, {"class": None}):
         with pytest.raises(InputError, match="guidance: expected a finite number"):
             Guidance(scale)

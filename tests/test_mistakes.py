@@ -11,7 +11,7 @@ import train_ldm
 import train_vae
 from ldm3d.evaluation.__main__ import main as evaluation_main
 
-SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder of the data
+SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder of the data, {run} the run
     ("ldm", "--condition klass=1", "condition klass: the model has no such condition"),
     ("ldm", "--condition class=7", "condition class: got '7', expected one of 0, 1"),
     ("ldm", "--condition class", "condition: expected NAME=VALUE, got 'class'"),
@@ -25,6 +25,16 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
     ("ldm", "--guidance class=2 --guidance class=3", "guidance: class is given twice"),
     ("ldm", "--guidance 2 --guidance class=3", "guidance: expected NAME=VALUE, got '2'"),
     ("ldm", "--guidance_interval 0.7,0.2", "guidance_interval: expected 0 <= low < high <= 1"),
+    ("ldm", "--autoguidance 2 --autoguidance_run nowhere", "autoguidance: no nowhere; name a weaker run"),
+    ("ldm", "--autoguidance 2 --autoguidance_run {heads}/../vae", "is a checkpoint of train_vae.py"),
+    (
+        "ldm",
+        "--autoguidance 2 --autoguidance_run {run}",
+        "autoguidance: {run} has the same weights as the run",
+    ),
+    ("ldm", "--autoguidance 0.5", "autoguidance: expected a number from 1 on, got 0.5"),
+    ("ldm", "--autoguidance_run {run}", "autoguidance_run, autoguidance_interval: need autoguidance"),
+    ("bound", "--autoguidance 2 --registers false", "registers: cannot be switched off with autoguidance"),
     ("ldm", "--edit {heads}/images/phantom_0001.tif --strength 0", "strength: expected above 0"),
     ("ldm", "--edit .", ".: a folder, expected a file"),
     ("ldm", "--inpaint a.tif", "inpaint, region: one needs the other"),
@@ -173,8 +183,9 @@ def runs(vae_run, conditional_run, bound_run, cdal_run):
 def test_sampling_reconstructing_and_segmenting(runs, heads, kind, flags, words, mistake):
     (heads.parent / "empty").mkdir(exist_ok=True)
     before = sorted(runs[kind].iterdir())
-    arguments = [str(runs[kind]), *shlex.split(flags.format(heads=heads))]
-    assert words in mistake(sample.main, arguments)
+    places = {"heads": heads, "run": runs[kind]}
+    arguments = [str(runs[kind]), *shlex.split(flags.format(**places))]
+    assert words.format(**places) in mistake(sample.main, arguments)
     assert sorted(runs[kind].iterdir()) == before
 
 

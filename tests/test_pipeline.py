@@ -10,7 +10,7 @@ import torch
 import ldm3d
 from ldm3d import InputError, LatentDiffusion, read
 from ldm3d.data import open_stored
-from ldm3d.engine.checkpoint import load_run
+from ldm3d.engine.checkpoint import load_run, save
 
 
 @pytest.fixture
@@ -124,6 +124,62 @@ def test_a_latent_diffusion_model_is_one_module_with_its_statistics(runs):
     fresh.load_state_dict(state)
     assert torch.equal(fresh.eval().sample(1, steps=1), model.sample(1, steps=1))
     assert fresh.to(torch.float64).latent_mean.dtype == torch.float64
+
+
+def test_autoguidance_is_the_same_from_python_in_windows_too(runs):
+    pipeline = ldm3d.load(runs["ldm"])
+    earlier = runs["ldm"] / "early.pt"
+    auto = pipeline.autoguidance(3.0, interval=(0.0, 1.0))
+    for size in (None, (32, 40)):
+        (_, weaker), (_, plain), (x, guided) = (
+            next(model.stream([0], 1, "euler", size=size, autoguidance=given))
+            for model, given in (
+                (ldm3d.load(earlier).model, None), (pipeline.model, None), (pipeline.model, auto)
+            )
+        )  # fmt: skip
+        torch.testing.assert_close(guided, weaker + 3 * (plain - weaker), rtol=1e-4, atol=1e-5)
+        same = pipeline.sample(1, size=size, steps=1, sampler="euler", autoguidance=auto)
+        assert torch.equal(same, x)
+
+
+def into_patches(content):
+    """Make a run's checkpoint that of one which has seen patches of 2 x 2 alone, at their coordinates."""
+    content["config"]["patch"] = {"size": [2, 2], "share": 0.0, "halvings": 0}
+    weight = content["ema"]["unet.conv_in.weight"]
+    content["ema"]["unet.conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight[:, :2])], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["config"]["kernel"].update(process="vp", prediction="eps"), "has kernel.process vp"),
+        (lambda c: c["config"]["kernel"].update(prediction="x_start"), "has kernel.prediction x_start"),
+        (
+            lambda c: c["state"]["latent_std"].mul_(1.2),
+            "was trained on other data, latent_mean or latent_std",
+        ),
+        (lambda c: c["state"]["conditions"][0].update(values=["0", "2"]), "has other conditions"),
+        (into_patches, "has seen latents of"),
+    ],
+)
+def test_autoguidance_refuses_a_run_that_predicts_something_else(runs, tmp_path, change, words):
+    other = tmp_path / "other"
+    shutil.copytree(runs["ldm"], other)
+    content = load_run(other)
+    change(content)
+    save(other / "best.pt", content)
+    with pytest.raises(InputError, match=f"autoguidance: {other} {words}"):
+        ldm3d.load(runs["ldm"]).autoguidance(2.0, other)
+
+
+def test_autoguidance_refuses_a_run_on_another_autoencoder(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs["ldm"], other)
+    content = load_run(other / "autoencoder.pt")
+    content["ema"] = {name: value + 0.01 for name, value in content["ema"].items()}
+    save(other / "autoencoder.pt", content)
+    with pytest.raises(InputError, match="has another autoencoder; both runs need the same --vae"):
+        ldm3d.load(runs["ldm"]).autoguidance(2.0, other)
 
 
 def test_the_data_of_a_run_are_its_own_split_again(runs, capsys):

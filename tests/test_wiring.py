@@ -610,6 +610,19 @@ def test_the_last_steps_see_cases_without_augmentation(ldm, vae_run, tmp_path, m
         assert (nearest.max() < 1e-4) == (step >= 2)
 
 
+@pytest.mark.parametrize(("share", "step"), [("0.4", 2), ("0", None)])
+def test_a_run_keeps_its_averaged_weights_of_an_early_step(vae_run, tmp_path, monkeypatch, share, step):
+    no_pictures(monkeypatch, train_ldm)
+    flags = ["--run.save_every", "1", "--run.keep", "4", "--early", share]
+    train_ldm.main(tiny.ldm_flags(vae_run, tmp_path / "run", 4, *flags))
+    early = tmp_path / "run" / "early.pt"
+    assert early.exists() == (step is not None)
+    if step:
+        kept, checkpoint = load(early), load(tmp_path / "run" / f"checkpoint_{step:07d}.pt")
+        assert (kept["kind"], kept["step"]) == ("ldm", step)
+        assert all(torch.equal(kept["ema"][name], value) for name, value in checkpoint["ema"].items())
+
+
 def mean_square(x: Tensor) -> Tensor:
     return x.double().square().flatten(1).mean(1)
 
@@ -1057,6 +1070,22 @@ def test_guidance_acts_within_its_interval(drawn, conditional_run):
     assert torch.equal(drawn(conditional_run, f"{guided} --guidance_interval 0,0.5"), plain)
     within = drawn(conditional_run, f"{guided} --guidance_interval 0.5,1")
     torch.testing.assert_close(within, drawn(conditional_run, guided))
+
+
+def test_autoguidance_goes_on_from_the_weaker_prediction_within_its_interval(drawn, conditional_run):
+    earlier = conditional_run / "early.pt"
+    weaker, plain = drawn(earlier, ONE_STEP), drawn(conditional_run, ONE_STEP)
+    assert (weaker - plain).abs().max() > 1e-4
+    command = f"{ONE_STEP} --autoguidance 4 --autoguidance_interval"
+    torch.testing.assert_close(
+        drawn(conditional_run, f"{command} 0,1"), weaker + 4 * (plain - weaker), rtol=1e-3, atol=1e-4
+    )
+    assert torch.equal(drawn(conditional_run, f"{command} 0,0.9"), plain)
+    two = "--num 2 --steps 2 --sampler euler --condition class=1"
+    within = drawn(conditional_run, f"{two} --autoguidance 2")
+    assert not torch.equal(within, drawn(conditional_run, two))
+    spelled = f"{two} --autoguidance 2 --autoguidance_run {earlier} --autoguidance_interval 0,0.7"
+    assert torch.equal(drawn(conditional_run, spelled), within)
 
 
 def test_ddim_with_all_of_its_noise_is_ddpm(drawn, vp_run):

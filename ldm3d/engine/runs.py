@@ -607,6 +607,11 @@ class Run:
             save(self.dir / "best.pt", self._common())
         return True
 
+    def keep_early(self) -> None:
+        """Write early.pt (the EMA weights of this step): the weaker denoiser of autoguidance."""
+        if is_main():
+            save(self.dir / "early.pt", self._common())
+
     def save_if_due(self) -> None:
         """The end of a step, before its validation: write a numbered checkpoint if one, or validation, is
         due. If SIGTERM reached any rank, save and leave with exit code 143."""

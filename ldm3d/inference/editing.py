@@ -61,8 +61,8 @@ from torch import Tensor
 from ..conditions import label_shares
 from ..config import InputError
 from ..engine.distributed import keyed_generator
-from ..guidance import Guidance, guided
-from ..latent_diffusion import Edit, LatentDiffusion, Predict
+from ..guidance import Guidance, Predict, guided
+from ..latent_diffusion import Edit, LatentDiffusion
 
 
 class ImageEdit(Edit):

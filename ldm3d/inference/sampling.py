@@ -4,6 +4,7 @@ new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
 several GPUs      torchrun --nproc_per_node 4 -- sample.py runs/ldm-hippocampus --num 64
 under conditions  python sample.py RUN --condition class=1 --condition text="a small lesion" --guidance 3
                   python sample.py RUN --conditions FILE.csv --guidance class=3,text=2
+fewer mistakes    python sample.py RUN --autoguidance 1.3
 translation       python sample.py RUN --condition image=PATH --num 8 --maps
                   python sample.py RUN --cases test --num 8       the run's own cases, beside their targets
 editing           python sample.py RUN --inpaint IMAGE --region MASK
@@ -52,7 +53,7 @@ from ..latent_diffusion import NO_EDIT
 from ..metrics import psnr, set_statistics, ssim
 from ..pipeline import LatentDiffusionPipeline
 from .grain import Grain
-from .sampling_request import Request, RequestConfig, guidance_of, read_request
+from .sampling_request import Request, RequestConfig, autoguidance_of, guidance_of, read_request
 from .segmentation import IN_MEMORY, check_finite, file_labels, overlay, suffix_of
 
 SamplerName = Literal[("auto", *SAMPLERS)]  # a tuple, since Python 3.10 knows no star here
@@ -90,6 +91,8 @@ class SampleConfig(RequestConfig):
             raise InputError("with_labels, inpaint: give one of the two")
         if self.grain and (self.inpaint or self.edit):
             raise InputError("grain: cannot be added to an edited image, whose voxels have their own")
+        if self.autoguidance != 1 and not self.registers:
+            raise InputError("registers: cannot be switched off with autoguidance")
         if self.interpolate and (self.sampler == "ddpm" or self.eta):
             raise InputError("interpolate: needs a sampler that draws no fresh noise, and eta 0")
         if self.invert and (self.sampler not in ("auto", *INVERTED.values()) or self.eta):
@@ -308,8 +311,10 @@ def print_target_scores(scores: dict[str, dict[str, float]]) -> None:
 
 def plan(config: SampleConfig, run: Path) -> None:
     """--plan: print the memory that denoising and decoding need, and the largest batch and cube that fit."""
-    model = LatentDiffusionPipeline(run).model
-    both = weight_bytes(model.denoiser) + weight_bytes(model.autoencoder)
+    pipeline = LatentDiffusionPipeline(run)
+    model, autoguidance = pipeline.model, autoguidance_of(config, pipeline)
+    others = [] if autoguidance is None else [autoguidance.denoiser]
+    held = sum(map(weight_bytes, (model.denoiser, model.autoencoder, *others)))
     guidance = guidance_of(config)
     guidance.check(model.denoiser.conditions)
     weights = branch_weights(guidance.scales(model.denoiser.conditions))
@@ -330,8 +335,8 @@ def plan(config: SampleConfig, run: Path) -> None:
     whole = model.autoencoder.latent_shape(size)[1:]
     net = model.denoiser_for(whole, config.window, config.overlap)
     latent = whole if net is model.denoiser else net.window
-    table.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], both)
-    table.inference("decoding", model.autoencoder.fresh_copy, decode, 1, size, steps[1], both, STREAMED)
+    table.inference("denoising, latents", make_denoiser, denoise, config.batch_size, latent, steps[0], held)
+    table.inference("decoding", model.autoencoder.fresh_copy, decode, 1, size, steps[1], held, STREAMED)
     table.print()
 
 
@@ -369,8 +374,10 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     usual = INVERTED[model.kernel.process] if config.invert else model.kernel.default_sampler
     sampler = usual if config.sampler == "auto" else config.sampler
     model.kernel.check_sampler(sampler, config.eta)
-    guidance = guidance_of(config)
+    guidance, autoguidance = guidance_of(config), autoguidance_of(config, pipeline)
     guidance.check(model.denoiser.conditions)
+    if autoguidance is not None and config.compile:
+        autoguidance.denoiser.compile()
     request, config = read_request(config, pipeline, config.amp), config.in_voxels(model.spec.spacing)
     guidance.note_idle(request.conditions)
     size, strength = model.volume_size(config.size), request.edit.strength
@@ -406,6 +413,7 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
         request.edit,
         progress=is_main(),
         decoded=not results.in_planes,
+        autoguidance=autoguidance,
         **how,
     )
     batches, done = -(-len(indices) // (1 if windows else config.batch_size)), 0

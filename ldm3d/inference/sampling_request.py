@@ -31,7 +31,7 @@ from ..data.transforms import scaling_numbers
 from ..data.volumes import centred_affine, file_name
 from ..engine.distributed import print0
 from ..engine.training import to_device
-from ..guidance import Guidance
+from ..guidance import INTERVAL, Autoguidance, Guidance
 from ..latent_diffusion import NO_EDIT, Edit
 from ..latents import WithConditions, encode_batch
 from ..pipeline import LatentDiffusionPipeline
@@ -54,6 +54,11 @@ class RequestConfig:
     guidance: tuple[str, ...] = field(default=("1",), metadata={"repeat": True})  # scale; or class=3,text=2
     guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions regain their deviation
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
+    autoguidance: float = (
+        1.0  # how far samples go away from what a weaker denoiser predicts; 1 = no, 1.3 = a bit
+    )
+    autoguidance_run: str | None = None  # the weaker denoiser's run or checkpoint; none = the run's early.pt
+    autoguidance_interval: tuple[float, float] = INTERVAL  # noise levels t / T at which it acts
     size: tuple[int | str, ...] | None = None  # voxels of a sample, or mm as 180mm,220mm; none = training's
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
     region: str | None = None  # mask of the region to inpaint: all that is not 0
@@ -72,6 +77,8 @@ class RequestConfig:
                 raise InputError(f"{chosen[0]}, {chosen[1]}: give one of the two")
         if bool(self.region) != bool(self.inpaint):
             raise InputError("inpaint, region: one needs the other")
+        if self.autoguidance == 1 and (self.autoguidance_run or self.autoguidance_interval != INTERVAL):
+            raise InputError("autoguidance_run, autoguidance_interval: need autoguidance, a number above 1")
         if self.resample is not None and not self.inpaint:
             raise InputError("resample: needs inpaint")
         if self.invert and not self.edit:
@@ -269,6 +276,12 @@ def guidance_of(config: RequestConfig) -> Guidance:
     except ValueError:
         raise InputError(f"guidance: expected a number, or NAME=NUMBER,..., got {text!r}") from None
     return Guidance(scale, config.guidance_rescale, config.guidance_interval)
+
+
+def autoguidance_of(config: RequestConfig, pipeline: LatentDiffusionPipeline) -> Autoguidance | None:
+    """The autoguidance that is asked for; None: none."""
+    how = config.autoguidance, config.autoguidance_run, config.autoguidance_interval
+    return None if config.autoguidance == 1 else pipeline.autoguidance(*how)
 
 
 def request_of_cases(config: RequestConfig, pipeline: LatentDiffusionPipeline, amp: str) -> Request:
