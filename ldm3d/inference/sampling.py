@@ -4,7 +4,7 @@ new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
 several GPUs      torchrun --nproc_per_node 4 -- sample.py runs/ldm-hippocampus --num 64
 under conditions  python sample.py RUN --condition class=1 --condition text="a small lesion" --guidance 3
                   python sample.py RUN --conditions FILE.csv --guidance class=3,text=2
-fewer mistakes    python sample.py RUN --autoguidance 1.3
+fewer mistakes    python sample.py RUN --autoguidance 1.6
 translation       python sample.py RUN --condition image=PATH --num 8 --maps
                   python sample.py RUN --cases test --num 8       the run's own cases, beside their targets
 editing           python sample.py RUN --inpaint IMAGE --region MASK
@@ -396,6 +396,9 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     )
     steps = f"{plural(len(times), 'step')} = {plural(calls, 'network call')} each"
     print0(f"{plural(total, 'volume')} of {by(size)} ({mm} mm), {sampler}, {steps}")
+    if autoguidance is not None:
+        low, high = autoguidance.interval
+        print0(f"autoguidance {autoguidance.scale:g} at noise levels from {low:g} to {high:g}")
     if grain is not None:
         print0(f"grain: {grain.strength}")
 

@@ -54,9 +54,7 @@ class RequestConfig:
     guidance: tuple[str, ...] = field(default=("1",), metadata={"repeat": True})  # scale; or class=3,text=2
     guidance_rescale: float = 0.0  # 0 to 1: how far guided predictions regain their deviation
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
-    autoguidance: float = (
-        1.0  # how far samples go away from what a weaker denoiser predicts; 1 = no, 1.3 = a bit
-    )
+    autoguidance: float = 1.0  # how far samples go away from what a weaker denoiser predicts; 1 = off
     autoguidance_run: str | None = None  # the weaker denoiser's run or checkpoint; none = the run's early.pt
     autoguidance_interval: tuple[float, float] = INTERVAL  # noise levels t / T at which it acts
     size: tuple[int | str, ...] | None = None  # voxels of a sample, or mm as 180mm,220mm; none = training's
