@@ -45,6 +45,7 @@ from ldm3d.data import Data, DataConfig, DataSpec, VolumeDataset, batches, open_
 from ldm3d.data.fingerprint import describe, take
 from ldm3d.data.opening import check_numbering
 from ldm3d.data.phantoms import phantom_folder
+from ldm3d.data.settings import check_crop
 from ldm3d.discriminators import TimeDiscriminator, TimeDiscriminatorConfig
 from ldm3d.engine.distributed import is_main, print0, rank, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet
@@ -564,6 +565,7 @@ def main(argv: list[str] | None = None) -> None:
     planner = Planner("cdal", Config, make_plan)
     config, flags = parse(Config, argv, PRESETS, __doc__, with_data, COMMON, planner)
     config = with_init(config, flags)
+    check_crop(flags, config.data)
     check_schedule(flags, "optim", config.optim)
     check_schedule(flags, "disc_optim", config.disc_optim)
     planner.check(flags)

@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm3d.conditions import Condition, ConditionConfig, absent, fit_conditions, hide
-from ldm3d.config import InputError, from_dict, parse, replace, show, to_dict
+from ldm3d.config import InputError, flatten, from_dict, parse, replace, show, to_dict
 from ldm3d.data import (
     AugmentConfig,
     Data,
@@ -61,6 +61,7 @@ from ldm3d.data.cases import resolve_root
 from ldm3d.data.fingerprint import READING, Fingerprint, describe, take
 from ldm3d.data.opening import check_files, check_numbering
 from ldm3d.data.phantoms import phantom_folder
+from ldm3d.data.settings import check_crop
 from ldm3d.data.slices import find_all_cases
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
@@ -447,13 +448,41 @@ def check_settings(config: Config, stage_one: dict[str, Any]) -> None:
             raise InputError(f"unet.{name}: follows from the autoencoder's {width} latent channels")
     if config.unet.dims != (dims := stage_one["config"]["vae"]["dims"]):
         raise InputError(f"unet.dims: the latents of the autoencoder are {dims}-D, got {config.unet.dims}")
-    varied = config.data.augment != AugmentConfig() or config.data.crop != "centre"
-    if config.latent_cache and varied and config.data.num_variants == 1:
-        raise InputError("data.augment, data.crop: need data.num_variants > 1, or latent_cache false")
-    if not varied and config.data.num_variants > 1:
-        raise InputError("data.num_variants: all would be equal; needs data.augment or data.crop random")
-    if not varied and config.plain_end:
-        raise InputError("plain_end: has no effect without data.augment")
+
+
+AS_THEY_ARE = {"data.crop": "centre"} | {
+    f"data.augment.{name}": value for name, value in flatten(AugmentConfig()).items()
+}
+
+
+def settled(config: Config, flags: dict[str, Any]) -> Config:
+    """The configuration of a new run, where flags have left settings of its preset or plan without effect.
+
+    Without augmentation all variants of a case would be equal, and the last steps no plainer than the others.
+    With one variant each case is encoded as it is. Adapters are left to AdamW, so its rate is taken, not that
+    of Muon. InputError if it is a flag that has no effect.
+    """
+    if goes_on("ldm", config):
+        return config
+    changes, varied = {}, config.data.augment.is_on or config.data.crop != "centre"
+    if varied and config.latent_cache and config.data.num_variants == 1:
+        if any(key.startswith(("data.augment.", "data.crop")) for key in flags):
+            raise InputError("data.augment, data.crop: need data.num_variants > 1, or latent_cache false")
+        changes, varied = AS_THEY_ARE, False
+    if not varied:
+        if flags.get("data.num_variants", 1) > 1:
+            raise InputError("data.num_variants: all would be equal; needs data.augment or data.crop random")
+        if flags.get("plain_end"):
+            raise InputError("plain_end: has no effect without data.augment")
+        changes = changes | {"data.num_variants": 1, "plain_end": 0.0}
+    if config.lora.rank and config.optim.optimizer == "muon" and "optim.optimizer" not in flags:
+        changes = changes | {"optim.optimizer": "adamw", "optim.lr": flags.get("optim.lr", SMALL["optim.lr"])}
+    ours = flatten(config)
+    changes = {key: value for key, value in changes.items() if ours[key] != value}
+    if changes:
+        new = ", ".join(f"{key} {show(value) or 'none'}" for key, value in changes.items())
+        print0(f"note: what the flags leave without effect is changed: {new}")
+    return replace(config, changes)
 
 
 # the data settings that say which cases there are, and on what grid
@@ -1014,6 +1043,7 @@ def train(
     """flags: what the command line sets. planner: of a command that names a run. dataset: in place of files,
     dicts with the tensor "image", and "mask", "source", "class" ... if used (ldm3d/data/items.py)."""
     device = setup(config.run.device)
+    config = settled(config, flatten(config) if flags is None else flags)
     run = Run("ldm", with_base(config, flags or {}), flags)
     config, seed = run.config, run.config.run.seed
     if run.finished:
@@ -1159,6 +1189,7 @@ def train(
 def main(argv: list[str] | None = None) -> None:
     planner = Planner("ldm", Config, make_plan, word="vae")
     config, flags = parse(Config, argv, PRESETS, __doc__, with_autoencoder, COMMON, planner)
+    check_crop(flags, config.data)
     check_schedule(flags, "optim", config.optim)
     planner.check(flags)
     if config.plan:

@@ -47,6 +47,7 @@ from ldm3d.data import Data, DataConfig, VolumeDataset, batches, evaluation_batc
 from ldm3d.data.dataset import BothRoles
 from ldm3d.data.fingerprint import describe, take
 from ldm3d.data.phantoms import phantom_folder
+from ldm3d.data.settings import check_crop
 from ldm3d.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
 from ldm3d.engine.checkpoint import load_weights
 from ldm3d.engine.distributed import (
@@ -437,6 +438,7 @@ def check_flags(config: Config, flags: dict[str, Any]) -> None:
     for name in ("kl_weight", "kl_warmup", "free_bits"):
         if config.autoencoder == "vq" and name in flags:
             raise InputError(f"{name}: has no effect with autoencoder vq, whose latents have no KL")
+    check_crop(flags, config.data)
     check_schedule(flags, "optim", config.optim)
     check_schedule(flags, "disc_optim", config.disc_optim)
 

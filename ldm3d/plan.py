@@ -473,9 +473,9 @@ def plan_vae(
 
 FEW_CASES = 300  # with fewer, a denoiser learns them by heart unless each is encoded in variants
 NUM_VARIANTS = 8
-# Positions, above which denoisers of volumes get batches of 2 on CPUs. In the same time they learn more than
-# from batches of 8: measured with 1200 and 1980 positions (tests/benchmarks/README.md, quality in given
-# minutes). With 168 positions a step of 2 takes as long as one of 8. Nothing else was tried.
+# Positions, above which denoisers of volumes get batches of 2 and Muon on CPUs. In the same time they learn
+# more than with batches of 8 and AdamW: measured with 1200 and 1980 positions (tests/benchmarks/README.md,
+# quality in given minutes). With 168 positions a step of 2 takes as long as one of 8. Nothing else was tried.
 TINY_LATENT = 1000
 FINE_LATENT = 3000  # positions, above which a denoiser for CPUs is narrow where the grid is fine
 
@@ -593,26 +593,31 @@ def plan_denoiser(plan: Plan, z: Latents, machine: Machine) -> None:
     if (fine or short) and not gpu:
         blocks, why = (1,), f"CPUs: one block a level for {'fine latents' if fine else 'a short time'}"
     plan.set("unet.num_res_blocks", blocks, why)
-    batch = 16 if gpu else 8 if not fine else 4 if positions <= 5 * FINE_LATENT else 2
-    why = f"{positions} positions a sample"
+
+
+def plan_steps(plan: Plan, z: Latents, machine: Machine) -> None:
+    """What a step of a denoiser is: the batch, the optimizer, and its learning rate."""
+    gpu, positions = machine.gpu, math.prod(z.size)
+    batch = 16 if gpu else 8 if positions <= FINE_LATENT else 4 if positions <= 5 * FINE_LATENT else 2
+    why, optimizer = f"{positions} positions a sample", plan.given.get("optim.optimizer")
     if not gpu and len(z.size) == 3 and positions > TINY_LATENT:
         batch, why = 2, "CPUs: small batches learn more in the same time"
+        if not plan.given.get("lora.rank"):  # Muon leaves adapters to AdamW
+            reason = "CPUs: in fewer and longer steps it learns more in the same time"
+            optimizer = plan.set("optim.optimizer", "muon", reason)
     plan.set("batch_size", machine.shared(batch), why)
+    plan_optimizer(plan, 1e-4 if gpu else 3e-3 if optimizer == "muon" else 1e-3, forget=False)
 
 
 def plan_ldm(plan: Plan, z: Latents, machine: Machine) -> None:
     """The rest of the plan of a denoiser, without its length."""
     plan_variants(plan, z, machine)
     plan_denoiser(plan, z, machine)
+    plan_steps(plan, z, machine)
     batch = plan.values.get("batch_size", 1)
     while batch > machine.ranks and not machine.training_fits(plan.values):
         batch = machine.shared(batch // 2)
         plan.set("batch_size", batch, "as many as fit into the memory")
-    lr = 1e-4 if machine.gpu else 1e-3
-    if not machine.gpu and len(z.size) == 3 and math.prod(z.size) > TINY_LATENT:
-        why = "CPUs: in fewer and longer steps it learns more in the same time"
-        lr = 3e-3 if plan.set("optim.optimizer", "muon", why) == "muon" else lr
-    plan_optimizer(plan, lr, forget=False)
 
 
 # --- segmentation -------------------------------------------------------------------------------------------

@@ -430,6 +430,9 @@ def test_denoisers_of_volumes_learn_with_muon_on_cpus_and_by_its_rate():
         assert other["optim.lr"] < 3e-3
     chosen = planned_ldm(size=(12, 16, 12), given={"optim.optimizer": "adamw"})
     assert chosen["optim.lr"] == 1e-3
+    assert planned_ldm(size=(4, 6, 4), given={"optim.optimizer": "muon"})["optim.lr"] == 3e-3
+    adapters = planned_ldm(size=(12, 16, 12), given={"lora.rank": 4})
+    assert ("optim.optimizer" in adapters, adapters["optim.lr"]) == (False, 1e-3)
 
 
 def test_attention_is_where_the_positions_are_few_and_thick_latents_are_halved_less():

@@ -27,7 +27,7 @@ import train_vae
 from ldm3d import read
 from ldm3d.cdal import CDAL, CDALConfig, FewStepConfig, Generator, level_sets
 from ldm3d.conditions import absent
-from ldm3d.config import from_dict, parse
+from ldm3d.config import flatten, from_dict, parse, replace
 from ldm3d.data import Volume, write
 from ldm3d.data.phantoms import write_phantoms
 from ldm3d.denoiser import Denoiser
@@ -621,6 +621,33 @@ def test_a_run_keeps_its_averaged_weights_of_an_early_step(vae_run, tmp_path, mo
         kept, checkpoint = load(early), load(tmp_path / "run" / f"checkpoint_{step:07d}.pt")
         assert (kept["kind"], kept["step"]) == ("ldm", step)
         assert all(torch.equal(kept["ema"][name], value) for name, value in checkpoint["ema"].items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ("", {}),
+        ("--data.augment.affine 0", {"data.num_variants": 1, "plain_end": 0.0}),
+        (
+            "--data.num_variants 1",
+            {"data.augment.affine": 0.0, "data.augment.max_scale": 0.1, "plain_end": 0.0},
+        ),
+        ("--latent_cache false --data.num_variants 1", {}),
+        ("--run.init x --lora.rank 4", {"optim.optimizer": "adamw", "optim.lr": 1e-3}),
+        ("--run.init x --lora.rank 4 --optim.lr 2e-3", {"optim.optimizer": "adamw"}),
+        ("--run.init x --lora.rank 4 --optim.optimizer muon", {}),
+    ],
+)
+def test_flags_change_what_they_leave_without_effect_in_a_preset(flags, changed, tmp_path, capsys):
+    def uncut(config):  # as stage two takes its data settings from the autoencoder
+        return replace(config, {"data.crop": "centre"})
+
+    words = ["hippocampus", "--run.dir", str(tmp_path), *flags.split()]
+    config, given = parse(train_ldm.Config, words, train_ldm.PRESETS, base=uncut)
+    before, now = flatten(config), flatten(train_ldm.settled(config, given))
+    assert {key: value for key, value in now.items() if value != before[key]} == changed
+    said = capsys.readouterr().out
+    assert all(f"{key} " in said for key in changed or ["no note"] if said)
 
 
 def mean_square(x: Tensor) -> Tensor:

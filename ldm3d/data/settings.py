@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -107,6 +107,13 @@ class DataConfig:
         for name, (valid, expected) in checks.items():
             if not valid:
                 raise InputError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+def check_crop(flags: dict[str, Any], config: DataConfig) -> None:
+    """Refuse the flag data.crop padded where no patches are cut. A preset may have it: `--data.patch none`
+    beside the preset asks for whole cases, which are padded anyway. flags: by dotted key."""
+    if flags.get("data.crop") == "padded" and config.patch is None:
+        raise InputError("data.crop: padded is for patches (data.patch); whole cases are padded without it")
 
 
 def of_volumes(config: DataConfig) -> DataConfig:

@@ -158,9 +158,13 @@ def changed_case(before: dict[str, dict[str, str]], now: dict[str, dict[str, str
 
 
 def is_same(key: str, before: Any, now: Any) -> bool:
-    """Are these two values of a setting the same? Two paths are if they lead to the same file."""
+    """Are these two values of a setting the same? Two paths are if they lead to the same file. A relative
+    path may have been given in another working folder, and lead nowhere from here: then it is compared with
+    the end of the other path."""
     if key in PATHS and before and now:
-        before, now = map(os.path.realpath, (before, now))
+        parts = Path(os.path.normpath(before)).parts
+        before, found, now = os.path.realpath(before), os.path.exists(before), os.path.realpath(now)
+        return before == now or (not found and Path(now).parts[-len(parts) :] == parts)
     return before == now
 
 

@@ -310,6 +310,19 @@ def test_another_path_to_the_same_autoencoder_is_no_other_setting(tmp_path, monk
             open_run(tmp_path, {"vae": path})
 
 
+def test_a_run_goes_on_in_another_working_folder_with_the_path_to_its_autoencoder_from_there(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "runs" / "vae").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    saved_run(tmp_path, 7, {"vae": "runs/vae"})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path in ("runs/vae", "../runs/vae", tmp_path / "runs" / "vae"):
+        assert open_run(tmp_path, {"vae": str(path)}).step == 7
+    with pytest.raises(InputError, match=r"vae was 'runs/vae', now '\.\./runs/vae2'"):
+        open_run(tmp_path, {"vae": "../runs/vae2"})
+
+
 def test_a_finished_run_says_so(tmp_path, capsys):
     saved_run(tmp_path, 1000)
     assert open_run(tmp_path).finished
