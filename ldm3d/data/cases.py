@@ -197,12 +197,26 @@ def files_by_id(pattern: str, root: Path, key: str) -> dict[str, Path]:
     return {name: files[""] for name, files in files_by_rater(pattern, root, key).items()}
 
 
+def masks_among(images: dict[str, Path], masks: dict[str, dict[str, Path]]) -> set[str]:
+    """The case ids of those images that are masks of other images. In one folder "*.nii.gz" fits p01.nii.gz
+    and also p01_seg.nii.gz, which is the mask of p01 by "*_seg.nii.gz".
+
+    images: {case id: file}. masks: as `files_by_rater` finds them, or sources."""
+    case_of = {path: name for name, files in masks.items() for path in files.values()}
+    return {
+        name for name, path in images.items() if case_of.get(path, name) != name and case_of[path] in images
+    }
+
+
 def _rows_of_globs(globs: dict[str, str], root: Path, problems: list[str]) -> tuple[dict, dict[str, str]]:
     """({case id: {role: file, or None}}, {role: its pattern}) of the globs in the settings. The masks of
     raters also stand in columns of their own, "mask:anna", as in a table."""
     if other := next((role for role in globs if role != "mask" and "{rater}" in globs[role]), None):
         raise InputError(f"data.{other}: {globs[other]!r}: only masks have a {{rater}}")
     found = {role: files_by_rater(pattern, root, f"data.{role}") for role, pattern in globs.items()}
+    for role in globs.keys() - {"image"}:
+        for name in masks_among({name: files[""] for name, files in found["image"].items()}, found[role]):
+            del found["image"][name]
     rows: dict[str, dict] = {name: {} for name in found["image"]}
     for role, of_case in found.items():
         for name in rows:

@@ -22,7 +22,16 @@ from typing import Any
 
 from ..config import InputError, from_dict
 from ..engine.distributed import print0
-from .cases import Case, files_by_id, find_cases, listed_cases, pattern_of_names, resolve_root
+from .cases import (
+    Case,
+    files_by_id,
+    files_by_rater,
+    find_cases,
+    listed_cases,
+    masks_among,
+    pattern_of_names,
+    resolve_root,
+)
 from .dataset import VolumeDataset
 from .inspection import MAX_LABEL, inspect_cases
 from .itk import is_dicom_folder
@@ -94,7 +103,7 @@ def find_images(
     `subject`, a rule for these images, has to fit. Samples of a run hold the run's channels only, so no
     channels are picked from them.
     """
-    layout = replace(layout, cache="none", mask=None, source=None, split=None, participants=None)
+    layout = replace(layout, cache="none", source=None, split=None, participants=None)
     layout = replace(layout, allow_missing_mask=True)
     series, layout = layout.series, replace(layout, series=None, source_series=None)
     path = Path(location).expanduser()
@@ -112,7 +121,7 @@ def find_images(
                 cases = _find(layout, root, subject)
         except InputError as e:
             raise InputError(f"{location}: {e}") from e
-    layout = replace(layout, root=str(root), subject=None)
+    layout = replace(layout, root=str(root), subject=None, mask=None)
     if series and cases[0].image.is_dir():
         layout = _with_series(layout, cases[0].image, series)
     cases = [case.image_alone() for case in cases]
@@ -123,6 +132,17 @@ def find_images(
 
 
 def _find(layout: DataConfig, root: Path, subject: str | None) -> list[Case]:
+    """The images in a folder, without those that are masks of others by the pattern of the masks."""
+    masks: dict[str, dict[str, Path]] = {}
+    with contextlib.suppress(InputError):  # there need not be any here
+        masks = files_by_rater(layout.mask, root, "data.mask") if layout.mask else {}
+    cases = _find_all(replace(layout, mask=None), root, subject)
+    others = masks_among({case.id: case.image for case in cases}, masks)
+    return [case for case in cases if case.id not in others]
+
+
+def _find_all(layout: DataConfig, root: Path, subject: str | None) -> list[Case]:
+    """The cases in a folder. The run's rule of subjects holds where it fits."""
     rules = [layout.subject] if subject is None and layout.subject is not None else []
     if rules and layout.subject.endswith(".csv"):  # such a table may lie beside the folder of images
         rules.append(f"../{layout.subject}")
@@ -163,7 +183,7 @@ def _find_in_folder(layout: DataConfig, root: Path, subject: str | None) -> tupl
             f"(column image), or give their pattern in quotes, such as '{root}/*_t1{volume_suffix(own)}'"
         )
     try:
-        layout = replace(_recognised(layout, root), mask=None)
+        layout = _recognised(layout, root)
         cases = _find(layout, root, subject)
     except InputError:
         raise InputError(why) from None

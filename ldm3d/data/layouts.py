@@ -6,7 +6,8 @@ Four ways in which people keep their data are recognised, in this order:
     BIDS               sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz, masks also in derivatives/
     a folder a case    p01/t1.nii.gz p01/seg.nii.gz, p02/t1.nii.gz p02/seg.nii.gz
     a folder a role    images/p01.nii.gz, labels/p01.nii.gz, or images/p01_T1w.nii.gz, labels/p01_seg.nii.gz;
-                       or one folder: of images, or p01_T1w.nii.gz p01_seg.nii.gz, p02_T1w.nii.gz ...
+                       or one folder: of images, or p01_T1w.nii.gz p01_seg.nii.gz, p02_T1w.nii.gz ...,
+                       or p01.nii.gz p01_seg.nii.gz, p02.nii.gz ...
 
 A folder that holds the slices of one DICOM volume counts as a file. Files that stand in the same place of
 every case have one role. Example: in the third layout t1.nii.gz and seg.nii.gz are two kinds of files. A kind
@@ -324,6 +325,33 @@ def _by_last_word(kinds: Kinds) -> Kinds:
     return apart if len(cases) == 1 and "" not in cases.pop() and len(apart) <= MOST_KINDS else {}
 
 
+def _places(folders: Iterable[tuple[str, ...]]) -> str:
+    """The pattern of folders that are equally deep: T1/p01 and T1/p02 are "T1/{id}/"."""
+    levels = zip(*folders, strict=True)
+    return "".join(f"{level[0]}/" if len(set(level)) == 1 else "{id}/" for level in levels)
+
+
+def _by_name_of_image(files: list[Path]) -> Kinds:
+    """The files where each is an image, or is named like an image and the same word more, which is its mask:
+    p01 and p01_seg, or p01/p01 and p01/p01_seg; {} if some file is neither, or is put aside to test on."""
+    names = {path.with_name(strip_suffix(path)).as_posix(): path for path in files}
+    image_of = {}
+    for name in names:
+        for mark in re.finditer(r"[_\W]", name):
+            if (image := name[: mark.start()]) in names and MASK_NAMES.search(name[mark.start() :]):
+                image_of[name] = image
+    ends = {name.removeprefix(image) for name, image in image_of.items()}
+    folders = [path.parent.parts for path in files]
+    told = len(ends) == 1 and set(image_of.values()) == names.keys() - image_of
+    if not told or len(set(map(len, folders))) > 1 or any(map(PUT_ASIDE.search, names)):
+        return {}
+    kinds, end, place = defaultdict(dict), ends.pop(), _places(folders)
+    for name, path in names.items():
+        word = "{id}" if "{id}" in place else "*"
+        kinds[f"{place}{word}{end if name in image_of else ''}{_end(path)}"][image_of.get(name, name)] = path
+    return kinds
+
+
 def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | None:
     """The pattern of all images where folders are classes, such as healthy/ and ill/: no name is in two of
     them, and all lie equally deep. None where folders are something else, such as two contrasts of the same
@@ -332,9 +360,7 @@ def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | N
     ends = {(pattern.rstrip("/").count("/"), _end(pattern)) for pattern in images}
     if masks or len(images) < 2 or len(ends) > 1 or len(set(names)) < len(names):
         return None
-    levels = zip(*(Path(pattern).parent.parts for pattern in images), strict=True)
-    places = [f"{level[0]}/" if len(set(level)) == 1 else "{id}/" for level in levels]
-    return "".join(places) + "{id}" + ends.pop()[1]
+    return _places(Path(pattern).parent.parts for pattern in images) + "{id}" + ends.pop()[1]
 
 
 def _matching(kinds: Kinds, image: str) -> list[Path]:
@@ -408,6 +434,11 @@ def recognise(root: Path) -> Layout:
     if not files:
         raise InputError(f"{root}: holds no images (.nii .nii.gz .tif .npy .png ...) and no table of cases")
     kinds, name = _candidates(root, files)
+    beside = name == "one folder" or any(strip_suffix(path) == path.parent.name for path in files)
+    if beside and (apart := _by_name_of_image(files)):
+        layout = _of_kinds(root, apart, name)
+        if MASK_NAMES.search(layout.settings.get("mask", "")):
+            return layout
     num = sum(not _is_derived(pattern) for pattern in kinds)
     if not num:
         raise InputError(

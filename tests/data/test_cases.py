@@ -41,6 +41,15 @@ def test_roles_are_paired_by_case_id(settings, root):
         assert case.image.name == case.mask.name == case.source.name == f"{case.id}.nii.gz"
 
 
+@pytest.mark.parametrize("role", ["mask", "source"])
+def test_in_one_folder_a_file_that_belongs_to_an_image_is_no_image(role, tmp_path):
+    for name in ("a", "a_seg", "b", "b_seg"):
+        (tmp_path / f"{name}.tif").touch()
+    cases = find_cases(DataConfig(**{"image": "*.tif", role: "*_seg.tif"}), tmp_path)
+    assert [(c.id, getattr(c, role).name) for c in cases] == [("a", "a_seg.tif"), ("b", "b_seg.tif")]
+    assert len(find_cases(DataConfig(**{"image": "*.tif", role: "*.tif"}), tmp_path)) == 4  # its own mask
+
+
 def test_a_suffix_in_capitals_is_no_part_of_an_id(tmp_path):
     for name in ("a.NII.GZ", "b.Nii"):
         (tmp_path / name).touch()

@@ -16,6 +16,7 @@ from ldm3d.config import InputError, convert
 from ldm3d.data import DataConfig, inspection
 from ldm3d.data.cases import find_cases
 from ldm3d.data.fingerprint import pose_and_mirrored, take, thumbnails
+from ldm3d.data.images import find_images
 from ldm3d.data.inspection import FEW_VALUES, centres_of, few_values
 from ldm3d.data.layouts import recognise
 from ldm3d.data.opening import groupings, inspection_cache, open_data
@@ -395,11 +396,45 @@ def test_masks_beside_their_images_are_told_apart_by_the_last_word_of_every_name
         recognise(root)
 
 
-def test_masks_beside_their_images_are_not_taken_for_images(tmp_path):
-    for case in CASES:
-        save(tmp_path / f"{case}.nii.gz", image())
-        save(tmp_path / f"{case}_seg.nii.gz", mask())
-    with pytest.raises(InputError, match=r"images and masks, such as p01_seg, lie in one folder; list"):
+@pytest.mark.parametrize("end", ["_seg", "-mask", "_lesion_mask"])
+@pytest.mark.parametrize("name", ["{}", "all/{}", "tumour_{}", "{0}/{0}"])
+def test_a_mask_is_told_by_the_name_of_the_image_beside_it_and_a_word_more(name, end, tmp_path):
+    root = with_endings(tmp_path / "d", name, name + end)
+    settings = recognise(root).settings
+    cases = find_cases(DataConfig(**settings), root)
+    names = [name.format(case) for case in CASES]
+    assert [(str(c.image), str(c.mask)) for c in cases] == [
+        (f"{root}/{name}.nii.gz", f"{root}/{name}{end}.nii.gz") for name in names
+    ]
+    _, images = find_images(root, DataConfig(**settings))  # as sample.py finds those of a folder
+    assert [case.image for case in images] == [case.image for case in cases]
+    if name == "{}":  # of a run with another layout
+        _, images = find_images(root, DataConfig(image="scans/*.nii.gz"))
+        assert [case.image for case in images] == [case.image for case in cases]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["p01_brainmask"],
+        ["p01_brainmask", "p02_brainmask", "p03_brainmask"],
+        ["p04"],
+        ["p01_T2"],
+        ["p04_seg"],
+    ],
+)
+def test_masks_beside_their_images_are_not_taken_for_images(more, tmp_path):
+    with_endings(tmp_path, "{}", "{}_seg")
+    for name in more:
+        save(tmp_path / f"{name}.nii.gz", mask() if "_T2" not in name else image())
+    with pytest.raises(InputError, match=r"images and masks, such as p\d+_\w+, lie in one folder; list"):
+        recognise(tmp_path)
+
+
+def test_images_beside_their_masks_that_are_put_aside_to_test_on_are_not_trained_on(tmp_path):
+    for part, case in (("train", "p1"), ("train", "p2"), ("test", "p3")):
+        with_endings(tmp_path, f"{part}/{{0}}/{{0}}", f"{part}/{{0}}/{{0}}_seg", cases=[case])
+    with pytest.raises(InputError, match="lie in one folder"):
         recognise(tmp_path)
 
 
