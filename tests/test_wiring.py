@@ -1111,7 +1111,7 @@ def test_autoguidance_goes_on_from_the_weaker_prediction_within_its_interval(dra
     two = "--num 2 --steps 2 --sampler euler --condition class=1"
     within = drawn(conditional_run, f"{two} --autoguidance 2")
     assert not torch.equal(within, drawn(conditional_run, two))
-    spelled = f"{two} --autoguidance 2 --autoguidance_run {earlier} --autoguidance_interval 0,0.7"
+    spelled = f"{two} --autoguidance 2 --autoguidance_run {earlier} --autoguidance_interval 0.2,0.7"
     assert torch.equal(drawn(conditional_run, spelled), within)
 
 

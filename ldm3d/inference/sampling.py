@@ -4,7 +4,7 @@ new volumes       python sample.py runs/ldm-hippocampus --num 16 --steps 30
 several GPUs      torchrun --nproc_per_node 4 -- sample.py runs/ldm-hippocampus --num 64
 under conditions  python sample.py RUN --condition class=1 --condition text="a small lesion" --guidance 3
                   python sample.py RUN --conditions FILE.csv --guidance class=3,text=2
-fewer mistakes    python sample.py RUN --autoguidance 1.6
+fewer mistakes    python sample.py RUN --autoguidance 1.8
 translation       python sample.py RUN --condition image=PATH --num 8 --maps
                   python sample.py RUN --cases test --num 8       the run's own cases, beside their targets
 editing           python sample.py RUN --inpaint IMAGE --region MASK
