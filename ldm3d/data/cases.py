@@ -136,27 +136,34 @@ def files_by_rater(pattern: str, root: Path, key: str) -> dict[str, dict[str, Pa
     """{case id: {rater: file}}. The id is what the first * matches, or what the {id}s match, joined by "_".
     The rater is what {rater} matches; "" in a pattern without.
 
-    "*/t1_*.nii" makes p01/t1_x.nii the case "p01"; "{id}/{id}.tif" makes p01/a.tif the case "p01_a". The
-    other * match anything, but only one file may be left for an id. Where the pattern ends in *, the suffix
-    of the file is not part of the id. A suffix of volumes may be written in capitals in the files. Names that
-    begin with a dot are ignored: some archives have such a twin of every file. A folder that holds DICOM
-    slices counts as a file; a pattern that ends in / fits such folders only: "*/", "*/ct/".
+    "*/t1_*.nii" makes p01/t1_x.nii the case "p01"; "{id}/{id}.tif" makes p01/a.tif the case "p01_a". {same}
+    repeats what the {id} before it matches: "{id}/{same}.tif" fits p01/p01.tif and not p01/a.tif. The other *
+    match anything, but only one file may be left for an id. Where the pattern ends in *, the suffix of the
+    file is not part of the id. A suffix of volumes may be written in capitals in the files. Names that begin
+    with a dot are ignored: some archives have such a twin of every file. A folder that holds DICOM slices
+    counts as a file; a pattern that ends in / fits such folders only: "*/", "*/ct/".
     """
     fits = is_dicom_folder if pattern.endswith("/") else is_file
     pattern = pattern.rstrip("/")
     marked = _marked(pattern)
     if pattern.count("{rater}") > 1:
         raise InputError(f"{key}: {pattern!r} has {{rater}} twice")
-    if "{id}" not in marked or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+    if (
+        "{id}" not in marked.partition("{same}")[0]
+        or Path(pattern).is_absolute()
+        or ".." in Path(pattern).parts
+    ):
         raise InputError(f"{key}: expected a pattern below the root with * for the case id, got {pattern!r}")
     meaning = {"{id}": "([^/]+)", "{rater}": "([^/]+)", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    outside = marked.partition("{same}")[0].rpartition("{id}")[0]  # what stands before that {id}
+    meaning["{same}"] = f"(?:\\{1 + outside.count('{id}') + outside.count('{rater}')})"
     end = volume_suffix(pattern)
-    parts = re.split(r"(\{id\}|\{rater\}|\*\*/|\*|\?)", marked[: len(marked) - len(end)])
+    parts = re.split(r"(\{id\}|\{same\}|\{rater\}|\*\*/|\*|\?)", marked[: len(marked) - len(end)])
     groups = [part for part in parts if part in ("{id}", "{rater}")]
     parts = [meaning.get(part, re.escape(part)) for part in parts]
     expression = re.compile(f"{''.join(parts)}(?i:{re.escape(end)})")
     any_case = "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in end)
-    stars = re.sub(r"\{id\}|\{rater\}", "*", pattern[: len(pattern) - len(end)])
+    stars = re.sub(r"\{id\}|\{same\}|\{rater\}", "*", pattern[: len(pattern) - len(end)])
     pattern_of_glob = stars.replace("[", "[[]") + any_case
     files: dict[str, dict[str, Path]] = {}
     dangling: list[Path] = []

@@ -173,7 +173,7 @@ def _belong(root: Path, image: str, mask: str, kinds: Kinds) -> bool:
 
 
 def _case_folders(files: list[Path]) -> Kinds:
-    """The kinds where every folder is a case: the same name, or the same name after that of the folder."""
+    """The kinds where every folder is a case: the same name, or that of the folder and the same word more."""
     kinds: Kinds = defaultdict(dict)
     several = Counter(path.parent for path in files)
     for path in files:
@@ -182,7 +182,9 @@ def _case_folders(files: list[Path]) -> Kinds:
         name, folder = path.name if volume_suffix(path) else f"{path.name}/", path.parent.name
         if several[path.parent] == 1:
             name = f"*{_end(path)}"
-        elif name.startswith(folder) and name != folder + _end(path):
+        elif name == folder + _end(path):
+            name = f"{{same}}{_end(path)}"
+        elif name.startswith(folder):
             name = f"*{name[len(folder) :]}"
         *outer, _ = path.parent.parts
         places = [f"{part}/" if PART.fullmatch(part) else "{id}/" for part in outer]
@@ -325,31 +327,24 @@ def _by_last_word(kinds: Kinds) -> Kinds:
     return apart if len(cases) == 1 and "" not in cases.pop() and len(apart) <= MOST_KINDS else {}
 
 
-def _places(folders: Iterable[tuple[str, ...]]) -> str:
-    """The pattern of folders that are equally deep: T1/p01 and T1/p02 are "T1/{id}/"."""
-    levels = zip(*folders, strict=True)
-    return "".join(f"{level[0]}/" if len(set(level)) == 1 else "{id}/" for level in levels)
-
-
-def _by_name_of_image(files: list[Path]) -> Kinds:
-    """The files where each is an image, or is named like an image and the same word more, which is its mask:
-    p01 and p01_seg, or p01/p01 and p01/p01_seg; {} if some file is neither, or is put aside to test on."""
-    names = {path.with_name(strip_suffix(path)).as_posix(): path for path in files}
+def _by_name_of_image(kinds: Kinds) -> Kinds:
+    """The files of one folder where each is an image, or is named like an image and the same word more, which
+    is its mask: p01 and p01_seg; {} if some file is neither."""
+    names = {name for files in kinds.values() for name in files}
     image_of = {}
     for name in names:
         for mark in re.finditer(r"[_\W]", name):
             if (image := name[: mark.start()]) in names and MASK_NAMES.search(name[mark.start() :]):
                 image_of[name] = image
     ends = {name.removeprefix(image) for name, image in image_of.items()}
-    folders = [path.parent.parts for path in files]
-    told = len(ends) == 1 and set(image_of.values()) == names.keys() - image_of
-    if not told or len(set(map(len, folders))) > 1 or any(map(PUT_ASIDE.search, names)):
+    if len(ends) != 1 or set(image_of.values()) != names - image_of.keys():
         return {}
-    kinds, end, place = defaultdict(dict), ends.pop(), _places(folders)
-    for name, path in names.items():
-        word = "{id}" if "{id}" in place else "*"
-        kinds[f"{place}{word}{end if name in image_of else ''}{_end(path)}"][image_of.get(name, name)] = path
-    return kinds
+    apart, end = defaultdict(dict), ends.pop()
+    for pattern, files in kinds.items():
+        for name, path in files.items():
+            of_masks = pattern.replace("*", f"*{end}")
+            apart[of_masks if name in image_of else pattern][image_of.get(name, name)] = path
+    return apart
 
 
 def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | None:
@@ -360,7 +355,9 @@ def _folders_of_classes(kinds: Kinds, images: list[str], masks: list) -> str | N
     ends = {(pattern.rstrip("/").count("/"), _end(pattern)) for pattern in images}
     if masks or len(images) < 2 or len(ends) > 1 or len(set(names)) < len(names):
         return None
-    return _places(Path(pattern).parent.parts for pattern in images) + "{id}" + ends.pop()[1]
+    levels = zip(*(Path(pattern).parent.parts for pattern in images), strict=True)
+    places = [f"{level[0]}/" if len(set(level)) == 1 else "{id}/" for level in levels]
+    return "".join(places) + "{id}" + ends.pop()[1]
 
 
 def _matching(kinds: Kinds, image: str) -> list[Path]:
@@ -434,8 +431,7 @@ def recognise(root: Path) -> Layout:
     if not files:
         raise InputError(f"{root}: holds no images (.nii .nii.gz .tif .npy .png ...) and no table of cases")
     kinds, name = _candidates(root, files)
-    beside = name == "one folder" or any(strip_suffix(path) == path.parent.name for path in files)
-    if beside and (apart := _by_name_of_image(files)):
+    if name == "one folder" and (apart := _by_name_of_image(kinds)):
         layout = _of_kinds(root, apart, name)
         if MASK_NAMES.search(layout.settings.get("mask", "")):
             return layout

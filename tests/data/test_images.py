@@ -102,6 +102,8 @@ LAYOUTS = {  # the places of image and mask of a case, and what else lies there
     "MSD": ("imagesTr/p{i}", "labelsTr/p{i}", msd),
     "BIDS": ("sub-{i}/anat/sub-{i}_T1w", "derivatives/manual/sub-{i}/anat/sub-{i}_label-lesion_mask", None),
     "a table": ("p{i}", "p{i}_seg", table),
+    "masks beside": ("p{i}", "p{i}_seg", None),
+    "masks beside, a folder a case": ("p{i}/p{i}", "p{i}/p{i}_seg", None),
 }
 
 
@@ -172,8 +174,10 @@ def test_masks_that_nothing_tells_from_images_are_no_images(settings, tmp_path):
     content = content_of(opened(settings))
     laid_out(tmp_path / "d", "a table")
     (tmp_path / "d/cases.csv").unlink()
+    other = save(tmp_path / "d/p1_brainmask.nii.gz", mask())
     with pytest.raises(InputError, match="images and masks, such as p0_seg, lie in one folder; list the"):
         open_images(content, tmp_path / "d")
+    other.unlink()
     (tmp_path / "d/labels").mkdir()
     for i in range(3):
         (tmp_path / f"d/p{i}_seg.nii.gz").rename(tmp_path / f"d/labels/p{i}.nii.gz")
