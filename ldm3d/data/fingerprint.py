@@ -16,12 +16,13 @@ of 0.9 and mirrored[0] of 0.9, but mirrored[1] of 0.6, since a brain has a front
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import shlex
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from ..engine.logger import plural
 from .cases import Case, find_cases, participant_of, participants
 from .inspection import THUMBNAIL, CaseInfo, inspect_cases
 from .itk import modality
-from .layouts import REST, Layout, dimensions, recognise
+from .layouts import DATE, REST, Layout, are_visits, dimensions, recognise, share_names
 from .opening import groupings, inspection_cache
 from .settings import DataConfig
 from .slices import slice_cases
@@ -53,7 +54,6 @@ READING = {  # settings that say which files there are and how they are read
     ),
     *("slices", "series", "source_series"),
 }
-DATE = re.compile(r"(19|20)\d\d([-_.]?)[01]\d\2[0-3]\d")
 MOST_PAIRS = 200  # cases whose thumbnails are compared with each other
 SIDED = 5, 0.05  # least masks, and least distance from the middle of all labels, as a part of the axis
 NEARLY_SAME = 0.999  # correlation of thumbnails of images that are probably of one subject
@@ -114,26 +114,60 @@ class Fingerprint:
 # --- subjects -----------------------------------------------------------------------------------------------
 
 
-def _visits(root: Path, cases: list[Case], image: str | None) -> tuple[str, str] | None:
-    """(data.subject, why) where a folder for each subject holds one for each visit: p_01/visit_1/t1.nii.gz.
-    image: the pattern, "{id}/{id}/t1.nii.gz".
+def _nested(root: Path, cases: list[Case], image: str | None) -> dict[str, set[str]]:
+    """{folder: the names in it} where a case id is a folder and what stands in it, another folder or a file:
+    the pattern `image` is "{id}/{id}/t1.nii.gz" or "{id}/{id}.nii.gz". {} for other patterns."""
+    parts = (image or "").split("/")
+    places = [i for i, part in enumerate(parts) if "{id}" in part]
+    if len(places) != 2 or image.count("{id}") > 2 or "**" in image or parts[places[0]] != "{id}":
+        return {}
+    names: dict[str, set[str]] = defaultdict(set)
+    for case in cases:
+        outer = case.image.relative_to(root).parts[places[0]]
+        names[outer].add(case.id.removeprefix(f"{outer}_"))
+    return names
 
-    Visits are called alike for all subjects, and are fewer than these, or dates. Of other folders in folders
-    the outer ones may be sites or classes.
+
+def _by_inner_name(names: dict[str, set[str]]) -> str:
+    """The data.subject that takes equal names in several folders for one subject. names: see `_nested`."""
+    longest_first = sorted(names, key=lambda outer: (-len(outer), outer))
+    return f"^(?:{'|'.join(map(re.escape, longest_first))})_(.+)$"
+
+
+def _visits(names: dict[str, set[str]], num_cases: int, of_folders: bool) -> tuple[str, str] | None:
+    """(data.subject, why) where subjects have several visits: folders of visits hold the subjects,
+    baseline/p_01, or a folder for each subject holds one for each visit, p_01/visit_1/t1.nii.gz.
+
+    Folders are visits that say so and hold the same names. Visits in a subject's folder are called alike for
+    all subjects, and are fewer than these, or dates. Of other folders in folders the outer ones may be sites
+    or classes. names: see `_nested`. of_folders: they are folders too.
     """
-    folders = (image or "").split("/")[:-1]
-    places = [i for i, part in enumerate(folders) if part == "{id}"]
-    if len(places) != 2 or image.count("{id}") > 2 or "**" in image:
-        return None
-    parts = [case.image.relative_to(root).parts for case in cases]
-    outer, inner = ({names[i] for names in parts} for i in places)
-    if not 2 < len(outer) < len(cases) or not (len(inner) < len(outer) or all(map(DATE.search, inner))):
+    outer, inner = set(names), set().union(*names.values())
+    if are_visits(outer) and share_names(names):
+        why = f"folders of {len(outer)} visits hold {len(inner)} subjects, such as {min(inner)}"
+        return _by_inner_name(names), why
+    fewer = len(inner) < len(outer) or all(map(DATE.search, inner))
+    if not of_folders or not 2 < len(outer) < num_cases or not fewer:
         return None
     why = f"folders of visits in folders of {len(outer)} subjects, such as {min(outer)}"
-    for names, rule in ((outer, "^({0}[^_]*)_"), (inner, "^(.*)_{0}[^_]*$")):
-        if len(marks := {name.count("_") for name in names}) == 1:  # the case id joins the folders by "_"
+    for of_names, rule in ((outer, "^({0}[^_]*)_"), (inner, "^(.*)_{0}[^_]*$")):
+        if len(marks := {name.count("_") for name in of_names}) == 1:  # the case id joins the folders by "_"
             return rule.format("[^_]*_" * marks.pop()), why
     return None
+
+
+def _note_same_names(names: dict[str, set[str]], cases: list[Case]) -> list[str]:
+    """A note where folders hold the same names, and nothing tells whether these are the same subjects, as in
+    two contrasts, or others, as where two sites number theirs. names: see `_nested`."""
+    if not share_names(names) or any(case.subject != case.id for case in cases):
+        return []
+    counts = Counter(itertools.chain(*names.values()))
+    several = sorted(name for name in counts if counts[name] > 1)
+    one, other = sorted(outer for outer in names if several[0] in names[outer])[:2]
+    return [
+        f"{len(several)} names are in several folders, such as {several[0]} in {one} and in {other}; each "
+        f"counts as a subject of its own, and if they are the same, --data.subject '{_by_inner_name(names)}'"
+    ]
 
 
 def _find_subjects(root: Path, cases: list[Case], image: str | None) -> tuple[str, str] | None:
@@ -147,7 +181,8 @@ def _find_subjects(root: Path, cases: list[Case], image: str | None) -> tuple[st
         return "subjects.csv", "the table of subjects in the folder"
     if any(case.subject != case.id for case in cases):
         return None
-    if found := _visits(root, cases, image):
+    of_folders = "{id}" not in (image or "").rpartition("/")[2]
+    if found := _visits(_nested(root, cases, image), len(cases), of_folders):
         return found
     for rule, subject_of in groupings([case.id for case in cases]):
         found = set(subject_of.values())
@@ -315,9 +350,10 @@ def take(root: Path, flags: dict[str, Any]) -> Fingerprint:
     without images, and for every fault in the files."""
     given = {key.removeprefix("data."): value for key, value in flags.items() if key.startswith("data.")}
     config, cases, settings, why = _recognised(root, given)
+    notes = _note_same_names(_nested(root, cases, config.image), cases)
     cases = slice_cases(cases, config)
     infos = inspect_cases(cases, config, inspection_cache(config, root), with_facts=True)
-    notes = _note_participants(config.participants, root, cases) if config.participants else []
+    notes += _note_participants(config.participants, root, cases) if config.participants else []
     return summarise(root, cases, [infos[case.id] for case in cases], settings, why, notes)
 
 

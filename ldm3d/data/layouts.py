@@ -9,6 +9,8 @@ Four ways in which people keep their data are recognised, in this order:
                        or one folder: of images, or p01_T1w.nii.gz p01_seg.nii.gz, p02_T1w.nii.gz ...,
                        or p01.nii.gz p01_seg.nii.gz, p02.nii.gz ...
 
+Folders of visits may hold each of the last three: baseline/p01/t1.nii.gz, month_6/p01/t1.nii.gz.
+
 A folder that holds the slices of one DICOM volume counts as a file. Files that stand in the same place of
 every case have one role. Example: in the third layout t1.nii.gz and seg.nii.gz are two kinds of files. A kind
 whose files hold a few small integers is one of masks. All other kinds are images, of which the first by name
@@ -19,6 +21,7 @@ trained on.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter, defaultdict
@@ -42,6 +45,12 @@ ROLE_FOLDER = re.compile(
 )
 PART = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?", re.I)  # folders that hold a part of a split
 PUT_ASIDE = re.compile(r"(^|/)((?i:val(id(ation)?)?|test(ing)?)|(images|labels)Ts)/")
+DATE = re.compile(r"(19|20)\d\d([-_.]?)[01]\d\2[0-3]\d")
+VISIT = re.compile(  # folders of one visit each; not t1 and t2, which are contrasts
+    r"(baseline|bl|follow[-_ ]?ups?|fu|visit|ses(sion)?|time[-_ ]?point|tp|day|week|month|year)[-_ ]?\d*"
+    r"|[mv]\d+|\d+[-_ ]?(days?|weeks?|months?|years?|[mwy])",
+    re.I,
+)
 PARTICIPANTS = "participants.tsv"  # BIDS: the table of the subjects
 DERIVED = "derivatives"  # BIDS: the folder of what others have computed from the images
 NOT_THE_MASK = re.compile(r"brain|skull|head|body|valid", re.I)  # masks of where there is anything at all
@@ -82,6 +91,11 @@ def volume_files(root: Path) -> list[Path]:
 def _end(path: str | Path) -> str:
     """How a pattern of such files ends: the suffix; "/" for folders of DICOM slices, which have none."""
     return volume_suffix(path) or "/"
+
+
+def are_visits(folders: Iterable[str]) -> bool:
+    """Do the names of folders say visits, such as baseline and month_6, or dates?"""
+    return all(VISIT.fullmatch(name) or DATE.search(name) for name in folders)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -212,6 +226,11 @@ def _same_ids(one: Iterable[str], other: Iterable[str]) -> bool:
     """Do two kinds of files speak of the same cases, most of them?"""
     a, b = set(one), set(other)
     return len(a & b) > 0.5 * min(len(a), len(b))
+
+
+def share_names(of_folder: dict[str, set[str]]) -> bool:
+    """Do two of these folders hold the same names, most of them? of_folder: folder -> the names in it."""
+    return any(_same_ids(a, b) for a, b in itertools.combinations(of_folder.values(), 2))
 
 
 def _candidates(root: Path, files: list[Path]) -> tuple[Kinds, str]:
@@ -423,6 +442,28 @@ def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
     return Layout(settings, why)
 
 
+def _of_visits(root: Path, files: list[Path]) -> Layout | None:
+    """The layout where folders of visits hold the subjects: baseline/p01.nii.gz and month_6/p01.nii.gz. All
+    are laid out as the visit with most files. None where the folders are others, or share no subjects."""
+    visits = Counter(path.parts[0] for path in files if len(path.parts) > 1)
+    if len(visits) < 2 or visits.total() < len(files) or not are_visits(visits):
+        return None
+    first = visits.most_common(1)[0][0]
+    layout = recognise(root / first)
+    if "image" not in layout.settings:  # but in a table
+        return None
+    settings = {k: v for k, v in layout.settings.items() if k not in ("subject", "participants")}
+    for role in settings.keys() & {"image", "mask"}:
+        pattern = settings[role]
+        settings[role] = "{id}/" + (pattern if "{id}" in pattern else pattern.replace("*", "{id}", 1))
+    why = {key: f"{reason}, in {first} of {len(visits)} visits" for key, reason in layout.why.items()}
+    subjects: dict[str, set[str]] = defaultdict(set)
+    for name, path in files_by_id(settings["image"], root, "data.image").items():
+        visit = path.relative_to(root).parts[0]
+        subjects[visit].add(name.removeprefix(f"{visit}_"))
+    return Layout(settings, why) if share_names(subjects) else None
+
+
 def recognise(root: Path) -> Layout:
     """The layout of the files in a folder. InputError if there are none, or if they cannot be told apart."""
     if table := _table(root):
@@ -430,6 +471,8 @@ def recognise(root: Path) -> Layout:
     files = volume_files(root)
     if not files:
         raise InputError(f"{root}: holds no images (.nii .nii.gz .tif .npy .png ...) and no table of cases")
+    if layout := _of_visits(root, files):
+        return layout
     kinds, name = _candidates(root, files)
     if name == "one folder" and (apart := _by_name_of_image(kinds)):
         layout = _of_kinds(root, apart, name)

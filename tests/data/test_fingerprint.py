@@ -147,6 +147,59 @@ def test_folders_of_visits_in_those_of_patients_tell_the_subjects(places, subjec
         assert "folders of visits in folders of 3 subjects" in found.reasons["data.subject"]
 
 
+@pytest.mark.parametrize("visits", [("baseline", "follow_up"), ("2019-03-04", "2020-11-30"), ("m0", "m12")])
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        ("{}", ""),
+        ("{}", "{}_seg"),
+        ("images/{}", "masks/{}"),
+        ("{}/t1", "{}/seg"),
+        ("{0}/{0}", "{0}/{0}_seg"),
+    ],
+)
+def test_subjects_in_folders_of_visits_are_one_subject_each(visits, images, masks, tmp_path):
+    for visit in visits:
+        for i, case in enumerate(CASES):
+            if (visit, case) != (visits[1], "p02"):  # one was lost
+                save(tmp_path / "d" / visit / f"{images.format(case)}.nii.gz", image(seed=i))
+                if masks:
+                    save(tmp_path / "d" / visit / f"{masks.format(case)}.nii.gz", mask())
+    found = take(tmp_path / "d", {"data.cache_dir": str(tmp_path / "c")})
+    assert found.subjects == ("p01", "p02", "p03", "p01", "p03")
+    assert found.num_masks == (5 if masks else 0)
+    assert found.reasons["data.subject"] == "folders of 2 visits hold 3 subjects, such as p01"
+    given = take(tmp_path / "d", {"data.subject": None, "data.cache_dir": str(tmp_path / "c")})
+    assert given.num_subjects == 5
+
+
+def test_folders_that_are_no_visits_keep_their_subjects_apart_and_equal_names_are_noted(tmp_path):
+    for place in ("oslo", "rome"):
+        for i, case in enumerate(CASES):
+            save(tmp_path / "sites" / place / case / "t1.nii.gz", image(seed=i))
+            save(
+                tmp_path / "visits" / {"oslo": "v1", "rome": "v2"}[place] / (place + case) / "t1.nii.gz",
+                image(),
+            )
+            save(
+                tmp_path / "contrasts" / {"oslo": "T1", "rome": "T2"}[place] / f"{case}.nii.gz", image(seed=i)
+            )
+    sites, visits, contrasts = (
+        take(tmp_path / name, {"data.cache_dir": str(tmp_path / "c")})
+        for name in ("sites", "visits", "contrasts")
+    )
+    assert (sites.num_subjects, visits.num_subjects, contrasts.num_subjects) == (6, 6, 3)
+    told = [
+        note
+        for note in sites.notes
+        if "3 names are in several folders, such as p01 in oslo and in rome" in note
+    ]
+    rule = shlex.split(told[0].partition("--data.subject ")[2])[0]
+    flags = {"data.subject": rule, "data.cache_dir": str(tmp_path / "c")}
+    assert take(tmp_path / "sites", flags).num_subjects == 3
+    assert not any("several folders" in note for found in (visits, contrasts) for note in found.notes)
+
+
 def with_contrasts(root):
     for i, case in enumerate(CASES):
         save(root / f"T1/{case}_T1.nii.gz", image(seed=i))
