@@ -83,7 +83,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, beside AdamW; fewer, longer steps
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, beside AdamW, at thrice its lr
     lr: float = 1e-4  # peak learning rate
     adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's moment decays
     weight_decay: float = 0.0  # decoupled weight decay
