@@ -150,7 +150,7 @@ class Config:
     micro_batch_size: int | None = None  # samples per rank and forward pass; none = batch_size / ranks
     latent_cache: bool = True  # encode every case once; false: encode and augment at every step
     plain_end: float = 0.0  # share of the steps, the last ones, that see cases without augmentation
-    early: float = 0.15  # share of the steps after which early.pt is kept, for autoguidance; 0 = none
+    early: float = 0.25  # share of the steps after which early.pt is kept, for autoguidance; 0 = none
     sample_steps: int = 20  # steps of the preview samples
     hours: float | None = None  # to train, where settings are planned; none = 1, on a GPU 12
     plan: bool = False  # only print the plan, and the memory that it needs
