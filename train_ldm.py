@@ -1194,7 +1194,7 @@ def main(argv: list[str] | None = None) -> None:
     check_schedule(flags, "optim", config.optim)
     planner.check(flags)
     if config.plan:
-        memory_table(with_base(config, flags)).print()
+        memory_table(with_base(settled(config, flags), flags)).print()
     else:
         train(config, flags, planner)
 

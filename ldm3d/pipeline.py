@@ -96,7 +96,8 @@ def check_weaker(model: LatentDiffusion, weaker: LatentDiffusion, run: str | Pat
     same = ours.keys() == other.keys() and all(torch.equal(ours[k], other[k]) for k in ours)
     if not same or model.autoencoder.config != weaker.autoencoder.config:
         raise InputError(f"autoguidance: {run} has another autoencoder; both runs need the same --vae")
-    for name in ("process", "prediction", "num_timesteps", "schedule", "beta_start", "beta_end"):
+    schedule = ("schedule", "beta_start", "beta_end", "zero_terminal_snr")
+    for name in ("process", "prediction", "num_timesteps", *schedule):
         a, b = (getattr(m.kernel.config, name) for m in (model, weaker))
         if a != b:
             raise InputError(f"autoguidance: {run} has kernel.{name} {b}, expected {a}")

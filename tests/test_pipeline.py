@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import ldm3d
-from ldm3d import InputError, LatentDiffusion, read
+from ldm3d import DiffusionKernel, InputError, KernelConfig, LatentDiffusion, read
 from ldm3d.data import open_stored
 from ldm3d.engine.checkpoint import load_run, save
+from ldm3d.pipeline import check_weaker
 
 
 @pytest.fixture
@@ -170,6 +171,14 @@ def test_autoguidance_refuses_a_run_that_predicts_something_else(runs, tmp_path,
     save(other / "best.pt", content)
     with pytest.raises(InputError, match=f"autoguidance: {other} {words}"):
         ldm3d.load(runs["ldm"]).autoguidance(2.0, other)
+
+
+def test_autoguidance_refuses_a_run_that_ends_in_other_noise(runs):
+    model, weaker = (ldm3d.load(path).model for path in (runs["ldm"], runs["ldm"] / "early.pt"))
+    for one, zero in ((model, False), (weaker, True)):
+        one.kernel = DiffusionKernel(KernelConfig(process="vp", prediction="v", zero_terminal_snr=zero))
+    with pytest.raises(InputError, match=r"other has kernel\.zero_terminal_snr True, expected False"):
+        check_weaker(model, weaker, "other")
 
 
 def test_autoguidance_refuses_a_run_on_another_autoencoder(runs, tmp_path):

@@ -138,12 +138,12 @@ def _visits(names: dict[str, set[str]], num_cases: int, of_folders: bool) -> tup
     """(data.subject, why) where subjects have several visits: folders of visits hold the subjects,
     baseline/p_01, or a folder for each subject holds one for each visit, p_01/visit_1/t1.nii.gz.
 
-    Folders are visits that say so and hold the same names. Visits in a subject's folder are called alike for
-    all subjects, and are fewer than these, or dates. Of other folders in folders the outer ones may be sites
-    or classes. names: see `_nested`. of_folders: they are folders too.
+    Visits in a subject's folder are called alike for all subjects, and are fewer than these, or dates. Of
+    other folders in folders the outer ones may be sites or classes. names: see `_nested`. of_folders: they
+    are folders too.
     """
     outer, inner = set(names), set().union(*names.values())
-    if are_visits(outer) and share_names(names):
+    if are_visits(names):
         why = f"folders of {len(outer)} visits hold {len(inner)} subjects, such as {min(inner)}"
         return _by_inner_name(names), why
     fewer = len(inner) < len(outer) or all(map(DATE.search, inner))
@@ -159,9 +159,10 @@ def _visits(names: dict[str, set[str]], num_cases: int, of_folders: bool) -> tup
 def _note_same_names(names: dict[str, set[str]], cases: list[Case]) -> list[str]:
     """A note where folders hold the same names, and nothing tells whether these are the same subjects, as in
     two contrasts, or others, as where two sites number theirs. names: see `_nested`."""
-    if not share_names(names) or any(case.subject != case.id for case in cases):
-        return []
     counts = Counter(itertools.chain(*names.values()))
+    few = len(counts) <= len(names)  # p01/t1 and p02/t1 name what was scanned, not who
+    if few or not share_names(names) or any(case.subject != case.id for case in cases):
+        return []
     several = sorted(name for name in counts if counts[name] > 1)
     one, other = sorted(outer for outer in names if several[0] in names[outer])[:2]
     return [

@@ -93,7 +93,7 @@ def _end(path: str | Path) -> str:
     return volume_suffix(path) or "/"
 
 
-def are_visits(folders: Iterable[str]) -> bool:
+def say_visits(folders: Iterable[str]) -> bool:
     """Do the names of folders say visits, such as baseline and month_6, or dates?"""
     return all(VISIT.fullmatch(name) or DATE.search(name) for name in folders)
 
@@ -231,6 +231,14 @@ def _same_ids(one: Iterable[str], other: Iterable[str]) -> bool:
 def share_names(of_folder: dict[str, set[str]]) -> bool:
     """Do two of these folders hold the same names, most of them? of_folder: folder -> the names in it."""
     return any(_same_ids(a, b) for a, b in itertools.combinations(of_folder.values(), 2))
+
+
+def are_visits(of_folder: dict[str, set[str]]) -> bool:
+    """Are these folders of one visit each, with the subjects in them? Their names say so, they share names,
+    and there are more names than folders: m01/t1 and m02/t1 are of two mice, not two visits of the subject
+    t1. of_folder: folder -> the names in it."""
+    more = len(set().union(*of_folder.values())) > len(of_folder)
+    return more and say_visits(of_folder) and share_names(of_folder)
 
 
 def _candidates(root: Path, files: list[Path]) -> tuple[Kinds, str]:
@@ -444,12 +452,15 @@ def _of_kinds(root: Path, kinds: Kinds, name: str) -> Layout:
 
 def _of_visits(root: Path, files: list[Path]) -> Layout | None:
     """The layout where folders of visits hold the subjects: baseline/p01.nii.gz and month_6/p01.nii.gz. All
-    are laid out as the visit with most files. None where the folders are others, or share no subjects."""
+    are laid out as the visit with most files. None where the folders are others."""
     visits = Counter(path.parts[0] for path in files if len(path.parts) > 1)
-    if len(visits) < 2 or visits.total() < len(files) or not are_visits(visits):
+    if len(visits) < 2 or visits.total() < len(files) or not say_visits(visits):
         return None
     first = visits.most_common(1)[0][0]
-    layout = recognise(root / first)
+    try:
+        layout = recognise(root / first)
+    except InputError:  # a folder of one case, whose images and masks only the other cases tell apart
+        return None
     if "image" not in layout.settings:  # but in a table
         return None
     settings = {k: v for k, v in layout.settings.items() if k not in ("subject", "participants")}
@@ -461,7 +472,7 @@ def _of_visits(root: Path, files: list[Path]) -> Layout | None:
     for name, path in files_by_id(settings["image"], root, "data.image").items():
         visit = path.relative_to(root).parts[0]
         subjects[visit].add(name.removeprefix(f"{visit}_"))
-    return Layout(settings, why) if share_names(subjects) else None
+    return Layout(settings, why) if are_visits(subjects) else None
 
 
 def recognise(root: Path) -> Layout:

@@ -173,6 +173,18 @@ def test_subjects_in_folders_of_visits_are_one_subject_each(visits, images, mask
     assert given.num_subjects == 5
 
 
+@pytest.mark.parametrize("folders", [("m01", "m02", "m03"), ("a_20190304", "b_20190305", "c_20190307")])
+@pytest.mark.parametrize("files", [("t1",), ("t1", "seg"), ("t1", "t2", "seg"), ("visit_1/t1", "visit_2/t1")])
+def test_a_folder_a_subject_is_no_folder_of_visits_whatever_its_name(folders, files, tmp_path):
+    for i, folder in enumerate(folders):
+        for name in files:
+            save(tmp_path / "d" / folder / f"{name}.nii.gz", mask() if name == "seg" else image(seed=i))
+    found = take(tmp_path / "d", {"data.cache_dir": str(tmp_path / "c")})
+    assert found.num_subjects == 3
+    assert found.num_masks == (3 if "seg" in files else 0)
+    assert not any("several folders" in note for note in found.notes)
+
+
 def test_folders_that_are_no_visits_keep_their_subjects_apart_and_equal_names_are_noted(tmp_path):
     for place in ("oslo", "rome"):
         for i, case in enumerate(CASES):
