@@ -640,7 +640,7 @@ class Run:
         barrier()
 
     def _common(self) -> dict[str, Any]:
-        """What numbered checkpoints and best.pt both hold."""
+        """What numbered checkpoints, best.pt and early.pt hold."""
         return {
             "kind": self.kind,
             "config": to_dict(self.config),

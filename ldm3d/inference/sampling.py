@@ -398,7 +398,8 @@ def sample_files(config: SampleConfig, run: Path) -> Path | None:
     print0(f"{plural(total, 'volume')} of {by(size)} ({mm} mm), {sampler}, {steps}")
     if autoguidance is not None:
         low, high = autoguidance.interval
-        print0(f"autoguidance {autoguidance.scale:g} at noise levels from {low:g} to {high:g}")
+        where = f"noise levels from {low:g} to {high:g}, with as many calls of the weaker denoiser there"
+        print0(f"autoguidance {autoguidance.scale:g} at {where}")
     if grain is not None:
         print0(f"grain: {grain.strength}")
 
