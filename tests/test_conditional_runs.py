@@ -488,7 +488,7 @@ def test_the_python_lines_of_the_guide_run_as_written(tmp_path, monkeypatch):
         "--condition.text_min_count",
         "1",
     ]
-    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "runs" / "ldm-captions", 1, *use))
+    train_ldm.main(ldm_flags(tmp_path / "vae", tmp_path / "runs" / "ldm-captions", 2, *use))
     text = (ROOT / "ldm3d/inference/README.md").read_text().split("## In Python")[1].split("\n## ")[0]
     lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
     monkeypatch.chdir(tmp_path)
@@ -497,6 +497,7 @@ def test_the_python_lines_of_the_guide_run_as_written(tmp_path, monkeypatch):
     assert names["y"].shape == (2, 1, 16, 20, 16)
     kept = ~names["region"]
     assert torch.equal(names["y"][0, 0][kept], names["x"][0, 0][kept])
+    assert not torch.equal(names["g"], names["x"])  # an early denoiser, and the last one
     assert names["z"].shape == (1, 1, 48, 56, 48)
 
 
