@@ -490,7 +490,11 @@ def draw(path: Path, found: dict[str, tuple[Results, Scores]]) -> Path | None:
                 ax.plot(x, y, "o-", label=name)
             if key in floor:
                 ax.axhline(floor[key], color="grey", linestyle="--", linewidth=1)
-            ax.set(title=f"{data}: {title}", xlabel="CPU minutes", xscale="log")
+            ax.set(title=title, xlabel="CPU minutes", xscale="log")
+            ticks = sorted({minutes for _, minutes in results})
+            ax.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks], minor=False)
+            ax.set_xticks([], minor=True)
+        line[0].set_ylabel(data)
     axes[0, 0].legend()
     return save_figure(figure, path)
 
