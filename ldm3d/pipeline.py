@@ -317,7 +317,7 @@ class LatentDiffusionPipeline(Pipeline):
         InputError if the two do not predict the same."""
         run = run or self.folder / "early.pt"
         if not Path(run).exists():
-            raise InputError(f"autoguidance: no {run}; name a weaker run on the same autoencoder")
+            raise InputError(f"autoguidance: no {run}; autoguidance_run names a run on the same autoencoder")
         weaker = LatentDiffusionPipeline(run, self.device).model
         check_weaker(self.model, weaker, run)
         return Autoguidance(weaker.denoiser, scale, interval)

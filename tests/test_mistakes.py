@@ -25,7 +25,11 @@ SAMPLE = [  # kind of the run, flags, what the line says; {heads} is the folder 
     ("ldm", "--guidance class=2 --guidance class=3", "guidance: class is given twice"),
     ("ldm", "--guidance 2 --guidance class=3", "guidance: expected NAME=VALUE, got '2'"),
     ("ldm", "--guidance_interval 0.7,0.2", "guidance_interval: expected 0 <= low < high <= 1"),
-    ("ldm", "--autoguidance 2 --autoguidance_run nowhere", "autoguidance: no nowhere; name a weaker run"),
+    (
+        "ldm",
+        "--autoguidance 2 --autoguidance_run nowhere",
+        "autoguidance: no nowhere; autoguidance_run names",
+    ),
     ("ldm", "--autoguidance 2 --autoguidance_run {heads}/../vae", "is a checkpoint of train_vae.py"),
     (
         "ldm",
