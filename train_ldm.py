@@ -65,7 +65,7 @@ from ldm3d.data.settings import check_crop
 from ldm3d.data.slices import find_all_cases
 from ldm3d.denoiser import Denoiser
 from ldm3d.diffusion_kernel import DiffusionKernel, KernelConfig
-from ldm3d.engine.checkpoint import load_run, note_unvalidated
+from ldm3d.engine.checkpoint import load_run, note_unvalidated, same_weights
 from ldm3d.engine.distributed import gather, is_main, print0, run_script, setup, world_size, wrap
 from ldm3d.engine.logger import save_sheet, visible_slices
 from ldm3d.engine.memory_plan import MemoryTable, decode, encode, weight_bytes
@@ -417,8 +417,7 @@ def check_base(run: Run, stage_one: dict[str, Any]) -> None:
     if run.initial is None or not run.config.frozen:
         return
     where = autoencoder_beside(run.config.run.init)
-    theirs, ours = load_run(where, "vae")["ema"], stage_one["ema"]
-    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[k], ours[k]) for k in ours):
+    if not same_weights(load_run(where, "vae")["ema"], stage_one["ema"]):
         raise InputError(f"vae: another autoencoder than {where}, on whose latents the frozen denoiser works")
 
 

@@ -53,7 +53,7 @@ from .config import InputError
 from .engine.distributed import print0
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) on 0..T, the same for all samples) -> prediction
-INTERVAL = (0.2, 0.7)  # of autoguidance: higher noise levels make samples alike, lower ones cost time alone
+AUTOGUIDANCE_INTERVAL = (0.2, 0.7)  # at higher noise levels it makes samples alike
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Autoguidance:
 
     denoiser: torch.nn.Module  # the weaker one; it takes the same conditions
     scale: float  # s; 1 = no autoguidance
-    interval: tuple[float, float] = INTERVAL  # lowest and highest t / T that are guided
+    interval: tuple[float, float] = AUTOGUIDANCE_INTERVAL  # lowest and highest t / T that are guided
 
     def __post_init__(self) -> None:
         if not (isinstance(self.scale, Real) and 1 <= self.scale < math.inf):

@@ -385,7 +385,9 @@ class LatentDiffusion(nn.Module):
         if edit is not NO_EDIT and size != self.spec.size:
             raise InputError(f"size: an edit has the training size {self.spec.size}, got {size}")
         latent = self.autoencoder.latent_shape(size)
-        net = self.denoiser_for(latent[1:], window, overlap, batch_size)
+        how = window, overlap, batch_size
+        net = self.denoiser_for(latent[1:], *how)
+        weaker = autoguidance and self.denoiser_for(latent[1:], *how, autoguidance.denoiser)
         in_windows = net is not self.denoiser
         # Windows see noise as it was in training, so the times are shifted as in training, for any size
         seen = self.window if in_windows else latent[1:]
@@ -403,9 +405,8 @@ class LatentDiffusion(nn.Module):
                 cond = {name: value[part].to(self.device) for name, value in (conditions or {}).items()}
                 predict = guided(net, cond, noise, guidance, self.kernel.num_timesteps)
                 if autoguidance is not None:
-                    weaker = self.denoiser_for(latent[1:], window, overlap, batch_size, autoguidance.denoiser)
-                    weaker = guided(weaker, cond, noise, guidance, self.kernel.num_timesteps)
-                    predict = autoguidance.around(predict, weaker, self.kernel.num_timesteps)
+                    q = guided(weaker, cond, noise, guidance, self.kernel.num_timesteps)
+                    predict = autoguidance.around(predict, q, self.kernel.num_timesteps)
                 x_t = edit.start(noise, times, list(indices[part]))
                 predict = edit.around(predict)
                 how = {"eta": eta, "draw": draw, "resample": edit.resample, "progress": progress}

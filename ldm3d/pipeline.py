@@ -29,11 +29,11 @@ from .data import Data, DataConfig, DataSpec, VolumeDataset, open_data, open_fil
 from .data.opening import check_files
 from .denoiser import Denoiser
 from .diffusion_kernel import DiffusionKernel, KernelConfig
-from .engine.checkpoint import load_run, load_weights, note_unvalidated, save
+from .engine.checkpoint import load_run, load_weights, note_unvalidated, same_weights, save
 from .engine.distributed import is_main, print0
 from .engine.runs import changed_case, read_split
 from .engine.training import autocast
-from .guidance import INTERVAL, Autoguidance
+from .guidance import AUTOGUIDANCE_INTERVAL, Autoguidance
 from .large.patches import PatchConfig, longest_side, position_step
 from .latent_diffusion import LatentDiffusion
 from .registers import AnatomyConfig
@@ -92,9 +92,8 @@ def longest_side_of(state: dict[str, Any]) -> float:
 def check_weaker(model: LatentDiffusion, weaker: LatentDiffusion, run: str | Path) -> None:
     """InputError unless the denoisers of two models predict the same quantity of the same latents. run: the
     one of the weaker, for messages."""
-    ours, other = (m.autoencoder.state_dict() for m in (model, weaker))
-    same = ours.keys() == other.keys() and all(torch.equal(ours[k], other[k]) for k in ours)
-    if not same or model.autoencoder.config != weaker.autoencoder.config:
+    ours, other = model.autoencoder, weaker.autoencoder
+    if ours.config != other.config or not same_weights(ours.state_dict(), other.state_dict()):
         raise InputError(f"autoguidance: {run} has another autoencoder; both runs need the same --vae")
     schedule = ("schedule", "beta_start", "beta_end", "zero_terminal_snr")
     for name in ("process", "prediction", "num_timesteps", *schedule):
@@ -109,8 +108,7 @@ def check_weaker(model: LatentDiffusion, weaker: LatentDiffusion, run: str | Pat
     ratio = weaker.latent_std / model.latent_std
     if shift.abs().max() > 0.1 or (ratio - 1).abs().max() > 0.1:
         raise InputError(f"autoguidance: {run} was trained on other data, latent_mean or latent_std differ")
-    ours, other = (m.denoiser.state_dict() for m in (model, weaker))
-    if ours.keys() == other.keys() and all(torch.equal(ours[k], other[k]) for k in ours):
+    if same_weights(model.denoiser.state_dict(), weaker.denoiser.state_dict()):
         raise InputError(f"autoguidance: {run} has the same weights as the run itself, expected a weaker one")
 
 
@@ -310,7 +308,10 @@ class LatentDiffusionPipeline(Pipeline):
         return self.model.sample(num, size, conditions=cond, **settings)
 
     def autoguidance(
-        self, scale: float, run: str | Path | None = None, interval: tuple[float, float] = INTERVAL
+        self,
+        scale: float,
+        run: str | Path | None = None,
+        interval: tuple[float, float] = AUTOGUIDANCE_INTERVAL,
     ) -> Autoguidance:
         """Autoguidance (guidance.py) by the denoiser of `run`: another run on the same autoencoder, or a
         checkpoint; none = early.pt, what this run's denoiser was after the first steps of its training.

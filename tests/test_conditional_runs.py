@@ -497,7 +497,7 @@ def test_the_python_lines_of_the_guide_run_as_written(tmp_path, monkeypatch):
     assert names["y"].shape == (2, 1, 16, 20, 16)
     kept = ~names["region"]
     assert torch.equal(names["y"][0, 0][kept], names["x"][0, 0][kept])
-    assert not torch.equal(names["g"], names["x"])  # an early denoiser, and the last one
+    assert not torch.equal(names["g"], names["pipeline"].sample(4, steps=2))
     assert names["z"].shape == (1, 1, 48, 56, 48)
 
 

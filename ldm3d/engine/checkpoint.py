@@ -254,6 +254,11 @@ def sweep(run_dir: str | Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two state_dicts hold the same tensors under the same names."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def weights(net: nn.Module) -> dict[str, Tensor]:
     """The state_dict without the prefixes that DDP and torch.compile put in front."""
     return {

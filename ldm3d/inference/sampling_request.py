@@ -31,7 +31,7 @@ from ..data.transforms import scaling_numbers
 from ..data.volumes import centred_affine, file_name
 from ..engine.distributed import print0
 from ..engine.training import to_device
-from ..guidance import INTERVAL, Autoguidance, Guidance
+from ..guidance import AUTOGUIDANCE_INTERVAL, Autoguidance, Guidance
 from ..latent_diffusion import NO_EDIT, Edit
 from ..latents import WithConditions, encode_batch
 from ..pipeline import LatentDiffusionPipeline
@@ -56,7 +56,7 @@ class RequestConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
     autoguidance: float = 1.0  # how far samples go away from what a weaker denoiser predicts; 1 = off
     autoguidance_run: str | None = None  # the weaker denoiser's run or checkpoint; none = the run's early.pt
-    autoguidance_interval: tuple[float, float] = INTERVAL  # noise levels t / T at which it acts
+    autoguidance_interval: tuple[float, float] = AUTOGUIDANCE_INTERVAL  # noise levels t / T at which it acts
     size: tuple[int | str, ...] | None = None  # voxels of a sample, or mm as 180mm,220mm; none = training's
     inpaint: str | None = None  # image whose region is made anew, the rest kept exactly
     region: str | None = None  # mask of the region to inpaint: all that is not 0
@@ -75,7 +75,9 @@ class RequestConfig:
                 raise InputError(f"{chosen[0]}, {chosen[1]}: give one of the two")
         if bool(self.region) != bool(self.inpaint):
             raise InputError("inpaint, region: one needs the other")
-        if self.autoguidance == 1 and (self.autoguidance_run or self.autoguidance_interval != INTERVAL):
+        if self.autoguidance == 1 and (
+            self.autoguidance_run or self.autoguidance_interval != AUTOGUIDANCE_INTERVAL
+        ):
             raise InputError("autoguidance_run, autoguidance_interval: need autoguidance, a number above 1")
         if self.resample is not None and not self.inpaint:
             raise InputError("resample: needs inpaint")
